@@ -1,0 +1,26 @@
+"""Weft: parameter-efficient fine-tuning with the LoRA family, exact and never silent."""
+
+from .checkpoint import inspect, load, save
+from .errors import (
+    AuditError,
+    CheckpointError,
+    ConfigError,
+    MergeError,
+    TargetError,
+    UnsupportedError,
+    WeftError,
+)
+from .methods import BitFit, DoRA, DVoRA, Full, Head, LoRA, VeRA
+from .model.adapter import Adapter
+from .model.attach import adapters, attach, detach
+from .model.merge import MergeReport, effective_weight, merge, unmerge
+from .model.switch import use
+from .training.audit import audit, snapshot
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter", "AuditError", "BitFit", "CheckpointError", "ConfigError", "DVoRA", "DoRA", "Full", "Head", "LoRA",
+    "MergeError", "MergeReport", "TargetError", "UnsupportedError", "VeRA", "WeftError", "adapters", "attach", "audit",
+    "detach", "effective_weight", "inspect", "load", "merge", "save", "snapshot", "unmerge", "use",
+]

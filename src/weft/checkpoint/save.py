@@ -1,0 +1,90 @@
+"""`weft.save`: one directory an adapter, in peft's layout where peft has the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import methods
+from ..errors import CheckpointError
+from ..model.adapter import Adapter
+from ..model.state import state_of
+from . import files, header, native, peft_lora, peft_vera
+
+
+@dataclass(frozen=True)
+class Written:
+    """The two files of a checkpoint, in memory."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    config: dict[str, Any]
+
+
+class Disk:
+    """What `Adapter.save` and `Adapter.nbytes` call (model/adapter.py may not import this room)."""
+
+    def save(self, model: nn.Module, path: str | Path, name: str, projections: bool) -> Path:
+        return save(model, path, name, projections)
+
+    def file_size(self, adapter: Adapter) -> int:
+        written = compose(adapter, projections=False, values=False)
+        return files.file_size(written.tensors, written.metadata)
+
+
+def save(model: nn.Module, path: str | Path, name: str = "default", projections: bool = False) -> Path:
+    """Write the adapter `name` into the directory `path` (created where missing) and return the path.
+
+    adapter_model.safetensors and adapter_config.json: for LoRA and DoRA what peft reads too; for VeRA vectors, seed and
+    checksum, or with projections=True also A and B, as peft reads them. Atomic: killed at any point, the directory holds
+    a checkpoint that loads, the old one or the new one. Other files in it are left alone.
+
+    Raises WeftError (no such adapter), CheckpointError (the place cannot be written, tensors without values, NaN),
+    UnsupportedError (projections=True for what peft has no form for).
+    """
+    adapter = state_of(model).adapter(name)
+    directory = Path(path).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a file; an adapter is saved into a directory.")
+    _check_values(adapter)
+    written = compose(adapter, projections)
+    try:
+        files.write(directory, written.tensors, written.metadata, written.config)
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} could not be written: {error}. What was there is unchanged.") from error
+    return directory
+
+
+def compose(adapter: Adapter, projections: bool = False, values: bool = True) -> Written:
+    """Both files of an adapter; values=False leaves checksums at zero."""
+    config = adapter.config
+    if isinstance(config, methods.LoRA | methods.DoRA):
+        layout, (tensors, beside) = peft_lora.PEFT_TYPE, peft_lora.write(adapter)
+    elif isinstance(config, methods.VeRA) and (projections or config.draw == "stored"):
+        layout, (tensors, beside) = peft_vera.PEFT_TYPE, peft_vera.write(adapter)
+    else:
+        layout, tensors = "native", native.write(adapter)
+        if projections and not isinstance(config, methods.VeRA):
+            raise CheckpointError(f"projections=True stores VeRA's A and B for peft; {type(config).__name__} has no form "
+                                  "in peft.")
+        # A type that peft does not know makes it refuse the directory rather than misread it.
+        beside = {"peft_type": f"WEFT_{type(config).__name__.upper()}", "weft": methods.to_json(config)}
+    clean = {_clean(key): t for key, t in tensors.items()}
+    return Written(clean, header.make(adapter, layout, clean, beside, values), beside)
+
+
+def _clean(key: str) -> str:
+    from .matching import canonical
+
+    return canonical(key)
+
+
+def _check_values(adapter: Adapter) -> None:
+    for name, parameter in adapter.named_parameters():
+        if parameter.is_meta:
+            raise CheckpointError(f"{name!r} is on the meta device and has no values to save.")
+        if not bool(parameter.isfinite().all()):
+            raise CheckpointError(f"{name!r} holds NaN or infinity; nothing was saved. The last good checkpoint is intact.")

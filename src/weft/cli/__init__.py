@@ -1,0 +1,118 @@
+"""The command `weft`: one file a command, thin. Libraries are imported by a command's `run`, not by its help."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..errors import ConfigError, WeftError
+
+COMMANDS = ("compare", "plan", "inspect", "merge", "doctor")
+DONE, FAILED, MISUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
+# Top-level modules of the extra `train`; any other missing module is a defect and keeps its trace.
+EXTRA = ("PIL", "accelerate", "matplotlib", "numpy", "scipy", "sklearn", "statsmodels", "tqdm", "transformers")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISUSED, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except SystemExit as leaving:  # argparse leaves this way, after --help as after an error
+        return leaving.code if isinstance(leaving.code, int) else MISUSED
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] not in COMMANDS:
+        return _top(words)
+    name = words[0]
+    command = importlib.import_module(f"{__name__}.{name}")
+    parser = Parser(prog=f"weft {name}", description=command.HELP, allow_abbrev=False)
+    command.add_arguments(parser)
+    args, rest = parser.parse_known_args(words[1:])
+    if rest:
+        parser.error(_unknown(rest, list(parser._option_string_actions)))
+    args.words = words
+    return _run(command, args, f"weft {name}")
+
+
+def _top(words: Sequence[str]) -> int:
+    """`weft --help`, `weft --version`, and everything that is no command."""
+    parser = Parser(prog="weft", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    usage="weft COMMAND [options]", description=_commands() if _asks_help(words) else None)
+    parser.add_argument("--version", action="version", version=f"weft {__version__}")
+    rest = parser.parse_known_args(list(words))[1]
+    if not rest:
+        parser.error(f"say what to do: {', '.join(COMMANDS)}. See weft --help.")
+    if rest[0].startswith("-"):
+        parser.error(_unknown(rest, list(parser._option_string_actions)))
+    near = get_close_matches(rest[0], COMMANDS, n=2) or list(COMMANDS)
+    parser.error(f"{rest[0]!r} is no command. Nearest: {', '.join(near)}.")
+
+
+def _asks_help(words: Sequence[str]) -> bool:
+    return any(word in ("-h", "--help") for word in words)
+
+
+def _commands() -> str:
+    texts = {name: importlib.import_module(f"{__name__}.{name}").HELP for name in COMMANDS}
+    lines = [listed(name, text, 11) for name, text in texts.items()]
+    return "\n".join(["Parameter-efficient fine-tuning with the LoRA family.", "", "commands:", *lines, "",
+                      "weft COMMAND --help says more."])
+
+
+def listed(name: str, text: str, column: int) -> str:
+    """A name and what it is, at 80 columns."""
+    start = f"  {name}".ljust(column - 1) + " "
+    return textwrap.fill(text, 80, initial_indent=start, subsequent_indent=" " * column)
+
+
+def _unknown(rest: Sequence[str], options: Sequence[str]) -> str:
+    first = rest[0].partition("=")[0]
+    if not first.startswith("-"):
+        return f"{first!r} belongs to no option."
+    near = get_close_matches(first, options, n=2, cutoff=0.5)
+    known = f"Nearest: {', '.join(near)}." if near else f"Options: {', '.join(options)}."
+    return f"{first!r} is not known here. {known}"
+
+
+def _run(command: Any, args: argparse.Namespace, prog: str) -> int:
+    try:
+        status = int(command.run(args))
+        sys.stdout.flush()
+        return status
+    except ConfigError as error:
+        return _say(prog, str(error), MISUSED)
+    except WeftError as error:
+        return _say(prog, str(error), FAILED)
+    except ImportError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRA:
+            raise
+        return _say(prog, f"{module} is needed and not installed: pip install 'weft[train]'", FAILED)
+    except BrokenPipeError:  # `weft ... | head`: the reader has seen enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    except OSError as error:
+        return _say(prog, str(error), FAILED)
+    except KeyboardInterrupt:
+        return _say(prog, "interrupted.", INTERRUPTED)
+
+
+def _say(prog: str, message: str, status: int) -> int:
+    print(f"{prog}: {message}", file=sys.stderr)
+    return status

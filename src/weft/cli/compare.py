@@ -1,0 +1,163 @@
+"""`weft compare`: train several methods on one task and print one honest table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..compare.request import Request
+    from ..compare.results import Comparison
+
+HELP = "train several methods on one task and print one honest table"
+NEEDED = ("numpy", "sklearn", "scipy", "statsmodels", "matplotlib", "PIL", "tqdm", "transformers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="M", help="a name of --list, a local transformers directory, or a hub name "
+                                     "(default: digits-vit, embedded)")
+    add("--task", metavar="T", help="digits, csv:FILE or image-folder:DIR (default: digits)")
+    add("--test", metavar="PATH", help="test data of its own, a file or folder like the task's; else 20 %% is held out")
+    add("--methods", metavar="M,M", help="for example lora,vera:r=64,dora:r=4:alpha=8 (default: all)")
+    add("--seeds", metavar="N", type=_whole, help="runs of every method that are scored on the test split (default: 3)")
+    add("--budget", metavar="NAME=N,..", help="steps, batch, and the most examples of train, validation and test "
+                                              "(default: steps=150,batch=20,validation=1000,test=2000)")
+    add("--lr", metavar="METHOD=RATE,..", action="append", default=[],
+        help="the peak learning rates to try for a method, in place of its own grid; may be given again")
+    add("--head-lr", metavar="RATE", type=_rate, help="peak learning rate of the new head (default: 1e-2)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="auto (default): CUDA where there is one and the model is "
+                                                          "large enough to gain")
+    add("--workers", metavar="N", type=_whole, help="training processes side by side (default: one a core for small "
+                                                    "models, else one)")
+    add("--out", metavar="DIR", type=Path, help="where everything is kept (default: weft-compare)")
+    add("--json", metavar="FILE", type=Path, help="write the results there too")
+    add("--resume", action="store_true", help="go on from the finished runs in --out")
+    add("--list", action="store_true", help="print methods, tasks and models by name")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: every row finished; 1: one failed; 130: interrupted, and what had finished is kept."""
+    if args.list:
+        return _list(args)
+    _check_installed()
+    request = _request(args)
+    _check_json(args.json)
+    from ..compare.progress import Progress
+    from ..compare.sweep import compare
+
+    if request.resume and not (request.out / "sweep.json").is_file():
+        print(f"There is nothing to resume in {request.out}; starting anew.", file=sys.stderr)
+    try:
+        with Progress(sys.stderr) as shown:
+            found = compare(request, shown)
+        _write(found, request.out, args.json)
+    except KeyboardInterrupt:
+        return _interrupted(request, args.words)
+    return 0 if found.ok else 1
+
+
+def _check_installed() -> None:
+    """Fail now and not after the training."""
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _request(args: argparse.Namespace) -> Request:
+    """Raises ConfigError for whatever cannot be meant."""
+    from ..compare import entries
+    from ..compare.request import default_request, parse_budget
+    from ..errors import ConfigError
+    from ..tasks import find_task
+    from ..tasks.models import find_model
+
+    given: dict[str, Any] = {
+        "model": find_model(args.model) if args.model is not None else None,
+        "task": find_task(args.task, args.test) if args.task is not None else None,
+        "entries": entries.parse_methods(args.methods) if args.methods is not None else None,
+        "budget": parse_budget(args.budget) if args.budget is not None else None,
+        "seeds": args.seeds, "head_lr": args.head_lr, "device": args.device, "workers": args.workers, "out": args.out,
+    }
+    if args.test is not None and args.task is None:
+        raise ConfigError("--test: the task 'digits' has its own test data. Give --task csv:FILE or image-folder:DIR.")
+    request = default_request(resume=args.resume, **{key: value for key, value in given.items() if value is not None})
+    if args.head_lr is not None and all(entry.method == "Head" for entry in request.entries):
+        raise ConfigError("--head-lr: where the head alone is trained, its rate is the method's: --lr head=RATE.")
+    from dataclasses import replace
+
+    return replace(request, entries=entries.with_lrs(request.entries, args.lr))
+
+
+def _check_json(path: Path | None) -> None:
+    from ..errors import ConfigError
+
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ConfigError(f"--json {str(path)!r}: " + ("this is a directory; give a file." if path.is_dir() else
+                                                       f"there is no directory {str(path.parent)!r}."))
+
+
+def _write(found: Comparison, out: Path, json_file: Path | None) -> None:
+    from ..compare import plots, report
+    from ..compare.store import write_atomically
+
+    text = report.text(found)
+    print(text)
+    files = {"table.txt": text + "\n", "results.json": report.dumps(found), "results.csv": report.to_csv(found)}
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    if json_file is not None:
+        write_atomically(json_file, files["results.json"])
+    drawn = plots.draw(found, out)
+    print("\n" + report.wrap(f"In {out}/: {', '.join([*files, *drawn, 'adapters/'])}"))
+
+
+def _interrupted(request: Request, words: list[str]) -> int:
+    from ..compare.store import Store
+
+    kept, there = len(Store(request.out).runs()), (request.out / "sweep.json").is_file()
+    command = shlex.join(["weft", *words, *(["--resume"] if there and not request.resume else [])])
+    print(f"\nInterrupted. {kept} finished runs are kept in {request.out}. Go on with:\n  {command}", file=sys.stderr)
+    return 130
+
+
+def _list(args: argparse.Namespace) -> int:
+    from ..errors import ConfigError
+
+    others = {key: value for key, value in vars(args).items() if key not in ("list", "words")}
+    if any(value not in (None, False, []) for value in others.values()):
+        raise ConfigError("--list stands alone: it prints names and compares nothing.")
+    from ..compare import entries
+    from ..methods import METHODS
+    from ..tasks import FAMILIES
+    from ..tasks.models import EMBEDDED
+    from . import listed
+
+    methods = {entry.label: entry for entry in entries.parse_methods(",".join(METHODS))}
+    print("methods (--methods lora,vera:r=64)", *entries.as_table(methods), "", sep="\n")
+    print("tasks (--task)", *(listed(name, what, 21) for name, what in FAMILIES.items()), "", sep="\n")
+    print("models (--model)", *(f"  {name}" for name in EMBEDDED), "  a directory that transformers can read",
+          "  a name on the hub, such as google/vit-base-patch16-224", sep="\n")
+    return 0
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, for example 1e-2")
+    return value
+
+

@@ -1,0 +1,110 @@
+"""`weft doctor`: versions, devices, and which code runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import textwrap
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+HELP = "versions, devices, which kernels run and why not"
+PACKAGES = ("torch", "safetensors", "transformers", "accelerate", "peft", "numpy", "scipy", "scikit-learn", "statsmodels",
+            "matplotlib", "pillow", "tqdm")
+
+
+WIDTH = 80
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write it there too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 where Weft works here (a test layer is adapted, trained, merged and restored), 1 where it does not."""
+    found = examine()
+    for section, entries in found.items():
+        if isinstance(entries, dict):
+            print(f"{section}:")
+            for name, value in entries.items():
+                print(textwrap.fill(f"  {name:<14}{value}", WIDTH, subsequent_indent=" " * 16))
+    if args.json is not None:
+        from ..checkpoint.files import replace
+
+        text = json.dumps({"schema": 1, **found}, indent=1) + "\n"
+        replace(args.json, lambda path: path.write_text(text, encoding="utf-8"))
+    return 0 if all(str(result).startswith("ok") for result in found["self-test"].values()) else 1
+
+
+def examine() -> dict[str, Any]:
+    import torch
+
+    from .. import __version__
+
+    versions = {"weft": __version__, "python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads", "cuda": _cuda()}
+    kernels = {"adapters": "plain torch operations on every device; this version has no kernels of its own",
+               "torch.compile": "supported, without graph breaks"}
+    return {"versions": versions, "devices": devices, "kernels": kernels, "self-test": _self_test()}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed" + ("" if package in ("torch", "safetensors") else ": pip install 'weft[all]'")
+
+
+def _cuda() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return "not there: this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"not there: torch is built for CUDA {torch.version.cuda} and sees no device"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _self_test() -> dict[str, str]:
+    """Every method on a small layer: attach, one backward, merge, unmerge, detach, and the base bitwise back."""
+    from .. import methods
+
+    return {name: _tried(method) for name, method in methods.METHODS.items()}
+
+
+def _tried(method: Any) -> str:
+    import torch
+
+    from ..errors import WeftError
+    from ..model.attach import attach, detach
+    from ..model.merge import merge, unmerge
+
+    torch_model = torch.nn.ModuleDict({"body": torch.nn.Linear(5, 7), "head": torch.nn.Linear(7, 3)})
+    before = {key: value.clone() for key, value in torch_model.state_dict().items()}
+    x = torch.linspace(-1, 1, 10).reshape(2, 5)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = torch_model["body"], torch_model["head"]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.body(x))
+            return out
+
+    model = Model()
+    try:
+        adapter = attach(model, method())
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(0.1)
+        model(x).sum().backward()
+        merge(model, verify=x)
+        unmerge(model)
+        detach(model)
+    except WeftError as error:
+        return f"failed: {' '.join(str(error).split())}"
+    same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return "ok" if same else "failed: the base was not restored"

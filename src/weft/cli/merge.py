@@ -1,0 +1,69 @@
+"""`weft merge`: a plain transformers model with the adapter in its weights."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any
+
+HELP = "write a plain transformers model with an adapter merged into its weights"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+WIDTH = 80
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="M", help="the base: a local directory, a hub name, or digits-vit")
+    add("--adapter", required=True, metavar="DIR", help="what weft.save or peft's save_pretrained wrote")
+    add("--out", required=True, metavar="DIR", type=Path, help="a new directory for the merged model")
+    add("--dtype", choices=DTYPES, default="auto", help="of the merged weights (default: as the base has them)")
+    add("--no-verify", action="store_true", help="do not compare outputs before and after")
+    add("--tolerance", type=float, metavar="X", help="largest relative change of the outputs (default: by dtype)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..checkpoint.load import load, read
+    from ..errors import ConfigError
+    from ..model.attach import detach
+    from ..model.merge import merge
+    from ..training.pretrained import dummy_inputs, find_source, model_for
+
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ConfigError(f"--out {str(args.out)!r} exists and is not empty; give a new directory.")
+    if args.no_verify and args.tolerance is not None:
+        raise ConfigError("--tolerance has no meaning with --no-verify.")
+    ref = find_source(args.model)
+    stored = read(args.adapter)
+    model: Any = model_for(ref, stored.base.get("class"), stored.selected, args.dtype)
+    load(model, args.adapter)
+    report = merge(model, verify=None if args.no_verify else dummy_inputs(model), tolerance=args.tolerance)
+    detach(model, keep_merged=True)
+    _write(model, args.out, Path(ref.source))
+    print(textwrap.fill(str(report), WIDTH))
+    print(f"{args.out}:\n{type(model).__name__}, loads with {type(model).__name__}.from_pretrained")
+    return 0
+
+
+def _write(model: Any, out: Path, source: Path) -> None:
+    """The whole directory under a temporary name, then renamed: there is a finished model or none."""
+    temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        for file in source.iterdir() if source.is_dir() else ():
+            if file.is_file() and not (temporary / file.name).exists() and _belongs(file):
+                shutil.copy(file, temporary / file.name)
+        if out.is_dir():
+            out.rmdir()
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _belongs(file: Path) -> bool:
+    """Tokenizer, processor and generation files go along; weights and read-mes of the base do not."""
+    return file.suffix in (".json", ".txt", ".model", ".jinja") and "safetensors" not in file.name

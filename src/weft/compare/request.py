@@ -1,0 +1,78 @@
+"""What `weft compare` was asked for, checked as far as it can be without loading the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..tasks import SPLITS, TaskRef, find_task
+from ..tasks.models import ModelRef, find_model
+from ..training.loop import AUDIT_AFTER
+from .entries import DEFAULT, Entry, parse_methods
+
+MODEL, TASK, OUT, SEEDS, HEAD_LR = "digits-vit", "digits", "weft-compare", 3, 1e-2
+FEWEST = {"steps": AUDIT_AFTER, "batch": 1, **dict.fromkeys(SPLITS, 1)}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps of a run, examples of a step, and the most examples of a split that are used (None: all)."""
+
+    steps: int = 150
+    batch: int = 20
+    train: int | None = None
+    validation: int | None = 1000
+    test: int | None = 2000
+
+    @property
+    def most(self) -> dict[str, int | None]:
+        return {name: getattr(self, name) for name in SPLITS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One comparison. `entries` are the rows; `workers` None means as many as make sense."""
+
+    model: ModelRef
+    task: TaskRef
+    entries: Sequence[Entry]
+    seeds: int = SEEDS
+    budget: Budget = field(default_factory=Budget)
+    head_lr: float = HEAD_LR
+    device: str = "auto"
+    workers: int | None = None
+    out: Path = Path(OUT)
+    resume: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for --resume. Methods, rates and seeds may be added to a comparison."""
+        budget = {name: getattr(self.budget, name) for name in FEWEST}
+        test = str(self.task.test) if self.task.test is not None else None
+        return {"model": self.model.name, "task": self.task.name, "--test": test,
+                **{f"--budget {name}": value for name, value in budget.items()}, "--head-lr": self.head_lr}
+
+
+def default_request(**changes: Any) -> Request:
+    """The comparison of `weft compare` without arguments, with some fields changed."""
+    given = {"model": find_model(MODEL), "task": find_task(TASK), "entries": parse_methods(",".join(DEFAULT))}
+    return Request(**{**given, **changes})
+
+
+def parse_budget(text: str) -> Budget:
+    """`steps=150,batch=20,train=500`. Raises ConfigError with the nearest name."""
+    given: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in FEWEST:
+            near = get_close_matches(name, FEWEST, n=2) or list(FEWEST)
+            raise ConfigError(f"--budget {text!r}: {name!r} is not known. Nearest: {near}.")
+        if name in given:
+            raise ConfigError(f"--budget {text!r}: {name!r} is there twice.")
+        if not value.isdecimal() or int(value) < FEWEST[name]:
+            raise ConfigError(f"--budget {text!r}: {name} must be a whole number, {FEWEST[name]} or more.")
+        given[name] = int(value)
+    return Budget(**given)

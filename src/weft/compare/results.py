@@ -1,0 +1,121 @@
+"""What a comparison found: one `Row` a method, and everything else that the report says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+from .entries import Entry, rate
+from .plan import Results, Sweep, finals, tune
+from .statistics import Ranking, rank, t_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method. `scores` has one entry a seed, None where that run failed; `trainable` is without the head."""
+
+    label: str
+    config: Mapping[str, Any]
+    tried: Mapping[float, float | None]  # learning rate -> mean validation score, None where a run of it failed
+    lr: float | None = None
+    scores: Sequence[float | None] = ()
+    curves: Sequence[Sequence[float]] = ()  # training loss of every step, by seed
+    trainable: int | None = None
+    head_trainable: int | None = None
+    nbytes: int | None = None
+    cost: Mapping[str, Any] = field(default_factory=dict)  # what bench.measure returned
+    adapter: str | None = None  # where the first seed's adapter is
+    reason: str | None = None  # why the row failed
+
+    @property
+    def status(self) -> str:
+        return "finished" if self.reason is None else "failed"
+
+    @property
+    def complete(self) -> list[float] | None:
+        """The scores, if every seed has one."""
+        found = [score for score in self.scores if score is not None]
+        return found if found and len(found) == len(self.scores) else None
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.complete) if self.complete else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return t_interval(self.complete) if self.complete else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All rows, in the order in which they were asked for."""
+
+    task: str
+    model: str
+    rows: Sequence[Row]
+    seeds: int
+    settings: Mapping[str, Any]  # steps, batch, head_lr
+    sizes: Mapping[str, int]  # examples by split
+    classes: Sequence[str]
+    head: Sequence[str]
+    device: str
+    versions: Mapping[str, str]
+    notes: Sequence[str]
+    metric: str = "accuracy"
+
+    @property
+    def ok(self) -> bool:
+        """Every row is what was asked for."""
+        return all(row.status == "finished" for row in self.rows)
+
+    @property
+    def head_trainable(self) -> int | None:
+        """Numbers of the head, which every row trains beside its method."""
+        return next((row.head_trainable for row in self.rows if row.head_trainable is not None), None)
+
+    def ranking(self) -> Ranking | None:
+        """Over the rows that have a score for every seed; None where there are too few seeds or rows."""
+        scored = {row.label: row for row in self.rows if row.complete and row.nbytes is not None}
+        return rank({label: row.complete or [] for label, row in scored.items()},
+                    {label: (row.trainable or 0, row.nbytes or 0) for label, row in scored.items()})
+
+    def row(self, label: str) -> Row:
+        return next(row for row in self.rows if row.label == label)
+
+
+def row_of(sweep: Sweep, entry: Entry, done: Results, cost: Mapping[str, Any] | None, adapter: str) -> Row:
+    """The row of one method. Every run that it needs is in `done`; `cost` is None where it was not measured."""
+    tuned = tune(sweep, entry, done)
+    tried = {lr: tuned.scores[lr][0] if lr in tuned.scores else None for lr in tuned.tried}
+    config = sweep.spec(entry, 0.0, 0, "final").config
+    if tuned.lr is None:
+        return Row(label=entry.label, config=config, tried=tried, scores=[None] * sweep.seeds, reason=tuned.failed)
+    runs = [done[sweep.key(spec)] for spec in finals(sweep, entry, tuned.lr)]
+    first = next((run for run in runs if "trainable" in run), {})
+    failed = next((f"seed {seed}: {run['reason']}" for seed, run in enumerate(runs) if run["status"] != "finished"),
+                  None)
+    if failed is None and cost is not None and cost.get("status") == "failed":
+        failed = f"it could not be measured: {cost['reason']}"
+    return Row(label=entry.label, config=config, tried=tried, lr=tuned.lr,
+               scores=[run["test"]["score"] if run["status"] == "finished" else None for run in runs],
+               curves=[run["losses"] for run in runs if run["status"] == "finished"],
+               trainable=first.get("trainable"), head_trainable=first.get("head_trainable"),
+               nbytes=runs[0].get("bytes"), cost=cost if cost and "status" not in cost else {},
+               adapter=adapter if runs[0]["status"] == "finished" else None, reason=failed)
+
+
+def notes_of(sweep: Sweep, done: Results) -> list[str]:
+    """What the tuning has to say: a best rate at the edge of its grid, and rates whose runs failed."""
+    notes = []
+    for entry in sweep.entries:
+        tuned = tune(sweep, entry, done)
+        if tuned.edge and tuned.lr is not None:
+            notes.append(f"{entry.label}: the best learning rate, {rate(tuned.lr)}, is at the edge of those tried "
+                         f"({', '.join(rate(lr) for lr in tuned.tried)}); a better one may lie beyond.")
+        lost = [rate(lr) for lr in tuned.tried if lr not in tuned.scores]
+        if lost and tuned.lr is not None:
+            notes.append(f"{entry.label}: training failed with the learning rate{'s' * (len(lost) > 1)} "
+                         f"{', '.join(lost)}.")
+    return notes

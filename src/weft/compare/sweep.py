@@ -1,0 +1,180 @@
+"""The comparison itself: every run that is missing, then every row's cost alone, then the rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import ConfigError
+from .bench import SMALL, Opening
+from .dispatch import Crew, Order
+from .entries import Entry, fit, rate
+from .plan import RunSpec, Sweep, finals, missing, progress, tune
+from .pool import Pool
+from .progress import Progress
+from .request import Request
+from .results import Comparison, notes_of, row_of
+from .store import LOGS, Store
+
+MOST_WORKERS = 16  # each holds its own model and libraries, some 0.5 GB
+NAMES = {"model": "weights of the model", "train": "training data", "validation": "validation data",
+         "test": "test data"}
+
+
+def compare(request: Request, shown: Progress) -> Comparison:
+    """Do what is missing and return the table's rows. What has finished is on the disk whenever this is interrupted.
+
+    Raises ConfigError (the directory holds something else, no such device), WeftError (model or data cannot be used).
+    """
+    Store.check(request.out, request.resume)
+    store = Store(request.out)
+    store.match(request.identity())
+    _check_device(request.device)
+    with Pool(store.root / LOGS) as pool:
+        crew = Crew(pool, asdict(_opening(request)))
+        about = crew.open_first()
+        store.open({**request.identity(), **{NAMES.get(key, key): value for key, value in about["context"].items()}})
+        sweep, notes = _resolve(request, about)
+        crew.size = _workers(request.workers, about)
+        done = _train(sweep, store, crew, shown)
+        crew.shrink()
+        costs = _measure(sweep, store, crew, shown, done, about["device"])
+    rows = [row_of(sweep, entry, done, costs.get(entry.label), str(store.adapter_path(entry.label)))
+            for entry in sweep.entries]
+    context = about["context"]
+    return Comparison(
+        task=request.task.name, model=request.model.name, rows=rows, seeds=request.seeds,
+        settings={"steps": sweep.steps, "batch": sweep.batch, "head_lr": sweep.head_lr}, sizes=about["sizes"],
+        classes=about["classes"], head=sweep.head, device=about["device"],
+        versions={name: context[name] for name in ("weft", "torch")}, notes=[*notes, *notes_of(sweep, done)])
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here. See `weft doctor`.")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _opening(request: Request) -> Opening:
+    test = str(request.task.test) if request.task.test is not None else None
+    return Opening(task=request.task.name, model=request.model.name, test=test, most=request.budget.most,
+                   device=request.device, threads=max(1, cores() // (request.workers or 1)))
+
+
+def _workers(asked: int | None, about: Mapping[str, Any]) -> int:
+    """Small models: one single-threaded worker a core. Others, and a GPU: one worker with everything."""
+    if asked is not None:
+        return asked
+    alone = about["parameters"] >= SMALL or about["context"]["device"] == "cuda"
+    return 1 if alone else min(cores(), MOST_WORKERS)
+
+
+def _resolve(request: Request, about: Mapping[str, Any]) -> tuple[Sweep, list[str]]:
+    entries, notes = fit(request.entries, about["narrowest"])
+    have = about["sizes"]["train"]
+    if have < request.budget.batch:
+        notes.append(f"A step sees {have} examples, not {request.budget.batch}: there are no more for training.")
+    sweep = Sweep(entries, tuple(about["head"]), request.seeds, request.budget.steps, request.budget.batch,
+                  request.head_lr, about["context"])
+    return sweep, [*about["notes"], *notes]
+
+
+def _train(sweep: Sweep, store: Store, crew: Crew, shown: Progress) -> dict[str, dict[str, Any]]:
+    """Every run of the sweep, finished ones from the store."""
+    done, saved = store.runs(), store.adapters()
+
+    def orders() -> list[Order]:
+        specs = [*missing(sweep, done), *_without_adapter(sweep, done, saved)]
+        return [Order(sweep.key(spec), {"do": "run", "spec": asdict(spec), "save_to": _save_to(store, spec)})
+                for spec in specs]
+
+    def finished(order: Order, result: dict[str, Any]) -> None:
+        label = order.message["spec"]["label"]
+        if order.message["save_to"] and result["status"] == "finished":
+            store.add_adapter(label, order.key)
+            saved[label] = order.key
+        if not result.get("lost"):
+            store.add_run(order.key, result)
+        done[order.key] = result
+        shown.step(*_progress(sweep, done), _told(order.message["spec"], result))
+
+    shown.start(*_progress(sweep, done))
+    crew.work(orders, finished)
+    return done
+
+
+def _progress(sweep: Sweep, done: Mapping[str, Any]) -> tuple[int, int]:
+    """The measurements at the end count as one run each."""
+    finished, total = progress(sweep, done)
+    return finished, total + len(sweep.entries)
+
+
+def _save_to(store: Store, spec: RunSpec) -> str | None:
+    return str(store.adapter_path(spec.label)) if spec.purpose == "final" and spec.seed == 0 else None
+
+
+def _without_adapter(sweep: Sweep, done: Mapping[str, Mapping[str, Any]], saved: Mapping[str, str]) -> list[RunSpec]:
+    """Finished runs whose adapter is not in its place: another rate was in force in between, or a row has a twin."""
+    specs = []
+    for entry in sweep.entries:
+        lr = tune(sweep, entry, done).lr
+        first = finals(sweep, entry, lr)[0] if lr is not None else None
+        if first and done.get(sweep.key(first), {}).get("status") == "finished":
+            specs += [first] if saved.get(entry.label) != sweep.key(first) else []
+    return specs
+
+
+def _told(spec: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """One run in half a line."""
+    what = f"{spec['label']} lr {rate(spec['lr'])} seed {spec['seed']}"
+    if result["status"] != "finished":
+        return f"{what} failed: {result['reason']}"
+    split = "test" if spec["purpose"] == "final" else "validation"
+    return f"{what} {split} {100 * result[split]['score']:.1f} %"
+
+
+def _measure(sweep: Sweep, store: Store, crew: Crew, shown: Progress, done: Mapping[str, Any], device: str
+             ) -> dict[str, dict[str, Any]]:
+    """Step time and memory of every row that has scores, one after the other and with nothing beside them."""
+    costs = store.measures()
+    keys = {entry.label: _measure_key(sweep, entry, device) for entry in sweep.entries}
+    configs = {keys[entry.label]: sweep.spec(entry, 0.0, 0, "final").config for entry in sweep.entries}
+    wanted = {keys[entry.label]: entry.label for entry in sweep.entries if _has_scores(sweep, entry, done)}
+
+    def orders() -> list[Order]:
+        return [Order(key, {"do": "measure", "config": configs[key], "batch": sweep.batch})
+                for key in wanted if key not in costs]
+
+    def finished(order: Order, result: dict[str, Any]) -> None:
+        if not result.get("lost"):
+            store.add_measure(order.key, result)
+        costs[order.key] = result
+        told = f"failed: {result['reason']}" if result.get("lost") else f"step x {result['step_ratio']:.2f}"
+        shown.step(before + sum(key in costs for key in wanted), total, f"{wanted[order.key]} measured: {told}")
+
+    before, total = progress(sweep, done)
+    total += len(wanted)
+    crew.work(orders, finished)
+    return {label: costs[key] for label, key in keys.items() if key in wanted}
+
+
+def _has_scores(sweep: Sweep, entry: Entry, done: Mapping[str, Any]) -> bool:
+    lr = tune(sweep, entry, done).lr
+    return lr is not None and all(done[sweep.key(s)]["status"] == "finished" for s in finals(sweep, entry, lr))
+
+
+def _measure_key(sweep: Sweep, entry: Entry, device: str) -> str:
+    """Like a run's key; the machine matters, the data that is scored does not."""
+    context = {key: value for key, value in sweep.context.items() if key not in ("validation", "test")}
+    data = [sweep.spec(entry, 0.0, 0, "final").config, sweep.batch, context, device]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

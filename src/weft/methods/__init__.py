@@ -1,0 +1,70 @@
+"""The list of methods. A new method is a file in this folder and a line here."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from ..errors import ConfigError
+from .base import Rule, Selection
+from .dora import DoRA
+from .dvora import DVoRA
+from .lora import LoRA
+from .selective import BitFit, Full, Head
+from .vera import VeRA
+
+METHODS: dict[str, type[Any]] = {
+    method.__name__: method for method in (Full, Head, BitFit, LoRA, VeRA, DoRA, DVoRA)
+}
+
+
+def by_name(name: str) -> type[Any]:
+    """The configuration class of a method, by its name in any case; ConfigError names the nearest."""
+    folded = {known.lower(): known for known in METHODS}
+    if name.lower() in folded:
+        return METHODS[folded[name.lower()]]
+    near = [folded[n] for n in get_close_matches(name.lower(), folded, n=2)] or list(METHODS)
+    raise ConfigError(f"method {name!r} is not known. Nearest: {near}.")
+
+
+def replace(rule: Any, overrides: dict[str, Any]) -> Any:
+    """A rule with some fields changed for one layer; ConfigError names an unknown field."""
+    if not overrides:
+        return rule
+    values = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    known = set(values) - {"targets", "modules_to_save"}
+    for field in overrides:
+        if field not in known:
+            near = get_close_matches(field, known, n=2) or sorted(known)
+            raise ConfigError(f"targets: {type(rule).__name__} has no field {field!r} to override per layer. "
+                              f"Nearest: {near}.")
+    return type(rule)(**{**values, **overrides})
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON values, with its name under "method"."""
+    from .target_spec import to_plain
+
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    if "targets" in values:
+        values["targets"] = to_plain(values["targets"])
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {"method": type(config).__name__, **plain}
+
+
+def from_json(data: dict[str, Any]) -> Any:
+    """The configuration that `to_json` wrote; unknown fields and methods are refused by name."""
+    if not isinstance(data, dict) or not isinstance(data.get("method"), str):
+        raise ConfigError('a configuration in JSON is an object with a "method" field, for example {"method": "LoRA"}.')
+    cls = by_name(data["method"])
+    known = {f.name for f in fields(cls)}
+    for field in data:
+        if field != "method" and field not in known:
+            near = get_close_matches(field, known, n=2) or sorted(known)
+            raise ConfigError(f"{cls.__name__} has no field {field!r}. Nearest: {near}.")
+    return cls(**{k: v for k, v in data.items() if k != "method"})
+
+
+__all__ = ["METHODS", "Rule", "Selection", "by_name", "from_json", "replace", "to_json",
+           "LoRA", "VeRA", "DoRA", "DVoRA", "Full", "Head", "BitFit"]

@@ -1,0 +1,195 @@
+"""What a method is: the three protocols that the rest of the library speaks, and the checks configurations share.
+
+A configuration is a frozen dataclass, and the configuration *is* the method. There are two kinds:
+
+* a `Rule` turns one frozen weight W [out, in] into an effective weight W' with few trained numbers (LoRA, VeRA,
+  DoRA, DVoRA); an `UpdateRule` is a rule of the form W' = W + delta, which DoRA can wrap;
+* a `Selection` trains tensors that the model already has (Full, Head, BitFit).
+
+Tensors reach a rule as attributes of `p` (`p.A`, `p.B`, ...), so a rule can be read and tested without any model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..ops import counter
+from .facts import TensorFact
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16,
+          "float16": torch.float16}
+
+Shape = tuple[int, ...]
+
+class Shared(nn.Module):
+    """Frozen tensors that every layer of an adapter reads; redrawn from their seed, never trained."""
+
+    def pool_key(self) -> tuple[Any, ...] | None:
+        """(share_key, max_out, max_in, device) if another adapter may read the same tensors, else None."""
+        return None
+
+
+class Params(Protocol):
+    """The tensors of one adapted layer, by attribute; `training` switches dropout."""
+
+    training: bool
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class Host(Protocol):
+    """One view over Linear, Conv1D and Embedding: all that a rule may know of the layer it adapts."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    def weight(self) -> Tensor:
+        """W as [out, in], a view without a copy."""
+        ...
+    def project(self, x: Tensor, A: Tensor, dropout: float, training: bool) -> Tensor:
+        """x Aᵀ [..., r] for A [r, in], with dropout on x; x holds ids where the layer is an embedding."""
+        ...
+
+
+class Draw:
+    """Starting values of one layer's tensors: a function of the seed and the tensor's name, of nothing else."""
+
+    def __init__(self, seed: int, site: str) -> None:
+        self.seed, self.site = seed, site
+
+    def normal(self, tensor: str, shape: Shape, std: float, device: torch.device) -> Tensor:
+        return counter.normal(counter.key_of(self.seed, self.site, tensor), 0, shape[0], shape[1], std, device)
+
+    def uniform(self, tensor: str, shape: Shape, bound: float, device: torch.device) -> Tensor:
+        return counter.uniform(counter.key_of(self.seed, self.site, tensor), 0, shape[0], shape[1], bound, device)
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A rule W -> W'. `merge`, `export`, analysis and every test oracle call `effective_weight`."""
+
+    targets: Any
+    modules_to_save: tuple[str, ...]
+    seed: int
+    dtype: str
+    mergeable: ClassVar[bool]
+
+    def trained(self, out: int, in_: int) -> dict[str, Shape]:
+        """Name and shape of every trained tensor of one layer, in the order in which they are written."""
+        ...
+    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
+        """Starting values, float32, on the weight's device; W' must equal W."""
+        ...
+    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
+        """The frozen tensors shared by layers of these (out, in) shapes, or None."""
+        ...
+    def share_key(self) -> tuple[Any, ...] | None:
+        """Layers with equal keys share; None where there is nothing to share."""
+        ...
+    def effective_weight(self, W: Tensor, p: Params) -> Tensor:
+        """W' [out, in] in float32, or in float64 where W is float64."""
+        ...
+    def forward(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
+        """The layer's output with the adapter, from its input x and its own output y = W x + bias."""
+        ...
+
+
+@runtime_checkable
+class UpdateRule(Rule, Protocol):
+    """A rule of the form W' = W + delta(p)."""
+
+    def delta(self, p: Params) -> Tensor:
+        """[out, in] in float32, or in float64 where the tensors are."""
+        ...
+    def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
+        """x deltaᵀ [..., out] in `dtype`, without building delta."""
+        ...
+
+
+@runtime_checkable
+class Selection(Protocol):
+    """A method that trains tensors which the model already has."""
+
+    modules_to_save: tuple[str, ...]
+    mergeable: ClassVar[bool]
+
+    def picks(self, fact: TensorFact) -> bool: ...
+
+
+def wide(t: Tensor) -> Tensor:
+    """float32, or float64 left as it is: the dtypes in which an effective weight is defined."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast would round the weight's norm to bfloat16; inside this it does not."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def check_rank(config: Any) -> None:
+    name, r = type(config).__name__, config.r
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ConfigError(f"{name}(r={r!r}): r must be a whole number, 1 or more.")
+
+
+def check_number(config: Any, field: str, *, low: float, high: float = math.inf, open_low: bool = False,
+                 open_high: bool = False) -> None:
+    """Refuse a field that is no finite number in the range, naming the range."""
+    value, name = getattr(config, field), type(config).__name__
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if ok and (low < value if open_low else low <= value) and (value < high if open_high else value <= high):
+        return
+    left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
+    raise ConfigError(f"{name}({field}={value!r}): {field} must be a number in {left}{low}, {high}{right}.")
+
+
+def check_choice(config: Any, field: str, allowed: Sequence[str]) -> None:
+    value = getattr(config, field)
+    if value not in allowed:
+        raise ConfigError(f"{type(config).__name__}({field}={value!r}): {field} must be one of {list(allowed)}.")
+
+
+def check_common(config: Any) -> None:
+    """The fields every rule has: dropout, seed, dtype, modules_to_save, and targets as far as they need no model."""
+    from .target_spec import normalise  # here, so that a configuration module can be read from the top
+
+    check_number(config, "dropout", low=0.0, high=1.0, open_high=True)
+    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or not 0 <= config.seed < 2**63:
+        raise ConfigError(f"{type(config).__name__}(seed={config.seed!r}): seed must be a whole number from 0 to 2**63-1.")
+    if isinstance(config.dtype, torch.dtype):
+        object.__setattr__(config, "dtype", str(config.dtype).removeprefix("torch."))
+    check_choice(config, "dtype", list(DTYPES))
+    check_modules(config)
+    object.__setattr__(config, "targets", normalise(config.targets))
+
+
+def check_modules(config: Any) -> None:
+    value = config.modules_to_save
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) and v for v in value):
+        raise ConfigError(f"{type(config).__name__}(modules_to_save={value!r}): write a list of module name endings, "
+                          'for example ["classifier"].')
+    object.__setattr__(config, "modules_to_save", tuple(value))
+
+
+def as_params(tensors: Mapping[str, Tensor], shared: Shared | None = None, training: bool = False) -> Any:
+    """The attribute view of loose tensors, for tests and for analysis without a model."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(**tensors, shared=shared, training=training)

@@ -1,0 +1,79 @@
+"""`targets=`: which layers a rule adapts, checked and brought into one immutable form.
+
+A *pattern* is one of
+    "all-linear"   every linear map but the output head, embeddings and routers
+    "attention"    the linear maps of the attention modules        "mlp"   all others inside the model's blocks
+    "q_proj"       letters, digits, '_' and '.': the ending of a module's name, cut at a dot
+    other text     a regular expression that must match a module's whole name
+and `targets` is a pattern, a list of patterns, or a dict of patterns to the fields they override: {"q_proj": {"r": 32}}.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+
+KEYWORDS = ("all-linear", "attention", "mlp")
+_ENDING = re.compile(r"[A-Za-z0-9_.]+")
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Patterns with the fields they change, in order; where two match a layer, the later one wins field by field."""
+
+    entries: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+
+
+def is_ending(pattern: str) -> bool:
+    """The pattern is the ending of a name rather than a keyword or a regular expression."""
+    return pattern not in KEYWORDS and _ENDING.fullmatch(pattern) is not None
+
+
+def normalise(targets: Any) -> str | tuple[str, ...] | Overrides:
+    """The immutable form. Raises ConfigError: another type, an empty list, a broken regular expression."""
+    if isinstance(targets, Overrides):
+        return targets
+    if isinstance(targets, str):
+        return _checked(targets)
+    if isinstance(targets, Mapping) and targets:
+        entries = []
+        for pattern, fields in targets.items():
+            if not isinstance(fields, Mapping) or not all(isinstance(field, str) for field in fields):
+                raise ConfigError(f"targets={{{pattern!r}: {fields!r}}}: write the fields to override as a dict, for "
+                                  'example {"q_proj": {"r": 32}}; {} overrides nothing.')
+            entries.append((_checked(pattern), tuple(fields.items())))
+        return Overrides(tuple(entries))
+    if isinstance(targets, Sequence | set | frozenset) and targets:
+        ordered = targets if isinstance(targets, Sequence) else sorted(targets, key=str)
+        return tuple(_checked(pattern) for pattern in ordered)
+    raise ConfigError(f"targets={targets!r}: write one of {list(KEYWORDS)}, a list of name endings such as "
+                      '["q_proj", "v_proj"], a regular expression, or a dict of these to overridden fields.')
+
+
+def patterns(targets: str | tuple[str, ...] | Overrides) -> list[tuple[str, dict[str, Any]]]:
+    """Every pattern with the fields it overrides."""
+    if isinstance(targets, Overrides):
+        return [(pattern, dict(fields)) for pattern, fields in targets.entries]
+    return [(pattern, {}) for pattern in ((targets,) if isinstance(targets, str) else targets)]
+
+
+def to_plain(targets: Any) -> Any:
+    """JSON values from which `normalise` makes the same again."""
+    if isinstance(targets, Overrides):
+        return {pattern: dict(fields) for pattern, fields in targets.entries}
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _checked(pattern: Any) -> str:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"targets: {pattern!r} is no pattern; write a name ending, a regular expression, or one of "
+                          f"{list(KEYWORDS)}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"targets: {pattern!r} is no regular expression: {error}.") from None
+    return pattern

@@ -1,0 +1,116 @@
+"""The handle that `attach` returns: one adapter's tensors, counted, listed, planned and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+from ..errors import WeftError
+from .layer import Site
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+@dataclass(eq=False)
+class Selected:
+    """A base tensor that an adapter trains as a copy. `holders` are all the places where the model reads it."""
+
+    original: nn.Parameter
+    trained: nn.Parameter
+    holders: list[tuple[nn.Module, str]]
+    head: bool
+
+    def install(self, parameter: nn.Parameter) -> None:
+        """Put the original or the trained tensor where the model reads it, on the model's current device."""
+        for module, name in self.holders:
+            live = module._parameters[name]
+            if live is not None and live is not parameter and live.device != parameter.device:
+                parameter.data = parameter.data.to(live.device)
+            module._parameters[name] = parameter
+
+
+class Disk(Protocol):
+    """What the checkpoint room lends to the handle; the model room may not import it."""
+
+    def save(self, model: nn.Module, path: str | Path, name: str, projections: bool) -> Path: ...
+    def file_size(self, adapter: Adapter) -> int: ...
+
+
+_disk: list[Disk] = []
+
+
+def bind_disk(disk: Disk) -> None:
+    """Called once, by the checkpoint room."""
+    _disk[:] = [disk]
+
+
+@dataclass(eq=False)
+class Adapter:
+    """An adapter attached to `model` under `name`.
+
+    `sites` maps module names to the adapted layers' tensors, `selected_tensors` maps full tensor names to base tensors
+    trained as copies (Full, Head, BitFit, and `modules_to_save`), `frozen` lists what stays frozen and why.
+    """
+
+    name: str
+    config: Any
+    model: nn.Module
+    sites: dict[str, Site] = field(default_factory=dict)
+    selected_tensors: dict[str, Selected] = field(default_factory=dict)
+    frozen: list[Any] = field(default_factory=list)
+    routed: list[str] = field(default_factory=list)
+    load_report: Any = None
+
+    @property
+    def selected(self) -> dict[str, nn.Parameter]:
+        """Full tensor name -> the trained copy."""
+        return {name: s.trained for name, s in self.selected_tensors.items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every declared tensor: "<module>.<tensor>" for sites, the base tensor's own name for selected ones."""
+        for module, site in self.sites.items():
+            for tensor, parameter in site.trainable().items():
+                yield (f"{module}.{tensor}" if module else tensor), parameter
+        yield from self.selected.items()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the optimiser gets."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    @property
+    def num_parameters(self) -> int:
+        """All trained numbers."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_head_parameters(self) -> int:
+        """Those of them that belong to the head or to `modules_to_save`; the papers count these apart."""
+        return sum(s.trained.numel() for s in self.selected_tensors.values() if s.head)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of adapter_model.safetensors as `save` writes it, header and all."""
+        return self._on_disk().file_size(self)
+
+    def save(self, path: str | Path, projections: bool = False) -> Path:
+        """See `weft.save`."""
+        return self._on_disk().save(self.model, path, self.name, projections)
+
+    def plan(self) -> Plan:
+        """What is trained, what stays frozen and why; print it."""
+        from .plan import plan_of
+
+        return plan_of(self)
+
+    @staticmethod
+    def _on_disk() -> Disk:
+        if not _disk:
+            raise WeftError("import weft, not weft.model alone, to save adapters.")
+        return _disk[0]
+
+

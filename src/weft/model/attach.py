@@ -1,0 +1,201 @@
+"""Attach adapters to a model in place, and take them off again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .. import methods
+from ..errors import ConfigError, MergeError, TargetError, WeftError
+from ..methods.base import Draw, Rule, Shared
+from . import hosts, targets
+from .adapter import Adapter
+from .layer import Site, adapt, is_adapted, restore, sites_of, switch_of
+from .selection import select, tensors_of_modules, tensors_picked
+from .state import ATTRIBUTE, Rows, State, find_state, state_of, unwrapped
+from .switch import activate, base_only
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where an adapter goes: a rule for each module, base tensors trained as copies, and what stays frozen and why."""
+
+    rules: Mapping[str, Rule]
+    selected: Sequence[str] = ()
+    frozen: Sequence[Any] = ()
+    routed: Sequence[str] = ()
+
+
+def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
+    """Attach `config` to `model` in place, freeze the base, make the adapter active, and return its handle.
+
+    No wrapper is made and no base parameter is renamed. The output is unchanged until the adapter is trained.
+    A failed attach leaves the model as it was. Adapters share a model under different names.
+
+    Raises ConfigError (not a Weft configuration, bad name), TargetError (the targets do not fit the model),
+    WeftError (the name is taken), MergeError (an adapter is merged).
+    """
+    if type(config) not in methods.METHODS.values():
+        raise ConfigError(f"attach(config={config!r}): write a Weft configuration, for example weft.LoRA(r=8). "
+                          f"Methods: {list(methods.METHODS)}.")
+    return attach_resolved(model, config, parts_of(unwrapped(model), config), name)
+
+
+def parts_of(root: nn.Module, config: Any) -> Parts:
+    """Resolve a configuration against a model, before anything is touched."""
+    saved = tensors_of_modules(root, config.modules_to_save)
+    if isinstance(config, methods.Selection):
+        return Parts({}, list(dict.fromkeys([*tensors_picked(root, config), *saved])))
+    found = targets.resolve(root, config.targets)
+    rules = {module: methods.replace(config, dict(over)) for module, over in found.sites.items()}
+    for tensor in saved:
+        module = tensor.rpartition(".")[0]
+        if module in rules:
+            raise TargetError(f"{module!r} is named by targets and by modules_to_save={list(config.modules_to_save)}: "
+                              "a layer is adapted or trained in full. Take it out of one of the two.")
+    return Parts(rules, saved, found.frozen, found.routed)
+
+
+def attach_resolved(model: nn.Module, config: Any, parts: Parts, name: str = "default",
+                    shared: Mapping[Any, Shared] | None = None) -> Adapter:
+    """Attach exactly these parts. `shared` gives frozen tensors read from a file, by the rules' share_key.
+
+    Everything that can fail happens before the model is touched.
+    """
+    root = unwrapped(model)
+    state = find_state(root)
+    _check_name(state, name)
+    with base_only(state):
+        modules = dict(root.named_modules())
+        _check_ownership(modules, parts.rules, state)
+        _check_tied(root, parts.rules)
+        adapter = Adapter(name, config, root, frozen=list(parts.frozen), routed=list(parts.routed))
+        adapter.sites = _build_sites(modules, parts.rules, state, dict(shared or {}))
+        adapter.selected_tensors = select(root, parts.selected, config.modules_to_save)
+    if not any(True for _ in adapter.parameters()):
+        raise TargetError(f"{config!r} finds nothing to train in {type(root).__name__}.")
+    _install(root, state or State(root), adapter, modules)
+    return adapter
+
+
+def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -> None:
+    """Take an adapter off: the model has the modules, keys, flags and outputs that it had before.
+
+    Where it was the active adapter, the base is active afterwards. keep_merged=True drops a merged adapter and leaves
+    its effective weights in the model for good.
+    Raises WeftError (no such adapter), MergeError (it is merged and keep_merged was not given).
+    """
+    state = state_of(model)
+    adapter = state.adapter(name)
+    if state.merged is not None:
+        if state.merged.name != name or not keep_merged:
+            raise MergeError(f"adapter {state.merged.name!r} is merged. Call weft.unmerge(model) first, or "
+                             f"weft.detach(model, {state.merged.name!r}, keep_merged=True) to keep its weights.")
+        state.merged, state.switch.base_weights = None, {}
+    if state.switch.active is not None and (isinstance(state.switch.active, Rows) or state.switch.active == name):
+        activate(state, None)
+    for site in adapter.sites.values():
+        layer = site.host.module
+        del sites_of(layer)[name]
+        if not len(sites_of(layer)):
+            restore(layer)
+    del state.adapters[name]
+    if not state.adapters:
+        for full, parameter in state.root.named_parameters():
+            parameter.requires_grad_(state.required_grad[full])
+        del state.root.__dict__[ATTRIBUTE]
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Name -> handle of every adapter on the model; empty where there is none."""
+    state = find_state(model)
+    return dict(state.adapters) if state else {}
+
+
+def _check_name(state: State | None, name: str) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(f"adapter name {name!r}: use letters, digits, '_' and '-', and no attribute of nn.ModuleDict.")
+    if state is None:
+        return
+    if state.merged is not None:
+        raise MergeError(f"adapter {state.merged.name!r} is merged; call weft.unmerge(model) before attaching another.")
+    if name in state.adapters:
+        raise WeftError(f"adapter {name!r} is already attached (have: {list(state.adapters)}). Choose another name, or "
+                        f"weft.detach(model, {name!r}) first.")
+
+
+def _check_ownership(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], state: State | None) -> None:
+    mine = None if state is None else state.switch
+    for name, module in modules.items():
+        if is_adapted(module) and switch_of(module) is not mine:
+            raise WeftError(f"{name!r} carries an adapter that was attached through another root module. Use that "
+                            "module, or detach it first.")
+    for name in rules:
+        if name not in modules:
+            raise TargetError(f"the model has no module {name!r}.")
+
+
+def _check_tied(root: nn.Module, rules: Mapping[str, Rule]) -> None:
+    """Adapting one of two modules that read one Parameter would say one thing unmerged and another merged."""
+    readers: dict[int, list[str]] = {}
+    for name, module in root.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            readers.setdefault(id(weight), []).append(name)
+    for names in readers.values():
+        adapted = [n for n in names if n in rules]
+        if adapted and len(names) > 1:
+            other = next(n for n in names if n != adapted[0])
+            raise TargetError(f"{adapted[0]!r} and {other!r} are tied: they read one weight, so adapting one side would "
+                              f"merge into both. Give {other!r} its own copy first: model.{other}.weight = torch.nn."
+                              f"Parameter(model.{other}.weight.detach().clone()) and config.tie_word_embeddings = False.")
+
+
+def _build_sites(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], state: State | None,
+                 given: Mapping[Any, Shared]) -> dict[str, Site]:
+    views = {name: hosts.view(modules[name]) for name in rules}
+    groups: dict[Any, list[tuple[int, int]]] = {}
+    for name, rule in rules.items():
+        groups.setdefault(rule.share_key(), []).append((views[name].out_features, views[name].in_features))
+    pool = _pool(state)
+    sites = {}
+    for name, rule in rules.items():
+        key, device = rule.share_key(), views[name].weight().device
+        shared = given.get(key)
+        if shared is None and key is not None:
+            full = (key, max(o for o, _ in groups[key]), max(i for _, i in groups[key]), device)
+            if full not in pool:
+                made = rule.share(groups[key], device)
+                pool[full] = made
+            shared = pool[full]
+        sites[name] = Site(rule, views[name], shared)
+        sites[name].start(Draw(rule.seed, name))
+        sites[name].train(modules[name].training)
+    return sites
+
+
+def _pool(state: State | None) -> dict[Any, Any]:
+    """The shared tensors of adapters already on the model, so that equal ones exist once a model."""
+    sites = [site for adapter in state.adapters.values() for site in adapter.sites.values()] if state else []
+    return {site.shared.pool_key(): site.shared for site in sites
+            if site.shared is not None and site.shared.pool_key() is not None}
+
+
+def _install(root: nn.Module, state: State, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    if not state.adapters:
+        state.required_grad = {name: p.requires_grad for name, p in root.named_parameters()}
+        for parameter in root.parameters():
+            parameter.requires_grad_(False)
+        root.__dict__[ATTRIBUTE] = state
+    for name, site in adapter.sites.items():
+        if not is_adapted(modules[name]):
+            adapt(modules[name], state.switch)
+        sites_of(modules[name])[adapter.name] = site
+    state.adapters[adapter.name] = adapter
+    activate(state, adapter.name)

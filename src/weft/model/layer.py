@@ -1,0 +1,106 @@
+"""An adapted layer: the user's own module, its class swapped for a subclass whose forward adds the active adapters.
+
+The layer stays where it is, stays an instance of its class and keeps its parameters; `restore` gives the class back.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.base import DTYPES, Draw, Rule, Shared
+from .hosts import HostView
+from .state import Switch
+
+CHILD = "weft"
+_SWITCH = "_weft_switch"
+_INNER = "_weft_inner_forward"
+
+
+class Site(nn.Module):
+    """One adapter's tensors on one layer; what a rule reads as `p`. `shape` is the weight's (out, in)."""
+
+    def __init__(self, rule: Rule, host: HostView, shared: Shared | None) -> None:
+        super().__init__()
+        self.rule, self.host, self.shared = rule, host, shared
+        self.shape = (host.out_features, host.in_features)
+        self.names = tuple(rule.trained(*self.shape))
+
+    def start(self, draw: Draw) -> None:
+        """Create the trained tensors at their starting values, on the device of the layer's weight."""
+        with torch.no_grad():
+            for name, value in self.rule.start(self.host, draw, self.shared).items():
+                self.register_parameter(name, nn.Parameter(value.to(DTYPES[self.rule.dtype])))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by name, in the order of the rule."""
+        return {name: self.get_parameter(name) for name in self.names}
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output with this adapter, from its input and its own output."""
+        return self.rule.forward(x, y, self.host, self)
+
+
+def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The base layer's own forward, then the active adapters."""
+    inner = self.__dict__.get(_INNER)
+    y: Tensor = inner(*args, **kwargs) if inner is not None else type(self)._weft_base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+    switch: Switch | None = self.__dict__.get(_SWITCH)
+    if switch is None:  # a hook kept this forward beyond detach
+        return y
+    return switch.apply(self._modules[CHILD], args[0] if args else next(iter(kwargs.values())), y)
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    cls = _adapted_class(base)
+    return cls.__new__(cls)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    # The subclass is made at run time, so a copy or a pickle names the base class and makes it anew.
+    return _blank, (type(self)._weft_base,), self.__dict__  # type: ignore[attr-defined]
+
+
+@cache
+def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    body = {"_weft_base": base, "forward": adapted_forward, "__reduce_ex__": _reduce,
+            "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base)(f"Adapted{base.__name__}", (base,), body)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    return hasattr(type(module), "_weft_base")
+
+
+def adapt(module: nn.Module, switch: Switch) -> None:
+    """Swap the class and add the container of sites; nothing else of the layer changes."""
+    module.__dict__[_SWITCH] = switch
+    if "forward" in module.__dict__:  # accelerate's device hooks put a forward on the instance; keep it inside ours
+        module.__dict__[_INNER] = module.__dict__.pop("forward")
+    module.__class__ = _adapted_class(type(module))
+    module.add_module(CHILD, nn.ModuleDict())
+
+
+def restore(module: nn.Module) -> None:
+    """Undo `adapt`: the same class, the same children, the same instance attributes."""
+    del module._modules[CHILD]
+    module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
+    del module.__dict__[_SWITCH]
+    if _INNER in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop(_INNER)
+
+
+def sites_of(module: nn.Module) -> nn.ModuleDict:
+    """The layer's adapters by name."""
+    container = module._modules[CHILD]
+    if not isinstance(container, nn.ModuleDict):
+        raise TypeError(f"{type(module).__name__}.{CHILD} is not Weft's")
+    return container
+
+
+def switch_of(module: nn.Module) -> Switch | None:
+    """The switch that an adapted layer reads; None for any other module."""
+    return module.__dict__.get(_SWITCH)

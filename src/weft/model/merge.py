@@ -1,0 +1,236 @@
+"""Merge an adapter into the weights, measured, and give the base back bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MergeError, UnsupportedError, WeftError
+from .adapter import Adapter
+from .layer import is_adapted, sites_of, switch_of
+from .state import State, state_of
+from .switch import activate
+
+# Largest relative change of the output that a merge may cause, by the dtype of the merged weights. A merge rounds W'
+# once; what a deep model makes of that rounding is some ten to a hundred units in the last place.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass
+class Merged:
+    """What is merged, and the bits that `unmerge` puts back."""
+
+    name: str
+    active: Any
+    backups: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    base_weights: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge measured.
+
+    rounding: largest ‖cast(W') - W'‖ / ‖W'‖ over the merged weights. change: largest ‖W' - W‖ / ‖W‖.
+    With `verify`: output_error is max |merged - attached| / max |attached| over all outputs, effect is the same for
+    attached against base, and tolerance is what output_error was held to.
+    """
+
+    name: str
+    weights: int
+    rounding: float
+    change: float
+    output_error: float | None = None
+    effect: float | None = None
+    tolerance: float | None = None
+
+    def __str__(self) -> str:
+        text = f"merged {self.name!r} into {self.weights} weights: changed by up to {self.change:.2e}, rounded by " \
+               f"{self.rounding:.1e} (relative)"
+        if self.output_error is None:
+            return text + "; outputs not verified"
+        return text + f"; outputs differ by {self.output_error:.1e} (allowed {self.tolerance:.0e}), while the adapter " \
+                      f"moves them by {self.effect:.1e}"
+
+
+def merge(model: nn.Module, name: str = "default", verify: Any = None,
+          tolerance: float | None = None) -> MergeReport:
+    """W <- W' for every weight of the adapter: computed in float32 (or float64), cast once to the weight's dtype.
+
+    verify: inputs for the model (a tensor, a tuple of arguments, or a dict of keyword arguments). The outputs with the
+    adapter attached and merged are compared in eval mode; if they differ by more than `tolerance` (relative; by dtype
+    if None) the base is put back and MergeError is raised.
+    The base's bits are kept, so `unmerge` is exact; that costs one copy of the merged weights.
+
+    Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed), UnsupportedError (the
+    method cannot be merged).
+    """
+    state = state_of(model)
+    adapter = state.adapter(name)
+    _check_mergeable(state, adapter)
+    before = _outputs(state, name, verify)
+    base = _outputs(state, None, verify)
+    record = Merged(name, state.switch.active)
+    activate(state, None)
+    try:
+        rounding, change = _write(adapter, record)
+    except BaseException:
+        _put_back(record)
+        activate(state, record.active)
+        raise
+    state.merged = record
+    state.switch.base_weights = record.base_weights
+    report = MergeReport(name, len(record.backups), rounding, change)
+    if verify is None:
+        return report
+    return _verified(state, report, base, before, _outputs(state, None, verify), tolerance)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the base's weights back bit for bit and make active what was active before `merge`."""
+    state = state_of(model)
+    if state.merged is None:
+        raise MergeError("nothing is merged, so there is nothing to unmerge.")
+    record, state.merged, state.switch.base_weights = state.merged, None, {}
+    _put_back(record)
+    activate(state, record.active)
+
+
+def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
+    """W' [out, in] of one adapted layer in float32 (float64 where the weight is), detached.
+
+    Raises WeftError where the layer carries no such adapter.
+    """
+    if not is_adapted(layer) or name not in sites_of(layer):
+        have = list(sites_of(layer)) if is_adapted(layer) else []
+        raise WeftError(f"this {type(layer).__name__} carries no adapter {name!r} (it has: {have}).")
+    site = sites_of(layer)[name]
+    merged = switch_of(layer).base_weights.get(layer)  # type: ignore[union-attr]
+    base: Tensor = site.host.weight() if merged is None else merged.t() if site.host.transposed else merged
+    with torch.no_grad():
+        weight: Tensor = site.rule.effective_weight(base, site)
+    return weight.detach()
+
+
+def _check_mergeable(state: State, adapter: Adapter) -> None:
+    if state.merged is not None:
+        raise MergeError(f"adapter {state.merged.name!r} is already merged; call weft.unmerge(model) before merging "
+                         f"{adapter.name!r}.")
+    if not adapter.config.mergeable:
+        raise UnsupportedError(f"{type(adapter.config).__name__} is not a change of weights, so it cannot be merged.")
+    for name, parameter in adapter.named_parameters():
+        if parameter.is_meta:
+            raise MergeError(f"{name!r} is on the meta device and has no values to merge.")
+        if not bool(torch.isfinite(parameter).all()):
+            raise MergeError(f"{name!r} holds NaN or infinity; nothing was merged.")
+
+
+@torch.no_grad()
+def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
+    rounding = change = 0.0
+    for name, site in adapter.sites.items():
+        stored: nn.Parameter = site.host.module.weight  # type: ignore[assignment]
+        wanted = site.rule.effective_weight(site.host.weight(), site)
+        cast = wanted.to(stored.dtype)
+        if not bool(torch.isfinite(cast).all()):
+            raise MergeError(f"{name!r}: W' is not finite in {stored.dtype}; nothing was merged.")
+        rounding = max(rounding, _relative(cast - wanted, wanted))
+        change = max(change, _relative(wanted - site.host.weight(), site.host.weight()))
+        _replace(stored, cast.t() if site.host.transposed else cast, record)
+        record.base_weights[site.host.module] = record.backups[-1][1]
+    for selected in adapter.selected_tensors.values():
+        change = max(change, _relative(selected.trained - selected.original, selected.original))
+        _replace(selected.original, selected.trained, record)
+    return rounding, change
+
+
+def _replace(parameter: nn.Parameter, value: Tensor, record: Merged) -> None:
+    record.backups.append((parameter, parameter.detach().clone()))
+    parameter.copy_(value)
+
+
+@torch.no_grad()
+def _put_back(record: Merged) -> None:
+    for parameter, bits in record.backups:
+        parameter.copy_(bits)
+
+
+def _relative(difference: Tensor, of: Tensor) -> float:
+    size = float(torch.linalg.vector_norm(of.double()))
+    return float(torch.linalg.vector_norm(difference.double())) / size if size else 0.0
+
+
+def _verified(state: State, report: MergeReport, base: list[Tensor], before: list[Tensor], after: list[Tensor],
+              tolerance: float | None) -> MergeReport:
+    if tolerance is None:
+        dtypes = {p.dtype for p, _ in state.merged.backups} if state.merged else set()
+        tolerance = max(TOLERANCE.get(d, 1e-1) for d in dtypes)
+    error, effect = _distance(after, before), _distance(before, base)
+    if not error <= tolerance:  # written so that NaN is refused too
+        unmerge(state.root)
+        raise MergeError(f"merging {report.name!r} changed the outputs by {error:.2e} (relative; allowed {tolerance:.0e}), "
+                         "so the base was put back. Pass tolerance= to allow more, or merge in a wider dtype.")
+    return MergeReport(report.name, report.weights, report.rounding, report.change, error, effect, tolerance)
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        scale = float(y.abs().max()) if y.numel() else 0.0
+        gap = float((x - y).abs().max()) if y.numel() else 0.0
+        worst = max(worst, gap / scale if scale else gap) if not math.isnan(gap) else math.nan
+    return worst
+
+
+def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
+    """All floating outputs of the model for `inputs` in eval mode, as float64; empty where there are no inputs."""
+    if inputs is None:
+        return []
+    if state.merged is None:
+        before = state.switch.active
+        activate(state, name)
+        try:
+            return _run(state.root, inputs)
+        finally:
+            activate(state, before)
+    return _run(state.root, inputs)
+
+
+def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
+    with _eval(model), torch.no_grad():
+        if isinstance(inputs, Mapping):
+            out = model(**inputs)
+        else:
+            out = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    found = [t.detach().double() for t in _tensors(out)]
+    if not found:
+        raise MergeError("verify: the model returned no floating-point tensor to compare.")
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+@contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,165 @@
+"""What an adapter trains, layer by layer, and what stays frozen and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .adapter import Adapter
+
+WIDTH = 80
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted layer or selected tensor; `shape` is (out, in) for a layer."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    trainable: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Something that could have been adapted and was not."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Printed as a table of at most 80 columns in which repeated layers share a line."""
+
+    method: str
+    rows: list[Row]
+    frozen: list[Frozen]
+    base_parameters: int
+
+    @property
+    def trainable(self) -> int:
+        """Trained numbers."""
+        return sum(row.trainable for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the trained tensors as they are held."""
+        return sum(row.nbytes for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"method": self.method, "trainable": self.trainable, "nbytes": self.nbytes,
+                "base_parameters": self.base_parameters, "rows": [vars(r) for r in self.rows],
+                "frozen": [vars(f) for f in self.frozen]}
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.base_parameters, 1)
+        lines = [f"{self.method}: {self.trainable:,} trained numbers ({share:.4g} % of {self.base_parameters:,}), "
+                 f"{size_text(self.nbytes)}", *rows_as_text(self.rows)]
+        if self.frozen:
+            lines.append("stays frozen:")
+        for pattern, cold in _folded(self.frozen):
+            lines += _wrapped(f"{pattern} ({cold[0].kind} {_shape(cold[0].shape)}, x{len(cold)})", cold[0].reason)
+        return "\n".join(lines)
+
+
+def rows_as_text(rows: list[Row]) -> list[str]:
+    """A table of at most 80 columns; layers that differ only in the numbers of their names share a line."""
+    table = [("layer", "kind", "shape", "x", "trained", "bytes")]
+    for pattern, group in _folded(rows):
+        first = group[0]
+        trained, held = sum(r.trainable for r in group), sum(r.nbytes for r in group)
+        table.append((pattern, first.kind, _shape(first.shape), str(len(group)), f"{trained:,}", size_text(held)))
+    return _columns(table)
+
+
+def plan_of(adapter: Adapter) -> Plan:
+    """The plan of an attached adapter."""
+    rows = [Row(name, site.host.kind, site.shape, sum(p.numel() for p in site.trainable().values()),
+                sum(p.numel() * p.element_size() for p in site.trainable().values()))
+            for name, site in adapter.sites.items()]
+    rows += [Row(name, "tensor", tuple(p.shape), p.numel(), p.numel() * p.element_size())
+             for name, p in adapter.selected.items()]
+    frozen = [Frozen(f.name, f.kind, tuple(f.shape), f.reason) for f in adapter.frozen]
+    ours = {id(p) for site in adapter.sites.values() for p in site.parameters()}
+    others = {id(p) for a in _siblings(adapter) for s in a.sites.values() for p in s.parameters()}
+    base = sum(p.numel() for p in adapter.model.parameters() if id(p) not in ours | others)
+    return Plan(type(adapter.config).__name__, rows, frozen, base)
+
+
+def _siblings(adapter: Adapter) -> Iterable[Adapter]:
+    from .attach import adapters
+
+    return adapters(adapter.model).values()
+
+
+def _folded(rows: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Rows that differ only in the numbers of their names, with those numbers as a range: layers.{0..11}.q_proj."""
+    groups: dict[Any, list[Any]] = {}
+    for row in rows:
+        key = (re.sub(r"\d+", "#", row.name), row.kind, row.shape, getattr(row, "reason", None))
+        groups.setdefault(key, []).append(row)
+    for (pattern, *_), group in groups.items():
+        yield _ranges(pattern, [re.findall(r"\d+", row.name) for row in group]), group
+
+
+def _ranges(pattern: str, numbers: list[list[str]]) -> str:
+    for place in zip(*numbers, strict=True):
+        distinct = sorted({int(n) for n in place})
+        run = distinct == list(range(distinct[0], distinct[-1] + 1))
+        text = str(distinct[0]) if len(distinct) == 1 else \
+            "{" + (f"{distinct[0]}..{distinct[-1]}" if run else ",".join(map(str, distinct))) + "}"
+        pattern = pattern.replace("#", text, 1)
+    return pattern
+
+
+def _columns(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    room = WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)
+    name = max(12, min(widths[0], room))
+    lines = []
+    for row in table:
+        first, *more = _broken(row[0], name)
+        rest = [row[1].ljust(widths[1]), *(c.rjust(w) for c, w in zip(row[2:], widths[2:], strict=True))]
+        lines.append("  ".join([first.ljust(name), *rest]).rstrip())
+        lines += ["  " + part for part in more]
+    return lines
+
+
+def _broken(name: str, width: int) -> list[str]:
+    """A name in pieces of at most `width`, cut after a dot where there is one (the dots of a range are none)."""
+    pieces = []
+    while len(name) > width:
+        cut = max((m.end() for m in re.finditer(r"\.(?![.\d]*})", name[:width])), default=width)
+        pieces.append(name[:cut])
+        name = name[cut:]
+        width = width - 2 if len(pieces) == 1 else width
+    return [*pieces, name]
+
+
+def _wrapped(what: str, why: str) -> list[str]:
+    line = f"  {what}: {why}"
+    if len(line) <= WIDTH:
+        return [line]
+    import textwrap
+
+    return [*textwrap.wrap(f"{what}:", WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False),
+            *textwrap.wrap(why, WIDTH, initial_indent="    ", subsequent_indent="    ")]
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes in four digits and a unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} GiB"

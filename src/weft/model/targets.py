@@ -1,0 +1,137 @@
+"""From `targets=` to the layers of a model, and to what stays frozen and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from ..errors import TargetError
+from ..methods.target_spec import KEYWORDS, is_ending, patterns
+from . import hosts, structure
+from .plan import Frozen
+
+
+@dataclass(frozen=True)
+class Found:
+    """`sites`: module name -> overridden fields; `routed`: those of them that see tokens regrouped by a router."""
+
+    sites: Mapping[str, Mapping[str, Any]]
+    frozen: list[Frozen] = field(default_factory=list)
+    routed: list[str] = field(default_factory=list)
+
+
+def resolve(root: nn.Module, targets: Any) -> Found:
+    """Match a checked `targets` against a model. Every pattern must match something.
+
+    Raises TargetError: a pattern that matches nothing (with the nearest names), or a layer named by its ending that
+    cannot be adapted (with the reason).
+    """
+    layers = {name: module for name, module in structure.base_modules(root) if hosts.looks_linear(module)}
+    left_out = _left_out(root, layers)
+    sites: dict[str, dict[str, Any]] = {}
+    for pattern, fields in patterns(targets):
+        names = _matching(root, pattern, layers, left_out)
+        if not names:
+            raise _no_match(pattern, layers, left_out)
+        for name in names:
+            sites[name] = {**sites.get(name, {}), **fields}
+    ordered = {name: sites[name] for name in layers if name in sites}
+    frozen, routed = leftovers(root, ordered)
+    return Found(ordered, frozen, routed)
+
+
+def leftovers(root: nn.Module, chosen: Collection[str]) -> tuple[list[Frozen], list[str]]:
+    """What could have been adapted and was not, with the reason; and which of the chosen are routed experts."""
+    layers = {name: module for name, module in structure.base_modules(root) if hosts.looks_linear(module)}
+    left_out = _left_out(root, layers)
+    frozen = []
+    for name, module in layers.items():
+        if name not in chosen:
+            reason = left_out.get(name, "not named by targets")
+            frozen.append(Frozen(name, hosts.shape_kind(module) or "layer", _shape(module), reason))
+    frozen += _raw_tensors(root, layers)
+    experts = list(structure.expert_modules(root))
+    return frozen, [name for name in chosen if structure.within(name, experts)]
+
+
+def _left_out(root: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layers that "all-linear" leaves out, and why."""
+    heads = structure.head_modules(root)
+    routers = structure.router_modules(root, structure.expert_modules(root))
+    out = {}
+    for name, module in layers.items():
+        why = hosts.why_not(module)
+        if why is not None:
+            out[name] = why
+        elif structure.within(name, heads):
+            out[name] = "output head"
+        elif isinstance(module, nn.Embedding):
+            out[name] = "embedding"
+        elif name in routers:
+            out[name] = "router of a mixture of experts"
+    return out
+
+
+def _matching(root: nn.Module, pattern: str, layers: Mapping[str, nn.Module], left_out: Mapping[str, str]) -> list[str]:
+    if pattern in KEYWORDS:
+        kinds = structure.attention_or_mlp(root) if pattern != "all-linear" else {}
+        return [name for name in layers if name not in left_out and pattern in ("all-linear", kinds.get(name))]
+    if is_ending(pattern):
+        names = [name for name in layers if name == pattern or name.endswith("." + pattern)]
+        for name in names:
+            why = hosts.why_not(layers[name])
+            if why is not None:
+                raise TargetError(f"targets: {pattern!r} names {name!r} ({type(layers[name]).__name__}), which cannot be "
+                                  f"adapted: {why}.")
+        return names
+    return [name for name, module in layers.items() if re.fullmatch(pattern, name) and hosts.why_not(module) is None]
+
+
+def _no_match(pattern: str, layers: Mapping[str, nn.Module], left_out: Mapping[str, str]) -> TargetError:
+    usable = [name for name, module in layers.items() if hosts.why_not(module) is None]
+    have = sorted({name.rpartition(".")[2] for name in usable})
+    if pattern in KEYWORDS:
+        reasons = ", ".join(sorted({f"{name.rpartition('.')[2]}: {why}" for name, why in left_out.items()})) or "none"
+        return TargetError(f"targets={pattern!r} finds no layer in this model. It leaves out: {reasons}. Name what you "
+                           f"want to adapt; the model's linear layers end in: {have}.")
+    near = get_close_matches(pattern.rpartition(".")[2], have, n=3) or have[:8]
+    return TargetError(f"targets: {pattern!r} matches none of the model's {len(usable)} linear layers"
+                       f"{'' if is_ending(pattern) else ' (as a regular expression over the whole name)'}. "
+                       f"Nearest endings: {near}. `weft plan --model MODEL` lists all layers.")
+
+
+def _raw_tensors(root: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Frozen]:
+    """Weights that no linear layer owns: fused experts, routers, convolutions, raw matrices."""
+    experts = structure.expert_modules(root)
+    routers = structure.router_modules(root, experts)
+    for prefix, module in structure.base_modules(root):
+        if prefix in layers:
+            continue
+        for tensor, p in module._parameters.items():
+            if p is None or p.ndim < 2 or min(p.shape[-2:]) < 2:
+                continue
+            name = f"{prefix}.{tensor}".lstrip(".")
+            if structure.within(prefix, list(experts)) and p.ndim == 3:
+                yield Frozen(name, "experts", tuple(p.shape), f"{p.shape[0]} experts fused into one three-dimensional "
+                             "tensor, which Weft does not adapt")
+            elif prefix in routers:
+                yield Frozen(name, "router", tuple(p.shape), "router of a mixture of experts")
+            elif isinstance(module, nn.modules.conv._ConvNd):
+                yield Frozen(name, "convolution", tuple(p.shape), "a convolution; Weft adapts linear maps")
+            else:
+                yield Frozen(name, "tensor", tuple(p.shape), f"read by {type(module).__name__} itself, not by a linear "
+                             "layer")
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """(out, in) where the layer has a weight matrix."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return ()
+    shape = tuple(weight.shape)
+    return shape if hosts.shape_kind(module) == "linear" else shape[::-1]

@@ -1,0 +1,142 @@
+"""What a task is: labelled examples in three splits, and a metric. It knows no method and no training.
+
+A `Task` holds raw examples (text, or 8-bit images) as a family's reader found them. `encode` of the family turns them
+into `Encoded` splits for one model, with that model's tokenizer or image processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import WeftError
+
+SPLITS = ("train", "validation", "test")
+SPLIT_SEED = 20240917
+SHARES = (0.6, 0.2, 0.2)  # train, validation, test, where one file or folder holds everything
+
+
+@dataclass(frozen=True)
+class Split:
+    """Raw examples of one split; `items[i]` has the class number `labels[i]`."""
+
+    items: Sequence[Any]
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Sequence[int]) -> Split:
+        return Split([self.items[i] for i in rows], [self.labels[i] for i in rows])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task. `family` is "image" or "text"; `notes` say what was decided without being asked."""
+
+    name: str
+    family: str
+    classes: tuple[str, ...]
+    splits: Mapping[str, Split]
+    notes: tuple[str, ...] = ()
+
+    metric = "accuracy"
+
+
+class Encoded(Protocol):
+    """One split, ready for one model."""
+
+    @property
+    def labels(self) -> Tensor:
+        """[n] int64"""
+        ...
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward for these rows, without labels."""
+        ...
+    def fingerprint(self) -> str:
+        """16 hex digits over inputs and labels, in order."""
+        ...
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share of rows [n, classes] whose largest logit is the label's; between 0 and 1."""
+    return float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def stratified(labels: Sequence[int], shares: Sequence[float], seed: int = SPLIT_SEED) -> list[list[int]]:
+    """Row numbers split by `shares` (sum 1) within every class: a function of labels, shares and seed alone.
+
+    Every part gets at least one row of each class, so a class needs as many rows as there are parts.
+    """
+    parts: list[list[int]] = [[] for _ in shares]
+    for label in sorted(set(labels)):
+        rows = [i for i, other in enumerate(labels) if other == label]
+        random.Random(f"{seed}/{label}").shuffle(rows)
+        sizes = [max(1, round(share * len(rows))) for share in shares[1:]]
+        cut = len(rows) - sum(sizes)
+        for part, size in zip(parts, [cut, *sizes], strict=True):
+            part.extend(rows[:size])
+            rows = rows[size:]
+    return [sorted(part) for part in parts]
+
+
+def cap(split: Split, most: int | None, seed: int = SPLIT_SEED) -> Split:
+    """At most `most` examples, drawn in proportion to the classes; the split itself where it is small enough."""
+    if most is None or len(split) <= most:
+        return split
+    order: list[tuple[float, int]] = []
+    for label in sorted(set(split.labels)):
+        rows = [i for i, other in enumerate(split.labels) if other == label]
+        random.Random(f"{seed}/cap/{label}").shuffle(rows)
+        order += [((place + 0.5) / len(rows), row) for place, row in enumerate(rows)]
+    return split.take(sorted(row for _, row in sorted(order)[:most]))
+
+
+def divide(where: str, items: Sequence[Any], labels: Sequence[str], test: tuple[Sequence[Any], Sequence[str]] | None
+           ) -> tuple[tuple[str, ...], dict[str, Split], list[str]]:
+    """Classes, splits and notes from named labels; `test` comes from a place of its own, or is held out.
+
+    Raises WeftError: one class only, a class too small to be split, a test label that training never shows.
+    """
+    classes = tuple(sorted(set(labels), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
+    if len(classes) < 2:
+        raise WeftError(f"{where}: found {len(classes)} class{'' if len(classes) == 1 else 'es'} {list(classes)}; "
+                        "a classification task needs at least two.")
+    number = {name: i for i, name in enumerate(classes)}
+    whole = Split(items, [number[name] for name in labels])
+    parts = 2 if test else 3
+    for name in classes:
+        have = whole.labels.count(number[name])  # type: ignore[attr-defined]
+        if have < parts:
+            raise WeftError(f"{where}: class {name!r} has {have} example{'s' * (have != 1)}; the split into "
+                            f"{', '.join(SPLITS[:parts])} needs at least {parts} of each class.")
+    if test is None:
+        rows = stratified(whole.labels, SHARES)
+        splits = {name: whole.take(part) for name, part in zip(SPLITS, rows, strict=True)}
+        held = "train, validation and test are 60, 20 and 20 % of it, by class and by a fixed seed"
+    else:
+        unknown = sorted(set(test[1]) - set(classes))
+        if unknown:
+            raise WeftError(f"{where}: the test data has classes {unknown} that training never shows; "
+                            f"training has {list(classes)}.")
+        share = SHARES[1] / (SHARES[0] + SHARES[1])
+        train, validation = stratified(whole.labels, (1 - share, share))
+        splits = {"train": whole.take(train), "validation": whole.take(validation),
+                  "test": Split(test[0], [number[name] for name in test[1]])}
+        held = "validation is 25 % of it, by class and by a fixed seed; test is what you gave"
+    return classes, splits, [f"{where}: {held}."]
+
+
+def digest(labels: Tensor, *tensors: Tensor) -> str:
+    """16 hex digits of SHA-256 over shapes, dtypes and bits."""
+    sha = hashlib.sha256()
+    for t in (labels, *tensors):
+        sha.update(f"{tuple(t.shape)}{t.dtype}".encode())
+        sha.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+    return sha.hexdigest()[:16]

@@ -1,0 +1,113 @@
+"""`csv:FILE`: text classification from a table with a header; `.tsv` is split at tabs and never unquoted.
+
+The label is the column `label`. The text is `text` or `sentence`, or the first of a pair: `text` and `text2`,
+`sentence1` and `sentence2`, `question` and `sentence`. A name that ends in .gz is unpacked.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import WeftError
+from .base import Split, Task, digest, divide
+
+COLUMNS = (("sentence1", "sentence2"), ("text1", "text2"), ("text", "text2"), ("question", "sentence"),
+           ("text", None), ("sentence", None))
+MAX_TOKENS = 128
+
+
+def load(path: Path, test: Path | None) -> Task:
+    """Read the table; `test` is a second table with the same columns, or None to hold a part out.
+
+    Raises WeftError: no header with a label and a text, a row without one of them, nothing in the file.
+    """
+    where = f"csv:{path}"
+    texts, labels = _read(path)
+    held = None if test is None else _read(test)
+    classes, splits, notes = divide(where, texts, labels, held)
+    train = set(splits["train"].items)
+    shared = sum(text in train for text in splits["test"].items)
+    if shared:
+        notes.append(f"{where}: {shared} of {len(splits['test'])} test texts also stand in the training split.")
+    return Task(where, "text", classes, splits, tuple(notes))
+
+
+def _read(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Texts as tuples of one or two strings, and the labels as written."""
+    header, rows = _rows(path)
+    pair = next((p for p in COLUMNS if all(c is None or c in header for c in p)), None)
+    if "label" not in header or pair is None:
+        raise WeftError(f"{path}: the header is {header}. It needs the column 'label', and 'text' or 'sentence' (or a "
+                        "pair: 'sentence1' and 'sentence2', 'text' and 'text2', 'question' and 'sentence').")
+    places = [header.index(column) for column in pair if column is not None]
+    texts, labels = [], []
+    for line, row in rows:
+        text = tuple(row[place].strip() for place in places) if len(row) == len(header) else ()
+        label = row[header.index("label")].strip() if text else ""
+        if not label or not all(text):
+            raise WeftError(f"{path}, line {line}: {len(row)} fields {[field[:30] for field in row][:6]}, but the header "
+                            f"has {len(header)}, and neither text nor label may be empty.")
+        texts.append(text)
+        labels.append(label)
+    if not texts:
+        raise WeftError(f"{path}: a header and no rows.")
+    return texts, labels
+
+
+def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    try:
+        with opened as raw:
+            text = raw.read().decode("utf-8-sig")
+    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
+        raise WeftError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    tabs = ".tsv" in path.suffixes
+    stream = io.StringIO(text, newline="")
+    reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
+    try:
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise WeftError(f"{path}, line {reader.line_num}: {error}") from None
+    return ([name.strip() for name in rows[0][1]], rows[1:]) if rows else ([], [])
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """Token ids of every example without padding; a batch is padded on the right to its longest row."""
+
+    rows: list[dict[str, list[int]]]
+    labels: Tensor
+    pad: int
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        chosen = [self.rows[i] for i in rows.tolist()]
+        longest = max(len(row["input_ids"]) for row in chosen)
+        fill = {"input_ids": self.pad, "attention_mask": 0, "token_type_ids": 0}
+        return {key: torch.tensor([row[key] + [fill[key]] * (longest - len(row[key])) for row in chosen])
+                for key in chosen[0]}
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        flat = [token for row in self.rows for key in sorted(row) for token in (-1, *row[key])]
+        return digest(self.labels, torch.tensor(flat))
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+def encode(split: Split, tokenizer: Any, limit: int, pad: int) -> TextSplit:
+    """A split for one model: at most `limit` tokens a row, what exceeds it is cut off."""
+    columns = [list(column) for column in zip(*split.items, strict=True)]
+    coded = tokenizer(*columns, truncation=True, max_length=limit, padding=False)
+    keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in coded]
+    rows = [{key: list(coded[key][i]) for key in keys} for i in range(len(split))]
+    return TextSplit(rows, torch.tensor(split.labels, dtype=torch.int64), pad)

@@ -1,0 +1,174 @@
+"""The model that a task is given: the embedded one, a local `transformers` directory, or a name on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, WeftError
+from . import csv_text, images
+from .base import SPLITS, Encoded, Task, cap
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = {"digits-vit": ASSETS / "digits_vit"}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CLASS = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """`name` as asked; `source` is what from_pretrained gets; `local` says that nothing may be fetched."""
+
+    name: str
+    source: str
+    local: bool
+
+    @property
+    def embedded(self) -> bool:
+        return self.name in EMBEDDED
+
+
+@dataclass
+class Prepared:
+    """A task made ready for a model. `missing` names tensors that the checkpoint lacks or has in another shape."""
+
+    model: nn.Module
+    splits: dict[str, Encoded]
+    classes: tuple[str, ...]
+    missing: list[str]
+    fingerprint: str
+    notes: list[str] = field(default_factory=list)
+
+
+def find_model(name: str) -> ModelRef:
+    """Decide what `name` is, without loading anything. Raises ConfigError for a path that is no model directory.
+
+    An embedded name wins, then a directory that exists. What looks like a path is never sought on the network.
+    """
+    if name in EMBEDDED:
+        return ModelRef(name, str(EMBEDDED[name]), True)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model {name!r}: this directory has no config.json, so it is no transformers model. "
+                              f"It holds {sorted(p.name for p in path.iterdir())[:6]}.")
+        return ModelRef(name, str(path), True)
+    looks_local = name.startswith((".", "/", "~")) or name.endswith("/") or not _HUB_NAME.fullmatch(name)
+    if looks_local or path.exists():
+        raise ConfigError(f"model {name!r}: {'this is a file' if path.exists() else 'there is no such directory'}. Give a "
+                          f"directory with config.json and model.safetensors, a hub name such as "
+                          f"google/vit-base-patch16-224, or one of {list(EMBEDDED)}.")
+    near = get_close_matches(name, EMBEDDED, n=1, cutoff=0.7)
+    if near:
+        raise ConfigError(f"model {name!r} is not known. Nearest: {near}.")
+    return ModelRef(name, name, False)
+
+
+def prepare(task: Task, ref: ModelRef, most: dict[str, int | None]) -> Prepared:
+    """Load the model in float32 with a head for the task's classes, and encode the splits for it.
+
+    most: the largest number of examples of a split, by its name. Raises WeftError with one line that says what failed.
+    """
+    notes = list(task.notes)
+    with quiet(), loading(ref, _CLASS[task.family]):
+        model, missing = _load_model(ref, task)
+        encode = _text_encoder(ref, model, notes) if task.family == "text" else _image_encoder(ref, model, notes)
+        fingerprint = _fingerprint(model, missing)
+    splits: dict[str, Encoded] = {}
+    for name in SPLITS:
+        split = cap(task.splits[name], most.get(name))
+        if len(split) < len(task.splits[name]):
+            notes.append(f"{name}: {len(split)} of {len(task.splits[name])} examples are used (--budget {name}=N "
+                         "changes that).")
+        splits[name] = encode(split)
+    return Prepared(model.eval(), splits, task.classes, missing, fingerprint, notes)
+
+
+def _load_model(ref: ModelRef, task: Task) -> tuple[nn.Module, list[str]]:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local,
+                                                     num_labels=len(task.classes))
+    model, report = getattr(transformers, _CLASS[task.family]).from_pretrained(
+        ref.source, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
+        output_loading_info=True, local_files_only=ref.local)
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    missing = sorted({*report["missing_keys"], *mismatched})
+    if len(missing) > len(model.state_dict()) // 2:
+        raise WeftError(f"{len(missing)} of the {len(model.state_dict())} tensors of {type(model).__name__} are not in "
+                        f"its file (the first: {missing[0]!r}); the weights are those of another architecture.")
+    return model, missing
+
+
+def _image_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:
+    from transformers import AutoImageProcessor
+
+    processor = None
+    if not ref.local or (Path(ref.source) / "preprocessor_config.json").is_file():
+        processor = AutoImageProcessor.from_pretrained(ref.source, local_files_only=ref.local)
+    elif not ref.embedded:
+        height, width = images.image_size(model.config)
+        notes.append(f"{ref.name} has no preprocessor_config.json: images are resized (bilinear) to {height} x {width} and "
+                     "scaled to [-1, 1].")
+    return lambda split: images.encode(split, model.config, processor)
+
+
+def _text_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ref.source, local_files_only=ref.local)
+    places = getattr(model.config, "max_position_embeddings", None) or csv_text.MAX_TOKENS
+    limit = min(csv_text.MAX_TOKENS, tokenizer.model_max_length, places)
+    pad = tokenizer.pad_token_id
+    if pad is None:  # GPT-like models: they find the last token of a row by the pad token
+        pad = tokenizer.eos_token_id or 0
+        notes.append(f"{ref.name} has no pad token; rows are padded with token {pad}.")
+    model.config.pad_token_id = pad
+    notes.append(f"Texts are cut off after {limit} tokens.")
+    return lambda split: csv_text.encode(split, tokenizer, limit, pad)
+
+
+def _fingerprint(model: Any, missing: list[str]) -> str:
+    """16 hex digits over the configuration and every pretrained tensor, name and bits."""
+    plain = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
+    sha = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in missing:
+            sha.update(name.encode())
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no load report of transformers: what is missing is in `Prepared.missing`."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
+def loading(ref: ModelRef, cls: str) -> Iterator[None]:
+    """Whatever from_pretrained raises becomes one line."""
+    try:
+        yield
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors' own, and more
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = "from its directory" if ref.local else "from the hub (it is no directory here)"
+        raise WeftError(f"model {ref.name!r} could not be loaded {where} as {cls}: {first}") from error

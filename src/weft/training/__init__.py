@@ -1,0 +1,1 @@
+"""Training: the audit and the loop."""

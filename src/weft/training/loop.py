@@ -1,0 +1,180 @@
+"""A plain training loop: AdamW, linear warm-up and decay, the audit, and a loss curve.
+
+Everything random is drawn from `Recipe.seed`: the order of the batches from a generator of its own, dropout from a
+forked global generator, a new head by `renew`. So a run gives the same bits whatever ran before it in the process
+(same machine, same number of threads, CPU; on CUDA as far as the kernels are deterministic).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..errors import ConfigError, WeftError
+from ..model.adapter import Adapter
+from ..tasks import Encoded, accuracy
+from .audit import Snapshot, audit, release, snapshot
+
+AUDIT_AFTER = 3  # steps: LoRA's B starts at 0, so A moves from the second step on; the third leaves a margin
+
+
+class DivergedError(WeftError):
+    """The loss became infinite or NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train. `lr` is the peak rate of the method's own tensors, `head_lr` that of the head's."""
+
+    steps: int = 150
+    batch: int = 20
+    lr: float = 1e-3
+    head_lr: float = 1e-2
+    warm_up: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", AUDIT_AFTER), ("batch", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"Recipe({name}={value!r}): {name} must be a whole number, {low} or more.")
+        for name in ("lr", "head_lr"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value <= 0:
+                raise ConfigError(f"Recipe({name}={value!r}): {name} must be a number above 0.")
+        if not 0 <= self.warm_up < 1:
+            raise ConfigError(f"Recipe(warm_up={self.warm_up!r}): warm_up is a share of the steps, in [0, 1).")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Metric (between 0 and 1) and mean cross-entropy on one split."""
+
+    score: float
+    loss: float
+
+
+def train(model: nn.Module, adapter: Adapter, examples: Encoded, recipe: Recipe,
+          on_step: Callable[[int], None] | None = None) -> list[float]:
+    """Train the adapter in place and return the loss of every step.
+
+    After three steps `weft.audit` checks that every declared tensor trains and that the base is still.
+    Raises AuditError, or DivergedError as soon as a loss is not finite.
+    """
+    device = next(model.parameters()).device
+    optimiser = torch.optim.AdamW(groups(adapter, recipe), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step, recipe))
+    losses: list[float] = []
+    before: Snapshot | None = snapshot(model, adapter.name)
+    was_training = model.training
+    model.train()
+    try:
+        with seeded(recipe.seed, device):
+            for step, rows in enumerate(batches(len(examples.labels), recipe), start=1):
+                losses.append(_step(model, optimiser, examples, rows, device, step))
+                schedule.step()
+                if step == AUDIT_AFTER and before is not None:
+                    audit(model, before, snapshot(model, adapter.name), adapter.name)
+                    before = None
+                if on_step is not None:
+                    on_step(step)
+    finally:
+        model.train(was_training)
+        if before is not None:
+            release(before)
+    return losses
+
+
+def _step(model: nn.Module, optimiser: torch.optim.Optimizer, examples: Encoded, rows: Tensor, device: torch.device,
+          step: int) -> float:
+    loss = loss_of(model, examples, rows, device)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise DivergedError(f"the loss became {value} at step {step}")
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    return value
+
+
+def loss_of(model: nn.Module, examples: Encoded, rows: Tensor, device: torch.device) -> Tensor:
+    """Mean cross-entropy of these rows."""
+    inputs = {key: value.to(device) for key, value in examples.batch(rows).items()}
+    return cross_entropy(model(**inputs).logits, examples.labels[rows].to(device))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, examples: Encoded, batch: int = 128) -> Score:
+    """Score a split with the model in eval mode; the mode is put back."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    parts = []
+    for rows in torch.arange(len(examples.labels)).split(batch):
+        inputs = {key: value.to(device) for key, value in examples.batch(rows).items()}
+        parts.append(model(**inputs).logits.float().cpu())
+    model.train(was_training)
+    logits = torch.cat(parts)
+    return Score(accuracy(logits, examples.labels), float(cross_entropy(logits, examples.labels)))
+
+
+def renew(model: nn.Module, modules: Iterable[str], seed: int) -> None:
+    """Give these modules new starting values: a function of the seed and their shapes alone.
+
+    Raises WeftError where a module holds parameters and has no `reset_parameters`.
+    """
+    device = next(model.parameters()).device
+    with seeded(seed, device), torch.no_grad():
+        for name in modules:
+            for inner, module in model.get_submodule(name).named_modules():
+                if not module._parameters:
+                    continue
+                reset = getattr(module, "reset_parameters", None)
+                if reset is None:
+                    full = ".".join(part for part in (name, inner) if part)
+                    raise WeftError(f"{full!r} ({type(module).__name__}) is to be trained from new values, and it has no "
+                                    "reset_parameters() that would give them.")
+                reset()
+
+
+def groups(adapter: Adapter, recipe: Recipe) -> list[dict[str, object]]:
+    """The optimiser's parameter groups: the method's own tensors, and the head's at their own rate."""
+    head = {id(tensor.trained) for tensor in adapter.selected_tensors.values() if tensor.head}
+    own = [p for p in adapter.parameters() if id(p) not in head]
+    rest = [p for p in adapter.parameters() if id(p) in head]
+    pairs = ((own, recipe.lr), (rest, recipe.head_lr if own else recipe.lr))
+    return [{"params": tensors, "lr": lr} for tensors, lr in pairs if tensors]
+
+
+def factor(step: int, recipe: Recipe) -> float:
+    """Share of the peak rate at `step` (from 0): linear up over the warm-up, then linear down to 0 at the end."""
+    warm = round(recipe.warm_up * recipe.steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return max(0.0, (recipe.steps - step) / max(1, recipe.steps - warm))
+
+
+def batches(n: int, recipe: Recipe) -> Iterator[Tensor]:
+    """`steps` batches of row numbers; every row once before any row again, in an order drawn from the seed."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    waiting = torch.empty(0, dtype=torch.int64)
+    size = min(recipe.batch, n)
+    for _ in range(recipe.steps):
+        while len(waiting) < size:
+            waiting = torch.cat([waiting, torch.randperm(n, generator=generator)])
+        rows, waiting = waiting[:size], waiting[size:]
+        yield rows
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global generators at `seed` inside, and as they were outside."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
