@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..methods.base import DTYPES, Shape
+from ..methods.base import Shape
 from ..model.adapter import Adapter
+
+SHOWN = 12  # problems in an error's text
 
 
 @dataclass
@@ -20,8 +22,8 @@ class StoredSite:
     """One adapted layer in a file. `kind` and `shape` (out, in) are None where the file does not say them."""
 
     rule: Any
-    tensors: dict[str, Tensor]
-    keys: dict[str, str]  # tensor -> key in the file
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)  # tensor -> key in the file
     kind: str | None = None
     shape: tuple[int, int] | None = None
 
@@ -30,22 +32,30 @@ class StoredSite:
 class Stored:
     """A checkpoint, read and not yet matched against a model.
 
-    `selected` are base tensors trained as copies. `copies` are base tensors that the file merely repeats. `matrices`
+    `selected` are base tensors trained as copies. `repeated` are base tensors that the file merely repeats. `matrices`
     are VeRA's A and B where the file holds them. `problems` are what is wrong within the file.
+    `lists_layers`: `config.targets` names all the layers that the file must have.
     """
 
     config: Any
     writer: str
+    base: dict[str, Any] = field(default_factory=dict)
     sites: dict[str, StoredSite] = field(default_factory=dict)
     selected: dict[str, Tensor] = field(default_factory=dict)
-    copies: dict[str, Tensor] = field(default_factory=dict)
+    repeated: dict[str, Tensor] = field(default_factory=dict)
     matrices: tuple[Tensor, Tensor] | None = None
-    shared_checksums: dict[str, str] = field(default_factory=dict)
-    base: dict[str, Any] = field(default_factory=dict)
-    picks_layers: bool = False  # the configuration names layers beyond `targets`, so targets do not tell what is missing
+    checksums: dict[str, str] = field(default_factory=dict)  # of matrices that are redrawn from a seed, by share key
+    lists_layers: bool = True
+    peft_reads_it: bool = True
     problems: list[str] = field(default_factory=list)
+    mapped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    numbers: int = 0
+
+    @property
+    def numbers(self) -> int:
+        """Trained numbers in the file."""
+        held = [t for site in self.sites.values() for t in site.tensors.values()] + list(self.selected.values())
+        return sum(t.numel() for t in held)
 
 
 @dataclass
@@ -70,21 +80,18 @@ class LoadReport:
 
 
 def take(tensors: dict[str, Tensor], key: str, shape: Shape | None, what: str, problems: list[str]) -> Tensor | None:
-    """Remove `key` from `tensors` and return it; None, with a problem, where it is missing or of another shape."""
+    """Remove `key` from `tensors` and return it; None, with a problem, where it is missing or unfit."""
     found = tensors.pop(key, None)
+    fault = None if found is None else fault_of(found, shape)
     if found is None:
-        near = get_close_matches(key, tensors, n=2, cutoff=0.5)
-        problems.append(f"missing: {key!r} ({what}); nearest in the file: {near or 'none'}")
-        return None
-    fault = fault_of(found, shape)
-    if fault is not None:
+        problems.append(f"missing: {key!r} ({what}){nearest('in the file', key, tensors, problems)}")
+    elif fault is not None:
         problems.append(f"{key!r} ({what}): {fault}")
-        return None
-    return found
+    return found if fault is None else None
 
 
 def fault_of(t: Tensor, shape: Shape | None) -> str | None:
-    """Why a tensor from a file cannot be used, or None."""
+    """Why a tensor from a file cannot be used, or None. Without a `shape`, any that has elements will do."""
     if t.numel() == 0 and shape != tuple(t.shape):
         return f"it is empty, shape {list(t.shape)}; a sharded model must gather its tensors before saving"
     if shape is not None and tuple(t.shape) != tuple(shape):
@@ -96,22 +103,24 @@ def fault_of(t: Tensor, shape: Shape | None) -> str | None:
     return None
 
 
-def extra(tensors: Mapping[str, Tensor], expected: list[str]) -> list[str]:
+def report_extra(stored: Stored, tensors: Mapping[str, Tensor], expected: Collection[str]) -> None:
     """A problem for every tensor that nothing asked for."""
-    out = []
     for key, t in tensors.items():
-        near = get_close_matches(key, expected, n=2, cutoff=0.5)
-        out.append(f"extra: {key!r} {list(t.shape)} belongs to no layer of this adapter; nearest expected: {near or 'none'}")
-    return out
+        stored.problems.append(f"extra: {key!r} {list(t.shape)} belongs to nothing in this adapter"
+                               f"{nearest('expected', key, expected, stored.problems)}")
+
+
+def nearest(where: str, name: str, have: Collection[str], problems: Collection[str]) -> str:
+    """The end of a message, with the names that were meant; the search is slow, so only where it will be read."""
+    if len(problems) >= SHOWN:
+        return ""
+    near = get_close_matches(name, [h for h in have if h], n=2, cutoff=0.5)
+    return f"; nearest {where}: {near or 'none'}"
 
 
 def refuse(path: Any, problems: list[str]) -> None:
     """Raise CheckpointError listing the problems, if there are any."""
     if problems:
-        shown = problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else [])
+        shown = problems[:SHOWN] + ([f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
         raise CheckpointError(f"{path} does not fit:\n  " + "\n  ".join(shown) + "\nload(..., strict=False) fills what "
                               "fits and returns a report.")
-
-
-def dtype_of(rule: Any) -> torch.dtype:
-    return DTYPES[rule.dtype]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import methods
-from ..model.plan import Row, rows_as_text, size_text
+from ..model.plan import WIDTH, Row, rows_as_text, size_text
 from . import files
-from .content import Stored, refuse
+from .content import Stored, StoredSite, refuse
 from .load import read
 
 
@@ -29,16 +30,20 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": 1, **vars(self), "rows": [vars(row) for row in self.rows]}
+        """Plain JSON values."""
+        rows = [{**vars(row), "shape": list(row.shape)} for row in self.rows]
+        return {"schema": 1, **vars(self), "rows": rows}
 
     def __str__(self) -> str:
-        fields = ", ".join(f"{k}={v}" for k, v in self.config.items() if k not in ("method", "targets", "modules_to_save"))
-        base = f"{self.base['class']}" + (f" ({self.base['model_type']})" if self.base.get("model_type") else "") \
-            if self.base else "not recorded"
-        lines = [f"{self.method} in {self.path}, written by {self.writer}", f"  {fields}", f"  base model: {base}",
-                 f"  {self.numbers:,} numbers, {size_text(self.nbytes)} on disk; every tensor checked",
+        """At most 80 columns."""
+        fields = ", ".join(f"{k}={v}" for k, v in self.config.items() if k != "method" and v not in ([], None))
+        kind = self.base.get("model_type") or self.base.get("library")
+        base = "not recorded" if not self.base else self.base["class"] + (f" ({kind})" if kind else "")
+        lines = [f"{self.method}, written by {self.writer}, in", *_pieces(self.path), *_wrap(fields),
+                 *_wrap(f"base: {base}"),
+                 *_wrap(f"{self.numbers:,} trained numbers, {size_text(self.nbytes)} on disk; every tensor checked"),
                  f"  peft can read it: {'yes' if self.readable_by_peft else 'no'}"]
-        return "\n".join([*lines, *rows_as_text(self.rows), *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *rows_as_text(self.rows), *(line for n in self.notes for line in _wrap(f"note: {n}"))])
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -48,22 +53,36 @@ def inspect(path: str | Path) -> Inspection:
     """
     stored = read(path)
     refuse(path, stored.problems)
-    tensors_file, config_file = files.find(path)
-    kind = files.read_config(config_file).get("peft_type", "") if config_file else "WEFT_"
+    size = files.find(path)[0].stat().st_size
     return Inspection(str(path), type(stored.config).__name__, stored.writer, methods.to_json(stored.config), stored.base,
-                      _rows(stored), stored.numbers, tensors_file.stat().st_size, not str(kind).startswith("WEFT_"),
-                      stored.notes)
+                      _rows(stored), stored.numbers, size, stored.peft_reads_it, [*stored.mapped, *stored.notes])
 
 
 def _rows(stored: Stored) -> list[Row]:
     rows = []
     for module, site in stored.sites.items():
-        held = site.tensors.values()
-        rows.append(Row(module, site.kind or "linear", site.shape or (), sum(t.numel() for t in held),
+        held = list(site.tensors.values())
+        rows.append(Row(module, site.kind or "linear", site.shape or _shape(site), sum(t.numel() for t in held),
                         sum(t.numel() * t.element_size() for t in held)))
     rows += [Row(name, "tensor", tuple(t.shape), t.numel(), t.numel() * t.element_size())
              for name, t in stored.selected.items()]
     return rows
+
+
+def _shape(site: StoredSite) -> tuple[int, ...]:
+    """peft does not write (out, in); LoRA's tensors tell both, VeRA's only out."""
+    if "A" in site.tensors:
+        return (site.tensors["B"].shape[0], site.tensors["A"].shape[1])
+    return tuple(site.tensors["b"].shape)
+
+
+def _pieces(path: str) -> list[str]:
+    """A path on lines of its own; it has no blanks at which it could be wrapped."""
+    return [f"  {path[i : i + WIDTH - 2]}" for i in range(0, len(path), WIDTH - 2)]
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 __all__ = ["Inspection", "inspect"]

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from difflib import get_close_matches
+
+from torch import nn
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_LEADING = ("module", "base_model.model")
-_NESTED = "language_model"
+NESTED = "language_model"
+_LEADING = re.compile(r"((module|base_model\.model)\.)+")
 
 
 @dataclass
-class Mapping:
+class Names:
     """File name -> model name of every module that was found, what is missing, and what had to be mapped."""
 
-    names: dict[str, str] = field(default_factory=dict)
+    found: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    mapped: list[str] = field(default_factory=list)
+
+    @property
+    def mapped(self) -> list[str]:
+        """What differs between the names of the file and the model's, once for all layers."""
+        return sorted({_change(a, b) for a, b in self.found.items() if a != b})
 
 
 def canonical(name: str) -> str:
@@ -25,61 +31,65 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def match(wanted: Collection[str], have: Collection[str]) -> Mapping:
-    """Find every wanted name: as it is, else without wrappers, else without a `language_model.` nesting on either side.
+def bare(model: nn.Module) -> nn.Module:
+    """The model within such wrappers of the whole of it."""
+    while True:
+        inner = next((model._modules[w] for w in WRAPPERS if isinstance(model._modules.get(w), nn.Module)), None)
+        if inner is None:
+            return model
+        model = inner
 
-    One rule serves all names; the first under which all are found is taken, else the one that finds most.
+
+def match(wanted: Collection[str], have: Collection[str]) -> Names:
+    """Find every wanted name: as it is; else without wrappers; else without a `language_model.` nesting on either side.
+
+    One rule serves all names: the first under which all are found, else the one that finds most.
     """
-    best = Mapping(missing=list(wanted))
-    for key in (str, _unwrapped, _flattened):
-        found = _by(key, wanted, have)
-        if len(found.missing) < len(best.missing) or not wanted:
-            best = found
+    best = Names(missing=list(wanted))
+    for rule in (str, _unwrapped, _flattened, _inner):
+        names = _by(rule, wanted, have)
+        if len(names.missing) < len(best.missing):
+            best = names
         if not best.missing:
             break
     return best
 
 
-def nearest(name: str, have: Collection[str]) -> list[str]:
-    """Names of the model that the missing one may have meant."""
-    return get_close_matches(name, [h for h in have if h], n=2, cutoff=0.4)
-
-
-def _by(key: Callable[[str], str], wanted: Collection[str], have: Collection[str]) -> Mapping:
+def _by(rule: Callable[[str], str], wanted: Collection[str], have: Collection[str]) -> Names:
     index: dict[str, list[str]] = {}
     for name in have:
-        index.setdefault(key(name), []).append(name)
-    out = Mapping()
+        index.setdefault(rule(name), []).append(name)
+    out = Names()
     for name in wanted:
-        places = index.get(key(name), [])
-        if name in places:
-            places = [name]
-        if len(places) != 1:  # none, or more than one that it could be
+        places = index.get(rule(name), [])
+        if name in places or len(places) == 1:
+            out.found[name] = name if name in places else places[0]
+        else:  # none, or more than one that it could be
             out.missing.append(name)
-            continue
-        out.names[name] = places[0]
-    changed = {_change(a, b) for a, b in out.names.items() if a != b}
-    out.mapped = sorted(changed)
     return out
 
 
 def _change(a: str, b: str) -> str:
-    """What differs between two names, with the part they share at the end left out."""
+    """The parts in which two names differ, with layer numbers left open."""
     left, right = a.split("."), b.split(".")
     while left and right and left[-1] == right[-1]:
         left.pop()
         right.pop()
-    return f"{'.'.join([*left, '*'])} in the file is {'.'.join([*right, '*'])} in the model"
+    old, new = (re.sub(r"(^|\.)\d+(?=\.)", r"\1#", ".".join([*parts, "*"])) for parts in (left, right))
+    return f"{old} in the file is {new} in the model"
 
 
 def _unwrapped(name: str) -> str:
-    bare = canonical(name)
-    while True:
-        prefix = next((p for p in _LEADING if bare.startswith(p + ".")), None)
-        if prefix is None:
-            return bare
-        bare = bare[len(prefix) + 1 :]
+    name = canonical(name)
+    leading = _LEADING.match(name)
+    return name[leading.end() :] if leading else name
 
 
 def _flattened(name: str) -> str:
-    return ".".join(part for part in _unwrapped(name).split(".") if part != _NESTED)
+    return ".".join(part for part in _unwrapped(name).split(".") if part != NESTED)
+
+
+def _inner(name: str) -> str:
+    """The name within the nested model, for adapters that were saved from it or are loaded into it."""
+    parts = _unwrapped(name).split(".")
+    return ".".join(parts[parts.index(NESTED) + 1 :]) if NESTED in parts else ".".join(parts)

@@ -7,29 +7,31 @@ tensors that were trained as copies keep their own names. The order of the layer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from ..model.adapter import Adapter
-from .content import Stored, extra, take
+from .content import Stored, report_extra, take
+from .header import trained_tensors
+from .matching import canonical
 
-SELECTED = "base/"
+_SELECTED = "base/"
 
 
-def write(adapter: Adapter) -> dict[str, Tensor]:
-    """Tensors by key."""
+def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors by key, and the base tensors trained as copies by name."""
     groups: dict[str, list[Tensor]] = {}
     for site in adapter.sites.values():
-        for tensor, parameter in site.trainable().items():
-            groups.setdefault(_key(tensor, tuple(parameter.shape), parameter.dtype), []).append(parameter.detach())
+        for tensor, value in trained_tensors(site).items():
+            groups.setdefault(_key(tensor, tuple(value.shape), str(value.dtype)), []).append(value)
+    selected = {canonical(name): p.detach() for name, p in adapter.selected.items()}
     stacked = {key: torch.stack(parts) for key, parts in groups.items()}
-    return {**stacked, **{SELECTED + name: p.detach() for name, p in adapter.selected.items()}}
+    return {**stacked, **{_SELECTED + name: t for name, t in selected.items()}}, selected
 
 
-def read(stored: Stored, manifest: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def read(stored: Stored, tensors: dict[str, Tensor], selected: Collection[str]) -> None:
     """Fill `stored.sites` (which the manifest named) and `stored.selected`; `tensors` is emptied."""
     groups: dict[str, list[tuple[str, str]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -45,23 +47,20 @@ def read(stored: Stored, manifest: Mapping[str, Any], tensors: dict[str, Tensor]
             stored.sites[module].keys[tensor] = key
             if found is not None:
                 stored.sites[module].tensors[tensor] = found[place]
-    read_selected(stored, manifest["selected"], SELECTED, tensors)
-    stored.problems += extra(tensors, [*groups, *(SELECTED + name for name in manifest["selected"])])
+    take_selected(stored, tensors, _SELECTED, selected)
+    report_extra(stored, tensors, [*groups, *(_SELECTED + name for name in selected)])
 
 
-def read_selected(stored: Stored, names: list[str], prefix: str, tensors: dict[str, Tensor]) -> None:
-    """Base tensors trained as copies, under `prefix` + name."""
+def take_selected(stored: Stored, tensors: dict[str, Tensor], prefix: str, names: Collection[str]) -> None:
+    """Base tensors trained as copies, under `prefix` + name. Full keeps integer tensors too; the model tells which."""
     for name in names:
-        key = prefix + name
-        if key in tensors and not tensors[key].is_floating_point():  # Full keeps integer tensors too
-            stored.selected[name] = tensors.pop(key)
+        if prefix + name in tensors and not tensors[prefix + name].is_floating_point():
+            stored.selected[name] = tensors.pop(prefix + name)
             continue
-        found = take(tensors, key, None, "a base tensor trained as a copy", stored.problems)
+        found = take(tensors, prefix + name, None, "a base tensor trained as a copy", stored.problems)
         if found is not None:
             stored.selected[name] = found
 
 
-def _key(tensor: str, shape: tuple[int, ...], dtype: Any) -> str:
-    return f"{tensor}.{'x'.join(map(str, shape))}.{str(dtype).removeprefix('torch.')}"
-
-
+def _key(tensor: str, shape: tuple[int, ...], dtype: str) -> str:
+    return f"{tensor}.{'x'.join(map(str, shape))}.{dtype.removeprefix('torch.')}"

@@ -13,50 +13,84 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..methods import DoRA, LoRA, replace
 from ..model.adapter import Adapter
-from .content import Stored, StoredSite, extra, take
-from .peft_common import PREFIX, bare_keys, common_config, refuse_fields, rest_is_selected, selected_tensors
+from .content import Stored, StoredSite
+from .header import trained_tensors
+from .matching import canonical
+from .peft_common import (
+    PREFIX,
+    bare_keys,
+    common_config,
+    dtype_of,
+    fill_in,
+    refuse_fields,
+    take_trained,
+    targets_of,
+)
 
 PEFT_TYPE = "LORA"
 _LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 _EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
-_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-                  r"(?P<adapter>\.(?!weight$)[^.]+)?(?P<weight>\.weight)?")
-_CARRIED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-            "init_lora_weights", "megatron_core", "qalora_group_size", "ensure_weight_tying")
+_PARTS = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B", "lora_magnitude_vector": "m"}
+_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})"
+                  r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?")  # a state_dict taken by hand has the adapter's name in it
 # Starts that leave the base as it was; the others (pissa, olora, ...) rewrite it, so the tensors mean another base.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_CARRIED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+            "init_lora_weights", "eva_config", "ensure_weight_tying",
+            "megatron_core", "qalora_group_size")  # set in every file; they act through fields that are refused
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by key, and adapter_config.json."""
+    """The layers' tensors by key, and adapter_config.json."""
     config = adapter.config
-    tensors = {}
-    for module, site in adapter.sites.items():
-        names = _EMBEDDING if site.host.kind == "embedding" else _LINEAR
-        tensors |= {f"{PREFIX}{module}.{names[t]}": p.detach() for t, p in site.trainable().items()}
-    alpha = float(config.r if config.alpha is None else config.alpha)
-    ranks = {f"^{re.escape(m)}": s.rule.r for m, s in adapter.sites.items() if s.rule.r != config.r}
-    alphas = {f"^{re.escape(m)}": a for m, s in adapter.sites.items()
-              if (a := _alpha(s.rule, config.rslora)) != alpha}
-    return {**tensors, **selected_tensors(adapter)}, {
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas = {}, {}
+    alpha = _number(config.r if config.alpha is None else config.alpha)
+    for name, site in adapter.sites.items():
+        module, rule = canonical(name), inner(site.rule)
+        tensors |= {key(module, t, site.host.kind): value for t, value in trained_tensors(site).items()}
+        if rule.r != config.r:
+            ranks[f"^{re.escape(module)}"] = rule.r
+        if _alpha(rule, config.rslora) != alpha:
+            alphas[f"^{re.escape(module)}"] = _alpha(rule, config.rslora)
+    return tensors, {
         **common_config(adapter), "peft_type": PEFT_TYPE, "r": config.r, "lora_alpha": alpha,
         "lora_dropout": config.dropout, "use_rslora": config.rslora, "use_dora": isinstance(config, DoRA),
         "rank_pattern": ranks, "alpha_pattern": alphas,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True}
 
 
-def _alpha(rule: Any, rslora: bool) -> float:
+def key(module: str, tensor: str, kind: str | None) -> str:
+    """The key of one tensor in the file."""
+    names = _EMBEDDING if kind == "embedding" else _LINEAR
+    return f"{PREFIX}{module}.{names[tensor]}"
+
+
+def inner(rule: Any) -> LoRA:
+    """The LoRA rule itself, or the one within DoRA."""
+    found: LoRA = getattr(rule, "inner", rule)
+    return found
+
+
+def _alpha(rule: LoRA, rslora: bool) -> float:
     """The alpha that gives a layer its scale where all layers share peft's one use_rslora."""
-    rule = getattr(rule, "inner", rule)
     if rule.rslora == rslora:
-        return float(rule.r if rule.alpha is None else rule.alpha)
-    return float(rule.scale * (math.sqrt(rule.r) if rslora else rule.r))
+        return _number(rule.r if rule.alpha is None else rule.alpha)
+    return _number(rule.scale * (math.sqrt(rule.r) if rslora else rule.r))
 
 
-def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored:
-    """What peft saved. Raises UnsupportedError for a field that cannot be carried."""
+def _number(value: float) -> float:
+    return int(value) if value == int(value) else float(value)
+
+
+def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Stored, dict[str, Tensor]]:
+    """What peft saved, and the tensors that belong to no layer. Layers, ranks and scales come from keys and patterns.
+
+    Raises UnsupportedError for a field that cannot be carried.
+    """
     refuse_fields(config, _CARRIED, "LoRA")
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
@@ -65,41 +99,30 @@ def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored:
     stored = Stored(method(
         r=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=float(config.get("lora_dropout") or 0.0),
         init="gaussian" if start == "gaussian" else "kaiming", rslora=bool(config.get("use_rslora")),
-        targets=config.get("target_modules") or "all-linear", modules_to_save=config.get("modules_to_save") or ()), "peft")
-    stored.picks_layers = bool(config.get("layers_to_transform") or config.get("exclude_modules"))
-    read_tensors(stored, bare_keys(tensors, stored.notes), config)
-    return stored
-
-
-def read_tensors(stored: Stored, tensors: dict[str, Tensor], config: Mapping[str, Any] | None = None) -> None:
-    """Fill the sites from bare keys. With `config` (peft's), the sites and their ranks come from the keys and patterns."""
-    parsed = {key: match for key in tensors if (match := _KEY.fullmatch(key))}
-    if config is not None:
-        for match in parsed.values():
-            module = match["module"]
-            kind = "embedding" if "embedding" in match["part"] else None
-            if module not in stored.sites:
-                stored.sites[module] = StoredSite(_rule(stored.config, module, config), {}, {}, kind)
-            stored.sites[module].kind = stored.sites[module].kind or kind
-    spelled = {(m["module"], m["part"]): key for key, m in parsed.items()}
-    for module, site in stored.sites.items():
-        names = _EMBEDDING if site.kind == "embedding" else _LINEAR
-        for tensor, shape in site.rule.trained(*(site.shape or (1, 1))).items():
-            part = names[tensor].removesuffix(".weight")
-            key = spelled.get((module, part), f"{module}.{names[tensor]}")
-            found = take(tensors, key, shape if site.shape else None, f"{tensor} of {module!r}", stored.problems)
-            site.keys[tensor] = PREFIX + key
-            if found is not None:
-                site.tensors[tensor] = found
-    rest_is_selected(stored, tensors, stored.config.modules_to_save)
-    stored.problems += extra(tensors, [f"{m}.{n}" for m, s in stored.sites.items() for n in _LINEAR.values()])
+        targets=targets_of(config), modules_to_save=config.get("modules_to_save") or (), dtype=dtype_of(tensors)), "peft")
+    fill_in(stored, config)
+    rest = bare_keys(stored, tensors)
+    spelled: dict[str, dict[str, str]] = {}
+    for name in rest:
+        if match := _KEY.fullmatch(name):
+            spelled.setdefault(match["module"], {})[_PARTS[match["part"]]] = name
+            site = stored.sites.setdefault(match["module"], StoredSite(_rule(stored.config, match["module"], config)))
+            if "embedding" in match["part"]:
+                site.kind = "embedding"
+    for module, found in spelled.items():
+        usual = {t: key(module, t, stored.sites[module].kind).removeprefix(PREFIX) for t in _LINEAR}
+        take_trained(stored, rest, module, {**usual, **found})
+    return stored, rest
 
 
 def _rule(config: Any, module: str, peft: Mapping[str, Any]) -> Any:
+    """The first pattern that fits a layer's name is the one that peft takes."""
     changed: dict[str, Any] = {}
     for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-        for key, value in (peft.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                changed[field] = value if field == "r" else float(value)
-                break
+        values = peft.get(pattern) or {}
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{pattern}={values!r}: an object of name patterns and numbers is expected.")
+        fits = next((p for p in values if re.match(rf"(.*\.)?({p})$", module)), None)
+        if fits is not None:
+            changed[field] = values[fits] if field == "r" else float(values[fits])
     return replace(config, changed)

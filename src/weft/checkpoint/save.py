@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import methods
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from ..model.adapter import Adapter
 from ..model.state import state_of
-from . import files, header, native, peft_lora, peft_vera
+from . import files, header, native, peft_common, peft_lora, peft_vera
+
+NATIVE = "native"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Disk:
         return save(model, path, name, projections)
 
     def file_size(self, adapter: Adapter) -> int:
-        written = compose(adapter, projections=False, values=False)
+        written = compose(adapter, values=False)
         return files.file_size(written.tensors, written.metadata)
 
 
@@ -54,37 +57,40 @@ def save(model: nn.Module, path: str | Path, name: str = "default", projections:
     try:
         files.write(directory, written.tensors, written.metadata, written.config)
     except OSError as error:
-        raise CheckpointError(f"{str(path)!r} could not be written: {error}. What was there is unchanged.") from error
+        raise CheckpointError(f"{str(path)!r} could not be written ({error}). A checkpoint that was there still loads, "
+                              "and is the old one.") from error
     return directory
 
 
 def compose(adapter: Adapter, projections: bool = False, values: bool = True) -> Written:
     """Both files of an adapter; values=False leaves checksums at zero."""
     config = adapter.config
+    if projections and not isinstance(config, methods.VeRA):
+        raise UnsupportedError(f"projections=True stores VeRA's A and B for peft; {type(config).__name__} has none that "
+                               "peft could read. Save without it.")
     if isinstance(config, methods.LoRA | methods.DoRA):
         layout, (tensors, beside) = peft_lora.PEFT_TYPE, peft_lora.write(adapter)
     elif isinstance(config, methods.VeRA) and (projections or config.draw == "stored"):
         layout, (tensors, beside) = peft_vera.PEFT_TYPE, peft_vera.write(adapter)
     else:
-        layout, tensors = "native", native.write(adapter)
-        if projections and not isinstance(config, methods.VeRA):
-            raise CheckpointError(f"projections=True stores VeRA's A and B for peft; {type(config).__name__} has no form "
-                                  "in peft.")
+        layout, (tensors, selected) = NATIVE, native.write(adapter)
         # A type that peft does not know makes it refuse the directory rather than misread it.
         beside = {"peft_type": f"WEFT_{type(config).__name__.upper()}", "weft": methods.to_json(config)}
-    clean = {_clean(key): t for key, t in tensors.items()}
-    return Written(clean, header.make(adapter, layout, clean, beside, values), beside)
-
-
-def _clean(key: str) -> str:
-    from .matching import canonical
-
-    return canonical(key)
+    if layout != NATIVE:
+        selected, repeated = peft_common.base_tensors(adapter)
+        tensors |= {peft_common.PREFIX + key: t for key, t in {**repeated, **selected}.items()}
+    return Written(tensors, header.make(adapter, layout, tensors, list(selected), beside, values), beside)
 
 
 def _check_values(adapter: Adapter) -> None:
-    for name, parameter in adapter.named_parameters():
-        if parameter.is_meta:
+    shapes = {id(p): shape for site in adapter.sites.values()
+              for p, shape in zip(site.trainable().values(), site.rule.trained(*site.shape).values(), strict=True)}
+    shapes |= {id(s.trained): tuple(s.original.shape) for s in adapter.selected_tensors.values()}
+    for name, p in adapter.named_parameters():
+        if p.is_meta:
             raise CheckpointError(f"{name!r} is on the meta device and has no values to save.")
-        if not bool(parameter.isfinite().all()):
+        if tuple(p.shape) != tuple(shapes[id(p)]) or type(p.data) is not torch.Tensor:
+            raise CheckpointError(f"{name!r} is a {type(p.data).__name__} of shape {list(p.shape)}, and the whole tensor "
+                                  f"has {list(shapes[id(p)])}: a sharded model must gather its tensors before saving.")
+        if not bool(p.isfinite().all()):
             raise CheckpointError(f"{name!r} holds NaN or infinity; nothing was saved. The last good checkpoint is intact.")

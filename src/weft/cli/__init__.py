@@ -17,7 +17,7 @@ from ..errors import ConfigError, WeftError
 COMMANDS = ("compare", "plan", "inspect", "merge", "doctor")
 DONE, FAILED, MISUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 # Top-level modules of the extra `train`; any other missing module is a defect and keeps its trace.
-EXTRA = ("PIL", "accelerate", "matplotlib", "numpy", "scipy", "sklearn", "statsmodels", "tqdm", "transformers")
+EXTRA = ("PIL", "accelerate", "matplotlib", "numpy", "scipy", "sklearn", "tqdm", "transformers")
 
 
 class Parser(argparse.ArgumentParser):

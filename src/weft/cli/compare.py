@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..compare.results import Comparison
 
 HELP = "train several methods on one task and print one honest table"
-NEEDED = ("numpy", "sklearn", "scipy", "statsmodels", "matplotlib", "PIL", "tqdm", "transformers")
+NEEDED = ("numpy", "sklearn", "scipy", "matplotlib", "PIL", "tqdm", "transformers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -58,6 +58,8 @@ class Crew:
             order, worker.job = worker.job, None
             if "died" in message:
                 self._replace(worker)
+                if order is None:  # it was waiting for work
+                    continue
                 deaths[order.key] += 1
                 if deaths[order.key] < ATTEMPTS:
                     continue

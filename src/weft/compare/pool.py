@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -38,7 +39,8 @@ class Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "weft.compare.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=errors, env=environment, start_new_session=True, text=True, encoding="utf-8")
-        threading.Thread(target=self._listen, args=(arrived,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(arrived,), daemon=True)
+        self._listener.start()
 
     def _listen(self, arrived: queue.Queue[tuple[int, dict[str, Any]]]) -> None:
         if self.process.stdout is not None:
@@ -61,6 +63,11 @@ class Worker:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
+        self._listener.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # an order that it had not read
+                    pipe.close()
 
 
 class Pool:

@@ -31,14 +31,14 @@ class Progress:
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, file=self._stream, dynamic_ncols=True, unit="run",
-                             smoothing=0.1, leave=False)
+            self._bar = tqdm(total=total, initial=done, file=self._stream, dynamic_ncols=True, smoothing=0.1,
+                             leave=False, bar_format="{n_fmt}/{total_fmt} |{bar:16}| {remaining} left  {desc}")
 
     def step(self, done: int, total: int, what: str) -> None:
         """`what` has just finished; the total may have grown."""
         if self._bar is not None:
             self._bar.total = total
-            self._bar.set_postfix_str(what, refresh=False)
+            self._bar.set_description_str(what, refresh=False)
             self._bar.update(done - self._done)
         else:
             self._say(f"{done:>3}/{total}  {what}{self._left(done, total)}")

@@ -53,12 +53,11 @@ def worse(best: Sequence[float], other: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction; in the order given."""
-    if not p_values:
-        return []
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
+    """Holm's step-down correction: the i-th smallest of n times n - i, never below a smaller one; in the order given."""
+    corrected, floor = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        floor = corrected[i] = max(floor, min(1.0, (len(p_values) - place) * p_values[i]))
+    return corrected
 
 
 def rank(scores: Mapping[str, Sequence[float]], sizes: Mapping[str, tuple[int, int]]) -> Ranking | None:
@@ -87,14 +86,17 @@ def gap_bound(best: Sequence[float], other: Sequence[float]) -> float:
 
 
 def seeds_needed(best: Sequence[float], other: Sequence[float], tests: int, gap: float = GAP) -> int | None:
-    """About how many seeds would show a gap of `gap` with 80 % power at alpha / tests; None where it cannot be told."""
+    """About how many seeds would show a gap of `gap` with 80 % power at alpha / tests; None where it cannot be told.
+
+    101 stands for more than 100.
+    """
     spread = stdev([a - b for a, b in zip(best, other, strict=True)])
     if spread <= SAME:
         return None
-    from statsmodels.stats.power import TTestPower
+    from scipy import stats
 
-    power = TTestPower()
     for n in range(MIN_SEEDS, 101):
-        if power.power(gap / spread, nobs=n, alpha=ALPHA / max(1, tests), alternative="larger") >= 0.8:
+        critical = stats.t.ppf(1 - ALPHA / max(1, tests), n - 1)
+        if stats.nct.sf(critical, n - 1, gap / spread * math.sqrt(n)) >= 0.8:  # the power of the one-sided test
             return n
     return 101

@@ -35,6 +35,7 @@ def compare(request: Request, shown: Progress) -> Comparison:
     store.match(request.identity())
     _check_device(request.device)
     with Pool(store.root / LOGS) as pool:
+        shown.say(f"Opening {request.model.name} and {request.task.name}.")
         crew = Crew(pool, asdict(_opening(request)))
         about = crew.open_first()
         store.open({**request.identity(), **{NAMES.get(key, key): value for key, value in about["context"].items()}})

@@ -53,7 +53,7 @@ def to_json(config: Any) -> dict[str, Any]:
     return {"method": type(config).__name__, **plain}
 
 
-def from_json(data: dict[str, Any]) -> Any:
+def from_json(data: Any) -> Any:
     """The configuration that `to_json` wrote; unknown fields and methods are refused by name."""
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
         raise ConfigError('a configuration in JSON is an object with a "method" field, for example {"method": "LoRA"}.')

@@ -12,7 +12,7 @@ Tensors reach a rule as attributes of `p` (`p.A`, `p.B`, ...), so a rule can be 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -28,6 +28,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 Shape = tuple[int, ...]
 
+
 class Shared(nn.Module):
     """Frozen tensors that every layer of an adapter reads; redrawn from their seed, never trained."""
 
@@ -37,8 +38,9 @@ class Shared(nn.Module):
 
 
 class Params(Protocol):
-    """The tensors of one adapted layer, by attribute; `training` switches dropout."""
+    """The tensors of one adapted layer, by attribute; `shape` is its (out, in), `training` switches dropout."""
 
+    shape: tuple[int, int]
     training: bool
 
     def __getattr__(self, name: str) -> Any: ...
@@ -110,8 +112,8 @@ class Rule(Protocol):
 class UpdateRule(Rule, Protocol):
     """A rule of the form W' = W + delta(p)."""
 
-    def delta(self, p: Params) -> Tensor:
-        """[out, in] in float32, or in float64 where the tensors are."""
+    def delta(self, p: Params, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[out, in], computed in `dtype`: float32, or float64 where W is."""
         ...
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
         """x deltaᵀ [..., out] in `dtype`, without building delta."""
@@ -186,10 +188,3 @@ def check_modules(config: Any) -> None:
         raise ConfigError(f"{type(config).__name__}(modules_to_save={value!r}): write a list of module name endings, "
                           'for example ["classifier"].')
     object.__setattr__(config, "modules_to_save", tuple(value))
-
-
-def as_params(tensors: Mapping[str, Tensor], shared: Shared | None = None, training: bool = False) -> Any:
-    """The attribute view of loose tensors, for tests and for analysis without a model."""
-    from types import SimpleNamespace
-
-    return SimpleNamespace(**tensors, shared=shared, training=training)

@@ -34,7 +34,6 @@ from .base import (
     UpdateRule,
     check_choice,
     full_precision,
-    wide,
 )
 from .lora import LoRA
 
@@ -62,16 +61,18 @@ class Magnitude:
         """‖W + delta‖ of each row -> [out], in float32 or wider whatever the model's dtype and autocast."""
         if self.norm_grad == "exact":
             with full_precision(W.device):
-                return magnitude.row_norm(wide(W) + self.inner.delta(p))
+                return magnitude.row_norm(self.inner.effective_weight(W, p))
         with torch.no_grad(), full_precision(W.device):
-            return magnitude.row_norm(wide(W) + self.inner.delta(p))
+            return magnitude.row_norm(self.inner.effective_weight(W, p))
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
-        V = wide(W) + self.inner.delta(p)
-        return (wide(p.m) / magnitude.row_norm(V))[:, None] * V
+        V = self.inner.effective_weight(W, p)
+        m: Tensor = p.m.to(V.dtype)
+        return (m / magnitude.row_norm(V))[:, None] * V
 
     def forward(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
-        scale = wide(p.m) / self.norm(host.weight(), p)
+        norm = self.norm(host.weight(), p)
+        scale = p.m.to(norm.dtype) / norm
         return magnitude.compose(y, host.bias, self.inner.update(x, host, p, y.dtype), scale)
 
     def trained(self, out: int, in_: int) -> dict[str, Shape]:

@@ -66,15 +66,17 @@ class LoRA:
         alpha = float(self.r if self.alpha is None else self.alpha)
         return alpha / math.sqrt(self.r) if self.rslora else alpha / self.r
 
-    def delta(self, p: Params) -> Tensor:
-        return self.scale * (wide(p.B) @ wide(p.A))
+    def delta(self, p: Params, dtype: torch.dtype = torch.float32) -> Tensor:
+        product: Tensor = p.B.to(dtype) @ p.A.to(dtype)
+        return self.scale * product
 
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
         h = host.project(x, p.A.to(dtype), self.dropout, p.training)
         return low_rank.up(h, p.B.to(dtype), self.scale)
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
-        return wide(W) + self.delta(p)
+        W = wide(W)
+        return W + self.delta(p, W.dtype)
 
     def forward(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
         return y + self.update(x, host, p, y.dtype)
@@ -87,12 +89,12 @@ class LoRA:
         gaussian = self.init == "gaussian"
         if host.kind == "embedding":
             B = draw.normal("B", (out, self.r), 1 / self.r if gaussian else 1.0, device)
-            return {"A": torch.zeros(self.r, in_, device=device), "B": B}
+            return {"A": torch.zeros(self.r, in_, dtype=torch.float32, device=device), "B": B}
         if gaussian:
             A = draw.normal("A", (self.r, in_), 1 / self.r, device)
         else:
             A = draw.uniform("A", (self.r, in_), 1 / math.sqrt(in_), device)
-        return {"A": A, "B": torch.zeros(out, self.r, device=device)}
+        return {"A": A, "B": torch.zeros(out, self.r, dtype=torch.float32, device=device)}
 
     def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
         return None

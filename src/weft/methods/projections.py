@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 from collections.abc import Callable
@@ -21,8 +22,9 @@ _STREAM_A, _STREAM_B = 0, 1
 class Projections(Shared):
     """A and B as buffers that are never saved with the model and never trained.
 
-    A cast to bfloat16 and back would lose bits for ever, so on a change of dtype, or on leaving the meta device, the
-    matrices are drawn again from the seed and then cast. Stored matrices cannot be redrawn; they are cast.
+    A cast to bfloat16 and back would lose bits for ever, and `to_empty` fills them with whatever the memory holds. So
+    whenever the model's tensors are replaced (`to`, `half`, `to_empty`, ...) the matrices are made again: drawn from
+    the seed, or taken from the float32 pair that a file brought, and then cast.
     """
 
     A: Tensor
@@ -35,14 +37,18 @@ class Projections(Shared):
         if draw == "stored" and stored is None:
             raise ConfigError('VeRA(draw="stored"): the matrices come from a file only; load one with weft.load, or '
                               'choose draw="weft".')
-        A, B = stored if stored is not None else self._drawn(torch.device(device))
+        self._stored = None if stored is None else (stored[0].detach().float(), stored[1].detach().float())
+        A, B = self._made(torch.device(device) if stored is None else stored[0].device)
         self.register_buffer("A", A, persistent=False)
         self.register_buffer("B", B, persistent=False)
 
-    def _drawn(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _made(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Float32 A [r, max_in] and B [max_out, r], Kaiming-uniform with gain sqrt(2): bound sqrt(6 / fan_in)."""
         if device.type == "meta":
-            return torch.empty(self.r, self.max_in, device=device), torch.empty(self.max_out, self.r, device=device)
+            return (torch.empty(self.r, self.max_in, dtype=torch.float32, device=device),
+                    torch.empty(self.max_out, self.r, dtype=torch.float32, device=device))
+        if self._stored is not None:
+            return self._stored[0].to(device), self._stored[1].to(device)
         if self.draw == "peft":
             A, B = peft_projections(self.seed, self.r, self.max_in, self.max_out)
             return A.to(device), B.to(device)
@@ -57,18 +63,18 @@ class Projections(Shared):
 
     def checksum(self) -> str:
         """16 hex digits of SHA-256 over the float32 bits of A and B, whatever dtype they are held in."""
-        A, B = (self.A, self.B) if self.draw == "stored" else self._drawn(torch.device("cpu"))
         digest = hashlib.sha256()
-        for t in (A, B):
-            digest.update(t.detach().float().cpu().contiguous().numpy().tobytes())
+        for t in self._made(torch.device("cpu")):
+            t = t.contiguous()
+            # The bytes by address: `.numpy()` would need numpy, which the core does without.
+            digest.update(ctypes.string_at(t.data_ptr(), t.numel() * t.element_size()))
         return digest.hexdigest()[:16]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        dtype, device = self.A.dtype, self.A.device
-        super()._apply(fn, recurse)
-        redraw = self.A.dtype != dtype or (device.type == "meta" and self.A.device.type != "meta")
-        if redraw and self.draw != "stored":
-            A, B = self._drawn(self.A.device)
+        before = self.A
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.A is not before:
+            A, B = self._made(self.A.device)
             self.A, self.B = A.to(self.A.dtype), B.to(self.B.dtype)
         return self
 

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError
 
 KEYWORDS = ("all-linear", "attention", "mlp")
@@ -45,7 +47,7 @@ def normalise(targets: Any) -> str | tuple[str, ...] | Overrides:
             if not isinstance(fields, Mapping) or not all(isinstance(field, str) for field in fields):
                 raise ConfigError(f"targets={{{pattern!r}: {fields!r}}}: write the fields to override as a dict, for "
                                   'example {"q_proj": {"r": 32}}; {} overrides nothing.')
-            entries.append((_checked(pattern), tuple(fields.items())))
+            entries.append((_checked(pattern), tuple((field, _plain(value)) for field, value in fields.items())))
         return Overrides(tuple(entries))
     if isinstance(targets, Sequence | set | frozenset) and targets:
         ordered = targets if isinstance(targets, Sequence) else sorted(targets, key=str)
@@ -66,6 +68,11 @@ def to_plain(targets: Any) -> Any:
     if isinstance(targets, Overrides):
         return {pattern: dict(fields) for pattern, fields in targets.entries}
     return targets if isinstance(targets, str) else list(targets)
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON can hold it."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _checked(pattern: Any) -> str:

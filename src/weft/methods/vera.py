@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..ops import low_rank
 from .base import (
     Draw,
@@ -56,20 +57,26 @@ class VeRA:
     def __post_init__(self) -> None:
         check_rank(self)
         check_number(self, "d_init", low=float("-inf"), open_low=True)
+        if self.d_init == 0:
+            raise ConfigError(f"{type(self).__name__}(d_init=0): with d and b both 0 no gradient reaches either, ever. "
+                              "The paper's runs start at 0.1.")
         check_choice(self, "draw", ("weft", "peft", "stored"))
         check_common(self)
 
-    def delta(self, p: Params) -> Tensor:
+    def delta(self, p: Params, dtype: torch.dtype = torch.float32) -> Tensor:
         A, B = self._frozen(p)
-        return (wide(p.b)[:, None] * wide(B)) @ (wide(p.d)[:, None] * wide(A))
+        product: Tensor = (p.b.to(dtype)[:, None] * B.to(dtype)) @ (p.d.to(dtype)[:, None] * A.to(dtype))
+        return product
 
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
         A, B = self._frozen(p)
         h = host.project(x, A.to(dtype), self.dropout, p.training)
-        return low_rank.up(h * p.d.to(dtype), B.to(dtype)) * p.b.to(dtype)
+        b: Tensor = p.b.to(dtype)
+        return low_rank.up(h * p.d.to(dtype), B.to(dtype)) * b
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
-        return wide(W) + self.delta(p)
+        W = wide(W)
+        return W + self.delta(p, W.dtype)
 
     def forward(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
         return y + self.update(x, host, p, y.dtype)
@@ -79,8 +86,8 @@ class VeRA:
 
     def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
         device = host.weight().device
-        d = torch.full((self.r,), float(self.d_init), device=device)
-        return {"d": d, "b": torch.zeros(host.out_features, device=device)}
+        d = torch.full((self.r,), float(self.d_init), dtype=torch.float32, device=device)
+        return {"d": d, "b": torch.zeros(host.out_features, dtype=torch.float32, device=device)}
 
     def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared:
         max_out, max_in = max(o for o, _ in shapes), max(i for _, i in shapes)

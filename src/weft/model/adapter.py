@@ -25,12 +25,21 @@ class Selected:
     holders: list[tuple[nn.Module, str]]
     head: bool
 
+    def layers(self) -> list[nn.Module]:
+        """The modules that read this tensor as their weight."""
+        return [module for module, name in self.holders if name == "weight"]
+
     def install(self, parameter: nn.Parameter) -> None:
-        """Put the original or the trained tensor where the model reads it, on the model's current device."""
+        """Put the original or the trained tensor where the model reads it, in the device and dtype that the model has now.
+
+        `model.to(...)` reaches only the one of the two that is installed.
+        """
         for module, name in self.holders:
             live = module._parameters[name]
-            if live is not None and live is not parameter and live.device != parameter.device:
-                parameter.data = parameter.data.to(live.device)
+            if live is not None and live is not parameter and not live.is_meta:
+                carrier = nn.Module()
+                carrier.register_parameter("tensor", parameter)
+                carrier.to(live.device, live.dtype)  # takes the gradient along
             module._parameters[name] = parameter
 
 
@@ -49,7 +58,7 @@ def bind_disk(disk: Disk) -> None:
     _disk[:] = [disk]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Adapter:
     """An adapter attached to `model` under `name`.
 
@@ -65,6 +74,11 @@ class Adapter:
     frozen: list[Any] = field(default_factory=list)
     routed: list[str] = field(default_factory=list)
     load_report: Any = None
+
+    def __repr__(self) -> str:
+        parts = [(len(self.sites), "layer"), (len(self.selected_tensors), "base tensor")]
+        what = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in parts if n)
+        return f"<weft.Adapter {self.name!r}: {type(self.config).__name__}, {what}, {self.num_parameters:,} trained numbers>"
 
     @property
     def selected(self) -> dict[str, nn.Parameter]:

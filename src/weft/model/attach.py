@@ -12,11 +12,13 @@ from torch import nn
 from .. import methods
 from ..errors import ConfigError, MergeError, TargetError, WeftError
 from ..methods.base import Draw, Rule, Shared
+from ..methods.target_spec import KEYWORDS
 from . import hosts, targets
 from .adapter import Adapter
-from .layer import Site, adapt, is_adapted, restore, sites_of, switch_of
+from .layer import CHILD, Site, adapt, is_adapted, restore, sites_of, switch_of
 from .selection import select, tensors_of_modules, tensors_picked
 from .state import ATTRIBUTE, Rows, State, find_state, state_of, unwrapped
+from .structure import base_modules
 from .switch import activate, base_only
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -49,6 +51,9 @@ def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
 
 def parts_of(root: nn.Module, config: Any) -> Parts:
     """Resolve a configuration against a model, before anything is touched."""
+    for tensor, parameter in root.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise TargetError(f"{tensor!r} has no shape before the model's first forward. Run the model once, then attach.")
     saved = tensors_of_modules(root, config.modules_to_save)
     if isinstance(config, methods.Selection):
         return Parts({}, list(dict.fromkeys([*tensors_picked(root, config), *saved])))
@@ -56,6 +61,8 @@ def parts_of(root: nn.Module, config: Any) -> Parts:
     rules = {module: methods.replace(config, dict(over)) for module, over in found.sites.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]
+        if config.targets in KEYWORDS:  # "all-linear" means all that are not trained in full
+            rules.pop(module, None)
         if module in rules:
             raise TargetError(f"{module!r} is named by targets and by modules_to_save={list(config.modules_to_save)}: "
                               "a layer is adapted or trained in full. Take it out of one of the two.")
@@ -75,7 +82,9 @@ def attach_resolved(model: nn.Module, config: Any, parts: Parts, name: str = "de
         modules = dict(root.named_modules())
         _check_ownership(modules, parts.rules, state)
         _check_tied(root, parts.rules)
-        adapter = Adapter(name, config, root, frozen=list(parts.frozen), routed=list(parts.routed))
+        trained = set(parts.selected)
+        frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
+        adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
         adapter.sites = _build_sites(modules, parts.rules, state, dict(shared or {}))
         adapter.selected_tensors = select(root, parts.selected, config.modules_to_save)
     if not any(True for _ in adapter.parameters()):
@@ -108,7 +117,8 @@ def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -
     del state.adapters[name]
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
-            parameter.requires_grad_(state.required_grad[full])
+            parameter.requires_grad_(state.required_grad.get(full, parameter.requires_grad))
+        state.fast_paths.restore()
         del state.root.__dict__[ATTRIBUTE]
 
 
@@ -119,7 +129,8 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def _check_name(state: State | None, name: str) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+    known: Any = name
+    if not isinstance(known, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"adapter name {name!r}: use letters, digits, '_' and '-', and no attribute of nn.ModuleDict.")
     if state is None:
         return
@@ -139,22 +150,25 @@ def _check_ownership(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule]
     for name in rules:
         if name not in modules:
             raise TargetError(f"the model has no module {name!r}.")
+        if not is_adapted(modules[name]) and hasattr(modules[name], CHILD):
+            raise TargetError(f"{name!r} has an attribute {CHILD!r} of its own, where Weft would keep its adapters.")
 
 
 def _check_tied(root: nn.Module, rules: Mapping[str, Rule]) -> None:
     """Adapting one of two modules that read one Parameter would say one thing unmerged and another merged."""
-    readers: dict[int, list[str]] = {}
-    for name, module in root.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            readers.setdefault(id(weight), []).append(name)
-    for names in readers.values():
-        adapted = [n for n in names if n in rules]
-        if adapted and len(names) > 1:
-            other = next(n for n in names if n != adapted[0])
-            raise TargetError(f"{adapted[0]!r} and {other!r} are tied: they read one weight, so adapting one side would "
-                              f"merge into both. Give {other!r} its own copy first: model.{other}.weight = torch.nn."
-                              f"Parameter(model.{other}.weight.detach().clone()) and config.tie_word_embeddings = False.")
+    readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, module in base_modules(root):
+        for tensor, parameter in module._parameters.items():
+            readers.setdefault(id(parameter), []).append((name, module, tensor))
+    for name in rules:
+        layer = root.get_submodule(name)
+        for other, module, tensor in readers[id(layer._parameters["weight"])]:
+            if module is layer and tensor == "weight":
+                continue
+            full = f"{other}.{tensor}".lstrip(".")
+            raise TargetError(f"{name!r} and {other!r} are tied: they read one weight, so adapting one side would "
+                              f"merge into both. Give {other!r} its own copy first: model.{full} = torch.nn."
+                              f"Parameter(model.{full}.detach().clone()) and config.tie_word_embeddings = False.")
 
 
 def _build_sites(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], state: State | None,
@@ -198,4 +212,5 @@ def _install(root: nn.Module, state: State, adapter: Adapter, modules: Mapping[s
             adapt(modules[name], state.switch)
         sites_of(modules[name])[adapter.name] = site
     state.adapters[adapter.name] = adapter
+    state.fast_paths.switch_off(modules.values(), [modules[name] for name in adapter.sites])
     activate(state, adapter.name)

@@ -54,6 +54,8 @@ def why_not(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "it has no weight parameter of its own"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its shape is not known before its first forward; run the model once"
     if weight.dtype not in DTYPES.values():
         return f"its weight is quantised ({str(weight.dtype).removeprefix('torch.')})"
     if weight.ndim != 2:
@@ -62,7 +64,44 @@ def why_not(module: nn.Module) -> str | None:
         return "MultiheadAttention reads its weight and never calls it, so an adapter would do nothing"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rewrites its weight in every forward"
+    if not _computes_its_map(module, kind):
+        return f"the forward of {type(module).__name__} computes something else than a plain {kind} layer"
     return None
+
+
+# Largest relative distance from W x + bias that counts as another rounding of the same number.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def _computes_its_map(module: nn.Module, kind: str) -> bool:
+    """False where a subclass has a forward of its own (a scaled embedding, shifted positions) and it is another map.
+
+    Such a layer is asked: one input, held against W x + bias. On the meta device nothing can be asked.
+    """
+    cls = getattr(type(module), "_weft_base", type(module))
+    plain = _PLAIN[kind] if kind in _PLAIN else sys.modules["transformers.pytorch_utils"].Conv1D
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if cls.forward is plain.forward or weight.is_meta or 0 in weight.shape:
+        return True
+    W = weight.detach() if kind == "linear" else weight.detach().t()
+    if kind == "embedding":
+        x = torch.arange(min(3, W.shape[1]), device=W.device)
+        wanted = W.t()[x]
+    else:
+        x = torch.linspace(-1, 1, W.shape[1], dtype=W.dtype, device=W.device)[None]
+        bias = getattr(module, "bias", None)
+        wanted = x @ W.t() if bias is None else x @ W.t() + bias.detach()
+    try:
+        with torch.no_grad():
+            found = cls.forward(module, x)
+    except Exception:  # it wants other arguments, or fails on them: whatever it is, it is not asked as a plain layer is
+        return False
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    return bool((found - wanted).abs().max() <= _ROUNDING[W.dtype] * wanted.abs().max())
+
+
+_PLAIN: dict[str, type[nn.Module]] = {"linear": nn.Linear, "embedding": nn.Embedding}
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ The layer stays where it is, stays an instance of its class and keeps its parame
 
 from __future__ import annotations
 
-from functools import cache
+import types
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .state import Switch
 CHILD = "weft"
 _SWITCH = "_weft_switch"
 _INNER = "_weft_inner_forward"
+_classes: dict[type[nn.Module], type[nn.Module]] = {}  # the layer's own class -> the one that runs its adapters too
 
 
 class Site(nn.Module):
@@ -64,11 +65,12 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     return _blank, (type(self)._weft_base,), self.__dict__  # type: ignore[attr-defined]
 
 
-@cache
 def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    body = {"_weft_base": base, "forward": adapted_forward, "__reduce_ex__": _reduce,
-            "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(base)(f"Adapted{base.__name__}", (base,), body)
+    if base not in _classes:
+        body = {"_weft_base": base, "forward": adapted_forward, "__reduce_ex__": _reduce,
+                "__module__": base.__module__, "__doc__": base.__doc__}
+        _classes[base] = types.new_class(f"Adapted{base.__name__}", (base,), exec_body=lambda names: names.update(body))
+    return _classes[base]
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError, UnsupportedError, WeftError
+from ..methods.base import full_precision
 from .adapter import Adapter
-from .layer import is_adapted, sites_of, switch_of
+from .layer import Site, is_adapted, sites_of, switch_of
 from .state import State, state_of
 from .switch import activate
 
@@ -88,7 +89,12 @@ def merge(model: nn.Module, name: str = "default", verify: Any = None,
     report = MergeReport(name, len(record.backups), rounding, change)
     if verify is None:
         return report
-    return _verified(state, report, base, before, _outputs(state, None, verify), tolerance)
+    try:
+        after = _outputs(state, None, verify)
+    except BaseException:
+        unmerge(model)
+        raise
+    return _verified(state, report, base, before, after, tolerance)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -106,15 +112,21 @@ def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
 
     Raises WeftError where the layer carries no such adapter.
     """
-    if not is_adapted(layer) or name not in sites_of(layer):
+    switch = switch_of(layer)
+    site = sites_of(layer)[name] if switch is not None and name in sites_of(layer) else None
+    if switch is None or not isinstance(site, Site):
         have = list(sites_of(layer)) if is_adapted(layer) else []
         raise WeftError(f"this {type(layer).__name__} carries no adapter {name!r} (it has: {have}).")
-    site = sites_of(layer)[name]
-    merged = switch_of(layer).base_weights.get(layer)  # type: ignore[union-attr]
-    base: Tensor = site.host.weight() if merged is None else merged.t() if site.host.transposed else merged
-    with torch.no_grad():
-        weight: Tensor = site.rule.effective_weight(base, site)
-    return weight.detach()
+    own = switch.base_weights.get(layer)
+    if own is None:
+        return _effective(site, site.host.weight())
+    return _effective(site, own.t() if site.host.transposed else own)
+
+
+@torch.no_grad()
+def _effective(site: Site, W: Tensor) -> Tensor:
+    with full_precision(W.device):  # autocast would compute it in bfloat16
+        return site.rule.effective_weight(W, site).detach()
 
 
 def _check_mergeable(state: State, adapter: Adapter) -> None:
@@ -135,7 +147,7 @@ def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
     rounding = change = 0.0
     for name, site in adapter.sites.items():
         stored: nn.Parameter = site.host.module.weight  # type: ignore[assignment]
-        wanted = site.rule.effective_weight(site.host.weight(), site)
+        wanted = _effective(site, site.host.weight())
         cast = wanted.to(stored.dtype)
         if not bool(torch.isfinite(cast).all()):
             raise MergeError(f"{name!r}: W' is not finite in {stored.dtype}; nothing was merged.")
@@ -146,6 +158,7 @@ def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
     for selected in adapter.selected_tensors.values():
         change = max(change, _relative(selected.trained - selected.original, selected.original))
         _replace(selected.original, selected.trained, record)
+        record.base_weights |= dict.fromkeys(selected.layers(), record.backups[-1][1])
     return rounding, change
 
 

@@ -59,8 +59,9 @@ class Plan:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.base_parameters, 1)
-        lines = [f"{self.method}: {self.trainable:,} trained numbers ({share:.4g} % of {self.base_parameters:,}), "
-                 f"{size_text(self.nbytes)}", *rows_as_text(self.rows)]
+        head = f"{self.method}: {self.trainable:,} trained numbers ({share:.4g} % of {self.base_parameters:,}), " \
+               f"{size_text(self.nbytes)}"
+        lines = [head, *rows_as_text(self.rows)]
         if self.frozen:
             lines.append("stays frozen:")
         for pattern, cold in _folded(self.frozen):
@@ -70,7 +71,7 @@ class Plan:
 
 def rows_as_text(rows: list[Row]) -> list[str]:
     """A table of at most 80 columns; layers that differ only in the numbers of their names share a line."""
-    table = [("layer", "kind", "shape", "x", "trained", "bytes")]
+    table: list[tuple[str, ...]] = [("layer", "kind", "shape", "x", "trained", "bytes")]
     for pattern, group in _folded(rows):
         first = group[0]
         trained, held = sum(r.trainable for r in group), sum(r.nbytes for r in group)

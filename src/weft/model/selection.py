@@ -13,10 +13,13 @@ from .structure import base_modules, base_parameters, tensor_facts, within
 
 
 def tensors_of_modules(root: nn.Module, endings: Sequence[str]) -> list[str]:
-    """Full names of all parameters of the modules that end in these; every ending must match."""
+    """Full names of all parameters of the modules that end in these; every ending must match.
+
+    A tied tensor goes by the name that it has in the module asked for.
+    """
     found: list[str] = []
     modules = [name for name, _ in base_modules(root) if name]
-    parameters = [name for name, _ in base_parameters(root)]
+    parameters = [name for name, _ in base_parameters(root, repeat_tied=True)]
     for ending in endings:
         names = [n for n in modules if n == ending or n.endswith("." + ending)]
         tensors = [t for t in parameters if within(t, names)]

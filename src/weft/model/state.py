@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import WeftError
+from .fastpath import FastPaths
 
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .merge import Merged
 
 ATTRIBUTE = "_weft_model_state"
+_MEMORY = 1024  # switches between a forward and its backward that a model remembers
+_FORGOTTEN = "another adapter, too many switches ago"
 
 
 class Rows:
@@ -36,7 +40,8 @@ class Rows:
     def check(self, x: Tensor, feature_dims: int) -> None:
         """The first dimension must be the batch, or batch x tokens flattened: anything else would mix up rows."""
         n, have = len(self.names), x.shape[0] if x.dim() > feature_dims else 0
-        flat = x.dim() == feature_dims + 1 and have % n == 0
+        # Ids in one dimension are as likely positions as tokens, so those must be the batch itself.
+        flat = feature_dims > 0 and x.dim() == feature_dims + 1 and have % n == 0
         if have != n and not flat:
             raise WeftError(f"weft.use was given {n} names, one per row, but a layer received an input of shape "
                             f"{tuple(x.shape)}, whose first dimension is not these rows. Give one name per row of the "
@@ -48,8 +53,18 @@ class Switch:
 
     def __init__(self) -> None:
         self.active: str | Rows | None = None
-        self.seen: str | Rows | None = None  # what was active in the last forward that autograd recorded
-        self.base_weights: dict[nn.Module, Tensor] = {}  # layer -> its own weight, while another is merged into it
+        self.base_weights: dict[nn.Module, Tensor] = {}  # layer -> its own weight, while another stands in its place
+        # What became active when, in autograd's own count of the nodes it has made.
+        self._turns: deque[tuple[int, str | Rows | None]] = deque([(0, None)], _MEMORY)
+
+    def turn(self, active: str | Rows | None) -> None:
+        """Make this the active adapter."""
+        self.active = active
+        self._turns.append((torch._C._autograd._get_sequence_nr(), active))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has made no graph yet, and another process counts its nodes anew.
+        return {**self.__dict__, "_turns": deque([(0, self.active)], _MEMORY)}
 
     def apply(self, sites: Any, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output under the active adapter(s), from its input x and base output y."""
@@ -75,11 +90,15 @@ class Switch:
         """Gradient checkpointing runs the forward again inside backward: it must be the same adapter's forward."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        if torch._C._current_graph_task_id() == -1:  # type: ignore[attr-defined]
-            self.seen = self.active
-        elif self.seen is not self.active and self.seen != self.active:
+        node: Any = torch._C._current_autograd_node()
+        if node is None:  # no backward is running
+            return
+        # Autograd numbers its nodes as it makes them, so the node that asks tells when its forward ran.
+        made = node._sequence_nr()
+        then = next((active for since, active in reversed(self._turns) if since <= made), _FORGOTTEN)
+        if then is not self.active and then != self.active:
             raise WeftError(f"backward recomputes the forward under {describe(self.active)}, but the forward "
-                            f"ran under {describe(self.seen)}. Call backward() inside the same `with weft.use(...)`.")
+                            f"ran under {describe(then)}. Call backward() inside the same `with weft.use(...)`.")
 
 
 class State:
@@ -92,6 +111,7 @@ class State:
         self.merged: Merged | None = None
         self.required_grad: dict[str, bool] = {}  # of the base's parameters, before the first attach
         self.row_check: RemovableHandle | None = None
+        self.fast_paths = FastPaths()
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name; WeftError lists those that exist."""
@@ -102,16 +122,19 @@ class State:
 
 
 def describe(active: str | Rows | None) -> str:
-    return "the base" if active is None else repr(active) if isinstance(active, str) else f"rows {list(active.names)}"
+    """For messages."""
+    if active is None:
+        return "the base"
+    return f"rows {list(active.names)}" if isinstance(active, Rows) else repr(active)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's model under DistributedDataParallel (`module`) and torch.compile (`_orig_mod`)."""
-    for inner in ("_orig_mod", "module"):
-        child = model._modules.get(inner)
-        if child is not None and ATTRIBUTE not in model.__dict__ and len(model._modules) == 1:
-            return unwrapped(child)
-    return model
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.parallel.DataParallel)
+    inner = model._modules.get("module" if parallel else "_orig_mod")
+    if inner is None or ATTRIBUTE in model.__dict__ or len(model._modules) != 1:
+        return model
+    return unwrapped(inner)
 
 
 def find_state(model: nn.Module) -> State | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 
 from torch import nn
 
 from ..methods.facts import TensorFact
-from .hosts import host_kind
+from .hosts import shape_kind
 from .layer import CHILD, is_adapted
 
 # What people call the output layer of a plain torch model, as a direct child of the root.
@@ -25,18 +26,28 @@ _SHARED_EXPERT = re.compile(r"shared_?expert", re.IGNORECASE)
 
 def base_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`root.named_modules()` without what Weft has added to adapted layers."""
-    ours = [f"{name}.{CHILD}" for name, module in root.named_modules() if is_adapted(module)]
+    ours = _ours(root)
     for name, module in root.named_modules():
-        if not within(name, ours):
+        if not _inside(name, ours):
             yield name, module
 
 
-def base_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """`root.named_parameters()` without those of Weft."""
-    ours = [f"{name}.{CHILD}" for name, module in root.named_modules() if is_adapted(module)]
-    for name, parameter in root.named_parameters():
-        if not within(name, ours):
+def base_parameters(root: nn.Module, repeat_tied: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+    """`root.named_parameters()` without those of Weft; a tied tensor once, under its first name, or under each."""
+    ours = _ours(root)
+    for name, parameter in root.named_parameters(remove_duplicate=not repeat_tied):
+        if not _inside(name, ours):
             yield name, parameter
+
+
+def _ours(root: nn.Module) -> set[str]:
+    return {f"{name}.{CHILD}".lstrip(".") for name, module in root.named_modules(remove_duplicate=False)
+            if is_adapted(module)}
+
+
+def _inside(name: str, places: set[str]) -> bool:
+    """The name is, or lies in, one of many places."""
+    return bool(places) and any(part in places for part in accumulate(name.split("."), "{}.{}".format))
 
 
 def head_modules(root: nn.Module) -> list[str]:
@@ -44,7 +55,7 @@ def head_modules(root: nn.Module) -> list[str]:
     found = dict.fromkeys(_beside_base_model(root))
     output = _accessor(root, "get_output_embeddings")
     if output is not None:
-        found |= dict.fromkeys(name for name, module in root.named_modules() if module is output and name)
+        found |= dict.fromkeys(name for name, module in base_modules(root) if module is output and name)
     if not found:
         found = dict.fromkeys(_conventional_head(root))
     return [name for name in found if next(root.get_submodule(name).parameters(), None) is not None]
@@ -52,9 +63,14 @@ def head_modules(root: nn.Module) -> list[str]:
 
 def tensor_facts(root: nn.Module) -> list[TensorFact]:
     """Every parameter once; one that is tied goes by its first name, so a head tied to the embedding is no head."""
-    heads = head_modules(root)
-    return [TensorFact(name, tuple(p.shape), p.ndim == 1 and name.rpartition(".")[2].endswith("bias"),
-                       within(name, heads)) for name, p in base_parameters(root)]
+    heads, experts = head_modules(root), list(expert_modules(root))
+    facts = []
+    for name, p in base_parameters(root):
+        # Fused experts stack their bias vectors, one a row.
+        vectors = p.ndim == 1 or (p.ndim == 2 and within(name, experts))
+        is_bias = vectors and name.rpartition(".")[2].endswith("bias")
+        facts.append(TensorFact(name, tuple(p.shape), is_bias, within(name, heads)))
+    return facts
 
 
 def within(name: str, modules: list[str]) -> bool:
@@ -63,21 +79,20 @@ def within(name: str, modules: list[str]) -> bool:
 
 
 def attention_or_mlp(root: nn.Module) -> dict[str, str]:
-    """Adaptable linear map inside a repeated block -> "attention" or "mlp"."""
+    """Linear map inside a repeated block, adaptable or not -> "attention" or "mlp"."""
     blocks = list(_blocks(root))
     kinds = {}
-    for name, module in root.named_modules():
+    for name, module in base_modules(root):
         block = next((b for b in blocks if name.startswith(b + ".")), None)
-        if block is not None and host_kind(module) in ("linear", "conv1d"):
-            attention = any(_ATTENTION.search(part) for part in _path(root, block, name))
-            kinds[name] = "attention" if attention else "mlp"
+        if block is not None and _is_map(module):
+            kinds[name] = "attention" if _in_attention(root, block, name) else "mlp"
     return kinds
 
 
 def expert_modules(root: nn.Module) -> dict[str, int]:
     """Containers of a mixture's routed experts -> how many experts they hold."""
     found: dict[str, int] = {}
-    for name, module in root.named_modules():
+    for name, module in base_modules(root):
         label = name.rpartition(".")[2]
         if not name or within(name, list(found)) or _SHARED_EXPERT.search(label):
             continue
@@ -97,7 +112,9 @@ def router_modules(root: nn.Module, experts: dict[str, int]) -> list[str]:
             weight = module._parameters.get("weight")
             if within(name, list(experts)) or weight is None or weight.ndim != 2 or weight.shape[0] not in (1, count):
                 continue
-            if not _SHARED_EXPERT.search(name.removeprefix(parent).rpartition(".")[0]):
+            beside = name.removeprefix(parent).rpartition(".")[0]
+            # A key projection beside the experts may have as many rows as there are experts.
+            if not _SHARED_EXPERT.search(beside) and not _ATTENTION.search(beside):
                 routers.append(name)
     return list(dict.fromkeys(routers))
 
@@ -119,8 +136,10 @@ def _is_model(module: nn.Module) -> bool:
 
 def _conventional_head(root: nn.Module) -> Iterator[str]:
     for name, child in root.named_children():
-        others = [m for m in root.modules() if host_kind(m) in ("linear", "conv1d") and m not in set(child.modules())]
-        if name in _HEAD_NAMES and others:
+        if name not in _HEAD_NAMES:
+            continue
+        inside = set(child.modules())
+        if any(_is_map(module) and module not in inside for module in root.modules()):
             yield name
 
 
@@ -134,20 +153,28 @@ def _accessor(root: nn.Module, name: str) -> nn.Module | None:
 
 
 def _blocks(root: nn.Module) -> Iterator[str]:
-    """Outermost repeated blocks: elements of a list of two or more modules (or one), each with linear maps inside."""
+    """Outermost repeated blocks with linear maps inside: elements of an nn.ModuleList or of an nn.Sequential of equals."""
     outer: list[str] = []
-    for name, module in root.named_modules():
+    for name, module in base_modules(root):
         if within(name, outer):
             continue
         if isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and _alike(module)):
             blocks = [f"{name}.{i}".lstrip(".") for i, child in module.named_children()
-                      if any(host_kind(m) in ("linear", "conv1d") for m in child.modules() if m is not child)]
+                      if any(_is_map(m) for m in child.modules() if m is not child)]
             outer += blocks
             yield from blocks
 
 
 def _alike(module: nn.Sequential) -> bool:
     return len(module) > 1 and len({type(child) for child in module}) == 1
+
+
+def _is_map(module: nn.Module) -> bool:
+    return shape_kind(module) in ("linear", "conv1d")
+
+
+def _in_attention(root: nn.Module, block: str, name: str) -> bool:
+    return any(_ATTENTION.search(part) for part in _path(root, block, name))
 
 
 def _path(root: nn.Module, block: str, name: str) -> Iterator[str]:

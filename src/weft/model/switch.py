@@ -29,14 +29,17 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
     def __init__(self, model: nn.Module, which: Which) -> None:
         self._state = state_of(model)
         self._before = self._state.switch.active
-        activate(self._state, checked(self._state, which))
+        chosen = checked(self._state, which)
+        if self._state.merged is None:  # a merged adapter answers from the weights; switched on too it would count twice
+            activate(self._state, chosen)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        activate(self._state, self._before)
+        if self._state.merged is None:
+            activate(self._state, self._before)
 
 
 def checked(state: State, which: Which) -> str | Rows | None:
@@ -52,9 +55,10 @@ def checked(state: State, which: Which) -> str | Rows | None:
     names = list(which)
     if not names:
         raise WeftError("weft.use(model, []): give one name or None per row of the batch.")
-    for name in names:
+    for name in dict.fromkeys(names):
         if name is not None:
             _check_row(state, name)
+    _check_batch_first(state.root)
     return Rows(names)
 
 
@@ -68,21 +72,31 @@ def _check_row(state: State, name: str) -> None:
                                "and rows of the batch can no longer be told apart. Run its rows in a batch of their own.")
 
 
+def _check_batch_first(root: nn.Module) -> None:
+    for name, module in root.named_modules():
+        if getattr(module, "batch_first", True) is False:
+            raise UnsupportedError(f"{name or type(root).__name__!r} has batch_first=False, so a layer's first dimension is "
+                                   "no row of the batch, and rows would be mixed up. Build it with batch_first=True.")
+
+
 def activate(state: State, active: str | Rows | None) -> None:
     """Set what is active, install the selected tensors that go with it, and watch the batch size if it is per row."""
     before = state.switch.active
     if isinstance(before, str) and before in state.adapters and before != active:
         for selected in state.adapters[before].selected_tensors.values():
             selected.install(selected.original)
+            for layer in selected.layers():
+                state.switch.base_weights.pop(layer, None)
     if isinstance(active, str) and before != active:
         for selected in state.adapters[active].selected_tensors.values():
             selected.install(selected.trained)
+            state.switch.base_weights |= dict.fromkeys(selected.layers(), selected.original)
     if state.row_check is not None:
         state.row_check.remove()
         state.row_check = None
     if isinstance(active, Rows):
         state.row_check = state.root.register_forward_pre_hook(_row_check(len(active.names)), with_kwargs=True)
-    state.switch.active = active
+    state.switch.turn(active)
 
 
 @contextmanager

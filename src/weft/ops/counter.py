@@ -68,10 +68,11 @@ def uniform(key: int, stream: int, rows: int, cols: int, bound: float,
     multiplication by a float32 constant makes the number. Zero never occurs.
     """
     if torch.device(device).type == "meta":
-        return torch.empty(rows, cols, device=device)
+        return torch.empty(rows, cols, dtype=torch.float32, device=device)
     odd = (bits(key, stream, rows, cols, device) >> 8) * 2 + (1 - (1 << 24))
     step = struct.unpack("<f", struct.pack("<f", bound * 2.0**-24))[0]
-    return odd.to(torch.float32) * step
+    value: Tensor = odd.to(torch.float32) * step
+    return value
 
 
 def normal(key: int, stream: int, rows: int, cols: int, std: float,
@@ -82,6 +83,7 @@ def normal(key: int, stream: int, rows: int, cols: int, std: float,
     is for tensors that are stored (LoRA's A), never for those that are redrawn from a seed.
     """
     if torch.device(device).type == "meta":
-        return torch.empty(rows, cols, device=device)
+        return torch.empty(rows, cols, dtype=torch.float32, device=device)
     unit = ((bits(key, stream, rows, cols) >> 8).to(torch.float64) + 0.5) * 2.0**-24
-    return (torch.special.ndtri(unit) * std).to(torch.float32).to(device)
+    value: Tensor = torch.special.ndtri(unit) * std
+    return value.to(torch.float32).to(device)

@@ -12,7 +12,8 @@ SMALLEST = torch.finfo(torch.float32).tiny
 def row_norm(V: Tensor) -> Tensor:
     """Euclidean norm of each row of V [out, in] in float32 or wider -> [out], never below the smallest normal."""
     wide = V if V.dtype == torch.float64 else V.float()
-    return torch.linalg.vector_norm(wide, dim=1).clamp_min(SMALLEST)
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=1)
+    return norm.clamp_min(SMALLEST)
 
 
 def compose(y: Tensor, bias: Tensor | None, update: Tensor, scale: Tensor) -> Tensor:

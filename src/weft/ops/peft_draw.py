@@ -22,4 +22,4 @@ def peft_projections(seed: int, r: int, max_in: int, max_out: int) -> tuple[Tens
 def _uniform(rows: int, fan_in: int, generator: torch.Generator) -> Tensor:
     # The same order of operations as peft's, since a bound that differs in its last bit moves every number.
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in))
-    return torch.empty(rows, fan_in).uniform_(-bound, bound, generator=generator)
+    return torch.empty(rows, fan_in, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)

@@ -54,7 +54,7 @@ def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     shot = Snapshot({k: p.detach().clone() for k, p in declared.items()}, _base(model))
     for key, parameter in declared.items():
         record = shot.gradients[key] = Gradients()
-        shot.hooks.append(parameter.register_post_accumulate_grad_hook(record.see))
+        shot.hooks.append(parameter.register_post_accumulate_grad_hook(record.see))  # type: ignore[no-untyped-call]
     return shot
 
 
@@ -140,7 +140,7 @@ def _mappings(model: nn.Module, before: Any, after: Any, name: str | None) -> li
             seen = Gradients()
             seen.see(live)
             problems += _tensor_problems(declared[id(live)], before[key], after[key], seen if seen.count else None)
-        elif not torch.equal(before[key], after[key]):
+        elif _digest(before[key]) != _digest(after[key]):
             problems.append(f"{key}: base tensor changed" + _moving_buffer(key))
     return problems + [f"{key}: not in the model's state_dict" for i, key in declared.items() if i not in found]
 
@@ -153,8 +153,8 @@ def _tensor_problems(key: str, old: Tensor, new: Tensor, gradients: Gradients | 
     if gradients is not None and not gradients.finite:
         return [f"{key}: its gradient was NaN or infinite"]
     if gradients is not None and not gradients.nonzero:
-        return [f"{key}: its gradient was zero in all {gradients.count} backward passes (one step is too few where "
-                "another factor starts at 0)"]
+        why = "one step is too few where another factor starts at 0"
+        return [f"{key}: its gradient was zero in all {gradients.count} backward passes ({why})"]
     if torch.equal(old, new):
         return [f"{key}: it has a gradient but did not move (is it in the optimiser, and is the learning rate above 0?)"]
     return []

@@ -69,7 +69,7 @@ def _class_of(config: Any, task_class: str | None) -> Any:
         if found is not None and getattr(found, "config_class", None) is type(config):
             return found
     causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    return causal[type(config)] if type(config) in causal else transformers.AutoModel
+    return causal.get(type(config), transformers.AutoModel)
 
 
 def _head_size(ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor]) -> dict[str, int]:
@@ -83,9 +83,9 @@ def _head_size(ref: ModelRef, task_class: str | None, brought: Mapping[str, Tens
 def _check_random(ref: ModelRef, names: Iterable[str]) -> None:
     loose = sorted(names)
     if loose:
-        raise WeftError(f"model {ref.name!r} has no weights for {loose[0]!r}{f' and {len(loose) - 1} more' * (len(loose) > 1)}"
-                        ", and the adapter does not bring them; they would be random. Give the model that the adapter was "
-                        "trained on.")
+        more = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
+        raise WeftError(f"model {ref.name!r} has no weights for {loose[0]!r}{more}, and the adapter does not "
+                        "bring them; they would be random. Give the model that the adapter was trained on.")
 
 
 def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,105 @@
+"""Rows, learning rates and budgets as they are written on the command line."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import weft
+from weft.compare.entries import DEFAULT, LRS, fit, grown, parse_methods, rate, split, with_lrs
+from weft.compare.request import Budget, parse_budget
+
+RATES = st.sampled_from([float(f"{half}e{exponent}") for exponent in range(-6, 2) for half in (1, 3)])
+
+
+def test_every_method_of_the_library_is_compared_by_default() -> None:
+    assert [entry.method for entry in parse_methods(",".join(DEFAULT))] == list(weft.methods.METHODS)
+    assert set(LRS) == set(weft.methods.METHODS)
+
+
+def test_fields_reach_the_configuration() -> None:
+    lora, vera = parse_methods("LORA:r=4:alpha=8:init=kaiming,vera:d_init=1e-2")
+    assert lora.config == weft.LoRA(r=4, alpha=8, init="kaiming")
+    assert lora.label == "LoRA r=4 alpha=8 init=kaiming"
+    assert vera.config == weft.VeRA(d_init=0.01)
+
+
+def test_a_list_of_targets_stays_whole() -> None:
+    query, mlp = parse_methods("lora:targets=['query','value']:r=2,dora:targets=mlp")
+    assert query.config == weft.LoRA(targets=["query", "value"], r=2)
+    assert mlp.config == weft.DoRA(targets="mlp")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("lroa", "'LoRA'"), ("lora,", "between two commas"), ("lora,lora", "there twice"), ("lora:r", "name=value"),
+    ("lora:rank=4", "no field 'rank'"), ("lora:r=0", "1 or more"), ("lora:seed=3", "set by weft compare itself"),
+    ("lora:r=x", "whole number")])
+def test_what_cannot_be_meant_is_refused_with_the_reason(text: str, message: str) -> None:
+    with pytest.raises(weft.ConfigError, match=message):
+        parse_methods(text)
+
+
+def test_the_head_and_the_run_s_seed_are_in_the_configuration_of_a_run() -> None:
+    lora, bitfit = parse_methods("lora,bitfit")
+    assert lora.with_head(("classifier",), 7) == weft.LoRA(modules_to_save=("classifier",), seed=7)
+    assert bitfit.with_head(("classifier",), 7) == weft.BitFit(modules_to_save=("classifier",))
+
+
+def test_given_rates_replace_the_grid_and_do_not_grow() -> None:
+    entries = with_lrs(parse_methods("lora,lora:r=4,vera"), ["lora=3e-3,1e-3", "LoRA r=4=1"])
+    assert [(entry.lrs, entry.grows) for entry in entries] == [
+        ((1e-3, 3e-3), False), ((1.0,), False), (LRS["VeRA"], True)]
+
+
+@pytest.mark.parametrize("text", ["lora", "vera=1", "lora=", "lora=0", "lora=-1", "lora=x", "lora=inf", "lora=1,,2"])
+def test_rates_that_cannot_be_meant_are_refused(text: str) -> None:
+    with pytest.raises(weft.ConfigError, match="--lr"):
+        with_lrs(parse_methods("lora"), [text])
+
+
+def test_vera_s_default_rank_is_no_wider_than_the_narrowest_layer() -> None:
+    entries, notes = fit(parse_methods("vera,dvora,vera:r=200,lora"), 48)
+    assert [getattr(entry.config, "r", None) for entry in entries] == [48, 48, 200, 8]
+    assert len(notes) == 2
+    same, none = fit(parse_methods("vera,dvora"), 1000)
+    assert (same, none) == (parse_methods("vera,dvora"), [])
+
+
+@given(st.lists(RATES, min_size=1, max_size=5, unique=True))
+def test_a_grid_grows_by_one_neighbour_beyond_the_edge_where_the_best_lies(lrs: list[float]) -> None:
+    low, high = min(lrs), max(lrs)
+    below, above = grown(lrs, low), grown(lrs, high)
+    assert below is not None
+    assert 2.9 < low / below < 3.4
+    if len(lrs) > 1:
+        assert above is not None
+        assert 2.9 < above / high < 3.4
+    for inside in set(lrs) - {low, high}:
+        assert grown(lrs, inside) is None
+
+
+@given(st.floats(1e-9, 1e9))
+def test_a_rate_is_printed_to_two_digits(value: float) -> None:
+    assert math.isclose(float(rate(value)), value, rel_tol=0.06)
+    assert len(rate(value)) <= 6
+
+
+@given(st.lists(st.text("ab[]()", max_size=5), min_size=1, max_size=5))
+def test_split_loses_nothing(parts: list[str]) -> None:
+    assert ",".join(split(",".join(parts), ",")) == ",".join(parts)
+
+
+def test_a_budget_has_defaults_for_what_is_not_said() -> None:
+    assert parse_budget("steps=7,test=9") == Budget(steps=7, test=9)
+    assert parse_budget("train=5").most == {"train": 5, "validation": 1000, "test": 2000}
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("step=7", "'steps'"), ("steps=2", "3 or more"), ("steps=1e3", "whole number"), ("batch=0", "1 or more"),
+    ("steps", "whole number"), ("steps=5,steps=6", "there twice"), ("", "not known")])
+def test_a_budget_that_cannot_be_meant_is_refused(text: str, message: str) -> None:
+    with pytest.raises(weft.ConfigError, match=message):
+        parse_budget(text)

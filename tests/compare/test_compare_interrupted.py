@@ -1,0 +1,121 @@
+"""A comparison that is killed, resumed, stopped with Ctrl-C and resumed again ends with the very same scores.
+
+In its last part a worker is killed, too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from comparing import TINY, Finished, weft_command
+from safetensors.torch import load_file
+
+
+@dataclass(frozen=True)
+class Story:
+    out: Path
+    killed: int
+    kept: int
+    orphans: int
+    status: int
+    said: str
+    last: Finished
+
+
+def _start(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "weft", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, encoding="utf-8")
+
+
+def _until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _count(out: Path) -> int:
+    return len(list((out / "runs").glob("*.json")))
+
+
+def _gone(workers: list[psutil.Process]) -> int:
+    """How many of them are still there after a while."""
+    return len(psutil.wait_procs(workers, timeout=10)[1])
+
+
+def _kill_a_worker(out: Path, before: int) -> None:
+    """As soon as the first further run is finished."""
+    while _count(out) == before:
+        time.sleep(0.005)
+    psutil.Process().children()[0].kill()
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    out = tmp_path_factory.mktemp("interrupted") / "some where"
+    words = ["compare", "--out", str(out), *TINY]
+    first = _start(words)
+    _until(lambda: _count(out) >= 3, first)
+    workers = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.communicate()
+    orphans, kept = _gone(workers), _count(out)
+    second = _start([*words, "--resume"])
+    _until(lambda: _count(out) >= kept + 2, second)
+    os.kill(second.pid, signal.SIGINT)
+    said = second.communicate(timeout=30)[1]
+    killer = threading.Thread(target=_kill_a_worker, args=(out, _count(out)))
+    killer.start()
+    last = Finished(*weft_command(*shlex.split(said.splitlines()[-1])[1:]), out=out)
+    killer.join()
+    return Story(out, first.returncode, kept, orphans, second.returncode, said, last)
+
+
+def test_workers_end_when_the_command_is_killed(story: Story) -> None:
+    assert story.killed == -signal.SIGKILL
+    assert story.kept >= 3
+    assert story.orphans == 0
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(story: Story) -> None:
+    assert story.status == 130
+    said = re.search(r"Interrupted\. (\d+) finished runs are kept in", story.said)
+    assert said is not None
+    assert story.kept + 2 <= int(said[1]) < len(story.last.runs)
+    assert shlex.split(story.said.splitlines()[-1]) == ["weft", "compare", "--out", str(story.out), *TINY, "--resume"]
+    assert "Traceback" not in story.said
+
+
+def test_a_worker_that_is_killed_leaves_no_gap(story: Story) -> None:
+    assert story.last.status == 0, story.last.errors
+    assert len(list((story.out / "logs").iterdir())) == 3  # two workers, and the one in place of the one killed
+
+
+def test_a_resumed_comparison_has_bitwise_the_scores_of_an_uninterrupted_one(story: Story, finished: Finished) -> None:
+    resumed = story.last
+    scores = {row["method"]: (row["scores"], row["lr"], row["bytes"]) for row in resumed.json["rows"]}
+    assert scores == {row["method"]: (row["scores"], row["lr"], row["bytes"]) for row in finished.json["rows"]}
+    assert set(resumed.runs) == set(finished.runs)
+    for row, other in zip(resumed.json["rows"], finished.json["rows"], strict=True):
+        ours = load_file(Path(row["adapter"]) / "adapter_model.safetensors")
+        theirs = load_file(Path(other["adapter"]) / "adapter_model.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_no_unfinished_file_is_left(story: Story) -> None:
+    assert not list(story.out.rglob("*.tmp"))

@@ -1,0 +1,62 @@
+"""A run whose worker dies is tried once more, and then told as failed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from weft import LoRA, methods
+from weft.compare.bench import Opening
+from weft.compare.dispatch import Crew, Order
+from weft.compare.plan import RunSpec
+from weft.compare.pool import Pool
+
+OPENING = asdict(Opening(task="digits", model="digits-vit", most={"train": 20, "validation": 20, "test": 20},
+                         device="cpu"))
+
+
+def order(key: str, lr: float) -> Order:
+    config = methods.to_json(LoRA(r=2, modules_to_save=("classifier",)))
+    return Order(key, {"do": "run", "save_to": None,
+                       "spec": asdict(RunSpec(key, config, lr, 1e-2, 0, 400, 10, "tune"))})
+
+
+class Killer(threading.Thread):
+    """Kills every worker that holds the order of this key, once each."""
+
+    def __init__(self, pool: Pool, key: str) -> None:
+        super().__init__(daemon=True)
+        self.pool, self.key, self.hit, self.stopped = pool, key, set[int](), False
+
+    def run(self) -> None:
+        while not self.stopped:
+            for worker in list(self.pool.workers.values()):
+                if isinstance(worker.job, Order) and worker.job.key == self.key and worker.number not in self.hit:
+                    self.hit.add(worker.number)
+                    worker.process.kill()
+            time.sleep(0.005)
+
+
+def test_a_run_whose_worker_dies_is_tried_once_more_and_then_failed(tmp_path: Path) -> None:
+    wanted = [order("is refused", -1.0), order("kills its worker", 1e-2)]
+    results: dict[str, dict[str, Any]] = {}
+    with Pool(tmp_path) as pool:
+        crew = Crew(pool, OPENING)
+        crew.open_first()
+        killer = Killer(pool, "kills its worker")
+        killer.start()
+        crew.work(lambda: [o for o in wanted if o.key not in results], lambda o, r: results.update({o.key: r}))
+        killer.stopped = True
+        killer.join()
+        alive = [worker.process for worker in pool.workers.values()]
+    assert killer.hit == {0, 1}
+    assert results["kills its worker"]["status"] == "failed"
+    assert results["kills its worker"]["lost"]
+    assert "signal 9" in results["kills its worker"]["reason"]
+    assert "tried 2 times" in results["kills its worker"]["reason"]
+    assert "lr must be a number above 0" in results["is refused"]["reason"]
+    assert alive
+    assert all(process.poll() is not None for process in alive)  # leaving the pool ends every worker

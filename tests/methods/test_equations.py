@@ -1,0 +1,251 @@
+"""Every method on every kind of layer against a float64 oracle that shares no code with the library."""
+
+import math
+
+import oracle
+import pytest
+import torch
+import weft
+from support import (
+    KINDS,
+    METHODS,
+    RULE_VARIANTS,
+    RULES,
+    SELECTIONS,
+    TOLERANCE,
+    VARIANTS,
+    awake,
+    check_close,
+    config,
+    inputs,
+    net,
+    oracle_output,
+    oracle_weight,
+    same_bits,
+)
+from weft.methods.base import wide
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def test_every_method_that_turns_weights_has_an_oracle_and_a_formula():
+    assert set(RULES) == set(oracle.ORACLES) == set(oracle.FORMULAS)
+    assert [*RULES, *SELECTIONS] and set(RULES) | set(SELECTIONS) == set(METHODS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_is_the_oracles(variant, kind, dtype):
+    a = awake(variant, kind, dtype, held="float64" if dtype == torch.float64 else "float32")
+    with torch.no_grad():
+        check_close(a.run(), oracle_output(a, a.declared()), dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_is_the_oracles_without_a_bias(variant):
+    if variant == "BitFit":
+        with pytest.raises(weft.TargetError, match="no bias"):
+            weft.attach(net(bias=False), weft.BitFit())
+        return
+    a = awake(variant, bias=False)
+    check_close(a.run(), oracle_output(a, a.declared()), torch.float32)
+
+
+@pytest.mark.parametrize("variant", RULE_VARIANTS)
+def test_forward_is_the_oracles_with_tensors_in_bfloat16(variant):
+    a = awake(variant, held="bfloat16")
+    assert {p.dtype for p in a.adapter.parameters()} == {torch.bfloat16}
+    check_close(a.run(), oracle_output(a, a.declared()), torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", RULE_VARIANTS)
+def test_the_effective_weight_is_the_oracles_in_float32(variant, kind):
+    for dtype in (torch.float32, torch.bfloat16):
+        a = awake(variant, kind, dtype)
+        for module in a.adapter.sites:
+            found = weft.effective_weight(a.model.get_submodule(module))
+            assert found.dtype == torch.float32 and not found.requires_grad
+            check_close(found, oracle_weight(a, module, a.declared()), torch.float32, module)
+
+
+@pytest.mark.parametrize("variant", RULE_VARIANTS)
+def test_the_effective_weight_of_a_float64_model_has_float64_accuracy(variant):
+    a = awake(variant, dtype=torch.float64)
+    for module in a.adapter.sites:
+        found = weft.effective_weight(a.model.get_submodule(module))
+        check_close(found, oracle_weight(a, module, a.declared()), torch.float64, module)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_those_of_autograd_through_the_oracle(variant, kind):
+    a = awake(variant, kind)
+    declared = a.declared()
+    direction = torch.randn(a.x.shape[0], 6, 5, generator=torch.Generator().manual_seed(3))
+    (a.run() * direction).sum().backward()
+    wanted = torch.autograd.grad((oracle_output(a, declared) * direction.double()).sum(), list(declared.values()))
+    for (name, p), gradient in zip(a.adapter.named_parameters(), wanted, strict=True):
+        assert gradient.abs().max() > 0, name
+        check_close(p.grad, gradient, torch.float32, name)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_gradient_of_the_input_is_the_oracles(variant, kind):
+    a = awake(variant, kind)
+    ours = a.x.clone().requires_grad_()
+    theirs = a.x.double().requires_grad_()
+    a.model(ours).pow(2).sum().backward()
+    oracle_output(a, a.declared(), theirs).pow(2).sum().backward()
+    check_close(ours.grad, theirs.grad, torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_finite_differences_of_the_oracle(variant, kind):
+    """Where the norm is a constant to the gradient it is held at its value while the tensors move."""
+    a = awake(variant, kind)
+    a.run().pow(2).sum().backward()
+    declared = {name: t.detach() for name, t in a.declared().items()}
+    norms = None
+    if getattr(a.config, "norm_grad", "exact") == "constant":
+        inner = {"DoRA": oracle.lora, "DVoRA": oracle.vera}[type(a.config).__name__]
+        norms = {m: _inner_weight(a, m, declared, inner).norm(dim=1) for m in a.adapter.sites}
+    step = 1e-6
+    for name, p in a.adapter.named_parameters():
+        direction = torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        direction += p.grad.double() / p.grad.double().norm()  # so that the derivative is well away from 0
+        up, down = ({**declared, name: declared[name] + s * direction} for s in (step, -step))
+        difference = (oracle_output(a, up, norms=norms).pow(2).sum()
+                      - oracle_output(a, down, norms=norms).pow(2).sum()) / (2 * step)
+        check_close((p.grad.double() * direction).sum(), difference, torch.float32, name)
+
+
+def _inner_weight(a, module, declared, inner):
+    stored = a.base[f"{module}.weight"]
+    W = stored.t() if module == "layer" and a.kind != "linear" else stored
+    own = {k.removeprefix(f"{module}."): v for k, v in {**a.frozen(), **declared}.items() if k.startswith(f"{module}.")}
+    return inner(W, own, a.config)
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if hasattr(config(n), "norm_grad")])
+def test_the_constant_norm_changes_the_gradient_and_not_the_value(name):
+    constant, exact = awake(name), awake(f"{name}:norm_grad=exact")
+    assert same_bits(constant.run(), exact.run())
+    for a in (constant, exact):
+        a.run().pow(2).sum().backward()
+    for (key, p), (_, q) in zip(constant.adapter.named_parameters(), exact.adapter.named_parameters(), strict=True):
+        same = (p.grad - q.grad).abs().max() <= 1e-5 * q.grad.abs().max()
+        # The last adapted layer's magnitude sees no norm's gradient; every direction does.
+        assert same == key.endswith("mid.m") or key == "layer.m", key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_untrained_adapter_equals_the_base_bit_for_bit(variant, kind, dtype):
+    model, x = net(kind, dtype), inputs(kind, dtype=dtype)
+    before = model(x)
+    adapter = weft.attach(model, config(variant))
+    assert same_bits(model(x), before)
+    for module in adapter.sites:
+        layer = model.get_submodule(module)
+        check_close(weft.effective_weight(layer), adapter.sites[module].host.weight(), torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_trained_count_is_the_formula(name, kind):
+    for r in (1, 4, 13):
+        model = net(kind)
+        sizes = {n: p.numel() for n, p in model.named_parameters()}
+        adapter = weft.attach(model, config(name, r=r))
+        wanted = {
+            "Full": sum(sizes.values()),
+            "Head": sizes["head.weight"] + sizes["head.bias"],
+            "BitFit": sum(n for key, n in sizes.items() if key.endswith("bias") and not key.startswith("head")),
+        }.get(name) or sum(oracle.FORMULAS[name](out, in_, r) for out, in_ in ((11, 7), (9, 11)))
+        assert adapter.num_parameters == wanted == sum(p.numel() for p in adapter.parameters())
+        assert adapter.plan().trainable == wanted
+        trains = {id(p) for p in model.parameters() if p.requires_grad}
+        assert trains == {id(p) for p in adapter.parameters()}
+
+
+@pytest.mark.parametrize("variant", RULE_VARIANTS)
+def test_a_layer_can_be_the_whole_model(variant):
+    layer = torch.nn.Linear(7, 11)
+    base = layer.weight.detach().clone()
+    adapter = weft.attach(layer, config(variant, targets="all-linear"))
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.3)
+    x = inputs("linear")
+    check_close(layer(x), x @ weft.effective_weight(layer).t() + layer.bias, torch.float32)
+    assert not torch.equal(weft.effective_weight(layer), base)
+    assert all("." not in name for name, _ in adapter.named_parameters())
+
+
+@pytest.mark.parametrize("variant", [v for v in RULE_VARIANTS if hasattr(config(v), "dropout")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_acts_on_the_update_alone_and_in_training_alone(variant, kind):
+    a = awake(variant, kind, dropout=0.4)
+    a.model.eval()
+    check_close(a.run(), oracle_output(a, a.declared()), torch.float32)
+    a.model.train()
+    with torch.no_grad():
+        first, second = a.run(), a.run()
+        assert not torch.equal(first, second)
+        with weft.use(a.model, None):
+            assert torch.equal(a.run(), a.run())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_keeps_the_expected_output(kind):
+    """Over many draws the mean of one adapted layer's output is that without dropout, within five standard errors."""
+    a = awake("LoRA", kind, dropout=0.4)
+    layer = a.model.layer
+    with torch.no_grad():
+        layer.eval()
+        wanted = layer(a.x)
+        layer.train()
+        draws = torch.stack([layer(a.x) for _ in range(2000)])
+    spread = draws.std(dim=0) / math.sqrt(len(draws))
+    assert ((draws.mean(dim=0) - wanted).abs() <= 5 * spread + 1e-6).all()
+
+
+@pytest.mark.parametrize("variant", RULE_VARIANTS)
+def test_autocast_keeps_the_effective_weight_exact_and_the_output_close(variant):
+    a = awake(variant)
+    layer, outside = a.model.layer, a.run()
+    plain = weft.effective_weight(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same_bits(weft.effective_weight(layer), plain)
+        inside = a.run()
+    assert inside.dtype == torch.bfloat16
+    check_close(inside, outside, torch.bfloat16)
+
+
+@pytest.mark.parametrize("variant", RULE_VARIANTS)
+def test_zero_rows_of_the_weight_stay_finite(variant):
+    model = net()
+    with torch.no_grad():
+        model.layer.weight[2:5].zero_()
+    before = model(inputs("linear"))
+    adapter = weft.attach(model, config(variant))
+    assert same_bits(model(inputs("linear")), before)
+    for _ in range(3):
+        model(inputs("linear")).pow(2).sum().backward()
+        with torch.no_grad():
+            for p in adapter.parameters():
+                assert p.grad.isfinite().all()
+                p.sub_(0.01 * p.grad.clamp(-10, 10))
+                p.grad = None
+    assert model(inputs("linear")).isfinite().all()
+
+
+def test_wide_is_float32_or_what_is_wider():
+    assert wide(torch.zeros(1, dtype=torch.bfloat16)).dtype == wide(torch.zeros(1)).dtype == torch.float32
+    assert wide(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+    assert TOLERANCE[torch.float64] < TOLERANCE[torch.float32] < TOLERANCE[torch.bfloat16]
