@@ -10,10 +10,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import oracle
 import torch
-import weft
 from torch import Tensor, nn
+
+import oracle
+import weft
 from weft.methods import METHODS
 from weft.model.adapter import Adapter
 

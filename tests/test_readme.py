@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from weft.cli import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

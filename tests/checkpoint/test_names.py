@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import weft
 from checkpoint_support import (
     attached,
     close,
@@ -23,13 +22,15 @@ from checkpoint_support import (
     rewrite,
     untouched,
 )
-from support import awake, config, inputs, net, same_bits
 from torch import Tensor, nn
+
+import weft
+from support import awake, config, inputs, net, same_bits
 from weft.checkpoint.matching import canonical, match
 
 
 class Wrapper(nn.Module):
-    """What DistributedDataParallel, FSDP and activation checkpointing do to names."""
+    """What FSDP and activation checkpointing do to names."""
 
     def __init__(self, inner: nn.Module, part: str) -> None:
         super().__init__()
@@ -42,7 +43,9 @@ class Wrapper(nn.Module):
 
 def wrapped(model: nn.Module, how: str) -> nn.Module:
     """The model, or its layer `mid`, in one of the wrappers."""
-    if how in ("module", "_fsdp_wrapped_module"):
+    if how == "parallel":
+        return nn.DataParallel(model)
+    if how == "_fsdp_wrapped_module":
         return Wrapper(model, how)
     if how == "compiled":
         return torch.compile(model, backend="eager")
@@ -53,9 +56,16 @@ def wrapped(model: nn.Module, how: str) -> nn.Module:
     return model
 
 
-WRAPPED = ["module", "compiled", "_fsdp_wrapped_module", "compiled layer", "_fsdp_wrapped_module layer",
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled():
+    """Names are what is tested here; compiling each little layer would take most of the time."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+WRAPPED = ["parallel", "compiled", "_fsdp_wrapped_module", "compiled layer", "_fsdp_wrapped_module layer",
            "_checkpoint_wrapped_module layer"]
-METHODS = ["LoRA", "DoRA", "VeRA", "DVoRA", "Full", "BitFit"]
+METHODS = ["LoRA", "DoRA", "VeRA", "DVoRA", "Full"]
 
 
 @pytest.mark.parametrize("how", WRAPPED)
@@ -173,9 +183,7 @@ def test_an_adapter_of_a_language_model_in_a_vision_language_model(writer, tmp_p
     wanted = saved_llama(tmp_path, writer)
     outer = llava()
     loaded = weft.load(outer, tmp_path)
-    assert loaded.load_report.mapped == ["model.layers.#.self_attn.* in the file is model.language_model.layers.#.self_attn.* "
-                                         "in the model"] or loaded.load_report.mapped == [
-                                             "model.* in the file is model.language_model.* in the model"]
+    assert loaded.load_report.mapped == ["model.* in the file is model.language_model.* in the model"]
     assert all("language_model" in name for name in loaded.sites)
     close(logits(outer), wanted, logits(llama()), 1e-6)
 
@@ -259,6 +267,6 @@ def test_names_are_never_guessed():
 def test_a_failed_mapping_leaves_the_model_alone(tmp_path):
     saved_llama(tmp_path, "LoRA")
     outer = nn.ModuleDict({"one": llama(), "two": llama()})
-    with untouched(outer), pytest.raises(weft.CheckpointError, match="no module 'model.layers"):
+    with untouched(outer), pytest.raises(weft.CheckpointError, match=r"no module 'model\.layers"):
         weft.load(outer, tmp_path)
     assert ids().shape == (2, 7)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import weft
 from torch import nn
+
+import weft
 from weft.cli import main
 from weft.tasks.models import EMBEDDED
 
@@ -82,8 +83,8 @@ def test_plan_counts_the_activations_that_autograd_really_keeps(capsys, tmp_path
                                       num_key_value_heads=2, vocab_size=50)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
-    status, _, _ = run(capsys, "plan", "--model", str(tmp_path), "--method", "lora", "--r", "3", "--dtype", "float32", "--batch",
-                       "2", "--tokens", "7", "--json", str(tmp_path / "plan.json"))
+    status, _, _ = run(capsys, "plan", "--model", str(tmp_path), "--method", "lora", "--r", "3", "--dtype", "float32",
+                       "--batch", "2", "--tokens", "7", "--json", str(tmp_path / "plan.json"))
     planned = json.loads((tmp_path / "plan.json").read_text())["memory"]["activations"]
     model = transformers.LlamaForCausalLM(config).train()
     weft.attach(model, weft.LoRA(r=3))
@@ -167,8 +168,9 @@ def test_merge_refuses_before_it_writes(capsys, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "x").touch()
-    for words, told in ((["--out", str(full)], "not empty"), (["--out", str(tmp_path / "m"), "--adapter", "none"], "does not exist"),
-                        (["--out", str(tmp_path / "m"), "--no-verify", "--tolerance", "1"], "--no-verify")):
+    new = str(tmp_path / "m")
+    for words, told in ((["--out", str(full)], "not empty"), (["--out", new, "--adapter", "none"], "does not exist"),
+                        (["--out", new, "--no-verify", "--tolerance", "1"], "--no-verify")):
         given = words if "--adapter" in words else [*words, "--adapter", str(tmp_path / "headless")]
         status, _, err = run(capsys, "merge", "--model", "digits-vit", *given)
         assert status in (1, 2) and told in err

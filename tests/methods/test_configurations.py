@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-import weft
 from hypothesis import given
 from hypothesis import strategies as st
+
+import weft
 from support import METHODS, RULES, config
 from weft import methods
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-import weft
 from hypothesis import given
 from hypothesis import strategies as st
-from support import check_close, config, inputs, move, net, same_bits
 from torch import nn
+
+import weft
+from support import check_close, config, inputs, move, net, same_bits
 from weft.methods import DVoRA
 from weft.methods.dora import DoRA, Magnitude
 

@@ -2,9 +2,10 @@
 
 import math
 
-import oracle
 import pytest
 import torch
+
+import oracle
 import weft
 from support import (
     KINDS,

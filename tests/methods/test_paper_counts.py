@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+
 import weft
 from support import METHODS
 

@@ -3,12 +3,13 @@
 import copy
 import math
 
-import oracle
 import pytest
 import torch
+from torch import nn
+
+import oracle
 import weft
 from support import awake, check_close, config, inputs, move, net, oracle_output, same_bits
-from torch import nn
 from weft.methods.projections import Projections
 
 METHODS = ("VeRA", "DVoRA")

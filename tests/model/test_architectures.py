@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 import weft
 from architectures import ARCHITECTURES
 from support import check_close, config, distance, move, same_bits
@@ -52,6 +53,7 @@ def test_a_second_adapter_finds_the_layers_that_the_first_found(name):
 
 
 @EACH
+@torch.no_grad()  # T5 itself gives other bits when its weights have no gradient
 def test_an_adapter_runs_merges_and_comes_off(name):
     want = ARCHITECTURES[name]
     model, given = want.build(), want.inputs()
@@ -69,7 +71,8 @@ def test_an_adapter_runs_merges_and_comes_off(name):
 @EACH
 def test_rows_of_four_methods_and_the_base(name):
     want = ARCHITECTURES[name]
-    model, given = want.build(), want.inputs(rows=5)
+    model, given = want.build().double(), want.inputs(rows=5)  # float64, since deep models blow a rounding up
+    given = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     names = ["LoRA", "DVoRA", "DoRA", "VeRA"]
     for i, method in enumerate(names):
         move(weft.attach(model, config(method, r=2 + i, targets="all-linear"), name=method))
@@ -79,7 +82,7 @@ def test_rows_of_four_methods_and_the_base(name):
             mixed = output(model, given)
         for i, which in enumerate(asked):
             with weft.use(model, which):
-                check_close(mixed[i], output(model, {k: v[i : i + 1] for k, v in given.items()})[0], torch.float32, which)
+                check_close(mixed[i], output(model, {k: v[i : i + 1] for k, v in given.items()})[0], torch.float64, which)
 
 
 @EACH
@@ -90,9 +93,11 @@ def test_gradient_checkpointing_of_transformers_gives_the_same_gradients(name):
     move(adapter)
     model.train()
     gradients = []
+    # The name of old is deprecated in transformers 5.24.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     for enabled in (False, True):
         if enabled:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable({"use_reentrant": False})
             assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         model.zero_grad()
         output(model, given).pow(2).mean().backward()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import weft
 from support import KINDS, VARIANTS, awake, check_close, distance
 

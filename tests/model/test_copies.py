@@ -5,6 +5,8 @@ import io
 
 import pytest
 import torch
+from torch import nn
+
 import weft
 from support import (
     KINDS,
@@ -20,7 +22,6 @@ from support import (
     oracle_output,
     same_bits,
 )
-from torch import nn
 
 
 def picture(model):

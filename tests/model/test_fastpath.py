@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
-import weft
 from torch import nn
+
+import weft
 
 
 def encoder():
@@ -19,7 +20,8 @@ def encoder():
 def test_an_encoder_in_eval_mode_without_gradients_runs_its_adapters(padded):
     model = encoder()
     x = torch.randn(3, 5, 12)
-    mask = {"src_key_padding_mask": torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 3 + [True] * 2])} if padded else {}
+    hidden = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 3 + [True] * 2])
+    mask = {"src_key_padding_mask": hidden} if padded else {}
     adapter = weft.attach(model, weft.LoRA(r=3, targets="mlp"))
     with torch.no_grad():
         for p in adapter.parameters():

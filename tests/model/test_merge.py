@@ -5,6 +5,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+
 import weft
 from support import (
     KINDS,
@@ -21,7 +23,6 @@ from support import (
     oracle_weight,
     same_bits,
 )
-from torch import nn
 
 
 def bits(model):

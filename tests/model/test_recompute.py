@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+
 import weft
 from support import KINDS, VARIANTS, awake, check_close, config, move, net
-from torch.utils.checkpoint import checkpoint
 
 
 def gradients(a, run):

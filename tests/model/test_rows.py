@@ -4,11 +4,25 @@ import random
 
 import pytest
 import torch
-import weft
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KINDS, RULE_VARIANTS, RULES, SELECTIONS, awake, check_close, config, distance, inputs, move, net, same_bits
 from torch import nn
+
+import weft
+from support import (
+    KINDS,
+    RULE_VARIANTS,
+    RULES,
+    SELECTIONS,
+    awake,
+    check_close,
+    config,
+    distance,
+    inputs,
+    move,
+    net,
+    same_bits,
+)
 
 
 def crowded(kind="linear", variants=RULE_VARIANTS, **changes):

@@ -2,8 +2,20 @@
 
 import pytest
 import torch
+
 import weft
-from support import VARIANTS, awake, check_close, config, distance, inputs, move, net, oracle_output, same_bits
+from support import (
+    VARIANTS,
+    awake,
+    check_close,
+    config,
+    distance,
+    inputs,
+    move,
+    net,
+    oracle_output,
+    same_bits,
+)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,11 +2,12 @@
 
 import math
 
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import oracle
 from support import same_bits
 from weft.ops import counter
 from weft.ops.peft_draw import peft_projections

@@ -31,13 +31,16 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """torch.compile's, FSDP's or activation checkpointing's, around the module that has the tensors."""
+    return any(isinstance(module._modules.get(part), nn.Module) for part in WRAPPERS)
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The model within such wrappers of the whole of it."""
-    while True:
-        inner = next((model._modules[w] for w in WRAPPERS if isinstance(model._modules.get(w), nn.Module)), None)
-        if inner is None:
-            return model
-        model = inner
+    while is_wrapper(model):
+        model = next(inner for part in WRAPPERS if (inner := model._modules.get(part)) is not None)
+    return model
 
 
 def match(wanted: Collection[str], have: Collection[str]) -> Names:

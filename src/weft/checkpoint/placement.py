@@ -28,7 +28,7 @@ class Placement:
         self.root, self.stored, self.config = root, stored, stored.config
         self.problems = list(stored.problems)
         self.notes = list(stored.notes)
-        self.modules = dict(structure.base_modules(root))
+        self.modules = {name: module for name, module in structure.base_modules(root) if not matching.is_wrapper(module)}
         self.parameters = {name: p for name, p in root.named_parameters(remove_duplicate=False)
                            if _parent(name) in self.modules}
         tensors = [*stored.selected, *stored.repeated]

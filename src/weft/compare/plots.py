@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,7 @@ def _scores(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
             axes.annotate(f"{row.label} (nothing but the head)", (1, _percent(row.mean)), (-2, 3), color=GREY,
                           ha="right", fontsize=9, xycoords=("axes fraction", "data"), textcoords="offset points")
     if points:
-        axes.set_xscale("log")
-        axes.margins(x=0.12)
+        _parameter_axis(axes)
     axes.set_xlabel("trainable parameters, without the head")
     axes.set_ylabel(f"{found.metric} on the test split, %")
     axes.set_title(f"{found.task} on {found.model}: mean" + (f" and 95 % t-interval over {found.seeds} seeds"
@@ -70,6 +70,28 @@ def _scores(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
     axes.grid(alpha=0.25, which="major")
     _label_points(axes, [(float(row.trainable or 1), _percent(row.mean), row.label, _look(found, row)["color"])
                          for row in points], [_half(row) or 0.0 for row in points])
+
+
+def _parameter_axis(axes: Any) -> None:
+    """Logarithmic, with 2k, 5k, 10k for 2,000 and so on; 2 and 5 are labelled where the range is short."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    low, high = axes.get_xlim()
+    short = high / low < 200
+    label = FuncFormatter(lambda value, place: short_count(value))
+    axes.xaxis.set_major_formatter(label)
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5) if short else tuple(range(2, 10))))
+    axes.xaxis.set_minor_formatter(label if short else NullFormatter())
+
+
+def short_count(value: float) -> str:
+    """10k for ten thousand, 5M, 7B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 def _curves(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
@@ -116,14 +138,24 @@ def _label_points(axes: Any, labels: Sequence[Label], halves: Sequence[float]) -
     taken += [text.get_window_extent(renderer) for text in axes.texts]
     frame = axes.get_window_extent(renderer)
     for x, y, name, colour in labels:
-        text = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=10)
-        for dx, dy, ha, va in _places():
-            text.set(position=(dx, dy), horizontalalignment=ha, verticalalignment=va)
+        text = axes.annotate(textwrap.fill(name, 16), (x, y), (0, 0), textcoords="offset points", color=colour,
+                             fontsize=10, linespacing=1.05)
+
+        def hidden(place: tuple[float, float, str, str], text: Any = text) -> float:
+            """Pixels of the name that would lie on something else or outside."""
+            text.set(position=place[:2], horizontalalignment=place[2], verticalalignment=place[3])
             box = text.get_window_extent(renderer).padded(1)
-            if not any(box.overlaps(other) for other in taken) and frame.contains(box.x0, box.y0) \
-                    and frame.contains(box.x1, box.y1):
-                break
+            outside = box.width * box.height - _shared(box, frame)
+            return float(outside + sum(_shared(box, other) for other in taken))
+
+        hidden(min(_places(), key=hidden))  # the first of the best
         taken.append(text.get_window_extent(renderer).padded(1))
+
+
+def _shared(a: Any, b: Any) -> float:
+    """Area that two boxes share."""
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return float(width * height) if width > 0 and height > 0 else 0.0
 
 
 def _bar_box(axes: Any, x: float, y: float, half: float) -> Any:
@@ -157,7 +189,8 @@ def _label_ends(axes: Any, labels: Sequence[Label]) -> None:
     for (x, y, name, colour), want, at in zip(ordered, wanted, placed, strict=True):
         axes.annotate(name, (x, y), (18, (at - want) * 72 / axes.figure.dpi), textcoords="offset points", color=colour,
                       va="center", fontsize=10, annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1})
+                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1,
+                                  "relpos": (0, 0.5)})
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

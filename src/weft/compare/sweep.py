@@ -161,10 +161,11 @@ def _measure(sweep: Sweep, store: Store, crew: Crew, shown: Progress, done: Mapp
             store.add_measure(order.key, result)
         costs[order.key] = result
         told = f"failed: {result['reason']}" if result.get("lost") else f"step x {result['step_ratio']:.2f}"
-        shown.step(before + sum(key in costs for key in wanted), total, f"{wanted[order.key]} measured: {told}")
+        measured = sum(key in costs for key in keys.values() if key in wanted)  # rows of one configuration share it
+        shown.step(before + measured, total, f"{wanted[order.key]} measured: {told}")
 
     before, total = progress(sweep, done)
-    total += len(wanted)
+    total += sum(key in wanted for key in keys.values())
     crew.work(orders, finished)
     return {label: costs[key] for label, key in keys.items() if key in wanted}
 

@@ -126,6 +126,7 @@ class Selection(Protocol):
 
     modules_to_save: tuple[str, ...]
     mergeable: ClassVar[bool]
+    nothing: ClassVar[str]  # why a model may hold no tensor to pick, for the error that says so
 
     def picks(self, fact: TensorFact) -> bool: ...
 

@@ -24,6 +24,7 @@ class Full:
 
     modules_to_save: tuple[str, ...] = ()
     mergeable: ClassVar[bool] = True
+    nothing: ClassVar[str] = "it holds no parameter"
 
     def __post_init__(self) -> None:
         check_modules(self)
@@ -38,6 +39,7 @@ class Head:
 
     modules_to_save: tuple[str, ...] = ()
     mergeable: ClassVar[bool] = True
+    nothing: ClassVar[str] = "no output head of its own was found (a head tied to the embedding is not one)"
 
     def __post_init__(self) -> None:
         check_modules(self)
@@ -52,6 +54,7 @@ class BitFit:
 
     modules_to_save: tuple[str, ...] = ()
     mergeable: ClassVar[bool] = True
+    nothing: ClassVar[str] = "it has no bias vectors"
 
     def __post_init__(self) -> None:
         check_modules(self)

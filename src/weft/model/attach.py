@@ -166,8 +166,9 @@ def _check_tied(root: nn.Module, rules: Mapping[str, Rule]) -> None:
             if module is layer and tensor == "weight":
                 continue
             full = f"{other}.{tensor}".lstrip(".")
-            raise TargetError(f"{name!r} and {other!r} are tied: they read one weight, so adapting one side would "
-                              f"merge into both. Give {other!r} its own copy first: model.{full} = torch.nn."
+            reader = other if other and tensor == "weight" else full
+            raise TargetError(f"{name!r} and {reader!r} are tied: they read one weight, so adapting one side would "
+                              f"merge into both. Give {reader!r} its own copy first: model.{full} = torch.nn."
                               f"Parameter(model.{full}.detach().clone()) and config.tie_word_embeddings = False.")
 
 

@@ -48,9 +48,10 @@ class Site(nn.Module):
 def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The base layer's own forward, then the active adapters."""
     inner = self.__dict__.get(_INNER)
-    y: Tensor = inner(*args, **kwargs) if inner is not None else type(self)._weft_base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
     switch: Switch | None = self.__dict__.get(_SWITCH)
-    if switch is None:  # a hook kept this forward beyond detach
+    base = getattr(type(self), "_weft_base", type(self))
+    y: Tensor = inner(*args, **kwargs) if inner is not None else base.forward(self, *args, **kwargs)
+    if switch is None:  # accelerate's hooks keep the forward that they found, even beyond detach
         return y
     return switch.apply(self._modules[CHILD], args[0] if args else next(iter(kwargs.values())), y)
 

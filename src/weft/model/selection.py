@@ -37,14 +37,9 @@ def tensors_picked(root: nn.Module, config: Selection) -> list[str]:
     facts = tensor_facts(root)
     names = [fact.name for fact in facts if config.picks(fact)]
     if not names and not config.modules_to_save:
-        raise TargetError(f"{type(config).__name__} selects none of the {len(facts)} tensors of {type(root).__name__}"
-                          f"{_why_none(config)}.")
+        raise TargetError(f"{type(config).__name__} selects none of the {len(facts)} tensors of {type(root).__name__}: "
+                          f"{config.nothing}.")
     return names
-
-
-def _why_none(config: Selection) -> str:
-    return {"Head": ": no output head of its own was found (a head tied to the embedding is not one)",
-            "BitFit": ": it has no bias vectors"}.get(type(config).__name__, "")
 
 
 def select(root: nn.Module, names: Sequence[str], modules_to_save: Sequence[str]) -> dict[str, Selected]:

@@ -37,7 +37,7 @@ def resolve(root: nn.Module, targets: Any) -> Found:
     for pattern, fields in patterns(targets):
         names = _matching(root, pattern, layers, left_out)
         if not names:
-            raise _no_match(pattern, layers, left_out)
+            raise _no_match(root, pattern, layers, left_out)
         for name in names:
             sites[name] = {**sites.get(name, {}), **fields}
     ordered = {name: sites[name] for name in layers if name in sites}
@@ -92,13 +92,18 @@ def _matching(root: nn.Module, pattern: str, layers: Mapping[str, nn.Module], le
     return [name for name, module in layers.items() if re.fullmatch(pattern, name) and hosts.why_not(module) is None]
 
 
-def _no_match(pattern: str, layers: Mapping[str, nn.Module], left_out: Mapping[str, str]) -> TargetError:
+def _no_match(root: nn.Module, pattern: str, layers: Mapping[str, nn.Module],
+              left_out: Mapping[str, str]) -> TargetError:
     usable = [name for name, module in layers.items() if hosts.why_not(module) is None]
     have = sorted({name.rpartition(".")[2] for name in usable})
     if pattern in KEYWORDS:
         reasons = ", ".join(sorted({f"{name.rpartition('.')[2]}: {why}" for name, why in left_out.items()})) or "none"
         return TargetError(f"targets={pattern!r} finds no layer in this model. It leaves out: {reasons}. Name what you "
                            f"want to adapt; the model's linear layers end in: {have}.")
+    for raw in _raw_tensors(root, layers):
+        if is_ending(pattern) and f".{raw.name}".endswith(f".{pattern}"):
+            return TargetError(f"targets: {pattern!r} names {raw.name!r} {list(raw.shape)}, which is no linear layer: "
+                               f"{raw.reason}.")
     near = get_close_matches(pattern.rpartition(".")[2], have, n=3) or have[:8]
     return TargetError(f"targets: {pattern!r} matches none of the model's {len(usable)} linear layers"
                        f"{'' if is_ending(pattern) else ' (as a regular expression over the whole name)'}. "

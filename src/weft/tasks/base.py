@@ -112,7 +112,7 @@ def divide(where: str, items: Sequence[Any], labels: Sequence[str], test: tuple[
     whole = Split(items, [number[name] for name in labels])
     parts = 2 if test else 3
     for name in classes:
-        have = whole.labels.count(number[name])  # type: ignore[attr-defined]
+        have = whole.labels.count(number[name])
         if have < parts:
             raise WeftError(f"{where}: class {name!r} has {have} example{'s' * (have != 1)}; the split into "
                             f"{', '.join(SPLITS[:parts])} needs at least {parts} of each class.")

@@ -64,11 +64,10 @@ def _read(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
 
 
 def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
     try:
-        with opened as raw:
-            text = raw.read().decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
+        held = path.read_bytes()
+        text = (gzip.decompress(held) if path.suffix == ".gz" else held).decode("utf-8-sig")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise WeftError(f"{path} cannot be read as UTF-8 text: {error}") from None
     tabs = ".tsv" in path.suffixes
     stream = io.StringIO(text, newline="")

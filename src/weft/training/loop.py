@@ -116,7 +116,7 @@ def evaluate(model: nn.Module, examples: Encoded, batch: int = 128) -> Score:
     was_training = model.training
     model.eval()
     parts = []
-    for rows in torch.arange(len(examples.labels)).split(batch):
+    for rows in torch.split(torch.arange(len(examples.labels)), batch):
         inputs = {key: value.to(device) for key, value in examples.batch(rows).items()}
         parts.append(model(**inputs).logits.float().cpu())
     model.train(was_training)
