@@ -83,7 +83,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi": Architecture(transformer("PhiForCausalLM", "PhiConfig"), 12, 6, head=("lm_head",)),
     # encoder: q k v o | wi wo; decoder: the same, and cross-attention
     "t5": Architecture(transformer("T5ForConditionalGeneration", "T5Config", d_model=24, d_kv=8, d_ff=44, num_layers=3,
-                                   num_heads=3, decoder_start_token_id=0, dropout_rate=0), 36, 12, biases=False, decoder=True,
+                                   num_heads=3, decoder_start_token_id=0, dropout_rate=0), 36, 12, biases=False,
+                       decoder=True,
                        frozen=(("encoder.block.0.layer.0.SelfAttention.relative_attention_bias", "embedding"),)),
     # and the pooler
     "bert": Architecture(transformer("BertForSequenceClassification", "BertConfig", **NO_DROPOUT), 12, 6, 1,

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import weft
+from support import awake, net
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Neither square nor powers of two; head counts must divide the width.
@@ -198,3 +199,31 @@ def attached(model: nn.Module, config: Any, name: str = "default", seed: int = 2
     adapter = weft.attach(model, config, name=name)
     move(dict(adapter.named_parameters()), seed)
     return adapter
+
+
+def peft_file(folder: Path, method: str = "LoRA", **changes: Any) -> Path:
+    """What peft writes for the base of `support.net`."""
+    import peft
+
+    known = {"r": 3, "target_modules": ["layer", "mid"], **changes}
+    with quiet():
+        made = peft.VeraConfig(**known) if method == "VeRA" else \
+            peft.LoraConfig(lora_alpha=5, use_dora=method == "DoRA", **known)
+    return peft_saves(peft_of(net(), made), folder)
+
+
+# Who wrote a file in which every layer has keys of its own, and by which method
+LAYERED = [("weft", "LoRA"), ("weft", "DoRA"), ("weft", "VeRA"), ("peft", "LoRA"), ("peft", "DoRA"), ("peft", "VeRA")]
+
+
+def saved(folder: Path, writer: str, method: str) -> tuple[Path, Tensor]:
+    """Such a file, and an input for its base."""
+    a = awake(method)
+    if writer == "peft":
+        return peft_file(folder, method), a.x
+    return weft.save(a.model, folder, projections=method == "VeRA"), a.x
+
+
+def key_of(directory: Path, part: str = "") -> str:
+    """One of the keys of the layer `mid`."""
+    return next(k for k in read(directory)[0] if ".mid." in k and part in k)

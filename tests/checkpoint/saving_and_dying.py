@@ -186,12 +186,12 @@ def together(directory: Path) -> dict[str, Any]:
     weft.save(MODELS["small"], directory)
 
     def work() -> None:
-        for _ in range(25):
+        for _ in range(40):
             for model in MODELS.values():
                 weft.save(model, directory)
 
     children = [forked(work) for _ in range(2)]
-    seen = [state(directory) for _ in range(60)]
+    seen = [state(directory) for _ in range(100)]
     codes = [finished(pid) for pid in children]
     return {"seen": seen, "codes": codes, "finally": left_behind(directory)}
 

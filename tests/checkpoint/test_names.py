@@ -98,6 +98,18 @@ def test_a_file_from_a_wrapped_model_has_plain_names(method, how, tmp_path):
     assert same_bits(weft.load(other, tmp_path).model(inputs("linear")), plain(inputs("linear")))
 
 
+@pytest.mark.parametrize("writer", ["wrapped", "plain"])
+def test_fsdp2_makes_a_subclass_of_the_model(writer, tmp_path):
+    """fully_shard(model) changes the model's class to FSDPNet, which is no other base."""
+    model, other = net(), net()
+    sharded = model if writer == "wrapped" else other
+    sharded.__class__ = type("FSDPNet", (type(sharded),), {})
+    attached(model, config("LoRA"))
+    weft.save(model, tmp_path)
+    assert weft.inspect(tmp_path).base["class"] == "Net"
+    weft.load(other, tmp_path)
+
+
 def test_peft_reads_a_file_from_a_model_with_compiled_layers(tmp_path):
     model = wrapped(net(), "compiled layer")
     attached(model, weft.LoRA(r=3, alpha=5, targets={"layer": {"r": 2}, r"mid\._orig_mod": {}}))
@@ -254,13 +266,15 @@ def test_a_head_in_a_nested_model(tmp_path):
 
 def test_names_are_never_guessed():
     """One that could be two modules is missing; the right names win over a mapping."""
-    have = ["", "a.language_model.x", "a.x", "language_model.y", "module.y"]
+    have = ["", "a.language_model.x", "a.x", "language_model.y", "module.z", "_orig_mod.z", "b.language_model.w",
+            "c.language_model.w"]
     assert match(["a.x"], have).found == {"a.x": "a.x"}
-    assert match(["language_model.x"], have).missing == []
-    assert match(["y"], have).missing == ["y"] or match(["y"], have).found in ({"y": "module.y"},)
+    assert match(["module.a.x"], have).found == {"module.a.x": "a.x"}
+    assert match(["y"], have).found == {"y": "language_model.y"}
     assert match(["z"], have).missing == ["z"]
-    assert match([], have).found == {}
+    assert match(["w"], have).missing == ["w"]
     assert match(["my_module.x"], ["x"]).missing == ["my_module.x"]
+    assert match([], have).found == {}
     assert canonical("a._orig_mod.b._fsdp_wrapped_module") == "a.b"
 
 

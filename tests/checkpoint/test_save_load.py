@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_support import CONFIG, GPT2, TENSORS, attached, read, tiny
+from checkpoint_support import (
+    CONFIG,
+    GPT2,
+    TENSORS,
+    attached,
+    read,
+    tiny,
+)
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import weft
@@ -228,6 +238,28 @@ def test_the_small_form_stays_small_with_a_head_and_two_ranks(tmp_path):
     adapter = weft.attach(model, weft.DVoRA(r=257, targets={"query": {"r": 129, "dtype": "bfloat16"}, "value": {}},
                                             modules_to_save=["classifier"]))
     assert adapter.nbytes - sum(p.numel() * p.element_size() for p in adapter.parameters()) <= 4096
+
+
+@given(st.data())
+def test_any_names_shapes_ranks_and_dtypes(data):
+    """Names are JSON text in the header, and its length counts: quotes, newlines and other alphabets among them."""
+    number = st.integers(1, 40)
+    name = st.text(st.characters(exclude_characters=".", exclude_categories=["Cs"]), min_size=1, max_size=9)
+    names = data.draw(st.lists(name.filter(lambda n: not hasattr(nn.Module(), n)), min_size=1, max_size=4, unique=True))
+    shapes = [(data.draw(number), data.draw(number)) for _ in names]
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({n: nn.Linear(*shape) for n, shape in zip(names, shapes, strict=True)})
+
+    method, held = data.draw(st.sampled_from(RULES)), data.draw(st.sampled_from(HELD))
+    model = build()
+    adapter = attached(model, config(method, r=data.draw(number), dtype=held, targets=["(?s:.*)"]))
+    with tempfile.TemporaryDirectory() as folder:
+        weft.save(model, folder)
+        assert adapter.nbytes == (Path(folder) / TENSORS).stat().st_size
+        same_adapter(adapter, weft.load(build(), folder))
+        weft.inspect(folder)
 
 
 def test_tied_tensors_are_saved_once_and_come_back_tied(tmp_path):

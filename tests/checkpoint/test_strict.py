@@ -6,61 +6,36 @@ import json
 import pickle
 import random
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_support import (
     CONFIG,
+    LAYERED,
     TENSORS,
     attached,
+    classifier,
     config_of,
-    copied,
     edit_config,
-    llama,
+    key_of,
+    peft_file,
     peft_of,
     peft_saves,
     quiet,
     read,
     refused,
     rewrite,
-    tiny,
+    saved,
     untouched,
 )
 from safetensors.torch import save_file
 
 import weft
-from support import RULES, SELECTIONS, awake, config, net
+from support import RULES, awake, net
 from weft.methods import METHODS
 
 PEFT_LAYOUT = ["LoRA", "DoRA"]
 NATIVE = [name for name in METHODS if name not in PEFT_LAYOUT]
-
-
-def peft_file(folder: Path, method: str) -> Path:
-    """What peft writes for the base of `support.net`."""
-    import peft
-
-    known = {"target_modules": ["layer", "mid"]}
-    with quiet():
-        made = peft.VeraConfig(r=3, **known) if method == "VeRA" else \
-            peft.LoraConfig(r=3, lora_alpha=5, use_dora=method == "DoRA", **known)
-    return peft_saves(peft_of(net(), made), folder)
-
-
-def saved(folder: Path, writer: str, method: str) -> tuple[Path, torch.Tensor]:
-    a = awake(method)
-    if writer == "peft":
-        return peft_file(folder, method), a.x
-    return weft.save(a.model, folder, projections=method == "VeRA"), a.x
-
-
-LAYERED = [("weft", "LoRA"), ("weft", "DoRA"), ("weft", "VeRA"), ("peft", "LoRA"), ("peft", "DoRA"), ("peft", "VeRA")]
-
-
-def key_of(directory: Path, part: str = "") -> str:
-    """One of the keys of the layer `mid`."""
-    return next(k for k in read(directory)[0] if ".mid." in k and part in k)
 
 
 @pytest.mark.parametrize(("writer", "method"), LAYERED)
@@ -159,6 +134,22 @@ def test_a_tampered_head(method, what, tmp_path):
     refused(net(), tmp_path, "head.bias", x=a.x)
 
 
+def test_a_missing_tensor_that_only_peft_asks_for(tmp_path):
+    """DistilBERT's pre_classifier: the base's own values, and still part of what was saved."""
+    model = classifier("distilbert")
+    attached(model, weft.LoRA(r=3, targets=["q_lin"], modules_to_save=["classifier"]))
+    weft.save(model, tmp_path)
+    rewrite(tmp_path, lambda t: t.pop("base_model.model.pre_classifier.weight"))
+    refused(classifier("distilbert"), tmp_path, "missing: 'base_model.model.pre_classifier.weight'")
+
+
+def test_a_head_that_the_file_has_twice(tmp_path):
+    directory = peft_file(tmp_path / "a", modules_to_save=["head"])
+    key = "base_model.model.head.bias"
+    rewrite(directory, lambda t: t.update({"base_model.model.head.modules_to_save.default.bias": t[key] + 1}))
+    refused(net(), directory, "extra: 'head.", "bias'")
+
+
 @pytest.mark.parametrize("what", ["missing", "renamed", "int", "shape", "nan", "empty"])
 def test_a_tampered_head_from_peft(what, tmp_path):
     import peft
@@ -211,125 +202,6 @@ def test_a_truncated_file(writer, method, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_another_base_by_shape(method, tmp_path):
-    a = awake(method)
-    weft.save(a.model, tmp_path)
-    other = net()
-    other.mid, other.head = torch.nn.Linear(11, 8), torch.nn.Linear(8, 4)
-    names = {"Head": ["head.weight", "[5, 9]", "[4, 8]"], "BitFit": ["mid.bias", "[9]", "[8]"],
-             "Full": ["mid.weight", "[9, 11]", "[8, 11]"]}
-    refused(other, tmp_path, *names.get(method, ["'mid'", "[9, 11]", "[8, 11]"]), x=a.x)
-
-
-def test_another_base_by_kind_of_layer(tmp_path):
-    a = awake("LoRA", "embedding")
-    weft.save(a.model, tmp_path)
-    refused(net("linear"), tmp_path, "'layer' is a embedding layer [11, 7]", "a linear layer [11, 7]")
-    weft.save(awake("LoRA", "linear").model, tmp_path)
-    refused(net("embedding"), tmp_path, "'layer' is a linear layer", "a embedding layer")
-
-
-def test_another_base_by_class_where_there_is_no_more_to_go_by(tmp_path):
-    a = awake("LoRA")
-    weft.save(a.model, tmp_path)
-
-    class Other(type(a.model)):
-        pass
-
-    refused(Other(), tmp_path, "the adapter is for Net, and this model is Other")
-
-
-def test_a_layer_of_another_class_in_its_place(tmp_path):
-    a = awake("LoRA")
-    weft.save(a.model, tmp_path)
-    other = net()
-    other.mid = torch.nn.Sequential(torch.nn.Linear(11, 9))
-    refused(other, tmp_path, "'mid', a Sequential, cannot be adapted", x=a.x)
-
-
-LLAMA = {"LoRA": {"r": 3, "alpha": 5}, "VeRA": {"r": 5}, "DVoRA": {"r": 5}, "DoRA": {"r": 3, "alpha": 5}}
-
-
-@pytest.mark.parametrize("method", LLAMA)
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["all", "named"])
-def test_another_number_of_layers(method, targets, tmp_path):
-    four = llama(4)
-    attached(four, getattr(weft, method)(targets=targets, **LLAMA[method]))
-    weft.save(four, tmp_path / "four")
-    refused(llama(2), tmp_path / "four", "no module 'model.layers.2.self_attn.q_proj'", "nearest in the model: [")
-    two = llama(2)
-    attached(two, getattr(weft, method)(targets=targets, **LLAMA[method]))
-    weft.save(two, tmp_path / "two")
-    refused(llama(4), tmp_path / "two", "nothing for 'model.layers.2.self_attn.q_proj'")
-    for compiled in (2, 4):  # names that had to be mapped are no reason not to count
-        model = llama(4)
-        model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
-        if compiled == 2:
-            refused(model, tmp_path / "two", "nothing for 'model.layers.2.self_attn.q_proj'")
-        else:
-            assert weft.load(model, tmp_path / "four").load_report.mapped
-
-
-@pytest.mark.parametrize("method", SELECTIONS)
-def test_another_number_of_layers_for_a_selection(method, tmp_path):
-    four, two = llama(4, attention_bias=True), llama(2, attention_bias=True)
-    for model, folder in ((four, "four"), (two, "two")):
-        attached(model, getattr(weft, method)())
-        weft.save(model, tmp_path / folder)
-    if method == "Head":
-        assert weft.load(llama(2, attention_bias=True), tmp_path / "four").selected
-        return
-    refused(llama(2, attention_bias=True), tmp_path / "four", "extra: 'model.layers.2", "nearest in the model")
-    refused(llama(4, attention_bias=True), tmp_path / "two", "missing", "'model.layers.2")
-
-
-def test_another_number_of_layers_from_peft(tmp_path):
-    import peft
-
-    for layers in (2, 4):
-        made = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"])
-        peft_saves(peft_of(llama(layers), made), tmp_path / str(layers))
-    refused(llama(2), tmp_path / "4", "'base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight'",
-            "no module 'model.layers.2.self_attn.q_proj'", "nearest in the model: ['model.layers.1.self_attn.q_proj'")
-    refused(llama(4), tmp_path / "2", "nothing for 'model.layers.2.self_attn.q_proj'")
-
-
-@pytest.mark.parametrize("method", [*LLAMA, *SELECTIONS])
-def test_another_architecture_with_the_same_names_and_shapes(method, tmp_path):
-    model = llama(attention_bias=True)
-    attached(model, getattr(weft, method)(**LLAMA.get(method, {})))
-    weft.save(model, tmp_path)
-    mistral = llama(name="Mistral")
-    refused(mistral, tmp_path, "LlamaForCausalLM (llama)", "MistralForCausalLM (mistral)")
-
-
-def test_another_architecture_from_peft(tmp_path):
-    import peft
-
-    made = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"])
-    peft_saves(peft_of(llama(), made), tmp_path / "a")
-    assert config_of(tmp_path / "a")["auto_mapping"]
-    refused(llama(name="Mistral"), tmp_path / "a", "LlamaForCausalLM (transformers.models.llama.modeling_llama)",
-            "MistralForCausalLM (mistral)")
-    weft.load(llama(), tmp_path / "a")
-
-
-@pytest.mark.parametrize("writer", ["weft", "peft"])
-def test_another_head_on_the_same_architecture_is_the_same_base(writer, tmp_path):
-    import peft
-
-    model = llama()
-    if writer == "peft":
-        made = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"])
-        peft_saves(peft_of(model, made), tmp_path)
-    else:
-        attached(model, weft.LoRA(r=3, alpha=5))
-        weft.save(model, tmp_path)
-    other = tiny("LlamaForSequenceClassification", "LlamaConfig", num_labels=3)
-    assert len(weft.load(other, tmp_path).sites) == (4 if writer == "peft" else 14)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_a_lost_header(method, tmp_path):
     """What peft can read is then a file of peft's, layers, ranks and scales and all; anything else is refused."""
     a = awake(method, targets={"layer": {"r": 2, "rslora": True}, "mid": {}} if method in PEFT_LAYOUT else ["layer", "mid"])
@@ -374,7 +246,7 @@ def test_a_configuration_that_was_edited_by_hand(method, tmp_path):
     ({"rank_pattern": [3]}, "adapter_config.json"), ({"target_modules": ["layer", "mid", "head"]}, "nothing for 'head'"),
     ({"target_modules": "mi(d"}, "is no regular expression"), ({"peft_type": None}, "peft_type=None"),
     ({"peft_type": ["LORA"]}, "peft_type=['LORA']"), ({"modules_to_save": ["head"]}, "no 'head.weight'"),
-    ({"modules_to_save": "head"}, "modules_to_save"),
+    ({"modules_to_save": "head"}, "modules_to_save"), ({"auto_mapping": ["Net"]}, "adapter_config.json"),
 ], ids=str)
 def test_a_configuration_of_peft_that_was_edited_by_hand(changes, text, tmp_path):
     directory = peft_file(tmp_path / "a", "LoRA")
@@ -509,6 +381,11 @@ def test_a_failure_while_filling_takes_the_adapter_off_again(tmp_path, monkeypat
     monkeypatch.setattr(sys.modules["weft.checkpoint.load"], "_fill", fail)
     with untouched(model, a.x), pytest.raises(MemoryError):
         weft.load(model, tmp_path)
+    for active in ("default", None, ["default", None, "default", None]):  # and the one that was active still is
+        other = awake("LoRA").model
+        weft.use(other, active)
+        with untouched(other, a.x), pytest.raises(MemoryError):
+            weft.load(other, tmp_path, name="second")
 
 
 def test_a_refused_load_leaves_other_adapters_alone(tmp_path):
@@ -525,85 +402,3 @@ def test_while_another_adapter_is_merged(tmp_path):
     weft.save(a.model, tmp_path)
     weft.merge(a.model)
     refused(a.model, tmp_path, "merged", error=weft.MergeError, x=a.x)
-
-
-# What strict=False does
-
-
-@pytest.mark.parametrize(("writer", "method"), LAYERED)
-def test_not_strict_fills_what_fits_and_reports_the_rest(writer, method, tmp_path):
-    directory, x = saved(tmp_path / "a", writer, method)
-    key = key_of(directory)
-    rewrite(directory, lambda tensors: (tensors.pop(key), tensors.update({"odd": torch.ones(2)})))
-    model = net()
-    report = weft.load(model, directory, strict=False)
-    assert not report.ok
-    assert len(report.problems) == 2
-    assert any("missing" in p and "mid" in p for p in report.problems)
-    assert any("'odd'" in p for p in report.problems)
-    assert "2 problems" in str(report)
-    assert report is report.adapter.load_report
-    tensors = read(directory)[0]
-    whole = [k for k in tensors if ".layer." in k]
-    live = [p for n, p in report.adapter.named_parameters() if n.startswith("layer.")]
-    assert all(any(torch.equal(p, tensors[k]) for k in whole) for p in live)
-    model(x)
-
-
-def test_not_strict_with_nothing_wrong_reports_nothing(tmp_path):
-    a = awake("DVoRA")
-    weft.save(a.model, tmp_path)
-    report = weft.load(net(), tmp_path, strict=False)
-    assert report.ok
-    assert "0 problems" in str(report)
-
-
-@pytest.mark.parametrize("method", ["VeRA", "DVoRA"])
-def test_not_strict_keeps_the_matrices_of_the_whole_adapter(method, tmp_path):
-    """The largest layer decides every number of A and B, so they must not be drawn for the layers that are left."""
-    a = awake(method)
-    weft.save(a.model, tmp_path)
-    model = net()
-    model.mid = torch.nn.Linear(11, 9)
-    model.layer = torch.nn.Linear(6, 11)
-    report = weft.load(model, tmp_path, strict=False)
-    assert list(report.adapter.sites) == ["mid"]
-    assert len(report.problems) == 1
-    with torch.no_grad():
-        model.mid.weight.copy_(a.model.mid.weight)
-        model.mid.bias.copy_(a.model.mid.bias)
-        x = torch.randn(3, 11)
-        assert torch.equal(model.mid(x), a.model.mid(x))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_not_strict_with_nothing_that_fits_raises(method, tmp_path):
-    a = awake(method)
-    weft.save(a.model, tmp_path)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 3))
-    with untouched(model), pytest.raises(weft.CheckpointError, match="nothing that fits this Sequential"):
-        weft.load(model, tmp_path, strict=False)
-
-
-def test_not_strict_never_fills_nan(tmp_path):
-    a = awake("LoRA")
-    weft.save(a.model, tmp_path)
-    rewrite(tmp_path, lambda t: t.update({k: v * float("nan") for k, v in t.items() if "mid.lora_B" in k}))
-    report = weft.load(net(), tmp_path, strict=False)
-    assert not report.adapter.sites["mid"].B.any()
-
-
-def test_many_problems_are_counted_and_found_quickly(tmp_path):
-    model = llama(8)
-    attached(model, config("LoRA", targets="all-linear"))
-    weft.save(model, tmp_path)
-    message = refused(llama(2), tmp_path, "... and 30 more", "strict=False")
-    assert len(message.splitlines()) < 20
-
-
-def test_both_hands_of_a_copy_are_independent(tmp_path):
-    """The helper that tampers with files must not touch the original."""
-    weft.save(awake("LoRA").model, tmp_path / "a")
-    other = copied(tmp_path / "a")
-    rewrite(other, lambda tensors: tensors.clear())
-    weft.load(net(), tmp_path / "a")

@@ -88,7 +88,7 @@ def test_names_are_found_in_any_case_and_unknown_ones_name_the_nearest():
     assert methods.by_name("dvora") is weft.DVoRA and methods.by_name("LORA") is weft.LoRA
     with pytest.raises(weft.ConfigError, match=r"'lorra' is not known. Nearest: \['LoRA'"):
         methods.by_name("lorra")
-    with pytest.raises(weft.ConfigError, match="Nearest: .*'Full', 'Head'"):
+    with pytest.raises(weft.ConfigError, match=r"Nearest: .*'Full', 'Head'"):
         methods.by_name("xyzzy")
 
 

@@ -144,7 +144,7 @@ def test_full_and_bitfit_select_every_tensor_and_every_bias(name):
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     assert weft.attach(model, weft.Full(), name="full").num_parameters == sum(sizes.values())
     if not want.biases:
-        with pytest.raises(weft.TargetError, match="BitFit selects none of the .* it has no bias vectors"):
+        with pytest.raises(weft.TargetError, match=r"BitFit selects none of the .* it has no bias vectors"):
             weft.attach(model, weft.BitFit())
         return
     adapter = weft.attach(model, weft.BitFit())
@@ -162,7 +162,7 @@ def test_a_tied_pair_is_refused_on_either_side_with_the_way_out(name):
         return
     names = {id(m): n for n, m in model.named_modules()}
     for one in (names[id(head)], names[id(embedding)]):
-        with pytest.raises(weft.TargetError, match=r"(are tied: they read one weight.*tie_word_embeddings = False|computes)"):
+        with pytest.raises(weft.TargetError, match=r"are tied: they read one weight.*tie_word_embeddings = F|computes"):
             weft.attach(model, weft.LoRA(r=2, targets=[one]))
         with pytest.raises(weft.TargetError, match=r"is tied to .* Name both, or give one its own copy"):
             weft.attach(model, weft.LoRA(r=2, targets="mlp", modules_to_save=[one]))

@@ -181,7 +181,7 @@ def test_while_one_is_merged_no_other_is_merged_attached_detached_or_used():
     for call in (lambda: weft.merge(a.model, "b"), lambda: weft.merge(a.model, "default"),
                  lambda: weft.attach(a.model, weft.LoRA(r=2), name="c"), lambda: weft.detach(a.model, "b"),
                  lambda: weft.detach(a.model, "default"), lambda: weft.use(a.model, "b")):
-        with pytest.raises(weft.MergeError, match="'default' is (already )?merged"):
+        with pytest.raises(weft.MergeError, match=r"'default' is (already )?merged"):
             call()
     weft.unmerge(a.model)
     with pytest.raises(weft.MergeError, match="nothing is merged"):

@@ -101,7 +101,7 @@ def test_rows_of_the_base_are_the_bases_to_the_bit():
 
 
 def test_each_adapter_gets_the_gradient_of_its_own_rows():
-    model, names = crowded()
+    model, _ = crowded()
     x, asked = inputs("linear", rows=6), ["a0", "a3", None, "a3", "a0", "a1"]
     adapters = weft.adapters(model)
 
@@ -187,6 +187,20 @@ def test_a_model_with_the_batch_in_its_second_dimension_is_refused(layer):
     with pytest.raises(weft.UnsupportedError, match=r"'first.*batch_first=False"):
         weft.use(model, ["default", None])
     weft.use(model, "default")
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_encoder_of_torch_with_the_batch_first(gradients):
+    layer = nn.TransformerEncoderLayer(6, 2, 10, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    for i, variant in enumerate(RULES):
+        move(weft.attach(model, config(variant, r=2 + i, targets="mlp"), name=f"a{i}"), seed=i)
+    asked, x = ["a3", None, "a0", "a1", "a2"], torch.randn(5, 4, 6)
+    with torch.set_grad_enabled(gradients):
+        with weft.use(model, asked):
+            mixed = model(x)
+        check_close(mixed, alone(model, x, asked), torch.float32)
+        assert distance(mixed[0:1], alone(model, x[0:1], [None])) > 1e-2
 
 
 def test_another_number_of_rows_than_names_fails_before_the_first_layer():

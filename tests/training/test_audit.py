@@ -147,7 +147,7 @@ def test_a_layer_that_is_never_called_even_if_weight_decay_moves_it():
 
 
 def test_an_adapter_that_is_not_active():
-    model, x, adapter = fresh()
+    model, x, _ = fresh()
     weft.attach(model, config("DVoRA"), name="b")
     before = weft.snapshot(model, "default")
     train(model, x, weft.adapters(model)["b"].parameters())
@@ -156,7 +156,7 @@ def test_an_adapter_that_is_not_active():
 
 
 def test_all_adapters_or_one_of_them():
-    model, x, adapter = fresh()
+    model, x, _ = fresh()
     other = weft.attach(model, config("DVoRA"), name="b")
     before, only = weft.snapshot(model), weft.snapshot(model, "b")
     train(model, x, other.parameters())
@@ -208,7 +208,7 @@ def test_two_mappings_are_judged_by_what_grad_holds_now():
         weft.audit(model, before, after)
     assert "layer.weft.default.A: not in both mappings" in str(caught.value)
     assert "head.bias: base tensor changed" in str(caught.value)
-    with pytest.raises(weft.AuditError, match="must be from weft.snapshot"):
+    with pytest.raises(weft.AuditError, match=r"must be from weft\.snapshot"):
         weft.audit(model, before, 3)
 
 

@@ -34,7 +34,6 @@ class Stored:
 
     `selected` are base tensors trained as copies. `repeated` are base tensors that the file merely repeats. `matrices`
     are VeRA's A and B where the file holds them. `problems` are what is wrong within the file.
-    `lists_layers`: `config.targets` names all the layers that the file must have.
     """
 
     config: Any
@@ -45,7 +44,6 @@ class Stored:
     repeated: dict[str, Tensor] = field(default_factory=dict)
     matrices: tuple[Tensor, Tensor] | None = None
     checksums: dict[str, str] = field(default_factory=dict)  # of matrices that are redrawn from a seed, by share key
-    lists_layers: bool = True
     peft_reads_it: bool = True
     problems: list[str] = field(default_factory=list)
     mapped: list[str] = field(default_factory=list)

@@ -90,7 +90,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no readable safetensors file ({error}). It may have been cut off; copy or save "
                               "it again.") from None
 
@@ -124,6 +124,12 @@ def find(path: str | Path) -> tuple[Path, Path | None]:
     have = sorted(p.name for p in directory.iterdir())
     _refuse_pickles(directory, have)
     raise CheckpointError(f"{directory} has no {TENSORS}; it holds {have[:8] or 'nothing'}.")
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """What changes where another file takes this one's place; the number alone is soon used again."""
+    found = path.stat()
+    return found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size
 
 
 def checksum(t: Tensor) -> str:

@@ -30,7 +30,7 @@ from ..model.adapter import Adapter
 from ..model.layer import Site
 from . import files
 from .content import Stored, StoredSite, nearest
-from .matching import bare, canonical
+from .matching import bare, canonical, class_of
 
 SCHEMA = 1
 _UNKNOWN = "0" * 16  # in place of a checksum where only the size is asked for
@@ -118,9 +118,7 @@ def base_of(adapter: Adapter) -> dict[str, Any]:
 
 def architecture(root: nn.Module) -> dict[str, Any]:
     """What identifies a model: its class, and transformers' model_type where there is one."""
-    root = bare(root)
-    cls = next(c for c in type(root).__mro__ if "_weft_base" not in vars(c) and not c.__name__.startswith("FSDP"))
-    return {"class": cls.__name__, "model_type": _model_type(root)}
+    return {"class": class_of(root).__name__, "model_type": _model_type(bare(root))}
 
 
 def shared_key(rule: Any) -> str:

@@ -15,7 +15,7 @@ from ..model import targets
 from ..model.adapter import Adapter
 from ..model.attach import Parts, attach_resolved, detach
 from ..model.state import find_state, unwrapped
-from ..model.switch import base_only
+from ..model.switch import activate, base_only
 from . import files, header, native, peft_common, peft_lora, peft_vera
 from .content import LoadReport, Stored, refuse, report_extra
 from .placement import Placement
@@ -41,7 +41,9 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     """
     stored = read(path)
     root = unwrapped(model)
-    with base_only(find_state(root)):
+    state = find_state(root)
+    before = state.switch.active if state is not None else None
+    with base_only(state):
         plan = Placement(root, stored)
     if strict:
         refuse(path, plan.problems)
@@ -54,6 +56,8 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
         _fill(adapter, plan)
     except BaseException:
         detach(model, name)
+        if state is not None:
+            activate(state, before)
         raise
     adapter.load_report = LoadReport(adapter, plan.problems, plan.mapped, plan.notes)
     return adapter if strict else adapter.load_report
@@ -63,10 +67,16 @@ def read(path: str | Path) -> Stored:
     """Read a checkpoint without a model. Faults within the file are `problems`; an unreadable one raises."""
     while True:
         tensors_file, config_file = files.find(path)
-        before = tensors_file.stat()
-        stored = _read(tensors_file, config_file)
-        if files.find(path)[0].stat().st_ino == before.st_ino:  # else it was saved anew meanwhile
-            return stored
+        before = files.identity(tensors_file)
+        try:
+            stored = _read(tensors_file, config_file)
+        except (CheckpointError, UnsupportedError):
+            if files.identity(tensors_file) == before:
+                raise
+        else:
+            if files.identity(tensors_file) == before:
+                return stored
+        # It was saved anew meanwhile. The library opens the file more than once, so two files may have been mixed.
 
 
 def _read(tensors_file: Path, config_file: Path | None) -> Stored:
@@ -85,7 +95,7 @@ def _read(tensors_file: Path, config_file: Path | None) -> Stored:
     try:
         stored: Stored
         stored, rest = FROM_PEFT[kind].read(config, tensors)
-    except (ConfigError, TypeError, ValueError, re.error) as error:
+    except (ConfigError, TypeError, ValueError, AttributeError, re.error) as error:
         raise CheckpointError(f"{config_file}: {error}") from None
     if not stored.sites:
         stored.problems.append(f"the file holds no tensor of peft's {kind}; its names begin with {sorted(tensors)[:3]}")
@@ -108,6 +118,7 @@ def _read_own(tensors_file: Path, config_file: Path | None, tensors: dict[str, T
         return stored
     if layout not in FROM_PEFT:
         raise CheckpointError(f"{tensors_file} has the layout {layout!r}, which this Weft does not know. Update weft.")
+    present = set(tensors)
     if layout == peft_vera.PEFT_TYPE:
         peft_vera.take_matrices(stored, tensors)
     bare = {key.removeprefix(peft_common.PREFIX): t for key, t in tensors.items()}
@@ -116,6 +127,10 @@ def _read_own(tensors_file: Path, config_file: Path | None, tensors: dict[str, T
         peft_common.take_trained(stored, bare, module, {t: k.removeprefix(peft_common.PREFIX) for t, k in keys.items()})
     native.take_selected(stored, bare, "", manifest["selected"])
     stored.repeated = bare
+    told = {key for site in stored.sites.values() for key in site.keys.values()}
+    told |= {peft_common.PREFIX + name for name in manifest["selected"]}
+    stored.problems += [f"missing: {key!r} was saved with this adapter" for key in manifest["keys"]
+                        if key not in present and key not in told and not peft_vera.is_matrix(key)]
     return stored
 
 

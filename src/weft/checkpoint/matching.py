@@ -43,6 +43,12 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The user's own class, where Weft (on an adapted layer) or FSDP has put a subclass in its place."""
+    return next(cls for cls in type(bare(model)).__mro__
+                if "_weft_base" not in vars(cls) and not cls.__name__.startswith("FSDP"))
+
+
 def match(wanted: Collection[str], have: Collection[str]) -> Names:
     """Find every wanted name: as it is; else without wrappers; else without a `language_model.` nesting on either side.
 

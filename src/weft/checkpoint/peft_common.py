@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..model.state import find_state
 from ..model.structure import base_modules
 from ..model.switch import base_only
 from .content import Stored, take
-from .matching import bare, canonical
+from .matching import bare, canonical, class_of
 
 PREFIX = "base_model.model."
 _PREFIXES = re.compile(r"(?P<wrappers>((module|_orig_mod)\.)*)base_model\.model\.")
@@ -30,8 +31,10 @@ _HARMLESS = {"peft_type", "peft_version", "base_model_name_or_path", "revision",
 def common_config(adapter: Adapter) -> dict[str, Any]:
     """The fields of every peft configuration that Weft writes."""
     root = bare(adapter.model)
+    cls = class_of(root)
     kinds = {site.host.kind for site in adapter.sites.values()} - {"embedding"}
     return {"base_model_name_or_path": getattr(getattr(root, "config", None), "name_or_path", None) or None,
+            "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__},
             "bias": "none", "fan_in_fan_out": kinds == {"conv1d"}, "inference_mode": True, "task_type": None,
             "modules_to_save": list(adapter.config.modules_to_save) or None, "target_modules": _target_modules(adapter)}
 
@@ -74,13 +77,14 @@ def refuse_fields(config: Mapping[str, Any], carried: Iterable[str], kind: str) 
 
 
 def fill_in(stored: Stored, config: Mapping[str, Any]) -> None:
-    """What peft's configuration says of the base model and of the layers."""
+    """What peft's configuration says of the base model; and where it picks layers beyond their names, those it picked."""
     auto = config.get("auto_mapping") or {}
     if auto.get("base_model_class"):
         stored.base = {"class": auto["base_model_class"], "library": auto.get("parent_library")}
-    # Only then is a layer that the targets name, and the file lacks, a missing one.
-    stored.lists_layers = bool(config.get("target_modules")) and not any(
-        config.get(field) for field in ("layers_to_transform", "exclude_modules"))
+    picks = any(config.get(field) for field in ("layers_to_transform", "exclude_modules"))
+    if stored.sites and (picks or not config.get("target_modules")):
+        names = [name if is_ending(name) else re.escape(name) for name in stored.sites]
+        stored.config = replace(stored.config, targets=names)
 
 
 def targets_of(config: Mapping[str, Any]) -> Any:
@@ -127,6 +131,8 @@ def take_base_tensors(stored: Stored, tensors: dict[str, Tensor], modules: Colle
     """Move what belongs to modules_to_save, or repeats an adapted layer's own weight, out of what peft saved."""
     for name in list(tensors):
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        if plain in stored.selected or plain in stored.repeated:
+            continue  # said twice; the second is reported as extra
         if saved_by(plain, modules) is not None:
             stored.selected[plain] = tensors.pop(name)
         elif plain.rpartition(".")[0] in stored.sites and plain.endswith((".weight", ".bias")):

@@ -100,7 +100,6 @@ def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Stored,
         r=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=float(config.get("lora_dropout") or 0.0),
         init="gaussian" if start == "gaussian" else "kaiming", rslora=bool(config.get("use_rslora")),
         targets=targets_of(config), modules_to_save=config.get("modules_to_save") or (), dtype=dtype_of(tensors)), "peft")
-    fill_in(stored, config)
     rest = bare_keys(stored, tensors)
     spelled: dict[str, dict[str, str]] = {}
     for name in rest:
@@ -112,6 +111,7 @@ def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Stored,
     for module, found in spelled.items():
         usual = {t: key(module, t, stored.sites[module].kind).removeprefix(PREFIX) for t in _LINEAR}
         take_trained(stored, rest, module, {**usual, **found})
+    fill_in(stored, config)
     return stored, rest
 
 

@@ -71,12 +71,11 @@ def _matrices(shared: Any) -> dict[str, Tensor]:
 def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Stored, dict[str, Tensor]]:
     """What peft saved, and the tensors that belong to no layer. Without matrices they are redrawn as peft drew them."""
     refuse_fields(config, _CARRIED, "VeRA")
-    has_matrices = any(_MATRIX.fullmatch(name) for name in tensors)
+    has_matrices = any(is_matrix(name) for name in tensors)
     stored = Stored(VeRA(
         r=config.get("r", 256), d_init=float(config.get("d_initial", 0.1)), dropout=float(config.get("vera_dropout") or 0.0),
         seed=config.get("projection_prng_key", 0), draw="stored" if has_matrices else "peft", targets=targets_of(config),
         modules_to_save=config.get("modules_to_save") or (), dtype=dtype_of(tensors)), "peft")
-    fill_in(stored, config)
     tensors = dict(tensors)
     if has_matrices or config.get("save_projection", True):
         take_matrices(stored, tensors)
@@ -89,7 +88,12 @@ def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Stored,
     for module, found in spelled.items():
         usual = {t: key(module, t, None).removeprefix(PREFIX) for t in _NAMES}
         take_trained(stored, rest, module, {**usual, **found})
+    fill_in(stored, config)
     return stored, rest
+
+
+def is_matrix(name: str) -> bool:
+    return _MATRIX.fullmatch(name) is not None
 
 
 def take_matrices(stored: Stored, tensors: dict[str, Tensor]) -> None:

@@ -166,20 +166,19 @@ class Placement:
     def _check_complete(self) -> None:
         """What the configuration names in this model, and the file lacks."""
         have = {id(self.parameters[name]) for name in self.selected}
-        saved = self._saved_tensors()
-        for name in dict.fromkeys([*saved, *self._picked_tensors()]):
+        for name in dict.fromkeys([*self._saved_tensors(), *self._picked_tensors()]):
             if id(self.parameters[name]) not in have:
                 self.problems.append(f"missing: the file has no {name!r}, which the adapter trains in this model"
                                      f"{nearest('in the file', name, self.stored.selected, self.problems)}")
-        if isinstance(self.config, methods.Selection) or not self.stored.lists_layers:
+        if isinstance(self.config, methods.Selection):
             return
         try:
             layers = targets.resolve(self.root, self.config.targets).sites
         except TargetError:
             return  # names that only the file's base has; what was found above is all there is to say
-        expected = set(layers) - set(self.names.found.values()) - {_parent(tensor) for tensor in saved}
+        found = set(self.names.found.values())
         for name in layers:
-            if name in expected and (self.nested is None or structure.within(name, [self.nested])):
+            if name not in found and (self.nested is None or structure.within(name, [self.nested])):
                 self.problems.append(f"missing: the file has nothing for {name!r}, which its targets name in this model; "
                                      "its base had fewer layers, or tensors were taken out")
 
@@ -236,7 +235,7 @@ def _fits(base: dict[str, Any], model: nn.Module) -> bool:
     if base["class"] == here["class"]:
         return True
     if base.get("library"):  # peft names the Python module of the class
-        return any(base["library"] == cls.__module__ for cls in type(matching.bare(model)).__mro__)
+        return bool(base["library"] == matching.class_of(model).__module__)
     return base.get("model_type") is not None and bool(base["model_type"] == here["model_type"])
 
 

@@ -39,7 +39,7 @@ class Selected:
             if live is not None and live is not parameter and not live.is_meta:
                 carrier = nn.Module()
                 carrier.register_parameter("tensor", parameter)
-                carrier.to(live.device, live.dtype)  # takes the gradient along
+                carrier.to(live.device, live.dtype if live.is_floating_point() else None)  # takes the gradient along
             module._parameters[name] = parameter
 
 
