@@ -72,21 +72,27 @@ def finished(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def in_a_loop(directory: Path) -> None:
+def in_a_loop(directory: Path, pipe: int) -> None:
     while True:
         for model in MODELS.values():
             weft.save(model, directory)
+            os.write(pipe, b".")
 
 
 def killed(directory: Path) -> dict[str, Any]:
-    """SIGKILL at random moments of saves that alternate."""
+    """SIGKILL at random moments after the first, second, ... of saves that alternate."""
     weft.save(MODELS["small"], directory)
     seen, left, chance = [], 0, random.Random(11)
     for _ in range(40):
-        pid = forked(lambda: in_a_loop(directory))
-        time.sleep(chance.uniform(0.002, 0.04))
+        out, into = os.pipe()
+        pid = forked(lambda into=into: in_a_loop(directory, into))
+        for _ in range(chance.randint(0, 4)):
+            os.read(out, 1)
+        time.sleep(chance.uniform(0, 0.012))
         os.kill(pid, signal.SIGKILL)
         assert finished(pid) == -signal.SIGKILL
+        os.close(out)
+        os.close(into)
         left += bool(left_behind(directory))
         seen.append(state(directory))
     weft.save(MODELS["large"], directory)

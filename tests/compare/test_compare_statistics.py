@@ -34,6 +34,13 @@ def test_the_paired_test_sees_a_small_constant_gap_that_an_unpaired_one_would_mi
     assert stats.ttest_ind(best, other, alternative="greater").pvalue > 0.4
 
 
+def test_the_test_is_one_sided() -> None:
+    """Gaps 0, 1, 2: t = 1 / (1 / sqrt(3)), and a t of two degrees has the closed form 1/2 - t / (2 sqrt(2 + t^2))."""
+    t = math.sqrt(3)
+    assert worse([1, 2, 3], [1, 1, 1]) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)))
+    assert worse([1, 1, 1], [1, 2, 3]) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)))
+
+
 def test_the_test_has_its_limits_where_the_gap_is_the_same_with_every_seed() -> None:
     assert worse([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]) == 1.0
     assert worse([0.5, 0.6, 0.7], [0.4, 0.5, 0.6]) == 0.0

@@ -1,4 +1,4 @@
-"""A run whose worker dies is tried once more, and then told as failed."""
+"""A run whose worker dies is tried once more, and then told as failed; a worker whose caller dies ends at once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,21 @@ OPENING = asdict(Opening(task="digits", model="digits-vit", most={"train": 20, "
                          device="cpu"))
 
 
-def order(key: str, lr: float) -> Order:
+def _orphaned(pool: Pool) -> int:
+    """Exit status of a worker whose caller goes away in the middle of a run that would take minutes."""
+    worker, message = pool.wait()
+    assert "answer" in message
+    worker.send(order("long", 1e-2, steps=20_000).message)
+    time.sleep(0.5)
+    assert worker.process.stdin is not None
+    worker.process.stdin.close()
+    return worker.process.wait(timeout=10)
+
+
+def order(key: str, lr: float, steps: int = 400) -> Order:
     config = methods.to_json(LoRA(r=2, modules_to_save=("classifier",)))
     return Order(key, {"do": "run", "save_to": None,
-                       "spec": asdict(RunSpec(key, config, lr, 1e-2, 0, 400, 10, "tune"))})
+                       "spec": asdict(RunSpec(key, config, lr, 1e-2, 0, steps, 10, "tune"))})
 
 
 class Killer(threading.Thread):
@@ -51,6 +62,7 @@ def test_a_run_whose_worker_dies_is_tried_once_more_and_then_failed(tmp_path: Pa
         crew.work(lambda: [o for o in wanted if o.key not in results], lambda o, r: results.update({o.key: r}))
         killer.stopped = True
         killer.join()
+        orphan = _orphaned(pool)
         alive = [worker.process for worker in pool.workers.values()]
     assert killer.hit == {0, 1}
     assert results["kills its worker"]["status"] == "failed"
@@ -58,5 +70,6 @@ def test_a_run_whose_worker_dies_is_tried_once_more_and_then_failed(tmp_path: Pa
     assert "signal 9" in results["kills its worker"]["reason"]
     assert "tried 2 times" in results["kills its worker"]["reason"]
     assert "lr must be a number above 0" in results["is refused"]["reason"]
+    assert orphan == 0
     assert alive
     assert all(process.poll() is not None for process in alive)  # leaving the pool ends every worker

@@ -109,8 +109,31 @@ def test_switching_thousands_of_times_in_between_is_refused_only_if_it_matters()
     recomputed(a).sum().backward()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_training_in_another_thread_than_that_of_attach(reentrant):
+    """Autograd counts its nodes anew in every thread, so what was active when must be told apart by thread."""
+    a = awake("LoRA")
+    for _ in range(50):
+        a.run().sum()  # this thread's count is far ahead
+    weft.use(a.model, None)
+    weft.use(a.model, "default")
+    x = a.x.clone().requires_grad_()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(lambda: recomputed(a, x, reentrant).sum().backward()).result()
+        with pytest.raises(weft.WeftError, match="but the forward ran under 'default'"):
+            other.submit(lambda: switched_too_early(a, x, reentrant)).result()
+    recomputed(a, x, reentrant).sum().backward()
+
+
+def switched_too_early(a, x, reentrant):
+    loss = recomputed(a, x, reentrant).sum()
+    with weft.use(a.model, None):
+        loss.backward()
+
+
 def test_a_copy_made_in_training_trains_on():
     import copy
+from concurrent.futures import ThreadPoolExecutor
 
     a = awake("LoRA")
     recomputed(a).sum().backward()

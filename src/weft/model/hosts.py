@@ -69,6 +69,7 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
+_PLAIN: dict[str, type[nn.Module]] = {"linear": nn.Linear, "embedding": nn.Embedding}
 # Largest relative distance from W x + bias that counts as another rounding of the same number.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -99,9 +100,6 @@ def _computes_its_map(module: nn.Module, kind: str) -> bool:
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return False
     return bool((found - wanted).abs().max() <= _ROUNDING[W.dtype] * wanted.abs().max())
-
-
-_PLAIN: dict[str, type[nn.Module]] = {"linear": nn.Linear, "embedding": nn.Embedding}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -54,11 +55,13 @@ class Switch:
     def __init__(self) -> None:
         self.active: str | Rows | None = None
         self.base_weights: dict[nn.Module, Tensor] = {}  # layer -> its own weight, while another stands in its place
-        # What became active when, in autograd's own count of the nodes it has made.
+        # What became active when, in autograd's own count of the nodes it has made; each thread has a count of its own.
         self._turns: deque[tuple[int, str | Rows | None]] = deque([(0, None)], _MEMORY)
+        self._thread = threading.get_ident()
 
     def turn(self, active: str | Rows | None) -> None:
         """Make this the active adapter."""
+        self._follow_thread()
         self.active = active
         self._turns.append((torch._C._autograd._get_sequence_nr(), active))
 
@@ -88,10 +91,13 @@ class Switch:
 
     def _guard_recompute(self) -> None:
         """Gradient checkpointing runs the forward again inside backward: it must be the same adapter's forward."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return
         node: Any = torch._C._current_autograd_node()
         if node is None:  # no backward is running
+            self._follow_thread()
+            return
+        if not torch.is_grad_enabled():
             return
         # Autograd numbers its nodes as it makes them, so the node that asks tells when its forward ran.
         made = node._sequence_nr()
@@ -99,6 +105,12 @@ class Switch:
         if then is not self.active and then != self.active:
             raise WeftError(f"backward recomputes the forward under {describe(self.active)}, but the forward "
                             f"ran under {describe(then)}. Call backward() inside the same `with weft.use(...)`.")
+
+
+    def _follow_thread(self) -> None:
+        if self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            self._turns = deque([(0, self.active)], _MEMORY)
 
 
 class State:
