@@ -1,6 +1,6 @@
 """Put the table and the picture of a finished comparison into the README.
 
-    make demo && python scripts/readme_table.py weft-compare
+Usage: make demo && python scripts/readme_table.py weft-compare
 """
 
 from __future__ import annotations

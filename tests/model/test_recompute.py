@@ -1,5 +1,8 @@
 """Gradient checkpointing gives the gradients of no checkpointing, or says why it cannot."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -132,8 +135,6 @@ def switched_too_early(a, x, reentrant):
 
 
 def test_a_copy_made_in_training_trains_on():
-    import copy
-from concurrent.futures import ThreadPoolExecutor
 
     a = awake("LoRA")
     recomputed(a).sum().backward()
