@@ -7,15 +7,18 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import ConfigError
+from .adalora import AdaLoRA
 from .base import Rule, Selection
 from .dora import DoRA
 from .dvora import DVoRA
+from .dylora import DyLoRA
 from .lora import LoRA
+from .lora_fa import LoRAFA
 from .selective import BitFit, Full, Head
 from .vera import VeRA
 
 METHODS: dict[str, type[Any]] = {
-    method.__name__: method for method in (Full, Head, BitFit, LoRA, VeRA, DoRA, DVoRA)
+    method.__name__: method for method in (Full, Head, BitFit, LoRA, VeRA, DoRA, DVoRA, LoRAFA, AdaLoRA, DyLoRA)
 }
 
 
@@ -67,4 +70,4 @@ def from_json(data: Any) -> Any:
 
 
 __all__ = ["METHODS", "Rule", "Selection", "by_name", "from_json", "replace", "to_json",
-           "LoRA", "VeRA", "DoRA", "DVoRA", "Full", "Head", "BitFit"]
+           "LoRA", "VeRA", "DoRA", "DVoRA", "LoRAFA", "AdaLoRA", "DyLoRA", "Full", "Head", "BitFit"]
