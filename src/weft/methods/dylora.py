@@ -12,8 +12,8 @@ of equal rank draw the same b. last_only=True moves only the b-th row of A and c
 frozen variant), whatever momentum or decay the optimiser would give the others; without it the first b have gradients and
 the optimiser's momentum may move the others on, as in the authors' code.
 `adapter.truncate(b)` takes the first b ranks, as does loading and truncating; that adapter is the LoRA of A[:b], B[:, :b]
-and alpha. In training the b ranks are chosen by factors of x Aᵀ (s_b, and 0 beyond b), not by slicing: a compiled model is compiled
-once, whatever b comes, and the products cost those of rank r.
+and alpha. In training the b ranks are chosen by factors of x Aᵀ (s_b, and 0 beyond b), not by slicing: a model is
+compiled once, whatever b comes, and the products cost those of rank r.
 Source: arXiv:2210.07558, algorithm 1. alpha=None means that every s_b is 1. Raises ConfigError for values that cannot be
 meant. Differs from the paper: b is uniform (as in its experiments); no other distribution is offered.
 """
