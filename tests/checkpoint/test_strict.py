@@ -225,7 +225,7 @@ def test_a_configuration_that_was_edited_by_hand(method, tmp_path):
     before = config_of(tmp_path)
     if method in PEFT_LAYOUT:
         edit_config(tmp_path, lora_alpha=7, lora_dropout=0.5)
-        texts = ["lora_alpha: 7 in it, 5 saved", "lora_dropout"]
+        texts = ["lora_alpha: 7 in it, 5", "lora_dropout: 0.5 in it, 0.0 saved"]
     else:
         edit_config(tmp_path, weft={**before["weft"], "modules_to_save": ["mid"]})
         texts = ["weft: {", "'modules_to_save': ['mid']", "'modules_to_save': []"]

@@ -52,7 +52,8 @@ class WithLoss(nn.Module):
 
 
 @pytest.mark.parametrize("orthogonality", [0.0, 0.5])
-@pytest.mark.parametrize("schedule", [SCHEDULE, {"warm_up": 0, "final": 0, "interval": 1}], ids=str)
+@pytest.mark.parametrize("schedule", [SCHEDULE, {"warm_up": 0, "final": 0, "interval": 1},
+                                      {"warm_up": 0, "final": 5, "interval": 30}], ids=str)
 def test_a_whole_run_is_peft_s(orthogonality, schedule):
     """Same start, data and optimiser: the same masks after every step, and the same numbers. alpha undoes peft's 1e-5."""
     import peft
@@ -86,7 +87,7 @@ def test_a_whole_run_is_peft_s(orthogonality, schedule):
                 check_close(getattr(adapter.sites[module], mine), getattr(layers[module], other)["default"], torch.float64,
                             f"step {step}: {mine} of {module}")
         seen.add(str(masks(adapter)))
-    assert len(seen) > 2 and sum(adapter.ranks.values()) == 4 and adapter.steps == STEPS + 3
+    assert len(seen) > (2 if schedule["interval"] < STEPS else 1) and sum(adapter.ranks.values()) == 4 and adapter.steps == STEPS + 3
     assert set(adapter.ranks.values()) != {2}, "equal ranks show no moving budget"
 
 

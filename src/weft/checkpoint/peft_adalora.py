@@ -4,7 +4,8 @@ base_model.model.<module>.lora_B [out, r] is P      lora_E [r, 1] is lam      lo
 
 peft may leave pruned triplets out of a file and say in `rank_pattern` which they were; their vectors are then gone, and
 zeros stand in for them. Weft writes them all, since they can return; the choice reached is in its own header.
-peft divides alpha by r + 1e-5 where Weft divides by r, which moves an output by less than 1e-5 of the update.
+peft divides alpha by r + 1e-5 where Weft divides by r; the file's lora_alpha, and alpha on reading, are those that give the
+same scale, so that a deep model does not blow the difference up.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})(\.(?!weight$|b
 _FIELDS = {"r": "init_r", "target_r": "target_r", "total_steps": "total_step", "warm_up": "tinit", "final": "tfinal",
            "interval": "deltaT", "beta1": "beta1", "beta2": "beta2", "orthogonality": "orth_reg_weight",
            "dropout": "lora_dropout"}
+_OFFSET = 1e-5
 # Fields of peft's LoRA that its AdaLoRA has too and never reads.
 _UNREAD = ("r", "use_rslora", "alpha_pattern", "eva_config", "ensure_weight_tying", "megatron_core", "qalora_group_size")
 _CARRIED = (*_FIELDS.values(), *_UNREAD, "lora_alpha", "rank_pattern", "init_lora_weights")
@@ -69,11 +71,10 @@ def fields(config: AdaLoRA) -> dict[str, Any]:
     """What adapter_config.json says of the method. peft wants a schedule even where nothing trains any more."""
     total = config.total_steps
     warm_up, final = config.phases if total else (0, 0)
-    alpha = config.scale * config.r
     return {"peft_type": PEFT_TYPE, "init_r": config.r, "target_r": config.final_r, "total_step": total or 1,
             "tinit": warm_up, "tfinal": final, "deltaT": config.interval,
             "beta1": config.beta1, "beta2": config.beta2, "orth_reg_weight": config.orthogonality,
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": config.dropout}
+            "lora_alpha": config.scale * (config.r + _OFFSET), "lora_dropout": config.dropout}
 
 
 def key(module: str, tensor: str, kind: str | None) -> str:
@@ -88,7 +89,7 @@ def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Stored,
     r, alpha = given.get("r", 12), config.get("lora_alpha", 8)
     stored = Stored(AdaLoRA(
         **{"r": r, "warm_up": 0, "final": 0, **given, "target_r": min(given.get("target_r", 8), r)},
-        alpha=float(alpha if alpha > 0 else r), targets=targets_of(config),
+        alpha=float(f"{(alpha if alpha > 0 else r) * r / (r + _OFFSET):.14g}"), targets=targets_of(config),
         modules_to_save=config.get("modules_to_save") or (), dtype=dtype_of(tensors)), "peft")
     rest = bare_keys(stored, tensors)
     patterns = _patterns(config, r)

@@ -20,9 +20,9 @@ Trained numbers per layer: r (out + in + 1), all of them to the end; `adapter.ra
 warm_up and final are steps, or (as fractions below 1) shares of T. T may be left to the trainer (`adapter.plan_steps`).
 Source: arXiv:2303.10512, equations 2 to 12, algorithm 1. Differs from the paper, as the authors' code and peft do: the
 norms of the loss are not squared, and are averaged; I takes w after the step. s stays alpha / r for the initial r, so
-that pruning changes nothing but the triplet pruned. Differs from peft (0.21.2): it divides by r + 1e-5 (a parameter that
-an optimiser of all its trainable ones moves, and no file holds), prunes all that tie with the worst kept triplet (here
-exactly b(t) stay), and must be called by the user after every step.
+that pruning changes nothing but the triplet pruned. Differs from peft (0.21.2): it divides by r + 1e-5
+(this r a parameter, which an optimiser of all its trainable ones moves and no file holds), prunes all that tie with the
+best pruned triplet (here exactly b(t) stay), and must be called by the user after every step.
 """
 
 from __future__ import annotations

@@ -1,0 +1,152 @@
+"""An adapter in another form computes the same, is read by peft and by Weft, or is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from checkpoint_support import CONFIG, TENSORS, attached, close, config_of, llama, logits, peft_reads, rewrite
+
+import weft
+from support import KINDS, awake, config, inputs, net
+from weft.cli import main
+from weft.methods.projections import Projections
+
+TO_LORA = ["LoRA", "LoRA:rslora=True", "LoRAFA", "LoRAFA:rslora=True", "AdaLoRA", "DyLoRA", "VeRA"]
+
+
+def prune(adapter, marks):
+    for module, kept in marks.items():
+        site = adapter.sites[module]
+        site.kept.copy_(torch.tensor(kept))
+        site.lam.data.masked_fill_(~site.kept[:, None], 0)
+
+
+def same(directory, kind, x, wanted, tolerance=1e-5):
+    """Both readers of the directory give these outputs."""
+    mine = net(kind).eval()
+    adapter = weft.load(mine, directory)
+    close(logits(mine, x), wanted, logits(net(kind), x), tolerance)
+    close(logits(peft_reads(net(kind), directory, "fan_in_fan_out is set to"), x), wanted, logits(net(kind), x), tolerance)
+    return adapter
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", TO_LORA)
+def test_to_lora(variant, kind, tmp_path):
+    a = awake(variant, kind)
+    a.model.eval()
+    weft.save(a.model, tmp_path / "a")
+    found = weft.export(tmp_path / "a", "lora", tmp_path / "b")
+    assert found.to == "LoRA" and found.error < 1e-7 and found.layers == 2
+    assert found.nbytes == (tmp_path / "b" / TENSORS).stat().st_size
+    adapter = same(tmp_path / "b", kind, a.x, logits(a.model, a.x))
+    assert type(adapter.config) is weft.LoRA
+    method = variant.partition(":")[0]
+    if method in ("LoRA", "LoRAFA", "DyLoRA"):
+        assert found.error == 0
+        for module, site in adapter.sites.items():
+            assert torch.equal(site.A, a.adapter.sites[module].A) and torch.equal(site.B, a.adapter.sites[module].B)
+    weft.inspect(tmp_path / "b")
+    weft.save(a.adapter.model, tmp_path / "again")  # the source is as it was
+
+
+def test_adalora_keeps_the_triplets_in_force_only(tmp_path):
+    a = awake("AdaLoRA")
+    prune(a.adapter, {"layer": [True, False, True], "mid": [False, True, False]})
+    weft.save(a.model, tmp_path / "a")
+    weft.export(tmp_path / "a", "lora", tmp_path / "b")
+    adapter = same(tmp_path / "b", "linear", a.x, logits(a.model, a.x))
+    assert adapter.ranks == {"layer": 2, "mid": 1} == a.adapter.ranks
+    prune(a.adapter, {"layer": [False] * 3})
+    weft.save(a.model, tmp_path / "a")
+    found = weft.export(tmp_path / "a", "lora", tmp_path / "c")
+    assert "1 layers keep no triplet and are left out, 'layer' first" in str(found)
+    assert list(same(tmp_path / "c", "linear", a.x, logits(a.model, a.x)).sites) == ["mid"]
+    prune(a.adapter, {"mid": [False] * 3})
+    weft.save(a.model, tmp_path / "a")
+    with pytest.raises(weft.UnsupportedError, match="no triplet of any layer is in force"):
+        weft.export(tmp_path / "a", "lora", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("held", ["bfloat16", "float64"])
+@pytest.mark.parametrize("method", ["LoRAFA", "AdaLoRA", "DyLoRA", "VeRA"])
+def test_the_dtype_is_kept_and_its_rounding_measured(method, held, tmp_path):
+    a = awake(method, held=held)
+    weft.save(a.model, tmp_path / "a")
+    found = weft.export(tmp_path / "a", "lora", tmp_path / "b")
+    rounds = method in ("AdaLoRA", "VeRA") and held == "bfloat16"
+    assert found.error > 1e-4 if rounds else found.error < 1e-14
+    assert {p.dtype for p in weft.load(net(), tmp_path / "b").parameters()} == {getattr(torch, held)}
+
+
+@pytest.mark.parametrize("method", ["LoRA", "LoRAFA", "DyLoRA", "VeRA", "AdaLoRA", "DoRA"])
+def test_to_peft_with_a_head(method, tmp_path):
+    a = awake(method, modules_to_save=["head"])
+    a.model.eval()
+    weft.save(a.model, tmp_path / "a")
+    found = weft.export(tmp_path / "a", "peft", tmp_path / "b")
+    adapter = same(tmp_path / "b", "linear", a.x, logits(a.model, a.x))
+    assert set(adapter.selected) == {"head.weight", "head.bias"}
+    assert type(adapter.config).__name__ == {"LoRAFA": "LoRA", "DyLoRA": "LoRA"}.get(method, method) == found.to
+
+
+def test_vera_for_peft_has_its_matrices(tmp_path):
+    a = awake("VeRA")
+    weft.save(a.model, tmp_path / "a")
+    assert weft.export(tmp_path / "a", "peft", tmp_path / "b").error == 0
+    wanted = Projections(3, 11, 11, 7, "weft")
+    written = config_of(tmp_path / "b")
+    assert written["save_projection"] is True and written["projection_prng_key"] == 7
+    from checkpoint_support import read
+
+    assert torch.equal(read(tmp_path / "b")[0]["base_model.vera_A"], wanted.A)
+
+
+def test_a_language_model_with_layers_of_their_own(tmp_path):
+    model = llama()
+    adapter = attached(model, weft.LoRAFA(r=4, alpha=6, targets={"all-linear": {}, "q_proj": {"r": 2, "rslora": True}}))
+    weft.save(model, tmp_path / "a")
+    weft.export(tmp_path / "a", "peft", tmp_path / "b")
+    close(logits(peft_reads(llama(), tmp_path / "b")), logits(model), logits(llama()))
+    other = llama()
+    assert list(weft.load(other, tmp_path / "b").sites) == list(adapter.sites)
+    close(logits(other), logits(model), logits(llama()))
+
+
+@pytest.mark.parametrize(("method", "to", "says"), [
+    ("DoRA", "lora", "DoRA cannot be exported to 'lora': its magnitudes rescale the rows of the base weight"),
+    ("DVoRA", "lora", "DVoRA cannot be exported to 'lora': its magnitudes"),
+    ("DVoRA", "peft", "DVoRA cannot be exported to 'peft': peft has no such method"),
+    ("BitFit", "lora", "BitFit trains copies of base tensors"), ("Full", "peft", "Full trains copies")])
+def test_what_cannot_be_exported_says_why(method, to, says, tmp_path):
+    weft.save(awake(method).model, tmp_path / "a")
+    with pytest.raises(weft.UnsupportedError, match=says):
+        weft.export(tmp_path / "a", to, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_arguments_that_cannot_be_meant(tmp_path):
+    weft.save(awake("DyLoRA").model, tmp_path / "a")
+    with pytest.raises(weft.ConfigError, match=r"to must be one of \['lora', 'peft'\]"):
+        weft.export(tmp_path / "a", "onnx", tmp_path / "b")
+    with pytest.raises(weft.CheckpointError, match="exists and is not empty"):
+        weft.export(tmp_path / "a", "lora", tmp_path / "a")
+    rewrite(tmp_path / "a", lambda t: t.update({k: v + 1 for k, v in t.items()}))
+    with pytest.raises(weft.CheckpointError, match="checksum"):
+        weft.export(tmp_path / "a", "lora", tmp_path / "b")
+
+
+def test_the_command_prints_the_error_and_refuses_in_one_line(tmp_path, capsys):
+    weft.save(awake("AdaLoRA").model, tmp_path / "a")
+    assert main(["export", "--adapter", str(tmp_path / "a"), "--to", "lora", "--out", str(tmp_path / "b")]) == 0
+    out = capsys.readouterr().out
+    assert "AdaLoRA of 2 layers, now LoRA" in out and "(relative, measured)" in " ".join(out.split())
+    assert json.loads((tmp_path / "b" / CONFIG).read_text())["peft_type"] == "LORA"
+    weft.save(awake("DoRA").model, tmp_path / "c")
+    assert main(["export", "--adapter", str(tmp_path / "c"), "--to", "lora", "--out", str(tmp_path / "d")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["export", "--adapter", str(tmp_path / "c"), "--to", "x", "--out", str(tmp_path / "d")]) == 2
+    assert isinstance(config("DoRA"), weft.DoRA) and inputs("linear").ndim == 3
