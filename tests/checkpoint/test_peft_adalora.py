@@ -110,8 +110,6 @@ def test_what_peft_has_no_form_for_is_saved_in_weft_s_own(kind, changes, tmp_pat
     ({"rank_pattern": [1]}, "an object of tensor names"), ({"init_r": 0}, "1 or more"), ({"total_step": 0}, "total_steps")])
 def test_a_configuration_that_cannot_be_meant(changes, text, tmp_path):
     directory = peft_saves(peft_of(net(), adalora(**ON_NET)), tmp_path / "a")
-    from checkpoint_support import edit_config
-
     edit_config(directory, **changes)
     refused(net(), directory, text)
 
