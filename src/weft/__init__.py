@@ -10,7 +10,7 @@ from .errors import (
     UnsupportedError,
     WeftError,
 )
-from .methods import BitFit, DoRA, DVoRA, Full, Head, LoRA, VeRA
+from .methods import BitFit, Bottleneck, DoRA, DVoRA, Full, Head, LoRA, TopLayers, VeRA
 from .model.adapter import Adapter
 from .model.attach import adapters, attach, detach
 from .model.merge import MergeReport, effective_weight, merge, unmerge
@@ -20,7 +20,7 @@ from .training.audit import audit, snapshot
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter", "AuditError", "BitFit", "CheckpointError", "ConfigError", "DVoRA", "DoRA", "Full", "Head", "LoRA",
-    "MergeError", "MergeReport", "TargetError", "UnsupportedError", "VeRA", "WeftError", "adapters", "attach", "audit",
-    "detach", "effective_weight", "inspect", "load", "merge", "save", "snapshot", "unmerge", "use",
+    "Adapter", "AuditError", "BitFit", "Bottleneck", "CheckpointError", "ConfigError", "DVoRA", "DoRA", "Full", "Head",
+    "LoRA", "MergeError", "MergeReport", "TargetError", "TopLayers", "UnsupportedError", "VeRA", "WeftError", "adapters",
+    "attach", "audit", "detach", "effective_weight", "inspect", "load", "merge", "save", "snapshot", "unmerge", "use",
 ]

@@ -19,10 +19,12 @@ LRS = {
     "Full": (1e-3, 3e-3, 1e-2),
     "Head": (1e-2, 3e-2, 1e-1),
     "BitFit": (3e-3, 1e-2, 3e-2),
+    "TopLayers": (1e-3, 3e-3, 1e-2),
     "LoRA": (3e-3, 1e-2, 3e-2),
     "VeRA": (1e-2, 3e-2, 1e-1),
     "DoRA": (3e-3, 1e-2, 3e-2),
     "DVoRA": (1e-2, 3e-2, 1e-1),
+    "Bottleneck": (1e-3, 3e-3, 1e-2),
 }
 OTHER_LRS = (1e-3, 3e-3, 1e-2)  # of a method that the table above does not know yet
 GROW = 3  # times that a grid may grow

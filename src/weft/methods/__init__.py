@@ -8,14 +8,15 @@ from typing import Any
 
 from ..errors import ConfigError
 from .base import Rule, Selection
+from .bottleneck import Bottleneck
 from .dora import DoRA
 from .dvora import DVoRA
 from .lora import LoRA
-from .selective import BitFit, Full, Head
+from .selective import BitFit, Full, Head, TopLayers
 from .vera import VeRA
 
 METHODS: dict[str, type[Any]] = {
-    method.__name__: method for method in (Full, Head, BitFit, LoRA, VeRA, DoRA, DVoRA)
+    method.__name__: method for method in (Full, Head, BitFit, TopLayers, LoRA, VeRA, DoRA, DVoRA, Bottleneck)
 }
 
 
@@ -33,7 +34,7 @@ def replace(rule: Any, overrides: dict[str, Any]) -> Any:
     if not overrides:
         return rule
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    known = set(values) - {"targets", "modules_to_save"}
+    known = set(values) - {"targets", "modules_to_save", *getattr(rule, "whole", ())}
     for field in overrides:
         if field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
@@ -67,4 +68,4 @@ def from_json(data: Any) -> Any:
 
 
 __all__ = ["METHODS", "Rule", "Selection", "by_name", "from_json", "replace", "to_json",
-           "LoRA", "VeRA", "DoRA", "DVoRA", "Full", "Head", "BitFit"]
+           "LoRA", "VeRA", "DoRA", "DVoRA", "Bottleneck", "Full", "Head", "BitFit", "TopLayers"]
