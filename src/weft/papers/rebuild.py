@@ -16,7 +16,8 @@ from .. import methods
 from ..errors import WeftError
 from ..model.adapter import Adapter
 from ..model.attach import attach, detach
-from ..model.structure import base_parameters, tensor_facts, within
+from ..model.selection import tensor_facts
+from ..model.structure import base_parameters, within
 from .architectures import ARCHITECTURES, Architecture
 from .figures import figure
 from .tables import NOTHING, Row, Table
