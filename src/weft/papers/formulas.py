@@ -44,9 +44,11 @@ def _adapters(config: Any, sizes: Sizes) -> int:
     plain = 2 * d * r
     biased = plain + r + d
     dropped = getattr(config, "skip_layers", 0)
+    named = isinstance(getattr(config, "targets", None), list)  # layers by name in place of the MLP's output
+    beside = sum(r * (i + o) for o, i in sizes.maps) if named else layers * r * (d + f)
     counts: dict[str, int] = {
         "houlsby": 2 * layers * biased, "lin": layers * (biased + 2 * d), "pfeiffer": layers * biased,
-        "drop": (layers - dropped) * biased, "series": layers * plain, "parallel": layers * r * (d + f)}
+        "drop": (layers - dropped) * biased, "series": layers * plain, "parallel": beside}
     return counts[config.preset]
 
 
@@ -64,7 +66,7 @@ FORMS: dict[str, Form] = {
     "DoRA": Form("sum of r (in + out) + out", lambda c, s: sum(c.r * (i + o) + o for o, i in s.maps)),
     "DVoRA": Form("sum of (2 out + r)", lambda c, s: sum(2 * o + c.r for o, _ in s.maps)),
     "Bottleneck": Form("houlsby 2 L (2 d r + r + d); lin L (2 d r + r + d) + 2 L d; pfeiffer L (2 d r + r + d); "
-                       "drop (L - skipped) (2 d r + r + d); series 2 L d r; parallel L r (d + f)", _adapters),
+                       "drop (L - skipped) (2 d r + r + d); series 2 L d r; parallel r (in + out) a layer", _adapters),
     "Prefix": Form("2 L d n", lambda c, s: 2 * s.layers * s.width * c.n),
     "PreEmbed": Form("d (l_p + l_i)", lambda c, s: s.width * (c.l_p + c.l_i)),
     "PreLayer": Form("L d (l_p + l_i)", lambda c, s: s.layers * s.width * (c.l_p + c.l_i)),
