@@ -26,6 +26,28 @@ def lora(W: Tensor, t: Tensors, c: Any) -> Tensor:
     return total
 
 
+def lora_fa(W: Tensor, t: Tensors, c: Any) -> Tensor:
+    """LoRA's equation; that A is frozen changes no value (arXiv:2308.03303, section 3)."""
+    return lora(W, t, c)
+
+
+def adalora(W: Tensor, t: Tensors, c: Any) -> Tensor:
+    """Equation 3 of arXiv:2303.10512 with LoRA's scale: a sum of r triplets."""
+    total = W
+    for k in range(c.r):
+        total = total + c.alpha / c.r * t["lam"][k, 0] * torch.outer(t["P"][:, k], t["Q"][k])
+    return total
+
+
+def dylora(W: Tensor, t: Tensors, c: Any, b: int | None = None) -> Tensor:
+    """Section 3 of arXiv:2210.07558: the first b outer products, scaled by alpha / b; all r where b is not said."""
+    b = c.r if b is None else b
+    total = W
+    for k in range(b):
+        total = total + c.alpha / b * torch.outer(t["B"][:, k], t["A"][k])
+    return total
+
+
 def vera(W: Tensor, t: Tensors, c: Any) -> Tensor:
     """Equation 2 of arXiv:2310.11454: the shared matrices' upper left corners between two diagonal ones."""
     out, in_ = W.shape
@@ -58,7 +80,7 @@ def _over(V: Tensor, t: Tensors, c: Any) -> Tensor:
 
 
 ORACLES: dict[str, Callable[[Tensor, Tensors, Any], Tensor]] = {
-    "LoRA": lora, "VeRA": vera, "DoRA": dora, "DVoRA": dvora}
+    "LoRA": lora, "VeRA": vera, "DoRA": dora, "DVoRA": dvora, "LoRAFA": lora_fa, "AdaLoRA": adalora, "DyLoRA": dylora}
 
 
 
@@ -86,6 +108,9 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {
     "VeRA": lambda out, in_, r: out + r,
     "DoRA": lambda out, in_, r: r * (in_ + out) + out,
     "DVoRA": lambda out, in_, r: 2 * out + r,
+    "LoRAFA": lambda out, in_, r: r * out,
+    "AdaLoRA": lambda out, in_, r: r * (in_ + out + 1),
+    "DyLoRA": lambda out, in_, r: r * (in_ + out),
     "Bottleneck": lambda out, in_, r: 2 * out * r + r + out,
     "Bottleneck:preset=lin": lambda out, in_, r: 2 * out * r + r + out + 2 * out,
     "Bottleneck:preset=series": lambda out, in_, r: 2 * out * r,

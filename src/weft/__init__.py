@@ -1,6 +1,6 @@
 """Weft: parameter-efficient fine-tuning with the LoRA family, exact and never silent."""
 
-from .checkpoint import inspect, load, save
+from .checkpoint import export, inspect, load, save
 from .errors import (
     AuditError,
     CheckpointError,
@@ -10,7 +10,20 @@ from .errors import (
     UnsupportedError,
     WeftError,
 )
-from .methods import BitFit, Bottleneck, DoRA, DVoRA, Full, Head, LoRA, TopLayers, VeRA
+from .methods import (
+    AdaLoRA,
+    BitFit,
+    Bottleneck,
+    DoRA,
+    DVoRA,
+    DyLoRA,
+    Full,
+    Head,
+    LoRA,
+    LoRAFA,
+    TopLayers,
+    VeRA,
+)
 from .model.adapter import Adapter
 from .model.attach import adapters, attach, detach
 from .model.merge import MergeReport, effective_weight, merge, unmerge
@@ -20,7 +33,8 @@ from .training.audit import audit, snapshot
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter", "AuditError", "BitFit", "Bottleneck", "CheckpointError", "ConfigError", "DVoRA", "DoRA", "Full", "Head",
-    "LoRA", "MergeError", "MergeReport", "TargetError", "TopLayers", "UnsupportedError", "VeRA", "WeftError", "adapters",
-    "attach", "audit", "detach", "effective_weight", "inspect", "load", "merge", "save", "snapshot", "unmerge", "use",
+    "AdaLoRA", "Adapter", "AuditError", "BitFit", "Bottleneck", "CheckpointError", "ConfigError", "DVoRA",
+    "DoRA", "DyLoRA", "Full", "Head", "LoRA", "LoRAFA", "MergeError", "MergeReport", "TargetError",
+    "TopLayers", "UnsupportedError", "VeRA", "WeftError", "adapters", "attach", "audit", "detach",
+    "effective_weight", "export", "inspect", "load", "merge", "save", "snapshot", "unmerge", "use",
 ]

@@ -34,7 +34,7 @@ import weft
 from support import RULES, awake, net
 from weft.methods import METHODS
 
-PEFT_LAYOUT = ["LoRA", "DoRA"]
+PEFT_LAYOUT = ["LoRA", "DoRA", "AdaLoRA"]
 NATIVE = [name for name in METHODS if name not in PEFT_LAYOUT]
 
 
@@ -204,7 +204,8 @@ def test_a_truncated_file(writer, method, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_lost_header(method, tmp_path):
     """What peft can read is then a file of peft's, layers, ranks and scales and all; anything else is refused."""
-    a = awake(method, targets={"layer": {"r": 2, "rslora": True}, "mid": {}} if method in PEFT_LAYOUT else ["layer", "mid"])
+    ranks = {"layer": {"r": 2, "rslora": True}, "mid": {}} if method in ("LoRA", "DoRA") else ["layer", "mid"]
+    a = awake(method, targets=ranks)
     weft.save(a.model, tmp_path)
     rewrite(tmp_path, lambda tensors: None, metadata=False)
     if method in NATIVE:
@@ -223,8 +224,8 @@ def test_a_configuration_that_was_edited_by_hand(method, tmp_path):
     weft.save(a.model, tmp_path)
     before = config_of(tmp_path)
     if method in PEFT_LAYOUT:
-        edit_config(tmp_path, lora_alpha=7, use_dora=not before["use_dora"])
-        texts = ["lora_alpha: 7 in it, 5 saved", "use_dora"]
+        edit_config(tmp_path, lora_alpha=7, lora_dropout=0.5)
+        texts = ["lora_alpha: 7 in it, 5 saved", "lora_dropout"]
     else:
         edit_config(tmp_path, weft={**before["weft"], "modules_to_save": ["mid"]})
         texts = ["weft: {", "'modules_to_save': ['mid']", "'modules_to_save': []"]
@@ -334,7 +335,7 @@ def test_places_without_a_checkpoint(tmp_path):
 def test_an_unknown_type_of_adapter(kind, tmp_path):
     directory = peft_file(tmp_path / "a", "LoRA")
     edit_config(directory, peft_type=kind)
-    refused(net(), directory, f"peft_type={kind!r}", "['LORA', 'VERA']", error=weft.UnsupportedError)
+    refused(net(), directory, f"peft_type={kind!r}", "['LORA', 'VERA', 'ADALORA']", error=weft.UnsupportedError)
 
 
 def test_a_type_without_its_tensors(tmp_path):

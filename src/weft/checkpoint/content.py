@@ -26,6 +26,7 @@ class StoredSite:
     keys: dict[str, str] = field(default_factory=dict)  # tensor -> key in the file
     kind: str | None = None
     shape: tuple[int, int] | None = None
+    reached: str | None = None  # what training has decided of it, for rules that say so
 
 
 @dataclass

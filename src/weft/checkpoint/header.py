@@ -13,7 +13,7 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache, reduce
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError
-from ..methods.base import DTYPES
+from ..methods.base import DTYPES, Stateful
 from ..methods.projections import Projections
 from ..model.adapter import Adapter
 from ..model.layer import Site
@@ -33,6 +33,7 @@ from .content import Stored, StoredSite, nearest
 from .matching import bare, canonical, class_of
 
 SCHEMA = 1
+FIXED = "fixed"  # among the checksums: of the layers' own frozen tensors
 _UNKNOWN = "0" * 16  # in place of a checksum where only the size is asked for
 _KEYS = ("weft", "weft_manifest", "weft_checksums")
 # What tools fill in on the way to a hub; it changes no number.
@@ -42,12 +43,18 @@ _INFORMATIVE = {"base_model_name_or_path", "revision", "task_type", "inference_m
 def make(adapter: Adapter, layout: str, tensors: Mapping[str, Tensor], selected: list[str], config: Mapping[str, Any],
          values: bool) -> dict[str, str]:
     """The metadata. values=False puts zeros for checksums, which are not compressed: the same length, no number read."""
+    head = {"schema": SCHEMA, "layout": layout, "config": methods.to_json(adapter.config),
+            "shared": _shared(adapter, values)}
+    manifest = {"base": base_of(adapter), "sites": _sites(adapter), "selected": selected, **_reached(adapter)}
+    return sealed(head, manifest, tensors, config, values)
+
+
+def sealed(head: Mapping[str, Any], manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any],
+           values: bool = True) -> dict[str, str]:
+    """The metadata from its parts; `config` is adapter_config.json."""
     keys = sorted(tensors)
-    manifest = {"base": base_of(adapter), "sites": _sites(adapter), "selected": selected, "keys": keys,
-                "adapter_config": config}
-    text = {"weft": _dump({"schema": SCHEMA, "layout": layout, "config": methods.to_json(adapter.config),
-                           "shared": _shared(adapter, values)}),
-            "weft_manifest": base64.b64encode(zlib.compress(_dump(manifest).encode(), 9)).decode(),
+    manifest = {**manifest, "keys": keys, "adapter_config": config}
+    text = {"weft": _dump(head), "weft_manifest": base64.b64encode(zlib.compress(_dump(manifest).encode(), 9)).decode(),
             "weft_checksums": "".join(files.checksum(tensors[k]) if values else _UNKNOWN for k in keys)}
     return {"format": "pt", **text, "weft_seal": _seal(text)}
 
@@ -69,7 +76,8 @@ def read(path: Path, metadata: Mapping[str, str]) -> tuple[Stored, str, dict[str
         config = methods.from_json(head["config"])
         stored = Stored(config, "weft", manifest["base"], checksums=head["shared"])
         for module, kind, (out, in_), overrides in manifest["sites"]:
-            stored.sites[module] = StoredSite(methods.replace(config, overrides), kind=kind, shape=(out, in_))
+            stored.sites[module] = StoredSite(methods.replace(config, overrides), kind=kind, shape=(out, in_),
+                                              reached=manifest.get("reached", {}).get(module))
         return stored, head["layout"], manifest
     except ConfigError as error:
         raise CheckpointError(f"{path}: the configuration in its header cannot be used: {error}") from None
@@ -163,6 +171,25 @@ def trained_tensors(site: Site) -> dict[str, Tensor]:
     return {name: p.detach().to(dtype) for name, p in site.trainable().items()}
 
 
+def _reached(adapter: Adapter) -> dict[str, Any]:
+    """What training has decided of the layers, beside their tensors; nothing where it has decided nothing."""
+    told = {canonical(module): site.rule.reached(site) for module, site in adapter.sites.items()
+            if isinstance(site.rule, Stateful)}
+    found = {module: text for module, text in told.items() if text is not None}
+    return {"reached": found} if found else {}
+
+
+def fixed_checksum(adapter: Adapter) -> str | None:
+    """One checksum over the frozen tensors that the layers have of their own, as they are held; None without any."""
+    return digest_of(site.get_buffer(name) for site in adapter.sites.values() for name in site.fixed_names)
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str | None:
+    """16 hex digits over the checksums of several tensors; None without any."""
+    sums = "".join(map(files.checksum, tensors))
+    return hashlib.sha256(sums.encode()).hexdigest()[:16] if sums else None
+
+
 def _sites(adapter: Adapter) -> list[Any]:
     return [[canonical(module), site.host.kind, list(site.shape), _overrides(site, adapter.config)]
             for module, site in adapter.sites.items()]
@@ -170,7 +197,11 @@ def _sites(adapter: Adapter) -> list[Any]:
 
 def _overrides(site: Site, config: Any) -> dict[str, Any]:
     """What this layer's rule has other than the configuration; its dtype is that of the tensors, cast or not."""
-    rule = methods.replace(site.rule, {"dtype": _dtype(site)})
+    return differences(methods.replace(site.rule, {"dtype": _dtype(site)}), config)
+
+
+def differences(rule: Any, config: Any) -> dict[str, Any]:
+    """The fields of a layer's rule that are not those of the adapter's configuration."""
     return {f.name: getattr(rule, f.name) for f in fields(rule)
             if f.name not in ("targets", "modules_to_save") and getattr(rule, f.name) != getattr(config, f.name)}
 
@@ -183,8 +214,11 @@ def _dtype(site: Site) -> str:
 
 def _shared(adapter: Adapter, values: bool) -> dict[str, str]:
     """Checksums of the matrices that are redrawn from a seed."""
-    return {shared_key(site.rule): shared_checksum(site.shared) if values else _UNKNOWN
-            for site in adapter.sites.values() if isinstance(site.shared, Projections)}
+    found = {shared_key(site.rule): shared_checksum(site.shared) if values else _UNKNOWN
+             for site in adapter.sites.values() if isinstance(site.shared, Projections)}
+    if any(site.fixed_names for site in adapter.sites.values()):
+        found[FIXED] = (fixed_checksum(adapter) if values else None) or _UNKNOWN
+    return found
 
 
 def _seal(text: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import methods
-from ..model.plan import WIDTH, Row, rows_as_text, size_text
+from ..model.plan import WIDTH, Row, ranks_as_text, rows_as_text, size_text
 from . import files
 from .content import Stored, StoredSite, refuse
 from .load import read
@@ -28,6 +28,7 @@ class Inspection:
     nbytes: int
     readable_by_peft: bool
     notes: list[str] = field(default_factory=list)
+    ranks: dict[str, int] | None = None  # in force, where the method moves rank between layers
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -43,7 +44,9 @@ class Inspection:
                  *_wrap(f"base: {base}"),
                  *_wrap(f"{self.numbers:,} trained numbers, {size_text(self.nbytes)} on disk; every tensor checked"),
                  f"  peft can read it: {'yes' if self.readable_by_peft else 'no'}"]
-        return "\n".join([*lines, *rows_as_text(self.rows), *(line for n in self.notes for line in _wrap(f"note: {n}"))])
+        ranks = [] if self.ranks is None else ranks_as_text(self.ranks)
+        return "\n".join([*lines, *rows_as_text(self.rows), *ranks,
+                          *(line for n in self.notes for line in _wrap(f"note: {n}"))])
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -55,7 +58,13 @@ def inspect(path: str | Path) -> Inspection:
     refuse(path, stored.problems)
     size = files.find(path)[0].stat().st_size
     return Inspection(str(path), type(stored.config).__name__, stored.writer, methods.to_json(stored.config), stored.base,
-                      _rows(stored), stored.numbers, size, stored.peft_reads_it, [*stored.mapped, *stored.notes])
+                      _rows(stored), stored.numbers, size, stored.peft_reads_it, [*stored.mapped, *stored.notes],
+                      _ranks(stored))
+
+
+def _ranks(stored: Stored) -> dict[str, int] | None:
+    told = {module: site.reached.count("1") for module, site in stored.sites.items() if site.reached is not None}
+    return told or None
 
 
 def _rows(stored: Stored) -> list[Row]:
@@ -70,7 +79,9 @@ def _rows(stored: Stored) -> list[Row]:
 
 
 def _shape(site: StoredSite) -> tuple[int, ...]:
-    """peft does not write (out, in); LoRA's tensors tell both, VeRA's only out."""
+    """peft does not write (out, in); LoRA's and AdaLoRA's tensors tell both, VeRA's only out."""
+    if "P" in site.tensors:
+        return (site.tensors["P"].shape[0], site.tensors["Q"].shape[1])
     if "A" in site.tensors:
         return (site.tensors["B"].shape[0], site.tensors["A"].shape[1])
     return tuple(site.tensors["b"].shape)

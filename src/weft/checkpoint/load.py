@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..methods.base import Stateful
 from ..model import targets
 from ..model.adapter import Adapter
 from ..model.attach import Parts, attach_resolved, detach
 from ..model.state import find_state, unwrapped
 from ..model.switch import activate, base_only
-from . import files, header, native, peft_common, peft_lora, peft_vera
+from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_vera
 from .content import LoadReport, Stored, refuse, report_extra
 from .placement import Placement
 from .save import NATIVE
 
-FROM_PEFT: dict[str, Any] = {peft_lora.PEFT_TYPE: peft_lora, peft_vera.PEFT_TYPE: peft_vera}
+FROM_PEFT: dict[str, Any] = {codec.PEFT_TYPE: codec for codec in (peft_lora, peft_vera, peft_adalora)}
 
 
 @overload
@@ -54,6 +55,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     adapter = attach_resolved(model, plan.config, Parts(rules, list(plan.selected), frozen, routed), name, plan.shared)
     try:
         _fill(adapter, plan)
+        _check_fixed(adapter, stored, plan, path if strict else None)
     except BaseException:
         detach(model, name)
         if state is not None:
@@ -134,12 +136,28 @@ def _read_own(tensors_file: Path, config_file: Path | None, tensors: dict[str, T
     return stored
 
 
+def _check_fixed(adapter: Adapter, stored: Stored, plan: Placement, path: str | Path | None) -> None:
+    """Frozen tensors that were drawn again are those of the saved adapter."""
+    known, found = stored.checksums.get(header.FIXED), header.fixed_checksum(adapter)
+    if known == found:
+        return
+    if len(adapter.sites) < len(stored.sites):
+        plan.notes.append("the frozen tensors of some layers alone cannot be held against the file's checksum of all")
+        return
+    plan.problems.append(f"the frozen tensors drawn from seed {adapter.config.seed} have checksum {found}, and {known} was "
+                         "saved: they belong to layers of other names, so what was trained means nothing with them")
+    if path is not None:
+        refuse(path, plan.problems)
+
+
 @torch.no_grad()
 def _fill(adapter: Adapter, plan: Placement) -> None:
     for name, site in adapter.sites.items():
         live = site.trainable()
         for tensor, value in plan.values[name].items():
             live[tensor].copy_(value)
+        if name in plan.reached and isinstance(site.rule, Stateful):
+            site.rule.restore(site, plan.reached[name])
     for name, selected in adapter.selected_tensors.items():
         selected.trained.copy_(plan.selected[name])
 

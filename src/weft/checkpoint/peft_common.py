@@ -33,10 +33,15 @@ def common_config(adapter: Adapter) -> dict[str, Any]:
     root = bare(adapter.model)
     cls = class_of(root)
     kinds = {site.host.kind for site in adapter.sites.values()} - {"embedding"}
-    return {"base_model_name_or_path": getattr(getattr(root, "config", None), "name_or_path", None) or None,
-            "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__},
-            "bias": "none", "fan_in_fan_out": kinds == {"conv1d"}, "inference_mode": True, "task_type": None,
-            "modules_to_save": list(adapter.config.modules_to_save) or None, "target_modules": _target_modules(adapter)}
+    return {**bare_config(adapter.config, _target_modules(adapter), kinds == {"conv1d"}),
+            "base_model_name_or_path": getattr(getattr(root, "config", None), "name_or_path", None) or None,
+            "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
+
+
+def bare_config(config: Any, target_modules: list[str] | str, conv1d: bool) -> dict[str, Any]:
+    """What can be said without a model. `conv1d`: all adapted layers store their weight as [in, out]."""
+    return {"base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": conv1d, "inference_mode": True,
+            "task_type": None, "modules_to_save": list(config.modules_to_save) or None, "target_modules": target_modules}
 
 
 def _target_modules(adapter: Adapter) -> list[str] | str:

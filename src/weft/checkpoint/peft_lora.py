@@ -47,17 +47,24 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The layers' tensors by key, and adapter_config.json."""
     config = adapter.config
     tensors: dict[str, Tensor] = {}
+    for name, site in adapter.sites.items():
+        tensors |= {key(canonical(name), t, site.host.kind): value for t, value in trained_tensors(site).items()}
+    rules = {canonical(name): site.rule for name, site in adapter.sites.items()}
+    return tensors, {**common_config(adapter), **fields(config, rules)}
+
+
+def fields(config: Any, rules: Mapping[str, Any]) -> dict[str, Any]:
+    """What adapter_config.json says of the method; `rules` are those of the layers by name."""
     ranks, alphas = {}, {}
     alpha = _number(config.r if config.alpha is None else config.alpha)
-    for name, site in adapter.sites.items():
-        module, rule = canonical(name), inner(site.rule)
-        tensors |= {key(module, t, site.host.kind): value for t, value in trained_tensors(site).items()}
+    for module, outer in rules.items():
+        rule = inner(outer)
         if rule.r != config.r:
             ranks[f"^{re.escape(module)}"] = rule.r
         if _alpha(rule, config.rslora) != alpha:
             alphas[f"^{re.escape(module)}"] = _alpha(rule, config.rslora)
-    return tensors, {
-        **common_config(adapter), "peft_type": PEFT_TYPE, "r": config.r, "lora_alpha": alpha,
+    return {
+        "peft_type": PEFT_TYPE, "r": config.r, "lora_alpha": alpha,
         "lora_dropout": config.dropout, "use_rslora": config.rslora, "use_dora": isinstance(config, DoRA),
         "rank_pattern": ranks, "alpha_pattern": alphas,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True}

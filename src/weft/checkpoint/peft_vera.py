@@ -51,9 +51,13 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
                                        f"{getattr(site.rule, field)!r}; save without projections=True.")
         tensors |= {key(canonical(name), t, site.host.kind): value for t, value in trained_tensors(site).items()}
         tensors |= _matrices(site.shared)
-    return tensors, {
-        **common_config(adapter), "peft_type": PEFT_TYPE, "r": config.r, "projection_prng_key": config.seed,
-        "save_projection": True, "vera_dropout": config.dropout, "d_initial": config.d_init}
+    return tensors, {**common_config(adapter), **fields(config, {})}
+
+
+def fields(config: VeRA, rules: Mapping[str, Any]) -> dict[str, Any]:
+    """What adapter_config.json says of the method; all layers share its one rank and seed."""
+    return {"peft_type": PEFT_TYPE, "r": config.r, "projection_prng_key": config.seed, "save_projection": True,
+            "vera_dropout": config.dropout, "d_initial": config.d_init}
 
 
 def key(module: str, tensor: str, kind: str | None) -> str:

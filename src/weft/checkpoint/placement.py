@@ -37,6 +37,7 @@ class Placement:
         self.nested = self._nested()
         self.rules: dict[str, Any] = {}
         self.values: dict[str, dict[str, Tensor]] = {}
+        self.reached: dict[str, str] = {}  # what training has decided of a layer, beside its tensors
         self.shapes: dict[str, tuple[int, int]] = {}  # by the file's name
         self.selected: dict[str, Tensor] = {}
         self._check_architecture()
@@ -73,6 +74,8 @@ class Placement:
             self.problems.append(f"{name!r} is on the meta device and has no values; load the base model first")
         self.rules[name], self.shapes[module] = site.rule, shape
         self.values[name] = {}
+        if site.reached is not None:
+            self.reached[name] = site.reached
         for tensor, wanted in site.rule.trained(*shape).items():
             if tensor not in site.tensors:
                 continue  # its absence is among the problems already

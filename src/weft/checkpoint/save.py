@@ -13,7 +13,7 @@ from .. import methods
 from ..errors import CheckpointError, UnsupportedError
 from ..model.adapter import Adapter
 from ..model.state import state_of
-from . import files, header, native, peft_common, peft_lora, peft_vera
+from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_vera
 
 NATIVE = "native"
 
@@ -41,8 +41,8 @@ class Disk:
 def save(model: nn.Module, path: str | Path, name: str = "default", projections: bool = False) -> Path:
     """Write the adapter `name` into the directory `path` (created where missing) and return the path.
 
-    adapter_model.safetensors and adapter_config.json: for LoRA and DoRA what peft reads too; for VeRA vectors, seed and
-    checksum, or with projections=True also A and B, as peft reads them. Atomic: killed at any point, the directory holds
+    adapter_model.safetensors and adapter_config.json: for LoRA, DoRA and AdaLoRA what peft reads too; for VeRA vectors, seed
+    and checksum, or with projections=True also A and B, as peft reads them. Atomic: killed at any point, the directory holds
     a checkpoint that loads, the old one or the new one. Other files in it are left alone.
 
     Raises WeftError (no such adapter), CheckpointError (the place cannot be written, tensors without values, NaN),
@@ -72,6 +72,8 @@ def compose(adapter: Adapter, projections: bool = False, values: bool = True) ->
         layout, (tensors, beside) = peft_lora.PEFT_TYPE, peft_lora.write(adapter)
     elif isinstance(config, methods.VeRA) and (projections or config.draw == "stored"):
         layout, (tensors, beside) = peft_vera.PEFT_TYPE, peft_vera.write(adapter)
+    elif isinstance(config, methods.AdaLoRA) and peft_adalora.why_not(adapter) is None:
+        layout, (tensors, beside) = peft_adalora.PEFT_TYPE, peft_adalora.write(adapter)
     else:
         layout, (tensors, selected) = NATIVE, native.write(adapter)
         # A type that peft does not know makes it refuse the directory rather than misread it.

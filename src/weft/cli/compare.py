@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                      "(default: digits-vit, embedded)")
     add("--task", metavar="T", help="digits, csv:FILE or image-folder:DIR (default: digits)")
     add("--test", metavar="PATH", help="test data of its own, a file or folder like the task's; else 20 %% is held out")
-    add("--methods", metavar="M,M", help="for example lora,vera:r=64,dora:r=4:alpha=8 (default: all)")
+    add("--methods", metavar="M,M", help="for example lora,vera:r=64,dora:r=4:alpha=8 (default: those of the papers)")
     add("--seeds", metavar="N", type=_whole, help="runs of every method that are scored on the test split (default: 3)")
     add("--budget", metavar="NAME=N,..", help="steps, batch, and the most examples of train, validation and test "
                                               "(default: steps=150,batch=20,validation=1000,test=2000)")

@@ -7,16 +7,20 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import ConfigError
+from .adalora import AdaLoRA
 from .base import Rule, Selection
 from .bottleneck import Bottleneck
 from .dora import DoRA
 from .dvora import DVoRA
+from .dylora import DyLoRA
 from .lora import LoRA
+from .lora_fa import LoRAFA
 from .selective import BitFit, Full, Head, TopLayers
 from .vera import VeRA
 
 METHODS: dict[str, type[Any]] = {
-    method.__name__: method for method in (Full, Head, BitFit, TopLayers, LoRA, VeRA, DoRA, DVoRA, Bottleneck)
+    method.__name__: method for method in (Full, Head, BitFit, LoRA, VeRA, DoRA, DVoRA, TopLayers, Bottleneck,
+                                           LoRAFA, AdaLoRA, DyLoRA)
 }
 
 
@@ -68,4 +72,5 @@ def from_json(data: Any) -> Any:
 
 
 __all__ = ["METHODS", "Rule", "Selection", "by_name", "from_json", "replace", "to_json",
-           "LoRA", "VeRA", "DoRA", "DVoRA", "Bottleneck", "Full", "Head", "BitFit", "TopLayers"]
+           "LoRA", "VeRA", "DoRA", "DVoRA", "LoRAFA", "AdaLoRA", "DyLoRA",
+           "Bottleneck", "Full", "Head", "BitFit", "TopLayers"]

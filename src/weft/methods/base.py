@@ -13,7 +13,7 @@ Tensors reach a rule as attributes of `p` (`p.A`, `p.B`, ...), so a rule can be 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -124,6 +124,56 @@ class UpdateRule(Rule, Protocol):
         ...
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
         """x deltaᵀ [..., out] in `dtype`, without building delta."""
+        ...
+
+
+@runtime_checkable
+class Fixed(Protocol):
+    """A rule with frozen tensors of each layer's own, which no file holds: they are drawn again."""
+
+    def fixed(self, kind: str, shape: tuple[int, int], draw: Draw, device: torch.device) -> dict[str, Tensor]:
+        """Name and float32 value: a function of the arguments with the same bits on every device and version."""
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A rule that carries more from step to step than its trained tensors. The tensors are buffers of the layer: in the
+    model's state_dict, so that a resumed run goes on bit for bit.
+    """
+
+    def state(self, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+        """Names and starting values; `step` among them counts the optimiser's steps."""
+        ...
+    def reached(self, p: Params) -> str | None:
+        """What an adapter's file must tell of it, beside the tensors, in a short text; None where there is nothing."""
+        ...
+    def restore(self, p: Params, text: str) -> None:
+        """Put back what `reached` told."""
+        ...
+
+
+@runtime_checkable
+class Stepped(Protocol):
+    """A rule that acts around every optimiser step that takes place (model/stepping.py calls it, without gradients).
+
+    It is called on the adapter's configuration, with all its layers' tensors by module name.
+    """
+
+    def before_step(self, sites: Mapping[str, Any], scale: float) -> None:
+        """Gradients are there, `scale` times too large."""
+        ...
+    def after_step(self, sites: Mapping[str, Any]) -> None:
+        """The tensors have moved; the gradients are still there, at their own size."""
+        ...
+
+
+@runtime_checkable
+class Nested(Protocol):
+    """A rule that has trained every smaller rank too: the first part of its tensors is an adapter."""
+
+    def shortened(self, r: int) -> Any:
+        """The rule of rank `r`, or itself where it has no more than that."""
         ...
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..errors import WeftError
+from ..errors import CheckpointError, ConfigError, MergeError, UnsupportedError, WeftError
+from ..methods.base import Nested
 from .layer import Site
+from .state import find_state
+from .stepping import follow
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -114,6 +118,72 @@ class Adapter:
     def save(self, path: str | Path, projections: bool = False) -> Path:
         """See `weft.save`."""
         return self._on_disk().save(self.model, path, self.name, projections)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that an adapter of a rule with a schedule has been through; 0 for others."""
+        counts = [int(site.get_buffer("step")) for site in self.sites.values() if "step" in site.state_names]
+        return max(counts, default=0)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module -> rank in force; where a method moves rank between layers, what it has reached."""
+        return {module: site.rank for module, site in self.sites.items() if site.rank is not None}
+
+    def plan_steps(self, total: int) -> None:
+        """Tell a method with a schedule how many optimiser steps will be taken, where its configuration leaves that open.
+
+        Weft's trainer calls it. Raises ConfigError where the schedule does not fit into so many steps.
+        """
+        if getattr(self.config, "total_steps", total) is None:
+            config = replace(self.config, total_steps=total)
+            for site in self.sites.values():
+                site.rule = replace(site.rule, total_steps=total)  # type: ignore[type-var]
+            self.config = config
+
+    def truncate(self, r: int) -> None:
+        """Keep the first `r` ranks of every layer and drop the rest, where a method has trained nested ranks.
+
+        The tensors are new ones, which an optimiser made before does not hold. Raises ConfigError (no such rank),
+        UnsupportedError (the method's ranks are not nested), MergeError (merged).
+        """
+        state = find_state(self.model)
+        if state is not None and state.merged is not None and state.merged.name == self.name:
+            raise MergeError(f"adapter {self.name!r} is merged; call weft.unmerge(model) before truncating it.")
+        if not isinstance(self.config, Nested):
+            raise UnsupportedError(f"the ranks of {type(self.config).__name__} are not trained to be nested, so the first "
+                                   f"{r} of them are no adapter.")
+        most = max(self.ranks.values())
+        if type(r) is not int or not 1 <= r <= most:
+            raise ConfigError(f"truncate({r!r}): adapter {self.name!r} has the ranks 1 to {most}.")
+        for site in self.sites.values():
+            if isinstance(site.rule, Nested):
+                site.take(site.rule.shortened(r))
+        self.config = self.config.shortened(r)
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a run that goes on bit for bit needs beside tensors and optimiser: copies of the buffers that
+        `model.state_dict()` has too. Empty for most methods.
+        """
+        return {f"{module}.{name}": site.get_buffer(name).detach().clone()
+                for module, site in self.sites.items() for name in site.state_names}
+
+    @torch.no_grad()
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `training_state` gave. Raises CheckpointError where names or shapes differ."""
+        live = {f"{module}.{name}": site.get_buffer(name)
+                for module, site in self.sites.items() for name in site.state_names}
+        odd = sorted(live.keys() ^ state.keys()) or [n for n, t in live.items() if t.shape != state[n].shape]
+        if odd:
+            raise CheckpointError(f"the training state does not fit adapter {self.name!r}: {odd[:8]} are on one side only "
+                                  "or of another shape.")
+        for name, t in live.items():
+            t.copy_(state[name])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or an adapter from a pickle, goes on stepping like the original."""
+        self.__dict__.update(state)
+        follow(self)
 
     def plan(self) -> Plan:
         """What is trained, what stays frozen and why; print it."""

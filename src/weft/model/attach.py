@@ -18,6 +18,7 @@ from .adapter import Adapter
 from .layer import CHILD, Site, adapt, is_adapted, restore, sites_of, switch_of
 from .selection import select, tensors_of_modules, tensors_picked
 from .state import ATTRIBUTE, Rows, State, find_state, state_of, unwrapped
+from .stepping import follow, unfollow
 from .structure import base_modules
 from .switch import activate, base_only
 
@@ -115,6 +116,7 @@ def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -
         if not len(sites_of(layer)):
             restore(layer)
     del state.adapters[name]
+    unfollow(adapter)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
             parameter.requires_grad_(state.required_grad.get(full, parameter.requires_grad))
@@ -217,5 +219,6 @@ def _install(root: nn.Module, state: State, adapter: Adapter, modules: Mapping[s
             adapt(modules[name], state.switch)
         sites_of(modules[name])[adapter.name] = site
     state.adapters[adapter.name] = adapter
+    follow(adapter)
     state.fast_paths.switch_off(modules.values(), [modules[name] for name in adapter.sites])
     activate(state, adapter.name)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import DTYPES, Draw, Rule, Shared
+from ..methods.base import DTYPES, Draw, Fixed, Rule, Shared, Stateful
 from .hosts import INNER_FORWARD, HostView, own_forward
 from .state import Switch
 
@@ -30,14 +30,58 @@ class Site(nn.Module):
         self.names = tuple(rule.trained(*self.shape))
 
     def start(self, draw: Draw) -> None:
-        """Create the trained tensors at their starting values, on the device of the layer's weight."""
+        """Create the trained tensors at their starting values, on the device of the layer's weight, and what the rule
+        keeps beside them: frozen tensors that are never saved, and state that the model's state_dict holds.
+        """
+        self.draw, device = draw, self.host.weight().device
         with torch.no_grad():
             for name, value in self.rule.start(self.host, draw, self.shared).items():
                 self.register_parameter(name, nn.Parameter(value.to(DTYPES[self.rule.dtype])))
+            fixed = self.fixed(device)
+            for name, value in fixed.items():
+                self.register_buffer(name, value.to(DTYPES[self.rule.dtype]), persistent=False)
+            state = self.rule.state(self.shape, device) if isinstance(self.rule, Stateful) else {}
+            for name, value in state.items():
+                self.register_buffer(name, value)
+        self.fixed_names, self.state_names = tuple(fixed), tuple(state)
+
+    def fixed(self, device: torch.device) -> dict[str, Tensor]:
+        """The rule's frozen tensors for this layer, drawn anew in float32."""
+        if not isinstance(self.rule, Fixed):
+            return {}
+        return self.rule.fixed(self.host.kind, self.shape, self.draw, device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A cast to bfloat16 and back would lose bits of the frozen tensors for ever, so they are drawn again."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = next((b for name, b in self._buffers.items() if b is not None and b is not before[name]), None)
+        for name, value in self.fixed(moved.device).items() if moved is not None else ():
+            self._buffers[name] = value.to(self.get_buffer(name).dtype)
+        return self
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained tensors by name, in the order of the rule."""
         return {name: self.get_parameter(name) for name in self.names}
+
+    @property
+    def rank(self) -> int | None:
+        """The rank in force: the rule's, or what it has reached."""
+        reached = getattr(self.rule, "rank", None)
+        found: int | None = getattr(self.rule, "r", None) if reached is None else reached(self)
+        return found
+
+    def take(self, rule: Any) -> None:
+        """Become the layer of a rule of smaller rank, whose tensors are the first part of these in every dimension."""
+        with torch.no_grad():
+            for name, shape in rule.trained(*self.shape).items():
+                old = self.get_parameter(name)
+                first = old.detach()[tuple(slice(n) for n in shape)].clone()
+                self.register_parameter(name, nn.Parameter(first, requires_grad=old.requires_grad))
+            for name, value in (rule.state(self.shape, old.device) if self.state_names else {}).items():
+                value = value if name != "step" else self.get_buffer(name)
+                self.register_buffer(name, value)
+        self.rule = rule
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output with this adapter, from its input and its own output."""

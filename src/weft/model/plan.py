@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Plan:
     rows: list[Row]
     frozen: list[Frozen]
     base_parameters: int
+    ranks: dict[str, int] | None = None  # by layer, where a method moves rank between layers
 
     @property
     def trainable(self) -> int:
@@ -55,13 +56,15 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {"method": self.method, "trainable": self.trainable, "nbytes": self.nbytes,
                 "base_parameters": self.base_parameters, "rows": [vars(r) for r in self.rows],
-                "frozen": [vars(f) for f in self.frozen]}
+                "frozen": [vars(f) for f in self.frozen], **({} if self.ranks is None else {"ranks": self.ranks})}
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.base_parameters, 1)
         head = f"{self.method}: {self.trainable:,} trained numbers ({share:.4g} % of {self.base_parameters:,}), " \
                f"{size_text(self.nbytes)}"
         lines = [head, *rows_as_text(self.rows)]
+        if self.ranks is not None:
+            lines += ranks_as_text(self.ranks)
         if self.frozen:
             lines.append("stays frozen:")
         for pattern, cold in _folded(self.frozen):
@@ -79,6 +82,13 @@ def rows_as_text(rows: list[Row]) -> list[str]:
     return _columns(table)
 
 
+def ranks_as_text(ranks: Mapping[str, int]) -> list[str]:
+    """The ranks in force: layers of equal names and ranks share a line."""
+    rows = [Row(name, str(r), (r,), 0, 0) for name, r in ranks.items()]
+    groups = [(pattern, group[0].kind) for pattern, group in _folded(rows)]
+    return [f"ranks in force, {sum(ranks.values())} in all:", *(line for name, r in groups for line in _wrapped(name, r))]
+
+
 def plan_of(adapter: Adapter) -> Plan:
     """The plan of an attached adapter."""
     rows = [Row(name, site.host.kind, site.shape, sum(p.numel() for p in site.trainable().values()),
@@ -90,7 +100,8 @@ def plan_of(adapter: Adapter) -> Plan:
     ours = {id(p) for site in adapter.sites.values() for p in site.parameters()}
     others = {id(p) for a in _siblings(adapter) for s in a.sites.values() for p in s.parameters()}
     base = sum(p.numel() for p in adapter.model.parameters() if id(p) not in ours | others)
-    return Plan(type(adapter.config).__name__, rows, frozen, base)
+    moves = any(hasattr(site.rule, "rank") for site in adapter.sites.values())
+    return Plan(type(adapter.config).__name__, rows, frozen, base, adapter.ranks if moves else None)
 
 
 def _siblings(adapter: Adapter) -> Iterable[Adapter]:

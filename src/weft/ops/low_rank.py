@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import frozen
+
 
 def down(x: Tensor, A: Tensor, dropout: float = 0.0, training: bool = False) -> Tensor:
-    """x [..., in], A [r, in] -> x Aᵀ [..., r]; dropout acts on x, as in the LoRA paper's code."""
+    """x [..., in], A [r, in] -> x Aᵀ [..., r]; dropout acts on x, as in the LoRA paper's code.
+
+    Where A is frozen, nothing of x is kept for backward (frozen.py).
+    """
+    if not A.requires_grad:
+        return frozen.down(x, A, dropout, training)
     if dropout and training:
         x = F.dropout(x, dropout)
     return F.linear(x, A)

@@ -91,9 +91,14 @@ def _base(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Digests of everything that is not an adapter's: parameters (pretrained values) and persistent buffers."""
     state = state_of(model)
     with base_only(state), torch.no_grad():
-        trained = {id(p) for a in adapters(model).values() for p in a.parameters()}
         kept = state.root.state_dict(keep_vars=True)
-        return {key: _digest(t) for key, t in kept.items() if isinstance(t, Tensor) and id(t) not in trained}
+        ours = {id(p) for a in adapters(model).values() for p in a.parameters()} | _carried(model)
+        return {key: _digest(t) for key, t in kept.items() if isinstance(t, Tensor) and id(t) not in ours}
+
+
+def _carried(model: nn.Module) -> set[int]:
+    """What adapters carry from step to step beside their trained tensors; it lies in the state_dict and is no base."""
+    return {id(b) for adapter in adapters(model).values() for site in adapter.sites.values() for b in site.buffers()}
 
 
 def _digest(t: Tensor) -> tuple[int, int]:
@@ -140,7 +145,7 @@ def _mappings(model: nn.Module, before: Any, after: Any, name: str | None) -> li
             seen = Gradients()
             seen.see(live)
             problems += _tensor_problems(declared[id(live)], before[key], after[key], seen if seen.count else None)
-        elif _digest(before[key]) != _digest(after[key]):
+        elif id(live) not in _carried(model) and _digest(before[key]) != _digest(after[key]):
             problems.append(f"{key}: base tensor changed" + _moving_buffer(key))
     return problems + [f"{key}: not in the model's state_dict" for i, key in declared.items() if i not in found]
 

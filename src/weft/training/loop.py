@@ -64,10 +64,13 @@ def train(model: nn.Module, adapter: Adapter, examples: Encoded, recipe: Recipe,
           on_step: Callable[[int], None] | None = None) -> list[float]:
     """Train the adapter in place and return the loss of every step.
 
-    After three steps `weft.audit` checks that every declared tensor trains and that the base is still.
+    A method with a schedule that its configuration leaves open gets `recipe.steps`. After three steps (more where a
+    method needs more before all has moved) `weft.audit` checks that every declared tensor trains and that the base is still.
     Raises AuditError, or DivergedError as soon as a loss is not finite.
     """
     device = next(model.parameters()).device
+    adapter.plan_steps(recipe.steps)
+    audit_at = min(recipe.steps, max(AUDIT_AFTER, getattr(adapter.config, "audit_after", 0)))
     optimiser = torch.optim.AdamW(groups(adapter, recipe), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step, recipe))
     losses: list[float] = []
@@ -79,7 +82,7 @@ def train(model: nn.Module, adapter: Adapter, examples: Encoded, recipe: Recipe,
             for step, rows in enumerate(batches(len(examples.labels), recipe), start=1):
                 losses.append(_step(model, optimiser, examples, rows, device, step))
                 schedule.step()
-                if step == AUDIT_AFTER and before is not None:
+                if step == audit_at and before is not None:
                     audit(model, before, snapshot(model, adapter.name), adapter.name)
                     before = None
                 if on_step is not None:
