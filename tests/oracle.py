@@ -1,7 +1,8 @@
 """The methods once more, written out from the papers in float64, without a line of the library's code.
 
-Every function takes W [out, in] and the tensors `t` of one layer, all float64, and returns W'. A method that turns
-weights needs an entry here before its tests run.
+Every function takes W [out, in] and the tensors `t` of one layer, all float64, and returns W'; where a method is no change
+of weights it takes the layer's input and output and returns the new output. A method needs an entry here before its tests
+run.
 """
 
 from __future__ import annotations
@@ -81,7 +82,27 @@ def _over(V: Tensor, t: Tensors, c: Any) -> Tensor:
 ORACLES: dict[str, Callable[[Tensor, Tensors, Any], Tensor]] = {
     "LoRA": lora, "VeRA": vera, "DoRA": dora, "DVoRA": dvora, "LoRAFA": lora_fa, "AdaLoRA": adalora, "DyLoRA": dylora}
 
-# Trained numbers of one layer.
+
+
+def bottleneck(x: Tensor, y: Tensor, t: Tensors, c: Any) -> Tensor:
+    """Houlsby's figure 2, and its relatives: one hidden unit at a time."""
+    h = x if c.place == "parallel" else y
+    if c.layer_norm:
+        middle = h.mean(dim=-1, keepdim=True)
+        spread = ((h - middle) ** 2).mean(dim=-1, keepdim=True)
+        h = (h - middle) / (spread + 1e-5).sqrt() * t["gain"] + t["shift"]
+    total = t.get("b_up", torch.zeros(y.shape[-1], dtype=y.dtype))
+    for k in range(c.r):
+        z = (h * t["down"][k]).sum(dim=-1) + (t["b_down"][k] if c.bias else 0)
+        a = {"relu": z * (z > 0), "swish": z / (1 + (-z).exp()), "tanh": (z.exp() - (-z).exp()) / (z.exp() + (-z).exp()),
+             "gelu": z * (1 + torch.erf(z / math.sqrt(2))) / 2}[c.nonlinearity]
+        total = total + a[..., None] * t["up"][:, k]
+    return y + c.scale * total
+
+
+FORWARDS: dict[str, Callable[[Tensor, Tensor, Tensors, Any], Tensor]] = {"Bottleneck": bottleneck}
+
+# Trained numbers of one layer, of a method or of one of its variants.
 FORMULAS: dict[str, Callable[[int, int, int], int]] = {
     "LoRA": lambda out, in_, r: r * (in_ + out),
     "VeRA": lambda out, in_, r: out + r,
@@ -89,7 +110,15 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {
     "DVoRA": lambda out, in_, r: 2 * out + r,
     "LoRAFA": lambda out, in_, r: r * out,
     "AdaLoRA": lambda out, in_, r: r * (in_ + out + 1),
-    "DyLoRA": lambda out, in_, r: r * (in_ + out)}
+    "DyLoRA": lambda out, in_, r: r * (in_ + out),
+    "Bottleneck": lambda out, in_, r: 2 * out * r + r + out,
+    "Bottleneck:preset=lin": lambda out, in_, r: 2 * out * r + r + out + 2 * out,
+    "Bottleneck:preset=series": lambda out, in_, r: 2 * out * r,
+    "Bottleneck:preset=parallel": lambda out, in_, r: r * (in_ + out)}
+
+
+def count(variant: str, out: int, in_: int, r: int) -> int:
+    return FORMULAS[variant if variant in FORMULAS else variant.partition(":")[0]](out, in_, r)
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

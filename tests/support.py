@@ -22,28 +22,31 @@ from weft.model.adapter import Adapter
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 KINDS = ("linear", "conv1d", "embedding")
-RULES = [name for name, method in METHODS.items() if hasattr(method, "effective_weight")]
+RULES = [name for name, method in METHODS.items() if hasattr(method, "effective_weight")]  # some only to refuse it
 SELECTIONS = [name for name in METHODS if name not in RULES]
 
 
 def _variants() -> list[str]:
     """Every method, and every method again with each of its options that changes a formula: "DoRA:norm_grad=exact"."""
-    options = {"norm_grad": "exact", "rslora": True}
+    options = {"norm_grad": ["exact"], "rslora": [True], "preset": ["lin", "series", "parallel"]}
     found = list(METHODS)
     for name, method in METHODS.items():
-        found += [f"{name}:{f.name}={options[f.name]}" for f in fields(method) if f.name in options]
+        found += [f"{name}:{f.name}={value}" for f in fields(method) for value in options.get(f.name, [])]
     return found
 
 
 VARIANTS = _variants()
 RULE_VARIANTS = [v for v in VARIANTS if v.partition(":")[0] in RULES]
+MERGEABLE = [v for v in VARIANTS if METHODS[v.partition(":")[0]].mergeable]
+TURNS_WEIGHTS = [v for v in RULE_VARIANTS if v in MERGEABLE]
 
 
 def config(variant: str, **changes: Any) -> Any:
-    """A configuration whose numbers are neither defaults nor equal to each other: alpha / r is 5/3, d_init 0.3."""
+    """A configuration whose numbers are neither defaults nor equal to each other: alpha / r is 5/3, d_init 0.3, s 0.7."""
     name, _, option = variant.partition(":")
     known = {f.name for f in fields(METHODS[name])}
-    given: dict[str, Any] = {"r": 3, "alpha": 5.0, "d_init": 0.3, "seed": 7, "targets": ["layer", "mid"]}
+    given: dict[str, Any] = {"r": 3, "alpha": 5.0, "d_init": 0.3, "seed": 7, "targets": ["layer", "mid"],
+                             "scale": 0.7, "skip_layers": 0, "k": 1}
     if "r_min" in known:  # so that training computes what evaluation does; smaller ranks have tests of their own
         given["r_min"] = 1 if isinstance(changes.get("targets"), dict) else changes.get("r", 3)
     if "total_steps" in known:
@@ -159,18 +162,27 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         return {key: value.clone().double() for key, value in model.state_dict().items() if ".weft." not in key}
 
 
+def base_weight(a: Awake, module: str, declared: Mapping[str, Tensor]) -> Tensor:
+    """W [out, in] of a layer, trained where the adapter trains it as a copy."""
+    stored = declared.get(f"{module}.weight", a.base[f"{module}.weight"])
+    return stored.t() if module == "layer" and a.kind != "linear" else stored
+
+
 def oracle_weight(a: Awake, module: str, declared: Mapping[str, Tensor],
                   norms: Mapping[str, Tensor] | None = None) -> Tensor:
     """W' [out, in] of a layer."""
-    stored = declared.get(f"{module}.weight", a.base[f"{module}.weight"])
-    W = stored.t() if module == "layer" and a.kind != "linear" else stored
+    W = base_weight(a, module, declared)
     if module not in a.adapter.sites:
         return W
-    prefix = f"{module}."
-    own = {k.removeprefix(prefix): v for k, v in {**a.frozen(), **declared}.items() if k.startswith(prefix)}
+    own = _own(a, module, declared)
     if norms is not None:
         own["norms"] = norms[module]
     return oracle.ORACLES[type(a.config).__name__](W, own, a.config)
+
+
+def _own(a: Awake, module: str, declared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{module}."
+    return {k.removeprefix(prefix): v for k, v in {**a.frozen(), **declared}.items() if k.startswith(prefix)}
 
 
 def oracle_output(a: Awake, declared: Mapping[str, Tensor], x: Tensor | None = None,
@@ -178,10 +190,13 @@ def oracle_output(a: Awake, declared: Mapping[str, Tensor], x: Tensor | None = N
     """The model's output in float64 from its weights alone: no layer of torch, no code of Weft."""
     x = a.x if x is None else x
     h = torch.eye(7, dtype=torch.float64)[x] if a.kind == "embedding" else x.double()
+    forward = oracle.FORWARDS.get(type(a.config).__name__)
     for module in ("layer", "mid", "head"):
-        h = h @ oracle_weight(a, module, declared, norms).t()
+        adapted = forward is not None and module in a.adapter.sites
+        W = base_weight(a, module, declared) if adapted else oracle_weight(a, module, declared, norms)
         bias = declared.get(f"{module}.bias", a.base.get(f"{module}.bias"))
-        h = h if bias is None else h + bias
+        y = h @ W.t() if bias is None else h @ W.t() + bias
+        h = forward(h, y, _own(a, module, declared), a.config) if adapted and forward is not None else y
         h = h if module == "head" else torch.tanh(h)
     return h
 

@@ -18,13 +18,15 @@ PYTHON = sorted([*FILES, *Path(__file__).resolve().parent.rglob("*.py")])
 # A room may import rooms to its right. `tasks` stands beside: it imports no room, and only those three may use it.
 ROOMS = ["cli", "compare", "training", "checkpoint", "model", "methods", "ops"]
 BESIDE, USERS_OF_TASKS = "tasks", {"cli", "compare", "training"}
+# `papers` stands beside too: only `cli` may use it, and it may import these.
+BELOW_PAPERS = {"checkpoint", "model", "methods"}
 FREE = {"errors", "__version__"}
 # Modules outside the standard library that a room may import at all; the core lives on torch and safetensors.
 LIBRARIES = {
     "ops": {"torch"}, "methods": {"torch"}, "model": {"torch"}, "checkpoint": {"torch", "safetensors"},
     "training": {"torch", "transformers"}, "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn"},
     "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL"},
-    "cli": {"torch", "transformers"},
+    "cli": {"torch", "transformers"}, "papers": {"torch", "transformers"},
 }
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 
@@ -70,6 +72,7 @@ def test_arrows_run_down_only(path):
     below = {room} | FREE | (set(ROOMS[ROOMS.index(room) + 1 :]) if room in ROOMS else set())
     if room in USERS_OF_TASKS:
         below.add(BESIDE)
+    below |= {"cli": {"papers"}, "papers": BELOW_PAPERS}.get(room, set())
     wrong = set(rooms_imported(path)) - below
     assert not wrong, f"{room} may not import {sorted(wrong)}"
 
@@ -165,7 +168,7 @@ def test_importing_weft_imports_torch_and_safetensors_and_no_more():
     assert {m for m in new if not m.startswith("_")} <= {"torch", "numpy", "packaging"}, new
     loaded = run("import sys, torch; before = set(sys.modules); import weft; print(*set(sys.modules) - before)").split()
     for heavy in ("transformers", "peft", "accelerate", "scipy", "sklearn", "matplotlib", "statsmodels", "pandas", "PIL",
-                  "tqdm", "torch._dynamo", "weft.compare", "weft.cli", "weft.tasks"):
+                  "tqdm", "torch._dynamo", "weft.compare", "weft.cli", "weft.tasks", "weft.papers"):
         assert heavy not in loaded, f"import weft imports {heavy}"
 
 

@@ -10,7 +10,20 @@ from .errors import (
     UnsupportedError,
     WeftError,
 )
-from .methods import AdaLoRA, BitFit, DoRA, DVoRA, DyLoRA, Full, Head, LoRA, LoRAFA, VeRA
+from .methods import (
+    AdaLoRA,
+    BitFit,
+    Bottleneck,
+    DoRA,
+    DVoRA,
+    DyLoRA,
+    Full,
+    Head,
+    LoRA,
+    LoRAFA,
+    TopLayers,
+    VeRA,
+)
 from .model.adapter import Adapter
 from .model.attach import adapters, attach, detach
 from .model.merge import MergeReport, effective_weight, merge, unmerge
@@ -20,8 +33,8 @@ from .training.audit import audit, snapshot
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaLoRA", "Adapter", "AuditError", "BitFit", "CheckpointError", "ConfigError", "DVoRA", "DoRA", "DyLoRA", "Full",
-    "Head", "LoRA", "LoRAFA", "MergeError", "MergeReport", "TargetError", "UnsupportedError", "VeRA", "WeftError",
-    "adapters", "attach", "audit", "detach", "effective_weight", "export", "inspect", "load", "merge", "save",
-    "snapshot", "unmerge", "use",
+    "AdaLoRA", "Adapter", "AuditError", "BitFit", "Bottleneck", "CheckpointError", "ConfigError", "DVoRA",
+    "DoRA", "DyLoRA", "Full", "Head", "LoRA", "LoRAFA", "MergeError", "MergeReport", "TargetError",
+    "TopLayers", "UnsupportedError", "VeRA", "WeftError", "adapters", "attach", "audit", "detach",
+    "effective_weight", "export", "inspect", "load", "merge", "save", "snapshot", "unmerge", "use",
 ]

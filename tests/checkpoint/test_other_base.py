@@ -27,7 +27,7 @@ def test_another_base_by_shape(method, tmp_path):
     other = net()
     other.mid, other.head = torch.nn.Linear(11, 8), torch.nn.Linear(8, 4)
     names = {"Head": ["head.weight", "[5, 9]", "[4, 8]"], "BitFit": ["mid.bias", "[9]", "[8]"],
-             "Full": ["mid.weight", "[9, 11]", "[8, 11]"]}
+             "Full": ["mid.weight", "[9, 11]", "[8, 11]"], "TopLayers": ["mid.weight", "[9, 11]", "[8, 11]"]}
     refused(other, tmp_path, *names.get(method, ["'mid'", "[9, 11]", "[8, 11]"]), x=a.x)
 
 

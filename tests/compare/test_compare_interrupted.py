@@ -23,6 +23,8 @@ import torch
 from comparing import TINY, Finished, weft_command
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.timeout(300)  # some 25 seconds on two free cores; four processes load their libraries
+
 
 @dataclass(frozen=True)
 class Story:
@@ -41,7 +43,7 @@ def _start(words: list[str]) -> subprocess.Popen[str]:
 
 
 def _until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -54,7 +56,7 @@ def _count(out: Path) -> int:
 
 def _gone(workers: list[psutil.Process]) -> int:
     """How many of them are still there after a while."""
-    return len(psutil.wait_procs(workers, timeout=10)[1])
+    return len(psutil.wait_procs(workers, timeout=30)[1])
 
 
 def _kill_a_worker(out: Path, before: int) -> None:
@@ -77,7 +79,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     second = _start([*words, "--resume"])
     _until(lambda: _count(out) >= kept + 2, second)
     os.kill(second.pid, signal.SIGINT)
-    said = second.communicate(timeout=30)[1]
+    said = second.communicate(timeout=60)[1]
     killer = threading.Thread(target=_kill_a_worker, args=(out, _count(out)))
     killer.start()
     last = Finished(*weft_command(*shlex.split(said.splitlines()[-1])[1:]), out=out)

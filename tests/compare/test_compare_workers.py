@@ -26,7 +26,7 @@ def _orphaned(pool: Pool) -> int:
     time.sleep(0.5)
     assert worker.process.stdin is not None
     worker.process.stdin.close()
-    return worker.process.wait(timeout=10)
+    return worker.process.wait(timeout=30)
 
 
 def order(key: str, lr: float, steps: int = 400) -> Order:

@@ -10,7 +10,9 @@ from torch import nn
 import weft
 from support import (
     KINDS,
-    RULE_VARIANTS,
+    MERGEABLE,
+    SELECTIONS,
+    TURNS_WEIGHTS,
     VARIANTS,
     awake,
     check_close,
@@ -33,7 +35,7 @@ def bits(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MERGEABLE)
 def test_merge_equals_forward_and_unmerge_restores_every_bit(variant, kind, dtype):
     a = awake(variant, kind, dtype)
     before, attached = bits(a.model), a.run()
@@ -50,7 +52,7 @@ def test_merge_equals_forward_and_unmerge_restores_every_bit(variant, kind, dtyp
     assert same_bits(a.run(), attached)
 
 
-@pytest.mark.parametrize("variant", RULE_VARIANTS)
+@pytest.mark.parametrize("variant", TURNS_WEIGHTS)
 def test_the_merged_weight_is_the_effective_weight_cast_once(variant):
     for dtype in (torch.float32, torch.bfloat16):
         a = awake(variant, "conv1d", dtype)
@@ -64,7 +66,7 @@ def test_the_merged_weight_is_the_effective_weight_cast_once(variant):
             check_close(W, oracle_weight(a, module, a.declared()), torch.float32)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MERGEABLE)
 def test_ten_rounds_of_merging_change_no_bit(variant):
     a = awake(variant, dtype=torch.bfloat16)
     before = bits(a.model)
@@ -74,7 +76,7 @@ def test_ten_rounds_of_merging_change_no_bit(variant):
     assert all(same_bits(v, before[k]) for k, v in bits(a.model).items())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MERGEABLE)
 def test_a_merged_adapter_answers_once_whoever_asks(variant):
     """Switched on by name, it must not be added to the weights that hold it already."""
     a = awake(variant)
@@ -108,11 +110,11 @@ def test_verify_takes_a_tensor_a_tuple_or_keywords():
         weft.unmerge(a.model)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MERGEABLE)
 def test_a_merge_that_changes_the_outputs_too_much_is_refused_and_undone(variant):
     a = awake(variant, dtype=torch.bfloat16)
     before, attached = bits(a.model), a.run()
-    if variant in ("Full", "Head", "BitFit"):  # nothing is rounded, so nothing can be refused
+    if variant in SELECTIONS:  # nothing is rounded, so nothing can be refused
         assert weft.merge(a.model, verify=a.x, tolerance=0).output_error == 0
         return
     with pytest.raises(weft.MergeError, match=r"'default' changed the outputs by .*so the base was put back"):
@@ -189,7 +191,7 @@ def test_while_one_is_merged_no_other_is_merged_attached_detached_or_used():
 
 
 def test_keep_merged_leaves_the_effective_weights_for_good():
-    for variant in VARIANTS:
+    for variant in MERGEABLE:
         a = awake(variant)
         attached, keys = a.run(), {k for k in a.model.state_dict() if ".weft." not in k}
         weft.merge(a.model)
@@ -197,6 +199,20 @@ def test_keep_merged_leaves_the_effective_weights_for_good():
         assert not weft.adapters(a.model) and type(a.model.layer) is nn.Linear
         assert set(a.model.state_dict()) == keys
         check_close(a.run(), attached, torch.float32)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in MERGEABLE])
+def test_what_is_no_change_of_weights_is_refused_and_left_as_it_is(variant):
+    a = awake(variant)
+    before, attached = bits(a.model), a.run()
+    with pytest.raises(weft.UnsupportedError, match=rf"{type(a.config).__name__} is not a change of weights, so it "
+                                                    r"cannot be merged: \w+ "):
+        weft.merge(a.model, verify=a.x)
+    assert all(same_bits(v, before[k]) for k, v in bits(a.model).items())
+    assert same_bits(a.run(), attached)
+    with pytest.raises(weft.MergeError, match="nothing is merged"):
+        weft.unmerge(a.model)
+    weft.detach(a.model)
 
 
 def test_a_method_that_cannot_be_merged_is_refused(monkeypatch):
@@ -228,7 +244,7 @@ def test_a_weight_that_overflows_its_dtype_is_refused_and_what_was_written_is_pu
     assert all(same_bits(v, before[k]) for k, v in bits(model).items())
 
 
-@pytest.mark.parametrize("variant", RULE_VARIANTS)
+@pytest.mark.parametrize("variant", TURNS_WEIGHTS)
 def test_merging_under_autocast_writes_the_same_bits(variant):
     plain, cast = awake(variant), awake(variant)
     weft.merge(plain.model)

@@ -135,7 +135,6 @@ def switched_too_early(a, x, reentrant):
 
 
 def test_a_copy_made_in_training_trains_on():
-
     a = awake("LoRA")
     recomputed(a).sum().backward()
     other = copy.deepcopy(a.model)

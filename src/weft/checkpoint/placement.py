@@ -66,7 +66,7 @@ class Placement:
             return
         host = hosts.view(layer)
         shape = (host.out_features, host.in_features)
-        if (site.kind == "embedding") != (host.kind == "embedding") or (site.shape or shape) != shape:
+        if _family(site.kind) != _family(host.kind) or (site.shape or shape) != shape:
             self.problems.append(f"{module!r} is a {site.kind or 'linear'} layer {list(site.shape or shape)} (out, in) in "
                                  f"the file, and the model's {name!r} a {host.kind} layer {list(shape)}")
             return
@@ -176,7 +176,7 @@ class Placement:
         if isinstance(self.config, methods.Selection):
             return
         try:
-            layers = targets.resolve(self.root, self.config.targets).sites
+            layers = targets.resolve(self.root, self.config.targets, getattr(self.config, "skip_layers", 0)).sites
         except TargetError:
             return  # names that only the file's base has; what was found above is all there is to say
         found = set(self.names.found.values())
@@ -206,6 +206,11 @@ class Placement:
                               f"{nearest('in the model', e, self.modules, self.problems)}" for e in asked if e not in kept]
         self.config = replace(self.config, modules_to_save=kept)
         return tensors_of_modules(self.root, kept)
+
+
+def _family(kind: str | None) -> str:
+    """What a layer must be to take another's tensors; a matrix may be stored either way round."""
+    return kind if kind in ("embedding", "norm") else "linear"
 
 
 def _parent(tensor: str) -> str:

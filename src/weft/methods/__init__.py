@@ -9,16 +9,18 @@ from typing import Any
 from ..errors import ConfigError
 from .adalora import AdaLoRA
 from .base import Rule, Selection
+from .bottleneck import Bottleneck
 from .dora import DoRA
 from .dvora import DVoRA
 from .dylora import DyLoRA
 from .lora import LoRA
 from .lora_fa import LoRAFA
-from .selective import BitFit, Full, Head
+from .selective import BitFit, Full, Head, TopLayers
 from .vera import VeRA
 
 METHODS: dict[str, type[Any]] = {
-    method.__name__: method for method in (Full, Head, BitFit, LoRA, VeRA, DoRA, DVoRA, LoRAFA, AdaLoRA, DyLoRA)
+    method.__name__: method for method in (Full, Head, BitFit, LoRA, VeRA, DoRA, DVoRA, TopLayers, Bottleneck,
+                                           LoRAFA, AdaLoRA, DyLoRA)
 }
 
 
@@ -36,7 +38,7 @@ def replace(rule: Any, overrides: dict[str, Any]) -> Any:
     if not overrides:
         return rule
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    known = set(values) - {"targets", "modules_to_save"}
+    known = set(values) - {"targets", "modules_to_save", *getattr(rule, "whole", ())}
     for field in overrides:
         if field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
@@ -70,4 +72,5 @@ def from_json(data: Any) -> Any:
 
 
 __all__ = ["METHODS", "Rule", "Selection", "by_name", "from_json", "replace", "to_json",
-           "LoRA", "VeRA", "DoRA", "DVoRA", "LoRAFA", "AdaLoRA", "DyLoRA", "Full", "Head", "BitFit"]
+           "LoRA", "VeRA", "DoRA", "DVoRA", "LoRAFA", "AdaLoRA", "DyLoRA",
+           "Bottleneck", "Full", "Head", "BitFit", "TopLayers"]

@@ -3,7 +3,8 @@
 A configuration is a frozen dataclass, and the configuration *is* the method. There are two kinds:
 
 * a `Rule` turns one frozen weight W [out, in] into an effective weight W' with few trained numbers (LoRA, VeRA,
-  DoRA, DVoRA); an `UpdateRule` is a rule of the form W' = W + delta, which DoRA can wrap;
+  DoRA, DVoRA); an `UpdateRule` is a rule of the form W' = W + delta, which DoRA can wrap; a rule that is no change of
+  weights (Bottleneck) has `mergeable = False`, and its `effective_weight` raises UnsupportedError;
 * a `Selection` trains tensors that the model already has (Full, Head, BitFit).
 
 Tensors reach a rule as attributes of `p` (`p.A`, `p.B`, ...), so a rule can be read and tested without any model.
@@ -47,7 +48,10 @@ class Params(Protocol):
 
 
 class Host(Protocol):
-    """One view over Linear, Conv1D and Embedding: all that a rule may know of the layer it adapts."""
+    """One view over Linear, Conv1D and Embedding: all that a rule may know of the layer it adapts.
+
+    A rule with `norm_hosts = True` also gets layer norms, of kind "norm", which have no weight matrix.
+    """
 
     @property
     def kind(self) -> str: ...
@@ -59,6 +63,9 @@ class Host(Protocol):
     def bias(self) -> Tensor | None: ...
     def weight(self) -> Tensor:
         """W as [out, in], a view without a copy."""
+        ...
+    def run(self, x: Tensor) -> Tensor:
+        """The layer's own output for another input."""
         ...
     def project(self, x: Tensor, A: Tensor, dropout: float, training: bool) -> Tensor:
         """x Aᵀ [..., r] for A [r, in], with dropout on x; x holds ids where the layer is an embedding."""
@@ -197,9 +204,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def check_rank(config: Any) -> None:
-    name, r = type(config).__name__, config.r
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ConfigError(f"{name}(r={r!r}): r must be a whole number, 1 or more.")
+    check_count(config, "r", 1)
+
+
+def check_count(config: Any, field: str, low: int) -> None:
+    value = getattr(config, field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{type(config).__name__}({field}={value!r}): {field} must be a whole number, {low} or more.")
 
 
 def check_number(config: Any, field: str, *, low: float, high: float = math.inf, open_low: bool = False,

@@ -1,11 +1,14 @@
 """Selections: methods that train tensors which the model already has.
 
-    Full     every tensor                                 W' = trained copy of W
-    Head     the output head only: d C + C numbers for a linear classifier
-    BitFit   every bias vector, LayerNorm's shift included, starting from its pretrained value
+    Full       every tensor                                 W' = trained copy of W
+    TopLayers  the last k blocks and the normalisation behind them (FT^Top2: k = 2)
+    Head       the output head only: d C + C numbers for a linear classifier
+    BitFit     every bias vector, LayerNorm's shift included, starting from its pretrained value
 
 No inference cost and nothing to compute differently: the trained copy takes the tensor's place, and the pretrained
 value is kept beside it so that switching off and detaching are exact (one more copy of the selected tensors in memory).
+The papers count the head apart: Full trains it and `num_head_parameters` says its share; the others leave it alone, and a
+new head trains beside them with `modules_to_save`.
 Sources: BitFit arXiv:2106.10199; the baselines of arXiv:2106.09685, section 5.1 (the head is counted apart).
 """
 
@@ -14,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import check_modules
+from ..errors import TargetError
+from .base import check_count, check_modules
 from .facts import TensorFact
 
 
@@ -31,6 +35,32 @@ class Full:
 
     def picks(self, fact: TensorFact) -> bool:
         return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopLayers:
+    """The last k blocks before the output, with the normalisation behind them where the model has one (a post-norm model
+    ends each block in its own). Embeddings, poolers and the head stay.
+
+    The blocks are those of one stack: of encoder and decoder the decoder's, of several towers the one registered last; the
+    plan lists them. A model without repeated blocks counts its own children that hold parameters, the head apart.
+    Raises TargetError at attach where k is more than the blocks there are.
+    Source: the baseline FT^Top2 of arXiv:2106.09685, table 3; the prefix-tuning authors' code, option finetune-top.
+    """
+
+    k: int = 2
+    modules_to_save: tuple[str, ...] = ()
+    mergeable: ClassVar[bool] = True
+    nothing: ClassVar[str] = "it has neither repeated blocks nor children with parameters beside its head"
+
+    def __post_init__(self) -> None:
+        check_count(self, "k", 1)
+        check_modules(self)
+
+    def picks(self, fact: TensorFact) -> bool:
+        if fact.blocks and self.k > fact.blocks:
+            raise TargetError(f"TopLayers(k={self.k}): the model has {fact.blocks} blocks. Take fewer, or weft.Full().")
+        return fact.final_norm or (fact.block is not None and fact.block >= fact.blocks - self.k)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 A *pattern* is one of
     "all-linear"   every linear map but the output head, embeddings and routers
     "attention"    the linear maps of the attention modules        "mlp"   all others inside the model's blocks
+    "attention-output"   the last map of every attention, before the residual sum    "mlp-output"   that of every MLP
+    "block-output"       in post-norm models the layer norm behind the MLP, else the same as "mlp-output"
     "q_proj"       letters, digits, '_' and '.': the ending of a module's name, cut at a dot
     other text     a regular expression that must match a module's whole name
 and `targets` is a pattern, a list of patterns, or a dict of patterns to the fields they override: {"q_proj": {"r": 32}}.
@@ -19,7 +21,8 @@ import torch
 
 from ..errors import ConfigError
 
-KEYWORDS = ("all-linear", "attention", "mlp")
+ROLES = ("attention-output", "mlp-output", "block-output")  # one module a block; model/roles.py finds them
+KEYWORDS = ("all-linear", "attention", "mlp", *ROLES)
 _ENDING = re.compile(r"[A-Za-z0-9_.]+")
 
 

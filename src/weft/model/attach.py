@@ -58,7 +58,7 @@ def parts_of(root: nn.Module, config: Any) -> Parts:
     saved = tensors_of_modules(root, config.modules_to_save)
     if isinstance(config, methods.Selection):
         return Parts({}, list(dict.fromkeys([*tensors_picked(root, config), *saved])))
-    found = targets.resolve(root, config.targets)
+    found = targets.resolve(root, config.targets, getattr(config, "skip_layers", 0))
     rules = {module: methods.replace(config, dict(over)) for module, over in found.sites.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]
@@ -177,6 +177,10 @@ def _check_tied(root: nn.Module, rules: Mapping[str, Rule]) -> None:
 def _build_sites(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], state: State | None,
                  given: Mapping[Any, Shared]) -> dict[str, Site]:
     views = {name: hosts.view(modules[name]) for name in rules}
+    for name, rule in rules.items():
+        if views[name].kind == "norm" and not getattr(rule, "norm_hosts", False):
+            raise TargetError(f"{name!r} is a layer norm ({type(modules[name]).__name__}), and {type(rule).__name__} adapts "
+                              'weight matrices. Target "mlp-output", or another linear layer.')
     groups: dict[Any, list[tuple[int, int]]] = {}
     for name, rule in rules.items():
         groups.setdefault(rule.share_key(), []).append((views[name].out_features, views[name].in_features))

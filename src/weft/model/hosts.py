@@ -1,13 +1,15 @@
-"""One view over the layers that can be adapted: nn.Linear, GPT-2's Conv1D, nn.Embedding.
+"""One view over the layers that can be adapted: nn.Linear, GPT-2's Conv1D, nn.Embedding; and layer norms.
 
 All are linear maps W [out, in]. Conv1D stores W transposed; an embedding is the map of one-hot vectors, so its table
-[num, dim] is W transposed too, with out = dim and in = num.
+[num, dim] is W transposed too, with out = dim and in = num. A norm is no linear map: it hosts rules that compute
+something beside a layer and turn no weight.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,16 @@ from torch.nn.utils import parametrize
 
 from ..methods.base import DTYPES
 from ..ops import low_rank
+
+INNER_FORWARD = "_weft_inner_forward"  # a forward that was on the instance (accelerate's hooks) when we came
+
+
+def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """What a layer computes by itself, adapted or not."""
+    inner = module.__dict__.get(INNER_FORWARD)
+    base = getattr(type(module), "_weft_base", type(module))
+    y: Tensor = inner(*args, **kwargs) if inner is not None else base.forward(module, *args, **kwargs)
+    return y
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -24,10 +36,18 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def host_kind(module: nn.Module) -> str | None:
-    """"linear", "conv1d" or "embedding"; None where the module is no linear map that Weft can adapt."""
+    """"linear", "conv1d", "embedding" or "norm"; None where the module is nothing that Weft can adapt."""
     if why_not(module) is not None:
         return None
-    return shape_kind(module)
+    return shape_kind(module) or ("norm" if is_norm(module) else None)
+
+
+def is_norm(module: nn.Module, width: int | None = None) -> bool:
+    """A layer norm or RMS norm with a gain, of torch or of a model's own; of this width, where one is given."""
+    name, weight = type(module).__name__.lower(), module._parameters.get("weight")
+    if "norm" not in name or any(other in name for other in ("batch", "group", "instance")):
+        return False
+    return weight is not None and weight.ndim == 1 and width in (None, weight.shape[0])
 
 
 def looks_linear(module: nn.Module) -> bool:
@@ -112,10 +132,10 @@ class HostView:
     @property
     def transposed(self) -> bool:
         """The layer stores W as [in, out]."""
-        return self.kind != "linear"
+        return self.kind in ("conv1d", "embedding")
 
     def weight(self) -> Tensor:
-        """W [out, in], a view."""
+        """W [out, in], a view; of a norm, which has none, the gain [out]."""
         stored: Tensor = self.module.weight  # type: ignore[assignment]
         return stored.t() if self.transposed else stored
 
@@ -125,7 +145,11 @@ class HostView:
 
     @property
     def in_features(self) -> int:
-        return self.weight().shape[1]
+        return self.weight().shape[-1]
+
+    def run(self, x: Tensor) -> Tensor:
+        """The layer's own output for another input, without any adapter."""
+        return own_forward(self.module, x)
 
     @property
     def bias(self) -> Tensor | None:
@@ -144,5 +168,5 @@ def view(module: nn.Module) -> HostView:
     """The view of a layer for which `host_kind` is not None."""
     kind = host_kind(module)
     if kind is None:
-        raise TypeError(f"{type(module).__name__} is no linear map that Weft adapts")
+        raise TypeError(f"{type(module).__name__} is no layer that Weft adapts")
     return HostView(module, kind)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import DTYPES, Draw, Fixed, Rule, Shared, Stateful
-from .hosts import HostView
+from .hosts import INNER_FORWARD, HostView, own_forward
 from .state import Switch
 
 CHILD = "weft"
 _SWITCH = "_weft_switch"
-_INNER = "_weft_inner_forward"
 _classes: dict[type[nn.Module], type[nn.Module]] = {}  # the layer's own class -> the one that runs its adapters too
 
 
@@ -91,10 +90,8 @@ class Site(nn.Module):
 
 def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The base layer's own forward, then the active adapters."""
-    inner = self.__dict__.get(_INNER)
     switch: Switch | None = self.__dict__.get(_SWITCH)
-    base = getattr(type(self), "_weft_base", type(self))
-    y: Tensor = inner(*args, **kwargs) if inner is not None else base.forward(self, *args, **kwargs)
+    y = own_forward(self, *args, **kwargs)
     if switch is None:  # accelerate's hooks keep the forward that they found, even beyond detach
         return y
     return switch.apply(self._modules[CHILD], args[0] if args else next(iter(kwargs.values())), y)
@@ -126,7 +123,7 @@ def adapt(module: nn.Module, switch: Switch) -> None:
     """Swap the class and add the container of sites; nothing else of the layer changes."""
     module.__dict__[_SWITCH] = switch
     if "forward" in module.__dict__:  # accelerate's device hooks put a forward on the instance; keep it inside ours
-        module.__dict__[_INNER] = module.__dict__.pop("forward")
+        module.__dict__[INNER_FORWARD] = module.__dict__.pop("forward")
     module.__class__ = _adapted_class(type(module))
     module.add_module(CHILD, nn.ModuleDict())
 
@@ -136,8 +133,8 @@ def restore(module: nn.Module) -> None:
     del module._modules[CHILD]
     module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
     del module.__dict__[_SWITCH]
-    if _INNER in module.__dict__:
-        module.__dict__["forward"] = module.__dict__.pop(_INNER)
+    if INNER_FORWARD in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop(INNER_FORWARD)
 
 
 def sites_of(module: nn.Module) -> nn.ModuleDict:

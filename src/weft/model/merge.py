@@ -134,7 +134,9 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
         raise MergeError(f"adapter {state.merged.name!r} is already merged; call weft.unmerge(model) before merging "
                          f"{adapter.name!r}.")
     if not adapter.config.mergeable:
-        raise UnsupportedError(f"{type(adapter.config).__name__} is not a change of weights, so it cannot be merged.")
+        why = getattr(adapter.config, "not_mergeable", "")
+        raise UnsupportedError(f"{type(adapter.config).__name__} is not a change of weights, so it cannot be merged"
+                               f"{': ' + why if why else ''}.")
     for name, parameter in adapter.named_parameters():
         if parameter.is_meta:
             raise MergeError(f"{name!r} is on the meta device and has no values to merge.")

@@ -8,8 +8,35 @@ from torch import nn
 
 from ..errors import TargetError
 from ..methods.base import Selection
+from ..methods.facts import TensorFact
 from .adapter import Selected
-from .structure import base_modules, base_parameters, tensor_facts, within
+from .roles import blocks, final_norm, last_stack
+from .structure import base_modules, base_parameters, expert_modules, head_modules, within
+
+
+def tensor_facts(root: nn.Module) -> list[TensorFact]:
+    """Every parameter once; one that is tied goes by its first name, so a head tied to the embedding is no head."""
+    heads, experts = head_modules(root), list(expert_modules(root))
+    places, norm = _places(root, heads)
+    facts = []
+    for name, p in base_parameters(root):
+        # Fused experts stack their bias vectors, one a row.
+        vectors = p.ndim == 1 or (p.ndim == 2 and within(name, experts))
+        is_bias = vectors and name.rpartition(".")[2].endswith("bias")
+        block = next((index for place, index in places.items() if within(name, [place])), None)
+        facts.append(TensorFact(name, tuple(p.shape), is_bias, within(name, heads), block, len(places),
+                                norm is not None and within(name, [norm])))
+    return facts
+
+
+def _places(root: nn.Module, heads: list[str]) -> tuple[dict[str, int], str | None]:
+    """The blocks before the output by name, and the norm behind them."""
+    stack = last_stack(root)
+    if stack is not None:
+        return {block.name: block.index for block in blocks(root) if block.stack == stack}, final_norm(root, stack)
+    children = [name for name, child in root.named_children()
+                if not within(name, heads) and next(child.parameters(), None) is not None]
+    return {name: index for index, name in enumerate(children)}, None
 
 
 def tensors_of_modules(root: nn.Module, endings: Sequence[str]) -> list[str]:

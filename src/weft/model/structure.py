@@ -13,7 +13,6 @@ from itertools import accumulate
 
 from torch import nn
 
-from ..methods.facts import TensorFact
 from .hosts import shape_kind
 from .layer import CHILD, is_adapted
 
@@ -61,18 +60,6 @@ def head_modules(root: nn.Module) -> list[str]:
     return [name for name in found if next(root.get_submodule(name).parameters(), None) is not None]
 
 
-def tensor_facts(root: nn.Module) -> list[TensorFact]:
-    """Every parameter once; one that is tied goes by its first name, so a head tied to the embedding is no head."""
-    heads, experts = head_modules(root), list(expert_modules(root))
-    facts = []
-    for name, p in base_parameters(root):
-        # Fused experts stack their bias vectors, one a row.
-        vectors = p.ndim == 1 or (p.ndim == 2 and within(name, experts))
-        is_bias = vectors and name.rpartition(".")[2].endswith("bias")
-        facts.append(TensorFact(name, tuple(p.shape), is_bias, within(name, heads)))
-    return facts
-
-
 def within(name: str, modules: list[str]) -> bool:
     """`name` is one of these modules or lies inside one."""
     return any(name == module or name.startswith(module + ".") for module in modules)
@@ -80,7 +67,7 @@ def within(name: str, modules: list[str]) -> bool:
 
 def attention_or_mlp(root: nn.Module) -> dict[str, str]:
     """Linear map inside a repeated block, adaptable or not -> "attention" or "mlp"."""
-    blocks = list(_blocks(root))
+    blocks = list(block_names(root))
     kinds = {}
     for name, module in base_modules(root):
         block = next((b for b in blocks if name.startswith(b + ".")), None)
@@ -131,7 +118,7 @@ def _beside_base_model(root: nn.Module) -> Iterator[str]:
 
 def _is_model(module: nn.Module) -> bool:
     """A second tower (a vision encoder, say) has an input or a configuration of its own; a head has neither."""
-    return len(list(_blocks(module))) > 1
+    return len(list(block_names(module))) > 1
 
 
 def _conventional_head(root: nn.Module) -> Iterator[str]:
@@ -152,7 +139,7 @@ def _accessor(root: nn.Module, name: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _blocks(root: nn.Module) -> Iterator[str]:
+def block_names(root: nn.Module) -> Iterator[str]:
     """Outermost repeated blocks with linear maps inside: elements of an nn.ModuleList or of an nn.Sequential of equals."""
     outer: list[str] = []
     for name, module in base_modules(root):
@@ -163,6 +150,18 @@ def _blocks(root: nn.Module) -> Iterator[str]:
                       if any(_is_map(m) for m in child.modules() if m is not child)]
             outer += blocks
             yield from blocks
+
+
+def attention_modules(block: nn.Module) -> list[str]:
+    """Outermost modules of a block that its attention is made of, in order: T5's decoder has two, self and cross."""
+    found: list[str] = []
+    for name, module in base_modules(block):
+        label = name.rpartition(".")[2]
+        if not name or within(name, found) or not (_ATTENTION.search(label) or _ATTENTION.search(type(module).__name__)):
+            continue
+        if any(_is_map(inner) for inner in module.modules() if inner is not module):
+            found.append(name)
+    return found
 
 
 def _alike(module: nn.Sequential) -> bool:

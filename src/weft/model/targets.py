@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
 from ..errors import TargetError
-from ..methods.target_spec import KEYWORDS, is_ending, patterns
-from . import hosts, structure
+from ..methods.target_spec import KEYWORDS, ROLES, is_ending, patterns
+from . import hosts, roles, structure
 from .plan import Frozen
 
 
@@ -25,24 +25,58 @@ class Found:
     routed: list[str] = field(default_factory=list)
 
 
-def resolve(root: nn.Module, targets: Any) -> Found:
+def resolve(root: nn.Module, targets: Any, skip_layers: int = 0) -> Found:
     """Match a checked `targets` against a model. Every pattern must match something.
 
+    skip_layers: the blocks of every stack, counted from its input, that are left out.
     Raises TargetError: a pattern that matches nothing (with the nearest names), or a layer named by its ending that
     cannot be adapted (with the reason).
     """
     layers = {name: module for name, module in structure.base_modules(root) if hosts.looks_linear(module)}
     left_out = _left_out(root, layers)
     sites: dict[str, dict[str, Any]] = {}
+    without: list[Frozen] = []
     for pattern, fields in patterns(targets):
-        names = _matching(root, pattern, layers, left_out)
+        names = _in_role(root, pattern, without) if pattern in ROLES else _matching(root, pattern, layers, left_out)
         if not names:
             raise _no_match(root, pattern, layers, left_out)
         for name in names:
             sites[name] = {**sites.get(name, {}), **fields}
-    ordered = {name: sites[name] for name in layers if name in sites}
+    skipped = _skipped(root, sites, skip_layers)
+    ordered = {name: sites[name] for name, _ in structure.base_modules(root) if name in sites and name not in skipped}
     frozen, routed = leftovers(root, ordered)
-    return Found(ordered, frozen, routed)
+    frozen = [replace(f, reason=f"left out by skip_layers={skip_layers}") if f.name in skipped else f for f in frozen]
+    return Found(ordered, [*frozen, *without], routed)
+
+
+def _in_role(root: nn.Module, role: str, without: list[Frozen]) -> list[str]:
+    """One module a block (an attention output each attention); blocks that have none are added to `without`."""
+    found = roles.blocks(root)
+    lacking = [block for block in found if not block.of(role)]
+    if lacking and len(lacking) == len(found):
+        other = "" if role == "attention-output" else ', for example "attention-output"'
+        raise TargetError(f"targets={role!r} finds no layer: {lacking[0].name!r} has none, since "
+                          f"{lacking[0].why_not(role)}. Name other layers{other}.")
+    without += [Frozen(block.name, "block", (block.width,), f"no {role}: {block.why_not(role)}") for block in lacking]
+    names = [name for block in found for name in block.of(role)]
+    for name in names:
+        why = hosts.why_not(root.get_submodule(name))
+        if why is not None:
+            raise TargetError(f"targets={role!r} means {name!r}, which cannot be adapted: {why}.")
+    return names
+
+
+def _skipped(root: nn.Module, sites: Collection[str], skip_layers: int) -> set[str]:
+    """The sites that lie in the lowest blocks."""
+    if not skip_layers:
+        return set()
+    blocks = roles.blocks(root)
+    low = [block.name for block in blocks if block.index < skip_layers]
+    skipped = {name for name in sites if structure.within(name, low)}
+    if len(skipped) == len(sites) or not blocks:
+        raise TargetError(f"skip_layers={skip_layers} leaves nothing to adapt: the model has "
+                          f"{max((block.index + 1 for block in blocks), default=0)} blocks. Skip fewer.")
+    return skipped
 
 
 def leftovers(root: nn.Module, chosen: Collection[str]) -> tuple[list[Frozen], list[str]]:

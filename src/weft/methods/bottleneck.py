@@ -1,0 +1,165 @@
+"""Bottleneck adapters: a small network with a nonlinearity beside or behind a frozen layer, six presets of one equation.
+
+    y' = y + s (W_up phi(W_down h + b_down) + b_up)      y = the layer's own output
+    h  = y (place="series") or the layer's input x (place="parallel"), through a LayerNorm of its own if layer_norm
+
+    down [r, width of h], b_down [r], gain and shift [width of h]    trained; down Kaiming-uniform (bound 1/sqrt(width))
+    up [out, r], b_up [out]                                          trained, start at 0, so y' = y at step 0
+
+    preset    targets                        phi    bias  layer_norm  numbers (L blocks of width d)
+    houlsby   attention-output, mlp-output   swish  yes               2 L (2dr + r + d)
+    lin       mlp-output                     relu   yes   yes         L (2dr + r + d) + 2 L d
+    pfeiffer  block-output                   relu   yes               L (2dr + r + d)
+    drop      block-output                   relu   yes               (L - skip_layers)(2dr + r + d), skip_layers = 5
+    series    mlp-output                     tanh   no                2 d r a layer
+    parallel  mlp-output, h = x              tanh   no                r (in + out) a layer
+
+A preset gives defaults to the fields that are not given, and nothing else: every field may be given beside it. Targets are
+found by structure and stand before the residual sum. "block-output" is the layer norm behind the MLP in post-norm models
+(BERT): there y = LN(s) and y' = LN(s + a(y)), with the same frozen norm again; in pre-norm models it is the MLP's output
+map. "attention-output" is every attention, a decoder's cross-attention too. `skip_layers` counts from the input of every
+stack, of encoder and decoder both.
+
+Not mergeable: the nonlinearity cannot be folded into a weight. Dropout acts on phi's output. Dtype: float32 unless asked.
+Sources: Houlsby arXiv:1902.00751; Lin arXiv:2004.03829; Pfeiffer arXiv:2005.00247; AdapterDrop arXiv:2010.11918; series and
+parallel as in LLM-Adapters arXiv:2304.01933 (LLaMA's rows: targets=["up_proj", "down_proj"]). He et al. scale parallel by 4.
+Differs from them: the originals start `up` at small random numbers (standard deviation 0.01 or 0.02), so only near the base;
+Houlsby trains the model's LayerNorms too, which the counts of arXiv:2106.09685 leave out; Lin's code reads the block's
+output after the residual sum, here it is the MLP's before it. Differs from the package `adapters`: that drops out after
+`up`, its Pfeiffer on a pre-norm model reads the sum of residual and MLP output (original_ln_before), and its parallel
+adapter spans the whole MLP. All else is held equal to it by tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError, TargetError, UnsupportedError
+from ..ops import low_rank
+from .base import (
+    Draw,
+    Host,
+    Params,
+    Shape,
+    Shared,
+    check_choice,
+    check_common,
+    check_count,
+    check_number,
+    check_rank,
+)
+
+NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "tanh": torch.tanh}
+
+_PLAIN = {"targets": "mlp-output", "place": "series", "nonlinearity": "relu", "bias": True, "layer_norm": False,
+          "scale": 1.0, "skip_layers": 0}
+PRESETS: dict[str, dict[str, Any]] = {
+    "houlsby": {**_PLAIN, "targets": ("attention-output", "mlp-output"), "nonlinearity": "swish"},
+    "lin": {**_PLAIN, "layer_norm": True},
+    "pfeiffer": {**_PLAIN, "targets": "block-output"},
+    "drop": {**_PLAIN, "targets": "block-output", "skip_layers": 5},
+    "series": {**_PLAIN, "nonlinearity": "tanh", "bias": False},
+    "parallel": {**_PLAIN, "place": "parallel", "nonlinearity": "tanh", "bias": False},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """See the module's equation. A field that is None takes the preset's value, and holds it from then on."""
+
+    preset: str = "houlsby"
+    r: int = 64
+    place: str | None = None
+    nonlinearity: str | None = None
+    bias: bool | None = None
+    layer_norm: bool | None = None
+    scale: float | None = None
+    skip_layers: int | None = None
+    dropout: float = 0.0
+    targets: Any = None
+    modules_to_save: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: str = "float32"
+
+    mergeable: ClassVar[bool] = False
+    not_mergeable: ClassVar[str] = "a nonlinearity stands between its two maps, and no weight can hold it"
+    norm_hosts: ClassVar[bool] = True
+    whole: ClassVar[tuple[str, ...]] = ("preset", "skip_layers")  # fields of the whole model, not of one layer
+
+    def __post_init__(self) -> None:
+        check_rank(self)
+        check_choice(self, "preset", list(PRESETS))
+        for field, value in PRESETS[self.preset].items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+        check_choice(self, "place", ("series", "parallel"))
+        check_choice(self, "nonlinearity", list(NONLINEARITIES))
+        check_number(self, "scale", low=0.0, open_low=True)
+        for field in ("bias", "layer_norm"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(f"Bottleneck({field}={getattr(self, field)!r}): {field} must be True or False.")
+        check_count(self, "skip_layers", 0)
+        check_common(self)
+
+    def forward(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
+        update = self._update(x, y, host, p)
+        if host.kind == "norm":
+            return host.run(x + update.to(x.dtype))
+        return y + update.to(y.dtype)
+
+    def _update(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
+        """s (W_up phi(W_down h + b_down) + b_up) [..., out]; x holds ids where the layer is an embedding."""
+        parallel, dtype = self.place == "parallel", y.dtype
+        h = x if parallel else y
+        if self.layer_norm:
+            h = F.layer_norm(h.to(dtype), h.shape[-1:], p.gain.to(dtype), p.shift.to(dtype))
+        down = p.down.to(dtype)
+        z = host.project(h if host.kind == "embedding" else h.to(dtype), down, 0.0, False) if parallel else F.linear(h, down)
+        z = NONLINEARITIES[str(self.nonlinearity)](z + p.b_down.to(dtype) if self.bias else z)
+        if self.dropout and p.training:
+            z = F.dropout(z, self.dropout)
+        out = low_rank.up(z, p.up.to(dtype))
+        out = out + p.b_up.to(dtype) if self.bias else out
+        return out if self.scale == 1.0 else out * float(self.scale or 1.0)
+
+    def effective_weight(self, W: Tensor, p: Params) -> Tensor:
+        raise UnsupportedError(f"Bottleneck has no effective weight: {self.not_mergeable}.")
+
+    def trained(self, out: int, in_: int) -> dict[str, Shape]:
+        width = in_ if self.place == "parallel" else out
+        names: dict[str, Shape] = {"gain": (width,), "shift": (width,)} if self.layer_norm else {}
+        names["down"] = (self.r, width)
+        if self.bias:
+            names["b_down"] = (self.r,)
+        names["up"] = (out, self.r)
+        if self.bias:
+            names["b_up"] = (out,)
+        return names
+
+    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
+        device, ids = host.weight().device, self.place == "parallel" and host.kind == "embedding"
+        if ids and self.layer_norm:
+            raise TargetError('Bottleneck(place="parallel", layer_norm=True): an embedding reads ids, which no LayerNorm '
+                              "takes. Leave the embedding or the LayerNorm out.")
+        tensors: dict[str, Tensor] = {}
+        for name, shape in self.trained(host.out_features, host.in_features).items():
+            if name == "down":
+                bound = 1.0 if ids else 1 / math.sqrt(shape[1])
+                tensors[name] = draw.uniform(name, shape, bound, device)
+            else:
+                make = torch.ones if name == "gain" else torch.zeros
+                tensors[name] = make(shape, dtype=torch.float32, device=device)
+        return tensors
+
+    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
+        return None
+
+    def share_key(self) -> None:
+        return None

@@ -1,0 +1,177 @@
+"""Each row rebuilt: the real method attached to the real architecture, its trained tensors counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from .. import methods
+from ..errors import WeftError
+from ..model.adapter import Adapter
+from ..model.attach import attach, detach
+from ..model.selection import tensor_facts
+from ..model.structure import base_parameters, within
+from .architectures import ARCHITECTURES, Architecture
+from .figures import figure
+from .tables import NOTHING, Row, Table
+
+STATUSES = ("reproduced", "explained", "different")
+
+
+class NotAvailable(Exception):
+    """The table speaks of a method that this Weft does not have."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Trained numbers without those of the output head, those of the head, and bytes: of the tensors, of the file."""
+
+    body: int
+    head: int
+    added: int
+    values: int
+    file: int | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row and what became of it. `computed` is in the row's unit, `trained` in numbers; None where nothing is printed.
+
+    `why`: how a figure that reproduces was brought to its digits, or why one does not. `remark`: on the architecture.
+    """
+
+    table: Table
+    row: Row
+    computed: float | None
+    status: str
+    why: str
+    difference: float | None = None
+    trained: int | None = None
+    storage: Count | None = None
+    remark: str = ""
+
+    @property
+    def reason(self) -> str:
+        """All that is to be said, in one line."""
+        return "; ".join(filter(None, (self.why, self.row.note, self.remark)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.row.id, "table": self.table.title, "row": self.row.row, "printed": self.row.printed,
+                "computed": self.computed, "status": self.status, "reason": self.reason}
+
+
+def rebuild(tables: Iterable[Table]) -> list[Result]:
+    """Every row of these tables. An architecture is built once; a configuration that several rows share is attached once."""
+    models: dict[Architecture, Model] = {}
+    return [_result(table, row, models) for table in tables for row in table.rows]
+
+
+def configurations(row: Row) -> list[Any]:
+    """The configurations of a row. Raises NotAvailable where the library has no such method."""
+    for data in row.methods:
+        if data["method"] not in methods.METHODS:
+            raise NotAvailable(f"method not available: weft.{data['method']}")
+    return [methods.from_json(data) for data in row.methods]
+
+
+class Model:
+    """One architecture on the meta device, shared by all rows that speak of it."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.root: nn.Module = architecture.on_meta()
+        self.remark = architecture.remark
+        self._counts: dict[str, Count] = {}
+
+    @cached_property
+    def heads(self) -> set[str]:
+        """Tensors of the output head; a head tied to the embedding is none."""
+        return {fact.name for fact in tensor_facts(self.root) if fact.in_head}
+
+    def size(self, beside: Sequence[str] = ()) -> int:
+        """All numbers of the model, but for those of the modules whose name has one of these parts."""
+        return sum(p.numel() for name, p in base_parameters(self.root) if not set(beside) & set(name.split(".")))
+
+    def count(self, row: Row) -> Count:
+        configs = configurations(row)
+        key = json.dumps([row.methods, row.unit == "bytes"], sort_keys=True)
+        if key not in self._counts:
+            with ExitStack() as attached:
+                adapters = []
+                for i, config in enumerate(configs):
+                    name = f"papers{i}"
+                    adapters.append(attach(self.root, config, name))
+                    attached.callback(detach, self.root, name)
+                self._counts[key] = self._counted(adapters, row.unit == "bytes")
+        return self._counts[key]
+
+    def _counted(self, adapters: Sequence[Adapter], file: bool) -> Count:
+        sums = {"body": 0, "head": 0, "added": 0, "values": 0}
+        for in_head, is_added, numbers, nbytes in self._trained(adapters):
+            sums["head" if in_head else "body"] += numbers
+            sums["added"] += numbers if is_added else 0
+            sums["values"] += nbytes
+        return Count(**sums, file=sum(a.nbytes for a in adapters) if file else None)
+
+    def _trained(self, adapters: Sequence[Adapter]) -> Iterator[tuple[bool, bool, int, int]]:
+        """Every trained tensor once: is it the head's, does the base lack it, its numbers, its bytes."""
+        seen: set[int] = set()
+        for adapter in adapters:
+            for name, p in adapter.named_parameters():
+                selected = adapter.selected_tensors.get(name)
+                identity = id(p if selected is None else selected.original)
+                if identity not in seen:
+                    seen.add(identity)
+                    yield (selected is not None and within(name, list(self.heads)), selected is None, p.numel(),
+                           p.numel() * p.element_size())
+
+
+def _result(table: Table, row: Row, models: dict[Architecture, Model]) -> Result:
+    if row.model is None:
+        return Result(table, row, None, "explained", row.reason)
+    architecture = ARCHITECTURES[row.model]
+    if architecture not in models:
+        models[architecture] = Model(architecture)
+    model = models[architecture]
+    try:
+        count = model.count(row)
+    except (NotAvailable, WeftError) as error:
+        return Result(table, row, None, "different", str(error))
+    if row.printed == NOTHING:
+        return Result(table, row, None, "explained", row.reason.format(head=count.head))
+    return _held(table, row, count, model)
+
+
+def _held(table: Table, row: Row, count: Count, model: Model) -> Result:
+    """The count held against the printed figure."""
+    trained = count.body + (count.head if row.head else 0)
+    exact = {"numbers": Fraction(trained), "bytes": Fraction(count.values),
+             "percent": Fraction(100 * trained, model.size(row.beside) + count.added)}[row.unit]
+    printed = figure(row.printed, row.unit)
+    computed, difference = _plain(exact, row.unit), _plain(exact - printed.value, row.unit)
+    reading = printed.reading(exact)
+    if reading is not None:
+        status, why = "reproduced", reading
+    elif row.reason and computed == row.ours:
+        status, why = "explained", row.reason
+    else:
+        status, why = "different", _unexplained(row)
+    return Result(table, row, computed, status, why, difference, trained, count if row.unit == "bytes" else None,
+                  model.remark)
+
+
+def _plain(number: Fraction, unit: str) -> float:
+    """A percentage to six decimals, anything else to the whole number."""
+    return round(float(number), 6) if unit == "percent" else round(number)
+
+
+def _unexplained(row: Row) -> str:
+    if row.ours is None:
+        return "neither rounding nor truncation gives the printed figure, and no reason is known"
+    return f"the reason that is known speaks of a count of {row.ours:,}"
