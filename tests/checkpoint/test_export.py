@@ -120,6 +120,7 @@ def test_a_language_model_with_layers_of_their_own(tmp_path):
     ("DoRA", "lora", "DoRA cannot be exported to 'lora': its magnitudes rescale the rows of the base weight"),
     ("DVoRA", "lora", "DVoRA cannot be exported to 'lora': its magnitudes"),
     ("DVoRA", "peft", "DVoRA cannot be exported to 'peft': peft has no such method"),
+    ("Bottleneck", "lora", "Bottleneck cannot be exported to 'lora': it is no change of weights"),
     ("BitFit", "lora", "BitFit trains copies of base tensors"), ("Full", "peft", "Full trains copies")])
 def test_what_cannot_be_exported_says_why(method, to, says, tmp_path):
     weft.save(awake(method).model, tmp_path / "a")
