@@ -176,11 +176,21 @@ def test_post_norm_is_what_the_model_really_computes(name, reads):
     layer, norms = model.get_submodule(block.name), [m for m in model.get_submodule(block.name).modules() if
                                                      isinstance(m, nn.LayerNorm)]
     for norm in norms:
-        norm.register_forward_hook(lambda module, args, out: seen.setdefault(id(module), out))
-    layer.register_forward_hook(lambda module, args, out: seen.setdefault("block", out if torch.is_tensor(out) else out[0]))
+        norm.register_forward_hook(lambda module, args, out: seen.update({id(module): out}))
+    layer.register_forward_hook(lambda module, args, out: seen.update(block=out if torch.is_tensor(out) else out[0]))
     with torch.enable_grad():  # torch's fused kernel of eval mode calls no norm
         ids = torch.randint(3, 61, (2, 7))
         model(torch.randn(2, 7, 24)) if name.startswith("torch") else model(input_ids=ids)
     equal = [norm for norm in norms if torch.equal(seen[id(norm)], seen["block"])]
     assert bool(equal) == reads == (block.mlp_norm is not None)
     assert not reads or equal == [model.get_submodule(block.mlp_norm)]
+
+
+def test_a_map_of_another_width_behind_the_output_is_not_the_output():
+    def block():
+        attention = nn.ModuleDict({"q": nn.Linear(6, 4), "o": nn.Linear(4, 6), "gate": nn.Linear(6, 4)})
+        return nn.ModuleDict({"attn": attention, "up": nn.Linear(6, 8), "down": nn.Linear(8, 6), "score": nn.Linear(6, 1)})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()])})
+    assert [(*b.attention_outputs, b.mlp_output) for b in roles.blocks(model)] == [
+        (f"layers.{i}.attn.o", f"layers.{i}.down") for i in (0, 1)]

@@ -24,7 +24,7 @@ LRS = {
     "VeRA": (1e-2, 3e-2, 1e-1),
     "DoRA": (3e-3, 1e-2, 3e-2),
     "DVoRA": (1e-2, 3e-2, 1e-1),
-    "Bottleneck": (1e-3, 3e-3, 1e-2),
+    "Bottleneck": (3e-3, 1e-2, 3e-2),
     "LoRAFA": (3e-3, 1e-2, 3e-2),
     "AdaLoRA": (1e-2, 3e-2, 1e-1),
     "DyLoRA": (3e-3, 1e-2, 3e-2),
