@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import counter
+from ..ops.derived import Derived
+from ..ops.factors import Factors
 from .facts import TensorFact
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16,
@@ -39,10 +41,13 @@ class Shared(nn.Module):
 
 
 class Params(Protocol):
-    """The tensors of one adapted layer, by attribute; `shape` is its (out, in), `training` switches dropout."""
+    """The tensors of one adapted layer, by attribute; `shape` is its (out, in), `training` switches dropout, `derived`
+    keeps what is computed from them.
+    """
 
     shape: tuple[int, int]
     training: bool
+    derived: Derived
 
     def __getattr__(self, name: str) -> Any: ...
 
@@ -119,11 +124,24 @@ class Rule(Protocol):
 class UpdateRule(Rule, Protocol):
     """A rule of the form W' = W + delta(p)."""
 
+    def factors(self, host: Host, p: Params) -> Factors:
+        """See `Factored`."""
+        ...
+
     def delta(self, p: Params, dtype: torch.dtype = torch.float32) -> Tensor:
         """[out, in], computed in `dtype`: float32, or float64 where W is."""
         ...
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
         """x deltaᵀ [..., out] in `dtype`, without building delta."""
+        ...
+
+
+@runtime_checkable
+class Factored(Protocol):
+    """A rule whose W' has the form of ops/factors.py: its layers are computed by one fused function, and join mixed batches."""
+
+    def factors(self, host: Host, p: Params) -> Factors:
+        """The layer's tensors as they are, of which `forward` computes the same output."""
         ...
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import DTYPES, Draw, Fixed, Rule, Shared, Stateful
+from ..methods.base import DTYPES, Draw, Factored, Fixed, Rule, Shared, Stateful
+from ..ops import factors, paths
+from ..ops.derived import Derived
 from .hosts import INNER_FORWARD, HostView, own_forward
 from .state import Switch
 
@@ -28,6 +30,7 @@ class Site(nn.Module):
         self.rule, self.host, self.shared = rule, host, shared
         self.shape = (host.out_features, host.in_features)
         self.names = tuple(rule.trained(*self.shape))
+        self.derived = Derived()
 
     def start(self, draw: Draw) -> None:
         """Create the trained tensors at their starting values, on the device of the layer's weight, and what the rule
@@ -87,14 +90,28 @@ class Site(nn.Module):
         """The layer's output with this adapter, from its input and its own output."""
         return self.rule.forward(x, y, self.host, self)
 
+    def why_plain(self, x: Tensor) -> str | None:
+        """The reason why `fused` may not be called for this input; None where it may."""
+        if not isinstance(self.rule, Factored):
+            return f"{type(self.rule).__name__} is no product of two thin matrices"
+        return self.host.why_plain or paths.why_plain(x, self.host.weight(), self.host.bias)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The same from the input alone, in one function that keeps less and runs faster."""
+        rule: Any = self.rule
+        return factors.fused(x, self.host.weight(), self.host.bias, rule.factors(self.host, self))
+
 
 def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The base layer's own forward, then the active adapters."""
     switch: Switch | None = self.__dict__.get(_SWITCH)
-    y = own_forward(self, *args, **kwargs)
     if switch is None:  # accelerate's hooks keep the forward that they found, even beyond detach
-        return y
-    return switch.apply(self._modules[CHILD], args[0] if args else next(iter(kwargs.values())), y)
+        return own_forward(self, *args, **kwargs)
+    sites, x = self._modules[CHILD], args[0] if args else next(iter(kwargs.values()))
+    site = switch.only(sites)
+    if site is not None and site.why_plain(x) is None:
+        return site.fused(x)
+    return switch.apply(sites, x, own_forward(self, *args, **kwargs))
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:

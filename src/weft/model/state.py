@@ -69,9 +69,13 @@ class Switch:
         # A copy has made no graph yet, and another process counts its nodes anew.
         return {**self.__dict__, "_turns": deque([(0, self.active)], _MEMORY)}
 
+    def only(self, sites: Any) -> Any:
+        """The site that answers for the whole batch; None where none does, or one a row."""
+        self._guard_recompute()
+        return sites[self.active] if isinstance(self.active, str) and self.active in sites else None
+
     def apply(self, sites: Any, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output under the active adapter(s), from its input x and base output y."""
-        self._guard_recompute()
         active = self.active
         if isinstance(active, Rows):
             return self._by_row(active, sites, x, y)
