@@ -99,14 +99,15 @@ class Magnitude:
         def compute() -> Tensor:
             with full_precision(W.device):
                 if W.numel() < magnitude.DENSE_BELOW:
-                    return magnitude.row_norm(torch.addmm(wide(W), wide(f.folded()), wide(f.A), alpha=f.s))
+                    V = wide(W)
+                    return magnitude.row_norm(V + f.s * (f.folded(V.dtype) @ f.A.to(V.dtype)))
                 norm = kept.get("norm of W", (), (W,), lambda: magnitude.row_norm(W))
                 product = gram = None
                 if A_stays is not None:
                     gram = kept.get("A A'", (), (A_stays,), lambda: magnitude.product(A_stays, A_stays, norm.dtype))
                     if 4 * A_stays.shape[0] <= W.shape[1]:  # it costs a quarter of W's memory at most
                         product = kept.get("W A'", (), (W, A_stays), lambda: magnitude.product(W, A_stays, norm.dtype))
-                return magnitude.updated_norm(W, norm, f.A, f.folded() * f.s, product, gram)
+                return magnitude.updated_norm(W, norm, f.A, f.folded(norm.dtype) * f.s, product, gram)
 
         return kept.get("norm", trained, frozen, compute)
 

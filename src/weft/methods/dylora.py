@@ -104,7 +104,7 @@ class DyLoRA:
 
     def factors(self, host: Host, p: Params) -> Factors:
         if p.training:
-            return Factors(p.A, p.B, d=self._scales(p.b, p.A.dtype), dropout=self.dropout)
+            return Factors(p.A, p.B, d=self._scales(p.b, torch.promote_types(p.A.dtype, host.weight().dtype)), dropout=self.dropout)
         return Factors(p.A, p.B, s=self.scale)
 
     def _scales(self, b: Tensor, dtype: torch.dtype) -> Tensor:

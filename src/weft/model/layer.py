@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import DTYPES, Draw, Factored, Fixed, Rule, Shared, Stateful
-from ..ops import factors, paths
+from ..ops import factors
 from ..ops.derived import Derived
+from . import paths
 from .hosts import INNER_FORWARD, HostView, own_forward
 from .state import Switch
 

@@ -34,17 +34,19 @@ class Factors:
     output_tells: bool = False  # σ's gradient can be read off the layer's output (magnitude.output_tells)
     share: Callable[[Tensor, Tensor, bool], Tensor] | None = None
 
-    def folded(self) -> Tensor:
-        """diag(b) B diag(d) [out, r], a small matrix through which b and d get their gradients."""
-        B = self.B if self.d is None else self.B * self.d
-        return B if self.b is None else B * self.b[:, None]
+    def folded(self, dtype: torch.dtype) -> Tensor:
+        """diag(b) B diag(d) [out, r] in `dtype` or wider, a small matrix through which b and d get their gradients."""
+        wide = torch.promote_types(self.B.dtype, dtype)
+        B = self.B.to(wide)
+        B = B if self.d is None else B * self.d.to(wide)
+        return B if self.b is None else B * self.b.to(wide)[:, None]
 
 
 def fused(x: Tensor, W: Tensor, bias: Tensor | None, f: Factors) -> Tensor:
     """y [..., out] from x [..., in], without another look at the layer. For when `paths.why_plain` finds no reason."""
     out, in_ = W.shape
     r, tokens = f.A.shape[0], x.numel() // max(in_, 1)
-    B, scaled = f.folded().to(x.dtype), f.sigma is not None  # the small matrices are cast, never the activations
+    B, scaled = f.folded(x.dtype).to(x.dtype), f.sigma is not None  # the small matrices are cast, never the activations
     # A built W' in bfloat16 would round small updates away, and dropout is on the update's input alone.
     may_build = x.dtype in (torch.float32, torch.float64) and not f.dropout
     build = may_build and cost.build_forward(tokens, out, in_, r, scaled)

@@ -60,7 +60,7 @@ class Adapted(torch.autograd.Function):
         if need_sigma:
             grad_sigma = _grad_sigma(g, out, straight, bias, sigma)
         if need_h:
-            grad_h = torch.mm(g, _row_scaled(B, sigma, s)).view(*ctx.shape[:-1], -1)
+            grad_h = torch.mm(g, _row_scaled(B, sigma, s)).view(*ctx.shape[:-1], h.shape[1])
         if need_x:
             grad_x = _grad_x(g, W, A, B, sigma, s, ctx.back).view(ctx.shape)
         return grad_x, grad_h, None, None, None, grad_B, grad_sigma, None, None, None, None
