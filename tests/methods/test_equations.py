@@ -139,7 +139,7 @@ def _inner_weight(a, module, declared, inner):
 @pytest.mark.parametrize("name", [n for n in RULES if hasattr(config(n), "norm_grad")])
 def test_the_constant_norm_changes_the_gradient_and_not_the_value(name):
     constant, exact = awake(name), awake(f"{name}:norm_grad=exact")
-    assert same_bits(constant.run(), exact.run())
+    check_close(constant.run(), exact.run(), torch.float32)
     for a in (constant, exact):
         a.run().pow(2).sum().backward()
     for (key, p), (_, q) in zip(constant.adapter.named_parameters(), exact.adapter.named_parameters(), strict=True):
