@@ -138,7 +138,7 @@ class UpdateRule(Rule, Protocol):
 
 @runtime_checkable
 class Factored(Protocol):
-    """A rule whose W' has the form of ops/factors.py: its layers are computed by one fused function, and join mixed batches."""
+    """A rule whose W' has the form of ops/factors.py: one fused function computes its layers, which join mixed batches."""
 
     def factors(self, host: Host, p: Params) -> Factors:
         """The layer's tensors as they are, of which `forward` computes the same output."""

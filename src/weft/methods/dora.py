@@ -83,7 +83,7 @@ class Magnitude:
         W, f = host.weight(), self.inner.factors(host, p)
         norm = self.norm(W, p) if self.norm_grad == "exact" else self._kept_norm(W, f, p.derived)
         m = p.m.to(norm.dtype)
-        tells = m.requires_grad and torch.is_grad_enabled() and p.derived.get(
+        tells: bool = m.requires_grad and torch.is_grad_enabled() and p.derived.get(
             "output tells", (p.m,), [t for t in (norm.detach(), host.bias) if t is not None],
             lambda: magnitude.output_tells(m, norm, host.bias, W.dtype))
         return replace(f, sigma=m / norm, output_tells=tells)
@@ -109,7 +109,8 @@ class Magnitude:
                         product = kept.get("W A'", (), (W, A_stays), lambda: magnitude.product(W, A_stays, norm.dtype))
                 return magnitude.updated_norm(W, norm, f.A, f.folded(norm.dtype) * f.s, product, gram)
 
-        return kept.get("norm", trained, frozen, compute)
+        found: Tensor = kept.get("norm", trained, frozen, compute)
+        return found
 
     def trained(self, out: int, in_: int) -> dict[str, Shape]:
         return {**self.inner.trained(out, in_), "m": (out,)}

@@ -104,7 +104,8 @@ class DyLoRA:
 
     def factors(self, host: Host, p: Params) -> Factors:
         if p.training:
-            return Factors(p.A, p.B, d=self._scales(p.b, torch.promote_types(p.A.dtype, host.weight().dtype)), dropout=self.dropout)
+            wide = torch.promote_types(p.A.dtype, host.weight().dtype)
+            return Factors(p.A, p.B, d=self._scales(p.b, wide), dropout=self.dropout)
         return Factors(p.A, p.B, s=self.scale)
 
     def _scales(self, b: Tensor, dtype: torch.dtype) -> Tensor:

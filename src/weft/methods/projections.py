@@ -82,7 +82,7 @@ class Projections(Shared):
     def _cast(self, A: Tensor, dtype: torch.dtype) -> Tensor:
         if A.dtype == dtype:
             return A
-        narrow = self.derived.get(f"A in {dtype}", (), (self.A,), lambda: self.A.to(dtype))
+        narrow: Tensor = self.derived.get(f"A in {dtype}", (), (self.A,), lambda: self.A.to(dtype))
         return narrow[:, : A.shape[1]]
 
     def _forget(self, gone: Any) -> None:

@@ -153,7 +153,7 @@ class HostView:
 
     @property
     def why_plain(self) -> str | None:
-        """The reason why nobody but the layer itself may compute W x + bias; None where its class is known to do just that."""
+        """Why nobody but the layer itself may compute W x + bias; None where its class is known to do just that."""
         cls = getattr(type(self.module), "_weft_base", type(self.module))
         if INNER_FORWARD in self.module.__dict__:
             return "another library has put its own forward on the layer"

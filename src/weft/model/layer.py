@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..methods.base import DTYPES, Draw, Factored, Fixed, Rule, Shared, Stateful
 from ..ops import factors
 from ..ops.derived import Derived
+from ..ops.factors import Factors
 from . import paths
 from .hosts import INNER_FORWARD, HostView, own_forward
 from .state import Switch
@@ -99,8 +100,17 @@ class Site(nn.Module):
 
     def fused(self, x: Tensor) -> Tensor:
         """The same from the input alone, in one function that keeps less and runs faster."""
+        return factors.fused(x, self.host.weight(), self.host.bias, self.factors())
+
+    def factors(self) -> Factors:
+        """The layer's tensors in the form that all methods of the family have in common."""
         rule: Any = self.rule
-        return factors.fused(x, self.host.weight(), self.host.bias, rule.factors(self.host, self))
+        found: Factors = rule.factors(self.host, self)
+        return found
+
+    def joins(self, x: Tensor) -> bool:
+        """The site can be computed together with others, each on rows of its own."""
+        return self.why_plain(x) is None and not (self.training and getattr(self.rule, "dropout", None))
 
 
 def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,7 +121,8 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     sites, x = self._modules[CHILD], args[0] if args else next(iter(kwargs.values()))
     site = switch.only(sites)
     if site is not None and site.why_plain(x) is None:
-        return site.fused(x)
+        found: Tensor = site.fused(x)
+        return found
     return switch.apply(sites, x, own_forward(self, *args, **kwargs))
 
 

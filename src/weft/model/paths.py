@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..errors import ConfigError
+
 VARIABLE = "WEFT_REFERENCE"
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def reference_asked() -> bool:
-    """WEFT_REFERENCE=1 runs everything on the plain definitions. Raises ValueError for a value that is neither 1, 0 nor empty."""
+    """WEFT_REFERENCE=1 runs everything on the plain definitions. Raises ConfigError for any value but 1, 0 and nothing."""
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE}={value!r}: write 1 for the plain definitions, 0 or nothing for the fast paths.")
+        raise ConfigError(f"{VARIABLE}={value!r}: write 1 for the plain definitions, 0 or nothing for the fast paths.")
     return value == "1"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import WeftError
+from ..ops import mixed
 from .fastpath import FastPaths
 
 if TYPE_CHECKING:
@@ -86,9 +87,18 @@ class Switch:
 
     def _by_row(self, rows: Rows, sites: Any, x: Tensor, y: Tensor) -> Tensor:
         rows.check(x, feature_dims=x.dim() + 1 - y.dim())  # ids have no feature dimension
+        if not y.shape[0]:
+            return y
+        here = [name for name in rows.groups if name in sites]
+        together = [name for name in here if sites[name].joins(x)]
         out = y
-        for name in rows.groups:
-            if name in sites and y.shape[0]:
+        if together:
+            parts = [mixed.Part(sites[name].factors(), tuple(rows.groups[name])) for name in together]
+            n, tokens = len(rows.names), y.numel() // y.shape[-1] // len(rows.names)
+            out = mixed.apply(x.reshape(n, tokens, x.shape[-1]), y.reshape(n, tokens, y.shape[-1]),
+                              sites[together[0]].host.bias, parts).view(y.shape)
+        for name in here:
+            if name not in together:
                 index = rows.index(name, y.shape[0], y.device)
                 out = out.index_copy(0, index, sites[name](x[index], y[index]).to(out.dtype))
         return out

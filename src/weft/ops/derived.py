@@ -45,12 +45,12 @@ class Derived:
     """The values of one adapted layer by name. A copy or a pickle starts empty."""
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
+        self._held: dict[str, tuple[Any, list[Tensor], Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_held": {}}
 
-    def get(self, name: str, trained: Sequence[Tensor], frozen: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+    def get(self, name: str, trained: Sequence[Tensor], frozen: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
         """`compute()`, or what it gave when `trained` and `frozen` were what they are now. Never part of a graph."""
         sources = (*trained, *frozen)
         if not _can_be_kept(sources):
@@ -69,7 +69,7 @@ class Derived:
         self._held.clear()
 
 
-def _computed(name: str, compute: Callable[[], Tensor]) -> Tensor:
+def _computed(name: str, compute: Callable[[], Any]) -> Any:
     counts[name] += 1
     # A tensor made in inference mode could never meet autograd again.
     with torch.inference_mode(False), torch.no_grad():
@@ -77,7 +77,7 @@ def _computed(name: str, compute: Callable[[], Tensor]) -> Tensor:
 
 
 def _can_be_kept(sources: Sequence[Tensor]) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
         return False
     if any(t.is_inference() or t.is_meta or type(t) not in (Tensor, torch.nn.Parameter) for t in sources):
         return False

@@ -2,10 +2,10 @@
 
     W' = σ ∘ (W + s diag(b) B diag(d) A)        y = x W'ᵀ + bias
 
-    A [r, in], B [out, r]; d [r] and b [out] or None for ones; s a number; σ [out] or None for ones (row by row: DoRA's m / ‖V‖)
+    A [r, in], B [out, r]; d [r], b [out] and σ [out] or None for ones; s a number; σ is DoRA's m / ‖V‖
 
-A method's own `forward` is the plain computation, from the layer's own output; `fused` takes the layer's whole work in one autograd function
-(fused.py). Tests hold the two equal.
+A method's own `forward` is the plain computation, from the layer's own output; `fused` does the layer's whole work in one
+autograd function (fused.py). Tests hold the two equal.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def fused(x: Tensor, W: Tensor, bias: Tensor | None, f: Factors) -> Tensor:
     keep_straight = f.sigma is not None and f.sigma.requires_grad and not f.output_tells
     build = build and not keep_straight
     A = f.A.detach().to(x.dtype) if build or back else None
-    y: Tensor = Adapted.apply(x, h, W, bias, A, B, f.sigma, f.s, build, back, keep_straight)
+    y: Tensor = Adapted.apply(  # type: ignore[no-untyped-call]
+        x, h, W, bias, A, B, f.sigma, f.s, build, back, keep_straight)
     return y
 
 

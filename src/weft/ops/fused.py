@@ -8,7 +8,7 @@ keeps it, if A trains) nor a product of y's size. With z = y - bias and upstream
     grad x = (σ ∘ g) W [+ s (σ ∘ g) B A, through h]     grad h = s (σ ∘ g) B        grad B = s (σ ∘ g)ᵀ h
     grad σ = Σ_tokens g ∘ z / σ
 
-`build` and `back` go through W' = σ ∘ (W + s B A) forwards and backwards (cost.py says when): then h carries no gradient to x.
+`build` and `back` go through W' = σ ∘ (W + s B A) forwards and backwards (cost.py says when): h then has no gradient to x.
 `keep_straight` keeps z / σ apart, for a σ that would lose it (zero, or far below the bias). There is no second derivative.
 """
 
@@ -49,7 +49,7 @@ class Adapted(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, W, bias, A, B, sigma, out, straight = ctx.saved_tensors
         need_x, need_h, _, _, _, need_B, need_sigma = ctx.needs_input_grad[:7]

@@ -10,8 +10,9 @@ SMALLEST = torch.finfo(torch.float32).tiny
 # Numbers of a layer's W up to which the sum W + B A is quicker than the formula without it, which takes more calls.
 DENSE_BELOW = 1 << 16
 _BLOCK = 1 << 22  # numbers of W that are held in a wider dtype at one time
-# (‖V‖ / ‖W‖)² between these bounds has lost no digit that counts to cancellation; other rows are summed one by one.
-_LOW, _HIGH = 0.25, 1e6
+# A row of which less than this share is left of the squared lengths that it is the sum of has lost digits to cancellation.
+_LEFT = 0.05
+_LARGEST = 1e6  # (‖V‖ / ‖W‖)² up to which ‖W‖ is a good unit
 
 
 def row_norm(V: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     if W.dtype == dtype:
         return W @ A
     rows = max(1, _BLOCK // max(1, W.shape[1]))
-    return torch.cat([part.to(dtype) @ A for part in W.split(rows)])
+    return torch.cat([part.to(dtype) @ A for part in torch.split(W, rows)])
 
 
 def updated_norm(W: Tensor, norm: Tensor, A: Tensor, B: Tensor, known: Tensor | None = None,
@@ -37,16 +38,18 @@ def updated_norm(W: Tensor, norm: Tensor, A: Tensor, B: Tensor, known: Tensor | 
         ‖W + BA‖² = ‖W‖² + 2 Σ (W Aᵀ ∘ B) + Σ (B (A Aᵀ) ∘ B)      row by row
 
     `known` is W Aᵀ [out, r] and `gram` A Aᵀ [r, r] where they are known. In norm's dtype. It is computed as
-    ‖W‖ sqrt(1 + ...), so that B = 0 gives ‖W‖ bit for bit; rows in which W and BA nearly cancel are computed from the sum.
+    ‖W‖ sqrt(1 + ...), so that B = 0 gives ‖W‖ bit for bit; rows in which much cancels are computed from the sum.
     """
     dtype = norm.dtype
     A, B = A.to(dtype), B.to(dtype)
     known = product(W, A, dtype) if known is None else known
     gram = A @ A.t() if gram is None else gram
-    change = ((2 * known + B @ gram) * B).sum(1)
-    ratio = 1 + change / norm.square()
+    square = norm.square()
+    ratio = 1 + ((2 * known + B @ gram) * B).sum(1) / square
     found: Tensor = norm * ratio.sqrt()
-    rows = (~((ratio > _LOW) & (ratio < _HIGH)) | (norm < 1e-15) | (norm > 1e15)).nonzero()[:, 0]
+    parts = 1 + B.square() @ gram.diagonal() / square  # of W and of each rank's share of B A
+    good = (ratio > _LEFT * parts) & (ratio < _LARGEST) & (norm > 1e-15) & (norm < 1e15)
+    rows = (~good).nonzero()[:, 0]
     if rows.numel():
         found[rows] = row_norm(torch.addmm(W[rows].to(dtype), B[rows], A))
     return found
