@@ -143,7 +143,7 @@ def test_no_way_to_change_a_tensor_leaves_a_stale_norm(method, change):
 def test_copies_and_pickles_have_norms_of_their_own(method):
     a = awake(method)
     a.run()
-    for twin in (copy.deepcopy(a.model), pickle.loads(pickle.dumps(a.model))):
+    for twin in (copy.deepcopy(a.model), pickle.loads(pickle.dumps(a.model))):  # noqa: S301
         assert all(not site.derived._held for site in (twin.layer.weft["default"], twin.mid.weft["default"]))
         with torch.no_grad():
             for p in twin.parameters():

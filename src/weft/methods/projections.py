@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops import counter
-from ..ops.derived import Derived
+from ..ops.derived import Derived, counts
 from ..ops.peft_draw import peft_projections
 from .base import Shared
 
@@ -75,6 +75,7 @@ class Projections(Shared):
                torch.is_grad_enabled(), threading.get_ident())
         if self._last is not None and self._last[0]() is x and self._last[1] == key and key[0] is not None:
             return self._last[2]
+        counts["A x"] += 1
         h = torch.nn.functional.linear(x.detach() if detached else x, self._cast(A, x.dtype))
         self._last = (weakref.ref(x, self._forget), key, h)
         return h
