@@ -107,7 +107,8 @@ class Magnitude:
                     gram = kept.get("A A'", (), (A_stays,), lambda: magnitude.product(A_stays, A_stays, norm.dtype))
                     if 4 * A_stays.shape[0] <= W.shape[1]:  # it costs a quarter of W's memory at most
                         product = kept.get("W A'", (), (W, A_stays), lambda: magnitude.product(W, A_stays, norm.dtype))
-                return magnitude.updated_norm(W, norm, f.A, f.folded(norm.dtype) * f.s, product, gram)
+                B = f.folded(norm.dtype)
+                return magnitude.updated_norm(W, norm, f.A, B if f.s == 1.0 else B * f.s, product, gram)
 
         found: Tensor = kept.get("norm", trained, frozen, compute)
         return found

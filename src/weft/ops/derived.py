@@ -5,7 +5,7 @@ recomputations there are between. A value is handed out again only if nothing sh
 
 * every source is the same tensor at the same place in memory, and torch's version of it is the same (in-place edits,
   `load_state_dict`, `copy_`);
-* no optimiser of torch has stepped since (one that writes through `.data` leaves the version as it is);
+* no optimiser of torch has stepped since, where a source trains (one that writes through `.data` keeps the version);
 * on the CPU the small sources, those that train, are also equal to copies of them, number by number, and the large one, W,
   on a sample of its numbers: so an edit through `.data`, a pointer or a preserved version (FSDP) is seen too.
 
@@ -55,7 +55,7 @@ class Derived:
         sources = (*trained, *frozen)
         if not _can_be_kept(sources):
             return _computed(name, compute)
-        key = (_steps_so_far(), *((t.data_ptr(), t._version, t.shape, t.dtype, t.device) for t in sources))
+        key = (_steps_so_far() if trained else 0, *((t.data_ptr(), t._version, t.shape, t.dtype, t.device) for t in sources))
         held = self._held.get(name)
         looked = [*(_whole(t) for t in trained), *(_sample(t) for t in frozen)] if sources[0].device.type == "cpu" else []
         if held is not None and held[0] == key and all(map(torch.equal, held[1], looked)):
