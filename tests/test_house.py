@@ -23,7 +23,7 @@ BELOW_PAPERS = {"checkpoint", "model", "methods"}
 FREE = {"errors", "__version__"}
 # Modules outside the standard library that a room may import at all; the core lives on torch and safetensors.
 LIBRARIES = {
-    "ops": {"torch"}, "methods": {"torch"}, "model": {"torch"}, "checkpoint": {"torch", "safetensors"},
+    "ops": {"torch", "triton"}, "methods": {"torch"}, "model": {"torch"}, "checkpoint": {"torch", "safetensors"},
     "training": {"torch", "transformers"}, "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn"},
     "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL"},
     "cli": {"torch", "transformers"}, "papers": {"torch", "transformers"},

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import kernels
+
 _ROWS = 1024  # tokens of which a product of the output's size is held at one time
 
 
@@ -36,12 +38,15 @@ class Adapted(torch.autograd.Function):
             assert A is not None
             y = _affine(rows, built(W, A, B, s, sigma), bias)
         else:
+            assert low is not None
             y = _affine(rows, W, bias)
-            if low is not None:
+            if sigma is not None and not keep_straight and kernels.use(y):
+                kernels.compose_up(y[None], low[None], B, s, sigma, bias)
+            else:
                 y.addmm_(low, B.t(), alpha=s)
-            if sigma is not None:
-                straight = (y if bias is None else y - bias) if keep_straight else None
-                y = scaled(y, bias, sigma, inplace=straight is not y)
+                if sigma is not None:
+                    straight = (y if bias is None else y - bias) if keep_straight else None
+                    y = scaled(y, bias, sigma, inplace=straight is not y)
         out = y.view(*x.shape[:-1], W.shape[0])
         keeps_output = sigma is not None and sigma.requires_grad and not keep_straight
         ctx.save_for_backward(low, W, bias, A, B, sigma, out if keeps_output else None, straight)
@@ -57,12 +62,15 @@ class Adapted(torch.autograd.Function):
         grad_x = grad_h = grad_B = grad_sigma = None
         if need_B:
             grad_B = _row_scaled(torch.mm(g.t(), h), sigma, s)
+        scaled_g = None
         if need_sigma:
-            grad_sigma = _grad_sigma(g, out, straight, bias, sigma)
+            total, scaled_g = _dot_and_scaled(g, out, straight, bias, sigma, need_x and not ctx.back)
+            grad_sigma = (total if out is None else total / sigma.to(total.dtype)).to(sigma.dtype)
         if need_h:
             grad_h = torch.mm(g, _row_scaled(B, sigma, s)).view(*ctx.shape[:-1], h.shape[1])
         if need_x:
-            grad_x = _grad_x(g, W, A, B, sigma, s, ctx.back).view(ctx.shape)
+            grad_x = (torch.mm(scaled_g, W) if scaled_g is not None
+                      else _grad_x(g, W, A, B, sigma, s, ctx.back)).view(ctx.shape)
         return grad_x, grad_h, None, None, None, grad_B, grad_sigma, None, None, None, None
 
 
@@ -106,15 +114,19 @@ def _grad_x(g: Tensor, W: Tensor, A: Tensor, B: Tensor, sigma: Tensor | None, s:
     return torch.mm(scaled(g, None, sigma), W)
 
 
-def _grad_sigma(g: Tensor, out: Tensor | None, straight: Tensor | None, bias: Tensor | None, sigma: Tensor) -> Tensor:
-    """[out] in σ's dtype, summed in float32 or wider; from z / σ where it was kept, else from y."""
-    if straight is not None:
-        return _dot(g, straight).to(sigma.dtype)
-    assert out is not None
-    total = _dot(g, out.view(g.shape))
-    if bias is not None:
-        total = total - bias.to(total.dtype) * g.sum(0, dtype=total.dtype)
-    return (total / sigma.to(total.dtype)).to(sigma.dtype)
+def _dot_and_scaled(g: Tensor, out: Tensor | None, straight: Tensor | None, bias: Tensor | None, sigma: Tensor,
+                    wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Σ_tokens g ∘ z [out], in float32 or wider, of z = y - bias or of z / σ where that was kept; and σ ∘ g, where it is
+    wanted and costs nothing more.
+    """
+    kept = straight if straight is not None else out
+    assert kept is not None
+    y, bias = kept.view(g.shape), bias if straight is None else None
+    if wanted and kernels.use(g):
+        scaled_g, total = kernels.compose_grad(g, y, sigma, bias)
+        return total, scaled_g
+    total = _dot(g, y)
+    return total if bias is None else total - bias.to(total.dtype) * g.sum(0, dtype=total.dtype), None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import kernels
 from .factors import Factors
 
 
@@ -54,22 +55,37 @@ def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
 def _adapted(x: Tensor, y: Tensor, bias: Tensor | None, bucket: Sequence[Part]) -> Tensor:
     """The rows of one bucket, in its order: x [n, tokens, in], y [n, tokens, out] -> [n, tokens, out]."""
     shared = bucket[0].factors.share is not None
-    update = _shared(x, bucket) if shared else _stacked(x, bucket)
-    sigmas = [part.factors.sigma for part in bucket]
-    if all(sigma is None for sigma in sigmas):
+    sigmas = _sigmas(bucket)
+    if not shared and kernels.use(y) and not torch.is_grad_enabled():
+        h, B = _stacked(x, bucket)
+        index = torch.arange(len(bucket), device=y.device).repeat_interleave(x.shape[0] // len(bucket))
+        return kernels.compose_up(y.contiguous(), h.view(*y.shape[:2], h.shape[-1]), B, 1.0,
+                                  None if sigmas is None else torch.stack(sigmas), bias, index)
+    if shared:
+        update = _shared(x, bucket)
+    else:
+        h, B = _stacked(x, bucket)
+        update = torch.bmm(h, B.mT).view(y.shape)
+    if sigmas is None:
         return y + update
-    some = next(sigma for sigma in sigmas if sigma is not None)
-    sigma = _by_row([torch.ones_like(some) if s is None else s for s in sigmas], bucket)
+    sigma = _by_row(sigmas, bucket)
     straight = y if bias is None else y - bias
     return y + (sigma - 1).to(y.dtype) * straight + sigma.to(y.dtype) * update
 
 
-def _stacked(x: Tensor, bucket: Sequence[Part]) -> Tensor:
+def _sigmas(bucket: Sequence[Part]) -> list[Tensor] | None:
+    """One σ [out] a part, ones where it has none; None where no part has one."""
+    found = [part.factors.sigma for part in bucket]
+    some = next((sigma for sigma in found if sigma is not None), None)
+    return None if some is None else [torch.ones_like(some) if sigma is None else sigma for sigma in found]
+
+
+def _stacked(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """h [k, tokens of a part, r] and B [k, out, r] of k parts."""
     k, (n, tokens, _) = len(bucket), x.shape
     A = torch.stack([part.factors.A for part in bucket]).to(x.dtype)
     B = torch.stack([part.factors.folded(x.dtype) * part.factors.s for part in bucket]).to(x.dtype)
-    h = torch.bmm(x.reshape(k, (n // k) * tokens, x.shape[-1]), A.mT)
-    return torch.bmm(h, B.mT).view(n, tokens, B.shape[1])
+    return torch.bmm(x.reshape(k, (n // k) * tokens, x.shape[-1]), A.mT), B
 
 
 def _shared(x: Tensor, bucket: Sequence[Part]) -> Tensor:
