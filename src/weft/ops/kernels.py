@@ -10,7 +10,7 @@ interpreter. `why_not` says which of the two runs, for `weft doctor`.
 from __future__ import annotations
 
 import importlib.util
-import os
+from os import environ
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def interpreted() -> bool:
     """Triton runs its kernels in Python, on CPU tensors: for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why tensors of this device and dtype take the torch form; None where the kernels run."""
     if device.type != "cuda" and not interpreted():
         return f"the kernels are for GPUs, and this is {device.type!r}"
-    if os.environ.get(_OFF) == "0":
+    if environ.get(_OFF) == "0":
         return f"{_OFF}=0 asks for it"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
