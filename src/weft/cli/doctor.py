@@ -45,9 +45,22 @@ def examine() -> dict[str, Any]:
 
     versions = {"weft": __version__, "python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads", "cuda": _cuda()}
-    kernels = {"adapters": "plain torch operations on every device; this version has no kernels of its own",
-               "torch.compile": "supported, without graph breaks"}
-    return {"versions": versions, "devices": devices, "kernels": kernels, "self-test": _self_test()}
+    return {"versions": versions, "devices": devices, "kernels": _kernels(), "self-test": _self_test()}
+
+
+def _kernels() -> dict[str, str]:
+    import torch
+
+    from ..model import paths
+    from ..ops import kernels
+
+    x, device = torch.zeros(1, 1), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain, torch_form = paths.why_plain(x, x, None), kernels.why_not(device, torch.float32)
+    return {
+        "layers": "one fused function each (LoRA, VeRA and their kin)" if plain is None else f"plain definitions: {plain}",
+        "Triton": f"runs on {device.type}" if torch_form is None else f"its torch forms run: {torch_form}",
+        "torch.compile": "supported, without graph breaks; it compiles the plain definitions",
+    }
 
 
 def _version(package: str) -> str:

@@ -120,9 +120,13 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return own_forward(self, *args, **kwargs)
     sites, x = self._modules[CHILD], args[0] if args else next(iter(kwargs.values()))
     site = switch.only(sites)
-    if site is not None and site.why_plain(x) is None:
-        found: Tensor = site.fused(x)
-        return found
+    if site is not None:
+        reason = site.why_plain(x)
+        if reason is None:
+            found: Tensor = site.fused(x)
+            return found
+        if not torch.compiler.is_compiling():
+            paths.note(reason)
     return switch.apply(sites, x, own_forward(self, *args, **kwargs))
 
 

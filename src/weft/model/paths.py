@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -11,6 +12,8 @@ from torch.autograd import forward_ad
 from ..errors import ConfigError
 
 VARIABLE = "WEFT_REFERENCE"
+_log = logging.getLogger("weft.paths")
+_noted: set[str] = set()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -20,6 +23,13 @@ def reference_asked() -> bool:
     if value not in ("", "0", "1"):
         raise ConfigError(f"{VARIABLE}={value!r}: write 1 for the plain definitions, 0 or nothing for the fast paths.")
     return value == "1"
+
+
+def note(reason: str) -> None:
+    """Say in the log, once a process, that a layer is computed by its plain definition."""
+    if reason not in _noted:
+        _noted.add(reason)
+        _log.info("a layer is computed by its plain definition: %s", reason)
 
 
 def why_plain(x: Tensor, W: Tensor, bias: Tensor | None) -> str | None:
