@@ -21,7 +21,7 @@ slow: .venv/.dev             ## the checks that take minutes
 	.venv/bin/python -m pytest -n 2 -m slow
 
 docs: .venv/.docs            ## build the site into site/; a link that leads nowhere is an error
-	.venv/bin/mkdocs build --strict --clean --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --clean --quiet
 	@echo "site/index.html"
 
 docs-tables: .venv/.dev      ## write the generated tables of docs/ anew, from the code

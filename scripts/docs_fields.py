@@ -23,7 +23,7 @@ MEANINGS: dict[str, str] = {
     "precondition": "multiply B's gradient by (1/s)² (A Aᵀ)⁻¹ before each step, as peft's `LoraFAOptimizer` does",
     "AdaLoRA.r": "triplets of every layer at the start, about 1.5 times `target_r`",
     "target_r": "triplets a layer at the end, on average over the layers; `None`: two thirds of r",
-    "total_steps": "optimiser steps of the run; `None` leaves it to the trainer, `adapter.plan_steps(n)` for one of your own",
+    "total_steps": "optimiser steps of the run; `None`: the trainer says, or you by `adapter.plan_steps(n)`",
     "warm_up": "steps (or, below 1, share of them) before anything is pruned",
     "final": "steps (or share) at the end in which the choice stands and the survivors settle",
     "interval": "steps between two choices",
@@ -32,7 +32,7 @@ MEANINGS: dict[str, str] = {
     "orthogonality": "weight gamma of the loss that keeps the columns of P, and the rows of Q, orthonormal",
     "DyLoRA.r": "the largest rank",
     "r_min": "the smallest rank that shall work by itself",
-    "last_only": "move only the b-th row and column in a step that drew b, the paper's frozen variant: faster, a little worse",
+    "last_only": "move only the b-th row and column in a step that drew b, the paper's frozen variant",
     "preset": "one of the six architectures: defaults for the fields below that are `None`",
     "Bottleneck.r": "width of the bottleneck",
     "place": '`"series"`: reads the layer\'s output; `"parallel"`: its input',
@@ -47,8 +47,6 @@ MEANINGS: dict[str, str] = {
     "n": "positions of trained keys and values in every layer",
     "l_p": "trained positions before the prompt",
     "l_i": "trained positions behind it",
-    "mlp": "width of the network through which the prefix is trained and which is dropped on saving; `None`: trained directly",
-    "hidden": "width of the network through which the prefix is trained and which is dropped on saving; `None`: trained directly",
 }
 
 

@@ -49,7 +49,7 @@ def measured(method: str) -> str:
     head = "| setting | trained numbers | file | accuracy % | step | peak |\n| --- | ---: | ---: | ---: | ---: | ---: |\n"
     return head + "".join("| " + " | ".join(row) + " |\n" for row in rows) + "".join(f"\n{s}\n" for s in sources) + \
         "\nStep: time of a training step relative to the frozen base's. The head's 245 numbers are in the file and not in " \
-        "the count. The margin is half of the 95 % t-interval over the seeds: most differences between methods lie within it.\n"
+        "the count. The margin is half of the 95 % t-interval over the seeds; most differences between methods lie in it.\n"
 
 
 def readme() -> tuple[str, list[tuple[str, list[str]]]]:
@@ -64,8 +64,9 @@ def readme() -> tuple[str, list[tuple[str, list[str]]]]:
 def stored(path: Path) -> tuple[str, list[tuple[str, list[str]]]]:
     record = json.loads(path.read_text(encoding="utf-8"))
     busy = "; the machine had other work, so times of steps are left out" if record["busy"] else ""
-    source = f"`{record['command']}` ({record['task']} on {record['model']}, {record['seeds']} seeds), {record['date']}, " \
-             f"{record['machine']}{busy}."
+    what = f"{record['task']} on {record['model']}, {record['seeds']} seeds"
+    source = f"{what}, {record['date']}, {record['machine']}{busy}:\n\n" \
+             f"```console\n$ {record['command']}\n```"
     return source, [(row["name"], _cells(row)) for row in record["rows"]]
 
 

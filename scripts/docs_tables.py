@@ -9,6 +9,7 @@ this script writes.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from docs_records import measured
 
 import weft
 from weft import cli, methods, papers
+from weft.checkpoint.export import FORMS
 from weft.cli import COMMANDS
 from weft.errors import UnsupportedError, WeftError
 from weft.methods.base import Nested, Stepped
@@ -179,18 +181,17 @@ def small() -> Any:
 def abilities(method: str) -> dict[str, str]:
     """What can be done with the method, tried on a small model."""
     cls, model = methods.METHODS[method], small()
-    adapter = weft.attach(model, cls(**({"total_steps": 10} if method == "AdaLoRA" else {})))
+    adapter = weft.attach(model, methods.from_json({"method": method, **SETTINGS.get(method, [{}])[0]}))
     with torch.no_grad():
         for p in adapter.parameters():
             p.add_(0.01 * torch.randn_like(p))
-    found = {"merges": yes(cls.mergeable), "mixed batches": yes(works(lambda: weft.use(model, ["default", None])))}
+    found = {"merges": yes(cls.mergeable), "mixed batches": yes(works(partial(weft.use, model, ["default", None])))}
     weft.use(model, "default")
     with tempfile.TemporaryDirectory() as folder:
         weft.save(model, f"{folder}/saved")
         kind = json.loads(Path(folder, "saved", "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
         found["file"] = "Weft's own" if kind.startswith("WEFT") else f"peft's {kind}"
-        forms = [form for form in ("lora", "peft") if works(lambda f=form: weft.export(  # type: ignore[misc]
-            f"{folder}/saved", f, f"{folder}/as-{f}"))]
+        forms = [form for form in FORMS if works(partial(weft.export, f"{folder}/saved", form, f"{folder}/as-{form}"))]
     found["exports to"] = ", ".join(forms) or "no"
     found["ranks to cut"] = yes(issubclass(cls, Nested))
     found["acts at a step"] = yes(issubclass(cls, Stepped))
@@ -225,8 +226,11 @@ def memory_block() -> str:
     root, rows = model_of("RoBERTa-base"), []
     ids = {"input_ids": torch.zeros(8, 128, dtype=torch.int64, device="meta")}
     for method in methods.METHODS:
-        with attached(root, methods.from_json({"method": method, **SETTINGS.get(method, [{}])[0]})) as adapter:
-            need = estimate(adapter, ids)
+        try:
+            with attached(root, methods.from_json({"method": method, **SETTINGS.get(method, [{}])[0]})) as adapter:
+                need = estimate(adapter, ids)
+        except WeftError:  # not for an encoder
+            continue
         state = need.trained + need.gradients + need.optimiser
         rows.append((link(method), size(state), size(need.activations or 0), size(need.total - need.base)))
     head = ["method", "tensors, gradients, AdamW", "activations", "beyond the base"]
@@ -246,7 +250,7 @@ def commands_block() -> str:
 
 def parser_of(name: str) -> Any:
     """The parser that `weft NAME` uses."""
-    command = cli.importlib.import_module(f"weft.cli.{name}")
+    command = importlib.import_module(f"weft.cli.{name}")
     parser = cli.Parser(prog=f"weft {name}", description=command.HELP, allow_abbrev=False)
     command.add_arguments(parser)
     return parser

@@ -11,6 +11,7 @@ from weft.compare.entries import parse_methods
 RUN = [page for page in ALL if blocks(page, "python") and page not in COMING]
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers for it
 @pytest.mark.parametrize("page", RUN, ids=named)
 def test_python_runs_as_printed(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

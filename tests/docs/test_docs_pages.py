@@ -1,4 +1,4 @@
-"""The pages: their tables are what the code says, every method has one, every page is in the navigation, links lead somewhere."""
+"""The pages: tables are what the code says, every method has one, all are in the navigation, links lead somewhere."""
 
 import dataclasses
 import re
@@ -41,7 +41,8 @@ def test_every_printed_figure_stands_on_the_page_of_its_method():
         text = LISTED[method].read_text(encoding="utf-8")
         shown = next((line for line in text.splitlines() if line.startswith(f"| {name} | {row.row} | {row.printed} ")), None)
         assert shown is not None, f"{row.id} {row.row}: {FRESH}"
-        assert row.ours is None or method in docs_tables.COMING or f"{row.ours:,}" in shown or f"{row.ours:.4f}" in shown, (row.id, shown)
+        if row.ours is not None and method not in docs_tables.COMING:
+            assert f"{row.ours:,}" in shown or f"{row.ours:.4f}" in shown, (row.id, shown)
 
 
 @pytest.mark.parametrize("name", LISTED)
