@@ -45,6 +45,9 @@ MEANINGS: dict[str, str] = {
     "Bottleneck.targets": "`None`: where the preset puts them; else [targets](../getting-started.md#targets)",
     "k": "blocks, counted from the output",
     "n": "positions of trained keys and values in every layer",
+    "hidden": "width of an MLP through which the prefix is trained and which no file holds; `None`: trained directly",
+    "positions": '`"shifted"`: real tokens count their positions from n on, as in peft; `"kept"`: from 0',
+    "std": "standard deviation of the start",
     "l_p": "trained positions before the prompt",
     "l_i": "trained positions behind it",
 }
