@@ -100,15 +100,14 @@ class Magnitude:
             with full_precision(W.device):
                 if W.numel() < magnitude.DENSE_BELOW:
                     V = wide(W)
-                    return magnitude.row_norm(V + f.s * (f.folded(V.dtype) @ f.A.to(V.dtype)))
+                    return magnitude.row_norm(V + f.folded(V.dtype) @ f.A.to(V.dtype))
                 norm = kept.get("norm of W", (), (W,), lambda: magnitude.row_norm(W))
                 product = gram = None
                 if A_stays is not None:
                     gram = kept.get("A A'", (), (A_stays,), lambda: magnitude.product(A_stays, A_stays, norm.dtype))
                     if 4 * A_stays.shape[0] <= W.shape[1]:  # it costs a quarter of W's memory at most
                         product = kept.get("W A'", (), (W, A_stays), lambda: magnitude.product(W, A_stays, norm.dtype))
-                B = f.folded(norm.dtype)
-                return magnitude.updated_norm(W, norm, f.A, B if f.s == 1.0 else B * f.s, product, gram)
+                return magnitude.updated_norm(W, norm, f.A, f.folded(norm.dtype), product, gram)
 
         found: Tensor = kept.get("norm", trained, frozen, compute)
         return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import cost, low_rank
-from .fused import Adapted
+from .fused import Adapted, folded
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,32 +35,30 @@ class Factors:
     share: Callable[[Tensor, Tensor, bool], Tensor] | None = None
 
     def folded(self, dtype: torch.dtype) -> Tensor:
-        """diag(b) B diag(d) [out, r] in `dtype` or wider, a small matrix through which b and d get their gradients."""
-        wide = torch.promote_types(self.B.dtype, dtype)
-        B = self.B.to(wide)
-        B = B if self.d is None else B * self.d.to(wide)
-        return B if self.b is None else B * self.b.to(wide)[:, None]
+        """C = s diag(b) B diag(d) [out, r] in `dtype`: with it W' = σ ∘ (W + C A)."""
+        return folded(self.B, self.d, self.b, self.s, dtype)
 
 
 def fused(x: Tensor, W: Tensor, bias: Tensor | None, f: Factors) -> Tensor:
     """y [..., out] from x [..., in], without another look at the layer. For when `paths.why_plain` finds no reason."""
     out, in_ = W.shape
     r, tokens = f.A.shape[0], x.numel() // max(in_, 1)
-    B, scaled = f.folded(x.dtype).to(x.dtype), f.sigma is not None  # the small matrices are cast, never the activations
+    scaled = f.sigma is not None
     # A built W' in bfloat16 would round small updates away, and dropout is on the update's input alone.
     may_build = x.dtype in (torch.float32, torch.float64) and not f.dropout
     build = may_build and cost.build_forward(tokens, out, in_, r, scaled)
     back = may_build and cost.build_backward(tokens, out, in_, r, scaled, f.A.requires_grad)
-    needs_h = torch.is_grad_enabled() and (B.requires_grad or f.A.requires_grad)
+    trained = [t for t in (f.A, f.B, f.d, f.b) if t is not None and t.requires_grad]
+    needs_h = torch.is_grad_enabled() and bool(trained)
     h = None
     if needs_h or not build:
         # Where the backward pass goes through W', h is only there for the gradients of A and B.
         h = _down(x, f, detached=back)
     keep_straight = f.sigma is not None and f.sigma.requires_grad and not f.output_tells
     build = build and not keep_straight
-    A = f.A.detach().to(x.dtype) if build or back else None
+    A = f.A.detach().to(x.dtype) if build or back else None  # the small matrices are cast, never the activations
     y: Tensor = Adapted.apply(  # type: ignore[no-untyped-call]
-        x, h, W, bias, A, B, f.sigma, f.s, build, back, keep_straight)
+        x, h, W, bias, A, f.B, f.d, f.b, f.sigma, f.s, build, back, keep_straight)
     return y
 
 

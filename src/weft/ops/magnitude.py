@@ -17,6 +17,8 @@ _LARGEST = 1e6  # (‖V‖ / ‖W‖)² up to which ‖W‖ is a good unit
 
 def row_norm(V: Tensor) -> Tensor:
     """Euclidean norm of each row of V [out, in] in float32 or wider -> [out], never below the smallest normal."""
+    if V.is_meta:  # no numbers, and torch takes its time over none
+        return V.new_empty(V.shape[0], dtype=torch.promote_types(V.dtype, torch.float32))
     wide = V if V.dtype == torch.float64 else V.float()
     norm: Tensor = torch.linalg.vector_norm(wide, dim=1)
     return norm.clamp_min(SMALLEST)

@@ -84,7 +84,7 @@ def _stacked(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
     """h [k, tokens of a part, r] and B [k, out, r] of k parts."""
     k, (n, tokens, _) = len(bucket), x.shape
     A = torch.stack([part.factors.A for part in bucket]).to(x.dtype)
-    B = torch.stack([part.factors.folded(x.dtype) * part.factors.s for part in bucket]).to(x.dtype)
+    B = torch.stack([part.factors.folded(x.dtype) for part in bucket])
     return torch.bmm(x.reshape(k, (n // k) * tokens, x.shape[-1]), A.mT), B
 
 
