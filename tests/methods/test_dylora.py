@@ -89,6 +89,27 @@ def test_last_only_moves_the_b_th_alone_whatever_the_optimiser():
     assert adapter.config.audit_after == R - 2 + 3
 
 
+def test_last_only_holds_through_an_optimiser_that_evaluates_often():
+    model, adapter, x = fresh(last_only=True)
+    move(adapter)
+    optimiser = torch.optim.LBFGS(adapter.parameters(), lr=0.5, max_iter=4)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = model(x).sub(1).pow(2).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        b, before = rank(adapter), {m: (s.A.clone(), s.B.clone()) for m, s in adapter.sites.items()}
+        optimiser.step(closure)
+        for module, site in adapter.sites.items():
+            A, B = before[module]
+            moved = (site.A != A).any(1), (site.B != B).any(0)
+            assert all(m.nonzero().flatten().tolist() == [b - 1] for m in moved)
+            assert "held" not in site.__dict__
+
+
 def test_a_resumed_run_and_a_copy_draw_the_same_ranks_bit_for_bit():
     model, adapter, x = fresh()
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=0.05)

@@ -67,8 +67,12 @@ class Host(Protocol):
     def run(self, x: Tensor) -> Tensor:
         """The layer's own output for another input."""
         ...
-    def project(self, x: Tensor, A: Tensor, dropout: float, training: bool) -> Tensor:
-        """x Aᵀ [..., r] for A [r, in], with dropout on x; x holds ids where the layer is an embedding."""
+    def project(self, x: Tensor, A: Tensor, dropout: float, training: bool, dtype: torch.dtype | None = None) -> Tensor:
+        """x Aᵀ [..., r] for A [r, in], with dropout on x; x holds ids where the layer is an embedding.
+
+        A tensor that trains is given as it is, with the `dtype` to compute in: cast where no gradient is recorded (as in
+        a forward that is recomputed later) it would not show that it trains, and dropout would draw another mask.
+        """
         ...
 
 
@@ -160,8 +164,12 @@ class Stepped(Protocol):
     It is called on the adapter's configuration, with all its layers' tensors by module name.
     """
 
-    def before_step(self, sites: Mapping[str, Any], scale: float) -> None:
-        """Gradients are there, `scale` times too large."""
+    @property
+    def follows_steps(self) -> bool:
+        """With these values of its fields it does act; then tensors that move without a step are an error."""
+        ...
+    def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
+        """Gradients are there, `scale` times too large; `again` in the same step where a closure has made new ones."""
         ...
     def after_step(self, sites: Mapping[str, Any]) -> None:
         """The tensors have moved; the gradients are still there, at their own size."""
