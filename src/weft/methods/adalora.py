@@ -184,6 +184,10 @@ class AdaLoRA:
     def restore(self, p: Params, text: str) -> None:
         p.kept.copy_(torch.tensor([mark == "1" for mark in text]))
 
+    def still(self, p: Params) -> tuple[str, ...]:
+        """All of a layer that has lost its last triplet: lam is 0 again, as at the start, and P and Q have no gradient."""
+        return () if p.kept.any() else _TENSORS
+
     def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
         self.budget(0, 0, 0)  # now, and not after a step has been taken that no schedule has counted
         for p in sites.values():

@@ -155,6 +155,9 @@ class Stateful(Protocol):
     def restore(self, p: Params, text: str) -> None:
         """Put back what `reached` told."""
         ...
+    def still(self, p: Params) -> tuple[str, ...]:
+        """Trained tensors that the rule itself keeps where they started, so that the audit does not ask them to move."""
+        ...
 
 
 @runtime_checkable

@@ -134,6 +134,9 @@ class DyLoRA:
     def follows_steps(self) -> bool:
         return self.r_min < self.r or self.last_only
 
+    def still(self, p: Params) -> tuple[str, ...]:
+        return ()
+
     def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
         for p in sites.values() if self.last_only else ():
             others = self._others(p)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AuditError
+from ..methods.base import Stateful
 from ..model.adapter import Adapter
 from ..model.attach import adapters
 from ..model.state import state_of
@@ -44,12 +45,13 @@ class Gradients:
 @dataclass
 class Snapshot:
     """Copies of the declared tensors, digests of the base's bits, the steps that adapters with a schedule have counted (by
-    what their tensors' keys begin with), and the gradients seen since.
+    what their tensors' keys begin with), the tensors that a rule itself keeps still, and the gradients seen since.
     """
 
     declared: dict[str, Tensor]
     base: dict[str, tuple[int, int]]
     steps: dict[str, int] = field(default_factory=dict)
+    still: set[str] = field(default_factory=set)
     gradients: dict[str, Gradients] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
 
@@ -57,7 +59,8 @@ class Snapshot:
 def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     """Record the declared tensors of the adapter `name` (all adapters if None) and the base, and watch gradients."""
     declared = _declared(model, name)
-    shot = Snapshot({k: p.detach().clone() for k, p in declared.items()}, _base(model), _steps(model, name))
+    shot = Snapshot({k: p.detach().clone() for k, p in declared.items()}, _base(model), _steps(model, name),
+                    _still(model, name))
     for key, parameter in declared.items():
         record = shot.gradients[key] = Gradients()
         shot.hooks.append(parameter.register_post_accumulate_grad_hook(record.see))  # type: ignore[no-untyped-call]
@@ -101,6 +104,11 @@ def _steps(model: nn.Module, name: str | None) -> dict[str, int]:
             if follows(handle) and any("step" in site.state_names for site in handle.sites.values())}
 
 
+def _still(model: nn.Module, name: str | None) -> set[str]:
+    return {f"{begin}{module}.{tensor}" for begin, handle in _chosen(model, name).items()
+            for module, site in handle.sites.items() if isinstance(site.rule, Stateful) for tensor in site.rule.still(site)}
+
+
 def _base(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Digests of everything that is not an adapter's: parameters (pretrained values) and persistent buffers."""
     state = state_of(model)
@@ -138,7 +146,7 @@ def _snapshots(model: nn.Module, before: Snapshot, after: Snapshot) -> list[str]
         if new is None or new.shape != old.shape:
             problems.append(f"{key}: gone or reshaped since the first snapshot")
             continue
-        problems += _tensor_problems(key, old, new, before.gradients[key])
+        problems += _tensor_problems(key, old, new, before.gradients[key], key in after.still)
     problems += [f"{key}: base tensor changed" + _moving_buffer(key) for key, digest in before.base.items()
                  if after.base.get(key) != digest]
     return problems + _uncounted(model, before, after)
@@ -164,7 +172,7 @@ def _mappings(model: nn.Module, before: Any, after: Any, name: str | None) -> li
                          "tensors by state_dict key.")
     problems = []
     declared = {id(p): key for key, p in _declared(model, name).items()}
-    found = set()
+    found, still = set(), _still(model, name)
     for key, live in state_of(model).root.state_dict(keep_vars=True).items():
         if key not in before or key not in after:
             problems.append(f"{key}: not in both mappings")
@@ -172,19 +180,22 @@ def _mappings(model: nn.Module, before: Any, after: Any, name: str | None) -> li
             found.add(id(live))
             seen = Gradients()
             seen.see(live)
-            problems += _tensor_problems(declared[id(live)], before[key], after[key], seen if seen.count else None)
+            problems += _tensor_problems(declared[id(live)], before[key], after[key], seen if seen.count else None,
+                                         declared[id(live)] in still)
         elif id(live) not in _carried(model) and _digest(before[key]) != _digest(after[key]):
             problems.append(f"{key}: base tensor changed" + _moving_buffer(key))
     return problems + [f"{key}: not in the model's state_dict" for i, key in declared.items() if i not in found]
 
 
-def _tensor_problems(key: str, old: Tensor, new: Tensor, gradients: Gradients | None) -> list[str]:
+def _tensor_problems(key: str, old: Tensor, new: Tensor, gradients: Gradients | None, still: bool) -> list[str]:
     if not bool(torch.isfinite(new).all()):
         return [f"{key}: holds NaN or infinity"]
     if gradients is not None and not gradients.count:
         return [f"{key}: no gradient reached it (is the layer called, and is the adapter the active one?)"]
     if gradients is not None and not gradients.finite:
         return [f"{key}: its gradient was NaN or infinite"]
+    if still:
+        return []
     if gradients is not None and not gradients.nonzero:
         why = "one step is too few where another factor starts at 0"
         return [f"{key}: its gradient was zero in all {gradients.count} backward passes ({why})"]
