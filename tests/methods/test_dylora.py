@@ -218,6 +218,12 @@ def test_a_truncated_adapter_trains_on_with_a_new_optimiser():
         step(model, x, optimiser)
 
 
+def test_layers_of_larger_rank_are_truncated_too():
+    _, adapter, _ = fresh(targets={"layer": {"r": 9}, "mid": {}})
+    adapter.truncate(8)
+    assert adapter.ranks == {"layer": 8, "mid": R}
+
+
 @pytest.mark.parametrize("r", [0, 7, True, 2.0])
 def test_a_rank_that_is_not_there_is_refused(r):
     _, adapter, _ = fresh()

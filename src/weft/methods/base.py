@@ -242,10 +242,13 @@ def check_choice(config: Any, field: str, allowed: Sequence[str]) -> None:
 
 
 def check_common(config: Any) -> None:
-    """The fields every rule has: dropout, seed, dtype, modules_to_save, and targets as far as they need no model."""
+    """The fields every rule has: seed, dtype, modules_to_save, and targets as far as they need no model; and dropout where
+    there is any.
+    """
     from .target_spec import normalise  # here, so that a configuration module can be read from the top
 
-    check_number(config, "dropout", low=0.0, high=1.0, open_high=True)
+    if hasattr(config, "dropout"):
+        check_number(config, "dropout", low=0.0, high=1.0, open_high=True)
     if isinstance(config.seed, bool) or not isinstance(config.seed, int) or not 0 <= config.seed < 2**63:
         raise ConfigError(f"{type(config).__name__}(seed={config.seed!r}): seed must be a whole number from 0 to 2**63-1.")
     if isinstance(config.dtype, torch.dtype):
