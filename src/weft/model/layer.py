@@ -6,7 +6,7 @@ The layer stays where it is, stays an instance of its class and keeps its parame
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ..ops.factors import Factors
 from . import paths
 from .hosts import INNER_FORWARD, HostView, own_forward
 from .state import Switch
+
+if TYPE_CHECKING:
+    from .stepping import Watch
 
 CHILD = "weft"
 _SWITCH = "_weft_switch"
@@ -33,6 +36,7 @@ class Site(nn.Module):
         self.shape = (host.out_features, host.in_features)
         self.names = tuple(rule.trained(*self.shape))
         self.derived = Derived()
+        self.watch: Watch | None = None  # of the first layer of an adapter whose rule follows the optimiser's steps
 
     def start(self, draw: Draw) -> None:
         """Create the trained tensors at their starting values, on the device of the layer's weight, and what the rule
@@ -90,7 +94,13 @@ class Site(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output with this adapter, from its input and its own output."""
-        return self.rule.forward(x, y, self.host, self)
+        return self.seen(self.rule.forward(x, y, self.host, self))
+
+    def seen(self, out: Tensor) -> Tensor:
+        """The output, once the watch over the optimiser's steps, if there is one, has looked at it."""
+        if self.watch is not None and self.training and not torch.compiler.is_compiling():
+            self.watch.look(self, out)
+        return out
 
     def why_plain(self, x: Tensor) -> str | None:
         """The reason why `fused` may not be called for this input; None where it may."""
@@ -100,7 +110,7 @@ class Site(nn.Module):
 
     def fused(self, x: Tensor) -> Tensor:
         """The same from the input alone, in one function that keeps less and runs faster."""
-        return factors.fused(x, self.host.weight(), self.host.bias, self.factors())
+        return self.seen(factors.fused(x, self.host.weight(), self.host.bias, self.factors()))
 
     def factors(self) -> Factors:
         """The layer's tensors in the form that all methods of the family have in common."""

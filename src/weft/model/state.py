@@ -97,6 +97,8 @@ class Switch:
             n, tokens = len(rows.names), y.numel() // y.shape[-1] // len(rows.names)
             out = mixed.apply(x.reshape(n, tokens, x.shape[-1]), y.reshape(n, tokens, y.shape[-1]),
                               sites[together[0]].host.bias, parts).view(y.shape)
+            for name in together:
+                sites[name].seen(out)
         for name in here:
             if name not in together:
                 index = rows.index(name, y.shape[0], y.device)

@@ -65,4 +65,4 @@ def fused(x: Tensor, W: Tensor, bias: Tensor | None, f: Factors) -> Tensor:
 def _down(x: Tensor, f: Factors, detached: bool) -> Tensor:
     if f.share is not None and not f.dropout:
         return f.share(x, f.A, detached)
-    return low_rank.down(x.detach() if detached else x, f.A.to(x.dtype), f.dropout, f.dropout > 0)
+    return low_rank.down(x.detach() if detached else x, f.A, f.dropout, f.dropout > 0, x.dtype)
