@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError
-from ..methods.base import DTYPES, Stateful
+from ..methods.base import DTYPES, Reparameterised, Stateful
 from ..methods.projections import Projections
 from ..model.adapter import Adapter
 from ..model.layer import Site
@@ -43,7 +43,7 @@ _INFORMATIVE = {"base_model_name_or_path", "revision", "task_type", "inference_m
 def make(adapter: Adapter, layout: str, tensors: Mapping[str, Tensor], selected: list[str], config: Mapping[str, Any],
          values: bool) -> dict[str, str]:
     """The metadata. values=False puts zeros for checksums, which are not compressed: the same length, no number read."""
-    head = {"schema": SCHEMA, "layout": layout, "config": methods.to_json(adapter.config),
+    head = {"schema": SCHEMA, "layout": layout, "config": methods.to_json(finished(adapter.config)),
             "shared": _shared(adapter, values)}
     manifest = {"base": base_of(adapter), "sites": _sites(adapter), "selected": selected, **_reached(adapter)}
     return sealed(head, manifest, tensors, config, values)
@@ -166,9 +166,18 @@ def _common(a: list[str], b: list[str]) -> list[str]:
 
 
 def trained_tensors(site: Site) -> dict[str, Tensor]:
-    """The trained tensors of a layer, in the one dtype under which they are written."""
+    """The tensors of a layer that a file holds, in the one dtype under which they are written."""
     dtype = DTYPES[_dtype(site)]
-    return {name: p.detach().to(dtype) for name, p in site.trainable().items()}
+    if finished(site.rule) is site.rule:
+        return {name: p.detach().to(dtype) for name, p in site.trainable().items()}
+    with torch.no_grad():
+        return {name: t.to(dtype) for name, t in site.rule.finished_tensors(site).items()}
+
+
+def finished(config: Any) -> Any:
+    """The configuration that a file says: another one where what was trained only made the tensors that are written."""
+    done = config.finished() if isinstance(config, Reparameterised) else config
+    return config if done == config else done
 
 
 def _reached(adapter: Adapter) -> dict[str, Any]:
@@ -197,7 +206,7 @@ def _sites(adapter: Adapter) -> list[Any]:
 
 def _overrides(site: Site, config: Any) -> dict[str, Any]:
     """What this layer's rule has other than the configuration; its dtype is that of the tensors, cast or not."""
-    return differences(methods.replace(site.rule, {"dtype": _dtype(site)}), config)
+    return differences(methods.replace(finished(site.rule), {"dtype": _dtype(site)}), finished(config))
 
 
 def differences(rule: Any, config: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from .. import methods
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..methods.base import Stateful
 from ..model import targets
@@ -51,7 +52,8 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     elif not plan.rules and not plan.selected:
         raise CheckpointError(f"{path} has nothing that fits this {type(root).__name__}:\n  " + "\n  ".join(plan.problems))
     rules = {module: plan.rules[module] for module in plan.modules if module in plan.rules}  # in the model's order
-    frozen, routed = targets.leftovers(root, rules) if rules else ([], [])
+    weights = rules and not isinstance(plan.config, methods.Prompt)
+    frozen, routed = targets.leftovers(root, rules) if weights else ([], [])
     adapter = attach_resolved(model, plan.config, Parts(rules, list(plan.selected), frozen, routed), name, plan.shared)
     try:
         _fill(adapter, plan)

@@ -77,7 +77,7 @@ def compose(adapter: Adapter, projections: bool = False, values: bool = True) ->
     else:
         layout, (tensors, selected) = NATIVE, native.write(adapter)
         # A type that peft does not know makes it refuse the directory rather than misread it.
-        beside = {"peft_type": f"WEFT_{type(config).__name__.upper()}", "weft": methods.to_json(config)}
+        beside = {"peft_type": f"WEFT_{type(config).__name__.upper()}", "weft": methods.to_json(header.finished(config))}
     if layout != NATIVE:
         selected, repeated = peft_common.base_tensors(adapter)
         tensors |= {peft_common.PREFIX + key: t for key, t in {**repeated, **selected}.items()}
@@ -87,6 +87,7 @@ def compose(adapter: Adapter, projections: bool = False, values: bool = True) ->
 def _check_values(adapter: Adapter) -> None:
     shapes = {id(p): shape for site in adapter.sites.values()
               for p, shape in zip(site.trainable().values(), site.rule.trained(*site.shape).values(), strict=True)}
+    shapes |= {id(p): tuple(p.shape) for p in adapter.shared_parameters.values()}
     shapes |= {id(s.trained): tuple(s.original.shape) for s in adapter.selected_tensors.values()}
     for name, p in adapter.named_parameters():
         if p.is_meta:
