@@ -18,12 +18,13 @@ from ..model.adapter import Adapter
 from ..model.attach import Parts, attach_resolved, detach
 from ..model.state import find_state, unwrapped
 from ..model.switch import activate, base_only
-from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_vera
+from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_prompt, peft_vera
 from .content import LoadReport, Stored, refuse, report_extra
 from .placement import Placement
 from .save import NATIVE
 
-FROM_PEFT: dict[str, Any] = {codec.PEFT_TYPE: codec for codec in (peft_lora, peft_vera, peft_adalora)}
+FROM_PEFT: dict[str, Any] = {codec.PEFT_TYPE: codec for codec in (peft_lora, peft_vera, peft_adalora, peft_prompt.PREFIX,
+                                                                      peft_prompt.PROMPT)}
 
 
 @overload
@@ -122,6 +123,10 @@ def _read_own(tensors_file: Path, config_file: Path | None, tensors: dict[str, T
         return stored
     if layout not in FROM_PEFT:
         raise CheckpointError(f"{tensors_file} has the layout {layout!r}, which this Weft does not know. Update weft.")
+    if isinstance(codec := FROM_PEFT[layout], peft_prompt.Codec):
+        codec.fill(stored, tensors)
+        report_extra(stored, tensors, [peft_prompt.KEY])
+        return stored
     present = set(tensors)
     if layout == peft_vera.PEFT_TYPE:
         peft_vera.take_matrices(stored, tensors)

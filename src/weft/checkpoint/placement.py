@@ -14,7 +14,7 @@ from ..model import hosts, prompts, structure
 from ..model.attach import parts_of
 from ..model.selection import tensors_of_modules, tensors_picked
 from ..model.state import find_state
-from . import header, matching, matrices
+from . import header, matching, matrices, peft_prompt
 from .content import Stored, StoredSite, fault_of, nearest
 from .peft_common import saved_by
 
@@ -33,15 +33,18 @@ class Placement:
         self.parameters = {name: p for name, p in root.named_parameters(remove_duplicate=False)
                            if _parent(name) in self.modules}
         tensors = [*stored.selected, *stored.repeated]
-        self.names = matching.match(list(dict.fromkeys([*stored.sites, *map(_parent, tensors)])), self.modules)
+        wanted = [*(() if stored.in_order else stored.sites), *map(_parent, tensors)]
+        self.names = matching.match(list(dict.fromkeys(wanted)), self.modules)
         self.mapped = [*stored.mapped, *self.names.mapped]
+        self._places: dict[str, Any] | None = None
+        if stored.in_order:
+            self._name_in_order()
         self.nested = self._nested()
         self.rules: dict[str, Any] = {}
         self.values: dict[str, dict[str, Tensor]] = {}
         self.reached: dict[str, str] = {}  # what training has decided of a layer, beside its tensors
         self.shapes: dict[str, tuple[int, int]] = {}  # by the file's name
         self.selected: dict[str, Tensor] = {}
-        self._places: dict[str, Any] | None = None
         self._check_architecture()
         for module, site in stored.sites.items():
             self._place_site(module, site)
@@ -84,6 +87,16 @@ class Placement:
                 self.values[name][tensor] = site.tensors[tensor]
             else:
                 self.problems.append(f"{site.keys[tensor]!r} ({tensor} of {name!r}): {fault}")
+
+    def _name_in_order(self) -> None:
+        """The sites of a file that names no module are the model's places, in order."""
+        why = peft_prompt.unlike_peft(self.root)
+        if why is not None:
+            self.problems.append(f"peft's file means something else in this {type(self.root).__name__}: {why}")
+        places, sites = list(self._prompt_hosts(self.config.at)), list(self.stored.sites)
+        if len(places) != len(sites):
+            self.problems.append(f"the file has {len(sites)} layers, and the model {len(places)}")
+        self.names.found |= dict(zip(sites, places, strict=False))
 
     def _host(self, module: str, name: str, rule: Any) -> Any:
         """What the rule sees of the model's module; None, with a problem, where it can be no host."""
