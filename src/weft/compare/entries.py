@@ -28,6 +28,9 @@ LRS = {
     "LoRAFA": (3e-3, 1e-2, 3e-2),
     "AdaLoRA": (1e-2, 3e-2, 1e-1),
     "DyLoRA": (3e-3, 1e-2, 3e-2),
+    "Prefix": (3e-2, 1e-1, 3e-1),
+    "PreEmbed": (3e-3, 1e-2, 3e-2),
+    "PreLayer": (1e-3, 3e-3, 1e-2),
 }
 OTHER_LRS = (1e-3, 3e-3, 1e-2)  # of a method that the table above does not know yet
 GROW = 3  # times that a grid may grow
