@@ -54,6 +54,7 @@ from .base import (
     check_modules,
     check_number,
     check_tensors,
+    wide,
 )
 
 
@@ -68,8 +69,8 @@ class Trunk(Shared):
         self.b_down = nn.Parameter(torch.zeros(hidden, device=device))
 
     def hidden(self) -> Tensor:
-        """tanh(down E + b_down) [n, hidden]."""
-        return torch.tanh(F.linear(self.E, self.down, self.b_down))
+        """tanh(down E + b_down) [n, hidden], in float32 or wider."""
+        return torch.tanh(F.linear(wide(self.E), wide(self.down), wide(self.b_down)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ class Prefix:
         """P_K [n, width of the keys] and P_V [n, width of the values]."""
         if self.hidden is None:
             return p.keys, p.values
-        both = F.linear(p.shared.hidden().to(p.up.dtype), p.up, p.b_up)
+        both = F.linear(p.shared.hidden(), wide(p.up), wide(p.b_up))
         return both[:, : p.shape[0]], both[:, p.shape[0] :]
 
     def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
