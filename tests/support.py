@@ -42,6 +42,7 @@ RULE_VARIANTS = [v for v in VARIANTS if v.partition(":")[0] in RULES]
 MERGEABLE = [v for v in VARIANTS if METHODS[v.partition(":")[0]].mergeable]
 TURNS_WEIGHTS = [v for v in RULE_VARIANTS if v in MERGEABLE]
 PROMPT_VARIANTS = [v for v in VARIANTS if v.partition(":")[0] in PROMPTS]
+SAVED_AS_TRAINED = [v for v in VARIANTS if ":hidden=" not in v]  # the others' files hold what their tensors make
 STARTS_AT_BASE = [v for v in VARIANTS if getattr(METHODS[v.partition(":")[0]], "starts_at_base", True)]
 
 

@@ -111,7 +111,8 @@ def test_what_peft_has_no_form_for_makes_peft_refuse(config, tmp_path):
 def test_a_model_in_which_peft_does_something_else_gets_wefts_own_layout_and_refuses_pefts(tmp_path):
     with quiet():
         peft.get_peft_model(BASES["llama"](), THEIRS["prefix"]()).save_pretrained(str(tmp_path / "peft"))
-    for build, why in ((lambda: classifier("bert"), "it is no decoder"), (lambda: BASES["llama"]().model, "no causal language"),
+    for build, why in ((lambda: classifier("bert"), "it is no decoder"),
+                       (lambda: BASES["llama"]().model, "no causal language"),
                        (lambda: llama(3, "Mistral", sliding_window=4), "sliding window")):
         model = build()
         attached_layout(model, tmp_path / "own")
@@ -138,7 +139,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     rewrite(tmp_path, lambda t: t.clear() or t.update(other=torch.zeros(3)))
     refused(BASES["llama"](), tmp_path, "missing: 'prompt_embeddings'")
     edit_config(tmp_path, task_type="SEQ_CLS")
-    with pytest.raises(weft.UnsupportedError, match="task_type='SEQ_CLS'.*Weft reads that of CAUSAL_LM"):
+    with pytest.raises(weft.UnsupportedError, match=r"task_type='SEQ_CLS'.*Weft reads that of CAUSAL_LM"):
         weft.load(BASES["llama"](), tmp_path)
     edit_config(tmp_path, task_type="CAUSAL_LM", peft_type="P_TUNING")
     with pytest.raises(weft.UnsupportedError, match="peft_type='P_TUNING'; Weft reads"):

@@ -110,7 +110,8 @@ def test_generating_with_a_cache_is_generating_without_step_by_step(name, method
     model, _ = attached(name, method)
     batch = padded([ids(1, n, seed=n)[0] for n in (5, 3)], "left")
     batch.pop("position_ids")
-    settings = dict(max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None)
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+                "eos_token_id": None}
     with_cache = model.generate(**batch, use_cache=True, **settings)
     without = model.generate(**batch, use_cache=False, **settings)
     assert torch.equal(with_cache.sequences, without.sequences)
@@ -129,7 +130,7 @@ def test_beams_with_a_cache_are_beams_without(name, method):
     model, _ = attached(name, method)
     batch = padded([ids(1, n, seed=n)[0] for n in (5, 3)], "left")
     batch.pop("position_ids")
-    settings = dict(max_new_tokens=4, do_sample=False, num_beams=3, eos_token_id=None)
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "eos_token_id": None}
     assert torch.equal(model.generate(**batch, use_cache=True, **settings),
                        model.generate(**batch, use_cache=False, **settings))
 
@@ -206,7 +207,7 @@ def test_copies_and_pickles_stand_alone(name, method):
     model, _ = attached(name, method)
     inputs = {k: v.to(F64) if v.is_floating_point() else v for k, v in ARCHITECTURES[name].inputs().items()}
     wanted = model(**inputs).logits
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
         assert same_bits(twin(**inputs).logits, wanted)
         move(weft.adapters(twin)["default"], seed=5)
         assert distance(twin(**inputs).logits, wanted) > 1e-2
@@ -302,9 +303,9 @@ def test_what_virtual_tokens_do_not_go_with_says_so():
         model(ids(), token_type_ids=ids())
     with pytest.raises(weft.UnsupportedError, match="as \\[rows, tokens\\]"):
         model(ids(), attention_mask=torch.ones(3, 1, 7, 7))
+    flex = ARCHITECTURES["llama"].build()
+    flex.config._attn_implementation = "flex_attention"
     with pytest.raises(weft.TargetError, match=r"its attention is 'flex_attention'"):
-        flex = ARCHITECTURES["llama"].build()
-        flex.config._attn_implementation = "flex_attention"
         weft.attach(flex, weft.Prefix())
 
 

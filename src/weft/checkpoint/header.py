@@ -43,7 +43,7 @@ _INFORMATIVE = {"base_model_name_or_path", "revision", "task_type", "inference_m
 def make(adapter: Adapter, layout: str, tensors: Mapping[str, Tensor], selected: list[str], config: Mapping[str, Any],
          values: bool) -> dict[str, str]:
     """The metadata. values=False puts zeros for checksums, which are not compressed: the same length, no number read."""
-    head = {"schema": SCHEMA, "layout": layout, "config": methods.to_json(finished(adapter.config)),
+    head = {"schema": SCHEMA, "layout": layout, "config": methods.to_json(said(adapter)),
             "shared": _shared(adapter, values)}
     manifest = {"base": base_of(adapter), "sites": _sites(adapter), "selected": selected, **_reached(adapter)}
     return sealed(head, manifest, tensors, config, values)
@@ -200,13 +200,21 @@ def digest_of(tensors: Iterable[Tensor]) -> str | None:
 
 
 def _sites(adapter: Adapter) -> list[Any]:
-    return [[canonical(module), site.host.kind, list(site.shape), _overrides(site, adapter.config)]
+    return [[canonical(module), site.host.kind, list(site.shape), _overrides(site, said(adapter))]
             for module, site in adapter.sites.items()]
+
+
+def said(adapter: Adapter) -> Any:
+    """The configuration that a file says; of one that makes its tensors, with the dtype in which they are written."""
+    config, site = adapter.config, next(iter(adapter.sites.values()), None)
+    if site is None or finished(config) is config:
+        return config
+    return methods.replace(finished(config), {"dtype": _dtype(site)})
 
 
 def _overrides(site: Site, config: Any) -> dict[str, Any]:
     """What this layer's rule has other than the configuration; its dtype is that of the tensors, cast or not."""
-    return differences(methods.replace(finished(site.rule), {"dtype": _dtype(site)}), finished(config))
+    return differences(methods.replace(finished(site.rule), {"dtype": _dtype(site)}), config)
 
 
 def differences(rule: Any, config: Any) -> dict[str, Any]:
@@ -218,6 +226,8 @@ def differences(rule: Any, config: Any) -> dict[str, Any]:
 def _dtype(site: Site) -> str:
     """The dtype that holds all the trained tensors of a layer: model.bfloat16() casts them too."""
     held = reduce(torch.promote_types, (p.dtype for p in site.trainable().values()))
+    if finished(site.rule) is not site.rule:  # what is made of tensors is made in float32 or wider, and would be rounded
+        held = torch.promote_types(held, torch.float32)
     return next(name for name, dtype in DTYPES.items() if dtype == held)
 
 

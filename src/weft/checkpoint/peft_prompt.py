@@ -1,6 +1,6 @@
 """Prefix and prompt tuning in peft's layout, both ways: one tensor, which names no module.
 
-prompt_embeddings [n, layers * 2 * width]   PREFIX_TUNING: keys and values of the layers in order, key-value heads side by side
+prompt_embeddings [n, layers * 2 * width]   PREFIX_TUNING: keys and values of the layers in order, heads side by side
 prompt_embeddings [n, width]                PROMPT_TUNING: the embeddings before the prompt
 """
 
@@ -93,22 +93,23 @@ class Codec:
         """What peft saved. The model tells which modules its layers are, in order."""
         kind = self.PEFT_TYPE
         refuse_fields(config, _CARRIED, kind)
-        if config.get("task_type") not in ("CAUSAL_LM", None) or config.get("num_transformer_submodules", 1) not in (1, None):
-            raise UnsupportedError(f"peft's {kind} for task_type={config.get('task_type')!r} with num_transformer_submodules="
-                                   f"{config.get('num_transformer_submodules')!r} gives a model other inputs than Weft does; "
-                                   "Weft reads that of CAUSAL_LM.")
+        task, parts = config.get("task_type"), config.get("num_transformer_submodules")
+        if task not in ("CAUSAL_LM", None) or parts not in (1, None):
+            raise UnsupportedError(f"peft's {kind} for task_type={task!r} with num_transformer_submodules={parts!r} gives a model "
+                                   "other inputs than Weft does; Weft reads that of CAUSAL_LM.")
         n, width, layers = (config.get(key) for key in ("num_virtual_tokens", "token_dim", "num_layers"))
         if self.method is PreEmbed:
             layers = 1
         if not all(type(value) is int and value > 0 for value in (n, width, layers)):
-            raise CheckpointError(f"peft's {kind} configuration must say num_virtual_tokens, token_dim and num_layers as whole "
-                                  f"numbers; it says {n!r}, {width!r} and {layers!r}.")
+            raise CheckpointError(f"peft's {kind} configuration must say num_virtual_tokens, token_dim and num_layers as "
+                                  f"whole numbers; it says {n!r}, {width!r} and {layers!r}.")
         fields = {"n": n} if self.method is Prefix else {"l_p": n, "l_i": 0}
         rule = self.method(**fields, dtype=dtype_of(tensors), modules_to_save=config.get("modules_to_save") or ())
         stored = Stored(rule, "peft", in_order=True)
+        shape = (int(width or 0), int(width or 0))
         for i in range(int(layers or 0)):
             place = f"layer {i}" if self.method is Prefix else "the input"
-            stored.sites[place] = StoredSite(rule, kind=rule.at, shape=(width, width))
+            stored.sites[place] = StoredSite(rule, kind=rule.at, shape=shape)
         rest = dict(tensors)
         self.fill(stored, rest)
         return stored, rest

@@ -81,7 +81,7 @@ def compose(adapter: Adapter, projections: bool = False, values: bool = True) ->
     else:
         layout, (tensors, selected) = NATIVE, native.write(adapter)
         # A type that peft does not know makes it refuse the directory rather than misread it.
-        beside = {"peft_type": f"WEFT_{type(config).__name__.upper()}", "weft": methods.to_json(header.finished(config))}
+        beside = {"peft_type": f"WEFT_{type(config).__name__.upper()}", "weft": methods.to_json(header.said(adapter))}
     if layout != NATIVE:
         selected, repeated = peft_common.base_tensors(adapter)
         tensors |= {peft_common.PREFIX + key: t for key, t in {**repeated, **selected}.items()}

@@ -147,7 +147,7 @@ class Adapter:
         if getattr(self.config, "total_steps", total) is None:
             config = replace(self.config, total_steps=total)
             for site in self.sites.values():
-                site.rule = replace(site.rule, total_steps=total)  # type: ignore[type-var]
+                site.rule = replace(site.rule, total_steps=total)
             self.config = config
 
     def truncate(self, r: int) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ def why_not(module: nn.Module) -> str | None:
     """Why such a module cannot have a prefix, or None."""
     name = own_name(module)
     if name not in KNOWN:
-        return f"its attention is {name!r}, and Weft extends {list(KNOWN)}: model.set_attn_implementation(\"sdpa\")"
+        return f'its attention is {name!r}, and Weft extends {list(KNOWN)}: model.set_attn_implementation("sdpa")'
     if name == "eager" and (getattr(module, "reorder_and_upcast_attn", False) or not callable(_eager(module))):
         return 'its "eager" attention is not a function that could be called with a prefix: ' \
                'model.set_attn_implementation("sdpa")'
@@ -62,7 +61,10 @@ def register() -> None:
 def claim(modules: Iterable[nn.Module]) -> None:
     """Let these modules' attention go through ours."""
     register()
-    for config in _configs(modules):
+    held = list(modules)
+    for module in held:
+        _own(module, str(own_name(module)))
+    for config in _configs(held):
         if not config._attn_implementation.startswith(_OURS):
             config._attn_implementation = _OURS + config._attn_implementation
 
@@ -91,7 +93,6 @@ def _configs(modules: Iterable[nn.Module]) -> list[Any]:
     return list({id(m.config): m.config for m in modules}.values())
 
 
-@cache
 def _function(cls: type[nn.Module]) -> Any:
     """The forward that a class was written with, under its decorators."""
     return inspect.unwrap(cls.forward)
@@ -101,12 +102,25 @@ def _eager(module: nn.Module) -> Any:
     return _function(type(module)).__globals__.get("eager_attention_forward")
 
 
+def _own(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The attention function of this name that the module itself would take."""
+    cls = type(module)
+    if cls not in _interfaces:
+        _interfaces[cls] = _function(cls).__globals__[INTERFACE], _eager(module)
+    interface, eager = _interfaces[cls]
+    found: Callable[..., Any] = interface.get_interface(name, eager)
+    return found
+
+
+_interfaces: dict[type[nn.Module], tuple[Any, Any]] = {}  # by class; filled at attach, so that tracing finds it there
+
+
 def _over(name: str) -> Callable[..., Any]:
     """The attention function `name`, with the active prefix before its keys and values."""
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                   *args: Any, **kwargs: Any) -> Any:
-        run = _function(type(module)).__globals__[INTERFACE].get_interface(name, _eager(module))
+        run = _own(module, name)
         found = _prefix(module, key, value)
         if found is None:
             return run(module, query, key, value, attention_mask, *args, **kwargs)
@@ -194,5 +208,6 @@ def _widened(mask: Tensor | None, rows: Tensor | None, query: Tensor, key: Tenso
         extra = rows[:, None, None, :]
         mask = mask.expand(rows.shape[0], -1, -1, -1)
     if mask.dtype != torch.bool:
-        extra = torch.zeros(extra.shape, dtype=mask.dtype, device=key.device).masked_fill(~extra, torch.finfo(mask.dtype).min)
+        least = torch.finfo(mask.dtype).min
+        extra = torch.zeros(extra.shape, dtype=mask.dtype, device=key.device).masked_fill(~extra, least)
     return torch.cat([extra.expand(mask.shape[0], mask.shape[1], mask.shape[2], n), mask], dim=-1)

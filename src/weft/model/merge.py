@@ -129,7 +129,8 @@ def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
 @torch.no_grad()
 def _effective(site: Site, W: Tensor) -> Tensor:
     with full_precision(W.device):  # autocast would compute it in bfloat16
-        return site.rule.effective_weight(W, site).detach()
+        found: Tensor = site.rule.effective_weight(W, site)
+        return found.detach()
 
 
 def _check_mergeable(state: State, adapter: Adapter) -> None:
@@ -151,7 +152,7 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
 def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
     rounding = change = 0.0
     for name, site in adapter.sites.items():
-        stored: nn.Parameter = site.host.module.weight  # type: ignore[assignment]
+        stored: nn.Parameter = site.host.module.weight
         wanted = _effective(site, site.host.weight())
         cast = wanted.to(stored.dtype)
         if not bool(torch.isfinite(cast).all()):

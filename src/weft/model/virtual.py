@@ -13,7 +13,7 @@ import inspect
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +104,8 @@ class Gate:
     def __init__(self, root: nn.Module, base: nn.Module, decoder: bool, switch: Switch) -> None:
         self.root, self.base, self.decoder, self.switch = root, base, decoder, switch
         self.rules: dict[str, Any] = {}
+        self._names, self._root_names = parameters_of(type(base)), parameters_of(type(root))
+        self._counts_tokens = "cumsum" in _code_names(type(base))  # OPT's position ids count the mask's tokens
         self._forget()
         self._hooks = [base.register_forward_pre_hook(self.enter, with_kwargs=True),
                        base.register_forward_hook(self.leave)]
@@ -144,27 +146,27 @@ class Gate:
 
     def see_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the whole model: labels tell where the prompt ends."""
-        labels = named(module, args, kwargs).get("labels")
+        labels = named(self._root_names, args, kwargs).get("labels")
         self.labels = labels if isinstance(labels, Tensor) else None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the model: put the virtual tokens into its input, or shift positions for a prefix."""
         labels, self.labels, self.frame = self.labels, None, None
-        active, given = self.switch.active, named(module, args, kwargs)
+        active, given = self.switch.active, named(self._names, args, kwargs)
         rule = self.rules.get(active) if isinstance(active, str) else None
         virtual = rule is not None and rule.at != "attention"
         store = next((given[key] for key in _CACHES if given.get(key) is not None), None)
         past = int(store.get_seq_length()) if store is not None else 0
-        mark = getattr(store, _MARK, None)
-        if past and (mark[0] if mark else None) != (active if virtual else None):
-            raise WeftError(f"this key-value cache was filled under {mark[0] if mark else 'no virtual tokens'!r}, and now "
+        filled_by, kept = getattr(store, _MARK, (None, None))
+        if past and filled_by != (active if virtual else None):
+            raise WeftError(f"this key-value cache was filled under {filled_by or 'no virtual tokens'!r}, and now "
                             f"{active!r} is active. Begin a new cache.")
         if not virtual:
             shift = self._shift(active, given, past)
             return None if shift is None else ((), {**given, "position_ids": shift})
         if not self.decoder:
             return self._enter_encoder(rule, given)
-        return (), self._continue(rule, given, mark[1]) if past else self._begin(str(active), rule, given, labels)
+        return (), self._continue(rule, given, kept) if past else self._begin(str(active), rule, given, labels)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After the model: real tokens only."""
@@ -230,11 +232,11 @@ class Gate:
 
     def _continue(self, rule: Any, given: dict[str, Any], frame: Frame) -> dict[str, Any]:
         """Further tokens of a sequence in the cache, which holds the virtual ones."""
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
-        if rule.l_i and tokens.shape[1] > 1:
-            raise UnsupportedError(f"{tokens.shape[1]} tokens continue a cache that has virtual tokens behind the prompt, and "
-                                   "they may belong to the prompt or to the answer. Give the prompt whole, then one token at "
-                                   "a time (no prefill_chunk_size, no assistant).")
+        tokens = _tokens(given)
+        if rule.l_i and tokens is not None and tokens.shape[1] > 1:
+            raise UnsupportedError(f"{tokens.shape[1]} tokens continue a cache that has virtual tokens behind the prompt, "
+                                   "and they may belong to the prompt or to the answer. Give the prompt whole, then one token "
+                                   "at a time (no prefill_chunk_size, no assistant).")
         mask = _plain_mask(given.get("attention_mask"))
         given.pop("cache_position", None)
         if mask is not None:
@@ -274,12 +276,12 @@ class Gate:
 
     def _begun(self, frame: Frame) -> None:
         self.frame = frame
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._frames.append((torch._C._autograd._get_sequence_nr(), frame))
 
     def _frame_now(self) -> Frame | None:
         """Of the forward that runs, or that backward runs again."""
-        made = recomputed()
+        made = None if torch.compiler.is_compiling() else recomputed()
         if made is None:
             return self.frame
         found = next((frame for since, frame in reversed(self._frames) if since <= made), None)
@@ -289,12 +291,13 @@ class Gate:
 
     def _shift(self, active: Any, given: Mapping[str, Any], past: int) -> Tensor | None:
         """Position ids with a prefix before them; None where nothing is shifted."""
-        if not self.decoder or "position_ids" not in parameters_of(type(self.base)):
+        if not self.decoder or "position_ids" not in self._names:
             return None
-        x = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        x = _tokens(given)
         if x is None:
             return None
-        shifts = [getattr(self.rules.get(n), "shift", 0) for n in (active.names if isinstance(active, Rows) else [active])]
+        names = active.names if isinstance(active, Rows) else [active]
+        shifts = [getattr(self.rules.get(str(name)), "shift", 0) for name in names]
         if not any(shifts):
             return None
         positions = given.get("position_ids")
@@ -305,7 +308,7 @@ class Gate:
 
     def _default_positions(self, x: Tensor, mask: Any, past: int) -> Tensor:
         """What the model would take: columns, or (OPT) the tokens that the mask counts."""
-        if isinstance(mask, Tensor) and mask.dim() == 2 and "cumsum" in _code_names(type(self.base)):
+        if isinstance(mask, Tensor) and mask.dim() == 2 and self._counts_tokens:
             return (mask.long().cumsum(dim=1) * mask.long() - 1)[:, past:]
         return torch.arange(past, past + x.shape[1], device=x.device)[None]
 
@@ -315,7 +318,7 @@ class Gate:
         if not isinstance(part, Tensor) or part.dim() != 3:
             return part
         if part.shape[1] != frame.total:
-            raise WeftError(f"the model returned {part.shape[1]} positions, and {frame.total} with virtual tokens entered it: "
+            raise WeftError(f"the model returned {part.shape[1]} positions, and {frame.total} with virtual tokens entered; "
                             "they cannot be told apart from real ones. Please report this architecture.")
         return take(part, frame.seen().expand(part.shape[0], -1))
 
@@ -331,20 +334,24 @@ def take(x: Tensor, columns: Tensor) -> Tensor:
     return x.gather(1, index)
 
 
-def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a module's forward by name."""
-    return {**dict(zip(parameters_of(type(module)), args, strict=False)), **kwargs}
+def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-@cache
 def parameters_of(cls: type[nn.Module]) -> tuple[str, ...]:
     """The names of a forward's arguments, in order."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
-@cache
 def _code_names(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.unwrap(cls.forward).__code__.co_names)
+
+
+def _tokens(given: Mapping[str, Any]) -> Tensor | None:
+    """What a forward reads: ids or embeddings."""
+    ids: Tensor | None = given.get("input_ids")
+    return ids if ids is not None else given.get("inputs_embeds")
 
 
 def _plain_mask(mask: Any) -> Tensor | None:
@@ -356,7 +363,8 @@ def _plain_mask(mask: Any) -> Tensor | None:
 
 def _generate(gate: Gate, replaced: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own `generate`; while it runs, the prompt's length is known, whatever is generated behind it."""
-    own = replaced if replaced is not None else partial(type(gate.root).generate, gate.root)  # type: ignore[arg-type]
+    cls: Any = type(gate.root)
+    own = replaced if replaced is not None else partial(cls.generate, gate.root)
     prompt = next((t for t in (*args[:1], *(kwargs.get(k) for k in ("inputs", "input_ids", "inputs_embeds")))
                    if isinstance(t, Tensor)), None)
     gate.prompt = None if prompt is None else int(prompt.shape[1])
