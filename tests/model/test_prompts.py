@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -20,14 +21,24 @@ CONFIGS = {
     "PreEmbed:before": weft.PreEmbed(l_p=3, seed=7), "PreLayer": weft.PreLayer(l_p=2, l_i=2, seed=7),
     "PreLayer:behind": weft.PreLayer(l_p=0, l_i=2, seed=7)}
 each_config = pytest.mark.parametrize("method", CONFIGS)
+MAIN = ("Prefix", "PreEmbed", "PreLayer")  # for architectures that are here for their attention or their positions alone
+ON_DECODERS = [(name, method) for name in DECODERS for method in CONFIGS if name in ("gpt2", "llama") or method in MAIN]
+on_decoders = pytest.mark.parametrize(("name", "method"), ON_DECODERS)
+on_all = pytest.mark.parametrize(("name", "method"), [
+    *ON_DECODERS, *((name, method) for name in ENCODERS for method in MAIN), ("t5", "Prefix"), ("t5", "Prefix:hidden")])
 F64 = torch.float64
 CACHE = "cache" if "cache" in inspect.signature(type(ARCHITECTURES["llama"].build()).forward).parameters else \
     "past_key_values"  # its name before transformers 5.2x
 
 
+@cache
+def built(name):
+    return ARCHITECTURES[name].build().to(F64)
+
+
 def attached(name, method, eager=False):
     """A model in float64 with a moved adapter."""
-    model = ARCHITECTURES[name].build().to(F64)
+    model = copy.deepcopy(built(name))
     if eager:
         model.set_attn_implementation("eager")
     adapter = weft.attach(model, CONFIGS[method])
@@ -49,8 +60,7 @@ def padded(rows, side):
     return {"input_ids": batch, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-@each_config
-@pytest.mark.parametrize("name", DECODERS)
+@on_decoders
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_real_token_of_a_decoder(name, method, side):
     model, _ = attached(name, method)
@@ -63,9 +73,8 @@ def test_padding_changes_no_real_token_of_a_decoder(name, method, side):
             check_close(found[i][batch["attention_mask"][i].bool()], model(row[None]).logits[0], F64, f"row {i}")
 
 
-@each_config
-@pytest.mark.parametrize("name", ["bert", "roberta"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize(("name", "side"), [("bert", "right"), ("roberta", "right"), ("roberta", "left")])
 def test_padding_changes_no_logits_of_an_encoder(name, method, side):
     """As far as the model itself allows: BERT gives left padding other positions, and reads the first column."""
     if side == "left":
@@ -86,11 +95,8 @@ def test_padding_changes_no_logits_of_an_encoder(name, method, side):
         check_close(found[i], model(row[None]).logits[0], F64, f"row {i}")
 
 
-@each_config
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, "t5"])
+@on_all
 def test_rows_of_a_batch_are_independent_and_eager_is_sdpa(name, method):
-    if name == "t5" and not method.startswith("Prefix"):
-        return
     model, _ = attached(name, method)
     other, _ = attached(name, method, eager=True)
     inputs = ARCHITECTURES[name].inputs(3)
@@ -104,8 +110,7 @@ def test_rows_of_a_batch_are_independent_and_eager_is_sdpa(name, method):
             assert distance(model(**inputs).logits, whole) > 1e-2
 
 
-@each_config
-@pytest.mark.parametrize("name", DECODERS)
+@on_decoders
 def test_generating_with_a_cache_is_generating_without_step_by_step(name, method):
     model, _ = attached(name, method)
     batch = padded([ids(1, n, seed=n)[0] for n in (5, 3)], "left")
@@ -125,7 +130,7 @@ def test_generating_with_a_cache_is_generating_without_step_by_step(name, method
 
 
 @each_config
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["llama"])
 def test_beams_with_a_cache_are_beams_without(name, method):
     model, _ = attached(name, method)
     batch = padded([ids(1, n, seed=n)[0] for n in (5, 3)], "left")
@@ -183,8 +188,8 @@ def test_what_a_cache_was_filled_with_cannot_be_continued_with_something_else():
             model(x[:, :1], **{CACHE: cache})
 
 
-@each_config
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit"])
+@pytest.mark.parametrize(("name", "method"), [
+    *(("gpt2", method) for method in CONFIGS), *((name, method) for name in ("llama", "bert", "vit") for method in MAIN)])
 def test_detach_gives_the_model_back(name, method):
     model = ARCHITECTURES[name].build()
     inputs = ARCHITECTURES[name].inputs()
@@ -201,7 +206,7 @@ def test_detach_gives_the_model_back(name, method):
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for m in model.modules()]
 
 
-@each_config
+@pytest.mark.parametrize("method", MAIN)
 @pytest.mark.parametrize("name", ["gpt2", "vit"])
 def test_copies_and_pickles_stand_alone(name, method):
     model, _ = attached(name, method)
@@ -215,9 +220,9 @@ def test_copies_and_pickles_stand_alone(name, method):
         assert same_bits(model(**inputs).logits, wanted)
 
 
-@each_config
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit"])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", [*MAIN, "Prefix:hidden"])
+@pytest.mark.parametrize(("name", "reentrant"), [("gpt2", False), ("llama", True), ("llama", False), ("bert", True),
+                                                 ("vit", False)])
 def test_gradient_checkpointing_gives_the_same_gradients(name, method, reentrant):
     model, adapter = attached(name, method)
     inputs = {k: v.to(F64) if v.is_floating_point() else v for k, v in ARCHITECTURES[name].inputs().items()}
@@ -235,8 +240,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, method, reentrant
 
     wanted = gradients()
     if reentrant:
-        model.enable_input_require_grads() if name != "vit" else model.vit.embeddings.register_forward_hook(
-            lambda m, a, out: out.requires_grad_())
+        model.enable_input_require_grads()
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     for one, other in zip(gradients(), wanted, strict=True):

@@ -95,8 +95,8 @@ class Codec:
         refuse_fields(config, _CARRIED, kind)
         task, parts = config.get("task_type"), config.get("num_transformer_submodules")
         if task not in ("CAUSAL_LM", None) or parts not in (1, None):
-            raise UnsupportedError(f"peft's {kind} for task_type={task!r} with num_transformer_submodules={parts!r} gives a model "
-                                   "other inputs than Weft does; Weft reads that of CAUSAL_LM.")
+            raise UnsupportedError(f"peft's {kind} for task_type={task!r} with num_transformer_submodules={parts!r} gives a "
+                                   "model other inputs than Weft does; Weft reads that of CAUSAL_LM.")
         n, width, layers = (config.get(key) for key in ("num_virtual_tokens", "token_dim", "num_layers"))
         if self.method is PreEmbed:
             layers = 1

@@ -106,6 +106,7 @@ class Gate:
         self.rules: dict[str, Any] = {}
         self._names, self._root_names = parameters_of(type(base)), parameters_of(type(root))
         self._counts_tokens = "cumsum" in _code_names(type(base))  # OPT's position ids count the mask's tokens
+        self._none = Frame(0, 0, 0, 0, torch.device("cpu"))
         self._forget()
         self._hooks = [base.register_forward_pre_hook(self.enter, with_kwargs=True),
                        base.register_forward_hook(self.leave)]
@@ -157,7 +158,7 @@ class Gate:
         virtual = rule is not None and rule.at != "attention"
         store = next((given[key] for key in _CACHES if given.get(key) is not None), None)
         past = int(store.get_seq_length()) if store is not None else 0
-        filled_by, kept = getattr(store, _MARK, (None, None))
+        filled_by, kept = getattr(store, _MARK, (None, self._none))
         if past and filled_by != (active if virtual else None):
             raise WeftError(f"this key-value cache was filled under {filled_by or 'no virtual tokens'!r}, and now "
                             f"{active!r} is active. Begin a new cache.")
@@ -235,8 +236,8 @@ class Gate:
         tokens = _tokens(given)
         if rule.l_i and tokens is not None and tokens.shape[1] > 1:
             raise UnsupportedError(f"{tokens.shape[1]} tokens continue a cache that has virtual tokens behind the prompt, "
-                                   "and they may belong to the prompt or to the answer. Give the prompt whole, then one token "
-                                   "at a time (no prefill_chunk_size, no assistant).")
+                                   "and they may belong to the prompt or to the answer. Give the prompt whole, then one "
+                                   "token at a time (no prefill_chunk_size, no assistant).")
         mask = _plain_mask(given.get("attention_mask"))
         given.pop("cache_position", None)
         if mask is not None:
@@ -250,7 +251,7 @@ class Gate:
         if mask is not None:
             more = mask.new_ones(mask.shape[0], rule.l_p + rule.l_i)
             given["attention_mask"] = torch.cat([mask, more], dim=1)
-        self.frame = Frame(0, 0, 0, 0, torch.device("cpu"))  # the embedding module's output tells the length
+        self.frame = self._none  # the embedding module's output tells the length
         return (), given
 
     def _end(self, rule: Any, length: int, mask: Tensor | None, labels: Tensor | None) -> int | Tensor:
