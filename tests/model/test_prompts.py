@@ -307,6 +307,15 @@ def test_what_virtual_tokens_do_not_go_with_says_so():
         model(ids(), token_type_ids=ids())
     with pytest.raises(weft.UnsupportedError, match="as \\[rows, tokens\\]"):
         model(ids(), attention_mask=torch.ones(3, 1, 7, 7))
+    with pytest.raises(weft.UnsupportedError, match="packs several sequences into it"):
+        model(ids(), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+    import transformers
+
+    with torch.device("meta"):
+        modern = transformers.ModernBertModel(transformers.ModernBertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=1,
+                                                                            num_attention_heads=3, pad_token_id=0))
+    with pytest.raises(weft.TargetError, match=r"gives its blocks 'position_embeddings'.*weft\.Prefix"):
+        weft.attach(modern, weft.PreEmbed())
     flex = ARCHITECTURES["llama"].build()
     flex.config._attn_implementation = "flex_attention"
     with pytest.raises(weft.TargetError, match=r"its attention is 'flex_attention'"):

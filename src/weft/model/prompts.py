@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .state import State
 
 _CROSS = re.compile(r"cross|encdec|encoder_att", re.IGNORECASE)
+_RELATIVE = {"position_embeddings", "position_bias", "relative_pos", "rel_embeddings"}  # what a block is told of positions
 _KEY_MAPS = ("k_proj", "key", "k", "k_lin", "key_proj")
 _VALUE_MAPS = ("v_proj", "value", "v", "v_lin", "value_proj")
 _HEAD_WIDTH = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
@@ -79,12 +80,16 @@ def places(root: nn.Module, at: str) -> tuple[dict[str, PromptHost], list[Frozen
     if not entry.decoder and getattr(config, "is_decoder", False):
         raise TargetError(f"{entry.name or type(root).__name__!r} is an encoder that is run as a decoder (is_decoder=True), "
                           "where virtual tokens behind the prompt would not be seen. Set is_decoder=False.")
+    stack = roles.last_stack(root)
+    blocks = [b for b in roles.blocks(root) if b.stack == stack]
+    relative = _RELATIVE & {name for b in blocks[:1] for name in parameters_of(type(root.get_submodule(b.name)))}
+    if not entry.decoder and relative:
+        raise TargetError(f"{entry.name or type(root).__name__!r} gives its blocks {sorted(relative)[0]!r}, and virtual tokens "
+                          "behind an embedding module have no position to be told by. Keys and values (weft.Prefix) need none.")
     if at == "embeddings":
         width = _entry_width(entry)
         return {entry.name: PromptHost(entry.module, at, width, width)}, []
-    stack = roles.last_stack(root)
-    return {b.name: PromptHost(root.get_submodule(b.name), at, b.width, b.width)
-            for b in roles.blocks(root) if b.stack == stack}, []
+    return {b.name: PromptHost(root.get_submodule(b.name), at, b.width, b.width) for b in blocks}, []
 
 
 def hosts_of(root: nn.Module, names: Mapping[str, Any]) -> dict[str, PromptHost]:
@@ -183,4 +188,5 @@ def _entry_width(entry: Entry) -> int:
     if entry.decoder:
         table = entry.module.get_input_embeddings()  # type: ignore[operator]
         return int(table.weight.shape[1])
-    return int(entry.module.config.hidden_size)  # type: ignore[union-attr,arg-type]
+    config: Any = entry.module.config
+    return int(getattr(config, "embedding_size", None) or config.hidden_size)

@@ -220,14 +220,17 @@ class Gate:
                                    "it out.")
         mask, ids = _plain_mask(given.get("attention_mask")), given.pop("input_ids", None)
         x = given["inputs_embeds"] if ids is None else self.base.get_input_embeddings()(ids)  # type: ignore[operator]
-        end = self._end(rule, x.shape[1], mask, labels)
+        end, positions = self._end(rule, x.shape[1], mask, labels), given.get("position_ids")
+        if mask is None and isinstance(positions, Tensor) and bool((positions.diff(dim=-1) != 1).any()):
+            raise UnsupportedError("the position ids start anew within a row, which packs several sequences into it; those behind "
+                                   "the first would not see the virtual tokens. Give each sequence a row of its own.")
         frame = Frame(rule.l_p, rule.l_i, end, x.shape[1], x.device)
         given.pop("cache_position", None)
         given["inputs_embeds"] = frame.extend(x, *self._vectors(rule, x))
         if mask is not None:
             given["attention_mask"] = frame.mask(mask)
-        if given.get("position_ids") is not None:
-            given["position_ids"] = frame.positions(given["position_ids"])
+        if positions is not None:
+            given["position_ids"] = frame.positions(positions)
         self._begun(frame)
         return given
 
