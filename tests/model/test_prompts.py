@@ -3,11 +3,12 @@
 import copy
 import inspect
 import pickle
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import weft
 from architectures import ARCHITECTURES, SMALL
@@ -169,6 +170,8 @@ def test_labels_say_where_the_prompt_ends_and_the_loss_is_that_of_the_logits(met
     check_close(out.logits, torch.cat(alone), F64)
     cut = model(x[:1, :3]).logits[:, -1]  # the prompt alone: what comes next is what the batch says
     check_close(out.logits[:1, 2], cut, F64)
+    after = [p for key, p in adapter.named_parameters() if key.endswith("after")]
+    assert torch.autograd.grad(out.logits[0, 2].sum(), after, retain_graph=True)[-1].abs().max() > 0, "it is what answers"
     out.loss.backward()
     assert all(p.grad.abs().max() > 0 for p in adapter.parameters())
 
@@ -247,6 +250,39 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, method, reentrant
         check_close(one, other, F64)
 
 
+class Recomputed(nn.Module):
+    """A block that backward runs again, hooks and all, as transformers before 5.24 have it."""
+
+    def __init__(self, inner, reentrant):
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x, **kwargs):
+        return checkpoint(partial(self.inner, **kwargs), x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", MAIN)
+def test_a_block_that_is_recomputed_alone_finds_its_virtual_tokens(method, reentrant):
+    model, adapter = attached("llama", method)
+    batches = [(x, x.masked_fill(torch.arange(x.shape[1]) < 4, -100)) for x in (ids(2, 7), ids(2, 5))]
+
+    def gradients():
+        losses = [model(x, labels=labels, use_cache=False).loss for x, labels in batches]
+        sum(weight * loss for weight, loss in zip((1, 3), losses, strict=True)).backward()
+        found = [p.grad for p in adapter.parameters()]
+        for p in adapter.parameters():
+            p.grad = None
+        return found
+
+    wanted = gradients()
+    model.enable_input_require_grads()
+    for i, block in enumerate(model.model.layers):
+        model.model.layers[i] = Recomputed(block, reentrant)
+    for one, other in zip(gradients(), wanted, strict=True):
+        check_close(one, other, F64)
+
+
 def test_prefixes_of_other_lengths_and_the_base_in_one_batch():
     for name in ("gpt2", "llama", "bert", "t5"):
         model = ARCHITECTURES[name].build().to(F64)
@@ -312,8 +348,8 @@ def test_what_virtual_tokens_do_not_go_with_says_so():
     import transformers
 
     with torch.device("meta"):
-        modern = transformers.ModernBertModel(transformers.ModernBertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=1,
-                                                                            num_attention_heads=3, pad_token_id=0))
+        modern = transformers.ModernBertModel(transformers.ModernBertConfig(
+            vocab_size=61, hidden_size=24, num_hidden_layers=1, num_attention_heads=3, pad_token_id=0))
     with pytest.raises(weft.TargetError, match=r"gives its blocks 'position_embeddings'.*weft\.Prefix"):
         weft.attach(modern, weft.PreEmbed())
     flex = ARCHITECTURES["llama"].build()

@@ -84,8 +84,8 @@ def places(root: nn.Module, at: str) -> tuple[dict[str, PromptHost], list[Frozen
     blocks = [b for b in roles.blocks(root) if b.stack == stack]
     relative = _RELATIVE & {name for b in blocks[:1] for name in parameters_of(type(root.get_submodule(b.name)))}
     if not entry.decoder and relative:
-        raise TargetError(f"{entry.name or type(root).__name__!r} gives its blocks {sorted(relative)[0]!r}, and virtual tokens "
-                          "behind an embedding module have no position to be told by. Keys and values (weft.Prefix) need none.")
+        raise TargetError(f"{entry.name or type(root).__name__!r} gives its blocks {sorted(relative)[0]!r}, and virtual "
+                          "tokens behind an embedding module have no position. Keys and values (weft.Prefix) need none.")
     if at == "embeddings":
         width = _entry_width(entry)
         return {entry.name: PromptHost(entry.module, at, width, width)}, []

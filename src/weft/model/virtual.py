@@ -222,8 +222,8 @@ class Gate:
         x = given["inputs_embeds"] if ids is None else self.base.get_input_embeddings()(ids)  # type: ignore[operator]
         end, positions = self._end(rule, x.shape[1], mask, labels), given.get("position_ids")
         if mask is None and isinstance(positions, Tensor) and bool((positions.diff(dim=-1) != 1).any()):
-            raise UnsupportedError("the position ids start anew within a row, which packs several sequences into it; those behind "
-                                   "the first would not see the virtual tokens. Give each sequence a row of its own.")
+            raise UnsupportedError("the position ids start anew within a row, which packs several sequences into it; those "
+                                   "behind the first would not see the virtual tokens. Give each sequence a row of its own.")
         frame = Frame(rule.l_p, rule.l_i, end, x.shape[1], x.device)
         given.pop("cache_position", None)
         given["inputs_embeds"] = frame.extend(x, *self._vectors(rule, x))
@@ -285,9 +285,11 @@ class Gate:
 
     def _frame_now(self) -> Frame | None:
         """Of the forward that runs, or that backward runs again."""
-        made = None if torch.compiler.is_compiling() else recomputed()
-        if made is None:
+        if self.frame is not None or torch.compiler.is_compiling():
             return self.frame
+        made = recomputed()  # of a block alone: transformers before 5.24 recompute it with its hooks
+        if made is None:
+            return None
         found = next((frame for since, frame in reversed(self._frames) if since <= made), None)
         if found is None:
             raise WeftError("backward recomputes a forward that ran too many forwards ago. Call backward() sooner.")
