@@ -38,7 +38,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 # Methods with a page that are not in this version. Delete the line once they are; the tests tell.
 COMING: tuple[str, ...] = ()
-COMING = ("Prefix", "PreEmbed", "PreLayer")
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n)(?P<text>.*?)(<!-- /generated -->)", re.DOTALL)
 MODELS = ("RoBERTa-base", "GPT-2 medium", "LLaMA-7B")
 NOT_YET = "This version of Weft does not have this method yet.\n"

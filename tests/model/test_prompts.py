@@ -345,6 +345,11 @@ def test_what_virtual_tokens_do_not_go_with_says_so():
         model(ids(), attention_mask=torch.ones(3, 1, 7, 7))
     with pytest.raises(weft.UnsupportedError, match="packs several sequences into it"):
         model(ids(), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+    for method in ("Prefix", "PreEmbed"):
+        full, _ = attached("gpt2", method)
+        full(ids(1, 28))
+        with pytest.raises(weft.UnsupportedError, match="and the model has learned 32"):
+            full(ids(1, 30))
     import transformers
 
     with torch.device("meta"):

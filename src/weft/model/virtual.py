@@ -106,6 +106,7 @@ class Gate:
         self.rules: dict[str, Any] = {}
         self._names, self._root_names = parameters_of(type(base)), parameters_of(type(root))
         self._counts_tokens = "cumsum" in _code_names(type(base))  # OPT's position ids count the mask's tokens
+        self._limit = _learned_positions(base) if decoder else None
         self._none = Frame(0, 0, 0, 0, torch.device("cpu"))
         self._forget()
         self._hooks = [base.register_forward_pre_hook(self.enter, with_kwargs=True),
@@ -225,6 +226,7 @@ class Gate:
             raise UnsupportedError("the position ids start anew within a row, which packs several sequences into it; those "
                                    "behind the first would not see the virtual tokens. Give each sequence a row of its own.")
         frame = Frame(rule.l_p, rule.l_i, end, x.shape[1], x.device)
+        self._check_room(frame.total)
         given.pop("cache_position", None)
         given["inputs_embeds"] = frame.extend(x, *self._vectors(rule, x))
         if mask is not None:
@@ -309,8 +311,15 @@ class Gate:
         positions = given.get("position_ids")
         if positions is None:
             positions = self._default_positions(x, given.get("attention_mask"), past)
+        self._check_room(past + x.shape[1] + max(shifts))
         each = torch.tensor(shifts, device=x.device)[:, None].repeat_interleave(max(1, x.shape[0] // len(shifts)), dim=0)
         return positions + (each if isinstance(active, Rows) else shifts[0])
+
+    def _check_room(self, needed: int) -> None:
+        """Learned positions end somewhere, and the model's own error would not say why they do."""
+        if self._limit is not None and needed > self._limit:
+            raise UnsupportedError(f"input and virtual tokens take {needed} positions, and the model has learned "
+                                   f"{self._limit}. Shorten the input, take fewer virtual tokens, or positions='kept'.")
 
     def _default_positions(self, x: Tensor, mask: Any, past: int) -> Tensor:
         """What the model would take: columns, or (OPT) the tokens that the mask counts."""
@@ -358,6 +367,13 @@ def _tokens(given: Mapping[str, Any]) -> Tensor | None:
     """What a forward reads: ids or embeddings."""
     ids: Tensor | None = given.get("input_ids")
     return ids if ids is not None else given.get("inputs_embeds")
+
+
+def _learned_positions(base: nn.Module) -> int | None:
+    """How many positions the model has a table for; None where they are computed (rotary, ALiBi)."""
+    words = base.get_input_embeddings()  # type: ignore[operator]
+    tables = [m for m in base.children() if isinstance(m, nn.Embedding) and m is not words]
+    return min((int(m.num_embeddings) - int(getattr(m, "offset", 0)) for m in tables), default=None)
 
 
 def _plain_mask(mask: Any) -> Tensor | None:
