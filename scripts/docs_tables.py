@@ -192,8 +192,8 @@ def abilities(method: str) -> dict[str, str]:
         found["file"] = "Weft's own" if kind.startswith("WEFT") else f"peft's {kind}"
         forms = [form for form in FORMS if works(partial(weft.export, f"{folder}/saved", form, f"{folder}/as-{form}"))]
     found["exports to"] = ", ".join(forms) or "no"
-    found["ranks to cut"] = yes(issubclass(cls, Nested))
-    found["acts at a step"] = yes(issubclass(cls, Stepped))
+    found["ranks to cut"] = yes(isinstance(adapter.config, Nested))
+    found["acts at a step"] = yes(isinstance(adapter.config, Stepped))
     return found
 
 
