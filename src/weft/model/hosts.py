@@ -147,6 +147,10 @@ class HostView:
     def in_features(self) -> int:
         return self.weight().shape[-1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight().device
+
     def run(self, x: Tensor) -> Tensor:
         """The layer's own output for another input, without any adapter."""
         return own_forward(self.module, x)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import DTYPES, Draw, Factored, Fixed, Rule, Shared, Stateful
+from ..methods.base import DTYPES, Draw, Factored, Fixed, Shared, Stateful
 from ..ops import factors
 from ..ops.derived import Derived
 from ..ops.factors import Factors
 from . import paths
-from .hosts import INNER_FORWARD, HostView, own_forward
+from .hosts import INNER_FORWARD, own_forward
 from .state import Switch
 
 if TYPE_CHECKING:
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 CHILD = "weft"
 _SWITCH = "_weft_switch"
+_HOOKS = "_weft_hooks"
 _classes: dict[type[nn.Module], type[nn.Module]] = {}  # the layer's own class -> the one that runs its adapters too
 
 
 class Site(nn.Module):
     """One adapter's tensors on one layer; what a rule reads as `p`. `shape` is the weight's (out, in)."""
 
-    def __init__(self, rule: Rule, host: HostView, shared: Shared | None) -> None:
+    def __init__(self, rule: Any, host: Any, shared: Shared | None) -> None:
         super().__init__()
         self.rule, self.host, self.shared = rule, host, shared
         self.shape = (host.out_features, host.in_features)
@@ -42,7 +43,7 @@ class Site(nn.Module):
         """Create the trained tensors at their starting values, on the device of the layer's weight, and what the rule
         keeps beside them: frozen tensors that are never saved, and state that the model's state_dict holds.
         """
-        self.draw, device = draw, self.host.weight().device
+        self.draw, device = draw, self.host.device
         with torch.no_grad():
             for name, value in self.rule.start(self.host, draw, self.shared).items():
                 self.register_parameter(name, nn.Parameter(value.to(DTYPES[self.rule.dtype])))
@@ -159,7 +160,7 @@ def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    return hasattr(type(module), "_weft_base")
+    return _SWITCH in module.__dict__
 
 
 def adapt(module: nn.Module, switch: Switch) -> None:
@@ -171,11 +172,22 @@ def adapt(module: nn.Module, switch: Switch) -> None:
     module.add_module(CHILD, nn.ModuleDict())
 
 
+def adopt(module: nn.Module, switch: Switch, before: Any = None) -> None:
+    """Add the container of sites to a module that keeps its class and its forward; `before` hooks its input."""
+    module.__dict__[_SWITCH] = switch
+    module.__dict__[_HOOKS] = [module.register_forward_pre_hook(before, with_kwargs=True)] if before is not None else []
+    module.add_module(CHILD, nn.ModuleDict())
+
+
 def restore(module: nn.Module) -> None:
-    """Undo `adapt`: the same class, the same children, the same instance attributes."""
+    """Undo `adapt` or `adopt`: the same class, the same children, the same instance attributes."""
     del module._modules[CHILD]
-    module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
     del module.__dict__[_SWITCH]
+    if _HOOKS in module.__dict__:
+        for hook in module.__dict__.pop(_HOOKS):
+            hook.remove()
+        return
+    module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
     if INNER_FORWARD in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop(INNER_FORWARD)
 

@@ -19,10 +19,18 @@ from .fastpath import FastPaths
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .merge import Merged
+    from .virtual import Gate
 
 ATTRIBUTE = "_weft_model_state"
 _MEMORY = 1024  # switches between a forward and its backward that a model remembers
 _FORGOTTEN = "another adapter, too many switches ago"
+
+
+def recomputed() -> int | None:
+    """When the forward ran that this backward belongs to, in autograd's count of nodes; None where no backward runs."""
+    node: Any = torch._C._current_autograd_node()
+    # Autograd numbers its nodes as it makes them, so the node that asks tells when its forward ran.
+    return None if node is None else int(node._sequence_nr())
 
 
 class Rows:
@@ -85,6 +93,11 @@ class Switch:
         out: Tensor = sites[active](x, y)
         return out
 
+    def guarded(self) -> str | Rows | None:
+        """What is active, for a part of a forward that may be run again in backward."""
+        self._guard_recompute()
+        return self.active
+
     def _by_row(self, rows: Rows, sites: Any, x: Tensor, y: Tensor) -> Tensor:
         rows.check(x, feature_dims=x.dim() + 1 - y.dim())  # ids have no feature dimension
         if not y.shape[0]:
@@ -109,14 +122,12 @@ class Switch:
         """Gradient checkpointing runs the forward again inside backward: it must be the same adapter's forward."""
         if torch.compiler.is_compiling():
             return
-        node: Any = torch._C._current_autograd_node()
-        if node is None:  # no backward is running
+        made = recomputed()
+        if made is None:
             self._follow_thread()
             return
         if not torch.is_grad_enabled():
             return
-        # Autograd numbers its nodes as it makes them, so the node that asks tells when its forward ran.
-        made = node._sequence_nr()
         then = next((active for since, active in reversed(self._turns) if since <= made), _FORGOTTEN)
         if then is not self.active and then != self.active:
             raise WeftError(f"backward recomputes the forward under {describe(self.active)}, but the forward "
@@ -140,6 +151,7 @@ class State:
         self.required_grad: dict[str, bool] = {}  # of the base's parameters, before the first attach
         self.row_check: RemovableHandle | None = None
         self.fast_paths = FastPaths()
+        self.gate: Gate | None = None  # where virtual tokens enter the model
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name; WeftError lists those that exist."""
