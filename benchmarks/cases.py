@@ -42,7 +42,7 @@ SMALL, WIDE = Setup(), Setup(model="llama-1024")
 
 
 def _dora(tokens: int, at_most: float) -> Claim:
-    return Claim(f"DoRA, {tokens} tokens / LoRA", "step", "weft.DoRA", "weft.LoRA", at_most, ("peft.DoRA", "peft.LoRA"))
+    return Claim(f"DoRA, {tokens} tokens / LoRA", "step", "weft.DoRA", "weft.LoRA", at_most, ("peft.DoRA", "weft.LoRA"))
 
 
 def _vera(tokens: int, at_most: float) -> Claim:
@@ -54,31 +54,31 @@ _STEPS = [
     Case("dora-1024", "step", SMALL, ("limit", "weft.LoRA", "weft.DoRA", "peft.LoRA", "peft.DoRA", "dense.DoRA"),
          (Claim("LoRA, 1024 tokens / limit", "step", "weft.LoRA", "limit", 1.05, ("peft.LoRA", "limit")),
           _dora(1024, 1.05)), weight=12),
-    Case("dora-4096", "step", replace(SMALL, tokens=4096), ("weft.LoRA", "weft.DoRA", "peft.LoRA", "peft.DoRA"),
-         (_dora(4096, 1.04),), weight=18),
+    Case("dora-4096", "step", replace(SMALL, tokens=4096), ("weft.LoRA", "weft.DoRA", "peft.DoRA"),
+         (_dora(4096, 1.04),), weight=18, least=4),
     Case("dora-128", "step", replace(SMALL, tokens=128), ("limit", "weft.LoRA", "weft.DoRA", "peft.LoRA", "peft.DoRA"),
          (_dora(128, 1.12),), weight=5),
     Case("dora-accumulated", "step", replace(SMALL, tokens=512, accumulate=8, checkpointing=True),
          ("weft.LoRA", "weft.DoRA"),
          (Claim("DoRA, 8 x 512, checkpointed / LoRA", "step", "weft.DoRA", "weft.LoRA", 1.02),
-          Claim("DoRA norms a layer and step", "norms", "weft.DoRA", None, 1.0)), weight=14),
+          Claim("DoRA norms a layer and step", "norms", "weft.DoRA", None, 1.0)), weight=14, least=4),
     Case("dvora-1024", "step", SMALL, ("weft.VeRA:256", "weft.DVoRA:256"),
          (Claim("DVoRA r=256, 1024 tokens / VeRA", "step", "weft.DVoRA:256", "weft.VeRA:256", 1.04),), weight=6),
     Case("vera-1024", "step", WIDE, ("limit", "weft.VeRA:256", "peft.VeRA:256"), (_vera(1024, 1.25),), weight=5),
     Case("vera-4096", "step", replace(WIDE, tokens=4096), ("limit", "weft.VeRA:256", "peft.VeRA:256"),
-         (_vera(4096, 1.15),), weight=10),
+         (_vera(4096, 1.15),), weight=10, least=4),
 ]
 
 _MEMORY = [
     Case("kept-1024", "kept", SMALL,
-         ("limit", "weft.LoRA", "weft.DoRA", "weft.VeRA:256", "weft.DVoRA:256", "weft.LoRAFA", "weft.AdaLoRA", "peft.LoRA",
-          "peft.DoRA", "peft.VeRA:256", "peft.LoRAFA", "peft.AdaLoRA", "dense.DoRA", "full"),
-         (Claim("DoRA, bytes kept / LoRA", "saved", "weft.DoRA", "weft.LoRA", 1.0, ("peft.DoRA", "peft.LoRA")),
+         ("limit", "weft.LoRA", "weft.DoRA", "weft.VeRA:256", "weft.DVoRA:256", "weft.LoRAFA", "peft.LoRA", "peft.DoRA",
+          "peft.VeRA:256", "peft.LoRAFA", "full"),
+         (Claim("DoRA, bytes kept / LoRA", "saved", "weft.DoRA", "weft.LoRA", 1.0, ("peft.DoRA", "weft.LoRA")),
           Claim("VeRA r=256, bytes kept / x A'", "activations", "weft.VeRA:256", None, 1.0, ("peft.VeRA:256", None)),
           Claim("LoRA-FA, bytes kept / x A'", "activations", "weft.LoRAFA", None, 1.0, ("peft.LoRAFA", None)),
           Claim("full fine-tuning, bytes kept / LoRA", "saved", "full", "weft.LoRA", note="to scale", main=False)),
-         weight=5),
-    Case("peak-1024", "peak", SMALL, ("limit", "weft.LoRA", "weft.DoRA", "peft.DoRA", "weft.VeRA:256", "full"),
+         weight=7),
+    Case("peak-1024", "peak", SMALL, ("limit", "weft.LoRA", "weft.DoRA", "peft.DoRA", "full"),
          (Claim("DoRA, peak of the process / LoRA", "process_peak", "weft.DoRA", "weft.LoRA",
                 peer=("peft.DoRA", "weft.LoRA"), main=False),), weight=6),
 ]

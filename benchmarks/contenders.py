@@ -152,22 +152,20 @@ def _full(name: str, base: nn.Module) -> Contender:
     return Contender(name, model, trained, "base", sum(p.numel() for p in base.parameters()))
 
 
-def check(contenders: Sequence[Contender], data: Mapping[str, Tensor], setup: Setup) -> None:
+def check(contenders: Sequence[Contender], base: nn.Module, data: Mapping[str, Tensor], setup: Setup) -> None:
     """The gate before any time is taken. Raises IdleError: a wrong number of trained numbers, a tensor without a
     gradient, an adapter that changes nothing, or two contenders of one equation that compute different things.
     """
     with torch.no_grad():
-        base = contenders[0].model if contenders[0].equation == "base" else None
-        outputs: dict[str, Tensor] = {} if base is None else {"base": base(**data).logits}
+        outputs: dict[str, Tensor] = {"base": base(**data).logits}
     for c in contenders:
         _check_trained(c)
         found = _gradients(c, data)
-        if setup.dropout:  # what each draws differs
-            continue
-        if c.equation in outputs and _distance(found, outputs[c.equation]) > AGREE[setup.torch_dtype]:
+        same = _distance(found, outputs.get(c.equation, found))
+        if same > AGREE[setup.torch_dtype] and not setup.dropout:  # with dropout each draws its own mask
             raise IdleError(f"{c.name} computes something else than the contender of the same equation before it: the "
-                            f"outputs differ by {_distance(found, outputs[c.equation]):.1e}.")
-        if c.equation != "base" and "base" in outputs and _distance(found, outputs["base"]) < LEAST_EFFECT:
+                            f"outputs differ by {same:.1e}.")
+        if c.equation != "base" and _distance(found, outputs["base"]) < LEAST_EFFECT:
             raise IdleError(f"{c.name} leaves the base's output as it is.")
         outputs.setdefault(c.equation, found)
 

@@ -23,7 +23,7 @@ def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[s
     base = build(setup)
     made = [make(name, base, setup) for name in contenders]
     data = [batch(setup, seed) for seed in range(1, setup.accumulate + 1)]
-    check(made, data[0], setup)
+    check(made, base, data[0], setup)
     samples: dict[str, Any] = interleave({c.name: work(c, data) for c in made}, rounds)
     sites = sum(1 for _ in layers(base, setup))
     for c in made:

@@ -19,26 +19,31 @@ def made(*names, setup=TINY):
     return [make(name, base, setup) for name in ("limit", *names)]
 
 
+def gate(*contenders, setup=TINY):
+    check(contenders, build(setup), batch(setup), setup)
+
+
 @pytest.mark.parametrize("setup", [TINY, Setup(model="gpt2-tiny", tokens=16, r=4, targets="q,v"),
-                                   Setup(model="llama-tiny", tokens=16, r=4, dtype="bfloat16", checkpointing=True)],
-                         ids=["llama", "conv1d", "bfloat16"])
+                                   Setup(model="llama-tiny", tokens=16, r=4, dtype="bfloat16", checkpointing=True),
+                                   Setup(model="llama-tiny", tokens=16, r=4, dropout=0.1, flow=False)],
+                         ids=["llama", "conv1d", "bfloat16", "dropout"])
 def test_every_contender_of_every_case_passes_the_gate(setup):
-    contenders = made(*NAMES[1:], setup=setup)
+    contenders = made(*(n for n in NAMES[1:] if n != "dense.DoRA" or not setup.dropout), setup=setup)
     assert len(contenders) >= 14
-    check(contenders, batch(setup), setup)
+    gate(*contenders, setup=setup)
     by_equation = {}
     for c in contenders:
         by_equation.setdefault(c.equation, []).append(c.name)
         assert c.name == "limit" or c.expected > 0
-    assert by_equation["DoRA:4"] == ["weft.DoRA", "peft.DoRA", "dense.DoRA"]
+    assert by_equation["DoRA:4"][:2] == ["weft.DoRA", "peft.DoRA"]
     assert "peft.VeRA:8" in by_equation["VeRA:8"] and "weft.VeRA:8" in by_equation["VeRA:8"]
 
 
 def test_the_gate_sees_an_adapter_that_is_switched_off():
     limit, lora = made("weft.LoRA")
     weft.use(lora.model, None)
-    with pytest.raises((IdleError, RuntimeError)):
-        check([limit, lora], batch(TINY), TINY)
+    with pytest.raises(IdleError, match="got no gradient"):
+        gate(limit, lora)
 
 
 def test_the_gate_sees_a_tensor_without_gradient():
@@ -46,24 +51,24 @@ def test_the_gate_sees_a_tensor_without_gradient():
     name = next(n for n in lora.trained if n.endswith(".B"))
     lora.trained[name].data.zero_()
     with pytest.raises(IdleError, match=r"weft\.LoRA: .*\.A' got no gradient"):
-        check([limit, lora], batch(TINY), TINY)
+        gate(limit, lora)
 
 
 def test_the_gate_sees_a_layer_left_out():
     limit, lora = made("weft.LoRA")
     lora.trained.popitem()
     with pytest.raises(IdleError, match="the formula gives"):
-        check([limit, lora], batch(TINY), TINY)
+        gate(limit, lora)
     lora.trained["more"] = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(IdleError, match="the formula gives"):
-        check([limit, lora], batch(TINY), TINY)
+        gate(limit, lora)
 
 
 def test_the_gate_sees_two_contenders_that_compute_different_things():
     limit, ours, dense = made("weft.DoRA", "dense.DoRA")
     next(m for m in dense.model.modules() if isinstance(m, Dense)).m.data.mul_(1.5)
     with pytest.raises(IdleError, match=r"dense\.DoRA computes something else"):
-        check([limit, ours, dense], batch(TINY), TINY)
+        gate(limit, ours, dense)
 
 
 def test_the_gate_sees_an_adapter_that_changes_nothing_though_it_gets_gradients():
@@ -72,7 +77,7 @@ def test_the_gate_sees_an_adapter_that_changes_nothing_though_it_gets_gradients(
         if n.endswith(".B"):
             p.data.mul_(1e-9)
     with pytest.raises(IdleError, match="leaves the base's output as it is"):
-        check([limit, lora], batch(TINY), TINY)
+        gate(limit, lora)
 
 
 def test_contenders_share_the_frozen_weights_and_full_fine_tuning_has_its_own():
