@@ -73,13 +73,14 @@ def run(args: argparse.Namespace, command: str) -> int:
             print(f"{case.name}: in the file already", flush=True)
             continue
         try:
-            store.put(data, measure(case, case.weight * unit, args.least))
-        except Exception:  # the other cases are worth having; the status says that one is missing
+            made = measure(case, case.weight * unit, args.least)
+        except Exception as error:  # the other cases are worth having; table, file and status say that one is missing
             failed.append(case.name)
             print(f"{case.name} FAILED\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            continue
+            made = store.entry(case, {"samples": {}}, 0.0, f"{type(error).__name__}: {error}")
+        store.put(data, made)
         store.write(args.out, data)
-        print(f"{case.name}: {data['cases'][-1]['rounds']} rounds in {data['cases'][-1]['seconds']:.0f} s", flush=True)
+        print(f"{case.name}: {made['rounds']} rounds in {made['seconds']:.0f} s", flush=True)
     print("\n" + report.table(data) + f"\n\nwritten to {args.out}")
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)

@@ -96,7 +96,7 @@ _USE = [
          (Claim("attach LoRA r=16, 7B on meta: s", "attach", "weft.LoRA", None, 0.5),
           Claim("attach DVoRA r=256, 7B on meta: s", "attach", "weft.DVoRA:256", None, 0.5),
           Claim("load LoRA r=16, 7B (160 MB): s", "load", "load:16", note="no target"),
-          Claim("load: time / bytes, r=64 to r=16", "slope", "growth", None, 1.1)), weight=4, least=3),
+          Claim("load: time / bytes, r=32 to r=16", "slope", "growth", None, 1.1)), weight=4, least=3),
     Case("token", "token", SMALL,
          ("base", *(f"merged.{m}" for m in MERGED), *(f"weft.{m}" for m in MERGED), "peft.LoRA", "peft.DoRA", "houlsby:64",
           "lin:64"),

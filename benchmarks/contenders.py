@@ -72,7 +72,7 @@ def make(name: str, base: nn.Module, setup: Setup) -> Contender:
         found = _limit(name, base)
     elif side == "full":
         found = _full(name, base)
-    elif side == "weft":
+    elif side == "weft" and method.partition("-")[0] in COUNTS:
         found = _weft(name, method, base, setup)
     elif side == "peft":
         found = peers.peft(name, method, base, setup)

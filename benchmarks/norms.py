@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-from weft.ops import magnitude
-
-NAMES = ("norms_computed", "computed", "counter", "count")
+from importlib import import_module
 
 
 def norm_counter() -> Callable[[], int] | None:
-    """A function that reads the count, from a number, a function or an object with `count` in `weft.ops.magnitude`."""
-    for name in NAMES:
-        value = getattr(magnitude, name, None)
-        if value is not None:
-            return lambda found=name: _read(getattr(magnitude, found))  # type: ignore[misc]
-    return None
-
-
-def _read(value: Any) -> int:
-    value = getattr(value, "count", value)
-    return int(value() if callable(value) else value)
+    """A function that reads how often DoRA's norm was computed in this process; None where Weft does not count."""
+    try:
+        counts = import_module("weft.ops.derived").counts
+    except (ImportError, AttributeError):
+        return None
+    return lambda: int(counts["norm"])

@@ -48,10 +48,9 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
         digits = row["digits"]
         spread = "" if row["quartiles"] is None or row["quartiles"][0] == row["quartiles"][1] else \
             "-".join(f"{q:.{digits}f}" for q in row["quartiles"])
-        status = {"shown": ""}.get(row["status"], row["status"]) if not row["why"] else ""
-        value = f"{row['why']:>7}" if row["value"] is None else f"{row['value']:7.{digits}f}"
-        lines.append(f"{row['text']:36} {_number(row['peers'], digits):>6} {target(row):>8} {value} {spread:>11} {status}"
-                     .rstrip())
+        status = {"shown": "", "unmeasured": ""}.get(row["status"], row["status"])
+        found = f"{row['why'][:19]:>19}" if row["value"] is None else f"{row['value']:7.{digits}f} {spread:>11}"
+        lines.append(f"{row['text']:36} {_number(row['peers'], digits):>6} {target(row):>8} {found} {status}".rstrip())
     return "\n".join(lines)
 
 
@@ -66,6 +65,8 @@ def _number(value: float | None, digits: int) -> str:
 
 def details(case: Mapping[str, Any]) -> str:
     """Medians of a case's contenders, each with its ratio to the first."""
+    if case["error"]:
+        return f"{case['name']}: FAILED. {' '.join(case['error'].split())}"
     metrics = METRICS[case["kind"]]
     lines = [f"{case['name']}: {setup_text(case)}; {case['rounds']} rounds, {case['seconds']:.0f} s",
              f"{'':16}" + "".join(f"{metric:>16}" for metric in metrics)]

@@ -19,7 +19,7 @@ SCHEMA = 1
 STATUSES = ("ok", "missed", "shown", "unmeasured")
 _FIELDS = {"schema": int, "command": str, "date": str, "machine": dict, "versions": dict, "cases": list}
 _CASE = {"name": str, "kind": str, "setup": dict, "contenders": dict, "rows": list, "kept": dict, "rounds": int,
-         "seconds": float, "load": float}
+         "seconds": float, "load": float, "error": str}
 _ROW = {"text": str, "metric": str, "over": str, "status": str, "why": str, "main": bool, "digits": int, "note": str}
 
 
@@ -29,12 +29,12 @@ def fresh(command: str) -> dict[str, Any]:
             "machine": machine(), "versions": versions(), "cases": []}
 
 
-def entry(case: Case, measured: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """What the file holds of a case."""
+def entry(case: Case, measured: Mapping[str, Any], seconds: float, error: str = "") -> dict[str, Any]:
+    """What the file holds of a case; one that failed has no samples, all its rows unmeasured, and the error."""
     samples = measured["samples"]
-    rounds = max(len(values) for metrics in samples.values() for values in metrics.values())
+    rounds = max((len(values) for metrics in samples.values() for values in metrics.values()), default=0)
     return {"name": case.name, "kind": case.kind, "setup": asdict(case.setup), "rounds": rounds, "seconds": float(seconds),
-            "load": float(os.getloadavg()[0]), "kept": dict(measured.get("kept", {})),
+            "load": float(os.getloadavg()[0]), "kept": dict(measured.get("kept", {})), "error": error,
             "contenders": {name: {metric: summary(values) for metric, values in metrics.items()}
                            for name, metrics in samples.items()},
             "rows": [evaluate(claim, samples) for claim in case.claims]}

@@ -21,7 +21,7 @@ from ..peers import load_peft, save_for_peft
 from ..setup import Setup, build, llama, twin
 from ..timing import Rounds, Work, interleave
 
-RANKS = (4, 16, 64)  # of the adapters loaded into the 7B-shaped model
+RANKS = (4, 16, 32)  # of the adapters loaded into the 7B-shaped model
 
 
 def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:

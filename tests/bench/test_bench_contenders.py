@@ -64,6 +64,14 @@ def test_the_gate_sees_a_layer_left_out():
         gate(limit, lora)
 
 
+def test_the_gate_sees_a_layer_frozen_in_the_model_and_forgotten_by_the_contender():
+    limit, lora = made("weft.LoRA")
+    _, p = lora.trained.popitem()
+    p.requires_grad_(False)
+    with pytest.raises(IdleError, match="the formula gives"):
+        gate(limit, lora)
+
+
 def test_the_gate_sees_two_contenders_that_compute_different_things():
     limit, ours, dense = made("weft.DoRA", "dense.DoRA")
     next(m for m in dense.model.modules() if isinstance(m, Dense)).m.data.mul_(1.5)
@@ -93,6 +101,8 @@ def test_an_unknown_contender_or_setup_is_refused_by_name():
     base = build(TINY)
     with pytest.raises(ValueError, match=r"'other\.LoRA' is no contender"):
         make("other.LoRA", base, TINY)
+    with pytest.raises(ValueError, match=r"'weft\.Nothing' is no contender"):
+        make("weft.Nothing", base, TINY)
     with pytest.raises(ValueError, match="peft has no DVoRA"):
         make("peft.DVoRA", base, TINY)
     with pytest.raises(ValueError, match="must be one of"):
