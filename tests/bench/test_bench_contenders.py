@@ -23,10 +23,10 @@ def gate(*contenders, setup=TINY):
     check(contenders, build(setup), batch(setup), setup)
 
 
-@pytest.mark.parametrize("setup", [TINY, Setup(model="gpt2-tiny", tokens=16, r=4, targets="q,v"),
+@pytest.mark.parametrize("setup", [Setup(model="gpt2-tiny", tokens=16, r=4, targets="q,v"),
                                    Setup(model="llama-tiny", tokens=16, r=4, dtype="bfloat16", checkpointing=True),
                                    Setup(model="llama-tiny", tokens=16, r=4, dropout=0.1, flow=False)],
-                         ids=["llama", "conv1d", "bfloat16", "dropout"])
+                         ids=["conv1d", "bfloat16", "dropout"])
 def test_every_contender_of_every_case_passes_the_gate(setup):
     contenders = made(*(n for n in NAMES[1:] if n != "dense.DoRA" or not setup.dropout), setup=setup)
     assert len(contenders) >= 14
