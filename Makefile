@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint check slow bench bench-full clean
+.PHONY: demo test lint check slow bench bench-full docs docs-tables clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.train           ## train seven methods on real data and print one table (about two minutes on two cores)
@@ -27,8 +27,15 @@ bench: .venv/.bench          ## what Weft costs beside peft and the limit, in on
 bench-full: .venv/.bench     ## every shape (hours)
 	.venv/bin/python -m benchmarks full $(ARGS)
 
+docs: .venv/.docs            ## build the site into site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --clean --quiet
+	@echo "site/index.html"
+
+docs-tables: .venv/.dev      ## write the generated tables of docs/ anew, from the code
+	.venv/bin/python scripts/docs_tables.py
+
 clean:
-	rm -rf .venv weft-compare .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv site weft-compare .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Weft needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
@@ -45,6 +52,11 @@ clean:
 
 .venv/.bench: .venv/.torch pyproject.toml
 	$(PIP) -e '.[bench]'
+	touch $@
+
+# The extra `docs` alone: the tables lie in docs/, so neither torch nor Weft is needed, and it takes seconds.
+.venv/.docs: constraints.txt | .venv/bin/python
+	$(PIP) mkdocs mkdocs-material
 	touch $@
 
 .venv/.dev: .venv/.torch pyproject.toml
