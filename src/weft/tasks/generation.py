@@ -9,7 +9,7 @@ that belongs there is in one of them. What ends an answer (the end-of-text token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -23,7 +23,11 @@ class Sample(TypedDict):
     completion: str
 
 
-class Record(TypedDict):
+class _Grouped(TypedDict, total=False):
+    group: str  # the data set that a record is of, where a task is made of several
+
+
+class Record(_Grouped):
     """One prompt to answer, and every answer that is right; a metric decides what being near to them is worth."""
 
     prompt: str
@@ -31,15 +35,19 @@ class Record(TypedDict):
 
 
 Scores = dict[str, float | None]
-Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], "Report"]
+Scorer = Callable[[Sequence[str], Sequence[Record]], "Report"]
 
 
 @dataclass(frozen=True)
 class Report:
-    """Scores as the metric's own tool prints them. A metric that could not run is None, and `reasons` says why."""
+    """Scores as the metric's own tool prints them. A metric that could not run is None, and `reasons` says why.
+
+    notes: how a score was computed, where that was not the usual way.
+    """
 
     scores: Scores
     reasons: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class GenerationTask:
     """A task whose answer is text.
 
     samples: what to train on. records: by split ("validation", "test"; either may be missing). generation: keyword
-    arguments of `model.generate`, the paper's decoding. scorer: outputs and their references to a `Report`, which has
+    arguments of `model.generate`, the paper's decoding. scorer: outputs and their records to a `Report`, which has
     `main_metric` among its scores; more of it is better. notes: what was decided without being asked.
     """
 
@@ -73,11 +81,24 @@ class GenerationTask:
 
     def report(self, outputs: Sequence[str], split: str) -> Report:
         """Score one output for each of `eval_records(split)`, in that order. Raises WeftError: another number of them."""
-        wanted = [record["references"] for record in self.eval_records(split)]
-        if len(outputs) != len(wanted):
-            raise WeftError(f"task {self.name!r}: {len(outputs)} outputs for {len(wanted)} records of {split!r}.")
-        return self.scorer(outputs, wanted)
+        records = self.eval_records(split)
+        if len(outputs) != len(records):
+            raise WeftError(f"task {self.name!r}: {len(outputs)} outputs for {len(records)} records of {split!r}.")
+        return self.scorer(outputs, records)
 
     def metrics(self, outputs: Sequence[str], split: str) -> Scores:
         """The scores of `report`, without the reasons for missing ones."""
         return self.report(outputs, split).scores
+
+
+def grouped(pairs: Iterable[tuple[str, str]]) -> list[Record]:
+    """One record a prompt, with all its references, in the order in which prompts first appear."""
+    found: dict[str, list[str]] = {}
+    for prompt, reference in pairs:
+        found.setdefault(prompt, []).append(reference)
+    return [{"prompt": prompt, "references": references} for prompt, references in found.items()]
+
+
+def references_only(groups: Iterable[Sequence[str]]) -> list[Record]:
+    """Records for scoring files, where nobody asks for the prompt."""
+    return [{"prompt": "", "references": list(group)} for group in groups]
