@@ -91,4 +91,5 @@ def encode(split: Split, tokenizer: Any, limit: int, pad: int) -> TextSplit:
     coded = tokenizer(*columns, truncation=True, max_length=limit, padding=False)
     keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in coded]
     rows = [{key: list(coded[key][i]) for key in keys} for i in range(len(split))]
-    return TextSplit(rows, torch.tensor(split.labels, dtype=torch.int64), pad)
+    scores = any(isinstance(label, float) for label in split.labels)
+    return TextSplit(rows, torch.tensor(split.labels, dtype=torch.float32 if scores else torch.int64), pad)
