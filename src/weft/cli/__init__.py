@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import ConfigError, WeftError
 
-COMMANDS = ("compare", "plan", "papers", "inspect", "merge", "export", "doctor")
+COMMANDS = ("compare", "train", "plan", "papers", "inspect", "merge", "export", "doctor")
 DONE, FAILED, MISUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 # Top-level modules of the extra `train`; any other missing module is a defect and keeps its trace.
-EXTRA = ("PIL", "accelerate", "matplotlib", "numpy", "scipy", "sklearn", "tqdm", "transformers")
+EXTRA = ("PIL", "accelerate", "datasets", "matplotlib", "numpy", "pyarrow", "scipy", "sklearn", "tqdm", "transformers",
+         "yaml")
 
 
 class Parser(argparse.ArgumentParser):
