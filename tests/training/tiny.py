@@ -27,17 +27,13 @@ def tokenizer(template=CHATML):
     return made
 
 
-def language_model(folder, dropout=0.0):
-    """A Llama; with dropout, a GPT-2."""
+def language_model(folder, biases=False, dropout=0.0):
+    """A Llama with a head of its own; with biases for the methods that train those, and dropout in its attention."""
     import transformers
 
     torch.manual_seed(0)
-    if dropout:
-        config = transformers.GPT2Config(vocab_size=260, n_embd=16, n_layer=2, n_head=2, n_positions=128, pad_token_id=0,
-                                         bos_token_id=1, eos_token_id=2, resid_pdrop=dropout, embd_pdrop=dropout,
-                                         attn_pdrop=dropout)
-    else:
-        config = transformers.LlamaConfig(**WIDTH, tie_word_embeddings=False)
+    config = transformers.LlamaConfig(**WIDTH, tie_word_embeddings=False, attention_bias=biases, mlp_bias=biases,
+                                      attention_dropout=dropout)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

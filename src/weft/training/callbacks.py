@@ -17,15 +17,15 @@ from ..model.adapter import Adapter
 from . import resume
 from .audit import Snapshot, audit, release, snapshot
 from .config import EvalSection, RunConfig
-from .losses import LOWER_IS_BETTER
 from .loop import AUDIT_AFTER, DivergedError
+from .losses import LOWER_IS_BETTER
 from .run_dir import RunDir
 
 LINES = 20  # of progress in a log file
 
 
 class Audit(TrainerCallback):  # type: ignore[misc]
-    """`weft.audit` over the first steps of a run, and again over those after it was resumed."""
+    """`weft.audit` over the first steps of a run; a run that goes on from within them is watched for as many again."""
 
     def __init__(self, adapter: Adapter, before: Snapshot, warm_up: int) -> None:
         self.adapter, self.before = adapter, before
@@ -35,11 +35,15 @@ class Audit(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.at = state.global_step + self.after
-        if self.at > state.max_steps:
+        if state.global_step:  # later on, a method may hold a tensor still for good reasons: AdaLoRA's pruned triplets
             release(self.before)
-            if state.global_step == 0:
-                raise WeftError(f"train.steps={state.max_steps}: the audit needs {self.after} steps to see every tensor move "
-                                f"with this method and warm-up. Train for {self.after} or more.")
+            if state.global_step >= self.after or self.at > state.max_steps:
+                self.at = 0
+                return
+            self.before = snapshot(self.adapter.model, self.adapter.name)
+        elif self.at > state.max_steps:
+            raise WeftError(f"train.steps={state.max_steps}: with this method and warm-up the audit needs {self.after} steps "
+                            "to see every tensor move. Train for so many or more.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.at:
@@ -54,7 +58,8 @@ class Order(TrainerCallback):  # type: ignore[misc]
     """Tells the sampler the epoch, and asks for an evaluation behind the last step."""
 
     def __init__(self, per_epoch: int, evaluates: bool) -> None:
-        self.per_epoch, self.evaluates, self.order = per_epoch, evaluates, None
+        self.per_epoch, self.evaluates = per_epoch, evaluates
+        self.order: Any = None  # the trainer's sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.order is not None:
@@ -66,7 +71,7 @@ class Order(TrainerCallback):  # type: ignore[misc]
 
 
 class Log(TrainerCallback):  # type: ignore[misc]
-    """One JSON line for every logged step and evaluation, and the progress on a stream: a bar in a terminal, lines elsewhere."""
+    """One JSON line a logged step or evaluation, and the progress on a stream: a bar in a terminal, lines elsewhere."""
 
     def __init__(self, run: RunDir, stream: TextIO) -> None:
         self.run, self.stream = run, stream
@@ -140,8 +145,9 @@ class Keep(TrainerCallback):  # type: ignore[misc]
         self.adapter, self.config, self.run = adapter, config, run
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process has written its generators
+        if args.world_size > 1:
+            torch.distributed.barrier()  # type: ignore[no-untyped-call]
+            # every process has written its generators
         if state.is_world_process_zero:
             resume.complete(self.run.checkpoints / f"checkpoint-{state.global_step}")
             resume.prune(self.run.checkpoints, self.config.save.keep)
@@ -154,7 +160,7 @@ class Keep(TrainerCallback):  # type: ignore[misc]
         if best_place(values) == len(values) - 1 and state.is_world_process_zero:
             self.adapter.save(self.run.best)
         if section.patience is not None and stale(values, section.min_delta) >= section.patience:
-            control.should_training_stop = True
+            control.should_training_stop = control.should_save = True
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]

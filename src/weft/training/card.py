@@ -24,17 +24,17 @@ def card(record: Mapping[str, Any], adapter: str, peft_reads_it: bool) -> str:
         "---", f"base_model: {base}", f"library_name: {'peft' if peft_reads_it else 'weft'}",
         "tags: [weft, " + method["name"].lower() + "]", "---", "",
         f"# {method['name']} adapter for {base}", "",
-        f"{record['trained_numbers']:,} trained numbers ({record['head_numbers']:,} of them in the head), "
-        f"{record['steps_done']} of {record['steps']} steps; seed {config['train']['seed']}. "
-        "Trained with [Weft](https://pypi.org/project/weft/); all settings are in `config.yaml` and `run.json` of the run.",
+        (f"{record['trained_numbers']:,} trained numbers ({record['head_numbers']:,} of them in the head), "
+         f"{record['steps_done']} of {record['steps']} steps; seed {config['train']['seed']}. Trained with Weft; all "
+         "settings are in `config.yaml` and `run.json` of the run."),
         "", "## Load it", "", "```python", "import weft", f"from transformers import {auto}", "",
         f'model = {auto}.from_pretrained("{base}"{labels})', f'weft.load(model, "{adapter}")', "```", ""]
     if peft_reads_it:
         lines += ["With peft:", "", "```python", "from peft import PeftModel", "",
                   f'model = PeftModel.from_pretrained(model, "{adapter}")', "```", ""]
     else:
-        lines += [f"peft cannot read it: it has no form for {method['name']} as saved here. `weft export --adapter {adapter} "
-                  "--to peft` says whether it can be turned into something that peft has.", ""]
+        lines += [(f"peft has no form for {method['name']} as it is saved here. Where there is one, `weft export --to peft` "
+                  f"makes it: `weft export --adapter {adapter} --to peft --out DIR`."), ""]
     if classes:
         lines += ["Classes, in the order of the outputs: " + ", ".join(map(str, classes)) + ".", ""]
     lines += ["## What was trained on", "", *_facts(record), "", "## Result", "", *_results(record), ""]

@@ -270,7 +270,7 @@ def _parse(text: str, where: str) -> Any:
     from .yaml_loader import loader
 
     try:
-        return yaml.load(text, Loader=loader())  # noqa: S506 -- a subclass of SafeLoader
+        return yaml.load(text, Loader=loader())  # of a subclass of SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is no readable YAML: {' '.join(str(error).split())}") from None
 

@@ -192,16 +192,18 @@ def _suffix(path: Path) -> str:
 
 
 def _from_json(text: str, name: str, lines: bool) -> list[Row]:
+    place = name
     try:
         if not lines:
             rows = json.loads(text)
         else:
             rows = []
             for number, line in enumerate(text.split("\n"), 1):
+                place = f"{name}, line {number}"
                 if line.strip():
                     rows.append(json.loads(line))
     except ValueError as error:
-        raise WeftError(f"{name}{f', line {number}' if lines else ''} is no JSON: {error}") from None
+        raise WeftError(f"{place} is no JSON: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise WeftError(f"{name}: every {'line' if lines else 'element of the list'} must be an object.")
     return rows

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from ..errors import UnsupportedError, WeftError
@@ -64,7 +65,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Samples ready for a collator: input_ids and labels (a list, or one number), and token_type_ids where a model has them."""
+    """Samples ready for a collator: input_ids, labels (a list, or one number), and token_type_ids where a model has them."""
 
     rows: list[dict[str, Any]]
     counts: Counts = field(default_factory=Counts)
@@ -84,7 +85,7 @@ class Encoded:
 
 
 class Renderer:
-    """Samples to tokens with one tokenizer. `stops`: ids at which the model's generation stops, the tokenizer's eos apart."""
+    """Samples to tokens with one tokenizer. `stops`: ids at which the model's generation stops, besides the special ones."""
 
     def __init__(self, tokenizer: Any, max_length: int, loss_on: str = "completion", template: str | None = None,
                  stops: Iterable[int] = ()) -> None:
@@ -136,8 +137,8 @@ class Renderer:
     def _chat(self, messages: list[dict[str, Any]]) -> Tokens:
         source = self.template or getattr(self.tokenizer, "chat_template", None)
         if not source:
-            raise WeftError("data.format=messages needs a chat template, and the tokenizer has none. Give data.chat_template, "
-                            "a file with one.")
+            raise WeftError("data.format=messages needs a chat template, and the tokenizer has none. Give one in a file "
+                            "with data.chat_template.")
         if _GENERATION.search(str(source)):
             out = self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=True, return_dict=True,
                                                      return_assistant_tokens_mask=True)
@@ -168,8 +169,9 @@ class Renderer:
                 continue
             before, after = self._text(messages[:i], True), self._text(messages[: i + 1])
             if not (text.startswith(after) and after.startswith(before)):
-                raise WeftError(f"the chat template renders the conversation up to message {i + 1} otherwise than within the "
-                                "whole, so where that turn lies is not known. Use a template with a {% generation %} block.")
+                raise WeftError(f"the chat template renders the conversation up to message {i + 1} otherwise than within "
+                                "the whole, so where that turn lies is not known. Use a template with a {% generation %} "
+                                "block.")
             turn = [t for t, (start, _) in enumerate(places) if len(before) <= start < len(after)]
             end = max((t for t in turn if ids[t] in self.ends), default=None)
             ends.append(end)
@@ -225,7 +227,7 @@ def marked(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
     out, done = "", ""
     inside = [label != IGNORED for label in labels]
     borders = sorted({0, len(ids), *(edge for run in runs(inside) for edge in run)})
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in pairwise(borders):
         text = tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         piece = text[len(done):]
         out += f"⟦{piece}⟧" if inside[start] else piece

@@ -120,8 +120,9 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -
     theirs, mine = before["trained"], now["trained"]
     odd = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
     if odd:
-        raise ConfigError(f"{where} holds a run that trains other tensors: {odd[0]!r} is {theirs.get(odd[0], 'not trained')} "
-                          f"there and {mine.get(odd[0], 'not trained')} here ({len(odd)} differ).")
+        there, here = (side.get(odd[0], "not trained") for side in (theirs, mine))
+        raise ConfigError(f"{where} holds a run that trains other tensors: {odd[0]!r} is {there} there and {here} here "
+                          f"({len(odd)} differ).")
 
 
 def check_config(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:

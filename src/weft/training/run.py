@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from torch import nn
 
 from ..checkpoint.load import read
@@ -137,7 +137,7 @@ def _facts(data: Data, adapter: Adapter, steps: int) -> dict[str, Any]:
 def _identity(data: Data, adapter: Adapter, before: Snapshot, missing: list[str]) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     base = sorted((name, digest) for name, digest in before.base.items() if name not in missing)
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    world = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate set it
     return {"model": sha256(repr(base).encode()).hexdigest()[:16], "train": data.train.fingerprint(),
             "eval": None if data.eval is None else data.eval.fingerprint(), "processes": world,
             "trained": {name: f"{list(p.shape)} {str(p.dtype).removeprefix('torch.')}"

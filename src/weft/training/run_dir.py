@@ -1,9 +1,11 @@
 """The directory of a run, which tells everything: what was asked, what it ran on, what happened, and the result.
 
-    config.yaml   the resolved configuration, defaults included      run.json    versions, seeds, fingerprints, result
-    log.jsonl     one line a logged step or evaluation               curves.png  loss, rate, gradient norm, evaluations
-    adapter/      the result, as weft.save writes it                 README.md   the model card
-    best/         the best evaluation's adapter (eval.best)          checkpoints/  to go on from
+* config.yaml: the resolved configuration, defaults included
+* run.json: versions, seeds, fingerprints of model and data, result
+* log.jsonl: one line a logged step or evaluation
+* adapter/: the result, as weft.save writes it; best/: the adapter of the best evaluation (eval.best)
+* curves.png: loss, rate, gradient norm, evaluations; README.md: the model card
+* checkpoints/: to go on from
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -110,10 +113,8 @@ class RunDir:
         path = self.root / "log.jsonl"
         found = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
+            with suppress(ValueError):
                 found.append(json.loads(line))
-            except ValueError:
-                continue
         return found
 
     def _cut_log(self, step: int) -> None:
@@ -126,10 +127,8 @@ def versions() -> dict[str, str]:
     """Of the packages that decide what a run computes; those that are not installed are left out."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -42,7 +42,7 @@ class EpochOrder(Sampler[int]):
         return self.rows
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that moves, saves and restores an adapter and nothing else."""
 
     def __init__(self, adapter: Adapter, optim: OptimSection, data: Data, args: TrainingArguments,
@@ -58,11 +58,11 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the adapter's tensors."""
+        self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(groups(self.adapter, self.optim), lr=self.optim.lr, eps=self.optim.eps,
                                                betas=(self.optim.betas[0], self.optim.betas[1]))
-        optimizer: torch.optim.Optimizer = self.optimizer
-        return optimizer
+        return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Samples in the order of `EpochOrder`; nothing is drawn from a global generator."""

@@ -13,7 +13,7 @@ def loader() -> type[Any]:
     """A subclass of yaml.SafeLoader; yaml is imported here, since Weft's core does without it."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key, _ in node.value:
