@@ -40,7 +40,7 @@ card.draw = lambda *a: False  # the picture is half of the time of so small a ru
 
 
 def config(folder, method, out):
-    known = {f for f in METHODS[method].__dataclass_fields__}
+    known = set(METHODS[method].__dataclass_fields__)
     fields = {k: v for k, v in FIELDS.items() if k in known}
     return from_dict({
         "out": str(out), "model": {"path": str(folder / "model")}, "method": {"name": method, **fields},
@@ -55,7 +55,7 @@ def start(what, go_on=False):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     status = 1
     try:
-        with open(Path(what.out).with_suffix(".log"), "a") as log:
+        with Path(what.out).with_suffix(".log").open("a") as log:
             os.dup2(log.fileno(), 2)
             run.train(what, go_on, log)
         status = 0

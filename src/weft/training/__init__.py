@@ -1,7 +1,7 @@
-"""Training: the audit, `weft train` from Python (`train`, `preview`, `read_config`, `from_dict`), and the loop of `weft compare`.
+"""Training: the audit, what `weft train` does from Python, and the loop of `weft compare`.
 
-    from weft.training import read_config, train
-    done = train(read_config("config.yaml", ["optim.lr=1e-3"]))      # done.model, done.adapter, done.evaluation
+`train(read_config("config.yaml", ["optim.lr=1e-3"]))` trains and returns a `Trained` with `.model`, `.adapter` and
+`.evaluation`; `preview` shows what would be trained on; `from_dict` takes plain values in place of a file.
 """
 
 from importlib import import_module
@@ -18,4 +18,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
-__all__ = [*_PUBLIC]
+__all__ = ["RunConfig", "Trained", "from_dict", "preview", "read_config", "train"]  # noqa: F822

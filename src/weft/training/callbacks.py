@@ -42,8 +42,8 @@ class Audit(TrainerCallback):  # type: ignore[misc]
                 return
             self.before = snapshot(self.adapter.model, self.adapter.name)
         elif self.at > state.max_steps:
-            raise WeftError(f"train.steps={state.max_steps}: with this method and warm-up the audit needs {self.after} steps "
-                            "to see every tensor move. Train for so many or more.")
+            raise WeftError(f"train.steps={state.max_steps}: with this method and warm-up the audit needs {self.after} "
+                            "steps to see every tensor move. Train for so many or more.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.at:
@@ -146,8 +146,7 @@ class Keep(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size > 1:
-            torch.distributed.barrier()  # type: ignore[no-untyped-call]
-            # every process has written its generators
+            torch.distributed.barrier()  # every process has written its generators
         if state.is_world_process_zero:
             resume.complete(self.run.checkpoints / f"checkpoint-{state.global_step}")
             resume.prune(self.run.checkpoints, self.config.save.keep)
@@ -224,7 +223,7 @@ def told(row: dict[str, Any]) -> str:
 
 def memory() -> int:
     """Most bytes held so far: by torch on CUDA, by the process elsewhere."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     try:
         import resource
