@@ -18,4 +18,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
-__all__ = ["RunConfig", "Trained", "from_dict", "preview", "read_config", "train"]  # noqa: F822
+__all__ = ["RunConfig", "Trained", "from_dict", "preview", "read_config", "train"]
