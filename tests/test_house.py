@@ -24,7 +24,9 @@ FREE = {"errors", "__version__"}
 # Modules outside the standard library that a room may import at all; the core lives on torch and safetensors.
 LIBRARIES = {
     "ops": {"torch"}, "methods": {"torch"}, "model": {"torch"}, "checkpoint": {"torch", "safetensors"},
-    "training": {"torch", "transformers"}, "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn"},
+    "training": {"torch", "transformers"},
+    "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn", "scipy", "sacrebleu", "nltk", "rouge_score",
+              "pycocoevalcap", "datasets", "pyarrow"},
     "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL"},
     "cli": {"torch", "transformers"}, "papers": {"torch", "transformers"},
 }
@@ -87,7 +89,8 @@ def test_a_room_imports_the_libraries_it_may(path):
 @each_file
 def test_transformers_is_imported_where_it_is_needed_and_not_before(path):
     for module, _, top, typed in imports(path):
-        if module.split(".")[0] in ("transformers", "peft", "matplotlib", "scipy", "sklearn", "statsmodels"):
+        if module.split(".")[0] in ("transformers", "peft", "matplotlib", "scipy", "sklearn", "statsmodels", "sacrebleu",
+                                    "nltk", "rouge_score", "pycocoevalcap", "datasets", "pyarrow"):
             assert not top and not typed, f"{module} at the top of the file makes everybody pay for it"
 
 
