@@ -138,6 +138,7 @@ class EvalSection:
 
     every: int | None = None
     batch: int | None = None  # None: train.batch
+    records: int | None = None  # of a task whose answers are text: how many are generated; None all, 0 none
     best: str | None = None
     patience: int | None = None
     min_delta: float = 0.0
@@ -147,6 +148,8 @@ class EvalSection:
             if getattr(self, name) is not None:
                 _within(self, name, 1)
         _within(self, "min_delta", 0.0)
+        if self.records is not None:
+            _within(self, "records", 0)
         if self.patience is not None and self.best is None:
             raise ConfigError("eval.patience needs eval.best, the metric that shall improve, for example loss.")
 
@@ -197,6 +200,9 @@ class RunConfig:
         if (self.task is None) == (self.data.train is None):
             raise ConfigError("data.train and task: give one of them, the data of your own or the name of a task."
                               if self.task is None else f"task={self.task!r} brings its data; leave data.train out.")
+        for f in dataclasses.fields(DataSection) if self.task is not None else ():
+            if f.name not in ("max_length", "loss_on") and getattr(self.data, f.name) != getattr(DataSection(), f.name):
+                raise ConfigError(f"task={self.task!r} brings its data, so data.{f.name} has no meaning; leave it out.")
         if self.optim.warm_up >= 1 and self.train.steps is not None and self.optim.warm_up >= self.train.steps:
             raise ConfigError(f"optim.warm_up={self.optim.warm_up:g} is all of train.steps={self.train.steps} or more.")
         if self.task is None and self.data.eval is None and not self.data.eval_share:

@@ -10,9 +10,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -22,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, WeftError
+from ..tasks import GENERATION, GenerationTask, files, find_generation, find_task
 from .config import DataSection
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 NEEDED = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
 TEXTS = (("sentence1", "sentence2"), ("text", "text2"), ("question", "sentence"), ("text",), ("sentence",))
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -50,12 +47,12 @@ def check_source(name: str, key: str) -> None:
     """A file that exists and has a known ending, or a hub name, before anything is loaded. Raises ConfigError."""
     path = Path(name).expanduser()
     if path.is_dir():
-        raise ConfigError(f"{key}={name!r} is a folder; give a file ({', '.join(SUFFIXES)}) or a hub name.")
+        raise ConfigError(f"{key}={name!r} is a folder; give a file ({', '.join(files.FORMATS)}) or a hub name.")
     if path.is_file():
-        if _suffix(path) not in SUFFIXES:
-            raise ConfigError(f"{key}={name!r}: of this file's name no format follows. Known: {', '.join(SUFFIXES)} "
+        if not files.is_table(path):
+            raise ConfigError(f"{key}={name!r}: of this file's name no format follows. Known: {', '.join(files.FORMATS)} "
                               "(and .gz).")
-    elif _suffix(path) in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif files.is_table(path) or not files.is_hub_name(name):
         near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=2)
         raise ConfigError(f"{key}={name!r}: there is no such file." + (f" Nearest: {', '.join(near)}." if near else ""))
 
@@ -85,10 +82,7 @@ def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
 
 
 def _samples(name: str, section: DataSection, split: str, kind: str | None) -> Samples:
-    rows = _read(name, section.config, split)
-    if not rows:
-        raise WeftError(f"{name}: it holds no sample.")
-    rows = _renamed(rows, section.columns, name)
+    rows = _renamed(_read(name, section.config, split), section.columns, name)
     chosen = section.format if section.format != "auto" else _format_of(rows[0], kind, name)
     wanted = _columns(chosen, rows[0], name)
     return Samples(chosen, [_checked(row, chosen, wanted, f"{name}, sample {i}") for i, row in enumerate(rows, 1)], name)
@@ -168,69 +162,44 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
 
 def _read(name: str, config: str | None, split: str) -> list[Row]:
     path = Path(name).expanduser()
-    if not path.is_file():
-        return _from_hub(name, config, split)
-    suffix = _suffix(path)
-    if suffix == ".parquet":
-        from pyarrow import parquet
-
-        try:
-            rows: list[Row] = parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise WeftError(f"{name} is no readable parquet file: {' '.join(str(error).split())}") from None
-        return rows
-    try:
-        held = path.read_bytes()
-        text = (gzip.decompress(held) if path.suffix == ".gz" else held).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise WeftError(f"{name} cannot be read as UTF-8 text: {error}") from None
-    return _from_json(text, name, suffix == ".jsonl") if suffix in (".jsonl", ".json") else _from_table(text, name, suffix)
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-
-
-def _from_json(text: str, name: str, lines: bool) -> list[Row]:
-    place = name
-    try:
-        if not lines:
-            rows = json.loads(text)
-        else:
-            rows = []
-            for number, line in enumerate(text.split("\n"), 1):
-                place = f"{name}, line {number}"
-                if line.strip():
-                    rows.append(json.loads(line))
-    except ValueError as error:
-        raise WeftError(f"{place} is no JSON: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise WeftError(f"{name}: every {'line' if lines else 'element of the list'} must be an object.")
+    if path.is_file():
+        return files.read_rows(path)
+    rows = files.hub_rows(name, config, split)
+    if rows is None:
+        raise WeftError(f"data {name!r} has no split {split!r} on the hub; data.split and data.eval_split name it.")
     return rows
 
 
-def _from_table(text: str, name: str, suffix: str) -> list[Row]:
-    """A header and rows; a .tsv is split at tabs and never unquoted."""
-    tabs = suffix == ".tsv"
-    stream = io.StringIO(text, newline="")
-    reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
-    try:
-        rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise WeftError(f"{name}, line {reader.line_num}: {error}") from None
-    header = [column.strip() for column in rows[0][1]] if rows else []
-    for line, row in rows[1:]:
-        if len(row) != len(header):
-            raise WeftError(f"{name}, line {line}: {len(row)} fields, and the header has {len(header)}.")
-    return [dict(zip(header, row, strict=True)) for _, row in rows[1:]]
+def load_task(name: str) -> tuple[Samples, Samples | None, GenerationTask | None, tuple[str, ...] | None, tuple[str, ...]]:
+    """A task of `weft.tasks`: training and validation samples, the task where its answers are text, the classes where it has
+    some, and its notes. Validation samples of a text task have the first reference for a completion.
+    """
+    if _is_generation(name):
+        task = find_generation(name).load()
+        train = Samples("prompt", [dict(sample) for sample in task.train_samples()], name)
+        held = None
+        if "validation" in task.records:
+            held = Samples("prompt", [{"prompt": record["prompt"], "completion": record["references"][0]}
+                                      for record in task.eval_records("validation")], name)
+        return train, held, task, None, task.notes
+    labelled = find_task(name).load()
+    if labelled.family != "text":
+        raise ConfigError(f"task={name!r} has {labelled.family}s; weft train reads text, and weft compare that too.")
+    names = labelled.classes or None
+    train, held = (Samples("label", [{"texts": tuple(text) if isinstance(text, tuple | list) else (text,),
+                                      "label": names[int(label)] if names else label}
+                                     for text, label in zip(split.items, split.labels, strict=True)], name)
+                   for split in (labelled.splits["train"], labelled.splits["validation"]))
+    return train, held, None, names, labelled.notes
 
 
-def _from_hub(name: str, config: str | None, split: str) -> list[Row]:
-    import datasets
+def check_task(name: str) -> None:
+    """The name is known and its files exist. Raises ConfigError."""
+    if _is_generation(name):
+        find_generation(name)
+    else:
+        find_task(name)
 
-    try:
-        return [dict(row) for row in datasets.load_dataset(name, config, split=split)]
-    except Exception as error:  # datasets raises its own, OSError, ValueError, and more
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise WeftError(f"data {name!r} is no file here and could not be had from the hub (split {split!r}): {first}"
-                        ) from error
+
+def _is_generation(name: str) -> bool:
+    return name.partition(":")[0] in {family.partition(":")[0] for family in GENERATION}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
+from ..tasks.metrics import METRICS as METRIC_FUNCTIONS
 from .render import IGNORED
 
-LOWER_IS_BETTER = ("loss", "perplexity", "mse")
-METRICS = {"causal-lm": ("loss", "perplexity", "token_accuracy"), "classification": ("loss", "accuracy", "matthews", "f1"),
-           "regression": ("loss", "mse", "pearson", "spearman")}
+LOWER_IS_BETTER = ("loss", "perplexity")
+METRICS = {"causal-lm": ("loss", "perplexity", "token_accuracy"), "classification": ("loss", "accuracy", "Matthews", "F1"),
+           "regression": ("loss", "Pearson", "Spearman")}
 
 
 def loss_for(kind: str, smoothing: float = 0.0) -> Callable[..., Tensor]:
@@ -70,25 +71,21 @@ def metrics_for(kind: str) -> Callable[[Any], dict[str, float]]:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": hits / count}
 
     def classes(found: Any) -> dict[str, float]:
-        from sklearn.metrics import f1_score, matthews_corrcoef
-
         logits, labels = torch.as_tensor(found.predictions).float(), torch.as_tensor(found.label_ids).long()
-        said = logits.argmax(1)
-        return {"loss": float(cross_entropy(logits, labels)), "accuracy": float((said == labels).double().mean()),
-                "matthews": float(matthews_corrcoef(labels, said)),
-                "f1": float(f1_score(labels, said, average="binary" if logits.shape[1] == 2 else "macro",
-                                     zero_division=0.0))}
+        names = ["accuracy", "Matthews", *(["F1"] if logits.shape[1] == 2 else [])]
+        return {"loss": float(cross_entropy(logits, labels)), **_scores(names, logits.argmax(1), labels)}
 
     def numbers(found: Any) -> dict[str, float]:
-        from scipy.stats import pearsonr, spearmanr
-
-        said, wanted = found.predictions.reshape(-1).astype("float64"), found.label_ids.reshape(-1).astype("float64")
-        mse = float(((said - wanted) ** 2).mean())
-        flat = len(said) < 2 or said.std() == 0 or wanted.std() == 0
-        return {"loss": mse, "mse": mse, "pearson": math.nan if flat else float(pearsonr(said, wanted)[0]),
-                "spearman": math.nan if flat else float(spearmanr(said, wanted)[0])}
+        said, wanted = (torch.as_tensor(t).double().reshape(-1) for t in (found.predictions, found.label_ids))
+        return {"loss": float(mse_loss(said, wanted)), **_scores(["Pearson", "Spearman"], said, wanted)}
 
     return {"causal-lm": causal, "classification": classes, "regression": numbers}[kind]
+
+
+def _scores(names: Sequence[str], predicted: Tensor, labels: Tensor) -> dict[str, float]:
+    """Metrics of `tasks.metrics`; a correlation with numbers that are all equal is NaN."""
+    found = {name: METRIC_FUNCTIONS[name](predicted.tolist(), labels.tolist()) for name in names}
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def collate(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:

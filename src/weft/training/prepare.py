@@ -12,9 +12,10 @@ from torch import nn
 from ..errors import ConfigError, WeftError
 from ..model.adapter import Adapter
 from ..model.attach import attach
+from ..tasks import GenerationTask
 from ..tasks.models import ModelRef, loading, quiet
-from .config import RunConfig
-from .data import Samples, check_source, load_samples
+from .config import DataSection, RunConfig
+from .data import Samples, check_source, check_task, load_samples, load_task
 from .pretrained import find_source
 from .render import Encoded, Renderer, classes_of, encode_labels
 
@@ -35,14 +36,22 @@ class Data:
     pad: int
     classes: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
+    task: GenerationTask | None = None
+    renderer: Renderer | None = None
 
 
 def check_places(config: RunConfig) -> ModelRef:
     """Files that must exist, before anything is loaded. Raises ConfigError."""
+    if config.task is not None:
+        check_task(config.task)
     for key in ("train", "eval"):
         name = getattr(config.data, key)
+        split = "split" if key == "train" else "eval_split"
         if name is not None:
             check_source(name, f"data.{key}")
+        local = name is None or Path(name).expanduser().is_file()
+        if local and getattr(config.data, split) != getattr(DataSection, split):
+            raise ConfigError(f"data.{split} chooses a split of a hub name, and data.{key} is {name!r}.")
     template = config.data.chat_template
     if template is not None and not Path(template).expanduser().is_file():
         raise ConfigError(f"data.chat_template={template!r}: there is no such file.")
@@ -54,25 +63,32 @@ def check_places(config: RunConfig) -> ModelRef:
 def open_data(config: RunConfig) -> Data:
     """Read, render and encode the samples; no weights are loaded. Raises WeftError."""
     ref = check_places(config)
-    train, held = load_samples(config.data, config.model.kind, config.train.seed)
-    kind = _kind(config, train)
+    task, names = None, config.model.labels
+    said: tuple[str, ...] = ()
+    if config.task is not None:
+        train, held, task, classes, said = load_task(config.task)
+        names = names or classes
+    else:
+        train, held = load_samples(config.data, config.model.kind, config.train.seed)
+    kind = _kind(config, train, config.task is not None and names is None)
+    _check_used(config, kind, train.format)
     with quiet(), loading(ref, "a tokenizer and a configuration"):
         tokenizer, shape, stops = _tokenizer(config, ref)
-    notes: list[str] = []
+    notes: list[str] = [*said]
     limit = _limit(config, tokenizer, shape, notes)
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id or 0
         notes.append(f"The tokenizer has no pad token; rows are padded with token {pad}, which is masked.")
-    data = Data(ref, tokenizer, kind, train.format, Encoded([]), None, pad, None, notes)
+    data = Data(ref, tokenizer, kind, train.format, Encoded([]), None, pad, None, notes, task)
     if kind == "causal-lm":
         template = config.data.chat_template
         text = None if template is None else Path(template).expanduser().read_text(encoding="utf-8")
-        renderer = Renderer(tokenizer, limit, config.data.loss_on, text, stops)
+        data.renderer = renderer = Renderer(tokenizer, limit, config.data.loss_on, text, stops)
         data.train = renderer.encode(train, "training")
         data.eval = None if held is None else renderer.encode(held, "evaluation")
     else:
-        data.classes = (config.model.labels or classes_of(train)) if kind == "classification" else None
+        data.classes = (names or classes_of(train)) if kind == "classification" else None
         data.train = encode_labels(train, tokenizer, limit, data.classes)
         data.eval = None if held is None else encode_labels(held, tokenizer, limit, data.classes)
     data.notes += data.train.counts.notes("training")
@@ -99,8 +115,10 @@ def open_model(config: RunConfig, data: Data) -> tuple[nn.Module, Adapter, list[
     return model, attach(model, method), missing
 
 
-def _kind(config: RunConfig, train: Samples) -> str:
-    kind = config.model.kind or ("classification" if train.format == "label" else "causal-lm")
+def _kind(config: RunConfig, train: Samples, scores: bool) -> str:
+    """`scores`: the labels of a task are numbers."""
+    labelled = "regression" if scores else "classification"
+    kind = config.model.kind or (labelled if train.format == "label" else "causal-lm")
     if (kind == "causal-lm") == (train.format == "label"):
         raise ConfigError(f"model.kind={kind} and data of the format {train.format!r} do not go together"
                           + (" (data.format=label needs classification or regression)." if kind == "causal-lm" else
@@ -108,6 +126,18 @@ def _kind(config: RunConfig, train: Samples) -> str:
     if config.model.labels is not None and kind != "classification":
         raise ConfigError(f"model.labels names classes, and model.kind is {kind}.")
     return kind
+
+
+def _check_used(config: RunConfig, kind: str, form: str) -> None:
+    """No key is given that this kind of data would ignore. Raises ConfigError."""
+    if config.data.chat_template is not None and form != "messages":
+        raise ConfigError(f"data.chat_template is for data.format=messages, and this data has the format {form!r}.")
+    if config.data.loss_on == "all" and form not in ("prompt", "messages"):
+        raise ConfigError(f"data.loss_on=all has no meaning for data of the format {form!r}; leave it out.")
+    if config.optim.label_smoothing and kind == "regression":
+        raise ConfigError("optim.label_smoothing has no meaning for a regression; leave it out.")
+    if config.eval.records is not None and (config.task is None or form != "prompt"):
+        raise ConfigError("eval.records is for a task whose answers are generated; leave it out.")
 
 
 def _tokenizer(config: RunConfig, ref: ModelRef) -> tuple[Any, Any, set[int]]:

@@ -90,6 +90,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, max_length: int, loss_on: str = "completion", template: str | None = None,
                  stops: Iterable[int] = ()) -> None:
         self.tokenizer, self.max_length, self.loss_on, self.template = tokenizer, max_length, loss_on, template
+        self.stops = frozenset(stops)
         self.ends = {*stops, *tokenizer.all_special_ids}
         self.start = _special_start(tokenizer)
 
@@ -125,11 +126,15 @@ class Renderer:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise WeftError("the tokenizer has no eos token, so no sample could end. Set eos_token in its configuration.")
-        prompt = [*self.start, *self._ids(row["prompt"] if kind == "prompt" else "")]
+        prompt = self.prompt_ids(row["prompt"] if kind == "prompt" else "")
         learnt = [*self._ids(row["completion"] if kind == "prompt" else row["text"]), eos]
         everything = self.loss_on == "all" or kind == "text"
         ids = prompt + learnt
         return Tokens(ids, [everything] * len(prompt) + [True] * len(learnt), [len(ids) - 1])
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What the model reads before it answers: the tokenizer's own start (a bos token, or nothing), and the text."""
+        return [*self.start, *self._ids(text)]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

@@ -54,8 +54,7 @@ def train(config: RunConfig, go_on: bool = False, stream: TextIO | None = None) 
     check_reporters(config)
     run.check(config, go_on)
     data = open_data(config)
-    if config.eval.best is not None and config.eval.best not in METRICS[data.kind]:
-        raise ConfigError(f"eval.best={config.eval.best!r}: of {data.kind} there are {', '.join(METRICS[data.kind])}.")
+    _check_best(config, data)
     model, adapter, missing = open_model(config, data)
     per_epoch = math.ceil(math.ceil(len(data.train) / config.train.batch) / config.train.accumulate)
     steps = config.train.steps or per_epoch * (config.train.epochs or EPOCHS)
@@ -70,6 +69,15 @@ def train(config: RunConfig, go_on: bool = False, stream: TextIO | None = None) 
     return _run(config, run, data, adapter, before, steps, per_epoch, found, stream)
 
 
+def _check_best(config: RunConfig, data: Data) -> None:
+    best = config.eval.best
+    known = METRICS[data.kind] + ((data.task.main_metric,) if data.task is not None and config.eval.records != 0 else ())
+    if best is not None and data.eval is None:
+        raise ConfigError(f"eval.best={best!r}: there is no evaluation data.")
+    if best is not None and best not in known:
+        raise ConfigError(f"eval.best={best!r}: of {data.kind} there are {', '.join(known)}.")
+
+
 def _run(config: RunConfig, run: RunDir, data: Data, adapter: Adapter, before: Snapshot, steps: int, per_epoch: int,
          found: tuple[Path, int] | None, stream: TextIO) -> Trained:
     from . import callbacks, trainer
@@ -81,7 +89,7 @@ def _run(config: RunConfig, run: RunDir, data: Data, adapter: Adapter, before: S
     order = callbacks.Order(per_epoch, data.eval is not None)
     own = [callbacks.Audit(adapter, before, int(args.warmup_steps)), order, log,
            callbacks.Keep(adapter, config, run), stop]
-    engine = trainer.AdapterTrainer(adapter, config.optim, data, args, own)
+    engine = trainer.AdapterTrainer(adapter, config.optim, data, args, own, config.eval.records)
     order.order = engine.order
     try:
         engine.train(resume_from_checkpoint=str(found[0]) if found else None)

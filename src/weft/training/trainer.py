@@ -19,7 +19,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..errors import ConfigError
 from ..model.adapter import Adapter
+from . import generate
 from .config import OptimSection, RunConfig
+from .loop import seeded
 from .losses import collate, first, loss_for, metrics_for, reduced
 from .prepare import Data
 from .resume import read_state, write_state
@@ -46,13 +48,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that moves, saves and restores an adapter and nothing else."""
 
     def __init__(self, adapter: Adapter, optim: OptimSection, data: Data, args: TrainingArguments,
-                 callbacks: list[Any] | None = None) -> None:
-        self.adapter, self.optim = adapter, optim
+                 callbacks: list[Any] | None = None, records: int | None = None) -> None:
+        self.adapter, self.optim, self.data, self.records = adapter, optim, data, records
+        self.answered: dict[str, float] = {}
         self.order = EpochOrder(len(data.train), args.seed)
         super().__init__(
             model=adapter.model, args=args, train_dataset=data.train, eval_dataset=data.eval,
             data_collator=partial(collate, pad=data.pad), compute_loss_func=loss_for(data.kind, optim.label_smoothing),
-            compute_metrics=metrics_for(data.kind), callbacks=callbacks,
+            compute_metrics=self._measured, callbacks=callbacks,
             preprocess_logits_for_metrics=reduced if data.kind == "causal-lm" else first)
         self.remove_callback(PrinterCallback)  # callbacks.Log speaks
 
@@ -78,6 +81,26 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             collate_fn=self.data_collator, pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator().manual_seed(self.args.seed)))
         return loader
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+                 ) -> dict[str, float]:
+        """The Trainer's, and before it the scores of a task's generated answers, which go into the same log line."""
+        self.answered = self._answers() if eval_dataset is None else {}
+        found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return found
+
+    def _measured(self, found: Any) -> dict[str, float]:
+        return {**metrics_for(self.data.kind)(found), **self.answered}
+
+    def _answers(self) -> dict[str, float]:
+        task, renderer, most = self.data.task, self.data.renderer, self.records
+        if task is None or renderer is None or most == 0:
+            return {}
+        records = task.eval_records("validation")[:most]
+        with seeded(self.args.seed, self.args.device):
+            texts = generate.answer(self.model, renderer, [r["prompt"] for r in records], task.generation,
+                                    self.args.eval_batch_size)
+        return {name: value for name, value in task.scorer(texts, records).scores.items() if value is not None}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter as `weft.save` writes it, and what it carries from step to step. Not finished before `on_save`."""
