@@ -9,7 +9,7 @@ import torch
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 WIDTH = {"vocab_size": 260, "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+         "max_position_embeddings": 1024, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def tokenizer(template=CHATML):
@@ -21,7 +21,7 @@ def tokenizer(template=CHATML):
     raw = Tokenizer(models.BPE(vocab, []))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   model_max_length=128)
+                                   model_max_length=1024)
     made.add_special_tokens({"additional_special_tokens": special[3:]})
     made.chat_template = template
     return made

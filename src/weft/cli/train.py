@@ -26,10 +26,13 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.config, args.set)
     if args.preview and args.resume:
         raise ConfigError("--preview trains nothing, so there is nothing to resume.")
-    from ..training.run import preview, train
+    from ..training.run import finished, preview, train
 
     if args.preview:
         print(preview(config))
+        return 0
+    if args.resume and (steps := finished(config)) is not None:
+        print(f"The run in {config.out} is finished, at step {steps}; there is nothing to go on with.", file=sys.stderr)
         return 0
     done = train(config, args.resume)
     if not done.finished:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, WeftError
-from ..tasks import GENERATION, GenerationTask, files, find_generation, find_task
+from ..tasks import GENERATION, GenerationTask, Task, files, find_generation, find_task
 from .config import DataSection
 
 NEEDED = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
@@ -174,11 +174,11 @@ def load_task(name: str) -> tuple[Samples, Samples | None, GenerationTask | None
     """A task of `weft.tasks`: training and validation samples, the task where its answers are text, the classes where it has
     some, and its notes. Validation samples of a text task have the first reference for a completion.
     """
-    if _is_generation(name):
+    if is_generation(name):
         task = find_generation(name).load()
         train = Samples("prompt", [dict(sample) for sample in task.train_samples()], name)
         held = None
-        if "validation" in task.records:
+        if task.records.get("validation"):
             held = Samples("prompt", [{"prompt": record["prompt"], "completion": record["references"][0]}
                                       for record in task.eval_records("validation")], name)
         return train, held, task, None, task.notes
@@ -186,20 +186,25 @@ def load_task(name: str) -> tuple[Samples, Samples | None, GenerationTask | None
     if labelled.family != "text":
         raise ConfigError(f"task={name!r} has {labelled.family}s; weft train reads text, and weft compare that too.")
     names = labelled.classes or None
-    train, held = (Samples("label", [{"texts": tuple(text) if isinstance(text, tuple | list) else (text,),
-                                      "label": names[int(label)] if names else label}
-                                     for text, label in zip(split.items, split.labels, strict=True)], name)
-                   for split in (labelled.splits["train"], labelled.splits["validation"]))
-    return train, held, None, names, labelled.notes
+    return label_samples(labelled, "train"), label_samples(labelled, "validation"), None, names, labelled.notes
+
+
+def label_samples(task: Task, split: str) -> Samples:
+    """A split of a labelled text task."""
+    chosen = task.splits[split]
+    return Samples("label", [{"texts": tuple(text) if isinstance(text, tuple | list) else (text,),
+                              "label": task.classes[int(label)] if task.classes else label}
+                             for text, label in zip(chosen.items, chosen.labels, strict=True)], task.name)
 
 
 def check_task(name: str) -> None:
     """The name is known and its files exist. Raises ConfigError."""
-    if _is_generation(name):
+    if is_generation(name):
         find_generation(name)
     else:
         find_task(name)
 
 
-def _is_generation(name: str) -> bool:
+def is_generation(name: str) -> bool:
+    """A task whose answers are text, by its name."""
     return name.partition(":")[0] in {family.partition(":")[0] for family in GENERATION}

@@ -73,7 +73,8 @@ def open_data(config: RunConfig) -> Data:
     kind = _kind(config, train, config.task is not None and names is None)
     _check_used(config, kind, train.format)
     with quiet(), loading(ref, "a tokenizer and a configuration"):
-        tokenizer, shape, stops = _tokenizer(config, ref)
+        own = ref if config.model.tokenizer is None else find_source(config.model.tokenizer)
+        tokenizer, shape, stops = tokenizer_and_stops(ref, own)
     notes: list[str] = [*said]
     limit = _limit(config, tokenizer, shape, notes)
     pad = tokenizer.pad_token_id
@@ -140,11 +141,10 @@ def _check_used(config: RunConfig, kind: str, form: str) -> None:
         raise ConfigError("eval.records is for a task whose answers are generated; leave it out.")
 
 
-def _tokenizer(config: RunConfig, ref: ModelRef) -> tuple[Any, Any, set[int]]:
-    """The tokenizer, the model's configuration, and the ids at which its generation stops."""
+def tokenizer_and_stops(ref: ModelRef, own: ModelRef) -> tuple[Any, Any, set[int]]:
+    """The tokenizer at `own`, the model's configuration, and the ids at which its generation stops."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    own = ref if config.model.tokenizer is None else find_source(config.model.tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(own.source, local_files_only=own.local)
     shape = AutoConfig.from_pretrained(ref.source, local_files_only=ref.local)
     stops = [getattr(shape, "eos_token_id", None)]
@@ -154,10 +154,15 @@ def _tokenizer(config: RunConfig, ref: ModelRef) -> tuple[Any, Any, set[int]]:
     return tokenizer, shape, flat
 
 
+def most_tokens(tokenizer: Any, shape: Any) -> int:
+    """What tokenizer and model say they can take."""
+    places = getattr(shape, "max_position_embeddings", None) or getattr(shape, "n_positions", None)
+    return int(min(tokenizer.model_max_length, places or tokenizer.model_max_length))
+
+
 def _limit(config: RunConfig, tokenizer: Any, shape: Any, notes: list[str]) -> int:
     """max_length, or what the model can take where that is less."""
-    places = getattr(shape, "max_position_embeddings", None) or getattr(shape, "n_positions", None)
-    most = min(tokenizer.model_max_length, places or tokenizer.model_max_length)
+    most = most_tokens(tokenizer, shape)
     if config.data.max_length > most:
         notes.append(f"data.max_length={config.data.max_length} is more than this model takes; samples are cut at {most}.")
     return int(min(config.data.max_length, most))

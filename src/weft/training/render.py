@@ -132,6 +132,17 @@ class Renderer:
         ids = prompt + learnt
         return Tokens(ids, [everything] * len(prompt) + [True] * len(learnt), [len(ids) - 1])
 
+    def chat_prompt(self, messages: list[dict[str, Any]]) -> str:
+        """A conversation as text, up to where the assistant answers. Raises WeftError: no chat template."""
+        self._template()
+        return self._text(messages, True)
+
+    def bare(self) -> Renderer:
+        """The same without the tokenizer's own start, for text that a chat template has made."""
+        made = Renderer(self.tokenizer, self.max_length, self.loss_on, self.template, self.stops)
+        made.start = []
+        return made
+
     def prompt_ids(self, text: str) -> list[int]:
         """What the model reads before it answers: the tokenizer's own start (a bos token, or nothing), and the text."""
         return [*self.start, *self._ids(text)]
@@ -140,11 +151,7 @@ class Renderer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _chat(self, messages: list[dict[str, Any]]) -> Tokens:
-        source = self.template or getattr(self.tokenizer, "chat_template", None)
-        if not source:
-            raise WeftError("data.format=messages needs a chat template, and the tokenizer has none. Give one in a file "
-                            "with data.chat_template.")
-        if _GENERATION.search(str(source)):
+        if _GENERATION.search(self._template()):
             out = self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=True, return_dict=True,
                                                      return_assistant_tokens_mask=True)
             ids, in_loss = list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
@@ -154,6 +161,13 @@ class Renderer:
         if self.loss_on == "all":
             in_loss = [True] * len(ids)
         return Tokens(ids, in_loss, ends)
+
+    def _template(self) -> str:
+        source = self.template or getattr(self.tokenizer, "chat_template", None)
+        if not source:
+            raise WeftError("messages need a chat template, and the tokenizer has none. Give one in a file with "
+                            "data.chat_template.")
+        return str(source)
 
     def _end_near(self, ids: Sequence[int], stop: int) -> int | None:
         """Of a turn that the template's mask ends at `stop`: the token that ends it, within the mask or just behind it."""

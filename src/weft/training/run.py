@@ -152,6 +152,14 @@ def _identity(data: Data, adapter: Adapter, before: Snapshot, missing: list[str]
                         for name, p in adapter.named_parameters()}}
 
 
+def finished(config: RunConfig) -> int | None:
+    """Steps of the run in `config.out`, where that is this run and it has come to its end. Raises ConfigError (another)."""
+    run = RunDir(Path(config.out).expanduser())
+    run.check(config, True)
+    record = run.read() if run.record.is_file() else {}
+    return record["steps_done"] if record.get("status") == "finished" else None
+
+
 def check_reporters(config: RunConfig) -> None:
     """The packages for log.report_to are there. Raises ConfigError, naming what to install."""
     for name in config.log.report_to:
