@@ -1,5 +1,6 @@
 """Runs that were killed or stopped go on bit for bit, and only with what they were started with."""
 
+import gc
 import json
 import os
 import random
@@ -56,7 +57,17 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     tiny.language_model(folder / "model", dropout=0.1)
     tiny.pairs(folder / "pairs.jsonl", 11)
-    return folder
+    gc.collect()
+    gc.freeze()  # the Trainer collects garbage in every run, and all of transformers is there to be looked through
+    yield folder
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_picture():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("weft.training.card.draw", lambda *a: False)
+        yield
 
 
 def config(place, out, **changes):

@@ -1,5 +1,6 @@
 """`weft train` end to end on small models: the directory it leaves, what is minimised, and what stops it."""
 
+import gc
 import json
 import math
 from dataclasses import replace
@@ -27,7 +28,10 @@ def place(tmp_path_factory):
     tiny.encoder(folder / "bert")
     tiny.pairs(folder / "pairs.jsonl", 12)
     tiny.labelled(folder / "labelled.csv", 16)
-    return folder
+    gc.collect()
+    gc.freeze()  # the Trainer collects garbage in every run, and all of transformers is there to be looked through
+    yield folder
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +72,8 @@ def test_the_directory_tells_everything_and_the_adapter_loads_as_the_card_says(p
     assert main(["train", str(path), "--set", "optim.lr=1e-2", "--set", "train.epochs=2"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("step ") for line in lines) == 6 + 2 and "\r" not in "".join(lines)
-    assert {p.name for p in out.iterdir()} == {"adapter", "checkpoints", "config.yaml", "curves.png", "log.jsonl", "README.md",
-                                               "run.json"}
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "adapter", "checkpoints", "config.yaml", "curves.png",
+                                                     "log.jsonl", "run.json"]
     logged = rows(out, "train")
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 and row["tokens_per_second"] > 0 and row["memory_bytes"] > 0
@@ -81,7 +85,7 @@ def test_the_directory_tells_everything_and_the_adapter_loads_as_the_card_says(p
     card = (out / "README.md").read_text()
     loading = card.split("```python\n")[1].split("```")[0].replace('"adapter"', repr(str(out / "adapter")))
     names = {}
-    exec(loading, names)
+    exec(loading, names)  # noqa: S102 -- the card that was just written
     ids = torch.tensor([[5, 9, 33, 7]])
     with torch.no_grad():
         ours = names["model"].eval()(ids).logits
@@ -264,7 +268,7 @@ def boolq(folder):
     for split, n in (("train", 1210), ("test", 3)):
         (folder / "boolq").mkdir(exist_ok=True)
         (folder / "boolq" / f"{split}.json").write_text(json.dumps(
-            [{"instruction": f"Is {i} even?", "input": "", "output": "", "answer": str(i % 2 == 0).lower()} for i in range(n)]))
+            [{"instruction": f"Is {i} even?", "input": "", "answer": str(i % 2 == 0).lower()} for i in range(n)]))
     return folder
 
 
@@ -287,12 +291,12 @@ def test_a_task_is_trained_answered_and_scored(place, tmp_path, capsys):
 def test_generate_continues_as_one_prompt_alone_would(place, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    words = ["generate", "--model", str(place / "lm"), "--max-new-tokens", "4", "--prompt", "abc", "--prompt", "a longer one"]
+    words = ["generate", "--model", str(place / "lm"), "--max-new-tokens", "4", "--prompt", "abc", "--prompt", "longer"]
     assert main(words) == 0
     out = capsys.readouterr().out
     model, tokenizer = (cls.from_pretrained(place / "lm") for cls in (AutoModelForCausalLM, AutoTokenizer))
     alone = ""
-    for prompt in ("abc", "a longer one"):
+    for prompt in ("abc", "longer"):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
         alone += tokenizer.decode(made[0, ids.shape[1]:], skip_special_tokens=True) + "\n"
