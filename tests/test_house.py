@@ -93,7 +93,7 @@ def test_transformers_is_imported_where_it_is_needed_and_not_before(path):
     derived = str(path.relative_to(SOURCE)) in DERIVED
     for module, names, top, typed in imports(path):
         costly = {*names, module.rpartition(".")[2]} & {"trainer", "callbacks"} and module.startswith("weft.training")
-        assert not (costly and top and not typed and not derived), f"{module} brings transformers; import it where it is used"
+        assert not (costly and top and not typed and not derived), f"{module} brings transformers: import it late"
         if derived and module == "transformers":
             continue
         if module.split(".")[0] in ("transformers", "peft", "matplotlib", "scipy", "sklearn", "statsmodels", "sacrebleu",

@@ -1,10 +1,17 @@
 """The configuration of `weft train`: what cannot be meant is refused by name, before anything is loaded."""
 
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
 import pytest
 
 import weft
 from weft.cli import main
-from weft.training.config import dump, from_dict, read_config, to_dict
+from weft.training.config import RunConfig, dump, from_dict, read_config, to_dict
+
+SECTIONS = {name: hint for name, hint in get_type_hints(RunConfig).items() if hasattr(hint, "__dataclass_fields__")}
 
 LEAST = "out: o\nmodel: {path: m}\nmethod: {name: LoRA}\ndata: {train: d.jsonl}\n"
 
@@ -84,3 +91,19 @@ def test_a_key_that_stands_twice_and_files_that_are_not_there(file, tmp_path, ca
 def test_numbers_as_people_write_them(file):
     for text, value in (("1e-3", 1e-3), ("5E-4", 5e-4), (".5", 0.5), ("2", 2.0), ("1_0e-1", 1.0)):
         assert read_config(file, [f"optim.lr={text}"]).optim.lr == value
+
+
+def test_the_examples_are_valid_and_the_page_names_every_key_and_no_other():
+    root = Path(__file__).resolve().parents[2]
+    examples = sorted((root / "recipes" / "examples").glob("*.yaml"))
+    assert len(examples) >= 3
+    for path in examples:
+        read_config(path)
+    table = (root / "docs" / "train.md").read_text().split("## Every key")[1].split("\n## ")[0]
+    first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {key for cell in first for key in re.findall(r"`([a-z_.]+)`", cell)}
+    wanted = set()
+    for section in fields(RunConfig):
+        inner = SECTIONS.get(section.name)
+        wanted |= {section.name} if inner is None else {f"{section.name}.{f.name}" for f in fields(inner)}
+    assert named - {"method.name"} == wanted - {"method"}
