@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.config, args.set)
     if args.preview and args.resume:
         raise ConfigError("--preview trains nothing, so there is nothing to resume.")
+    from ..training import processes
     from ..training.run import finished, preview, train
 
     if args.preview:
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"The run in {config.out} is finished, at step {steps}; there is nothing to go on with.", file=sys.stderr)
         return 0
     done = train(config, args.resume)
+    if not processes.first():
+        return 0 if done.finished else 130
     if not done.finished:
         again = [word for word in args.words if word != "--resume"]
         print(f"Stopped at step {done.step}; everything is kept in {done.out}. Go on with:\n"

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from ..errors import WeftError
 from ..model.adapter import Adapter
-from . import resume
+from . import processes, resume
 from .audit import Snapshot, audit, release, snapshot
 from .config import EvalSection, RunConfig
 from .loop import AUDIT_AFTER, DivergedError
@@ -181,6 +181,8 @@ class Stop(TrainerCallback):  # type: ignore[misc]
         print("\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.", file=self.stream, flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            self.asked = processes.any_of(self.asked, args.device)
         if self.asked:
             control.should_save = control.should_training_stop = True
 

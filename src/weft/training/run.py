@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from typing import Any, TextIO
 from torch import nn
 
 from ..checkpoint.load import read
-from ..errors import ConfigError
+from ..errors import ConfigError, WeftError
 from ..model.adapter import Adapter
-from . import card
+from . import card, processes
 from .audit import Snapshot, snapshot
 from .config import REPORTERS, RunConfig
 from .losses import METRICS
 from .prepare import Data, check_places, open_data, open_model
 from .render import IGNORED, marked
-from .resume import refill
+from .resume import newest, refill
 from .run_dir import RunDir
 
 EPOCHS = 3  # where neither steps nor epochs are given
@@ -48,7 +48,7 @@ def train(config: RunConfig, go_on: bool = False, stream: TextIO | None = None) 
     Raises ConfigError before anything is loaded for what cannot be meant; then WeftError (data, model, AuditError,
     DivergedError).
     """
-    stream = stream or sys.stderr
+    stream = (stream or sys.stderr) if processes.first() else io.StringIO()
     run = RunDir(Path(config.out).expanduser())
     check_places(config)
     check_reporters(config)
@@ -56,12 +56,17 @@ def train(config: RunConfig, go_on: bool = False, stream: TextIO | None = None) 
     data = open_data(config)
     _check_best(config, data)
     model, adapter, missing = open_model(config, data)
-    per_epoch = math.ceil(math.ceil(len(data.train) / config.train.batch) / config.train.accumulate)
+    batches = math.ceil(math.ceil(len(data.train) / config.train.batch) / processes.count())
+    per_epoch = math.ceil(batches / config.train.accumulate)
     steps = config.train.steps or per_epoch * (config.train.epochs or EPOCHS)
     adapter.plan_steps(steps)
     before = snapshot(model, adapter.name)
     facts = _facts(data, adapter, steps)
-    found = run.begin(config, _identity(data, adapter, before, missing), facts)
+    identity = _identity(data, adapter, before, missing)
+    processes.wait(config.train.device)  # all have looked at the directory
+    found = run.begin(config, identity, facts) if processes.first() else None
+    processes.wait(config.train.device)
+    found = found if processes.first() else newest(run.checkpoints)
     for note in data.notes:
         print(note, file=stream)
     print(f"{type(config.method).__name__}: {adapter.num_parameters:,} trained numbers; {len(data.train)} samples, "
@@ -93,15 +98,21 @@ def _run(config: RunConfig, run: RunDir, data: Data, adapter: Adapter, before: S
     order.order = engine.order
     try:
         engine.train(resume_from_checkpoint=str(found[0]) if found else None)
+    except WeftError as error:
+        if processes.first():
+            run.finish(status="failed", reason=f"{type(error).__name__}: {error}")
+        raise
     finally:
         stop.restore()
         log.close()
     state = engine.state
+    processes.wait(config.train.device)
     if stop.asked and state.global_step < steps:
-        run.finish(status="interrupted", steps_done=state.global_step)
+        if processes.first():
+            run.finish(status="interrupted", steps_done=state.global_step)
         return Trained(adapter.model, adapter, data.tokenizer, run.root, state.global_step, False)
     chosen = _choose(config, run, adapter)
-    if state.is_world_process_zero:
+    if processes.first():
         _write(config, run, adapter, data, state.global_step, chosen)
     return Trained(adapter.model, adapter, data.tokenizer, run.root, state.global_step, True, chosen)
 
@@ -145,9 +156,8 @@ def _facts(data: Data, adapter: Adapter, steps: int) -> dict[str, Any]:
 def _identity(data: Data, adapter: Adapter, before: Snapshot, missing: list[str]) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     base = sorted((name, digest) for name, digest in before.base.items() if name not in missing)
-    world = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate set it
     return {"model": sha256(repr(base).encode()).hexdigest()[:16], "train": data.train.fingerprint(),
-            "eval": None if data.eval is None else data.eval.fingerprint(), "processes": world,
+            "eval": None if data.eval is None else data.eval.fingerprint(), "processes": processes.count(),
             "trained": {name: f"{list(p.shape)} {str(p.dtype).removeprefix('torch.')}"
                         for name, p in adapter.named_parameters()}}
 

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..errors import ConfigError
 from ..model.adapter import Adapter
-from . import generate
+from . import generate, processes
 from .config import OptimSection, RunConfig
 from .loop import seeded
 from .losses import collate, first, loss_for, metrics_for, reduced
@@ -109,6 +109,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             shutil.rmtree(place, ignore_errors=True)  # of a run that was killed while it wrote
             self.adapter.save(place)
             write_state(self.adapter, place)
+        if self.args.world_size > 1:
+            torch.distributed.barrier()  # the others write their random states into the folder next
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         read_state(self.adapter, Path(resume_from_checkpoint))
@@ -154,6 +156,7 @@ def arguments(config: RunConfig, folder: Path, steps: int, per_epoch: int, evalu
         save_strategy="steps", save_steps=config.save.every or per_epoch, logging_strategy="steps",
         logging_steps=config.log.every, logging_nan_inf_filter=False, report_to=list(config.log.report_to) or "none",
         include_num_input_tokens_seen="non_padding", remove_unused_columns=False, label_names=["labels"],
+        ddp_backend="gloo" if processes.count() > 1 and not cuda else None, ddp_find_unused_parameters=False,
         disable_tqdm=True, log_level="error", run_name=Path(config.out).name)
     if args.n_gpu > 1:  # one process, one device: DataParallel would copy the model at every step
         args._n_gpu = 1
