@@ -21,10 +21,8 @@ FAMILIES = {
     "digits": "scikit-learn's handwritten digits 5 to 9, 20 training images of each (offline)",
     "image-folder:DIR": "images in DIR/<class>/*.png, for any image classification model",
     "csv:FILE": "text classification, columns text,label or sentence,label (a pair too); .csv, .tsv, .gz",
-    **{f"{name}:DIR": f"GLUE's {name}, train and dev (validation is a part of train); without :DIR the hub's"
-       for name in GLUE},
-    **{f"{name}-paper:DIR": f"GLUE's {name} as the papers do it: chosen and reported on dev, which is optimistic"
-       for name in GLUE},
+    **{f"{name}:DIR": "GLUE, chosen on a part of train, reported on dev" for name in GLUE},
+    **{f"{name}-paper:DIR": "GLUE as the papers do it, which is optimistic" for name in GLUE},
 }
 GENERATION = {
     "e2e:DIR": "the E2E challenge, restaurant descriptions from slots; BLEU, NIST, METEOR, ROUGE-L, CIDEr",
