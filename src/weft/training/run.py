@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -94,7 +96,8 @@ def _run(config: RunConfig, run: RunDir, data: Data, adapter: Adapter, before: S
     order = callbacks.Order(per_epoch, data.eval is not None)
     own = [callbacks.Audit(adapter, before, int(args.warmup_steps)), order, log,
            callbacks.Keep(adapter, config, run), stop]
-    engine = trainer.AdapterTrainer(adapter, config.optim, data, args, own, config.eval.records)
+    with _tensorboard(run.root / "tensorboard"):
+        engine = trainer.AdapterTrainer(adapter, config.optim, data, args, own, config.eval.records)
     order.order = engine.order
     try:
         engine.train(resume_from_checkpoint=str(found[0]) if found else None)
@@ -115,6 +118,19 @@ def _run(config: RunConfig, run: RunDir, data: Data, adapter: Adapter, before: S
     if processes.first():
         _write(config, run, adapter, data, state.global_step, chosen)
     return Trained(adapter.model, adapter, data.tokenizer, run.root, state.global_step, True, chosen)
+
+
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[None]:
+    """The Trainer's reporter learns its folder from this variable alone; one that the user has set stays."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = before or str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def _choose(config: RunConfig, run: RunDir, adapter: Adapter) -> dict[str, Any] | None:
