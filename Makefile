@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint check slow clean
+.PHONY: demo test lint check slow docs docs-tables clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.train           ## train seven methods on real data and print one table (about two minutes on two cores)
@@ -20,8 +20,15 @@ check: .venv/.dev
 slow: .venv/.dev             ## the checks that take minutes
 	.venv/bin/python -m pytest -n 2 -m slow
 
+docs: .venv/.docs            ## build the site into site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --clean --quiet
+	@echo "site/index.html"
+
+docs-tables: .venv/.dev      ## write the generated tables of docs/ anew, from the code
+	.venv/bin/python scripts/docs_tables.py
+
 clean:
-	rm -rf .venv weft-compare .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv site weft-compare .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Weft needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
@@ -34,6 +41,11 @@ clean:
 
 .venv/.train: .venv/.torch pyproject.toml
 	$(PIP) -e '.[train]'
+	touch $@
+
+# The extra `docs` alone: the tables lie in docs/, so neither torch nor Weft is needed, and it takes seconds.
+.venv/.docs: constraints.txt | .venv/bin/python
+	$(PIP) mkdocs mkdocs-material
 	touch $@
 
 .venv/.dev: .venv/.torch pyproject.toml

@@ -6,10 +6,22 @@ import json
 
 import pytest
 import torch
-from checkpoint_support import CONFIG, TENSORS, attached, close, config_of, llama, logits, peft_reads, rewrite
+from checkpoint_support import (
+    CONFIG,
+    TENSORS,
+    attached,
+    close,
+    config_of,
+    llama,
+    logits,
+    peft_reads,
+    rewrite,
+    untied_gpt2,
+)
 
 import weft
 from support import KINDS, awake, config, inputs, net
+from weft.checkpoint import header
 from weft.cli import main
 from weft.methods.projections import Projections
 
@@ -151,3 +163,43 @@ def test_the_command_prints_the_error_and_refuses_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["export", "--adapter", str(tmp_path / "c"), "--to", "x", "--out", str(tmp_path / "d")]) == 2
     assert isinstance(config("DoRA"), weft.DoRA) and inputs("linear").ndim == 3
+
+
+def test_what_stands_beside_the_tensors_goes_along(tmp_path):
+    a = awake("LoRAFA", dropout=0.25, modules_to_save=["head"])
+    weft.save(a.model, tmp_path / "a")
+    weft.export(tmp_path / "a", "lora", tmp_path / "b")
+    written = config_of(tmp_path / "b")
+    assert written["modules_to_save"] == ["head"] and written["lora_dropout"] == 0.25
+    assert written["target_modules"] == "layer|mid" and weft.inspect(tmp_path / "b").base["class"] == "Net"
+    loaded = weft.load(net(), tmp_path / "b").config
+    assert (loaded.dropout, loaded.modules_to_save) == (0.25, ("head",))
+
+
+def test_a_model_of_conv1d_and_an_embedding(tmp_path):
+    model = untied_gpt2()
+    attached(model, weft.LoRAFA(r=4, alpha=6, targets=["wte", "c_attn"]))
+    weft.save(model, tmp_path / "a")
+    weft.export(tmp_path / "a", "lora", tmp_path / "b")
+    written = config_of(tmp_path / "b")
+    assert written["fan_in_fan_out"] is True and r"transformer\.h\.0\.attn\.c_attn" in written["target_modules"]
+    close(logits(peft_reads(untied_gpt2(), tmp_path / "b")), logits(model), logits(untied_gpt2()))
+
+
+def test_vera_with_ranks_of_their_own_or_an_embedding_is_lora_and_not_peft_s_vera(tmp_path):
+    for kind, changes, says in (("embedding", {}, "no form for the embedding 'layer'"),
+                                ("linear", {"targets": {"layer": {"r": 2}, "mid": {}}}, "one rank and one seed")):
+        a = awake("VeRA", kind, **changes)
+        a.model.eval()
+        weft.save(a.model, tmp_path / kind)
+        with pytest.raises(weft.UnsupportedError, match=says):
+            weft.export(tmp_path / kind, "peft", tmp_path / "peft")
+        weft.export(tmp_path / kind, "lora", tmp_path / f"{kind}-lora")
+        same(tmp_path / f"{kind}-lora", kind, a.x, logits(a.model, a.x))
+
+
+def test_other_matrices_than_those_that_were_saved_are_refused(tmp_path, monkeypatch):
+    weft.save(awake("VeRA").model, tmp_path / "a")
+    monkeypatch.setattr(header, "shared_checksum", lambda shared: "0" * 16)
+    with pytest.raises(weft.CheckpointError, match="A and B drawn from seed 7 are not those that were saved"):
+        weft.export(tmp_path / "a", "lora", tmp_path / "b")

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import weft
 from support import awake, config, inputs, net, same_bits
-from weft.checkpoint.matching import canonical, match
+from weft.checkpoint.matching import match
+from weft.model.structure import canonical
 
 
 class Wrapper(nn.Module):

@@ -107,6 +107,7 @@ def test_what_peft_has_no_form_for_is_saved_in_weft_s_own(kind, changes, tmp_pat
 
 @pytest.mark.parametrize(("changes", "text"), [
     ({"rank_pattern": {"layer.lora_E": [True]}}, "hold 3 marks"), ({"rank_pattern": {"layer": [True] * 3}}, "name a lora_E"),
+    ({"rank_pattern": {"layer.lora_E": "101"}}, "hold 3 marks"),
     ({"rank_pattern": [1]}, "an object of tensor names"), ({"init_r": 0}, "1 or more"), ({"total_step": 0}, "total_steps")])
 def test_a_configuration_that_cannot_be_meant(changes, text, tmp_path):
     directory = peft_saves(peft_of(net(), adalora(**ON_NET)), tmp_path / "a")
@@ -119,3 +120,22 @@ def test_a_tensor_that_does_not_fit_the_pattern(tmp_path):
                            Path(tmp_path / "a"))
     rewrite(directory, lambda t: t.update({k: v[:1].clone() for k, v in t.items() if "layer.lora_A" in k}))
     refused(net(), directory, "layer.lora_A", "[1, 7] in the file, [3, 7] expected")
+
+
+def test_fields_that_a_file_leaves_out_have_peft_s_meaning(tmp_path):
+    theirs = peft_of(net(), adalora(**ON_NET, target_r=8, lora_alpha=0))
+    directory = peft_saves(theirs, tmp_path / "a")
+    edit_config(directory, tinit=None, tfinal=None, beta1=None)
+    model = net()
+    config = weft.load(model, directory).config
+    assert (config.phases, config.beta1, config.final_r) == ((0, 0), 0.85, 3)
+    assert config.scale == pytest.approx(3 / (3 + 1e-5), rel=1e-12)  # an alpha of 0 means r
+
+
+def test_a_schedule_that_nobody_has_set_is_written_as_one_that_peft_takes(tmp_path):
+    a = awake("AdaLoRA", total_steps=None)
+    weft.save(a.model, tmp_path)
+    written = config_of(tmp_path)
+    assert (written["total_step"], written["tinit"], written["tfinal"]) == (1, 0, 0)
+    close(logits(peft_reads(net(), tmp_path), a.x), logits(a.model, a.x), logits(net(), a.x))
+    assert weft.load(net(), tmp_path).config.total_steps is None

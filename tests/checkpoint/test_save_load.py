@@ -79,7 +79,7 @@ def test_size_is_known_on_the_meta_device(variant, held, tmp_path):
         weft.save(model, tmp_path)
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", [name for name in RULES if hasattr(config(name), "r")])
 def test_layers_of_one_adapter_may_have_their_own_rank_and_dtype(method, tmp_path):
     targets = {"layer": {"r": 2, "dtype": "bfloat16"}, "mid": {"dtype": "float64", "dropout": 0.25}}
     a = awake(method, targets=targets)

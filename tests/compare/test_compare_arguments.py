@@ -10,6 +10,7 @@ import pytest
 from comparing import weft_command
 
 from weft.compare.entries import DEFAULT
+from weft.methods import METHODS
 from weft.tasks import FAMILIES
 
 
@@ -68,6 +69,8 @@ def test_help_and_lists_exit_with_zero_at_80_columns(words: list[str], monkeypat
 def test_list_names_methods_tasks_and_models() -> None:
     printed = weft_command("compare", "--list")[1]
     assert all(name in printed for name in (*DEFAULT, *FAMILIES, "digits-vit"))
+    listed = [line.split()[0] for line in printed.splitlines() if " learning rates " in line]
+    assert listed == [name.lower() for name in METHODS]
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:

@@ -92,9 +92,10 @@ def test_a_whole_run_is_peft_s(orthogonality, schedule):
     assert set(adapter.ranks.values()) != {2}, "equal ranks show no moving budget"
 
 
-def test_the_choice_is_that_of_the_equations_written_out():
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.85, 0.85), (0.7, 0.9)])
+def test_the_choice_is_that_of_the_equations_written_out(beta1, beta2):
     """From the tensors as the optimiser left them (a hook of the optimiser's own runs before ours) and their gradients."""
-    model, adapter, x = fresh(interval=1, warm_up=1, final=2, total_steps=8, orthogonality=0.3)
+    model, adapter, x = fresh(interval=1, warm_up=1, final=2, total_steps=8, orthogonality=0.3, beta1=beta1, beta2=beta2)
     optimiser = torch.optim.SGD(adapter.parameters(), lr=0.5)
     mean, spread, left = {}, {}, {}
     optimiser.register_step_post_hook(
@@ -104,8 +105,8 @@ def test_the_choice_is_that_of_the_equations_written_out():
         if step < 6:
             for name, p in adapter.named_parameters():
                 now = (left[name] * p.grad).abs()
-                mean[name] = 0.85 * mean.get(name, 0) + 0.15 * now
-                spread[name] = 0.85 * spread.get(name, 0) + 0.15 * (now - mean[name]).abs()
+                mean[name] = beta1 * mean.get(name, 0) + (1 - beta1) * now
+                spread[name] = beta2 * spread.get(name, 0) + (1 - beta2) * (now - mean[name]).abs()
             for name, value in mean.items():
                 module, tensor = name.split(".")
                 check_close(getattr(adapter.sites[module], f"{tensor}_mean"), value, torch.float32, name)
@@ -132,14 +133,64 @@ def test_pruned_triplets_keep_their_vectors_and_can_return():
 
 
 def test_ties_do_not_prune_more_than_the_budget():
-    model, adapter, _ = fresh()
+    model, adapter, _ = fresh(orthogonality=0.0)
     optimiser = torch.optim.SGD(adapter.parameters(), lr=0.0)
     for _ in range(STEPS):  # no gradient tells the triplets apart
         for p in adapter.parameters():
             p.grad = torch.zeros_like(p)
         optimiser.step()
-    assert sum(adapter.ranks.values()) == 4
+    assert adapter.ranks == {"layer": 4, "mid": 0}  # of equal ones those of earlier layers
     assert model is adapter.model
+
+
+def test_the_orthogonality_loss_enters_with_each_layer_s_own_weight():
+    model, adapter, x = fresh(targets={"layer": {"orthogonality": 0.2}, "mid": {"orthogonality": 0.7}})
+    model(x).sub(1).pow(2).mean().backward()
+    before = {name: p.grad.clone() for name, p in adapter.named_parameters()}
+    loss = 0
+    for site, weight in zip(adapter.sites.values(), (0.2, 0.7), strict=True):
+        for M in (site.P.t(), site.Q):
+            loss = loss + weight / 4 * torch.linalg.matrix_norm(M @ M.t() - torch.eye(4, dtype=M.dtype))
+    tensors = [(n, p) for n, p in adapter.named_parameters() if not n.endswith("lam")]
+    wanted = torch.autograd.grad(loss, [p for _, p in tensors])
+    torch.optim.SGD(adapter.parameters(), lr=0.0).step()
+    for (name, p), gradient in zip(tensors, wanted, strict=True):
+        check_close(p.grad - before[name], gradient, torch.float64, name)
+    assert all(torch.equal(s.lam.grad, before[f"{m}.lam"]) for m, s in adapter.sites.items())
+
+
+def test_what_is_orthogonal_already_has_no_gradient_of_it():
+    model, adapter, x = fresh()
+    with torch.no_grad():
+        for site in adapter.sites.values():
+            for M in (site.P, site.Q):
+                M.copy_(torch.eye(*M.shape, dtype=M.dtype))
+    optimiser = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    for p in adapter.parameters():
+        p.grad = torch.zeros_like(p)
+    optimiser.step()
+    assert all(not p.grad.any() for p in adapter.parameters())
+    assert model(x).isfinite().all()
+
+
+def test_tensors_in_bfloat16_and_layers_that_were_not_called():
+    model, adapter, _ = fresh(dtype="bfloat16", interval=1, warm_up=1, final=1, total_steps=6, orthogonality=0.0)
+    optimiser = torch.optim.AdamW(adapter.parameters(), lr=0.05)
+    for _ in range(6):
+        optimiser.zero_grad()
+        model.mid(torch.randn(4, 11, dtype=torch.float64)).sub(1).pow(2).mean().backward()
+        optimiser.step()
+    assert adapter.ranks == {"layer": 0, "mid": 4}, "what is never called has no importance"
+    for p in adapter.parameters():
+        assert p.dtype == torch.bfloat16 and p.isfinite().all()
+
+
+def test_on_the_meta_device_all_triplets_count():
+    with torch.device("meta"):
+        model = net()
+    adapter = weft.attach(model, weft.AdaLoRA(r=4, targets=["layer", "mid"], total_steps=9))
+    assert adapter.ranks == {"layer": 4, "mid": 4} and "8 in all" in str(adapter.plan())
+    assert adapter.nbytes > 0
 
 
 def test_nobody_said_how_many_steps():
@@ -186,7 +237,8 @@ def test_ranks_of_layers_of_their_own_share_the_budget():
     ({"warm_up": 1.5}, "a number of steps, or a share of them below 1"),
     ({"warm_up": 0.6, "final": 0.4}, "all steps or more"),
     ({"orthogonality": -1}, "orthogonality must be"), ({"alpha": 0}, "alpha must be"),
-    ({"targets": {"mid": {"interval": 3}}}, "interval is one for all layers, which share a budget")])
+    *(({"targets": {"mid": {field: 3}}}, f"{field} is one for all layers, which share a budget")
+      for field in ("total_steps", "warm_up", "final", "interval", "beta1", "beta2"))])
 def test_what_cannot_be_meant(fields, says):
     with pytest.raises(weft.ConfigError, match=says):
         weft.AdaLoRA(**fields)

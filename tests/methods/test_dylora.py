@@ -63,6 +63,32 @@ def test_training_computes_the_rank_of_the_step_and_evaluation_the_whole(kind):
     assert seen == set(range(2, R + 1))
 
 
+def test_without_alpha_every_rank_has_the_scale_one_in_training_too():
+    model, adapter, x = fresh(alpha=None)
+    move(adapter)
+    b, site, y = rank(adapter), adapter.sites["layer"], x.double()
+    W = model.layer.weight.double() + site.B.double()[:, :b] @ site.A.double()[:b]
+    check_close(model.layer(x), y @ W.t() + model.layer.bias.double(), torch.float32)
+
+
+def test_layers_with_ranks_of_their_own_draw_from_their_own_range():
+    model, adapter, x = fresh(targets={"layer": {"r": 3}, "mid": {"r_min": 4}})
+    optimiser = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    for t in range(8):
+        for site, (low, high) in zip(adapter.sites.values(), ((2, 3), (4, R)), strict=True):
+            assert int(site.b) == site.rule.rank_at(t) and low <= int(site.b) <= high
+        step(model, x, optimiser)
+
+
+def test_the_range_shrinks_with_the_rank_and_the_start_is_lora_s():
+    rule = weft.DyLoRA(r=R, r_min=4)
+    assert [(s.r, s.r_min) for s in map(rule.shortened, (9, 5, 3))] == [(R, 4), (5, 4), (3, 3)]
+    for init in ("gaussian", "kaiming"):
+        sites = [weft.attach(net(), method(r=R, init=init, targets=["layer"])).sites["layer"]
+                 for method in (weft.DyLoRA, weft.LoRA)]
+        assert same_bits(sites[0].A, sites[1].A)
+
+
 def test_only_the_first_b_have_gradients_and_accumulation_sees_one_b():
     model, adapter, x = fresh()
     move(adapter)
@@ -86,7 +112,50 @@ def test_last_only_moves_the_b_th_alone_whatever_the_optimiser():
             A, B = before[module]
             moved = (site.A != A).any(1), (site.B != B).any(0)
             assert all(m.nonzero().flatten().tolist() == [b - 1] for m in moved)
+            assert site.A.grad.any(1).nonzero().tolist() == site.B.grad.any(0).nonzero().tolist() == [[b - 1]]
     assert adapter.config.audit_after == R - 2 + 3
+
+
+def test_last_only_with_a_frozen_factor_and_after_a_step_that_raised():
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            if fails:
+                raise MemoryError
+            return super().step(closure)
+
+    model, adapter, x = fresh(last_only=True)
+    move(adapter)
+    for site in adapter.sites.values():
+        site.A.requires_grad_(False)
+    optimiser, fails = Failing([p for p in adapter.parameters() if p.requires_grad], lr=0.1), True
+    with pytest.raises(MemoryError):
+        step(model, x, optimiser)
+    move(adapter, seed=5)  # as a state that is loaded again would
+    fails, before = False, adapter.sites["mid"].B.detach().clone()
+    b = rank(adapter)
+    step(model, x, optimiser)
+    assert (before != adapter.sites["mid"].B).any(0).nonzero().flatten().tolist() == [b - 1]
+
+
+def test_last_only_holds_through_an_optimiser_that_evaluates_often():
+    model, adapter, x = fresh(last_only=True)
+    move(adapter)
+    optimiser = torch.optim.LBFGS(adapter.parameters(), lr=0.5, max_iter=4)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = model(x).sub(1).pow(2).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        b, before = rank(adapter), {m: (s.A.clone(), s.B.clone()) for m, s in adapter.sites.items()}
+        optimiser.step(closure)
+        for module, site in adapter.sites.items():
+            A, B = before[module]
+            moved = (site.A != A).any(1), (site.B != B).any(0)
+            assert all(m.nonzero().flatten().tolist() == [b - 1] for m in moved)
+            assert "held" not in site.__dict__
 
 
 def test_a_resumed_run_and_a_copy_draw_the_same_ranks_bit_for_bit():
@@ -147,6 +216,12 @@ def test_a_truncated_adapter_trains_on_with_a_new_optimiser():
         if t == 1:
             optimiser = torch.optim.SGD(adapter.parameters(), lr=0.1)
         step(model, x, optimiser)
+
+
+def test_layers_of_larger_rank_are_truncated_too():
+    _, adapter, _ = fresh(targets={"layer": {"r": 9}, "mid": {}})
+    adapter.truncate(8)
+    assert adapter.ranks == {"layer": 8, "mid": R}
 
 
 @pytest.mark.parametrize("r", [0, 7, True, 2.0])

@@ -7,9 +7,11 @@ from torch import nn
 
 import weft
 from support import awake, check_close, config, inputs, move, net, same_bits
+from weft.methods.base import Draw
 from weft.ops import frozen
 
 TOKENS, R = 4 * 6, 3
+GOLDEN = [0.9092832, 0.1373487, -0.4899532]
 
 
 def kept(model, x):
@@ -126,6 +128,25 @@ def test_a_does_not_depend_on_what_wrappers_put_into_names(tmp_path):
         assert same_bits(site.A, two.sites[f"model.language_model.{module}"].A)
 
 
+WRAPPERS = ("module", "base_model", "model", "language_model", "_orig_mod", "_fsdp_wrapped_module",
+            "_checkpoint_wrapped_module")
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_a_is_uniform_within_its_bound_and_a_function_of_seed_and_name(kind):
+    """The files hold no A, so these bits are a promise: the numbers below may never change."""
+    def drawn(site, seed=7, r=50):
+        return weft.LoRAFA(r=r).fixed(kind, (11, 40), Draw(seed, site), torch.device("cpu"))["A"]
+
+    A, bound = drawn("a.layer"), 1.0 if kind == "embedding" else 40**-0.5
+    assert 0.99 * bound < A.max() <= bound and -bound <= A.min() < -0.99 * bound and abs(A.mean()) < 0.05 * bound
+    assert (A[0, :3] / bound).tolist() == pytest.approx(GOLDEN, abs=1e-6)
+    assert same_bits(drawn("a.layer", r=3), A[:3])
+    assert not torch.equal(drawn("a.layer", seed=8), A) and not torch.equal(drawn("b.layer"), A)
+    for part in WRAPPERS:
+        assert same_bits(drawn(f"{part}.a.{part}.layer"), A), part
+
+
 def test_another_a_than_the_one_that_was_saved_is_refused(tmp_path, monkeypatch):
     a = awake("LoRAFA")
     weft.save(a.model, tmp_path)
@@ -183,3 +204,43 @@ def test_the_gradient_is_preconditioned_as_the_equation_says_or_left_alone():
             check_close(site.B.grad, wanted, torch.float32)
         same = all(torch.equal(p.grad, g) for p, g in zip(a.adapter.parameters(), before, strict=True))
         assert same != precondition
+
+
+def test_every_layer_is_preconditioned_with_its_own_scale_also_where_a_has_more_rows_than_columns():
+    """In float64, where the 1e-8 on the diagonal is what makes A Aᵀ invertible."""
+    targets = {"layer": {"r": 9, "alpha": 4.0}, "mid": {"alpha": 7.0}}
+    a = awake("LoRAFA", dtype=torch.float64, held="float64", precondition=True, targets=targets)
+    a.run().pow(2).sum().backward()
+    before = {m: s.B.grad.clone() for m, s in a.adapter.sites.items()}
+    torch.optim.SGD(a.adapter.parameters(), lr=0.1).step()
+    for (module, site), scale in zip(a.adapter.sites.items(), (4 / 9, 7 / 3), strict=True):
+        gram = site.A @ site.A.t() + 1e-8 * torch.eye(len(site.A), dtype=torch.float64)
+        check_close(site.B.grad, before[module] @ gram.inverse() / scale**2, torch.float32, module)
+
+
+def test_preconditioning_takes_bfloat16_and_layers_that_were_not_called():
+    a = awake("LoRAFA", held="bfloat16", precondition=True)
+    a.model.mid(torch.randn(4, 11)).pow(2).sum().backward()
+    before = a.adapter.sites["mid"].B.grad.clone()
+    torch.optim.SGD(a.adapter.parameters(), lr=0.1).step()
+    assert a.adapter.sites["layer"].B.grad is None and not torch.equal(a.adapter.sites["mid"].B.grad, before)
+
+
+def test_dropout_s_gradient_has_the_dtype_of_the_input_under_autocast():
+    x, A = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = frozen.down(x, A, 0.4, training=True)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    dropped = x.grad == 0
+    assert x.grad.dtype == torch.float32 and 0 < dropped.sum() < x.numel()
+    check_close(x.grad, torch.where(dropped, 0.0, A.sum(0) / 0.6), torch.bfloat16)
+
+
+def test_dropout_compiles_into_one_graph():
+    a = awake("LoRAFA", dropout=0.5)
+    a.model.train()
+    compiled = torch.compile(a.model, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(a.x), compiled(a.x))
+    compiled(a.x).sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in a.adapter.parameters())

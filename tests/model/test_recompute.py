@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import weft
-from support import KINDS, VARIANTS, awake, check_close, config, move, net
+from support import KINDS, RULE_VARIANTS, VARIANTS, awake, check_close, config, inputs, move, net, same_bits
 
 
 def gradients(a, run):
@@ -44,6 +44,20 @@ def test_the_reentrant_kind_works_where_the_input_has_a_gradient(variant):
     wanted = gradients(a, lambda: a.model(x))
     for key, gradient in gradients(a, lambda: recomputed(a, x, reentrant=True)).items():
         check_close(gradient, wanted[key], torch.float32, key)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("variant", [v for v in RULE_VARIANTS if hasattr(config(v), "dropout")])
+def test_dropout_repeats_where_the_model_has_another_dtype_than_the_tensors(variant, reentrant):
+    """The first forward of the reentrant kind records no gradient, and must draw the mask that the second will draw."""
+    a = awake(variant, dtype=torch.bfloat16, dropout=0.4)
+    a.model.train()
+    x = inputs("linear", dtype=torch.bfloat16).requires_grad_()
+    torch.manual_seed(4)
+    wanted = gradients(a, lambda: a.model(x))
+    torch.manual_seed(4)
+    for key, gradient in gradients(a, lambda: recomputed(a, x, reentrant)).items():
+        assert same_bits(gradient, wanted[key]), key
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

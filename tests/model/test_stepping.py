@@ -222,6 +222,110 @@ def test_a_training_state_of_another_adapter_is_refused():
     assert not fresh(method="LoRA")[1].training_state()
 
 
+class Around(torch.optim.Optimizer):
+    """Holds all tensors and lets optimisers of parts of them step, as ZeroRedundancyOptimizer and SAM do."""
+
+    def __init__(self, *parts, fails=False):
+        self.parts, self.fails = parts, fails
+        super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
+
+    def step(self, closure=None):
+        if self.fails:
+            raise MemoryError
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_optimiser_within_another_one_s_step_is_part_of_it(parts, closed):
+    results = []
+    for around in (False, True):
+        model, adapter, x = fresh(orthogonality=0.5)
+        tensors = list(adapter.parameters())
+        optimiser = torch.optim.SGD(tensors, lr=0.5)
+        if around:
+            optimiser = Around(*(torch.optim.SGD(tensors[i::parts], lr=0.5) for i in range(parts)))
+
+        def closure(model=model, x=x, optimiser=optimiser):
+            optimiser.zero_grad()
+            backward(model, x)
+
+        for _ in range(6):
+            if not closed:
+                closure()
+            optimiser.step(closure if closed else None)
+        assert adapter.steps == 6
+        results.append(state(adapter))
+    assert same(*results)
+
+
+def test_what_an_outer_step_that_raised_has_begun_does_not_hide_a_later_one():
+    model, adapter, x = fresh()
+    inner = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    outer = Around(inner, fails=True)
+    backward(model, x)
+    with pytest.raises(MemoryError):
+        outer.step()
+    inner.step()
+    assert adapter.steps == 1
+
+
+def test_an_optimiser_that_evaluates_its_closure_often_takes_one_step():
+    model, adapter, x = fresh()
+    optimiser = torch.optim.LBFGS(adapter.parameters(), lr=0.5, max_iter=4)
+    evaluated = []
+
+    def closure():
+        optimiser.zero_grad()
+        loss = model(x).sub(1).pow(2).mean()
+        loss.backward()
+        evaluated.append(float(loss.detach()))
+        return loss
+
+    for step_taken in range(1, 4):
+        optimiser.step(closure)
+        assert adapter.steps == step_taken
+    assert len(evaluated) > 6 and evaluated[-1] < evaluated[0]
+
+
+def test_a_copied_handle_of_an_adapter_that_is_gone_does_no_harm():
+    """Torch is going through its hooks when it is found out, and others may come after ours."""
+    stepping._followed.clear()
+    model, adapter, _ = fresh()
+    handle = copy.copy(adapter)
+    weft.detach(model)
+    assert handle in stepping._followed
+    later = torch_optimizer.register_optimizer_step_pre_hook(lambda *_: None)
+    other = torch.nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    try:
+        torch.optim.SGD([other], lr=0.1).step()
+    finally:
+        later.remove()
+    assert handle not in stepping._followed
+
+
+def test_a_copied_handle_does_not_count_a_second_time():
+    model, adapter, x = fresh()
+    handle = copy.copy(adapter)
+    step(model, x, torch.optim.SGD(adapter.parameters(), lr=0.1))
+    assert adapter.steps == handle.steps == 1
+
+
+def test_tensors_that_the_user_has_frozen_belong_in_no_optimiser():
+    model, adapter, x = fresh()
+    frozen = adapter.sites["mid"].P.requires_grad_(False)
+    kept = frozen.detach().clone()
+    optimisers = [torch.optim.SGD([p for p in adapter.parameters() if p.requires_grad], lr=0.1) for _ in range(2)]
+    for count, optimiser in enumerate(optimisers, start=1):
+        step(model, x, optimiser)
+        assert adapter.steps == count
+    assert frozen.grad is None and torch.equal(frozen, kept)
+
+
 def test_tensors_in_two_optimisers_are_refused():
     model, adapter, x = fresh()
     one, *rest = adapter.parameters()

@@ -260,3 +260,32 @@ def test_a_weight_read_by_a_module_under_another_name_counts_as_tied():
     model.register_parameter("table", model.mid.weight)
     with pytest.raises(weft.TargetError, match=r"'mid' and 'table' are tied: .* model\.table = torch\.nn\.Parameter"):
         weft.attach(model, config("LoRA"))
+
+
+class Wrapper(nn.Module):
+    """As FSDP and activation checkpointing wrap a layer; torch.compile does too."""
+
+    def __init__(self, inner, part):
+        super().__init__()
+        self.add_module(part, inner)
+
+    def forward(self, x):
+        return next(self.children())(x)
+
+
+@pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_a_wrapped_layer_is_named_as_if_it_were_not_wrapped(part):
+    model = net()
+    model.mid = torch.compile(model.mid, backend="eager") if part == "_orig_mod" else Wrapper(model.mid, part)
+    inside = f"mid.{part}"
+    for targets in (["mid"], "mid", r"m[i]d", r"mid(\..*)?", [inside], {"mid": {"r": 2}}):
+        assert sites(model, targets) == [inside], targets
+    assert sites(model, "all-linear") == ["layer", inside]
+    with pytest.raises(weft.TargetError, match=r"Nearest endings: \['mid'\]"):
+        sites(model, ["mod"])
+    adapter = weft.attach(model, config("LoRA", targets=["mid"]))
+    move(adapter)
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        with weft.use(model, None):
+            before = model(inputs("linear"))
+        assert not torch.equal(model(inputs("linear")), before)

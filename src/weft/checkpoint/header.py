@@ -28,9 +28,10 @@ from ..methods.base import DTYPES, Stateful
 from ..methods.projections import Projections
 from ..model.adapter import Adapter
 from ..model.layer import Site
+from ..model.structure import canonical
 from . import files
 from .content import Stored, StoredSite, nearest
-from .matching import bare, canonical, class_of
+from .matching import bare, class_of
 
 SCHEMA = 1
 FIXED = "fixed"  # among the checksums: of the layers' own frozen tensors

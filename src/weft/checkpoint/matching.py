@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from ..model.structure import WRAPPERS, canonical
+
 NESTED = "language_model"
 _LEADING = re.compile(r"((module|base_model\.model)\.)+")
 
@@ -24,11 +25,6 @@ class Names:
     def mapped(self) -> list[str]:
         """What differs between the names of the file and the model's, once for all layers."""
         return sorted({_change(a, b) for a, b in self.found.items() if a != b})
-
-
-def canonical(name: str) -> str:
-    """A name without the parts that torch.compile, FSDP and activation checkpointing put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def is_wrapper(module: nn.Module) -> bool:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..model.adapter import Adapter
+from ..model.structure import canonical
 from .content import Stored, report_extra, take
 from .header import trained_tensors
-from .matching import canonical
 
 _SELECTED = "base/"
 

@@ -15,10 +15,10 @@ from ..methods.target_spec import KEYWORDS, is_ending
 from ..model.adapter import Adapter
 from ..model.layer import CHILD
 from ..model.state import find_state
-from ..model.structure import base_modules
+from ..model.structure import base_modules, canonical
 from ..model.switch import base_only
 from .content import Stored, take
-from .matching import bare, canonical, class_of
+from .matching import bare, class_of
 
 PREFIX = "base_model.model."
 _PREFIXES = re.compile(r"(?P<wrappers>((module|_orig_mod)\.)*)base_model\.model\.")

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..methods import DoRA, LoRA, replace
 from ..model.adapter import Adapter
+from ..model.structure import canonical
 from .content import Stored, StoredSite
 from .header import trained_tensors
-from .matching import canonical
 from .peft_common import (
     PREFIX,
     bare_keys,

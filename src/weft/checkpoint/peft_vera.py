@@ -16,9 +16,9 @@ from ..errors import UnsupportedError
 from ..methods import VeRA
 from ..methods.projections import Projections
 from ..model.adapter import Adapter
+from ..model.structure import canonical
 from .content import Stored, StoredSite, take
 from .header import trained_tensors
-from .matching import canonical
 from .peft_common import (
     PREFIX,
     bare_keys,

@@ -65,6 +65,7 @@ class AdaLoRA:
     dtype: str = "float32"
 
     mergeable: ClassVar[bool] = True
+    follows_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rank(self)
@@ -145,7 +146,7 @@ class AdaLoRA:
         return self.scale * product
 
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
-        h = host.project(x, p.Q.to(dtype), self.dropout, p.training)
+        h = host.project(x, p.Q, self.dropout, p.training, dtype)
         return low_rank.up(h * p.lam.to(dtype)[:, 0], p.P.to(dtype), self.scale)
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
@@ -183,7 +184,11 @@ class AdaLoRA:
     def restore(self, p: Params, text: str) -> None:
         p.kept.copy_(torch.tensor([mark == "1" for mark in text]))
 
-    def before_step(self, sites: Mapping[str, Any], scale: float) -> None:
+    def still(self, p: Params) -> tuple[str, ...]:
+        """All of a layer that has lost its last triplet: lam is 0 again, as at the start, and P and Q have no gradient."""
+        return () if p.kept.any() else _TENSORS
+
+    def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
         self.budget(0, 0, 0)  # now, and not after a step has been taken that no schedule has counted
         for p in sites.values():
             gamma = scale * p.rule.orthogonality / (2 * len(sites))

@@ -67,8 +67,12 @@ class Host(Protocol):
     def run(self, x: Tensor) -> Tensor:
         """The layer's own output for another input."""
         ...
-    def project(self, x: Tensor, A: Tensor, dropout: float, training: bool) -> Tensor:
-        """x Aᵀ [..., r] for A [r, in], with dropout on x; x holds ids where the layer is an embedding."""
+    def project(self, x: Tensor, A: Tensor, dropout: float, training: bool, dtype: torch.dtype | None = None) -> Tensor:
+        """x Aᵀ [..., r] for A [r, in], with dropout on x; x holds ids where the layer is an embedding.
+
+        A tensor that trains is given as it is, with the `dtype` to compute in: cast where no gradient is recorded (as in
+        a forward that is recomputed later) it would not show that it trains, and dropout would draw another mask.
+        """
         ...
 
 
@@ -151,6 +155,9 @@ class Stateful(Protocol):
     def restore(self, p: Params, text: str) -> None:
         """Put back what `reached` told."""
         ...
+    def still(self, p: Params) -> tuple[str, ...]:
+        """Trained tensors that the rule itself keeps where they started, so that the audit does not ask them to move."""
+        ...
 
 
 @runtime_checkable
@@ -160,8 +167,12 @@ class Stepped(Protocol):
     It is called on the adapter's configuration, with all its layers' tensors by module name.
     """
 
-    def before_step(self, sites: Mapping[str, Any], scale: float) -> None:
-        """Gradients are there, `scale` times too large."""
+    @property
+    def follows_steps(self) -> bool:
+        """With these values of its fields it does act; then tensors that move without a step are an error."""
+        ...
+    def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
+        """Gradients are there, `scale` times too large; `again` in the same step where a closure has made new ones."""
         ...
     def after_step(self, sites: Mapping[str, Any]) -> None:
         """The tensors have moved; the gradients are still there, at their own size."""
@@ -231,10 +242,13 @@ def check_choice(config: Any, field: str, allowed: Sequence[str]) -> None:
 
 
 def check_common(config: Any) -> None:
-    """The fields every rule has: dropout, seed, dtype, modules_to_save, and targets as far as they need no model."""
+    """The fields every rule has: seed, dtype, modules_to_save, and targets as far as they need no model; and dropout where
+    there is any.
+    """
     from .target_spec import normalise  # here, so that a configuration module can be read from the top
 
-    check_number(config, "dropout", low=0.0, high=1.0, open_high=True)
+    if hasattr(config, "dropout"):
+        check_number(config, "dropout", low=0.0, high=1.0, open_high=True)
     if isinstance(config.seed, bool) or not isinstance(config.seed, int) or not 0 <= config.seed < 2**63:
         raise ConfigError(f"{type(config).__name__}(seed={config.seed!r}): seed must be a whole number from 0 to 2**63-1.")
     if isinstance(config.dtype, torch.dtype):

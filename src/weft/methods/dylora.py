@@ -96,7 +96,7 @@ class DyLoRA:
         return self.scale * product
 
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
-        h = host.project(x, p.A.to(dtype), self.dropout, p.training)
+        h = host.project(x, p.A, self.dropout, p.training, dtype)
         if p.training:
             return low_rank.up(h * self._scales(p.b, dtype), p.B.to(dtype))
         return low_rank.up(h, p.B.to(dtype), self.scale)
@@ -130,10 +130,18 @@ class DyLoRA:
     def restore(self, p: Params, text: str) -> None:
         return None
 
-    def before_step(self, sites: Mapping[str, Any], scale: float) -> None:
+    @property
+    def follows_steps(self) -> bool:
+        return self.r_min < self.r or self.last_only
+
+    def still(self, p: Params) -> tuple[str, ...]:
+        return ()
+
+    def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
         for p in sites.values() if self.last_only else ():
             others = self._others(p)
-            p.held = p.A.detach().clone(), p.B.detach().clone()
+            if not again:
+                p.held = p.A.detach().clone(), p.B.detach().clone()
             for tensor, place in ((p.A, others), (p.B, (slice(None), others))):
                 if tensor.grad is not None:
                     tensor.grad[place] = 0.0

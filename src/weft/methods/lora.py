@@ -71,7 +71,7 @@ class LoRA:
         return self.scale * product
 
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
-        h = host.project(x, p.A.to(dtype), self.dropout, p.training)
+        h = host.project(x, p.A, self.dropout, p.training, dtype)
         return low_rank.up(h, p.B.to(dtype), self.scale)
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:

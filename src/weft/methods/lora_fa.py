@@ -66,7 +66,7 @@ class LoRAFA:
         return self.scale * product
 
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
-        h = host.project(x, p.A.to(dtype), self.dropout, p.training)
+        h = host.project(x, p.A, self.dropout, p.training, dtype)
         return low_rank.up(h, p.B.to(dtype), self.scale)
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
@@ -87,7 +87,11 @@ class LoRAFA:
         bound = 1.0 if kind == "embedding" else 1 / math.sqrt(shape[1])
         return {"A": Draw(draw.seed, place).uniform("A", (self.r, shape[1]), bound, device)}
 
-    def before_step(self, sites: Mapping[str, Any], scale: float) -> None:
+    @property
+    def follows_steps(self) -> bool:
+        return self.precondition
+
+    def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
         for p in sites.values() if self.precondition else ():
             if p.B.grad is not None:
                 A = wide(p.A)

@@ -18,7 +18,7 @@ from .adapter import Adapter
 from .layer import CHILD, Site, adapt, is_adapted, restore, sites_of, switch_of
 from .selection import select, tensors_of_modules, tensors_picked
 from .state import ATTRIBUTE, Rows, State, find_state, state_of, unwrapped
-from .stepping import follow, unfollow
+from .stepping import Watch, follow, follows, unfollow
 from .structure import base_modules
 from .switch import activate, base_only
 
@@ -220,5 +220,7 @@ def _install(root: nn.Module, state: State, adapter: Adapter, modules: Mapping[s
         sites_of(modules[name])[adapter.name] = site
     state.adapters[adapter.name] = adapter
     follow(adapter)
+    if follows(adapter):
+        next(iter(adapter.sites.values())).watch = Watch(adapter.name)
     state.fast_paths.switch_off(modules.values(), [modules[name] for name in adapter.sites])
     activate(state, adapter.name)

@@ -157,11 +157,13 @@ class HostView:
         bias: Tensor | None = getattr(self.module, "bias", None)
         return bias
 
-    def project(self, x: Tensor, A: Tensor, dropout: float, training: bool) -> Tensor:
-        """x Aᵀ [..., r] for A [r, in]; x [..., in], or ids [...] where the layer is an embedding."""
+    def project(self, x: Tensor, A: Tensor, dropout: float, training: bool, dtype: torch.dtype | None = None) -> Tensor:
+        """x Aᵀ [..., r] for A [r, in], in `dtype` (A's own if None); x [..., in], or ids [...] where the layer is an
+        embedding.
+        """
         if isinstance(self.module, nn.Embedding):
-            return low_rank.down_index(x, A, dropout, training, self.module.padding_idx)
-        return low_rank.down(x, A, dropout, training)
+            return low_rank.down_index(x, A.to(dtype or A.dtype), dropout, training, self.module.padding_idx)
+        return low_rank.down(x, A, dropout, training, dtype)
 
 
 def view(module: nn.Module) -> HostView:

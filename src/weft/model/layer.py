@@ -6,7 +6,7 @@ The layer stays where it is, stays an instance of its class and keeps its parame
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ..methods.base import DTYPES, Draw, Fixed, Rule, Shared, Stateful
 from .hosts import INNER_FORWARD, HostView, own_forward
 from .state import Switch
+
+if TYPE_CHECKING:
+    from .stepping import Watch
 
 CHILD = "weft"
 _SWITCH = "_weft_switch"
@@ -28,6 +31,7 @@ class Site(nn.Module):
         self.rule, self.host, self.shared = rule, host, shared
         self.shape = (host.out_features, host.in_features)
         self.names = tuple(rule.trained(*self.shape))
+        self.watch: Watch | None = None  # of the first layer of an adapter whose rule follows the optimiser's steps
 
     def start(self, draw: Draw) -> None:
         """Create the trained tensors at their starting values, on the device of the layer's weight, and what the rule
@@ -85,7 +89,10 @@ class Site(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output with this adapter, from its input and its own output."""
-        return self.rule.forward(x, y, self.host, self)
+        out = self.rule.forward(x, y, self.host, self)
+        if self.watch is not None and self.training and not torch.compiler.is_compiling():
+            self.watch.look(self, out)
+        return out
 
 
 def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -22,6 +22,14 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _EXPERTS = re.compile(r"experts?(_|$)|experts", re.IGNORECASE)
 _SHARED_EXPERT = re.compile(r"shared_?expert", re.IGNORECASE)
 
+# What torch.compile, FSDP and activation checkpointing put into the names of what they wrap.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def canonical(name: str) -> str:
+    """A name without the parts that wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
 
 def base_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`root.named_modules()` without what Weft has added to adapted layers."""

@@ -26,7 +26,8 @@ class Found:
 
 
 def resolve(root: nn.Module, targets: Any, skip_layers: int = 0) -> Found:
-    """Match a checked `targets` against a model. Every pattern must match something.
+    """Match a checked `targets` against a model. Every pattern must match something; a layer that is compiled or wrapped
+    by FSDP or activation checkpointing is called as if it were not.
 
     skip_layers: the blocks of every stack, counted from its input, that are left out.
     Raises TargetError: a pattern that matches nothing (with the nearest names), or a layer named by its ending that
@@ -116,20 +117,26 @@ def _matching(root: nn.Module, pattern: str, layers: Mapping[str, nn.Module], le
         kinds = structure.attention_or_mlp(root) if pattern != "all-linear" else {}
         return [name for name in layers if name not in left_out and pattern in ("all-linear", kinds.get(name))]
     if is_ending(pattern):
-        names = [name for name in layers if name == pattern or name.endswith("." + pattern)]
+        names = [name for name in layers if any(n == pattern or n.endswith("." + pattern) for n in _called(name))]
         for name in names:
             why = hosts.why_not(layers[name])
             if why is not None:
                 raise TargetError(f"targets: {pattern!r} names {name!r} ({type(layers[name]).__name__}), which cannot be "
                                   f"adapted: {why}.")
         return names
-    return [name for name, module in layers.items() if re.fullmatch(pattern, name) and hosts.why_not(module) is None]
+    return [name for name, module in layers.items()
+            if any(re.fullmatch(pattern, n) for n in _called(name)) and hosts.why_not(module) is None]
+
+
+def _called(name: str) -> tuple[str, str]:
+    """A layer's name as it is, and without the parts that wrappers put into it."""
+    return name, structure.canonical(name)
 
 
 def _no_match(root: nn.Module, pattern: str, layers: Mapping[str, nn.Module],
               left_out: Mapping[str, str]) -> TargetError:
     usable = [name for name, module in layers.items() if hosts.why_not(module) is None]
-    have = sorted({name.rpartition(".")[2] for name in usable})
+    have = sorted({structure.canonical(name).rpartition(".")[2] for name in usable})
     if pattern in KEYWORDS:
         reasons = ", ".join(sorted({f"{name.rpartition('.')[2]}: {why}" for name, why in left_out.items()})) or "none"
         return TargetError(f"targets={pattern!r} finds no layer in this model. It leaves out: {reasons}. Name what you "

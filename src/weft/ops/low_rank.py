@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import frozen
 
 
-def down(x: Tensor, A: Tensor, dropout: float = 0.0, training: bool = False) -> Tensor:
-    """x [..., in], A [r, in] -> x Aᵀ [..., r]; dropout acts on x, as in the LoRA paper's code.
+def down(x: Tensor, A: Tensor, dropout: float = 0.0, training: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """x [..., in], A [r, in] -> x Aᵀ [..., r], with A in `dtype` (None: as it is); dropout acts on x, as in the LoRA
+    paper's code.
 
     Where A is frozen, nothing of x is kept for backward (frozen.py).
     """
+    cast = A if dtype is None else A.to(dtype)
     if not A.requires_grad:
-        return frozen.down(x, A, dropout, training)
+        return frozen.down(x, cast, dropout, training)
     if dropout and training:
         x = F.dropout(x, dropout)
-    return F.linear(x, A)
+    return F.linear(x, cast)
 
 
 def down_index(ids: Tensor, A: Tensor, dropout: float = 0.0, training: bool = False,

@@ -4,7 +4,8 @@
 
 A declared tensor passes if it has had a finite, non-zero gradient since `before` and has moved. Moving alone is no
 proof: weight decay moves a tensor that no gradient ever reached. LoRA's B starts at 0, so A's first gradient is 0 and
-one step is too few. The base passes if all its bits, buffers included, are the same.
+one step is too few. A method with a schedule must have seen the steps that moved its tensors. The base passes if all its
+bits, buffers included, are the same.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AuditError
+from ..methods.base import Stateful
+from ..model.adapter import Adapter
 from ..model.attach import adapters
 from ..model.state import state_of
+from ..model.stepping import follows, unseen
 from ..model.switch import base_only
 
 
@@ -40,10 +44,14 @@ class Gradients:
 
 @dataclass
 class Snapshot:
-    """Copies of the declared tensors, digests of the base's bits, and the gradients seen since."""
+    """Copies of the declared tensors, digests of the base's bits, the steps that adapters with a schedule have counted (by
+    what their tensors' keys begin with), the tensors that a rule itself keeps still, and the gradients seen since.
+    """
 
     declared: dict[str, Tensor]
     base: dict[str, tuple[int, int]]
+    steps: dict[str, int] = field(default_factory=dict)
+    still: set[str] = field(default_factory=set)
     gradients: dict[str, Gradients] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
 
@@ -51,7 +59,8 @@ class Snapshot:
 def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     """Record the declared tensors of the adapter `name` (all adapters if None) and the base, and watch gradients."""
     declared = _declared(model, name)
-    shot = Snapshot({k: p.detach().clone() for k, p in declared.items()}, _base(model))
+    shot = Snapshot({k: p.detach().clone() for k, p in declared.items()}, _base(model), _steps(model, name),
+                    _still(model, name))
     for key, parameter in declared.items():
         record = shot.gradients[key] = Gradients()
         shot.hooks.append(parameter.register_post_accumulate_grad_hook(record.see))  # type: ignore[no-untyped-call]
@@ -65,7 +74,7 @@ def audit(model: nn.Module, before: Snapshot | Mapping[str, Tensor], after: Snap
     before, after: from `weft.snapshot`, with two optimiser steps or more between them; or two mappings of tensors by
     state_dict key, in which case gradients are judged by what `.grad` holds now.
     """
-    problems = _snapshots(before, after) if isinstance(before, Snapshot) and isinstance(after, Snapshot) else \
+    problems = _snapshots(model, before, after) if isinstance(before, Snapshot) and isinstance(after, Snapshot) else \
         _mappings(model, before, after, name)
     if problems:
         shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
@@ -79,12 +88,25 @@ def release(shot: Snapshot) -> None:
     shot.hooks.clear()
 
 
-def _declared(model: nn.Module, name: str | None) -> dict[str, nn.Parameter]:
+def _chosen(model: nn.Module, name: str | None) -> dict[str, Adapter]:
+    """What the keys of its tensors begin with -> adapter."""
     state = state_of(model)
     chosen = adapters(model) if name is None else {name: state.adapter(name)}
-    single = len(chosen) == 1
-    return {(key if single else f"{adapter}: {key}"): p
-            for adapter, handle in chosen.items() for key, p in handle.named_parameters()}
+    return {"" if len(chosen) == 1 else f"{adapter}: ": handle for adapter, handle in chosen.items()}
+
+
+def _declared(model: nn.Module, name: str | None) -> dict[str, nn.Parameter]:
+    return {f"{begin}{key}": p for begin, handle in _chosen(model, name).items() for key, p in handle.named_parameters()}
+
+
+def _steps(model: nn.Module, name: str | None) -> dict[str, int]:
+    return {begin: handle.steps for begin, handle in _chosen(model, name).items()
+            if follows(handle) and any("step" in site.state_names for site in handle.sites.values())}
+
+
+def _still(model: nn.Module, name: str | None) -> set[str]:
+    return {f"{begin}{module}.{tensor}" for begin, handle in _chosen(model, name).items()
+            for module, site in handle.sites.items() if isinstance(site.rule, Stateful) for tensor in site.rule.still(site)}
 
 
 def _base(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -115,7 +137,7 @@ def _digest(t: Tensor) -> tuple[int, int]:
         1, tail.numel() + 1, device=t.device)).sum())
 
 
-def _snapshots(before: Snapshot, after: Snapshot) -> list[str]:
+def _snapshots(model: nn.Module, before: Snapshot, after: Snapshot) -> list[str]:
     release(before)
     release(after)
     problems = []
@@ -124,9 +146,23 @@ def _snapshots(before: Snapshot, after: Snapshot) -> list[str]:
         if new is None or new.shape != old.shape:
             problems.append(f"{key}: gone or reshaped since the first snapshot")
             continue
-        problems += _tensor_problems(key, old, new, before.gradients[key])
+        problems += _tensor_problems(key, old, new, before.gradients[key], key in after.still)
     problems += [f"{key}: base tensor changed" + _moving_buffer(key) for key, digest in before.base.items()
                  if after.base.get(key) != digest]
+    return problems + _uncounted(model, before, after)
+
+
+def _uncounted(model: nn.Module, before: Snapshot, after: Snapshot) -> list[str]:
+    """Adapters with a schedule whose tensors have moved while they counted no step."""
+    problems = []
+    for name, adapter in adapters(model).items():
+        begin = next((b for b in (f"{name}: ", "") if b in before.steps), None)
+        if begin is None or before.steps[begin] != after.steps.get(begin):
+            continue
+        own = {f"{begin}{module}.{tensor}" for module, site in adapter.sites.items() for tensor in site.names}
+        both = own & before.declared.keys() & after.declared.keys()
+        if any(not torch.equal(before.declared[key], after.declared[key]) for key in both):
+            problems.append(unseen(name, adapter.config))
     return problems
 
 
@@ -136,7 +172,7 @@ def _mappings(model: nn.Module, before: Any, after: Any, name: str | None) -> li
                          "tensors by state_dict key.")
     problems = []
     declared = {id(p): key for key, p in _declared(model, name).items()}
-    found = set()
+    found, still = set(), _still(model, name)
     for key, live in state_of(model).root.state_dict(keep_vars=True).items():
         if key not in before or key not in after:
             problems.append(f"{key}: not in both mappings")
@@ -144,19 +180,22 @@ def _mappings(model: nn.Module, before: Any, after: Any, name: str | None) -> li
             found.add(id(live))
             seen = Gradients()
             seen.see(live)
-            problems += _tensor_problems(declared[id(live)], before[key], after[key], seen if seen.count else None)
+            problems += _tensor_problems(declared[id(live)], before[key], after[key], seen if seen.count else None,
+                                         declared[id(live)] in still)
         elif id(live) not in _carried(model) and _digest(before[key]) != _digest(after[key]):
             problems.append(f"{key}: base tensor changed" + _moving_buffer(key))
     return problems + [f"{key}: not in the model's state_dict" for i, key in declared.items() if i not in found]
 
 
-def _tensor_problems(key: str, old: Tensor, new: Tensor, gradients: Gradients | None) -> list[str]:
+def _tensor_problems(key: str, old: Tensor, new: Tensor, gradients: Gradients | None, still: bool) -> list[str]:
     if not bool(torch.isfinite(new).all()):
         return [f"{key}: holds NaN or infinity"]
     if gradients is not None and not gradients.count:
         return [f"{key}: no gradient reached it (is the layer called, and is the adapter the active one?)"]
     if gradients is not None and not gradients.finite:
         return [f"{key}: its gradient was NaN or infinite"]
+    if still:
+        return []
     if gradients is not None and not gradients.nonzero:
         why = "one step is too few where another factor starts at 0"
         return [f"{key}: its gradient was zero in all {gradients.count} backward passes ({why})"]

@@ -1,0 +1,41 @@
+"""README and docs, and the code blocks in them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import docs_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+ALL = [ROOT / "README.md", *PAGES]
+COMING = {DOCS / "methods" / f"{name.lower()}.md" for name in docs_tables.COMING}
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def text_of(path: Path) -> str:
+    """The page; where it is another file with something before it, that file too."""
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r'^--8<-- "(.+)"$', lambda m: (ROOT / m[1]).read_text(encoding="utf-8"), text, flags=re.MULTILINE)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(path), re.DOTALL | re.MULTILINE)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The words behind `$ weft` in console blocks."""
+    lines = [line[2:] for block in blocks(path, "console") for line in block.splitlines() if line.startswith("$ ")]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [w[1:] for w in words if w[0] == "weft"]
+
+
+def prose(path: Path) -> str:
+    """The page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", text_of(path), flags=re.DOTALL | re.MULTILINE)
