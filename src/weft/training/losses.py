@@ -93,13 +93,13 @@ def collate(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, fill: int) -> Tensor:
-        return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+        return torch.tensor([[*row[key], *[fill] * (longest - len(row[key]))] for row in rows])
 
     batch = {"input_ids": padded("input_ids", pad),
              "attention_mask": torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"]))
                                              for row in rows])}
     if "token_type_ids" in rows[0]:
         batch["token_type_ids"] = padded("token_type_ids", 0)
-    per_token = isinstance(rows[0]["labels"], list)
+    per_token = not isinstance(rows[0]["labels"], int | float)
     batch["labels"] = padded("labels", IGNORED) if per_token else torch.tensor([row["labels"] for row in rows])
     return batch

@@ -71,6 +71,8 @@ def train(config: RunConfig, go_on: bool = False, stream: TextIO | None = None) 
     found = found if processes.first() else newest(run.checkpoints)
     for note in data.notes:
         print(note, file=stream)
+    if go_on and found is None:
+        print(f"{run.root} holds no whole checkpoint; the run begins at its first step.", file=stream)
     print(f"{type(config.method).__name__}: {adapter.num_parameters:,} trained numbers; {len(data.train)} samples, "
           f"{steps} steps" + (f"; going on from step {found[1]}" if found else ""), file=stream, flush=True)
     return _run(config, run, data, adapter, before, steps, per_epoch, found, stream)
@@ -108,6 +110,7 @@ def _run(config: RunConfig, run: RunDir, data: Data, adapter: Adapter, before: S
     finally:
         stop.restore()
         log.close()
+    engine.accelerator.unwrap_model(adapter.model, keep_fp32_wrapper=False)  # its forward is the model's own again
     state = engine.state
     processes.wait(config.train.device)
     if stop.asked and state.global_step < steps:
@@ -202,12 +205,12 @@ def preview(config: RunConfig, count: int = 3) -> str:
     parts = []
     for number, row in enumerate(data.train.rows[:count], 1):
         ids, labels = row["input_ids"], row["labels"]
-        if isinstance(labels, list):
+        if not isinstance(labels, int | float):
             inside = sum(label != IGNORED for label in labels)
             head, text = f"{len(ids)} tokens, {inside} in the loss", marked(data.tokenizer, ids, labels)
         else:
-            said = data.classes[labels] if data.classes else labels
-            head, text = f"{len(ids)} tokens, label {said}", data.tokenizer.decode(ids)
+            said = data.classes[int(labels)] if data.classes else labels
+            head, text = f"{len(ids)} tokens, label {said}", data.tokenizer.decode(list(ids))
         parts.append(f"sample {number} of {len(data.train)}: {head}\n{text}\n")
     counts: Mapping[str, int] = vars(data.train.counts)
     parts.append(f"{counts['samples']} samples ({data.format}); " + ", ".join(

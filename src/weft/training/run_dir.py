@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
@@ -105,8 +106,9 @@ class RunDir:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line."""
+        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         with (self.root / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(plain) + "\n")  # JSON has no NaN
 
     def rows(self) -> list[dict[str, Any]]:
         """The log; a line that was cut off by a kill is left out."""
