@@ -123,6 +123,8 @@ def test_a_classifier_gets_a_new_head_at_its_own_rate_and_the_best_adapter_is_ke
                      data__eval=str(flipped), optim__head_lr=5e-2, eval__every=3, eval__best="loss", eval__patience=2,
                      train__steps=30)
     assert "trained from new values: classifier" in said
+    second = rows(tmp_path / "o", "train")[1]
+    assert second["lrs"] == pytest.approx({"adapter": second["lr"], "head": 5 * second["lr"]})
     losses = [row["loss"] for row in rows(tmp_path / "o", "eval")]
     assert done.step < 30 and len(losses) == best_place([-x for x in losses]) + 3  # it learns the opposite and is stopped
     assert done.evaluation["loss"] == min(losses)

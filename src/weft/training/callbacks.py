@@ -92,7 +92,7 @@ class Log(TrainerCallback):  # type: ignore[misc]
         if self.bar is not None:
             self.bar.update(1)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
         if "loss" in logs and not math.isfinite(logs["loss"]):
             raise DivergedError(f"the loss became {logs['loss']} at step {state.global_step}; the last checkpoint is from "
                                 "before. Lower optim.lr, or raise optim.warm_up.")
@@ -100,7 +100,7 @@ class Log(TrainerCallback):  # type: ignore[misc]
             return
         row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         if "loss" in logs:
-            row |= self._step(state, logs)
+            row |= self._step(state, logs, optimizer)
         else:
             row |= {key.removeprefix("eval_"): value for key, value in logs.items()
                     if key.startswith("eval_") and not key.endswith(("runtime", "per_second", "preparation_time"))}
@@ -109,11 +109,12 @@ class Log(TrainerCallback):  # type: ignore[misc]
         self.run.log(row)
         self._tell(state, row)
 
-    def _step(self, state: Any, logs: Any) -> dict[str, Any]:
+    def _step(self, state: Any, logs: Any, optimizer: Any) -> dict[str, Any]:
         now, tokens = time.monotonic(), state.num_input_tokens_seen
         rate = (tokens - self.seen) / max(now - self.since, 1e-9)
         self.since, self.seen = now, tokens
-        return {"kind": "train", "loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm"),
+        return {"kind": "train", "loss": logs["loss"], "lr": logs["learning_rate"],
+                **_rates(logs["learning_rate"], optimizer), "grad_norm": logs.get("grad_norm"),
                 "tokens": tokens, "tokens_per_second": round(rate, 1), "memory_bytes": memory()}
 
     def _tell(self, state: Any, row: dict[str, Any]) -> None:
@@ -191,6 +192,13 @@ class Stop(TrainerCallback):  # type: ignore[misc]
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
+
+
+def _rates(first: float, optimizer: Any) -> dict[str, Any]:
+    """The rate of every group by name, where there is more than one; all follow one schedule."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    found = {group["name"]: first * group["initial_lr"] / groups[0]["initial_lr"] for group in groups}
+    return {"lrs": found} if len(found) > 1 else {}
 
 
 def scores(history: list[dict[str, Any]], section: EvalSection) -> list[float]:

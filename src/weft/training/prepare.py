@@ -82,19 +82,26 @@ def open_data(config: RunConfig) -> Data:
         pad = tokenizer.eos_token_id or 0
         notes.append(f"The tokenizer has no pad token; rows are padded with token {pad}, which is masked.")
     data = Data(ref, tokenizer, kind, train.format, Encoded([]), None, pad, None, notes, task)
-    if kind == "causal-lm":
+    with quiet():  # that a text is longer than the model takes is counted, and told at the end
+        _encode(config, data, (train, held), limit, stops, names)
+    data.notes += data.train.counts.notes("training")
+    data.notes += data.eval.counts.notes("evaluation") if data.eval is not None else []
+    return data
+
+
+def _encode(config: RunConfig, data: Data, samples: tuple[Samples, Samples | None], limit: int, stops: set[int],
+            names: tuple[str, ...] | None) -> None:
+    (train, held), tokenizer = samples, data.tokenizer
+    if data.kind == "causal-lm":
         template = config.data.chat_template
         text = None if template is None else Path(template).expanduser().read_text(encoding="utf-8")
         data.renderer = renderer = Renderer(tokenizer, limit, config.data.loss_on, text, stops)
         data.train = renderer.encode(train, "training")
         data.eval = None if held is None else renderer.encode(held, "evaluation")
     else:
-        data.classes = (names or classes_of(train)) if kind == "classification" else None
+        data.classes = (names or classes_of(train)) if data.kind == "classification" else None
         data.train = encode_labels(train, tokenizer, limit, data.classes)
         data.eval = None if held is None else encode_labels(held, tokenizer, limit, data.classes)
-    data.notes += data.train.counts.notes("training")
-    data.notes += data.eval.counts.notes("evaluation") if data.eval is not None else []
-    return data
 
 
 def open_model(config: RunConfig, data: Data) -> tuple[nn.Module, Adapter, list[str]]:

@@ -22,6 +22,7 @@ from ..model.adapter import Adapter
 from . import card, processes
 from .audit import Snapshot, snapshot
 from .config import REPORTERS, RunConfig
+from .generate import check_room
 from .losses import METRICS
 from .prepare import Data, check_places, open_data, open_model
 from .render import IGNORED, marked
@@ -59,6 +60,7 @@ def train(config: RunConfig, go_on: bool = False, stream: TextIO | None = None) 
     _check_best(config, data)
     model, adapter, missing = open_model(config, data)
     batches = math.ceil(math.ceil(len(data.train) / config.train.batch) / processes.count())
+    _check_answers(config, data, model)
     per_epoch = math.ceil(batches / config.train.accumulate)
     steps = config.train.steps or per_epoch * (config.train.epochs or EPOCHS)
     adapter.plan_steps(steps)
@@ -85,6 +87,13 @@ def _check_best(config: RunConfig, data: Data) -> None:
         raise ConfigError(f"eval.best={best!r}: there is no evaluation data.")
     if best is not None and best not in known:
         raise ConfigError(f"eval.best={best!r}: of {data.kind} there are {', '.join(known)}.")
+
+
+def _check_answers(config: RunConfig, data: Data, model: nn.Module) -> None:
+    """What will be generated at evaluations fits into the model: said now, and not after an epoch."""
+    if data.task is not None and data.renderer is not None and data.eval is not None and config.eval.records != 0:
+        records = data.task.eval_records("validation")[: config.eval.records]
+        check_room(model, [data.renderer.prompt_ids(record["prompt"]) for record in records], data.task.generation)
 
 
 def _run(config: RunConfig, run: RunDir, data: Data, adapter: Adapter, before: Snapshot, steps: int, per_epoch: int,
