@@ -24,7 +24,7 @@ FREE = {"errors", "__version__"}
 # Modules outside the standard library that a room may import at all; the core lives on torch and safetensors.
 LIBRARIES = {
     "ops": {"torch"}, "methods": {"torch"}, "model": {"torch"}, "checkpoint": {"torch", "safetensors"},
-    "training": {"torch", "transformers", "safetensors", "matplotlib", "tqdm", "yaml"},
+    "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml"},
     "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn", "scipy", "sacrebleu", "nltk", "rouge_score",
               "pycocoevalcap", "datasets", "pyarrow"},
     "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL"},
