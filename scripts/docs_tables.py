@@ -38,7 +38,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 # Methods with a page that are not in this version. Delete the line once they are; the tests tell.
 COMING: tuple[str, ...] = ()
-COMING = ("Prefix", "PreEmbed", "PreLayer")
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n)(?P<text>.*?)(<!-- /generated -->)", re.DOTALL)
 MODELS = ("RoBERTa-base", "GPT-2 medium", "LLaMA-7B")
 NOT_YET = "This version of Weft does not have this method yet.\n"
@@ -193,8 +192,8 @@ def abilities(method: str) -> dict[str, str]:
         found["file"] = "Weft's own" if kind.startswith("WEFT") else f"peft's {kind}"
         forms = [form for form in FORMS if works(partial(weft.export, f"{folder}/saved", form, f"{folder}/as-{form}"))]
     found["exports to"] = ", ".join(forms) or "no"
-    found["ranks to cut"] = yes(issubclass(cls, Nested))
-    found["acts at a step"] = yes(issubclass(cls, Stepped))
+    found["ranks to cut"] = yes(isinstance(adapter.config, Nested))
+    found["acts at a step"] = yes(isinstance(adapter.config, Stepped))
     return found
 
 

@@ -100,6 +100,71 @@ def bottleneck(x: Tensor, y: Tensor, t: Tensors, c: Any) -> Tensor:
     return y + c.scale * total
 
 
+def gpt2(x: Tensor, t: Tensors, c: Any) -> Tensor:
+    """A GPT-2 with one head on embeddings x [rows, T, d], with virtual positions where the configuration says so: equation 3
+    of arXiv:2101.00190, section 5.1 of arXiv:2106.09685. One query at a time, from the tensors' names alone.
+    """
+    at, length = getattr(c, "at", None), x.shape[1]
+    before, after = (c.l_p, c.l_i) if at in ("embeddings", "block") else (0, 0)
+    shift = c.n if at == "attention" and c.positions == "shifted" else 0
+    if at == "embeddings":
+        x = _around(x, t.get("before"), t.get("after"))
+    elif at == "block":
+        x = _around(x, x.new_zeros(before, x.shape[2]), x.new_zeros(after, x.shape[2]))
+    h = x + t["wpe.weight"][shift : shift + x.shape[1]]
+    for layer in range(2):
+        own = {k.removeprefix(f"h.{layer}."): v for k, v in t.items() if k.startswith(f"h.{layer}.")}
+        if at == "block":
+            h = _around(h[:, before : before + length], own.get("before"), own.get("after"))
+        h = h + _attention(_norm(h, own, "ln_1"), own, _prefix(own, t, c) if at == "attention" else ())
+        z = _norm(h, own, "ln_2") @ own["mlp.c_fc.weight"] + own["mlp.c_fc.bias"]
+        z = z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+        h = h + z @ own["mlp.c_proj.weight"] + own["mlp.c_proj.bias"]
+    h = _norm(h, t, "ln_f")
+    real = h[:, before : before + length]
+    return torch.cat([real[:, :-1], h[:, -1:]], dim=1) if after else real  # behind the prompt stands the last word on it
+
+
+def _around(x: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+    rows = [p.expand(x.shape[0], -1, -1) if p is not None else x[:, :0] for p in (before, after)]
+    return torch.cat([rows[0], x, rows[1]], dim=1)
+
+
+def _norm(x: Tensor, t: Tensors, name: str) -> Tensor:
+    middle = x.mean(dim=-1, keepdim=True)
+    spread = ((x - middle) ** 2).mean(dim=-1, keepdim=True)
+    return (x - middle) / (spread + 1e-5).sqrt() * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+
+def _prefix(own: Tensors, t: Tensors, c: Any) -> tuple[Tensor, Tensor]:
+    if c.hidden is None:
+        return own["attn.keys"], own["attn.values"]
+    middle = torch.tanh(t["shared.E"] @ t["shared.down"].t() + t["shared.b_down"])
+    both = middle @ own["attn.up"].t() + own["attn.b_up"]
+    return both[:, :11], both[:, 11:]
+
+
+def _attention(x: Tensor, own: Tensors, prefix: tuple[Tensor, ...]) -> Tensor:
+    q, k, v = (x @ own["attn.c_attn.weight"] + own["attn.c_attn.bias"]).split(11, dim=-1)
+    out = []
+    for i in range(x.shape[1]):
+        keys, values = k[:, : i + 1], v[:, : i + 1]
+        if prefix:
+            keys, values = (torch.cat([p.expand(x.shape[0], -1, -1), t], dim=1) for p, t in zip(prefix, (keys, values),
+                                                                                               strict=True))
+        scores = (keys * q[:, i : i + 1]).sum(dim=-1) / math.sqrt(11)
+        weights = (scores - scores.max(dim=1, keepdim=True).values).exp()
+        out.append(((weights / weights.sum(dim=1, keepdim=True))[..., None] * values).sum(dim=1))
+    return torch.stack(out, dim=1) @ own["attn.c_proj.weight"] + own["attn.c_proj.bias"]
+
+
+# Trained numbers of a method with virtual positions, in two blocks of width 11.
+PROMPT_FORMULAS: dict[str, Callable[[Any], int]] = {
+    "Prefix": lambda c: 2 * 2 * c.n * 11 if c.hidden is None else
+    c.n * 11 + c.hidden * 11 + c.hidden + 2 * (22 * c.hidden + 22),
+    "PreEmbed": lambda c: 11 * (c.l_p + c.l_i),
+    "PreLayer": lambda c: 2 * 11 * (c.l_p + c.l_i)}
+
 FORWARDS: dict[str, Callable[[Tensor, Tensor, Tensors, Any], Tensor]] = {"Bottleneck": bottleneck}
 
 # Trained numbers of one layer, of a method or of one of its variants.

@@ -23,12 +23,14 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 KINDS = ("linear", "conv1d", "embedding")
 RULES = [name for name, method in METHODS.items() if hasattr(method, "effective_weight")]  # some only to refuse it
-SELECTIONS = [name for name in METHODS if name not in RULES]
+PROMPTS = [name for name, method in METHODS.items() if hasattr(method, "at")]  # virtual positions, which need a transformer
+SELECTIONS = [name for name in METHODS if name not in RULES + PROMPTS]
 
 
 def _variants() -> list[str]:
     """Every method, and every method again with each of its options that changes a formula: "DoRA:norm_grad=exact"."""
-    options = {"norm_grad": ["exact"], "rslora": [True], "preset": ["lin", "series", "parallel"]}
+    options = {"norm_grad": ["exact"], "rslora": [True], "preset": ["lin", "series", "parallel"], "positions": ["kept"],
+               "hidden": [5]}
     found = list(METHODS)
     for name, method in METHODS.items():
         found += [f"{name}:{f.name}={value}" for f in fields(method) for value in options.get(f.name, [])]
@@ -39,6 +41,9 @@ VARIANTS = _variants()
 RULE_VARIANTS = [v for v in VARIANTS if v.partition(":")[0] in RULES]
 MERGEABLE = [v for v in VARIANTS if METHODS[v.partition(":")[0]].mergeable]
 TURNS_WEIGHTS = [v for v in RULE_VARIANTS if v in MERGEABLE]
+PROMPT_VARIANTS = [v for v in VARIANTS if v.partition(":")[0] in PROMPTS]
+SAVED_AS_TRAINED = [v for v in VARIANTS if ":hidden=" not in v]  # the others' files hold what their tensors make
+STARTS_AT_BASE = [v for v in VARIANTS if getattr(METHODS[v.partition(":")[0]], "starts_at_base", True)]
 
 
 def config(variant: str, **changes: Any) -> Any:
@@ -46,28 +51,50 @@ def config(variant: str, **changes: Any) -> Any:
     name, _, option = variant.partition(":")
     known = {f.name for f in fields(METHODS[name])}
     given: dict[str, Any] = {"r": 3, "alpha": 5.0, "d_init": 0.3, "seed": 7, "targets": ["layer", "mid"],
-                             "scale": 0.7, "skip_layers": 0, "k": 1}
+                             "scale": 0.7, "skip_layers": 0, "k": 1, "n": 3, "l_p": 2, "std": 0.3}
+    # With nothing behind the prompt, no token reads the states there of a block but the last, so they would get no gradient.
+    given["l_i"] = 1 if getattr(METHODS[name], "at", "") == "embeddings" else 0
     if "r_min" in known:  # so that training computes what evaluation does; smaller ranks have tests of their own
         given["r_min"] = 1 if isinstance(changes.get("targets"), dict) else changes.get("r", 3)
     if "total_steps" in known:
         given["total_steps"] = 9
     if option:
         key, _, value = option.partition("=")
-        given[key] = {"True": True}.get(value, value)
+        given[key] = {"True": True}.get(value, int(value) if value.isdigit() else value)
     return METHODS[name](**{k: v for k, v in {**given, **changes}.items() if k in known})
 
 
 class Net(nn.Module):
-    """A host of each kind, a second adapted layer of another shape, and a head: 7 -> 11 -> 9 -> 5, nothing square."""
+    """A host of each kind, a second adapted layer of another shape, and a head: 7 -> 11 -> 9 -> 5, nothing square.
 
-    def __init__(self, kind: str = "linear", bias: bool = True) -> None:
+    With a `body`, a GPT-2 of two blocks stands behind the first layer, for methods that need attention.
+    """
+
+    def __init__(self, kind: str = "linear", bias: bool = True, body: bool = False) -> None:
         super().__init__()
         self.layer = host(kind, 7, 11, bias)
         self.mid = nn.Linear(11, 9, bias=bias)
         self.head = nn.Linear(9, 5, bias=bias)
+        if body:
+            self.body = gpt2_body()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mid(torch.tanh(self.layer(x)))))
+        h = torch.tanh(self.layer(x))
+        if "body" in self._modules:
+            h = self.body(inputs_embeds=h).last_hidden_state
+        return self.head(torch.tanh(self.mid(h)))
+
+
+def gpt2_body() -> nn.Module:
+    """Two blocks of width 11 with one head, no number of theirs small or at a round value."""
+    import transformers
+
+    made = transformers.GPT2Model(transformers.GPT2Config(
+        vocab_size=3, n_embd=11, n_layer=2, n_head=1, n_inner=13, n_positions=16, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        bos_token_id=None, eos_token_id=None, use_cache=False))
+    for p in made.parameters():
+        nn.init.normal_(p, std=0.2) if p.ndim > 1 else p.data.add_(0.2 * torch.randn_like(p))
+    return made
 
 
 def host(kind: str, in_: int, out: int, bias: bool = True) -> nn.Module:
@@ -93,10 +120,12 @@ def inputs(kind: str, rows: int = 4, dtype: torch.dtype = torch.float32, seed: i
     return torch.randn(rows, 6, 7, generator=generator).to(dtype)
 
 
-def net(kind: str = "linear", dtype: torch.dtype = torch.float32, bias: bool = True, seed: int = 0) -> Net:
+def net(kind: str = "linear", dtype: torch.dtype = torch.float32, bias: bool = True, seed: int = 0,
+        variant: str = "") -> Net:
+    """The small model, with what this variant of a method needs in it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Net(kind, bias).to(dtype)
+        return Net(kind, bias, variant.partition(":")[0] in PROMPTS).to(dtype)
 
 
 def move(adapter: Adapter, seed: int = 2) -> None:
@@ -142,7 +171,7 @@ def awake(variant: str, kind: str = "linear", dtype: torch.dtype = torch.float32
 
     Checks that the adapter then changes the output at all.
     """
-    model = net(kind, dtype, bias) if model is None else model
+    model = net(kind, dtype, bias, variant=variant) if model is None else model
     made = config(variant, dtype=held, **changes)
     base = base_tensors(model)
     adapter = weft.attach(model, made, name=name)
@@ -198,6 +227,10 @@ def oracle_output(a: Awake, declared: Mapping[str, Tensor], x: Tensor | None = N
         y = h @ W.t() if bias is None else h @ W.t() + bias
         h = forward(h, y, _own(a, module, declared), a.config) if adapted and forward is not None else y
         h = h if module == "head" else torch.tanh(h)
+        if module == "layer" and "body" in a.model._modules:
+            of_body = {k.removeprefix("body."): v for k, v in {**a.base, **declared}.items() if not k.startswith("shared.")}
+            shared = {k: v for k, v in declared.items() if k.startswith("shared.")}
+            h = oracle.gpt2(h, {**of_body, **shared}, a.config if hasattr(a.config, "at") else None)
     return h
 
 

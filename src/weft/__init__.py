@@ -21,6 +21,9 @@ from .methods import (
     Head,
     LoRA,
     LoRAFA,
+    PreEmbed,
+    Prefix,
+    PreLayer,
     TopLayers,
     VeRA,
 )
@@ -33,8 +36,8 @@ from .training.audit import audit, snapshot
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaLoRA", "Adapter", "AuditError", "BitFit", "Bottleneck", "CheckpointError", "ConfigError", "DVoRA",
-    "DoRA", "DyLoRA", "Full", "Head", "LoRA", "LoRAFA", "MergeError", "MergeReport", "TargetError",
-    "TopLayers", "UnsupportedError", "VeRA", "WeftError", "adapters", "attach", "audit", "detach",
+    "AdaLoRA", "Adapter", "AuditError", "BitFit", "Bottleneck", "CheckpointError", "ConfigError", "DVoRA", "DoRA",
+    "DyLoRA", "Full", "Head", "LoRA", "LoRAFA", "MergeError", "MergeReport", "PreEmbed", "PreLayer", "Prefix",
+    "TargetError", "TopLayers", "UnsupportedError", "VeRA", "WeftError", "adapters", "attach", "audit", "detach",
     "effective_weight", "export", "inspect", "load", "merge", "save", "snapshot", "unmerge", "use",
 ]

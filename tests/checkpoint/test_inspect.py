@@ -17,14 +17,14 @@ from checkpoint_support import (
 from torch import nn
 
 import weft
-from support import KINDS, VARIANTS, awake, config, net
+from support import KINDS, SAVED_AS_TRAINED, awake, config, net
 from weft.methods import METHODS
 
 LONG = "a-folder-with-a-name-of-some-length/" * 5 + "without.any.blank" * 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SAVED_AS_TRAINED)
 def test_text_and_json_say_what_was_saved(variant, kind, tmp_path):
     a = awake(variant, kind, modules_to_save=["head"])
     weft.save(a.model, tmp_path)

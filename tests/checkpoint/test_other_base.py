@@ -24,8 +24,16 @@ from weft.methods import METHODS
 def test_another_base_by_shape(method, tmp_path):
     a = awake(method)
     weft.save(a.model, tmp_path)
-    other = net()
+    other = net(variant=method)
     other.mid, other.head = torch.nn.Linear(11, 8), torch.nn.Linear(8, 4)
+    if "body" in other._modules:
+        import transformers
+
+        small = {"n_embd": 10, "n_layer": 2, "n_head": 1, "bos_token_id": None, "eos_token_id": None, "vocab_size": 3}
+        other.layer, other.mid = torch.nn.Linear(7, 10), torch.nn.Linear(10, 8)
+        other.body = transformers.GPT2Model(transformers.GPT2Config(**small)).eval()
+        refused(other, tmp_path, "'body", "[11, 11]", "[10, 10]", x=a.x)
+        return
     names = {"Head": ["head.weight", "[5, 9]", "[4, 8]"], "BitFit": ["mid.bias", "[9]", "[8]"],
              "Full": ["mid.weight", "[9, 11]", "[8, 11]"], "TopLayers": ["mid.weight", "[9, 11]", "[8, 11]"]}
     refused(other, tmp_path, *names.get(method, ["'mid'", "[9, 11]", "[8, 11]"]), x=a.x)

@@ -212,7 +212,7 @@ def test_peft_refuses_what_it_has_no_form_for(method, tmp_path):
     weft.save(a.model, tmp_path)
     assert config_of(tmp_path)["peft_type"] == f"WEFT_{method.upper()}"
     with quiet(), pytest.raises((KeyError, ValueError)) as caught:
-        peft.PeftModel.from_pretrained(net(), str(tmp_path))
+        peft.PeftModel.from_pretrained(net(variant=method), str(tmp_path))
     assert f"WEFT_{method.upper()}" in str(caught.value)
 
 

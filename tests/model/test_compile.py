@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import weft
-from support import KINDS, VARIANTS, awake, check_close, distance
+from support import KINDS, PROMPT_VARIANTS, VARIANTS, awake, check_close, distance
 
 # Tracing is what can break on our code; compiling the traced graph to machine code is torch's own matter.
 
@@ -23,9 +23,12 @@ def gradients(a, run):
     return {k: p.grad.clone() for k, p in a.adapter.named_parameters()}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = [pytest.param(v, marks=pytest.mark.slow) if v in PROMPT_VARIANTS else v for v in VARIANTS]
+
+
+@pytest.mark.parametrize("variant", SLOW)
 def test_the_whole_model_is_one_graph_with_the_same_outputs_and_gradients(variant):
-    for kind in KINDS:
+    for kind in KINDS if variant not in PROMPT_VARIANTS else ("linear",):  # a whole GPT-2 is traced
         a = awake(variant, kind)
         compiled = torch.compile(a.model, fullgraph=True, backend="aot_eager")
         check_close(compiled(a.x), a.run(), torch.float32, kind)

@@ -11,6 +11,7 @@ import weft
 from support import (
     KINDS,
     MERGEABLE,
+    PROMPT_VARIANTS,
     RULE_VARIANTS,
     VARIANTS,
     awake,
@@ -40,7 +41,7 @@ def picture(model):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_detach_leaves_the_model_as_it_was(variant, kind):
-    model, x = net(kind), inputs(kind)
+    model, x = net(kind, variant=variant), inputs(kind)
     model.mid.weight.requires_grad_(False)  # the user's own choice
     before, output, base = picture(model), model(x), {k: v.clone() for k, v in model.state_dict().items()}
     a = awake(variant, kind, model=model)
@@ -62,7 +63,7 @@ def test_detach_leaves_the_model_as_it_was(variant, kind):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_attaching_renames_replaces_and_trains_nothing_of_the_base(variant):
-    model = net()
+    model = net(variant=variant)
     modules = [(n, id(m)) for n, m in model.named_modules()]
     names = [n for n, _ in model.named_parameters()]
     a = awake(variant, model=model)
@@ -72,7 +73,7 @@ def test_attaching_renames_replaces_and_trains_nothing_of_the_base(variant):
     trained = set(a.adapter.selected)
     assert {n for n, p in model.named_parameters() if p.requires_grad and ".weft." not in n} == trained
     state = {k: v for k, v in model.state_dict().items() if ".weft." not in k}
-    net().load_state_dict(state)  # every key of the base, and no other
+    net(variant=variant).load_state_dict(state)  # every key of the base, and no other
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,9 +144,9 @@ def test_a_cast_of_the_model_casts_whatever_is_installed_next(variant):
         check_close(found, wanted, torch.bfloat16)
 
 
-@pytest.mark.parametrize("variant", RULE_VARIANTS)
+@pytest.mark.parametrize("variant", [*RULE_VARIANTS, *PROMPT_VARIANTS])
 def test_the_global_generator_is_left_alone_and_does_not_matter(variant):
-    models = [net(), net(), net()]
+    models = [net(variant=variant) for _ in range(3)]
     torch.manual_seed(11)
     before = torch.get_rng_state()
     first = weft.attach(models[0], config(variant))

@@ -5,6 +5,7 @@ import torch
 
 import weft
 from support import (
+    PROMPTS,
     VARIANTS,
     awake,
     check_close,
@@ -20,7 +21,7 @@ from support import (
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_base_is_the_base_bit_for_bit_while_adapters_are_attached(variant):
-    model, x = net(), inputs("linear")
+    model, x = net(variant=variant), inputs("linear")
     before = model(x)
     a = awake(variant, model=model)
     with weft.use(model, None):
@@ -34,7 +35,7 @@ def test_the_base_is_the_base_bit_for_bit_while_adapters_are_attached(variant):
 
 
 def test_adapters_of_every_method_live_side_by_side():
-    model, adapters = net(), []
+    model, adapters = net(variant=PROMPTS[0]), []
     for i, variant in enumerate(VARIANTS):
         adapters.append(awake(variant, name=f"a{i}", model=model, seed=i, r=2 + i))
     for i in [*reversed(range(len(VARIANTS))), *range(len(VARIANTS))]:

@@ -21,25 +21,17 @@ RANKED = ("LoRA", "DyLoRA", "AdaLoRA", "LoRAFA", "VeRA", "DoRA", "DVoRA")
 few = st.integers(1, 9)
 
 
-def available(name):
-    if name not in METHODS:
-        pytest.skip(f"weft.{name} is not there yet")
-
-
 def ranked(name, r, targets):
     return METHODS[name](r=r, targets=targets, **({"target_r": r} if name == "AdaLoRA" else {}))
 
 
 def test_every_method_has_a_closed_form_and_no_other():
-    assert set(METHODS) <= set(FORMS)
-    if len(METHODS) < len(FORMS):
-        pytest.skip(f"not there yet: {sorted(set(FORMS) - set(METHODS))}")
+    assert set(METHODS) == set(FORMS)
 
 
 @pytest.mark.parametrize("name", RANKED)
 @given(st.lists(st.tuples(few, few), min_size=1, max_size=4), few)
 def test_a_rule_trains_what_its_closed_form_says_on_maps_of_any_shape(name, shapes, r):
-    available(name)
     with torch.device("meta"):
         model = nn.ModuleDict({f"map{i}": nn.Linear(in_, out) for i, (out, in_) in enumerate(shapes)})
     config = ranked(name, r, list(model))
@@ -64,7 +56,6 @@ def small_gpt2(s):
 @given(s=sizes_of_gpt2(), r=few, ends=st.sets(st.sampled_from(["q_proj", "v_proj", "attn.c_proj", "c_fc", "mlp.c_proj"]),
                                             min_size=1))
 def test_a_rule_trains_what_its_closed_form_says_on_a_gpt2(name, s, r, ends):
-    available(name)
     config = ranked(name, r, sorted(ends))
     shapes = {"c_fc": (s.inner, s.width), "mlp.c_proj": (s.width, s.inner)}
     maps = tuple(shapes.get(end, (s.width, s.width)) for end in ends) * s.layers
@@ -81,7 +72,6 @@ def transformer_configs(name, s, data):
 @pytest.mark.parametrize("name", ["Full", "BitFit", "TopLayers", "Prefix", "PreEmbed", "PreLayer"])
 @given(s=sizes_of_gpt2(), data=st.data())
 def test_a_method_of_the_whole_transformer_trains_what_its_closed_form_says(name, s, data):
-    available(name)
     config = transformer_configs(name, s, data)
     assert weft.attach(small_gpt2(s), config).num_parameters == FORMS[name].count(config, s)
 
@@ -89,7 +79,6 @@ def test_a_method_of_the_whole_transformer_trains_what_its_closed_form_says(name
 @pytest.mark.parametrize("preset", PRESETS)
 @given(s=sizes_of_gpt2(), r=few, data=st.data())
 def test_an_adapter_trains_what_its_closed_form_says(preset, s, r, data):
-    available("Bottleneck")
     skipped = {"skip_layers": data.draw(st.integers(0, s.layers - 1))} if preset == "drop" else {}
     config = METHODS["Bottleneck"](preset=preset, r=r, **skipped)
     assert weft.attach(small_gpt2(s), config).num_parameters == FORMS["Bottleneck"].count(config, s)
@@ -126,7 +115,7 @@ def maps_of(s, targets, llama):
 
 @pytest.mark.shared
 def test_the_closed_forms_give_the_numbers_that_the_facts_have(shared):
-    """The methods that are not there yet included: this holds table, form and facts together without attaching."""
+    """This holds table, form and facts together without attaching."""
     facts = {row["id"]: row for row in json.loads((shared / "facts" / "param_counts.json").read_text(encoding="utf-8"))}
     held = set()
     for row in (row for table in tables() for row in table.rows):

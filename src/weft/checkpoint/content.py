@@ -46,6 +46,7 @@ class Stored:
     matrices: tuple[Tensor, Tensor] | None = None
     checksums: dict[str, str] = field(default_factory=dict)  # of matrices that are redrawn from a seed, by share key
     peft_reads_it: bool = True
+    in_order: bool = False  # the sites go by their order, and the model tells which modules they are
     problems: list[str] = field(default_factory=list)
     mapped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

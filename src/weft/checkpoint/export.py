@@ -95,8 +95,8 @@ def _converted(stored: Stored, to: str) -> tuple[Stored | None, str, list[str]]:
         return _vera_for_peft(stored), peft_vera.PEFT_TYPE, []
     convert = _TO_LORA.get(type(config))
     if convert is None and not config.mergeable:
-        raise UnsupportedError(f"{type(config).__name__} cannot be exported to {to!r}: it is no change of weights, and only "
-                               "Weft has this form of it.")
+        why = config.not_mergeable if to == "lora" else "peft has no form for it as it is"
+        raise UnsupportedError(f"{type(config).__name__} cannot be exported to {to!r}: it is no change of weights; {why}.")
     if convert is None:
         why = ("its magnitudes rescale the rows of the base weight itself, which no product of two thin matrices can do; "
                "weft merge writes it into the weights" if to == "lora" else "peft has no such method; weft merge writes it "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError
-from ..methods.base import DTYPES, Stateful
+from ..methods.base import DTYPES, Reparameterised, Stateful
 from ..methods.projections import Projections
 from ..model.adapter import Adapter
 from ..model.layer import Site
@@ -44,7 +44,7 @@ _INFORMATIVE = {"base_model_name_or_path", "revision", "task_type", "inference_m
 def make(adapter: Adapter, layout: str, tensors: Mapping[str, Tensor], selected: list[str], config: Mapping[str, Any],
          values: bool) -> dict[str, str]:
     """The metadata. values=False puts zeros for checksums, which are not compressed: the same length, no number read."""
-    head = {"schema": SCHEMA, "layout": layout, "config": methods.to_json(adapter.config),
+    head = {"schema": SCHEMA, "layout": layout, "config": methods.to_json(said(adapter)),
             "shared": _shared(adapter, values)}
     manifest = {"base": base_of(adapter), "sites": _sites(adapter), "selected": selected, **_reached(adapter)}
     return sealed(head, manifest, tensors, config, values)
@@ -167,9 +167,18 @@ def _common(a: list[str], b: list[str]) -> list[str]:
 
 
 def trained_tensors(site: Site) -> dict[str, Tensor]:
-    """The trained tensors of a layer, in the one dtype under which they are written."""
+    """The tensors of a layer that a file holds, in the one dtype under which they are written."""
     dtype = DTYPES[_dtype(site)]
-    return {name: p.detach().to(dtype) for name, p in site.trainable().items()}
+    if finished(site.rule) is site.rule:
+        return {name: p.detach().to(dtype) for name, p in site.trainable().items()}
+    with torch.no_grad():
+        return {name: t.to(dtype) for name, t in site.rule.finished_tensors(site).items()}
+
+
+def finished(config: Any) -> Any:
+    """The configuration that a file says: another one where what was trained only made the tensors that are written."""
+    done = config.finished() if isinstance(config, Reparameterised) else config
+    return config if done == config else done
 
 
 def _reached(adapter: Adapter) -> dict[str, Any]:
@@ -192,13 +201,21 @@ def digest_of(tensors: Iterable[Tensor]) -> str | None:
 
 
 def _sites(adapter: Adapter) -> list[Any]:
-    return [[canonical(module), site.host.kind, list(site.shape), _overrides(site, adapter.config)]
+    return [[canonical(module), site.host.kind, list(site.shape), _overrides(site, said(adapter))]
             for module, site in adapter.sites.items()]
+
+
+def said(adapter: Adapter) -> Any:
+    """The configuration that a file says; of one that makes its tensors, with the dtype in which they are written."""
+    config, site = adapter.config, next(iter(adapter.sites.values()), None)
+    if site is None or finished(config) is config:
+        return config
+    return methods.replace(finished(config), {"dtype": _dtype(site)})
 
 
 def _overrides(site: Site, config: Any) -> dict[str, Any]:
     """What this layer's rule has other than the configuration; its dtype is that of the tensors, cast or not."""
-    return differences(methods.replace(site.rule, {"dtype": _dtype(site)}), config)
+    return differences(methods.replace(finished(site.rule), {"dtype": _dtype(site)}), config)
 
 
 def differences(rule: Any, config: Any) -> dict[str, Any]:
@@ -210,6 +227,8 @@ def differences(rule: Any, config: Any) -> dict[str, Any]:
 def _dtype(site: Site) -> str:
     """The dtype that holds all the trained tensors of a layer: model.bfloat16() casts them too."""
     held = reduce(torch.promote_types, (p.dtype for p in site.trainable().values()))
+    if finished(site.rule) is not site.rule:  # what is made of tensors is made in float32 or wider, and would be rounded
+        held = torch.promote_types(held, torch.float32)
     return next(name for name, dtype in DTYPES.items() if dtype == held)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from .. import methods
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..methods.base import Stateful
 from ..model import targets
@@ -17,12 +18,13 @@ from ..model.adapter import Adapter
 from ..model.attach import Parts, attach_resolved, detach
 from ..model.state import find_state, unwrapped
 from ..model.switch import activate, base_only
-from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_vera
+from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_prompt, peft_vera
 from .content import LoadReport, Stored, refuse, report_extra
 from .placement import Placement
 from .save import NATIVE
 
-FROM_PEFT: dict[str, Any] = {codec.PEFT_TYPE: codec for codec in (peft_lora, peft_vera, peft_adalora)}
+FROM_PEFT: dict[str, Any] = {codec.PEFT_TYPE: codec for codec in (peft_lora, peft_vera, peft_adalora, peft_prompt.PREFIX,
+                                                                      peft_prompt.PROMPT)}
 
 
 @overload
@@ -51,7 +53,8 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     elif not plan.rules and not plan.selected:
         raise CheckpointError(f"{path} has nothing that fits this {type(root).__name__}:\n  " + "\n  ".join(plan.problems))
     rules = {module: plan.rules[module] for module in plan.modules if module in plan.rules}  # in the model's order
-    frozen, routed = targets.leftovers(root, rules) if rules else ([], [])
+    weights = rules and not isinstance(plan.config, methods.Prompt)
+    frozen, routed = targets.leftovers(root, rules) if weights else ([], [])
     adapter = attach_resolved(model, plan.config, Parts(rules, list(plan.selected), frozen, routed), name, plan.shared)
     try:
         _fill(adapter, plan)
@@ -120,6 +123,10 @@ def _read_own(tensors_file: Path, config_file: Path | None, tensors: dict[str, T
         return stored
     if layout not in FROM_PEFT:
         raise CheckpointError(f"{tensors_file} has the layout {layout!r}, which this Weft does not know. Update weft.")
+    if isinstance(codec := FROM_PEFT[layout], peft_prompt.Codec):
+        codec.fill(stored, tensors)
+        report_extra(stored, tensors, [peft_prompt.KEY])
+        return stored
     present = set(tensors)
     if layout == peft_vera.PEFT_TYPE:
         peft_vera.take_matrices(stored, tensors)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import TargetError
-from ..model import hosts, structure, targets
+from ..model import hosts, prompts, structure
+from ..model.attach import parts_of
 from ..model.selection import tensors_of_modules, tensors_picked
 from ..model.state import find_state
-from . import header, matching, matrices
+from . import header, matching, matrices, peft_prompt
 from .content import Stored, StoredSite, fault_of, nearest
 from .peft_common import saved_by
 
@@ -32,8 +33,12 @@ class Placement:
         self.parameters = {name: p for name, p in root.named_parameters(remove_duplicate=False)
                            if _parent(name) in self.modules}
         tensors = [*stored.selected, *stored.repeated]
-        self.names = matching.match(list(dict.fromkeys([*stored.sites, *map(_parent, tensors)])), self.modules)
+        wanted = [*(() if stored.in_order else stored.sites), *map(_parent, tensors)]
+        self.names = matching.match(list(dict.fromkeys(wanted)), self.modules)
         self.mapped = [*stored.mapped, *self.names.mapped]
+        self._places: dict[str, Any] | None = None
+        if stored.in_order:
+            self._name_in_order()
         self.nested = self._nested()
         self.rules: dict[str, Any] = {}
         self.values: dict[str, dict[str, Tensor]] = {}
@@ -47,7 +52,8 @@ class Placement:
         self._check_repeated()
         self._check_complete()
         layer = next(iter(self.rules), None)
-        device = hosts.view(self.modules[layer]).weight().device if layer is not None else torch.device("cpu")
+        device = next((p.device for p in self.modules[layer].parameters()), torch.device("cpu")) if layer is not None \
+            else torch.device("cpu")
         self.shared = matrices.place(stored, self.shapes, device, find_state(root), self.problems)
 
     # Layers
@@ -59,18 +65,15 @@ class Placement:
             self.problems.append(f"{first!r}: the model has no module {module!r}"
                                  f"{nearest('in the model', module, self.modules, self.problems)}")
             return
-        layer = self.modules[name]
-        if hosts.host_kind(layer) is None:
-            why = hosts.why_not(layer) or "it is no linear layer"
-            self.problems.append(f"{module!r}: the model's {name!r}, a {type(layer).__name__}, cannot be adapted: {why}")
+        host = self._host(module, name, site.rule)
+        if host is None:
             return
-        host = hosts.view(layer)
         shape = (host.out_features, host.in_features)
         if _family(site.kind) != _family(host.kind) or (site.shape or shape) != shape:
             self.problems.append(f"{module!r} is a {site.kind or 'linear'} layer {list(site.shape or shape)} (out, in) in "
                                  f"the file, and the model's {name!r} a {host.kind} layer {list(shape)}")
             return
-        if host.weight().is_meta:
+        if host.device.type == "meta":
             self.problems.append(f"{name!r} is on the meta device and has no values; load the base model first")
         self.rules[name], self.shapes[module] = site.rule, shape
         self.values[name] = {}
@@ -84,6 +87,40 @@ class Placement:
                 self.values[name][tensor] = site.tensors[tensor]
             else:
                 self.problems.append(f"{site.keys[tensor]!r} ({tensor} of {name!r}): {fault}")
+
+    def _name_in_order(self) -> None:
+        """The sites of a file that names no module are the model's places, in order."""
+        why = peft_prompt.unlike_peft(self.root)
+        if why is not None:
+            self.problems.append(f"peft's file means something else in this {type(self.root).__name__}: {why}")
+        places, sites = list(self._prompt_hosts(self.config.at)), list(self.stored.sites)
+        if len(places) != len(sites):
+            self.problems.append(f"the file has {len(sites)} layers, and the model {len(places)}")
+        self.names.found |= dict(zip(sites, places, strict=False))
+
+    def _host(self, module: str, name: str, rule: Any) -> Any:
+        """What the rule sees of the model's module; None, with a problem, where it can be no host."""
+        layer = self.modules[name]
+        if isinstance(rule, methods.Prompt):
+            if name not in self._prompt_hosts(rule.at):
+                self.problems.append(f"{module!r}: the model's {name!r}, a {type(layer).__name__}, is no place for "
+                                     f"{type(rule).__name__}, which belongs on: {list(self._prompt_hosts(rule.at))[:4]}")
+            return self._prompt_hosts(rule.at).get(name)
+        if hosts.host_kind(layer) is None:
+            why = hosts.why_not(layer) or "it is no linear layer"
+            self.problems.append(f"{module!r}: the model's {name!r}, a {type(layer).__name__}, cannot be adapted: {why}")
+            return None
+        return hosts.view(layer)
+
+    def _prompt_hosts(self, at: str) -> dict[str, Any]:
+        """Where a prompt can hang on in this model; nowhere, with a problem, in a model that has no such place."""
+        if self._places is None:
+            try:
+                self._places = prompts.places(self.root, at)[0]
+            except TargetError as error:
+                self.problems.append(str(error))
+                self._places = {}
+        return self._places
 
     # Base tensors
 
@@ -176,7 +213,7 @@ class Placement:
         if isinstance(self.config, methods.Selection):
             return
         try:
-            layers = targets.resolve(self.root, self.config.targets, getattr(self.config, "skip_layers", 0)).sites
+            layers = parts_of(self.root, replace(self.config, modules_to_save=())).rules
         except TargetError:
             return  # names that only the file's base has; what was found above is all there is to say
         found = set(self.names.found.values())

@@ -13,7 +13,7 @@ from .. import methods
 from ..errors import CheckpointError, UnsupportedError
 from ..model.adapter import Adapter
 from ..model.state import state_of
-from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_vera
+from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_prompt, peft_vera
 
 NATIVE = "native"
 
@@ -41,7 +41,8 @@ class Disk:
 def save(model: nn.Module, path: str | Path, name: str = "default", projections: bool = False) -> Path:
     """Write the adapter `name` into the directory `path` (created where missing) and return the path.
 
-    adapter_model.safetensors and adapter_config.json: for LoRA, DoRA and AdaLoRA what peft reads too; for VeRA vectors, seed
+    adapter_model.safetensors and adapter_config.json: for LoRA, DoRA, AdaLoRA, and for Prefix and
+    PreEmbed of a causal language model, what peft reads too; for VeRA vectors, seed
     and checksum, or with projections=True also A and B, as peft reads them. Atomic: killed at any point, the directory holds
     a checkpoint that loads, the old one or the new one. Other files in it are left alone.
 
@@ -74,10 +75,13 @@ def compose(adapter: Adapter, projections: bool = False, values: bool = True) ->
         layout, (tensors, beside) = peft_vera.PEFT_TYPE, peft_vera.write(adapter)
     elif isinstance(config, methods.AdaLoRA) and peft_adalora.why_not(adapter) is None:
         layout, (tensors, beside) = peft_adalora.PEFT_TYPE, peft_adalora.write(adapter)
+    elif (codec := peft_prompt.codec_of(adapter)) is not None:
+        tensors, beside = codec.write(adapter)
+        return Written(tensors, header.make(adapter, codec.PEFT_TYPE, tensors, [], beside, values), beside)
     else:
         layout, (tensors, selected) = NATIVE, native.write(adapter)
         # A type that peft does not know makes it refuse the directory rather than misread it.
-        beside = {"peft_type": f"WEFT_{type(config).__name__.upper()}", "weft": methods.to_json(config)}
+        beside = {"peft_type": f"WEFT_{type(config).__name__.upper()}", "weft": methods.to_json(header.said(adapter))}
     if layout != NATIVE:
         selected, repeated = peft_common.base_tensors(adapter)
         tensors |= {peft_common.PREFIX + key: t for key, t in {**repeated, **selected}.items()}
@@ -87,6 +91,7 @@ def compose(adapter: Adapter, projections: bool = False, values: bool = True) ->
 def _check_values(adapter: Adapter) -> None:
     shapes = {id(p): shape for site in adapter.sites.values()
               for p, shape in zip(site.trainable().values(), site.rule.trained(*site.shape).values(), strict=True)}
+    shapes |= {id(p): tuple(p.shape) for p in adapter.shared_parameters.values()}
     shapes |= {id(s.trained): tuple(s.original.shape) for s in adapter.selected_tensors.values()}
     for name, p in adapter.named_parameters():
         if p.is_meta:

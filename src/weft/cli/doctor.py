@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
         text = json.dumps({"schema": 1, **found}, indent=1) + "\n"
         replace(args.json, lambda path: path.write_text(text, encoding="utf-8"))
-    return 0 if all(str(result).startswith("ok") for result in found["self-test"].values()) else 1
+    return 1 if any(str(result).startswith("failed") for result in found["self-test"].values()) else 0
 
 
 def examine() -> dict[str, Any]:
@@ -45,9 +45,22 @@ def examine() -> dict[str, Any]:
 
     versions = {"weft": __version__, "python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads", "cuda": _cuda()}
-    kernels = {"adapters": "plain torch operations on every device; this version has no kernels of its own",
-               "torch.compile": "supported, without graph breaks"}
-    return {"versions": versions, "devices": devices, "kernels": kernels, "self-test": _self_test()}
+    return {"versions": versions, "devices": devices, "kernels": _kernels(), "self-test": _self_test()}
+
+
+def _kernels() -> dict[str, str]:
+    import torch
+
+    from ..model import paths
+    from ..ops import kernels
+
+    x, device = torch.zeros(1, 1), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain, torch_form = paths.why_plain(x, x, None), kernels.why_not(device, torch.float32)
+    return {
+        "layers": "one fused function each (LoRA, VeRA and their kin)" if plain is None else f"plain definitions: {plain}",
+        "Triton": f"runs on {device.type}" if torch_form is None else f"its torch forms run: {torch_form}",
+        "torch.compile": "supported, without graph breaks; it compiles the plain definitions",
+    }
 
 
 def _version(package: str) -> str:
@@ -78,14 +91,41 @@ def _tried(method: Any) -> str:
     import torch
 
     from ..errors import UnsupportedError, WeftError
+    from ..methods.base import Prompt
     from ..model.attach import attach, detach
     from ..model.merge import merge, unmerge
+
+    config = method()
+    if isinstance(config, Prompt) and _version("transformers").startswith("not installed"):
+        return "not tried: it needs a model of transformers, which is not installed"
+    model, x = (_tiny_transformer() if isinstance(config, Prompt) else _two_blocks())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        adapter = attach(model, config)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(0.1)
+        model(x).sum().backward()
+        try:
+            merge(model, verify=x)
+            unmerge(model)
+        except UnsupportedError:
+            if method.mergeable:
+                raise
+        detach(model)
+    except WeftError as error:
+        return f"failed: {' '.join(str(error).split())}"
+    same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return "ok" if same else "failed: the base was not restored"
+
+
+def _two_blocks() -> tuple[Any, Any]:
+    """What the methods look for in a transformer's block: an attention and an MLP with their output maps."""
+    import torch
 
     linear = torch.nn.Linear
 
     class Block(torch.nn.ModuleDict):
-        """What the methods look for in a transformer's block: an attention and an MLP with their output maps."""
-
         def __init__(self) -> None:
             super().__init__({"attention": torch.nn.ModuleDict({"output": linear(5, 5)}), "up": linear(5, 7),
                               "down": linear(7, 5)})
@@ -104,22 +144,23 @@ def _tried(method: Any) -> str:
             out: torch.Tensor = self.head(self.blocks[1](self.blocks[0](x)))
             return out
 
-    model, x = Model(), torch.linspace(-1, 1, 10).reshape(2, 5)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    try:
-        adapter = attach(model, method())
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.add_(0.1)
-        model(x).sum().backward()
-        try:
-            merge(model, verify=x)
-            unmerge(model)
-        except UnsupportedError:
-            if method.mergeable:
-                raise
-        detach(model)
-    except WeftError as error:
-        return f"failed: {' '.join(str(error).split())}"
-    same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    return "ok" if same else "failed: the base was not restored"
+    return Model(), torch.linspace(-1, 1, 10).reshape(2, 5)
+
+
+def _tiny_transformer() -> tuple[Any, Any]:
+    """A GPT-2 of two blocks of width 6 that reads embeddings."""
+    import torch
+    import transformers
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            config = transformers.GPT2Config(vocab_size=7, n_embd=6, n_layer=2, n_head=2, n_positions=64, bos_token_id=None,
+                                             eos_token_id=None)
+            self.body = transformers.GPT2Model(config)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.body(inputs_embeds=x).last_hidden_state
+            return out
+
+    return Model().eval(), torch.linspace(-1, 1, 60).reshape(2, 5, 6)

@@ -66,7 +66,7 @@ class Bench:
         """Inputs of the narrowest layer that "all-linear" adapts."""
         adapter = attach(self.model, LoRA(r=1, modules_to_save=self.head))
         try:
-            return min(site.shape[1] for site in adapter.sites.values())
+            return int(min(site.shape[1] for site in adapter.sites.values()))
         finally:
             detach(self.model)
 

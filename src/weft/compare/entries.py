@@ -28,8 +28,12 @@ LRS = {
     "LoRAFA": (3e-3, 1e-2, 3e-2),
     "AdaLoRA": (1e-2, 3e-2, 1e-1),
     "DyLoRA": (3e-3, 1e-2, 3e-2),
+    "Prefix": (3e-2, 1e-1, 3e-1),
+    "PreEmbed": (3e-3, 1e-2, 3e-2),
+    "PreLayer": (1e-3, 3e-3, 1e-2),
 }
 OTHER_LRS = (1e-3, 3e-3, 1e-2)  # of a method that the table above does not know yet
+_SHOWN = ("r", "alpha", "d_init", "init", "n", "l_p", "l_i")  # fields in the list of methods
 GROW = 3  # times that a grid may grow
 
 
@@ -169,7 +173,7 @@ def as_table(entries: Mapping[str, Entry]) -> list[str]:
     """One line per method for `--list`."""
     lines = []
     for name, entry in entries.items():
-        fields = {k: v for k, v in methods.to_json(entry.config).items() if k in ("r", "alpha", "d_init", "init")}
+        fields = {k: v for k, v in methods.to_json(entry.config).items() if k in _SHOWN}
         shown = " ".join(f"{k}={v}" for k, v in fields.items() if v is not None)
         rates = ", ".join(rate(lr) for lr in entry.lrs)
         lines.append(f"  {name.lower():<18} learning rates {rates:<18} {shown}".rstrip())

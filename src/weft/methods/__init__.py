@@ -8,19 +8,20 @@ from typing import Any
 
 from ..errors import ConfigError
 from .adalora import AdaLoRA
-from .base import Rule, Selection
+from .base import Prompt, Rule, Selection
 from .bottleneck import Bottleneck
 from .dora import DoRA
 from .dvora import DVoRA
 from .dylora import DyLoRA
 from .lora import LoRA
 from .lora_fa import LoRAFA
+from .prefix import PreEmbed, Prefix, PreLayer
 from .selective import BitFit, Full, Head, TopLayers
 from .vera import VeRA
 
 METHODS: dict[str, type[Any]] = {
     method.__name__: method for method in (Full, Head, BitFit, LoRA, VeRA, DoRA, DVoRA, TopLayers, Bottleneck,
-                                           LoRAFA, AdaLoRA, DyLoRA)
+                                           LoRAFA, AdaLoRA, DyLoRA, Prefix, PreEmbed, PreLayer)
 }
 
 
@@ -71,6 +72,6 @@ def from_json(data: Any) -> Any:
     return cls(**{k: v for k, v in data.items() if k != "method"})
 
 
-__all__ = ["METHODS", "Rule", "Selection", "by_name", "from_json", "replace", "to_json",
+__all__ = ["METHODS", "Prompt", "Rule", "Selection", "by_name", "from_json", "replace", "to_json",
            "LoRA", "VeRA", "DoRA", "DVoRA", "LoRAFA", "AdaLoRA", "DyLoRA",
-           "Bottleneck", "Full", "Head", "BitFit", "TopLayers"]
+           "Bottleneck", "Prefix", "PreEmbed", "PreLayer", "Full", "Head", "BitFit", "TopLayers"]

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops import low_rank
+from ..ops.factors import Factors
 from .base import Draw, Host, Params, Shape, Shared, check_common, check_number, check_rank, wide
 from .target_spec import Overrides
 
@@ -148,6 +149,9 @@ class AdaLoRA:
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
         h = host.project(x, p.Q, self.dropout, p.training, dtype)
         return low_rank.up(h * p.lam.to(dtype)[:, 0], p.P.to(dtype), self.scale)
+
+    def factors(self, host: Host, p: Params) -> Factors:
+        return Factors(p.Q, p.P, d=p.lam[:, 0], s=self.scale, dropout=self.dropout if p.training else 0.0)
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
         W = wide(W)

@@ -1,10 +1,12 @@
-"""What a method is: the three protocols that the rest of the library speaks, and the checks configurations share.
+"""What a method is: the protocols that the rest of the library speaks, and the checks configurations share.
 
-A configuration is a frozen dataclass, and the configuration *is* the method. There are two kinds:
+A configuration is a frozen dataclass, and the configuration *is* the method. There are three kinds:
 
 * a `Rule` turns one frozen weight W [out, in] into an effective weight W' with few trained numbers (LoRA, VeRA,
   DoRA, DVoRA); an `UpdateRule` is a rule of the form W' = W + delta, which DoRA can wrap; a rule that is no change of
   weights (Bottleneck) has `mergeable = False`, and its `effective_weight` raises UnsupportedError;
+* a `Prompt` adds positions that the tokens attend to, and changes neither a weight nor a layer's map (Prefix, PreEmbed,
+  PreLayer);
 * a `Selection` trains tensors that the model already has (Full, Head, BitFit).
 
 Tensors reach a rule as attributes of `p` (`p.A`, `p.B`, ...), so a rule can be read and tested without any model.
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import counter
+from ..ops.derived import Derived
+from ..ops.factors import Factors
 from .facts import TensorFact
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16,
@@ -39,10 +43,13 @@ class Shared(nn.Module):
 
 
 class Params(Protocol):
-    """The tensors of one adapted layer, by attribute; `shape` is its (out, in), `training` switches dropout."""
+    """The tensors of one adapted layer, by attribute; `shape` is its (out, in), `training` switches dropout, `derived`
+    keeps what is computed from them.
+    """
 
     shape: tuple[int, int]
     training: bool
+    derived: Derived
 
     def __getattr__(self, name: str) -> Any: ...
 
@@ -59,6 +66,8 @@ class Host(Protocol):
     def out_features(self) -> int: ...
     @property
     def in_features(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
     @property
     def bias(self) -> Tensor | None: ...
     def weight(self) -> Tensor:
@@ -123,11 +132,24 @@ class Rule(Protocol):
 class UpdateRule(Rule, Protocol):
     """A rule of the form W' = W + delta(p)."""
 
+    def factors(self, host: Host, p: Params) -> Factors:
+        """See `Factored`."""
+        ...
+
     def delta(self, p: Params, dtype: torch.dtype = torch.float32) -> Tensor:
         """[out, in], computed in `dtype`: float32, or float64 where W is."""
         ...
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
         """x deltaᵀ [..., out] in `dtype`, without building delta."""
+        ...
+
+
+@runtime_checkable
+class Factored(Protocol):
+    """A rule whose W' has the form of ops/factors.py: one fused function computes its layers, which join mixed batches."""
+
+    def factors(self, host: Host, p: Params) -> Factors:
+        """The layer's tensors as they are, of which `forward` computes the same output."""
         ...
 
 
@@ -185,6 +207,44 @@ class Nested(Protocol):
 
     def shortened(self, r: int) -> Any:
         """The rule of rank `r`, or itself where it has no more than that."""
+        ...
+
+
+@runtime_checkable
+class Prompt(Protocol):
+    """Trained vectors at virtual positions. Its places in a model are found by structure (model/prompts.py).
+
+    `at`: what it hangs on, "attention" (keys and values of every self-attention; it then has `keys_values`), "embeddings"
+    (the model's input) or "block" (the input of every block; for both, tensors `before` and `after`). `trained` and
+    `start` are those of a Rule; (out, in) are the widths of keys and values, or twice the width of the states.
+    `by_row`: rows of one batch may use different ones. `starts_at_base`: whether step 0 leaves the output as it was.
+    """
+
+    modules_to_save: tuple[str, ...]
+    seed: int
+    dtype: str
+    mergeable: ClassVar[bool]
+    at: ClassVar[str]
+    by_row: ClassVar[bool]
+    starts_at_base: ClassVar[bool]
+
+    def trained(self, out: int, in_: int) -> dict[str, Shape]: ...
+    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]: ...
+    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
+        """As of a Rule; what is shared may hold parameters, which then train."""
+        ...
+    def share_key(self) -> tuple[Any, ...] | None: ...
+
+
+@runtime_checkable
+class Reparameterised(Protocol):
+    """A method that trains other tensors than a file of it holds."""
+
+    def finished(self) -> Any:
+        """The configuration that a file says."""
+        ...
+    def finished_tensors(self, p: Params) -> dict[str, Tensor]:
+        """The tensors of one layer that a file holds, by the names of that configuration."""
         ...
 
 
@@ -249,13 +309,18 @@ def check_common(config: Any) -> None:
 
     if hasattr(config, "dropout"):
         check_number(config, "dropout", low=0.0, high=1.0, open_high=True)
+    check_tensors(config)
+    check_modules(config)
+    object.__setattr__(config, "targets", normalise(config.targets))
+
+
+def check_tensors(config: Any) -> None:
+    """The fields that say how tensors are drawn and held: seed and dtype, which becomes a name."""
     if isinstance(config.seed, bool) or not isinstance(config.seed, int) or not 0 <= config.seed < 2**63:
         raise ConfigError(f"{type(config).__name__}(seed={config.seed!r}): seed must be a whole number from 0 to 2**63-1.")
     if isinstance(config.dtype, torch.dtype):
         object.__setattr__(config, "dtype", str(config.dtype).removeprefix("torch."))
     check_choice(config, "dtype", list(DTYPES))
-    check_modules(config)
-    object.__setattr__(config, "targets", normalise(config.targets))
 
 
 def check_modules(config: Any) -> None:

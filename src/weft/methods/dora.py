@@ -17,14 +17,17 @@ Source: arXiv:2402.09353, equation 5, section 4.3; s appears in the authors' cod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..errors import ConfigError
 from ..ops import magnitude
+from ..ops.derived import Derived
+from ..ops.factors import Factors
 from .base import (
     Draw,
     Host,
@@ -34,6 +37,7 @@ from .base import (
     UpdateRule,
     check_choice,
     full_precision,
+    wide,
 )
 from .lora import LoRA
 
@@ -74,6 +78,39 @@ class Magnitude:
         norm = self.norm(host.weight(), p)
         scale = p.m.to(norm.dtype) / norm
         return magnitude.compose(y, host.bias, self.inner.update(x, host, p, y.dtype), scale)
+
+    def factors(self, host: Host, p: Params) -> Factors:
+        W, f = host.weight(), self.inner.factors(host, p)
+        norm = self.norm(W, p) if self.norm_grad == "exact" else self._kept_norm(W, f, p.derived)
+        m = p.m.to(norm.dtype)
+        tells: bool = m.requires_grad and torch.is_grad_enabled() and p.derived.get(
+            "output tells", (p.m,), [t for t in (norm.detach(), host.bias) if t is not None],
+            lambda: magnitude.output_tells(m, norm, host.bias, W.dtype))
+        return replace(f, sigma=m / norm, output_tells=tells)
+
+    @staticmethod
+    def _kept_norm(W: Tensor, f: Factors, kept: Derived) -> Tensor:
+        """`norm`, computed once for as long as W and the tensors of the update stand still; W Aᵀ, if A is frozen, once."""
+        tensors = [t for t in (f.A, f.B, f.d, f.b) if t is not None]
+        trained = [t for t in tensors if isinstance(t, Parameter)]
+        frozen = [W, *(t for t in tensors if not isinstance(t, Parameter))]
+        A_stays = f.A if not isinstance(f.A, Parameter) else None
+
+        def compute() -> Tensor:
+            with full_precision(W.device):
+                if W.numel() < magnitude.DENSE_BELOW:
+                    V = wide(W)
+                    return magnitude.row_norm(V + f.folded(V.dtype) @ f.A.to(V.dtype))
+                norm = kept.get("norm of W", (), (W,), lambda: magnitude.row_norm(W))
+                product = gram = None
+                if A_stays is not None:
+                    gram = kept.get("A A'", (), (A_stays,), lambda: magnitude.product(A_stays, A_stays, norm.dtype))
+                    if 4 * A_stays.shape[0] <= W.shape[1]:  # it costs a quarter of W's memory at most
+                        product = kept.get("W A'", (), (W, A_stays), lambda: magnitude.product(W, A_stays, norm.dtype))
+                return magnitude.updated_norm(W, norm, f.A, f.folded(norm.dtype), product, gram)
+
+        found: Tensor = kept.get("norm", trained, frozen, compute)
+        return found
 
     def trained(self, out: int, in_: int) -> dict[str, Shape]:
         return {**self.inner.trained(out, in_), "m": (out,)}

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops import counter, low_rank
+from ..ops.factors import Factors
 from .base import (
     Draw,
     Host,
@@ -100,6 +101,12 @@ class DyLoRA:
         if p.training:
             return low_rank.up(h * self._scales(p.b, dtype), p.B.to(dtype))
         return low_rank.up(h, p.B.to(dtype), self.scale)
+
+    def factors(self, host: Host, p: Params) -> Factors:
+        if p.training:
+            wide = torch.promote_types(p.A.dtype, host.weight().dtype)
+            return Factors(p.A, p.B, d=self._scales(p.b, wide), dropout=self.dropout)
+        return Factors(p.A, p.B, s=self.scale)
 
     def _scales(self, b: Tensor, dtype: torch.dtype) -> Tensor:
         """[r]: s_b for the first b ranks, 0 beyond; b is a tensor, so that no compiled graph depends on its value."""

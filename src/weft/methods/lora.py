@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..ops import low_rank
+from ..ops.factors import Factors
 from .base import (
     Draw,
     Host,
@@ -73,6 +74,9 @@ class LoRA:
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
         h = host.project(x, p.A, self.dropout, p.training, dtype)
         return low_rank.up(h, p.B.to(dtype), self.scale)
+
+    def factors(self, host: Host, p: Params) -> Factors:
+        return Factors(p.A, p.B, s=self.scale, dropout=self.dropout if p.training else 0.0)
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
         W = wide(W)

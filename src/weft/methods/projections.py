@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops import counter
+from ..ops.derived import Derived, counts
 from ..ops.peft_draw import peft_projections
 from .base import Shared
 
@@ -33,6 +36,8 @@ class Projections(Shared):
     def __init__(self, r: int, max_in: int, max_out: int, seed: int, draw: str,
                  device: torch.device | str = "cpu", stored: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
+        self.derived = Derived()
+        self._last: tuple[Any, tuple[Any, ...], Tensor] | None = None
         self.r, self.max_in, self.max_out, self.seed, self.draw = r, max_in, max_out, seed, draw
         if draw == "stored" and stored is None:
             raise ConfigError('VeRA(draw="stored"): the matrices come from a file only; load one with weft.load, or '
@@ -60,6 +65,33 @@ class Projections(Shared):
         if self.draw == "stored" or self.A.dtype != torch.float32:
             return None
         return ("projections", self.r, self.seed, self.draw), self.max_out, self.max_in, self.A.device
+
+    def project(self, x: Tensor, A: Tensor, detached: bool) -> Tensor:
+        """x Aᵀ [..., r] for a view A of this A, once for all layers that read the same x, with or without its gradient.
+
+        The last product is kept until x is gone, or has been written to.
+        """
+        key = (x._version if not x.is_inference() else None, A.data_ptr(), A._version, A.shape, A.dtype, detached,
+               torch.is_grad_enabled(), threading.get_ident())
+        if self._last is not None and self._last[0]() is x and self._last[1] == key and key[0] is not None:
+            return self._last[2]
+        counts["A x"] += 1
+        h = torch.nn.functional.linear(x.detach() if detached else x, self._cast(A, x.dtype))
+        self._last = (weakref.ref(x, self._forget), key, h)
+        return h
+
+    def _cast(self, A: Tensor, dtype: torch.dtype) -> Tensor:
+        if A.dtype == dtype:
+            return A
+        narrow: Tensor = self.derived.get(f"A in {dtype}", (), (self.A,), lambda: self.A.to(dtype))
+        return narrow[:, : A.shape[1]]
+
+    def _forget(self, gone: Any) -> None:
+        if self._last is not None and self._last[0] is gone:
+            self._last = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     def checksum(self) -> str:
         """16 hex digits of SHA-256 over the float32 bits of A and B, whatever dtype they are held in."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops import low_rank
+from ..ops.factors import Factors
 from .base import (
     Draw,
     Host,
@@ -73,6 +74,10 @@ class VeRA:
         h = host.project(x, A.to(dtype), self.dropout, p.training)
         b: Tensor = p.b.to(dtype)
         return low_rank.up(h * p.d.to(dtype), B.to(dtype)) * b
+
+    def factors(self, host: Host, p: Params) -> Factors:
+        A, B = self._frozen(p)
+        return Factors(A, B, d=p.d, b=p.b, dropout=self.dropout if p.training else 0.0, share=p.shared.project)
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
         W = wide(W)

@@ -89,11 +89,20 @@ class Adapter:
         """Full tensor name -> the trained copy."""
         return {name: s.trained for name, s in self.selected_tensors.items()}
 
+    @property
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained tensors that all layers share: "shared.<tensor>"; none for most methods."""
+        modules = {id(site.shared): site.shared for site in self.sites.values() if site.shared is not None}
+        return {f"shared.{name}": p for module in modules.values() for name, p in module.named_parameters()}
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every declared tensor: "<module>.<tensor>" for sites, the base tensor's own name for selected ones."""
+        """Every declared tensor: "<module>.<tensor>" for sites, the base tensor's own name for selected ones, and
+        "shared.<tensor>" for what all layers share.
+        """
         for module, site in self.sites.items():
             for tensor, parameter in site.trainable().items():
                 yield (f"{module}.{tensor}" if module else tensor), parameter
+        yield from self.shared_parameters.items()
         yield from self.selected.items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -138,7 +147,7 @@ class Adapter:
         if getattr(self.config, "total_steps", total) is None:
             config = replace(self.config, total_steps=total)
             for site in self.sites.values():
-                site.rule = replace(site.rule, total_steps=total)  # type: ignore[type-var]
+                site.rule = replace(site.rule, total_steps=total)
             self.config = config
 
     def truncate(self, r: int) -> None:

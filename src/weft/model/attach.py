@@ -11,9 +11,9 @@ from torch import nn
 
 from .. import methods
 from ..errors import ConfigError, MergeError, TargetError, WeftError
-from ..methods.base import Draw, Rule, Shared
+from ..methods.base import Draw, Shared
 from ..methods.target_spec import KEYWORDS
-from . import hosts, targets
+from . import hosts, prompts, targets
 from .adapter import Adapter
 from .layer import CHILD, Site, adapt, is_adapted, restore, sites_of, switch_of
 from .selection import select, tensors_of_modules, tensors_picked
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 class Parts:
     """Where an adapter goes: a rule for each module, base tensors trained as copies, and what stays frozen and why."""
 
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, Any]
     selected: Sequence[str] = ()
     frozen: Sequence[Any] = ()
     routed: Sequence[str] = ()
@@ -56,6 +56,9 @@ def parts_of(root: nn.Module, config: Any) -> Parts:
         if nn.parameter.is_lazy(parameter):
             raise TargetError(f"{tensor!r} has no shape before the model's first forward. Run the model once, then attach.")
     saved = tensors_of_modules(root, config.modules_to_save)
+    if isinstance(config, methods.Prompt):
+        found_places, without = prompts.places(root, config.at)
+        return Parts(dict.fromkeys(found_places, config), saved, without)
     if isinstance(config, methods.Selection):
         return Parts({}, list(dict.fromkeys([*tensors_picked(root, config), *saved])))
     found = targets.resolve(root, config.targets, getattr(config, "skip_layers", 0))
@@ -82,11 +85,11 @@ def attach_resolved(model: nn.Module, config: Any, parts: Parts, name: str = "de
     with base_only(state):
         modules = dict(root.named_modules())
         _check_ownership(modules, parts.rules, state)
-        _check_tied(root, parts.rules)
+        _check_tied(root, {name: rule for name, rule in parts.rules.items() if not isinstance(rule, methods.Prompt)})
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
-        adapter.sites = _build_sites(modules, parts.rules, state, dict(shared or {}))
+        adapter.sites = _build_sites(root, modules, parts.rules, state, dict(shared or {}))
         adapter.selected_tensors = select(root, parts.selected, config.modules_to_save)
     if not any(True for _ in adapter.parameters()):
         raise TargetError(f"{config!r} finds nothing to train in {type(root).__name__}.")
@@ -110,6 +113,8 @@ def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -
         state.merged, state.switch.base_weights = None, {}
     if state.switch.active is not None and (isinstance(state.switch.active, Rows) or state.switch.active == name):
         activate(state, None)
+    if isinstance(adapter.config, methods.Prompt):
+        prompts.uninstall(state, adapter)
     for site in adapter.sites.values():
         layer = site.host.module
         del sites_of(layer)[name]
@@ -143,7 +148,7 @@ def _check_name(state: State | None, name: str) -> None:
                         f"weft.detach(model, {name!r}) first.")
 
 
-def _check_ownership(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], state: State | None) -> None:
+def _check_ownership(modules: Mapping[str, nn.Module], rules: Mapping[str, Any], state: State | None) -> None:
     mine = None if state is None else state.switch
     for name, module in modules.items():
         if is_adapted(module) and switch_of(module) is not mine:
@@ -156,7 +161,7 @@ def _check_ownership(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule]
             raise TargetError(f"{name!r} has an attribute {CHILD!r} of its own, where Weft would keep its adapters.")
 
 
-def _check_tied(root: nn.Module, rules: Mapping[str, Rule]) -> None:
+def _check_tied(root: nn.Module, rules: Mapping[str, Any]) -> None:
     """Adapting one of two modules that read one Parameter would say one thing unmerged and another merged."""
     readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in base_modules(root):
@@ -174,9 +179,10 @@ def _check_tied(root: nn.Module, rules: Mapping[str, Rule]) -> None:
                               f"Parameter(model.{full}.detach().clone()) and config.tie_word_embeddings = False.")
 
 
-def _build_sites(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], state: State | None,
+def _build_sites(root: nn.Module, modules: Mapping[str, nn.Module], rules: Mapping[str, Any], state: State | None,
                  given: Mapping[Any, Shared]) -> dict[str, Site]:
-    views = {name: hosts.view(modules[name]) for name in rules}
+    views: dict[str, Any] = dict(prompts.hosts_of(root, rules))
+    views |= {name: hosts.view(modules[name]) for name in rules if name not in views}
     for name, rule in rules.items():
         if views[name].kind == "norm" and not getattr(rule, "norm_hosts", False):
             raise TargetError(f"{name!r} is a layer norm ({type(modules[name]).__name__}), and {type(rule).__name__} adapts "
@@ -187,7 +193,7 @@ def _build_sites(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], st
     pool = _pool(state)
     sites = {}
     for name, rule in rules.items():
-        key, device = rule.share_key(), views[name].weight().device
+        key, device = rule.share_key(), views[name].device
         shared = given.get(key)
         if shared is None and key is not None:
             full = (key, max(o for o, _ in groups[key]), max(i for _, i in groups[key]), device)
@@ -214,6 +220,8 @@ def _install(root: nn.Module, state: State, adapter: Adapter, modules: Mapping[s
         for parameter in root.parameters():
             parameter.requires_grad_(False)
         root.__dict__[ATTRIBUTE] = state
+    if isinstance(adapter.config, methods.Prompt):
+        prompts.install(state, adapter)
     for name, site in adapter.sites.items():
         if not is_adapted(modules[name]):
             adapt(modules[name], state.switch)

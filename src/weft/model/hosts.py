@@ -147,9 +147,25 @@ class HostView:
     def in_features(self) -> int:
         return self.weight().shape[-1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight().device
+
     def run(self, x: Tensor) -> Tensor:
         """The layer's own output for another input, without any adapter."""
         return own_forward(self.module, x)
+
+    @property
+    def why_plain(self) -> str | None:
+        """Why nobody but the layer itself may compute W x + bias; None where its class is known to do just that."""
+        cls = getattr(type(self.module), "_weft_base", type(self.module))
+        if INNER_FORWARD in self.module.__dict__:
+            return "another library has put its own forward on the layer"
+        if self.kind == "linear" and cls.forward is nn.Linear.forward:
+            return None
+        if self.kind == "conv1d" and cls.forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward:
+            return None
+        return f"{cls.__name__} has a forward of its own"
 
     @property
     def bias(self) -> Tensor | None:

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import DTYPES, Draw, Fixed, Rule, Shared, Stateful
-from .hosts import INNER_FORWARD, HostView, own_forward
+from ..methods.base import DTYPES, Draw, Factored, Fixed, Shared, Stateful
+from ..ops import factors
+from ..ops.derived import Derived
+from ..ops.factors import Factors
+from . import paths
+from .hosts import INNER_FORWARD, own_forward
 from .state import Switch
 
 if TYPE_CHECKING:
@@ -20,24 +24,26 @@ if TYPE_CHECKING:
 
 CHILD = "weft"
 _SWITCH = "_weft_switch"
+_HOOKS = "_weft_hooks"
 _classes: dict[type[nn.Module], type[nn.Module]] = {}  # the layer's own class -> the one that runs its adapters too
 
 
 class Site(nn.Module):
     """One adapter's tensors on one layer; what a rule reads as `p`. `shape` is the weight's (out, in)."""
 
-    def __init__(self, rule: Rule, host: HostView, shared: Shared | None) -> None:
+    def __init__(self, rule: Any, host: Any, shared: Shared | None) -> None:
         super().__init__()
         self.rule, self.host, self.shared = rule, host, shared
         self.shape = (host.out_features, host.in_features)
         self.names = tuple(rule.trained(*self.shape))
+        self.derived = Derived()
         self.watch: Watch | None = None  # of the first layer of an adapter whose rule follows the optimiser's steps
 
     def start(self, draw: Draw) -> None:
         """Create the trained tensors at their starting values, on the device of the layer's weight, and what the rule
         keeps beside them: frozen tensors that are never saved, and state that the model's state_dict holds.
         """
-        self.draw, device = draw, self.host.weight().device
+        self.draw, device = draw, self.host.device
         with torch.no_grad():
             for name, value in self.rule.start(self.host, draw, self.shared).items():
                 self.register_parameter(name, nn.Parameter(value.to(DTYPES[self.rule.dtype])))
@@ -89,19 +95,50 @@ class Site(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output with this adapter, from its input and its own output."""
-        out = self.rule.forward(x, y, self.host, self)
+        return self.seen(self.rule.forward(x, y, self.host, self))
+
+    def seen(self, out: Tensor) -> Tensor:
+        """The output, once the watch over the optimiser's steps, if there is one, has looked at it."""
         if self.watch is not None and self.training and not torch.compiler.is_compiling():
             self.watch.look(self, out)
         return out
+
+    def why_plain(self, x: Tensor) -> str | None:
+        """The reason why `fused` may not be called for this input; None where it may."""
+        if not isinstance(self.rule, Factored):
+            return f"{type(self.rule).__name__} is no product of two thin matrices"
+        return self.host.why_plain or paths.why_plain(x, self.host.weight(), self.host.bias)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The same from the input alone, in one function that keeps less and runs faster."""
+        return self.seen(factors.fused(x, self.host.weight(), self.host.bias, self.factors()))
+
+    def factors(self) -> Factors:
+        """The layer's tensors in the form that all methods of the family have in common."""
+        rule: Any = self.rule
+        found: Factors = rule.factors(self.host, self)
+        return found
+
+    def joins(self, x: Tensor) -> bool:
+        """The site can be computed together with others, each on rows of its own."""
+        return self.why_plain(x) is None and not (self.training and getattr(self.rule, "dropout", None))
 
 
 def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The base layer's own forward, then the active adapters."""
     switch: Switch | None = self.__dict__.get(_SWITCH)
-    y = own_forward(self, *args, **kwargs)
     if switch is None:  # accelerate's hooks keep the forward that they found, even beyond detach
-        return y
-    return switch.apply(self._modules[CHILD], args[0] if args else next(iter(kwargs.values())), y)
+        return own_forward(self, *args, **kwargs)
+    sites, x = self._modules[CHILD], args[0] if args else next(iter(kwargs.values()))
+    site = switch.only(sites)
+    if site is not None:
+        reason = site.why_plain(x)
+        if reason is None:
+            found: Tensor = site.fused(x)
+            return found
+        if not torch.compiler.is_compiling():
+            paths.note(reason)
+    return switch.apply(sites, x, own_forward(self, *args, **kwargs))
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
@@ -123,7 +160,7 @@ def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    return hasattr(type(module), "_weft_base")
+    return _SWITCH in module.__dict__
 
 
 def adapt(module: nn.Module, switch: Switch) -> None:
@@ -135,11 +172,22 @@ def adapt(module: nn.Module, switch: Switch) -> None:
     module.add_module(CHILD, nn.ModuleDict())
 
 
+def adopt(module: nn.Module, switch: Switch, before: Any = None) -> None:
+    """Add the container of sites to a module that keeps its class and its forward; `before` hooks its input."""
+    module.__dict__[_SWITCH] = switch
+    module.__dict__[_HOOKS] = [module.register_forward_pre_hook(before, with_kwargs=True)] if before is not None else []
+    module.add_module(CHILD, nn.ModuleDict())
+
+
 def restore(module: nn.Module) -> None:
-    """Undo `adapt`: the same class, the same children, the same instance attributes."""
+    """Undo `adapt` or `adopt`: the same class, the same children, the same instance attributes."""
     del module._modules[CHILD]
-    module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
     del module.__dict__[_SWITCH]
+    if _HOOKS in module.__dict__:
+        for hook in module.__dict__.pop(_HOOKS):
+            hook.remove()
+        return
+    module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
     if INNER_FORWARD in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop(INNER_FORWARD)
 

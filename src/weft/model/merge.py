@@ -110,13 +110,16 @@ def unmerge(model: nn.Module) -> None:
 def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
     """W' [out, in] of one adapted layer in float32 (float64 where the weight is), detached.
 
-    Raises WeftError where the layer carries no such adapter.
+    Raises WeftError (the layer carries no such adapter), UnsupportedError (it is no change of weights).
     """
     switch = switch_of(layer)
     site = sites_of(layer)[name] if switch is not None and name in sites_of(layer) else None
     if switch is None or not isinstance(site, Site):
         have = list(sites_of(layer)) if is_adapted(layer) else []
         raise WeftError(f"this {type(layer).__name__} carries no adapter {name!r} (it has: {have}).")
+    if not hasattr(site.rule, "effective_weight"):
+        method = type(site.rule)
+        raise UnsupportedError(f"{method.__name__} has no effective weight: {method.not_mergeable}.")
     own = switch.base_weights.get(layer)
     if own is None:
         return _effective(site, site.host.weight())
@@ -126,7 +129,8 @@ def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
 @torch.no_grad()
 def _effective(site: Site, W: Tensor) -> Tensor:
     with full_precision(W.device):  # autocast would compute it in bfloat16
-        return site.rule.effective_weight(W, site).detach()
+        found: Tensor = site.rule.effective_weight(W, site)
+        return found.detach()
 
 
 def _check_mergeable(state: State, adapter: Adapter) -> None:
@@ -148,7 +152,7 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
 def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
     rounding = change = 0.0
     for name, site in adapter.sites.items():
-        stored: nn.Parameter = site.host.module.weight  # type: ignore[assignment]
+        stored: nn.Parameter = site.host.module.weight
         wanted = _effective(site, site.host.weight())
         cast = wanted.to(stored.dtype)
         if not bool(torch.isfinite(cast).all()):

@@ -95,7 +95,7 @@ def plan_of(adapter: Adapter) -> Plan:
                 sum(p.numel() * p.element_size() for p in site.trainable().values()))
             for name, site in adapter.sites.items()]
     rows += [Row(name, "tensor", tuple(p.shape), p.numel(), p.numel() * p.element_size())
-             for name, p in adapter.selected.items()]
+             for name, p in (*adapter.shared_parameters.items(), *adapter.selected.items())]
     frozen = [Frozen(f.name, f.kind, tuple(f.shape), f.reason) for f in adapter.frozen]
     ours = {id(p) for site in adapter.sites.values() for p in site.parameters()}
     others = {id(p) for a in _siblings(adapter) for s in a.sites.values() for p in s.parameters()}

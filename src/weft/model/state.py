@@ -13,15 +13,24 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import WeftError
+from ..ops import mixed
 from .fastpath import FastPaths
 
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .merge import Merged
+    from .virtual import Gate
 
 ATTRIBUTE = "_weft_model_state"
 _MEMORY = 1024  # switches between a forward and its backward that a model remembers
 _FORGOTTEN = "another adapter, too many switches ago"
+
+
+def recomputed() -> int | None:
+    """When the forward ran that this backward belongs to, in autograd's count of nodes; None where no backward runs."""
+    node: Any = torch._C._current_autograd_node()
+    # Autograd numbers its nodes as it makes them, so the node that asks tells when its forward ran.
+    return None if node is None else int(node._sequence_nr())
 
 
 class Rows:
@@ -69,9 +78,13 @@ class Switch:
         # A copy has made no graph yet, and another process counts its nodes anew.
         return {**self.__dict__, "_turns": deque([(0, self.active)], _MEMORY)}
 
+    def only(self, sites: Any) -> Any:
+        """The site that answers for the whole batch; None where none does, or one a row."""
+        self._guard_recompute()
+        return sites[self.active] if isinstance(self.active, str) and self.active in sites else None
+
     def apply(self, sites: Any, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output under the active adapter(s), from its input x and base output y."""
-        self._guard_recompute()
         active = self.active
         if isinstance(active, Rows):
             return self._by_row(active, sites, x, y)
@@ -80,11 +93,27 @@ class Switch:
         out: Tensor = sites[active](x, y)
         return out
 
+    def guarded(self) -> str | Rows | None:
+        """What is active, for a part of a forward that may be run again in backward."""
+        self._guard_recompute()
+        return self.active
+
     def _by_row(self, rows: Rows, sites: Any, x: Tensor, y: Tensor) -> Tensor:
         rows.check(x, feature_dims=x.dim() + 1 - y.dim())  # ids have no feature dimension
+        if not y.shape[0]:
+            return y
+        here = [name for name in rows.groups if name in sites]
+        together = [name for name in here if sites[name].joins(x)]
         out = y
-        for name in rows.groups:
-            if name in sites and y.shape[0]:
+        if together:
+            parts = [mixed.Part(sites[name].factors(), tuple(rows.groups[name])) for name in together]
+            n, tokens = len(rows.names), y.numel() // y.shape[-1] // len(rows.names)
+            out = mixed.apply(x.reshape(n, tokens, x.shape[-1]), y.reshape(n, tokens, y.shape[-1]),
+                              sites[together[0]].host.bias, parts).view(y.shape)
+            for name in together:
+                sites[name].seen(out)
+        for name in here:
+            if name not in together:
                 index = rows.index(name, y.shape[0], y.device)
                 out = out.index_copy(0, index, sites[name](x[index], y[index]).to(out.dtype))
         return out
@@ -93,14 +122,12 @@ class Switch:
         """Gradient checkpointing runs the forward again inside backward: it must be the same adapter's forward."""
         if torch.compiler.is_compiling():
             return
-        node: Any = torch._C._current_autograd_node()
-        if node is None:  # no backward is running
+        made = recomputed()
+        if made is None:
             self._follow_thread()
             return
         if not torch.is_grad_enabled():
             return
-        # Autograd numbers its nodes as it makes them, so the node that asks tells when its forward ran.
-        made = node._sequence_nr()
         then = next((active for since, active in reversed(self._turns) if since <= made), _FORGOTTEN)
         if then is not self.active and then != self.active:
             raise WeftError(f"backward recomputes the forward under {describe(self.active)}, but the forward "
@@ -124,6 +151,7 @@ class State:
         self.required_grad: dict[str, bool] = {}  # of the base's parameters, before the first attach
         self.row_check: RemovableHandle | None = None
         self.fast_paths = FastPaths()
+        self.gate: Gate | None = None  # where virtual tokens enter the model
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name; WeftError lists those that exist."""

@@ -67,6 +67,9 @@ def _check_row(state: State, name: str) -> None:
     if adapter.selected_tensors:
         raise UnsupportedError(f"adapter {name!r} trains base tensors ({next(iter(adapter.selected_tensors))!r}, ...), "
                                "which all rows of a batch share. Run its rows in a batch of their own.")
+    if not getattr(adapter.config, "by_row", True):
+        raise UnsupportedError(f"adapter {name!r} ({type(adapter.config).__name__}) adds tokens to the input, and all rows "
+                               "of a batch have one length. Run its rows in a batch of their own.")
     if adapter.routed:
         raise UnsupportedError(f"adapter {name!r} adapts {adapter.routed[0]!r}, where a router has regrouped the tokens "
                                "and rows of the batch can no longer be told apart. Run its rows in a batch of their own.")

@@ -1,4 +1,4 @@
-"""DoRA's row norm and its compose step, in plain torch."""
+"""DoRA's row norm and its compose step, in plain torch; and the norm of W + ΔW without ΔW."""
 
 from __future__ import annotations
 
@@ -7,13 +7,68 @@ from torch import Tensor
 
 # Below this a row has no direction; the norm is held here so that an all-zero row stays zero and never turns NaN.
 SMALLEST = torch.finfo(torch.float32).tiny
+# Numbers of a layer's W up to which the sum W + B A is quicker than the formula without it, which takes more calls.
+DENSE_BELOW = 1 << 16
+_BLOCK = 1 << 22  # numbers of W that are held in a wider dtype at one time
+# A row of which less than this share is left of the squared lengths that it is the sum of has lost digits to cancellation.
+_LEFT = 0.05
+_LARGEST = 1e6  # (‖V‖ / ‖W‖)² up to which ‖W‖ is a good unit
 
 
 def row_norm(V: Tensor) -> Tensor:
     """Euclidean norm of each row of V [out, in] in float32 or wider -> [out], never below the smallest normal."""
+    if V.is_meta:  # no numbers, and torch takes its time over none
+        return V.new_empty(V.shape[0], dtype=torch.promote_types(V.dtype, torch.float32))
     wide = V if V.dtype == torch.float64 else V.float()
     norm: Tensor = torch.linalg.vector_norm(wide, dim=1)
     return norm.clamp_min(SMALLEST)
+
+
+def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+    """W Aᵀ [out, r] in `dtype`, for W [out, in] and A [r, in], without a wide copy of the whole of W."""
+    A = A.to(dtype).t()
+    if W.dtype == dtype:
+        return W @ A
+    rows = max(1, _BLOCK // max(1, W.shape[1]))
+    return torch.cat([part.to(dtype) @ A for part in torch.split(W, rows)])
+
+
+def updated_norm(W: Tensor, norm: Tensor, A: Tensor, B: Tensor, known: Tensor | None = None,
+                 gram: Tensor | None = None) -> Tensor:
+    """`row_norm(W + B A)` [out] for W [out, in], A [r, in], B [out, r] and norm = row_norm(W), without the product B A.
+
+        ‖W + BA‖² = ‖W‖² + 2 Σ (W Aᵀ ∘ B) + Σ (B (A Aᵀ) ∘ B)      row by row
+
+    `known` is W Aᵀ [out, r] and `gram` A Aᵀ [r, r] where they are known. In norm's dtype. It is computed as
+    ‖W‖ sqrt(1 + ...), so that B = 0 gives ‖W‖ bit for bit; rows in which much cancels are computed from the sum.
+    """
+    dtype = norm.dtype
+    A, B = A.to(dtype), B.to(dtype)
+    known = product(W, A, dtype) if known is None else known
+    gram = A @ A.t() if gram is None else gram
+    square = norm.square()
+    ratio = 1 + ((2 * known + B @ gram) * B).sum(1) / square
+    found: Tensor = norm * ratio.sqrt()
+    parts = 1 + B.square() @ gram.diagonal() / square  # of W and of each rank's share of B A
+    good = (ratio > _LEFT * parts) & (ratio < _LARGEST) & (norm > 1e-15) & (norm < 1e15)
+    rows = (~good).nonzero()[:, 0]
+    if rows.numel():
+        found[rows] = row_norm(torch.addmm(W[rows].to(dtype), B[rows], A))
+    return found
+
+
+def output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether z = y - bias can be had back from a rounded y = σ z + bias, σ = m / norm, for the gradient of σ.
+
+    Not where σ is (nearly) 0, nor where the bias is larger than what stands beside it: |m| = |σ| ‖V‖ is the size of σ z
+    for an input of ones. In float16 small numbers lose digits, so there z is always kept.
+    """
+    if dtype == torch.float16:
+        return False
+    told = m.abs() > norm * 2**-10
+    if bias is not None:
+        told &= m.abs() >= bias.detach().abs().to(m.dtype)
+    return bool(told.all())
 
 
 def compose(y: Tensor, bias: Tensor | None, update: Tensor, scale: Tensor) -> Tensor:

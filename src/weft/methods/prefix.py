@@ -1,0 +1,233 @@
+"""The prompt family: trained vectors at virtual positions, which every real token can attend to; no weight changes.
+
+    Prefix     attention over [P_K; K] and [P_V; V]     keys, values [n, kv heads * head width]   trained, each attention
+    PreEmbed   input embeddings [before; prompt; after] before [l_p, d], after [l_i, d]           trained, once
+    PreLayer   the same, and the state of these positions at the input of every block is trained: before, after, each block
+
+Trained numbers: Prefix 2 n (kv width) a self-attention, so 2 n d L in a GPT-2; PreEmbed d (l_p + l_i); PreLayer
+L d (l_p + l_i). A softmax over more positions is another softmax, so **no start leaves the output as it was**: all tensors
+start Gaussian with standard deviation `std` (0.02, the width at which GPT-2 and BERT start their embeddings).
+
+Prefix, hidden=h: the paper's reparameterisation. In place of the keys and values an embedding E [n, kv width] trains,
+and one MLP: [P_K, P_V] of a layer = up_layer tanh(down E + b_down) + b_layer, with `down` shared by all layers. A file
+holds the keys and values that come out, and no MLP; loaded, they train on directly.
+
+Prefix, positions="shifted": real tokens count their positions from n on, as they do in the papers' code and in peft, where
+the prefix lies in the key-value cache. "kept": they count from 0. Models without position ids (T5, ViT) and encoders
+(BERT) have nothing to shift.
+
+Where PreEmbed and PreLayer put them. In a decoder: `before` before the first column, `after` behind the prompt, that is
+behind the last real token of each row; in training before the first label that is not -100. They take up positions, and
+what the user sees has the shape it always has: the logits at the prompt's last token, which predict the first token of
+the answer, are those of the last `after`. In an encoder (BERT, ViT) they stand behind the embedding module and have no
+position embedding; attention there knows no order, so before and after are the same and real tokens keep their positions.
+The state after the last block is not replaced: no real token reads it. Where nothing stands behind the prompt (a classifier
+on the last token), the `after` of all blocks but the last is read by nobody, gets no gradient, and the audit says so.
+
+Not mergeable, and no export to LoRA: they are no change of weights. Rows of one batch may mix prefixes, not virtual tokens.
+Dtype: float32 unless asked. Raises ConfigError for values that cannot be meant; at attach TargetError where a model's
+attention does not go through transformers' AttentionInterface, or its embeddings are not within reach.
+A prefix is seen by every token, in layers with a sliding window too; virtual tokens are tokens, and fall out of it.
+Sources: Prefix arXiv:2101.00190, equation 3 and section 4.3; PreEmbed and PreLayer arXiv:2106.09685, section 5.1 (after
+arXiv:2104.08691). Differs from them: Li and Liang start from the activations of real words. Cross-attention gets no prefix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .base import (
+    DTYPES,
+    Draw,
+    Host,
+    Params,
+    Shape,
+    Shared,
+    check_choice,
+    check_count,
+    check_modules,
+    check_number,
+    check_tensors,
+    wide,
+)
+
+
+class Trunk(Shared):
+    """What all layers share of a reparameterised prefix: E [n, width], down [hidden, width] and b_down [hidden], trained."""
+
+    def __init__(self, n: int, width: int, hidden: int, seed: int, device: torch.device) -> None:
+        super().__init__()
+        draw, bound = Draw(seed, "prefix"), 1 / math.sqrt(width)
+        self.E = nn.Parameter(draw.normal("E", (n, width), 1.0, device))
+        self.down = nn.Parameter(draw.uniform("down", (hidden, width), bound, device))
+        self.b_down = nn.Parameter(torch.zeros(hidden, device=device))
+
+    def hidden(self) -> Tensor:
+        """tanh(down E + b_down) [n, hidden], in float32 or wider."""
+        return torch.tanh(F.linear(wide(self.E), wide(self.down), wide(self.b_down)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """n trained keys and values in every self-attention; see the module's equation."""
+
+    n: int = 20
+    hidden: int | None = None
+    positions: str = "shifted"
+    std: float = 0.02
+    modules_to_save: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: str = "float32"
+
+    mergeable: ClassVar[bool] = False
+    not_mergeable: ClassVar[str] = "its keys and values stand beside those of the tokens, and no weight can hold them"
+    starts_at_base: ClassVar[bool] = False
+    at: ClassVar[str] = "attention"
+    by_row: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count(self, "n", 1)
+        if self.hidden is not None:
+            check_count(self, "hidden", 1)
+        check_choice(self, "positions", ("shifted", "kept"))
+        _check(self)
+
+    @property
+    def shift(self) -> int:
+        """By how much real tokens count their positions later."""
+        return self.n if self.positions == "shifted" else 0
+
+    def trained(self, out: int, in_: int) -> dict[str, Shape]:
+        if self.hidden is None:
+            return {"keys": (self.n, out), "values": (self.n, in_)}
+        return {"up": (out + in_, self.hidden), "b_up": (out + in_,)}
+
+    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
+        if self.hidden is None:
+            return _gaussian(self, host, draw)
+        shape, device = (host.out_features + host.in_features, self.hidden), host.device
+        return {"up": draw.uniform("up", shape, 1 / math.sqrt(self.hidden), device),
+                "b_up": torch.zeros(shape[0], dtype=torch.float32, device=device)}
+
+    def keys_values(self, p: Params) -> tuple[Tensor, Tensor]:
+        """P_K [n, width of the keys] and P_V [n, width of the values]."""
+        if self.hidden is None:
+            return p.keys, p.values
+        both = F.linear(p.shared.hidden(), wide(p.up), wide(p.b_up))
+        return both[:, : p.shape[0]], both[:, p.shape[0] :]
+
+    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
+        if self.hidden is None:
+            return None
+        return Trunk(self.n, max(out for out, _ in shapes), self.hidden, self.seed, device).to(DTYPES[self.dtype])
+
+    def share_key(self) -> tuple[Any, ...] | None:
+        return None if self.hidden is None else ("trunk", self.n, self.hidden, self.seed)
+
+    def finished(self) -> Prefix:
+        """What a file holds: the same prefix without the MLP that made it."""
+        return replace(self, hidden=None)
+
+    def finished_tensors(self, p: Params) -> dict[str, Tensor]:
+        """Its tensors."""
+        keys, values = self.keys_values(p)
+        return {"keys": keys, "values": values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreEmbed:
+    """l_p trained embeddings before the prompt and l_i behind it; see the module's text."""
+
+    l_p: int = 20
+    l_i: int = 0
+    std: float = 0.02
+    modules_to_save: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: str = "float32"
+
+    mergeable: ClassVar[bool] = False
+    not_mergeable: ClassVar[str] = "it adds tokens to the input, and no weight can hold them"
+    starts_at_base: ClassVar[bool] = False
+    at: ClassVar[str] = "embeddings"
+    by_row: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_lengths(self)
+        _check(self)
+
+    def trained(self, out: int, in_: int) -> dict[str, Shape]:
+        return _two(self.l_p, self.l_i, out)
+
+    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
+        return _gaussian(self, host, draw)
+
+    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
+        return None
+
+    def share_key(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreLayer:
+    """l_p trained states before the prompt and l_i behind it, at every block; see the module's text."""
+
+    l_p: int = 20
+    l_i: int = 0
+    std: float = 0.02
+    modules_to_save: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: str = "float32"
+
+    mergeable: ClassVar[bool] = False
+    not_mergeable: ClassVar[str] = "it adds positions to every block, and no weight can hold them"
+    starts_at_base: ClassVar[bool] = False
+    at: ClassVar[str] = "block"
+    by_row: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_lengths(self)
+        _check(self)
+
+    def trained(self, out: int, in_: int) -> dict[str, Shape]:
+        return _two(self.l_p, self.l_i, out)
+
+    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
+        return _gaussian(self, host, draw)
+
+    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
+        return None
+
+    def share_key(self) -> None:
+        return None
+
+
+def _two(l_p: int, l_i: int, width: int) -> dict[str, Shape]:
+    """The tensors `before` and `after`; one of length 0 is none."""
+    return {name: (length, width) for name, length in (("before", l_p), ("after", l_i)) if length}
+
+
+def _gaussian(config: Any, host: Host, draw: Draw) -> dict[str, Tensor]:
+    shapes = config.trained(host.out_features, host.in_features)
+    return {name: draw.normal(name, shape, config.std, host.device) for name, shape in shapes.items()}
+
+
+def _check(config: Any) -> None:
+    check_number(config, "std", low=0.0)
+    check_tensors(config)
+    check_modules(config)
+
+
+def _check_lengths(config: Any) -> None:
+    check_count(config, "l_p", 0)
+    check_count(config, "l_i", 0)
+    if config.l_p + config.l_i == 0:
+        raise ConfigError(f"{type(config).__name__}(l_p=0, l_i=0): there is nothing to train. Give at least one position.")

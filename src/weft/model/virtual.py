@@ -1,0 +1,396 @@
+"""Virtual tokens: they enter a model with its input, are seen by attention, and are gone before anything reads the output.
+
+A decoder is given `inputs_embeds` with the trained vectors in their places, a wider attention mask, and position ids that
+count them; of what it returns only the states of real tokens are passed on, so heads, losses and poolers see the shape that
+they know. With a key-value cache they enter with the first tokens and are in the cache from then on; what was entered
+is noted on the cache, so that continuing it under another adapter is an error. In an encoder they stand behind the
+embedding module's output, at the end.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError, WeftError
+from .layer import sites_of
+from .state import Rows, Switch, recomputed
+
+_MARK = "_weft_virtual_tokens"  # what a key-value cache was filled with
+_CACHES = ("cache", "past_key_values")
+_STATES = ("last_hidden_state", "hidden_states")
+_MEMORY = 64  # forwards whose backward may still run again
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One forward with virtual tokens: `before` of them in front, `after` of them behind column `end` of the input.
+
+    `end` is one number, or one a row [rows, 1]. `length` is the input's.
+    """
+
+    before: int
+    after: int
+    end: int | Tensor
+    length: int
+    device: torch.device
+
+    @property
+    def total(self) -> int:
+        return self.before + self.length + self.after
+
+    def real(self) -> Tensor:
+        """[1 or rows, length]: the column of every real token."""
+        t = torch.arange(self.length, device=self.device)[None]
+        return t + self.before + self.after * (t >= self.end).long()
+
+    def behind(self) -> Tensor:
+        """[1 or rows, after]: the columns behind the prompt."""
+        j = torch.arange(self.after, device=self.device)[None]
+        return j + self.before + self.end
+
+    def virtual(self) -> Tensor:
+        """[1 or rows, before + after]: all columns of virtual tokens."""
+        first = torch.arange(self.before, device=self.device)[None]
+        behind = self.behind()
+        return torch.cat([first.expand(behind.shape[0], -1), behind], dim=1)
+
+    def seen(self) -> Tensor:
+        """[1 or rows, length]: the column whose state answers for a real token; for the prompt's last token, the last
+        one behind the prompt, since that is what comes before the next token.
+        """
+        t = torch.arange(self.length, device=self.device)[None]
+        real = self.real()
+        return torch.where(t == self.end - 1, real + self.after, real) if self.after else real
+
+    def extend(self, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """x [rows, length, ...] with the virtual tokens' values, [before, ...] and [after, ...] or one a row, in place."""
+        rows = x.shape[0]
+        parts = [first if first.dim() == x.dim() else first[None].expand(rows, *first.shape) for first in (before, after)]
+        virtual, real = self.virtual(), self.real()
+        places = torch.cat([virtual[:, : self.before].expand(real.shape[0], -1), real,
+                            virtual[:, self.before :].expand(real.shape[0], -1)], dim=1)
+        order = places.argsort(dim=1).expand(rows, -1)
+        return take(torch.cat([parts[0].to(x.dtype), x, parts[1].to(x.dtype)], dim=1), order)
+
+    def mask(self, mask: Tensor) -> Tensor:
+        return self.extend(mask, mask.new_ones(self.before), mask.new_ones(self.after))
+
+    def positions(self, given: Tensor) -> Tensor:
+        """Position ids [1 or rows, length] of the real tokens, with those of the virtual ones among them."""
+        t = torch.arange(self.length, device=self.device)[None]
+        moved = given + self.before + self.after * (t >= self.end).long()
+        last = torch.as_tensor(self.end, device=self.device).reshape(-1, 1).expand(moved.shape[0], -1) - 1
+        start = torch.where(last >= 0, given.gather(1, last.clamp(min=0)), -1)
+        behind = start + self.before + 1 + torch.arange(self.after, device=self.device)[None]
+        first = torch.arange(self.before, device=self.device)[None].expand(moved.shape[0], -1)
+        return self.extend(moved, first, behind)
+
+    def of(self, length: int) -> Frame:
+        """The same virtual tokens in an input of another length."""
+        return Frame(self.before, self.after, self.end, length, self.device)
+
+
+class Gate:
+    """Where virtual tokens enter one model. `rules` are the prompts attached to it, by adapter name."""
+
+    def __init__(self, root: nn.Module, base: nn.Module, decoder: bool, switch: Switch) -> None:
+        self.root, self.base, self.decoder, self.switch = root, base, decoder, switch
+        self.rules: dict[str, Any] = {}
+        self._names, self._root_names = parameters_of(type(base)), parameters_of(type(root))
+        self._counts_tokens = "cumsum" in _code_names(type(base))  # OPT's position ids count the mask's tokens
+        self._limit = _learned_positions(base) if decoder else None
+        self._none = Frame(0, 0, 0, 0, torch.device("cpu"))
+        self._forget()
+        self._hooks = [base.register_forward_pre_hook(self.enter, with_kwargs=True),
+                       base.register_forward_hook(self.leave)]
+        if decoder:
+            self._hooks.append(root.register_forward_pre_hook(self.see_labels, with_kwargs=True))
+            self._replaced = root.__dict__.get("generate")
+            if callable(getattr(root, "generate", None)):
+                root.__dict__["generate"] = partial(_generate, self, self._replaced)
+        else:
+            embeddings: nn.Module = base._modules["embeddings"]  # type: ignore[assignment]
+            self._hooks.append(embeddings.register_forward_hook(self.append))
+
+    def _forget(self) -> None:
+        self.frame: Frame | None = None
+        self.labels: Tensor | None = None
+        self.prompt: int | None = None  # columns of the prompt, while `generate` runs
+        self._frames: deque[tuple[int, Frame]] = deque(maxlen=_MEMORY)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "frame": None, "labels": None, "prompt": None, "_frames": deque(maxlen=_MEMORY)}
+
+    def add(self, name: str, rule: Any) -> None:
+        self.rules[name] = rule
+
+    def drop(self, name: str) -> None:
+        self.rules.pop(name, None)
+
+    def close(self) -> None:
+        """Take all hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        if self.decoder and isinstance(self.root.__dict__.get("generate"), partial):
+            del self.root.__dict__["generate"]
+            if self._replaced is not None:
+                self.root.__dict__["generate"] = self._replaced
+
+    # Hooks
+
+    def see_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before the whole model: labels tell where the prompt ends."""
+        labels = named(self._root_names, args, kwargs).get("labels")
+        self.labels = labels if isinstance(labels, Tensor) else None
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the model: put the virtual tokens into its input, or shift positions for a prefix."""
+        labels, self.labels, self.frame = self.labels, None, None
+        active, given = self.switch.active, named(self._names, args, kwargs)
+        rule = self.rules.get(active) if isinstance(active, str) else None
+        virtual = rule is not None and rule.at != "attention"
+        store = next((given[key] for key in _CACHES if given.get(key) is not None), None)
+        past = int(store.get_seq_length()) if store is not None else 0
+        filled_by, kept = getattr(store, _MARK, (None, self._none))
+        if past and filled_by != (active if virtual else None):
+            raise WeftError(f"this key-value cache was filled under {filled_by or 'no virtual tokens'!r}, and now "
+                            f"{active!r} is active. Begin a new cache.")
+        if not virtual:
+            shift = self._shift(active, given, past)
+            return None if shift is None else ((), {**given, "position_ids": shift})
+        if not self.decoder:
+            return self._enter_encoder(rule, given)
+        return (), self._continue(rule, given, kept) if past else self._begin(str(active), rule, given, labels)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """After the model: real tokens only."""
+        frame, self.frame = self.frame, None
+        if frame is None:
+            return None
+        if isinstance(output, tuple):
+            return tuple(self._stripped(part, frame) if i == 0 or isinstance(part, tuple) else self._marked(part, frame)
+                         for i, part in enumerate(output))
+        for key in _STATES:
+            if key in output.keys() and output[key] is not None:  # noqa: SIM118 - of a ModelOutput, whose get() warns
+                output[key] = self._stripped(output[key], frame)
+        self._marked(next((output[key] for key in _CACHES if key in output.keys()), None), frame)  # noqa: SIM118
+        return output
+
+    def append(self, module: nn.Module, args: Any, output: Tensor) -> Any:
+        """After an encoder's embedding module: the virtual tokens, at the end."""
+        if self.frame is None:
+            return None
+        rule: Any = self.rules[str(self.switch.active)]
+        frame = Frame(0, rule.l_p + rule.l_i, output.shape[1], output.shape[1], output.device)
+        self._begun(frame)
+        return torch.cat([output, *(t.to(output.dtype).expand(output.shape[0], -1, -1)
+                                    for t in self._vectors(rule, output))], dim=1)
+
+    def replace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a block: the trained states of this block at the virtual positions."""
+        active = self.switch.guarded()
+        if not isinstance(active, str) or active not in sites_of(module):
+            return None
+        frame = self._frame_now()
+        if frame is None:
+            return None
+        x = args[0] if args else kwargs["hidden_states"]
+        if x.shape[1] != frame.total:
+            raise WeftError(f"a block received {x.shape[1]} positions, and {frame.total} with virtual tokens entered the "
+                            "model: it has changed the sequence on the way, so virtual positions cannot be told.")
+        site: Any = sites_of(module)[active]
+        states = torch.cat([getattr(site, name) for name in site.names]).to(x.dtype)
+        columns = frame.virtual()[..., None].expand(x.shape[0], -1, x.shape[2])
+        x = x.scatter(1, columns, states[None].expand(x.shape[0], -1, -1))
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    # Steps
+
+    def _begin(self, name: str, rule: Any, given: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
+        """A decoder's first tokens."""
+        if given.get("token_type_ids") is not None:
+            raise UnsupportedError(f"adapter {name!r} adds virtual tokens, and token_type_ids has no type for them. Leave "
+                                   "it out.")
+        mask, ids = _plain_mask(given.get("attention_mask")), given.pop("input_ids", None)
+        x = given["inputs_embeds"] if ids is None else self.base.get_input_embeddings()(ids)  # type: ignore[operator]
+        end, positions = self._end(rule, x.shape[1], mask, labels), given.get("position_ids")
+        if mask is None and isinstance(positions, Tensor) and bool((positions.diff(dim=-1) != 1).any()):
+            raise UnsupportedError("the position ids start anew within a row, which packs several sequences into it; those "
+                                   "behind the first would not see the virtual tokens. Give each sequence a row of its own.")
+        frame = Frame(rule.l_p, rule.l_i, end, x.shape[1], x.device)
+        self._check_room(frame.total)
+        given.pop("cache_position", None)
+        given["inputs_embeds"] = frame.extend(x, *self._vectors(rule, x))
+        if mask is not None:
+            given["attention_mask"] = frame.mask(mask)
+        if positions is not None:
+            given["position_ids"] = frame.positions(positions)
+        self._begun(frame)
+        return given
+
+    def _continue(self, rule: Any, given: dict[str, Any], frame: Frame) -> dict[str, Any]:
+        """Further tokens of a sequence in the cache, which holds the virtual ones."""
+        tokens = _tokens(given)
+        if rule.l_i and tokens is not None and tokens.shape[1] > 1:
+            raise UnsupportedError(f"{tokens.shape[1]} tokens continue a cache that has virtual tokens behind the prompt, "
+                                   "and they may belong to the prompt or to the answer. Give the prompt whole, then one "
+                                   "token at a time (no prefill_chunk_size, no assistant).")
+        mask = _plain_mask(given.get("attention_mask"))
+        given.pop("cache_position", None)
+        if mask is not None:
+            given["attention_mask"] = frame.of(mask.shape[1]).mask(mask)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = given["position_ids"] + frame.before + frame.after
+        return given
+
+    def _enter_encoder(self, rule: Any, given: dict[str, Any]) -> Any:
+        mask = _plain_mask(given.get("attention_mask"))
+        if mask is not None:
+            more = mask.new_ones(mask.shape[0], rule.l_p + rule.l_i)
+            given["attention_mask"] = torch.cat([mask, more], dim=1)
+        self.frame = self._none  # the embedding module's output tells the length
+        return (), given
+
+    def _end(self, rule: Any, length: int, mask: Tensor | None, labels: Tensor | None) -> int | Tensor:
+        """The column behind the prompt: as `generate` was given it, or before the first label, or behind the last token."""
+        if not rule.l_i:
+            return length
+        if self.prompt is not None:
+            return self.prompt
+        last: int | Tensor = length
+        if mask is not None:
+            last = length - mask.flip(1).long().argmax(dim=1, keepdim=True)
+        if labels is None or labels.dim() != 2 or labels.shape[1] != length:
+            return last
+        told = labels != -100
+        return torch.where(told.any(dim=1, keepdim=True), told.long().argmax(dim=1, keepdim=True), last)
+
+    def _vectors(self, rule: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The embeddings before and after; zeros where every block replaces them."""
+        site: Any = sites_of(self.base)[str(self.switch.active)] if rule.at == "embeddings" else None
+        empty = {"before": x.new_zeros(rule.l_p, x.shape[2]), "after": x.new_zeros(rule.l_i, x.shape[2])}
+        before, after = (getattr(site, name, none) for name, none in empty.items())
+        return before, after
+
+    def _begun(self, frame: Frame) -> None:
+        self.frame = frame
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._frames.append((torch._C._autograd._get_sequence_nr(), frame))
+
+    def _frame_now(self) -> Frame | None:
+        """Of the forward that runs, or that backward runs again."""
+        if self.frame is not None or torch.compiler.is_compiling():
+            return self.frame
+        made = recomputed()  # of a block alone: transformers before 5.24 recompute it with its hooks
+        if made is None:
+            return None
+        found = next((frame for since, frame in reversed(self._frames) if since <= made), None)
+        if found is None:
+            raise WeftError("backward recomputes a forward that ran too many forwards ago. Call backward() sooner.")
+        return found
+
+    def _shift(self, active: Any, given: Mapping[str, Any], past: int) -> Tensor | None:
+        """Position ids with a prefix before them; None where nothing is shifted."""
+        if not self.decoder or "position_ids" not in self._names:
+            return None
+        x = _tokens(given)
+        if x is None:
+            return None
+        names = active.names if isinstance(active, Rows) else [active]
+        shifts = [getattr(self.rules.get(str(name)), "shift", 0) for name in names]
+        if not any(shifts):
+            return None
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = self._default_positions(x, given.get("attention_mask"), past)
+        self._check_room(past + x.shape[1] + max(shifts))
+        each = torch.tensor(shifts, device=x.device)[:, None].repeat_interleave(max(1, x.shape[0] // len(shifts)), dim=0)
+        return positions + (each if isinstance(active, Rows) else shifts[0])
+
+    def _check_room(self, needed: int) -> None:
+        """Learned positions end somewhere, and the model's own error would not say why they do."""
+        if self._limit is not None and needed > self._limit:
+            raise UnsupportedError(f"input and virtual tokens take {needed} positions, and the model has learned "
+                                   f"{self._limit}. Shorten the input, take fewer virtual tokens, or positions='kept'.")
+
+    def _default_positions(self, x: Tensor, mask: Any, past: int) -> Tensor:
+        """What the model would take: columns, or (OPT) the tokens that the mask counts."""
+        if isinstance(mask, Tensor) and mask.dim() == 2 and self._counts_tokens:
+            return (mask.long().cumsum(dim=1) * mask.long() - 1)[:, past:]
+        return torch.arange(past, past + x.shape[1], device=x.device)[None]
+
+    def _stripped(self, part: Any, frame: Frame) -> Any:
+        if isinstance(part, tuple):
+            return tuple(self._stripped(p, frame) for p in part)
+        if not isinstance(part, Tensor) or part.dim() != 3:
+            return part
+        if part.shape[1] != frame.total:
+            raise WeftError(f"the model returned {part.shape[1]} positions, and {frame.total} with virtual tokens entered; "
+                            "they cannot be told apart from real ones. Please report this architecture.")
+        return take(part, frame.seen().expand(part.shape[0], -1))
+
+    def _marked(self, store: Any, frame: Frame) -> Any:
+        if hasattr(store, "get_seq_length"):
+            setattr(store, _MARK, (self.switch.active, frame))
+        return store
+
+
+def take(x: Tensor, columns: Tensor) -> Tensor:
+    """x [rows, n, ...] at columns [rows, m]."""
+    index = columns.reshape(*columns.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
+
+
+def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def parameters_of(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of a forward's arguments, in order."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def _code_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.unwrap(cls.forward).__code__.co_names)
+
+
+def _tokens(given: Mapping[str, Any]) -> Tensor | None:
+    """What a forward reads: ids or embeddings."""
+    ids: Tensor | None = given.get("input_ids")
+    return ids if ids is not None else given.get("inputs_embeds")
+
+
+def _learned_positions(base: nn.Module) -> int | None:
+    """How many positions the model has a table for; None where they are computed (rotary, ALiBi)."""
+    words = base.get_input_embeddings()  # type: ignore[operator]
+    tables = [m for m in base.children() if isinstance(m, nn.Embedding) and m is not words]
+    return min((int(m.num_embeddings) - int(getattr(m, "offset", 0)) for m in tables), default=None)
+
+
+def _plain_mask(mask: Any) -> Tensor | None:
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        return mask
+    raise UnsupportedError("virtual tokens need the attention mask as [rows, tokens]; this one was prepared beforehand (a "
+                           "static cache does that: generate with the default, dynamic one).")
+
+
+def _generate(gate: Gate, replaced: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own `generate`; while it runs, the prompt's length is known, whatever is generated behind it."""
+    cls: Any = type(gate.root)
+    own = replaced if replaced is not None else partial(cls.generate, gate.root)
+    prompt = next((t for t in (*args[:1], *(kwargs.get(k) for k in ("inputs", "input_ids", "inputs_embeds")))
+                   if isinstance(t, Tensor)), None)
+    gate.prompt = None if prompt is None else int(prompt.shape[1])
+    try:
+        return own(*args, **kwargs)
+    finally:
+        gate.prompt = None

@@ -1,0 +1,68 @@
+"""The one form that every method of the family has for a layer, and the fast way through it.
+
+    W' = σ ∘ (W + s diag(b) B diag(d) A)        y = x W'ᵀ + bias
+
+    A [r, in], B [out, r]; d [r], b [out] and σ [out] or None for ones; s a number; σ is DoRA's m / ‖V‖
+
+A method's own `forward` is the plain computation, from the layer's own output; `fused` does the layer's whole work in one
+autograd function (fused.py). Tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import cost, low_rank
+from .fused import Adapted, folded
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """See the module's equation. `share(x, A, detached)`, where given, is x Aᵀ computed once for all readers of x."""
+
+    A: Tensor
+    B: Tensor
+    d: Tensor | None = None
+    b: Tensor | None = None
+    s: float = 1.0
+    sigma: Tensor | None = None
+    dropout: float = 0.0  # on x, before A; 0 outside training
+    output_tells: bool = False  # σ's gradient can be read off the layer's output (magnitude.output_tells)
+    share: Callable[[Tensor, Tensor, bool], Tensor] | None = None
+
+    def folded(self, dtype: torch.dtype) -> Tensor:
+        """C = s diag(b) B diag(d) [out, r] in `dtype`: with it W' = σ ∘ (W + C A)."""
+        return folded(self.B, self.d, self.b, self.s, dtype)
+
+
+def fused(x: Tensor, W: Tensor, bias: Tensor | None, f: Factors) -> Tensor:
+    """y [..., out] from x [..., in], without another look at the layer. For when `paths.why_plain` finds no reason."""
+    out, in_ = W.shape
+    r, tokens = f.A.shape[0], x.numel() // max(in_, 1)
+    scaled = f.sigma is not None
+    # A built W' in bfloat16 would round small updates away, and dropout is on the update's input alone.
+    may_build = x.dtype in (torch.float32, torch.float64) and not f.dropout
+    build = may_build and cost.build_forward(tokens, out, in_, r, scaled)
+    back = may_build and cost.build_backward(tokens, out, in_, r, scaled, f.A.requires_grad)
+    trained = [t for t in (f.A, f.B, f.d, f.b) if t is not None and t.requires_grad]
+    needs_h = torch.is_grad_enabled() and bool(trained)
+    h = None
+    if needs_h or not build:
+        # Where the backward pass goes through W', h is only there for the gradients of A and B.
+        h = _down(x, f, detached=back)
+    keep_straight = f.sigma is not None and f.sigma.requires_grad and not f.output_tells
+    build = build and not keep_straight
+    A = f.A.detach().to(x.dtype) if build or back else None  # the small matrices are cast, never the activations
+    y: Tensor = Adapted.apply(  # type: ignore[no-untyped-call]
+        x, h, W, bias, A, f.B, f.d, f.b, f.sigma, f.s, build, back, keep_straight)
+    return y
+
+
+def _down(x: Tensor, f: Factors, detached: bool) -> Tensor:
+    if f.share is not None and not f.dropout:
+        return f.share(x, f.A, detached)
+    return low_rank.down(x.detach() if detached else x, f.A, f.dropout, f.dropout > 0, x.dtype)

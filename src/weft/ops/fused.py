@@ -1,0 +1,172 @@
+"""A layer and its update in one autograd function, which keeps the least for backward.
+
+    y = σ ∘ (x Wᵀ + h Cᵀ) + bias      C = s diag(b) B diag(d) [out, r]
+                                      h = x Aᵀ [tokens, r], made outside (low_rank.py), so that layers may share it
+
+Kept: h and, where σ trains, y itself, which the next layer may keep too; references to W, A, B, bias and the vectors. Not x
+(A keeps it, if A trains), not C, no other product of y's size. With z = y - bias and upstream gradient g:
+
+    grad x = (σ ∘ g) W [+ (σ ∘ g) C A, through h]       grad h = (σ ∘ g) C
+    grad C = (σ ∘ g)ᵀ h, from which grad b = s (B ∘ grad C) d, grad d = s bᵀ (B ∘ grad C), grad B = s diag(b) grad C diag(d)
+    grad σ = Σ_tokens g ∘ z / σ
+
+`build` and `back` go through W' = σ ∘ (W + C A) forwards and backwards (cost.py says when): h then has no gradient to x.
+`keep_straight` keeps z / σ apart, for a σ that would lose it (zero, or far below the bias). There is no second derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import kernels
+
+_ROWS = 1024  # tokens of which a product of the output's size is held at one time
+
+
+class Adapted(torch.autograd.Function):
+    """See the module's equation. x [..., in], h [..., r] or None (build without gradients), W [out, in] -> y [..., out]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, h: Tensor | None, W: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor,
+                d: Tensor | None, b: Tensor | None, sigma: Tensor | None, s: float, build: bool, back: bool,
+                keep_straight: bool) -> Tensor:
+        rows, C = x.reshape(-1, x.shape[-1]), folded(B, d, b, s, x.dtype)
+        low = None if h is None else h.reshape(-1, h.shape[-1])
+        straight = None
+        if build:
+            assert A is not None
+            y = _affine(rows, built(W, A, C, sigma), bias)
+        else:
+            assert low is not None
+            y = _affine(rows, W, bias)
+            if sigma is not None and not keep_straight and kernels.use(y):
+                kernels.compose_up(y[None], low[None], C, 1.0, sigma, bias)
+            else:
+                y.addmm_(low, C.t())
+                if sigma is not None:
+                    straight = (y if bias is None else y - bias) if keep_straight else None
+                    y = scaled(y, bias, sigma, inplace=straight is not y)
+        out = y.view(*x.shape[:-1], W.shape[0])
+        keeps_output = sigma is not None and sigma.requires_grad and not keep_straight
+        ctx.save_for_backward(low, W, bias, A, B, d, b, sigma, out if keeps_output else None, straight)
+        ctx.s, ctx.back, ctx.shape = s, back, x.shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, W, bias, A, B, d, b, sigma, out, straight = ctx.saved_tensors
+        need_x, need_h, _, _, _, need_B, need_d, need_b, need_sigma = ctx.needs_input_grad[:9]
+        g, s = grad.reshape(-1, grad.shape[-1]), ctx.s
+        grad_x = grad_h = grad_B = grad_d = grad_b = grad_sigma = scaled_g = None
+        if need_B or need_d or need_b:
+            grad_C = _row_scaled(torch.mm(g.t(), h), sigma, s)
+            grad_B, grad_d, grad_b = _unfolded(grad_C, B, d, b, (need_B, need_d, need_b))
+        if need_sigma:
+            total, scaled_g = _dot_and_scaled(g, out, straight, bias, sigma, need_x and not ctx.back)
+            grad_sigma = (total if out is None else total / sigma.to(total.dtype)).to(sigma.dtype)
+        C = folded(B, d, b, s, g.dtype) if need_h or (need_x and ctx.back) else None
+        if need_h:
+            assert C is not None
+            grad_h = torch.mm(g, _row_scaled(C, sigma)).view(*ctx.shape[:-1], h.shape[1])
+        if need_x:
+            grad_x = (torch.mm(scaled_g, W) if scaled_g is not None
+                      else _grad_x(g, W, A, C, sigma, ctx.back)).view(ctx.shape)
+        return grad_x, grad_h, None, None, None, grad_B, grad_d, grad_b, grad_sigma, None, None, None, None
+
+
+def folded(B: Tensor, d: Tensor | None, b: Tensor | None, s: float, dtype: torch.dtype) -> Tensor:
+    """C = s diag(b) B diag(d) [out, r], computed in `dtype` or wider and cast once; B itself where nothing is to be done."""
+    wide = torch.promote_types(B.dtype, dtype)
+    C = B.to(wide)
+    C = C if d is None else C * (d.to(wide) if s == 1.0 else s * d.to(wide))
+    C = C if s == 1.0 or d is not None else C * s
+    return (C if b is None else C * b.to(wide)[:, None]).to(dtype)
+
+
+def _unfolded(grad_C: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None,
+              needed: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+    """The gradients of B, d and b from that of C / s, each in its own dtype."""
+    grad_B = grad_d = grad_b = None
+    need_B, need_d, need_b = needed
+    if need_B:
+        grad_B = grad_C if d is None else grad_C * d
+        grad_B = (grad_B if b is None else grad_B * b[:, None]).to(B.dtype)
+    if need_d or need_b:
+        wide = torch.promote_types(grad_C.dtype, torch.float32)
+        both = grad_C.to(wide) * B
+        if d is not None and need_d:
+            grad_d = (both.sum(0) if b is None else torch.mv(both.t(), b.to(wide))).to(d.dtype)
+        if b is not None and need_b:
+            grad_b = (both.sum(1) if d is None else torch.mv(both, d.to(wide))).to(b.dtype)
+    return grad_B, grad_d, grad_b
+
+
+def built(W: Tensor, A: Tensor, C: Tensor, sigma: Tensor | None) -> Tensor:
+    """W' = σ ∘ (W + C A) [out, in], laid out in memory as W is, so that one fast product reads both."""
+    if sigma is not None:
+        sigma = sigma.to(W.dtype)
+        W, C = W * sigma[:, None], C * sigma[:, None]
+        return W.addmm_(C, A) if W.is_contiguous() else W.t().addmm_(A.t(), C.t()).t()
+    return torch.addmm(W, C, A) if W.is_contiguous() else torch.addmm(W.t(), A.t(), C.t()).t()
+
+
+def scaled(y: Tensor, bias: Tensor | None, sigma: Tensor, inplace: bool = False) -> Tensor:
+    """σ (y - bias) + bias, which is y bit for bit where σ is 1; in y's dtype, from a σ that may be wider."""
+    out = y if inplace else torch.empty_like(y)
+    if sigma.dtype == y.dtype and bias is not None:
+        return torch.addcmul(bias - sigma * bias, y, sigma, out=out)
+    more = (sigma - 1).to(y.dtype)  # the difference in σ's own dtype: σ rounded to bfloat16 would be 1 for most rows
+    torch.addcmul(y, y, more, out=out)
+    return out if bias is None else out.sub_(more * bias)
+
+
+def _affine(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
+
+
+def _row_scaled(C: Tensor, sigma: Tensor | None, s: float = 1.0) -> Tensor:
+    """s σ ∘ C row by row, in C's dtype."""
+    if sigma is not None:
+        return (C * (s * sigma)[:, None]).to(C.dtype)
+    return C if s == 1.0 else C * s
+
+
+def _grad_x(g: Tensor, W: Tensor, A: Tensor, C: Tensor | None, sigma: Tensor | None, back: bool) -> Tensor:
+    if back:
+        assert C is not None
+        return torch.mm(g, built(W, A, C, sigma))
+    if sigma is None:
+        return torch.mm(g, W)
+    if g.shape[0] > W.shape[1] and sigma.dtype == W.dtype:  # the smaller of the two takes the scale
+        return torch.mm(g, W * sigma[:, None])
+    return torch.mm(scaled(g, None, sigma), W)
+
+
+def _dot_and_scaled(g: Tensor, out: Tensor | None, straight: Tensor | None, bias: Tensor | None, sigma: Tensor,
+                    wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Σ_tokens g ∘ z [out], in float32 or wider, of z = y - bias or of z / σ where that was kept; and σ ∘ g, where it is
+    wanted and costs nothing more.
+    """
+    kept = straight if straight is not None else out
+    assert kept is not None
+    y, bias = kept.view(g.shape), bias if straight is None else None
+    if wanted and kernels.use(g):
+        scaled_g, total = kernels.compose_grad(g, y, sigma, bias)
+        return total, scaled_g
+    total = _dot(g, y)
+    return total if bias is None else total - bias.to(total.dtype) * g.sum(0, dtype=total.dtype), None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ over rows of a ∘ b. An einsum over the rows would be many times slower on a CPU."""
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    total = torch.zeros(a.shape[1], dtype=wide, device=a.device)
+    for start in range(0, a.shape[0], _ROWS):
+        part = slice(start, start + _ROWS)
+        total += (a[part].to(wide) * b[part].to(wide)).sum(0)
+    return total

@@ -1,0 +1,106 @@
+"""Many adapters over one base in one batch: the updates of all rows in a few products, whatever the number of adapters.
+
+Rows whose adapters have tensors of their own (LoRA, DoRA, ...) go through batched products over stacked A and B; rows that
+share A and B (VeRA, DVoRA) through one product each, with d and b gathered row by row. σ is gathered alike. An adapter's
+rows give what it alone would give them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .factors import Factors
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One adapter and its rows of the batch."""
+
+    factors: Factors
+    rows: tuple[int, ...]
+
+
+def apply(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    """x [rows, tokens, in], the base's output y [rows, tokens, out] -> y with each part's adapter on its rows.
+
+    Without gradients y itself is written to.
+    """
+    inplace = not torch.is_grad_enabled()
+    for bucket in _buckets(parts):
+        rows = [row for part in bucket for row in part.rows]
+        everything = rows == list(range(x.shape[0]))
+        index = None if everything else torch.tensor(rows, device=x.device)
+        some_x, some_y = (x, y) if index is None else (x[index], y[index])
+        found = _adapted(some_x, some_y, bias, bucket)
+        y = found if index is None else y.index_copy_(0, index, found) if inplace else y.index_copy(0, index, found)
+    return y
+
+
+def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Parts that one set of products can take: the same A and B, or the same rank and number of rows."""
+    found: dict[object, list[Part]] = {}
+    for part in parts:
+        f = part.factors
+        key: object = ((f.A.data_ptr(), f.B.data_ptr(), f.A.shape, f.B.shape) if f.share is not None
+                       else (f.A.shape[0], len(part.rows), f.d is None, f.b is None))
+        found.setdefault(key, []).append(part)
+    yield from found.values()
+
+
+def _adapted(x: Tensor, y: Tensor, bias: Tensor | None, bucket: Sequence[Part]) -> Tensor:
+    """The rows of one bucket, in its order: x [n, tokens, in], y [n, tokens, out] -> [n, tokens, out]."""
+    shared = bucket[0].factors.share is not None
+    sigmas = _sigmas(bucket)
+    if not shared and kernels.use(y) and not torch.is_grad_enabled():
+        h, B = _stacked(x, bucket)
+        index = torch.arange(len(bucket), device=y.device).repeat_interleave(x.shape[0] // len(bucket))
+        return kernels.compose_up(y.contiguous(), h.view(*y.shape[:2], h.shape[-1]), B, 1.0,
+                                  None if sigmas is None else torch.stack(sigmas), bias, index)
+    if shared:
+        update = _shared(x, bucket)
+    else:
+        h, B = _stacked(x, bucket)
+        update = torch.bmm(h, B.mT).view(y.shape)
+    if sigmas is None:
+        return y + update
+    sigma = _by_row(sigmas, bucket)
+    straight = y if bias is None else y - bias
+    return y + (sigma - 1).to(y.dtype) * straight + sigma.to(y.dtype) * update
+
+
+def _sigmas(bucket: Sequence[Part]) -> list[Tensor] | None:
+    """One σ [out] a part, ones where it has none; None where no part has one."""
+    found = [part.factors.sigma for part in bucket]
+    some = next((sigma for sigma in found if sigma is not None), None)
+    return None if some is None else [torch.ones_like(some) if sigma is None else sigma for sigma in found]
+
+
+def _stacked(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """h [k, tokens of a part, r] and B [k, out, r] of k parts."""
+    k, (n, tokens, _) = len(bucket), x.shape
+    A = torch.stack([part.factors.A for part in bucket]).to(x.dtype)
+    B = torch.stack([part.factors.folded(x.dtype) for part in bucket])
+    return torch.bmm(x.reshape(k, (n // k) * tokens, x.shape[-1]), A.mT), B
+
+
+def _shared(x: Tensor, bucket: Sequence[Part]) -> Tensor:
+    first = bucket[0].factors
+    h = torch.nn.functional.linear(x, first.A.to(x.dtype))
+    d = [part.factors.d for part in bucket if part.factors.d is not None]
+    b = [part.factors.b for part in bucket if part.factors.b is not None]
+    h = h * _by_row(d, bucket).to(x.dtype)
+    return torch.nn.functional.linear(h, first.B.to(x.dtype)) * _by_row(b, bucket).to(x.dtype)
+
+
+def _by_row(vectors: Sequence[Tensor], bucket: Sequence[Part]) -> Tensor:
+    """One vector a part -> [rows of the bucket, 1, length]."""
+    repeats = [len(part.rows) for part in bucket]
+    stacked = torch.stack(list(vectors))
+    if len(set(repeats)) == 1:
+        return stacked.repeat_interleave(repeats[0], 0)[:, None] if repeats[0] > 1 else stacked[:, None]
+    return stacked.repeat_interleave(torch.tensor(repeats, device=stacked.device), 0)[:, None]
