@@ -150,7 +150,7 @@ class AdaLoRA:
         h = host.project(x, p.Q, self.dropout, p.training, dtype)
         return low_rank.up(h * p.lam.to(dtype)[:, 0], p.P.to(dtype), self.scale)
 
-    def factors(self, host: Host, p: Params) -> Factors:
+    def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
         return Factors(p.Q, p.P, d=p.lam[:, 0], s=self.scale, dropout=self.dropout if p.training else 0.0)
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:

@@ -132,7 +132,7 @@ class Rule(Protocol):
 class UpdateRule(Rule, Protocol):
     """A rule of the form W' = W + delta(p)."""
 
-    def factors(self, host: Host, p: Params) -> Factors:
+    def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
         """See `Factored`."""
         ...
 
@@ -148,8 +148,10 @@ class UpdateRule(Rule, Protocol):
 class Factored(Protocol):
     """A rule whose W' has the form of ops/factors.py: one fused function computes its layers, which join mixed batches."""
 
-    def factors(self, host: Host, p: Params) -> Factors:
-        """The layer's tensors as they are, of which `forward` computes the same output."""
+    def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
+        """The layer's tensors as they are, of which `forward` computes the same output; `x`, where it is given, is the input
+        to come, for a rule that needs W for more than its output.
+        """
         ...
 
 

@@ -79,38 +79,31 @@ class Magnitude:
         scale = p.m.to(norm.dtype) / norm
         return magnitude.compose(y, host.bias, self.inner.update(x, host, p, y.dtype), scale)
 
-    def factors(self, host: Host, p: Params) -> Factors:
-        W, f = host.weight(), self.inner.factors(host, p)
-        norm = self.norm(W, p) if self.norm_grad == "exact" else self._kept_norm(W, f, p.derived)
-        m = p.m.to(norm.dtype)
-        tells: bool = m.requires_grad and torch.is_grad_enabled() and p.derived.get(
-            "output tells", (p.m,), [t for t in (norm.detach(), host.bias) if t is not None],
-            lambda: magnitude.output_tells(m, norm, host.bias, W.dtype))
-        return replace(f, sigma=m / norm, output_tells=tells)
+    def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
+        f = self.inner.factors(host, p)
+        if self.norm_grad == "exact":
+            norm = self.norm(host.weight(), p)
+            return replace(f, sigma=p.m.to(norm.dtype) / norm)
+        norm, tells, base = self._kept_norm(host, p, f, x)
+        return replace(f, sigma=p.m.to(norm.dtype) / norm, output_tells=tells, base=base)
 
-    @staticmethod
-    def _kept_norm(W: Tensor, f: Factors, kept: Derived) -> Tensor:
-        """`norm`, computed once for as long as W and the tensors of the update stand still; W Aᵀ, if A is frozen, once."""
+    def _kept_norm(self, host: Host, p: Params, f: Factors, x: Tensor | None) -> tuple[Tensor, bool, Tensor | None]:
+        """`norm`, computed once for as long as W and the tensors of the update stand still; whether the output tells σ's
+        gradient; and x Wᵀ, if W was read for it on the way.
+        """
+        W, bias, base = host.weight(), host.bias, []
         tensors = [t for t in (f.A, f.B, f.d, f.b) if t is not None]
-        trained = [t for t in tensors if isinstance(t, Parameter)]
-        frozen = [W, *(t for t in tensors if not isinstance(t, Parameter))]
-        A_stays = f.A if not isinstance(f.A, Parameter) else None
+        trained = [p.m, *(t for t in tensors if isinstance(t, Parameter))]
+        frozen = [W, *([] if bias is None else [bias]), *(t for t in tensors if not isinstance(t, Parameter))]
 
-        def compute() -> Tensor:
+        def compute() -> tuple[Tensor, bool]:
             with full_precision(W.device):
-                if W.numel() < magnitude.DENSE_BELOW:
-                    V = wide(W)
-                    return magnitude.row_norm(V + f.folded(V.dtype) @ f.A.to(V.dtype))
-                norm = kept.get("norm of W", (), (W,), lambda: magnitude.row_norm(W))
-                product = gram = None
-                if A_stays is not None:
-                    gram = kept.get("A A'", (), (A_stays,), lambda: magnitude.product(A_stays, A_stays, norm.dtype))
-                    if 4 * A_stays.shape[0] <= W.shape[1]:  # it costs a quarter of W's memory at most
-                        product = kept.get("W A'", (), (W, A_stays), lambda: magnitude.product(W, A_stays, norm.dtype))
-                return magnitude.updated_norm(W, norm, f.A, f.folded(norm.dtype), product, gram)
+                norm, read = _norm(W, f, p.derived, x)
+                base.append(read)
+                return norm, magnitude.output_tells(p.m.to(norm.dtype), norm, bias, W.dtype)
 
-        found: Tensor = kept.get("norm", trained, frozen, compute)
-        return found
+        norm, tells = p.derived.get("norm", trained, frozen, compute)
+        return norm, tells, base[0] if base else None
 
     def trained(self, out: int, in_: int) -> dict[str, Shape]:
         return {**self.inner.trained(out, in_), "m": (out,)}
@@ -125,6 +118,25 @@ class Magnitude:
 
     def share_key(self) -> tuple[Any, ...] | None:
         return self.inner.share_key()
+
+
+def _norm(W: Tensor, f: Factors, kept: Derived, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """‖W + ΔW‖ of each row, and x Wᵀ [tokens, out] where one product gave it together with W Aᵀ."""
+    if W.numel() < magnitude.DENSE_BELOW:
+        V = wide(W)
+        return magnitude.row_norm(V + f.folded(V.dtype) @ f.A.to(V.dtype)), None
+    norm: Tensor = kept.get("norm of W", (), (W,), lambda: magnitude.row_norm(W))
+    C = f.folded(norm.dtype)
+    if not C.any():
+        return norm, None
+    product = gram = base = None
+    if not isinstance(f.A, Parameter):  # it stays
+        gram = kept.get("A A'", (), (f.A,), lambda: magnitude.product(f.A, f.A, norm.dtype))
+        if 4 * f.A.shape[0] <= W.shape[1]:  # it costs a quarter of W's memory at most
+            product = kept.get("W A'", (), (W, f.A), lambda: magnitude.product(W, f.A, norm.dtype))
+    elif x is not None and x.dtype == norm.dtype == W.dtype and 0 < x.numel() <= magnitude.JOINT_BELOW:
+        base, product = magnitude.joint_product(x, W, f.A)
+    return magnitude.updated_norm(W, norm, f.A, C, product, gram), base
 
 
 @dataclass(frozen=True, kw_only=True)

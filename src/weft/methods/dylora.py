@@ -102,7 +102,7 @@ class DyLoRA:
             return low_rank.up(h * self._scales(p.b, dtype), p.B.to(dtype))
         return low_rank.up(h, p.B.to(dtype), self.scale)
 
-    def factors(self, host: Host, p: Params) -> Factors:
+    def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
         if p.training:
             wide = torch.promote_types(p.A.dtype, host.weight().dtype)
             return Factors(p.A, p.B, d=self._scales(p.b, wide), dropout=self.dropout)

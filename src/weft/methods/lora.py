@@ -75,7 +75,7 @@ class LoRA:
         h = host.project(x, p.A, self.dropout, p.training, dtype)
         return low_rank.up(h, p.B.to(dtype), self.scale)
 
-    def factors(self, host: Host, p: Params) -> Factors:
+    def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
         return Factors(p.A, p.B, s=self.scale, dropout=self.dropout if p.training else 0.0)
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:

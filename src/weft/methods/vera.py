@@ -75,7 +75,7 @@ class VeRA:
         b: Tensor = p.b.to(dtype)
         return low_rank.up(h * p.d.to(dtype), B.to(dtype)) * b
 
-    def factors(self, host: Host, p: Params) -> Factors:
+    def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
         A, B = self._frozen(p)
         return Factors(A, B, d=p.d, b=p.b, dropout=self.dropout if p.training else 0.0, share=p.shared.project)
 

@@ -111,12 +111,12 @@ class Site(nn.Module):
 
     def fused(self, x: Tensor) -> Tensor:
         """The same from the input alone, in one function that keeps less and runs faster."""
-        return self.seen(factors.fused(x, self.host.weight(), self.host.bias, self.factors()))
+        return self.seen(factors.fused(x, self.host.weight(), self.host.bias, self.factors(x)))
 
-    def factors(self) -> Factors:
-        """The layer's tensors in the form that all methods of the family have in common."""
+    def factors(self, x: Tensor | None = None) -> Factors:
+        """The layer's tensors in the form that all methods of the family have in common, for an input to come."""
         rule: Any = self.rule
-        found: Factors = rule.factors(self.host, self)
+        found: Factors = rule.factors(self.host, self, x)
         return found
 
     def joins(self, x: Tensor) -> bool:

@@ -32,6 +32,7 @@ class Factors:
     sigma: Tensor | None = None
     dropout: float = 0.0  # on x, before A; 0 outside training
     output_tells: bool = False  # σ's gradient can be read off the layer's output (magnitude.output_tells)
+    base: Tensor | None = None  # x Wᵀ [tokens, out] of the input that is asked for, where it was needed before
     share: Callable[[Tensor, Tensor, bool], Tensor] | None = None
 
     def folded(self, dtype: torch.dtype) -> Tensor:
@@ -46,19 +47,16 @@ def fused(x: Tensor, W: Tensor, bias: Tensor | None, f: Factors) -> Tensor:
     scaled = f.sigma is not None
     # A built W' in bfloat16 would round small updates away, and dropout is on the update's input alone.
     may_build = x.dtype in (torch.float32, torch.float64) and not f.dropout
-    build = may_build and cost.build_forward(tokens, out, in_, r, scaled)
+    keep_straight = f.sigma is not None and f.sigma.requires_grad and not f.output_tells
+    build = may_build and not keep_straight and f.base is None and cost.build_forward(tokens, out, in_, r, scaled)
     back = may_build and cost.build_backward(tokens, out, in_, r, scaled, f.A.requires_grad)
     trained = [t for t in (f.A, f.B, f.d, f.b) if t is not None and t.requires_grad]
-    needs_h = torch.is_grad_enabled() and bool(trained)
-    h = None
-    if needs_h or not build:
-        # Where the backward pass goes through W', h is only there for the gradients of A and B.
-        h = _down(x, f, detached=back)
-    keep_straight = f.sigma is not None and f.sigma.requires_grad and not f.output_tells
-    build = build and not keep_straight
-    A = f.A.detach().to(x.dtype) if build or back else None  # the small matrices are cast, never the activations
+    h, A = None, f.A
+    if (f.dropout or f.share is not None) and (not build or (torch.is_grad_enabled() and trained)):
+        # Where the backward pass goes through W', h is only there for the gradients of the small tensors.
+        h, A = _down(x, f, detached=back), A.detach()
     y: Tensor = Adapted.apply(  # type: ignore[no-untyped-call]
-        x, h, W, bias, A, f.B, f.d, f.b, f.sigma, f.s, build, back, keep_straight)
+        x, h, f.base, W, bias, A, f.B, f.d, f.b, f.sigma, f.s, build, back, keep_straight)
     return y
 
 

@@ -1,16 +1,16 @@
 """A layer and its update in one autograd function, which keeps the least for backward.
 
     y = σ ∘ (x Wᵀ + h Cᵀ) + bias      C = s diag(b) B diag(d) [out, r]
-                                      h = x Aᵀ [tokens, r], made outside (low_rank.py), so that layers may share it
+                                      h = x Aᵀ [tokens, r]; made outside where layers share it, or x is dropped first
 
-Kept: h and, where σ trains, y itself, which the next layer may keep too; references to W, A, B, bias and the vectors. Not x
-(A keeps it, if A trains), not C, no other product of y's size. With z = y - bias and upstream gradient g:
+Kept: h and, where σ trains, y itself, which the next layer may keep too; references to W, A, B, bias and the vectors; x if
+A trains. Not C, no other product of y's size. With z = y - bias and upstream gradient g:
 
-    grad x = (σ ∘ g) W [+ (σ ∘ g) C A, through h]       grad h = (σ ∘ g) C
+    grad h = (σ ∘ g) C          grad A = (grad h)ᵀ x          grad x = (σ ∘ g) W + (grad h) A
     grad C = (σ ∘ g)ᵀ h, from which grad b = s (B ∘ grad C) d, grad d = s bᵀ (B ∘ grad C), grad B = s diag(b) grad C diag(d)
     grad σ = Σ_tokens g ∘ z / σ
 
-`build` and `back` go through W' = σ ∘ (W + C A) forwards and backwards (cost.py says when): h then has no gradient to x.
+`build` and `back` go through W' = σ ∘ (W + C A) forwards and backwards (cost.py says when).
 `keep_straight` keeps z / σ apart, for a σ that would lose it (zero, or far below the bias). There is no second derivative.
 """
 
@@ -24,25 +24,29 @@ from torch.autograd.function import once_differentiable
 
 from . import kernels
 
-_ROWS = 1024  # tokens of which a product of the output's size is held at one time
+_BLOCK = 1 << 17  # numbers of a block of sums
 
 
 class Adapted(torch.autograd.Function):
-    """See the module's equation. x [..., in], h [..., r] or None (build without gradients), W [out, in] -> y [..., out]."""
+    """See the module's equation. x [..., in], W [out, in] -> y [..., out]; h [..., r] where others made it, or None;
+    `base` is x Wᵀ [tokens, out] where somebody needed it before, and is written to.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, h: Tensor | None, W: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor,
-                d: Tensor | None, b: Tensor | None, sigma: Tensor | None, s: float, build: bool, back: bool,
+    def forward(ctx: Any, x: Tensor, h: Tensor | None, base: Tensor | None, W: Tensor, bias: Tensor | None, A: Tensor,
+                B: Tensor, d: Tensor | None, b: Tensor | None, sigma: Tensor | None, s: float, build: bool, back: bool,
                 keep_straight: bool) -> Tensor:
         rows, C = x.reshape(-1, x.shape[-1]), folded(B, d, b, s, x.dtype)
+        need_A, need_small = ctx.needs_input_grad[5], any(ctx.needs_input_grad[5:9])
+        straight, narrow = None, A.to(x.dtype)
         low = None if h is None else h.reshape(-1, h.shape[-1])
-        straight = None
+        if low is None and (need_small or not build):
+            low = torch.mm(rows, narrow.t())
         if build:
-            assert A is not None
-            y = _affine(rows, built(W, A, C, sigma), bias)
+            y = _affine(rows, built(W, narrow, C, sigma), bias)
         else:
             assert low is not None
-            y = _affine(rows, W, bias)
+            y = _affine(rows, W, bias) if base is None else base if bias is None else base.add_(bias)
             if sigma is not None and not keep_straight and kernels.use(y):
                 kernels.compose_up(y[None], low[None], C, 1.0, sigma, bias)
             else:
@@ -52,31 +56,40 @@ class Adapted(torch.autograd.Function):
                     y = scaled(y, bias, sigma, inplace=straight is not y)
         out = y.view(*x.shape[:-1], W.shape[0])
         keeps_output = sigma is not None and sigma.requires_grad and not keep_straight
-        ctx.save_for_backward(low, W, bias, A, B, d, b, sigma, out if keeps_output else None, straight)
-        ctx.s, ctx.back, ctx.shape = s, back, x.shape
+        ctx.save_for_backward(x if need_A else None, low if need_small else None, W, bias, A, B, d, b, sigma,
+                              out if keeps_output else None, straight)
+        ctx.s, ctx.back, ctx.shape, ctx.h_is_theirs = s, back, x.shape, h is not None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, W, bias, A, B, d, b, sigma, out, straight = ctx.saved_tensors
-        need_x, need_h, _, _, _, need_B, need_d, need_b, need_sigma = ctx.needs_input_grad[:9]
-        g, s = grad.reshape(-1, grad.shape[-1]), ctx.s
-        grad_x = grad_h = grad_B = grad_d = grad_b = grad_sigma = scaled_g = None
+        x, h, W, bias, A, B, d, b, sigma, out, straight = ctx.saved_tensors
+        need_x, need_h, _, _, _, need_A, need_B, need_d, need_b, need_sigma = ctx.needs_input_grad[:10]
+        g, s, back = grad.reshape(-1, grad.shape[-1]), ctx.s, ctx.back
+        grad_A = grad_B = grad_d = grad_b = grad_sigma = grad_x = scaled_g = low_g = None
         if need_B or need_d or need_b:
-            grad_C = _row_scaled(torch.mm(g.t(), h), sigma, s)
+            grad_C = _row_scaled(torch.mm(h.t(), g).t(), sigma, s)
             grad_B, grad_d, grad_b = _unfolded(grad_C, B, d, b, (need_B, need_d, need_b))
         if need_sigma:
-            total, scaled_g = _dot_and_scaled(g, out, straight, bias, sigma, need_x and not ctx.back)
+            total, scaled_g = _dot_and_scaled(g, out, straight, bias, sigma, need_x and not back)
             grad_sigma = (total if out is None else total / sigma.to(total.dtype)).to(sigma.dtype)
-        C = folded(B, d, b, s, g.dtype) if need_h or (need_x and ctx.back) else None
-        if need_h:
+        beside = need_x and not back and not ctx.h_is_theirs
+        C = folded(B, d, b, s, g.dtype) if need_h or need_A or need_x else None
+        if need_h or need_A or beside:
             assert C is not None
-            grad_h = torch.mm(g, _row_scaled(C, sigma)).view(*ctx.shape[:-1], h.shape[1])
+            low_g = torch.mm(g, _row_scaled(C, sigma))
+        if need_A:
+            assert low_g is not None
+            grad_A = torch.mm(low_g.t(), x.reshape(-1, x.shape[-1])).to(A.dtype)
         if need_x:
-            grad_x = (torch.mm(scaled_g, W) if scaled_g is not None
-                      else _grad_x(g, W, A, C, sigma, ctx.back)).view(ctx.shape)
-        return grad_x, grad_h, None, None, None, grad_B, grad_d, grad_b, grad_sigma, None, None, None, None
+            grad_x = torch.mm(scaled_g, W) if scaled_g is not None else _grad_x(g, W, A, C, sigma, back)
+            if beside:
+                assert low_g is not None
+                grad_x.addmm_(low_g, A.to(g.dtype))
+            grad_x = grad_x.view(ctx.shape)
+        grad_h = low_g.view(*ctx.shape[:-1], low_g.shape[1]) if need_h and low_g is not None else None
+        return grad_x, grad_h, None, None, None, grad_A, grad_B, grad_d, grad_b, grad_sigma, None, None, None, None
 
 
 def folded(B: Tensor, d: Tensor | None, b: Tensor | None, s: float, dtype: torch.dtype) -> Tensor:
@@ -139,7 +152,7 @@ def _row_scaled(C: Tensor, sigma: Tensor | None, s: float = 1.0) -> Tensor:
 def _grad_x(g: Tensor, W: Tensor, A: Tensor, C: Tensor | None, sigma: Tensor | None, back: bool) -> Tensor:
     if back:
         assert C is not None
-        return torch.mm(g, built(W, A, C, sigma))
+        return torch.mm(g, built(W, A.to(W.dtype), C, sigma))
     if sigma is None:
         return torch.mm(g, W)
     if g.shape[0] > W.shape[1] and sigma.dtype == W.dtype:  # the smaller of the two takes the scale
@@ -163,10 +176,13 @@ def _dot_and_scaled(g: Tensor, out: Tensor | None, straight: Tensor | None, bias
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ over rows of a ∘ b. An einsum over the rows would be many times slower on a CPU."""
+    """Σ over rows of a ∘ b, in float32 or wider. An einsum over the rows would be many times slower on a CPU, and a product
+    of the whole size would leave the cache: so a block of sums that stays in it takes block after block of rows.
+    """
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    total = torch.zeros(a.shape[1], dtype=wide, device=a.device)
-    for start in range(0, a.shape[0], _ROWS):
-        part = slice(start, start + _ROWS)
-        total += (a[part].to(wide) * b[part].to(wide)).sum(0)
-    return total
+    rows = a.shape[0] if a.is_cuda else max(64, _BLOCK // max(1, a.shape[1]))
+    total = a[:rows].to(wide) * b[:rows].to(wide)
+    for start in range(rows, a.shape[0], rows):
+        part = slice(start, start + rows)
+        total[: a[part].shape[0]].addcmul_(a[part].to(wide), b[part].to(wide))
+    return total.sum(0)

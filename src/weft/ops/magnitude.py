@@ -9,6 +9,7 @@ from torch import Tensor
 SMALLEST = torch.finfo(torch.float32).tiny
 # Numbers of a layer's W up to which the sum W + B A is quicker than the formula without it, which takes more calls.
 DENSE_BELOW = 1 << 16
+JOINT_BELOW = 1 << 22  # numbers of an input that is worth copying to read W once for output and norm
 _BLOCK = 1 << 22  # numbers of W that are held in a wider dtype at one time
 # A row of which less than this share is left of the squared lengths that it is the sum of has lost digits to cancellation.
 _LEFT = 0.05
@@ -31,6 +32,13 @@ def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
         return W @ A
     rows = max(1, _BLOCK // max(1, W.shape[1]))
     return torch.cat([part.to(dtype) @ A for part in torch.split(W, rows)])
+
+
+def joint_product(x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """x Wᵀ [tokens, out] and W Aᵀ [out, r] in one product, for x [..., in]: so W is read once."""
+    rows = x.reshape(-1, x.shape[-1])
+    both = torch.cat([rows, A.to(x.dtype)]) @ W.t()
+    return both[: rows.shape[0]], both[rows.shape[0] :].t()
 
 
 def updated_norm(W: Tensor, norm: Tensor, A: Tensor, B: Tensor, known: Tensor | None = None,
