@@ -84,26 +84,26 @@ class Magnitude:
         if self.norm_grad == "exact":
             norm = self.norm(host.weight(), p)
             return replace(f, sigma=p.m.to(norm.dtype) / norm)
-        norm, tells, base = self._kept_norm(host, p, f, x)
-        return replace(f, sigma=p.m.to(norm.dtype) / norm, output_tells=tells, base=base)
+        return self._kept(host, p, f, x)
 
-    def _kept_norm(self, host: Host, p: Params, f: Factors, x: Tensor | None) -> tuple[Tensor, bool, Tensor | None]:
-        """`norm`, computed once for as long as W and the tensors of the update stand still; whether the output tells σ's
-        gradient; and x Wᵀ, if W was read for it on the way.
+    def _kept(self, host: Host, p: Params, f: Factors, x: Tensor | None) -> Factors:
+        """σ = m / ‖V‖, computed once for as long as W and the tensors of the update stand still; whether the output tells
+        σ's gradient; and x Wᵀ, if W was read for it on the way.
         """
         W, bias, base = host.weight(), host.bias, []
         tensors = [t for t in (f.A, f.B, f.d, f.b) if t is not None]
         trained = [p.m, *(t for t in tensors if isinstance(t, Parameter))]
         frozen = [W, *([] if bias is None else [bias]), *(t for t in tensors if not isinstance(t, Parameter))]
 
-        def compute() -> tuple[Tensor, bool]:
+        def compute() -> tuple[Tensor, Tensor, bool]:
             with full_precision(W.device):
                 norm, read = _norm(W, f, p.derived, x)
                 base.append(read)
-                return norm, magnitude.output_tells(p.m.to(norm.dtype), norm, bias, W.dtype)
+                m = p.m.to(norm.dtype)
+                return m / norm, norm, magnitude.output_tells(m, norm, bias, W.dtype)
 
-        norm, tells = p.derived.get("norm", trained, frozen, compute)
-        return norm, tells, base[0] if base else None
+        sigma, norm, tells = p.derived.get("norm", trained, frozen, compute)
+        return replace(f, sigma=sigma, m=p.m, norm=norm, output_tells=tells, base=base[0] if base else None)
 
     def trained(self, out: int, in_: int) -> dict[str, Shape]:
         return {**self.inner.trained(out, in_), "m": (out,)}
@@ -125,9 +125,9 @@ def _norm(W: Tensor, f: Factors, kept: Derived, x: Tensor | None) -> tuple[Tenso
     if W.numel() < magnitude.DENSE_BELOW:
         V = wide(W)
         return magnitude.row_norm(V + f.folded(V.dtype) @ f.A.to(V.dtype)), None
-    norm: Tensor = kept.get("norm of W", (), (W,), lambda: magnitude.row_norm(W))
+    norm, odd = kept.get("norm of W", (), (W,), lambda: (n := magnitude.row_norm(W), magnitude.without_unit(n)))
     C = f.folded(norm.dtype)
-    if not C.any():
+    if not (C[0].any() or C.any()):
         return norm, None
     product = gram = base = None
     if not isinstance(f.A, Parameter):  # it stays
@@ -136,7 +136,7 @@ def _norm(W: Tensor, f: Factors, kept: Derived, x: Tensor | None) -> tuple[Tenso
             product = kept.get("W A'", (), (W, f.A), lambda: magnitude.product(W, f.A, norm.dtype))
     elif x is not None and x.dtype == norm.dtype == W.dtype and 0 < x.numel() <= magnitude.JOINT_BELOW:
         base, product = magnitude.joint_product(x, W, f.A)
-    return magnitude.updated_norm(W, norm, f.A, C, product, gram), base
+    return magnitude.updated_norm(W, norm, f.A, C, product, gram, odd), base
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 counts: Counter[str] = Counter()  # how often a value of each name was computed in this process, for whoever wants to know
 
-_SAMPLE = 512  # numbers of a large source that are compared
+_SAMPLE = 64  # numbers of a large source that are compared
 _SMALL = 1 << 20  # numbers up to which a source is compared whole, if it trains
 _steps: list[int] = []  # optimiser steps since this module began to count
 

@@ -30,10 +30,18 @@ class Factors:
     b: Tensor | None = None
     s: float = 1.0
     sigma: Tensor | None = None
+    m: Tensor | None = None  # where given, σ is m / norm without its graph, norm is a constant, and m trains
+    norm: Tensor | None = None
     dropout: float = 0.0  # on x, before A; 0 outside training
     output_tells: bool = False  # σ's gradient can be read off the layer's output (magnitude.output_tells)
     base: Tensor | None = None  # x Wᵀ [tokens, out] of the input that is asked for, where it was needed before
     share: Callable[[Tensor, Tensor, bool], Tensor] | None = None
+
+    def scale(self) -> Tensor | None:
+        """σ with its graph to m."""
+        if self.m is None or self.norm is None:
+            return self.sigma
+        return self.m.to(self.norm.dtype) / self.norm
 
     def folded(self, dtype: torch.dtype) -> Tensor:
         """C = s diag(b) B diag(d) [out, r] in `dtype`: with it W' = σ ∘ (W + C A)."""
@@ -47,7 +55,8 @@ def fused(x: Tensor, W: Tensor, bias: Tensor | None, f: Factors) -> Tensor:
     scaled = f.sigma is not None
     # A built W' in bfloat16 would round small updates away, and dropout is on the update's input alone.
     may_build = x.dtype in (torch.float32, torch.float64) and not f.dropout
-    keep_straight = f.sigma is not None and f.sigma.requires_grad and not f.output_tells
+    magnitude = f.sigma if f.m is None else f.m
+    keep_straight = magnitude is not None and magnitude.requires_grad and not f.output_tells
     build = may_build and not keep_straight and f.base is None and cost.build_forward(tokens, out, in_, r, scaled)
     back = may_build and cost.build_backward(tokens, out, in_, r, scaled, f.A.requires_grad)
     trained = [t for t in (f.A, f.B, f.d, f.b) if t is not None and t.requires_grad]
@@ -56,7 +65,7 @@ def fused(x: Tensor, W: Tensor, bias: Tensor | None, f: Factors) -> Tensor:
         # Where the backward pass goes through W', h is only there for the gradients of the small tensors.
         h, A = _down(x, f, detached=back), A.detach()
     y: Tensor = Adapted.apply(  # type: ignore[no-untyped-call]
-        x, h, f.base, W, bias, A, f.B, f.d, f.b, f.sigma, f.s, build, back, keep_straight)
+        x, h, f.base, W, bias, A, f.B, f.d, f.b, f.sigma, f.m, f.norm, f.s, build, back, keep_straight)
     return y
 
 

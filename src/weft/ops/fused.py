@@ -29,13 +29,14 @@ _BLOCK = 1 << 17  # numbers of a block of sums
 
 class Adapted(torch.autograd.Function):
     """See the module's equation. x [..., in], W [out, in] -> y [..., out]; h [..., r] where others made it, or None;
-    `base` is x Wᵀ [tokens, out] where somebody needed it before, and is written to.
+    `base` is x Wᵀ [tokens, out] where somebody needed it before, and is written to. Where m is given, σ = m / norm and the
+    gradient of σ goes on to m.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor | None, base: Tensor | None, W: Tensor, bias: Tensor | None, A: Tensor,
-                B: Tensor, d: Tensor | None, b: Tensor | None, sigma: Tensor | None, s: float, build: bool, back: bool,
-                keep_straight: bool) -> Tensor:
+                B: Tensor, d: Tensor | None, b: Tensor | None, sigma: Tensor | None, m: Tensor | None, norm: Tensor | None,
+                s: float, build: bool, back: bool, keep_straight: bool) -> Tensor:
         rows, C = x.reshape(-1, x.shape[-1]), folded(B, d, b, s, x.dtype)
         need_A, need_small = ctx.needs_input_grad[5], any(ctx.needs_input_grad[5:9])
         straight, narrow = None, A.to(x.dtype)
@@ -55,8 +56,8 @@ class Adapted(torch.autograd.Function):
                     straight = (y if bias is None else y - bias) if keep_straight else None
                     y = scaled(y, bias, sigma, inplace=straight is not y)
         out = y.view(*x.shape[:-1], W.shape[0])
-        keeps_output = sigma is not None and sigma.requires_grad and not keep_straight
-        ctx.save_for_backward(x if need_A else None, low if need_small else None, W, bias, A, B, d, b, sigma,
+        keeps_output = any(ctx.needs_input_grad[9:11]) and not keep_straight
+        ctx.save_for_backward(x if need_A else None, low if need_small else None, W, bias, A, B, d, b, sigma, norm,
                               out if keeps_output else None, straight)
         ctx.s, ctx.back, ctx.shape, ctx.h_is_theirs = s, back, x.shape, h is not None
         return out
@@ -64,16 +65,17 @@ class Adapted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, W, bias, A, B, d, b, sigma, out, straight = ctx.saved_tensors
-        need_x, need_h, _, _, _, need_A, need_B, need_d, need_b, need_sigma = ctx.needs_input_grad[:10]
+        x, h, W, bias, A, B, d, b, sigma, norm, out, straight = ctx.saved_tensors
+        need_x, need_h, _, _, _, need_A, need_B, need_d, need_b, need_sigma, need_m = ctx.needs_input_grad[:11]
         g, s, back = grad.reshape(-1, grad.shape[-1]), ctx.s, ctx.back
-        grad_A = grad_B = grad_d = grad_b = grad_sigma = grad_x = scaled_g = low_g = None
+        grad_A = grad_B = grad_d = grad_b = grad_sigma = grad_m = grad_x = scaled_g = low_g = None
         if need_B or need_d or need_b:
             grad_C = _row_scaled(torch.mm(h.t(), g).t(), sigma, s)
             grad_B, grad_d, grad_b = _unfolded(grad_C, B, d, b, (need_B, need_d, need_b))
-        if need_sigma:
+        if need_sigma or need_m:
             total, scaled_g = _dot_and_scaled(g, out, straight, bias, sigma, need_x and not back)
-            grad_sigma = (total if out is None else total / sigma.to(total.dtype)).to(sigma.dtype)
+            grad_sigma = (total if out is None else total / sigma).to(sigma.dtype)
+            grad_sigma, grad_m = (None, grad_sigma / norm) if need_m else (grad_sigma, None)
         beside = need_x and not back and not ctx.h_is_theirs
         C = folded(B, d, b, s, g.dtype) if need_h or need_A or need_x else None
         if need_h or need_A or beside:
@@ -89,7 +91,8 @@ class Adapted(torch.autograd.Function):
                 grad_x.addmm_(low_g, A.to(g.dtype))
             grad_x = grad_x.view(ctx.shape)
         grad_h = low_g.view(*ctx.shape[:-1], low_g.shape[1]) if need_h and low_g is not None else None
-        return grad_x, grad_h, None, None, None, grad_A, grad_B, grad_d, grad_b, grad_sigma, None, None, None, None
+        grads = (grad_x, grad_h, None, None, None, grad_A, grad_B, grad_d, grad_b, grad_sigma, grad_m)
+        return (*grads, None, None, None, None, None)
 
 
 def folded(B: Tensor, d: Tensor | None, b: Tensor | None, s: float, dtype: torch.dtype) -> Tensor:

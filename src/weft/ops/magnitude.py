@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,6 @@ JOINT_BELOW = 1 << 22  # numbers of an input that is worth copying to read W onc
 _BLOCK = 1 << 22  # numbers of W that are held in a wider dtype at one time
 # A row of which less than this share is left of the squared lengths that it is the sum of has lost digits to cancellation.
 _LEFT = 0.05
-_LARGEST = 1e6  # (‖V‖ / ‖W‖)² up to which ‖W‖ is a good unit
 
 
 def row_norm(V: Tensor) -> Tensor:
@@ -37,31 +38,54 @@ def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
 def joint_product(x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """x Wᵀ [tokens, out] and W Aᵀ [out, r] in one product, for x [..., in]: so W is read once."""
     rows = x.reshape(-1, x.shape[-1])
-    both = torch.cat([rows, A.to(x.dtype)]) @ W.t()
+    joined = torch.cat([rows, A.to(x.dtype)], out=_room(rows.shape[0] + A.shape[0], rows))
+    both = joined @ W.t()
     return both[: rows.shape[0]], both[rows.shape[0] :].t()
 
 
-def updated_norm(W: Tensor, norm: Tensor, A: Tensor, B: Tensor, known: Tensor | None = None,
-                 gram: Tensor | None = None) -> Tensor:
-    """`row_norm(W + B A)` [out] for W [out, in], A [r, in], B [out, r] and norm = row_norm(W), without the product B A.
+_rooms = threading.local()
 
-        ‖W + BA‖² = ‖W‖² + 2 Σ (W Aᵀ ∘ B) + Σ (B (A Aᵀ) ∘ B)      row by row
 
-    `known` is W Aᵀ [out, r] and `gram` A Aᵀ [r, r] where they are known. In norm's dtype. It is computed as
-    ‖W‖ sqrt(1 + ...), so that B = 0 gives ‖W‖ bit for bit; rows in which much cancels are computed from the sum.
+def _room(rows: int, like: Tensor) -> Tensor:
+    """Memory [rows, columns of `like`] for the moment: the same for every layer, since fresh pages are slow on a CPU."""
+    columns = like.shape[1]
+    if like.device.type != "cpu":
+        return like.new_empty(rows, columns)
+    flat: Tensor | None = getattr(_rooms, str(like.dtype), None)
+    if flat is None or flat.numel() < rows * columns:
+        flat = torch.empty(rows * columns, dtype=like.dtype)
+        setattr(_rooms, str(like.dtype), flat)
+    return flat[: rows * columns].view(rows, columns)
+
+
+def without_unit(norm: Tensor) -> Tensor:
+    """The rows [k] whose ‖W‖ is no good unit to measure a change in: zero, or so small or large that its square is lost."""
+    return ((norm < 1e-15) | (norm > 1e15)).nonzero()[:, 0]
+
+
+def updated_norm(W: Tensor, norm: Tensor, A: Tensor, C: Tensor, known: Tensor | None = None,
+                 gram: Tensor | None = None, odd: Tensor | None = None) -> Tensor:
+    """`row_norm(W + C A)` [out] for W [out, in], A [r, in], C [out, r] and norm = row_norm(W), without the product C A.
+
+        ‖W + CA‖² = ‖W‖² + 2 Σ (W Aᵀ ∘ C) + Σ (C (A Aᵀ) ∘ C)      row by row
+
+    `known` is W Aᵀ [out, r], `gram` A Aᵀ [r, r] and `odd` without_unit(norm), where they are known. In norm's dtype. It is
+    computed as ‖W‖ sqrt(1 + ...), so that C = 0 gives ‖W‖ bit for bit; rows in which much cancels are computed from the sum.
     """
     dtype = norm.dtype
-    A, B = A.to(dtype), B.to(dtype)
+    A, C = A.to(dtype), C.to(dtype)
     known = product(W, A, dtype) if known is None else known
     gram = A @ A.t() if gram is None else gram
     square = norm.square()
-    ratio = 1 + ((2 * known + B @ gram) * B).sum(1) / square
+    ratio = torch.addmm(known, C, gram, beta=2).mul_(C).sum(1).div_(square).add_(1)
     found: Tensor = norm * ratio.sqrt()
-    parts = 1 + B.square() @ gram.diagonal() / square  # of W and of each rank's share of B A
-    good = (ratio > _LEFT * parts) & (ratio < _LARGEST) & (norm > 1e-15) & (norm < 1e15)
-    rows = (~good).nonzero()[:, 0]
+    parts = torch.mv(C.square(), gram.diagonal()).div_(square).add_(1)  # of W and of each rank's share of C A
+    good = ratio > parts.mul_(_LEFT)  # False for what is not a number or has overflowed
+    rows = without_unit(norm) if odd is None else odd
+    if not bool(good.all()):
+        rows = torch.cat([rows, (~good).nonzero()[:, 0]])
     if rows.numel():
-        found[rows] = row_norm(torch.addmm(W[rows].to(dtype), B[rows], A))
+        found[rows] = row_norm(torch.addmm(W[rows].to(dtype), C[rows], A))
     return found
 
 

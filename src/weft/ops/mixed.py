@@ -75,7 +75,7 @@ def _adapted(x: Tensor, y: Tensor, bias: Tensor | None, bucket: Sequence[Part]) 
 
 def _sigmas(bucket: Sequence[Part]) -> list[Tensor] | None:
     """One σ [out] a part, ones where it has none; None where no part has one."""
-    found = [part.factors.sigma for part in bucket]
+    found = [part.factors.scale() for part in bucket]
     some = next((sigma for sigma in found if sigma is not None), None)
     return None if some is None else [torch.ones_like(some) if sigma is None else sigma for sigma in found]
 
