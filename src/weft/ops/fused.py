@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import kernels
+from .room import room
 
 _BLOCK = 1 << 17  # numbers of a block of sums
 
@@ -70,7 +71,9 @@ class Adapted(torch.autograd.Function):
         g, s, back = grad.reshape(-1, grad.shape[-1]), ctx.s, ctx.back
         grad_A = grad_B = grad_d = grad_b = grad_sigma = grad_m = grad_x = scaled_g = low_g = None
         if need_B or need_d or need_b:
-            grad_C = _row_scaled(torch.mm(h.t(), g).t(), sigma, s)
+            # With thin factors h is the smaller to turn; what is multiplied with B afterwards has to lie as B does.
+            grad_C = torch.mm(h.t(), g).t() if d is None and b is None else torch.mm(g.t(), h)
+            grad_C = _row_scaled(grad_C, sigma, s)
             grad_B, grad_d, grad_b = _unfolded(grad_C, B, d, b, (need_B, need_d, need_b))
         if need_sigma or need_m:
             total, scaled_g = _dot_and_scaled(g, out, straight, bias, sigma, need_x and not back)
@@ -99,9 +102,13 @@ def folded(B: Tensor, d: Tensor | None, b: Tensor | None, s: float, dtype: torch
     """C = s diag(b) B diag(d) [out, r], computed in `dtype` or wider and cast once; B itself where nothing is to be done."""
     wide = torch.promote_types(B.dtype, dtype)
     C = B.to(wide)
-    C = C if d is None else C * (d.to(wide) if s == 1.0 else s * d.to(wide))
-    C = C if s == 1.0 or d is not None else C * s
-    return (C if b is None else C * b.to(wide)[:, None]).to(dtype)
+    if s != 1.0:
+        d = C.new_full((C.shape[1],), s) if d is None else s * d
+    if d is not None:
+        C = C * d.to(wide)
+    if b is not None:
+        C = C * b.to(wide)[:, None] if C is B else C.mul_(b.to(wide)[:, None])
+    return C.to(dtype)
 
 
 def _unfolded(grad_C: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None,
@@ -123,12 +130,20 @@ def _unfolded(grad_C: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None,
 
 
 def built(W: Tensor, A: Tensor, C: Tensor, sigma: Tensor | None) -> Tensor:
-    """W' = σ ∘ (W + C A) [out, in], laid out in memory as W is, so that one fast product reads both."""
-    if sigma is not None:
-        sigma = sigma.to(W.dtype)
-        W, C = W * sigma[:, None], C * sigma[:, None]
-        return W.addmm_(C, A) if W.is_contiguous() else W.t().addmm_(A.t(), C.t()).t()
-    return torch.addmm(W, C, A) if W.is_contiguous() else torch.addmm(W.t(), A.t(), C.t()).t()
+    """W' = σ ∘ (W + C A) [out, in], laid out in memory as W is, so that one fast product reads both. In a room (room.py)."""
+    if not W.is_contiguous() and W.t().is_contiguous():
+        return _sum(W.t(), A.t(), C.t(), None if sigma is None else sigma.to(W.dtype)[None, :]).t()
+    return _sum(W, C, A, None if sigma is None else sigma.to(W.dtype)[:, None])
+
+
+def _sum(W: Tensor, left: Tensor, right: Tensor, sigma: Tensor | None) -> Tensor:
+    """(W + left right) ∘ σ, for a σ that spans the rows or the columns."""
+    out = room("W'", W.shape[0], W.shape[1], W)
+    if sigma is None:
+        return torch.addmm(W, left, right, out=out)
+    torch.mul(W, sigma, out=out)
+    left, right = (left * sigma, right) if sigma.shape[1] == 1 else (left, right * sigma)
+    return out.addmm_(left, right)
 
 
 def scaled(y: Tensor, bias: Tensor | None, sigma: Tensor, inplace: bool = False) -> Tensor:

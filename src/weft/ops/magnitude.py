@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
+
+from .room import room
 
 # Below this a row has no direction; the norm is held here so that an all-zero row stays zero and never turns NaN.
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -38,24 +38,9 @@ def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
 def joint_product(x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """x Wᵀ [tokens, out] and W Aᵀ [out, r] in one product, for x [..., in]: so W is read once."""
     rows = x.reshape(-1, x.shape[-1])
-    joined = torch.cat([rows, A.to(x.dtype)], out=_room(rows.shape[0] + A.shape[0], rows))
+    joined = torch.cat([rows, A.to(x.dtype)], out=room("x and A", rows.shape[0] + A.shape[0], rows.shape[1], rows))
     both = joined @ W.t()
     return both[: rows.shape[0]], both[rows.shape[0] :].t()
-
-
-_rooms = threading.local()
-
-
-def _room(rows: int, like: Tensor) -> Tensor:
-    """Memory [rows, columns of `like`] for the moment: the same for every layer, since fresh pages are slow on a CPU."""
-    columns = like.shape[1]
-    if like.device.type != "cpu":
-        return like.new_empty(rows, columns)
-    flat: Tensor | None = getattr(_rooms, str(like.dtype), None)
-    if flat is None or flat.numel() < rows * columns:
-        flat = torch.empty(rows * columns, dtype=like.dtype)
-        setattr(_rooms, str(like.dtype), flat)
-    return flat[: rows * columns].view(rows, columns)
 
 
 def without_unit(norm: Tensor) -> Tensor:
