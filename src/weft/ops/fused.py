@@ -103,7 +103,7 @@ def folded(B: Tensor, d: Tensor | None, b: Tensor | None, s: float, dtype: torch
     wide = torch.promote_types(B.dtype, dtype)
     C = B.to(wide)
     if s != 1.0:
-        d = C.new_full((C.shape[1],), s) if d is None else s * d
+        d = C.new_full((C.shape[1],), s) if d is None else s * d.to(wide)
     if d is not None:
         C = C * d.to(wide)
     if b is not None:
