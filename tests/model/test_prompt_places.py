@@ -158,3 +158,17 @@ def test_generating_from_embeddings_is_generating_from_their_ids(config):
     wanted = model.generate(ids(), **GREEDY)[:, 7:]
     assert torch.equal(model.generate(inputs_embeds=given, **GREEDY), wanted)
     assert torch.equal(model.generate(inputs_embeds=given, use_cache=False, **GREEDY), wanted)
+
+
+@pytest.mark.parametrize("config", [*BOTH, weft.PreEmbed(l_p=2), weft.PreLayer(l_p=2)], ids=str)
+def test_generate_does_not_go_on_from_a_cache_whose_virtual_tokens_it_would_count(config):
+    model = attached(ARCHITECTURES["llama"].build(), config)
+    first = model.generate(ids(), return_dict_in_generate=True, **GREEDY)
+    key = "cache" if "cache" in first else "past_key_values"
+    text = torch.cat([first.sequences, ids(length=3, seed=1)], dim=1)
+    with pytest.raises(weft.UnsupportedError, match="holds virtual tokens"):
+        model.generate(text, **{key: first[key]}, **GREEDY)
+    move(weft.attach(model, weft.Prefix(n=2), name="prefix"))  # of which nothing is in the cache
+    first = model.generate(ids(), return_dict_in_generate=True, **GREEDY)
+    text = torch.cat([first.sequences, ids(length=3, seed=1)], dim=1)
+    assert torch.equal(model.generate(text, **{key: first[key]}, **GREEDY), model.generate(text, **GREEDY))

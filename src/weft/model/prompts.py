@@ -98,12 +98,12 @@ def entry_of(root: nn.Module) -> Entry | None:
     while name:
         name = name.rpartition(".")[0]
         module = root.get_submodule(name) if name else root
-        back = looks_back(type(module))
-        if isinstance(module._modules.get("embeddings"), nn.Module) and not back:
+        encodes, back = isinstance(module._modules.get("embeddings"), nn.Module), looks_back(type(module))
+        if encodes and not back:
             return Entry(name, module, False, _above(root, name), *_behind(root, name, stack))
         if "inputs_embeds" in parameters_of(type(module)) and callable(getattr(module, "get_input_embeddings", None)):
             return Entry(name, module, True, _above(root, name))
-        if back:
+        if encodes:
             return None
     return None
 

@@ -13,7 +13,7 @@ import inspect
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ class Gate:
             self._watch_encoder(entry)
             return
         if _next_token(self.above):
-            self._hooks += [m.register_forward_pre_hook(self.see_labels, with_kwargs=True) for m in self.above]
+            self._hooks += [m.register_forward_pre_hook(partial(self.see_labels, parameters_of(type(m))), with_kwargs=True)
+                            for m in self.above]
         if self.speaker is not None:
             self._replaced = self.speaker.__dict__.get("generate")
             self.speaker.__dict__["generate"] = partial(_generate, self, self._replaced)
@@ -102,9 +103,10 @@ class Gate:
 
     # Hooks
 
-    def see_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def see_labels(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...],
+                   kwargs: Mapping[str, Any]) -> None:
         """Before the whole model, and before each part around the entry: labels tell where the prompt ends."""
-        labels = named(parameters_of(type(module)), args, kwargs).get("labels")
+        labels = named(names, args, kwargs).get("labels")
         if isinstance(labels, Tensor) or module is self.above[0]:
             self.labels = labels if isinstance(labels, Tensor) else None
 
@@ -332,7 +334,6 @@ def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, An
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-@cache
 def parameters_of(cls: type[nn.Module]) -> tuple[str, ...]:
     """The names of a forward's arguments, in order."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
@@ -368,6 +369,10 @@ def _generate(gate: Gate, replaced: Any, *args: Any, **kwargs: Any) -> Any:
     own = replaced if replaced is not None else partial(cls.generate, gate.speaker)
     prompt = next((t for t in (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
                    if isinstance(t, Tensor)), None)
+    store = next((kwargs[key] for key in _CACHES if kwargs.get(key) is not None), None)
+    if getattr(store, _MARK, (None,))[0] is not None and store.get_seq_length():  # type: ignore[union-attr]
+        raise UnsupportedError("this key-value cache holds virtual tokens, which `generate` would count as the text's, and "
+                               "so leave out as many of the new ones. Give it the whole text, and no cache.")
     gate.prompt = None if prompt is None else int(prompt.shape[1])
     try:
         return own(*args, **kwargs)
