@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint check slow docs docs-tables clean
+.PHONY: demo test lint check slow bench bench-full docs docs-tables clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.train           ## train seven methods on real data and print one table (about two minutes on two cores)
@@ -11,7 +11,7 @@ demo: .venv/.train           ## train seven methods on real data and print one t
 test: lint check             ## everything that CI runs
 
 lint: .venv/.dev
-	.venv/bin/ruff check src tests scripts
+	.venv/bin/ruff check src tests scripts benchmarks
 	.venv/bin/mypy
 
 check: .venv/.dev
@@ -19,6 +19,13 @@ check: .venv/.dev
 
 slow: .venv/.dev             ## the checks that take minutes
 	.venv/bin/python -m pytest -n 2 -m slow
+
+# ARGS="--resume" goes on where an interrupted run stopped; ARGS="--cases dora-1024,vera-4096" measures only these
+bench: .venv/.bench          ## what Weft costs beside peft and the limit, in one table (15 minutes on two idle cores)
+	.venv/bin/python -m benchmarks quick $(ARGS)
+
+bench-full: .venv/.bench     ## every shape (hours)
+	.venv/bin/python -m benchmarks full $(ARGS)
 
 docs: .venv/.docs            ## build the site into site/; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --clean --quiet
@@ -41,6 +48,10 @@ clean:
 
 .venv/.train: .venv/.torch pyproject.toml
 	$(PIP) -e '.[train]'
+	touch $@
+
+.venv/.bench: .venv/.torch pyproject.toml
+	$(PIP) -e '.[bench]'
 	touch $@
 
 # The extra `docs` alone: the tables lie in docs/, so neither torch nor Weft is needed, and it takes seconds.

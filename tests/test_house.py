@@ -24,10 +24,14 @@ FREE = {"errors", "__version__"}
 # Modules outside the standard library that a room may import at all; the core lives on torch and safetensors.
 LIBRARIES = {
     "ops": {"torch", "triton"}, "methods": {"torch"}, "model": {"torch"}, "checkpoint": {"torch", "safetensors"},
-    "training": {"torch", "transformers"}, "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn"},
+    "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml"},
+    "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn", "scipy", "sacrebleu", "nltk", "rouge_score",
+              "pycocoevalcap", "datasets", "pyarrow"},
     "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL"},
     "cli": {"torch", "transformers"}, "papers": {"torch", "transformers"},
 }
+# Classes that derive from transformers' own; what needs them imports them inside a function.
+DERIVED = ("training/trainer.py", "training/callbacks.py")
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 
 
@@ -86,8 +90,14 @@ def test_a_room_imports_the_libraries_it_may(path):
 
 @each_file
 def test_transformers_is_imported_where_it_is_needed_and_not_before(path):
-    for module, _, top, typed in imports(path):
-        if module.split(".")[0] in ("transformers", "peft", "matplotlib", "scipy", "sklearn", "statsmodels"):
+    derived = str(path.relative_to(SOURCE)) in DERIVED
+    for module, names, top, typed in imports(path):
+        costly = {*names, module.rpartition(".")[2]} & {"trainer", "callbacks"} and module.startswith("weft.training")
+        assert not (costly and top and not typed and not derived), f"{module} brings transformers: import it late"
+        if derived and module == "transformers":
+            continue
+        if module.split(".")[0] in ("transformers", "peft", "matplotlib", "scipy", "sklearn", "statsmodels", "sacrebleu",
+                                    "nltk", "rouge_score", "pycocoevalcap", "datasets", "pyarrow"):
             assert not top and not typed, f"{module} at the top of the file makes everybody pay for it"
 
 

@@ -47,7 +47,7 @@ def test_every_command_is_understood(page):
 
 
 def test_a_command_with_an_option_or_field_that_does_not_exist_is_caught():
-    for wrong in (["plan", "--model", "M", "--method", "lora", "--rank", "8"], ["train", "x.yaml"],
+    for wrong in (["plan", "--model", "M", "--method", "lora", "--rank", "8"], ["train", "x.yaml", "--sett", "a=1"],
                   ["plan", "--model", "M", "--method", "lora", "--set", "ranks=8"], ["compare", "--methods", "lorra"]):
         with pytest.raises((Exception, pytest.fail.Exception)):
             understood(wrong)

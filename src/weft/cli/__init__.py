@@ -14,10 +14,12 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import ConfigError, WeftError
 
-COMMANDS = ("compare", "plan", "papers", "inspect", "merge", "export", "doctor")
+COMMANDS = ("compare", "train", "eval", "generate", "plan", "papers", "inspect", "merge", "export", "score", "doctor")
 DONE, FAILED, MISUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
-# Top-level modules of the extra `train`; any other missing module is a defect and keeps its trace.
-EXTRA = ("PIL", "accelerate", "matplotlib", "numpy", "scipy", "sklearn", "tqdm", "transformers")
+# Top-level modules and the extra that brings them; any other missing module is a defect and keeps its trace.
+EXTRAS = {**dict.fromkeys(("PIL", "accelerate", "datasets", "matplotlib", "numpy", "pyarrow", "scipy", "sklearn", "tqdm",
+                           "transformers", "yaml"), "train"),
+          **dict.fromkeys(("nltk", "pycocoevalcap", "rouge_score", "sacrebleu"), "tasks")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,9 +103,9 @@ def _run(command: Any, args: argparse.Namespace, prog: str) -> int:
         return _say(prog, str(error), FAILED)
     except ImportError as error:
         module = (error.name or "").partition(".")[0]
-        if module not in EXTRA:
+        if module not in EXTRAS:
             raise
-        return _say(prog, f"{module} is needed and not installed: pip install 'weft[train]'", FAILED)
+        return _say(prog, f"{module} is needed and not installed: pip install 'weft[{EXTRAS[module]}]'", FAILED)
     except BrokenPipeError:  # `weft ... | head`: the reader has seen enough; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED

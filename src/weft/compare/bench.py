@@ -19,7 +19,7 @@ from ..model.attach import attach, detach
 from ..model.structure import head_modules
 from ..tasks import SPLITS, find_task
 from ..tasks.models import Prepared, find_model, prepare
-from ..training.loop import DivergedError, Recipe, evaluate, renew, train
+from ..training.loop import DivergedError, Recipe, Score, evaluate, renew, train
 from . import measure
 from .plan import RunSpec
 
@@ -57,6 +57,7 @@ class Bench:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "sizes": {name: len(splits[name].labels) for name in SPLITS},
             "classes": list(self.prepared.classes),
+            "metric": self.prepared.metric,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine() + " CPU",
             "notes": self.prepared.notes,
         }
@@ -79,9 +80,9 @@ class Bench:
             result |= {"trainable": adapter.num_parameters - adapter.num_head_parameters,
                        "head_trainable": adapter.num_head_parameters}
             result["losses"] = train(self.model, adapter, self.prepared.splits["train"], recipe)
-            result["validation"] = asdict(evaluate(self.model, self.prepared.splits["validation"]))
+            result["validation"] = asdict(self._score("validation"))
             if spec.purpose == "final":
-                result["test"] = asdict(evaluate(self.model, self.prepared.splits["test"]))
+                result["test"] = asdict(self._score("test"))
             if save_to is not None:
                 result["bytes"] = _saved_bytes(adapter, save_to)
             result["status"] = "finished"
@@ -90,6 +91,9 @@ class Bench:
         finally:
             detach(self.model)
         return result | {"seconds": time.perf_counter() - started}
+
+    def _score(self, split: str) -> Score:
+        return evaluate(self.model, self.prepared.splits[split], metric=self.prepared.metric)
 
     def attach_new(self, config: Mapping[str, Any], seed: int) -> Adapter:
         """A new head from the seed, then the method on top."""
@@ -128,7 +132,7 @@ def fresh_modules(prepared: Prepared) -> tuple[str, ...]:
     head = list(head_modules(prepared.model))
     if not head:
         raise WeftError(f"{type(prepared.model).__name__} has no output head that could be trained for "
-                        f"{len(prepared.classes)} classes.")
+                        f"{len(prepared.classes) or 'no'} classes.")
     loose = [name for name in prepared.missing if not any(name.startswith(module + ".") for module in head)]
     return tuple(dict.fromkeys([*head, *(name.rpartition(".")[0] for name in loose)]))
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ..errors import WeftError
 from ..model.adapter import Adapter
 from ..model.attach import detach
+from ..training.loop import loss
 
 ROUNDS, FEWEST, WARM, SECONDS = 41, 5, 3, 12.0
 SCHEDULE = 1000  # steps that a method with a schedule is told, so that all that are clocked lie in its busy phase
@@ -45,7 +45,7 @@ def step_times(model: nn.Module, attach: Callable[[], Adapter], inputs: Mapping[
         method = training_step(model, adapter, inputs, labels)
 
         def limit() -> None:
-            cross_entropy(frozen(**inputs).logits, labels).backward()  # type: ignore[no-untyped-call]
+            loss(frozen(**inputs).logits, labels).backward()  # type: ignore[no-untyped-call]
 
         pairs = _interleaved(limit, method, labels.device)
     finally:
@@ -66,7 +66,7 @@ def training_step(model: nn.Module, adapter: Adapter, inputs: Mapping[str, Tenso
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        cross_entropy(model(**inputs).logits, labels).backward()  # type: ignore[no-untyped-call]
+        loss(model(**inputs).logits, labels).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
     return step
@@ -123,7 +123,7 @@ def peak_bytes(model: nn.Module, attach: Callable[[], Adapter], inputs: Mapping[
         optimiser = torch.optim.AdamW(adapter.parameters(), lr=1e-8, weight_decay=0.0)
 
         def step() -> None:
-            cross_entropy(model(**inputs).logits, labels).backward()  # type: ignore[no-untyped-call]
+            loss(model(**inputs).logits, labels).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
 
         step()

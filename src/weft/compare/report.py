@@ -17,7 +17,7 @@ from .store import SCHEMA
 
 WIDTH = 80
 GAP = "  "
-HEADER = ("method", "trainable", "bytes", "accuracy %", "lr", "step", "peak")
+HEADER = ("method", "trainable", "bytes", "{metric} %", "lr", "step", "peak")
 
 
 def text(found: Comparison) -> str:
@@ -30,7 +30,7 @@ def text(found: Comparison) -> str:
 
 def table(found: Comparison) -> str:
     """One line a method; a long name goes on in further lines of its column."""
-    cells = [HEADER, *(_cells(row) for row in found.rows)]
+    cells = [tuple(name.format(metric=found.metric) for name in HEADER), *(_cells(row) for row in found.rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(1, len(HEADER))]
     room = WIDTH - sum(widths) - len(GAP) * len(widths)
     names = [textwrap.wrap(line[0], room, subsequent_indent=" ") for line in cells]
@@ -104,9 +104,13 @@ def _row_json(row: Row, ranking: Ranking | None) -> dict[str, Any]:
 
 def _title(found: Comparison) -> str:
     sizes = ", ".join(f"{count:,} {name}" for name, count in found.sizes.items())
-    return wrap(f"{found.task} on {found.model}: {len(found.classes)} classes, {sizes} examples; "
+    return wrap(f"{found.task} on {found.model}: {_kind(found)}, {sizes} examples; "
                  f"{found.seeds} seed{'s' * (found.seeds != 1)}, {found.settings['steps']} steps of "
                  f"{min(found.settings['batch'], found.sizes['train'])}; {found.device}")
+
+
+def _kind(found: Comparison) -> str:
+    return f"{len(found.classes)} classes" if found.classes else "a regression"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -149,7 +153,7 @@ def _legend(found: Comparison) -> str:
     spread = many if found.seeds > 1 else "of one seed, without an interval"
     return "\n".join((
         f"trainable: without the head{head}",
-        f"accuracy:  test split; mean {spread}",
+        f"{found.metric + ':':<10} test split; mean {spread}",
         "lr:        peak learning rate, chosen on the validation split",
         "step:      time of a training step relative to the frozen-base limit",
         "peak:      most memory held at one time in a training step",

@@ -50,7 +50,7 @@ def compare(request: Request, shown: Progress) -> Comparison:
     return Comparison(
         task=request.task.name, model=request.model.name, rows=rows, seeds=request.seeds,
         settings={"steps": sweep.steps, "batch": sweep.batch, "head_lr": sweep.head_lr}, sizes=about["sizes"],
-        classes=about["classes"], head=sweep.head, device=about["device"],
+        classes=about["classes"], metric=about["metric"], head=sweep.head, device=about["device"],
         versions={name: context[name] for name in ("weft", "torch")}, notes=[*notes, *notes_of(sweep, done)])
 
 

@@ -1,25 +1,41 @@
-"""Tasks: labelled data in three splits and a metric. A family is a file here and a line in `FAMILIES`."""
+"""Tasks: data, decoding and a metric. A family is a file here and a line in `FAMILIES` or `GENERATION`.
+
+`FAMILIES` are labelled examples in three splits (`find_task(name).load()` is a `Task`); `GENERATION` has text for an answer
+(`find_generation(name).load()` is a `GenerationTask`). `scoring` scores files without a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from ..errors import ConfigError
-from .base import SPLITS, Encoded, Split, Task, accuracy
+from .base import SPLITS, Encoded, Split, Task
+from .generation import GenerationTask, Record, Report, Sample
 
+GLUE = ("sst2", "mrpc", "cola", "qnli", "rte", "stsb", "mnli")
+COMMONSENSE = ("commonsense", "boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa")
 FAMILIES = {
     "digits": "scikit-learn's handwritten digits 5 to 9, 20 training images of each (offline)",
     "image-folder:DIR": "images in DIR/<class>/*.png, for any image classification model",
     "csv:FILE": "text classification, columns text,label or sentence,label (a pair too); .csv, .tsv, .gz",
+    **{f"{name}:DIR": "GLUE, chosen on a part of train, reported on dev" for name in GLUE},
+    **{f"{name}-paper:DIR": "GLUE as the papers do it, which is optimistic" for name in GLUE},
+}
+GENERATION = {
+    "e2e:DIR": "the E2E challenge, restaurant descriptions from slots; BLEU, NIST, METEOR, ROUGE-L, CIDEr",
+    "wikisql:DIR": "WikiSQL, a question about a table to SQL; logical-form accuracy",
+    "samsum:DIR": "SAMSum, summaries of chats; ROUGE-1, ROUGE-2, ROUGE-L",
+    "commonsense:DIR": "eight commonsense data sets in instruction form; accuracy by generate-and-match",
+    **{f"{name}:DIR": f"{name} of the eight" for name in COMMONSENSE[1:]},
 }
 
 
 @dataclass(frozen=True)
 class TaskRef:
-    """A task that has been asked for and exists; `path` and `test` are None for an embedded one."""
+    """A task that has been asked for and exists; `path` and `test` are None for an embedded one, or one of the hub."""
 
     name: str
     kind: str
@@ -28,6 +44,10 @@ class TaskRef:
 
     def load(self) -> Task:
         """Read the data. Raises WeftError with the file and line at fault."""
+        if self.kind.removesuffix("-paper") in GLUE:
+            from . import glue
+
+            return glue.load(self.path, self.kind)
         if self.path is None:
             from . import digits
 
@@ -35,21 +55,74 @@ class TaskRef:
         return _reader(self.kind)(self.path, self.test)
 
 
+@dataclass(frozen=True)
+class GenerationRef:
+    """A generation task that has been asked for; `source` is a folder that exists, a hub name, or None for the usual one."""
+
+    name: str
+    kind: str
+    source: Path | str | None = None
+
+    def load(self) -> GenerationTask:
+        """Read the data. Raises WeftError with the file and line at fault."""
+        if self.kind in COMMONSENSE:
+            from . import commonsense
+
+            return commonsense.load(self.source, self.kind)
+        from . import e2e, samsum, wikisql
+
+        load: Callable[..., GenerationTask] = {"e2e": e2e.load, "samsum": samsum.load, "wikisql": wikisql.load}[self.kind]
+        return load() if self.source is None else load(self.source)
+
+
 def find_task(name: str, test: str | None = None) -> TaskRef:
     """Check a task's name and that its files exist, without reading them. Raises ConfigError with the nearest names."""
     kind, _, rest = name.partition(":")
-    known = {family.partition(":")[0]: family for family in FAMILIES}
-    if kind not in known:
-        near = [known[k] for k in get_close_matches(kind, known, n=2)] or list(FAMILIES)
-        raise ConfigError(f"task {name!r} is not known. Nearest: {near}.")
-    if ":" not in known[kind]:
+    known = _known(name, kind, FAMILIES)
+    glue = kind.removesuffix("-paper") in GLUE
+    if glue and test is not None:
+        raise ConfigError(f"task {name!r} has its own test data, GLUE's dev; it takes none of yours.")
+    if ":" not in known:
         if rest or test is not None:
             raise ConfigError(f"task {name!r}: {kind!r} is built in; it takes no path and no test data of your own.")
         return TaskRef(name, kind)
     if not rest:
-        raise ConfigError(f"task {name!r}: write {known[kind]}.")
-    folder = kind == "image-folder"
+        if glue:
+            return TaskRef(name, kind)
+        raise ConfigError(f"task {name!r}: write {known}.")
+    folder = kind != "csv"
     return TaskRef(name, kind, _existing(rest, folder, f"task {kind}"), _existing(test, folder, "test") if test else None)
+
+
+def find_generation(name: str) -> GenerationRef:
+    """Check a generation task's name and that its folder exists, without reading it. Raises ConfigError.
+
+    `e2e` alone is the hub's usual data set, `e2e:DIR` a folder, `e2e:owner/name` another one on the hub. What looks like a
+    path is never sought on the network.
+    """
+    from .files import is_hub_name
+
+    kind, _, rest = name.partition(":")
+    _known(name, kind, GENERATION)
+    if not rest:
+        return GenerationRef(name, kind)
+    if is_hub_name(rest) and "/" in rest:
+        if kind == "commonsense":
+            raise ConfigError(f"task {name!r}: these are eight data sets; give a folder with all of them.")
+        return GenerationRef(name, kind, rest)
+    return GenerationRef(name, kind, _existing(rest, True, f"task {kind}"))
+
+
+def _known(name: str, kind: str, families: Mapping[str, str]) -> str:
+    known = {family.partition(":")[0]: family for family in families}
+    if kind not in known:
+        other = GENERATION if families is FAMILIES else FAMILIES
+        if any(family.partition(":")[0] == kind for family in other):
+            what = "text to generate" if families is FAMILIES else "classification"
+            raise ConfigError(f"task {name!r} is {what}, and here a task of the other kind is wanted: {list(known)[:6]} ...")
+        near = [known[k] for k in get_close_matches(kind, known, n=2)] or list(families)
+        raise ConfigError(f"task {name!r} is not known. Nearest: {near}.")
+    return known[kind]
 
 
 def _existing(name: str, folder: bool, what: str) -> Path:
@@ -66,4 +139,5 @@ def _reader(kind: str) -> Callable[[Path, Path | None], Task]:
     return {"image-folder": image_folder.load, "csv": csv_text.load}[kind]
 
 
-__all__ = ["FAMILIES", "SPLITS", "Encoded", "Split", "Task", "TaskRef", "accuracy", "find_task"]
+__all__ = ["FAMILIES", "GENERATION", "SPLITS", "Encoded", "GenerationRef", "GenerationTask", "Record", "Report", "Sample",
+           "Split", "Task", "TaskRef", "find_generation", "find_task"]

@@ -24,10 +24,10 @@ SHARES = (0.6, 0.2, 0.2)  # train, validation, test, where one file or folder ho
 
 @dataclass(frozen=True)
 class Split:
-    """Raw examples of one split; `items[i]` has the class number `labels[i]`."""
+    """Raw examples of one split; `items[i]` has the class number `labels[i]`, or this score where a task is a regression."""
 
     items: Sequence[Any]
-    labels: Sequence[int]
+    labels: Sequence[float]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,15 +38,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task. `family` is "image" or "text"; `notes` say what was decided without being asked."""
+    """A classification task, or a regression where `classes` is empty.
+
+    `family` is "image" or "text"; `notes` say what was decided without being asked; `metric` is a name in `metrics.METRICS`.
+    """
 
     name: str
     family: str
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
     notes: tuple[str, ...] = ()
-
-    metric = "accuracy"
+    metric: str = "accuracy"
 
 
 class Encoded(Protocol):
@@ -64,12 +66,7 @@ class Encoded(Protocol):
         ...
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The share of rows [n, classes] whose largest logit is the label's; between 0 and 1."""
-    return float((logits.argmax(dim=1) == labels).double().mean())
-
-
-def stratified(labels: Sequence[int], shares: Sequence[float], seed: int = SPLIT_SEED) -> list[list[int]]:
+def stratified(labels: Sequence[float], shares: Sequence[float], seed: int = SPLIT_SEED) -> list[list[int]]:
     """Row numbers split by `shares` (sum 1) within every class: a function of labels, shares and seed alone.
 
     Every part gets at least one row of each class, so a class needs as many rows as there are parts.

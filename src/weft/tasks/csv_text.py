@@ -6,9 +6,6 @@ The label is the column `label`. The text is `text` or `sentence`, or the first 
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from ..errors import WeftError
 from .base import Split, Task, digest, divide
+from .files import table
 
 COLUMNS = (("sentence1", "sentence2"), ("text1", "text2"), ("text", "text2"), ("question", "sentence"),
            ("text", None), ("sentence", None))
@@ -43,7 +41,7 @@ def load(path: Path, test: Path | None) -> Task:
 
 def _read(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
     """Texts as tuples of one or two strings, and the labels as written."""
-    header, rows = _rows(path)
+    header, rows = table(path)
     pair = next((p for p in COLUMNS if all(c is None or c in header for c in p)), None)
     if "label" not in header or pair is None:
         raise WeftError(f"{path}: the header is {header}. It needs the column 'label', and 'text' or 'sentence' (or a "
@@ -61,22 +59,6 @@ def _read(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
     if not texts:
         raise WeftError(f"{path}: a header and no rows.")
     return texts, labels
-
-
-def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    try:
-        held = path.read_bytes()
-        text = (gzip.decompress(held) if path.suffix == ".gz" else held).decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise WeftError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    tabs = ".tsv" in path.suffixes
-    stream = io.StringIO(text, newline="")
-    reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
-    try:
-        rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise WeftError(f"{path}, line {reader.line_num}: {error}") from None
-    return ([name.strip() for name in rows[0][1]], rows[1:]) if rows else ([], [])
 
 
 @dataclass(frozen=True)
@@ -109,4 +91,5 @@ def encode(split: Split, tokenizer: Any, limit: int, pad: int) -> TextSplit:
     coded = tokenizer(*columns, truncation=True, max_length=limit, padding=False)
     keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in coded]
     rows = [{key: list(coded[key][i]) for key in keys} for i in range(len(split))]
-    return TextSplit(rows, torch.tensor(split.labels, dtype=torch.int64), pad)
+    scores = any(isinstance(label, float) for label in split.labels)
+    return TextSplit(rows, torch.tensor(split.labels, dtype=torch.float32 if scores else torch.int64), pad)

@@ -48,6 +48,7 @@ class Prepared:
     missing: list[str]
     fingerprint: str
     notes: list[str] = field(default_factory=list)
+    metric: str = "accuracy"
 
 
 def find_model(name: str) -> ModelRef:
@@ -91,14 +92,14 @@ def prepare(task: Task, ref: ModelRef, most: dict[str, int | None]) -> Prepared:
             notes.append(f"{name}: {len(split)} of {len(task.splits[name])} examples are used (--budget {name}=N "
                          "changes that).")
         splits[name] = encode(split)
-    return Prepared(model.eval(), splits, task.classes, missing, fingerprint, notes)
+    return Prepared(model.eval(), splits, task.classes, missing, fingerprint, notes, task.metric)
 
 
 def _load_model(ref: ModelRef, task: Task) -> tuple[nn.Module, list[str]]:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local,
-                                                     num_labels=len(task.classes))
+                                                     num_labels=len(task.classes) or 1)
     model, report = getattr(transformers, _CLASS[task.family]).from_pretrained(
         ref.source, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
         output_loading_info=True, local_files_only=ref.local)

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from ..errors import ConfigError, WeftError
 from ..model.adapter import Adapter
-from ..tasks import Encoded, accuracy
+from ..tasks import Encoded
+from ..tasks.metrics import of_logits
 from .audit import Snapshot, audit, release, snapshot
 
 AUDIT_AFTER = 3  # steps: LoRA's B starts at 0, so A moves from the second step on; the third leaves a margin
@@ -54,7 +55,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Score:
-    """Metric (between 0 and 1) and mean cross-entropy on one split."""
+    """The task's metric and the mean loss on one split."""
 
     score: float
     loss: float
@@ -96,25 +97,32 @@ def train(model: nn.Module, adapter: Adapter, examples: Encoded, recipe: Recipe,
 
 def _step(model: nn.Module, optimiser: torch.optim.Optimizer, examples: Encoded, rows: Tensor, device: torch.device,
           step: int) -> float:
-    loss = loss_of(model, examples, rows, device)
-    value = float(loss.detach())
+    mean = loss_of(model, examples, rows, device)
+    value = float(mean.detach())
     if not math.isfinite(value):
         raise DivergedError(f"the loss became {value} at step {step}")
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    mean.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
     return value
 
 
 def loss_of(model: nn.Module, examples: Encoded, rows: Tensor, device: torch.device) -> Tensor:
-    """Mean cross-entropy of these rows."""
+    """Mean loss of these rows."""
     inputs = {key: value.to(device) for key, value in examples.batch(rows).items()}
-    return cross_entropy(model(**inputs).logits, examples.labels[rows].to(device))
+    return loss(model(**inputs).logits, examples.labels[rows].to(device))
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of classes [n] from logits [n, classes], or mean squared error of scores [n] from [n, 1]."""
+    if labels.is_floating_point():
+        return mse_loss(logits.float().squeeze(-1), labels)
+    return cross_entropy(logits, labels)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, examples: Encoded, batch: int = 128) -> Score:
-    """Score a split with the model in eval mode; the mode is put back."""
+def evaluate(model: nn.Module, examples: Encoded, batch: int = 128, metric: str = "accuracy") -> Score:
+    """Score a split, by a metric of `tasks.metrics`, with the model in eval mode; the mode is put back."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -124,7 +132,7 @@ def evaluate(model: nn.Module, examples: Encoded, batch: int = 128) -> Score:
         parts.append(model(**inputs).logits.float().cpu())
     model.train(was_training)
     logits = torch.cat(parts)
-    return Score(accuracy(logits, examples.labels), float(cross_entropy(logits, examples.labels)))
+    return Score(of_logits(metric, logits, examples.labels), float(loss(logits, examples.labels)))
 
 
 def renew(model: nn.Module, modules: Iterable[str], seed: int) -> None:

@@ -1,0 +1,194 @@
+"""What is compared: the limit, Weft's methods, full fine-tuning; peers.py has peft's and the dense implementation.
+
+A contender is named "<side>.<method>" with a rank of its own where it needs one: "weft.VeRA:256".
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import weft
+
+from .setup import Setup, layers, twin, wake, weft_targets
+
+LR = 1e-5  # small, and large enough that every step moves the numbers: nothing derived from them may be kept
+STEPS = 10_000  # that a method with a schedule is told, so that all steps clocked lie in its busy phase
+
+# Trained numbers of one layer, as the papers count them.
+COUNTS: Mapping[str, Callable[[int, int, int], int]] = {
+    "LoRA": lambda out, in_, r: r * (out + in_),
+    "DoRA": lambda out, in_, r: r * (out + in_) + out,
+    "VeRA": lambda out, in_, r: out + r,
+    "DVoRA": lambda out, in_, r: 2 * out + r,
+    "LoRAFA": lambda out, in_, r: r * out,
+    "AdaLoRA": lambda out, in_, r: r * (out + in_ + 1),
+    "DyLoRA": lambda out, in_, r: r * (out + in_),
+}
+# Tolerance of the gate: largest difference of the outputs relative to the largest output.
+AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+LEAST_EFFECT = 1e-5  # of an adapter on the outputs; one that is switched off has none at all
+
+
+class IdleError(AssertionError):
+    """A contender that does not do the work whose time would be taken."""
+
+
+@dataclass
+class Contender:
+    """A model ready to be measured. `equation` names what it computes; those of one equation must agree."""
+
+    name: str
+    model: nn.Module
+    trained: dict[str, nn.Parameter]
+    equation: str
+    expected: int
+    optimiser: torch.optim.Optimizer | None = None
+    after_step: Callable[[], None] | None = None
+
+    def loss(self, data: Mapping[str, Tensor]) -> Tensor:
+        found: Tensor = self.model(**data).loss
+        return found
+
+
+def split(name: str, setup: Setup) -> tuple[str, str, Setup]:
+    """Side, method, and the setup with the rank that the name may carry."""
+    base, _, rank = name.partition(":")
+    side, _, method = base.partition(".")
+    return side, method, replace(setup, r=int(rank)) if rank else setup
+
+
+def make(name: str, base: nn.Module, setup: Setup) -> Contender:
+    """A contender over the weights of `base`, with its adapter off its start. Raises ValueError for an unknown name."""
+    from . import peers
+
+    side, method, setup = split(name, setup)
+    if side == "limit":
+        found = _limit(name, base)
+    elif side == "full":
+        found = _full(name, base)
+    elif side == "weft" and method.partition("-")[0] in COUNTS:
+        found = _weft(name, method, base, setup)
+    elif side == "peft":
+        found = peers.peft(name, method, base, setup)
+    elif side == "dense" and method == "DoRA":
+        found = peers.dense_dora(name, base, setup)
+    else:
+        raise ValueError(f"{name!r} is no contender; write limit, full, weft.METHOD, peft.METHOD or dense.DoRA.")
+    if found.optimiser is None and found.trained:
+        found.optimiser = torch.optim.AdamW(found.trained.values(), lr=LR, weight_decay=0.0)
+    if setup.checkpointing:
+        _checkpoint(found.model)
+    if setup.flow or side == "limit":
+        _flow(found.model)
+    found.model.train()
+    return found
+
+
+def _checkpoint(model: Any) -> None:
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.24 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
+def config(method: str, setup: Setup) -> Any:
+    """Weft's configuration of a method by name; "LoRAFA-pre" has its preconditioner on, as peft's optimiser has."""
+    name, _, option = method.partition("-")
+    given: dict[str, Any] = {"r": setup.r, "targets": weft_targets(setup), "dropout": setup.dropout}
+    if name == "LoRAFA":
+        given["precondition"] = option == "pre"
+    elif name == "AdaLoRA":
+        given |= {"total_steps": STEPS, "warm_up": 0.0}
+    return getattr(weft, name)(**given)
+
+
+def attach_awake(method: str, model: nn.Module, setup: Setup, name: str = "default") -> weft.Adapter:
+    adapter = weft.attach(model, config(method, setup), name=name)
+    wake(dict(adapter.named_parameters()))
+    return adapter
+
+
+def expected(method: str, model: nn.Module, setup: Setup) -> int:
+    """Trained numbers by the papers' formula, from the model's own layers."""
+    count = COUNTS[method.partition("-")[0]]
+    return sum(count(out, in_, setup.r) for _, out, in_ in layers(model, setup))
+
+
+def equation(method: str, setup: Setup) -> str:
+    return f"{method.partition('-')[0]}:{setup.r}"
+
+
+def _weft(name: str, method: str, base: nn.Module, setup: Setup) -> Contender:
+    model = twin(base)
+    wanted = expected(method, model, setup)
+    adapter = attach_awake(method, model, setup)
+    return Contender(name, model, dict(adapter.named_parameters()), equation(method, setup), wanted)
+
+
+def _limit(name: str, base: nn.Module) -> Contender:
+    """Forward and backward with everything frozen but the output of the input embedding: no adapter work at all."""
+    return Contender(name, twin(base), {}, "base", 0)
+
+
+def _flow(model: Any) -> None:
+    """Let the gradient flow back to the output of the input embedding, as if something below it were trained."""
+    def ask(module: nn.Module, args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.requires_grad_(True)
+
+    model.get_input_embeddings().register_forward_hook(ask)
+
+
+def _full(name: str, base: nn.Module) -> Contender:
+    model = copy.deepcopy(base).requires_grad_(True)
+    trained = dict(model.named_parameters())
+    return Contender(name, model, trained, "base", sum(p.numel() for p in base.parameters()))
+
+
+def check(contenders: Sequence[Contender], base: nn.Module, data: Mapping[str, Tensor], setup: Setup) -> None:
+    """The gate before any time is taken. Raises IdleError: a wrong number of trained numbers, a tensor without a
+    gradient, an adapter that changes nothing, or two contenders of one equation that compute different things.
+    """
+    with torch.no_grad():
+        outputs: dict[str, Tensor] = {"base": base(**data).logits}
+    for c in contenders:
+        _check_trained(c)
+        found = _gradients(c, data)
+        same = _distance(found, outputs.get(c.equation, found))
+        if same > AGREE[setup.torch_dtype] and not setup.dropout:  # with dropout each draws its own mask
+            raise IdleError(f"{c.name} computes something else than the contender of the same equation before it: the "
+                            f"outputs differ by {same:.1e}.")
+        if c.equation != "base" and _distance(found, outputs["base"]) < LEAST_EFFECT:
+            raise IdleError(f"{c.name} leaves the base's output as it is.")
+        outputs.setdefault(c.equation, found)
+
+
+def _check_trained(c: Contender) -> None:
+    wanting = {id(p) for p in c.model.parameters() if p.requires_grad}
+    trained = sum(p.numel() for p in c.trained.values())
+    if trained != c.expected or wanting != {id(p) for p in c.trained.values()}:
+        raise IdleError(f"{c.name} trains {trained:,} numbers in {len(c.trained)} tensors, of {len(wanting)} that ask for a "
+                        f"gradient; the formula gives {c.expected:,}.")
+
+
+def _gradients(c: Contender, data: Mapping[str, Tensor]) -> Tensor:
+    """The logits of a forward whose backward reached every trained tensor."""
+    out = c.model(**data)
+    out.loss.backward()
+    for name, p in c.trained.items():
+        if p.grad is None or not bool(p.grad.isfinite().all()) or not bool(p.grad.any()):
+            raise IdleError(f"{c.name}: {name!r} got no gradient, or one that is not finite.")
+        p.grad = None
+    found: Tensor = out.logits.detach()
+    return found
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max())

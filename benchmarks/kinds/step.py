@@ -1,0 +1,67 @@
+"""A training step: forward and backward, the optimiser's step apart and together.
+
+The optimiser steps in every round, inside or outside what is compared: what a method derives from its numbers (DoRA's
+norm) is stale after it, as in training, and is computed again within the time of the next forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..contenders import Contender, check, make
+from ..norms import norm_counter
+from ..setup import Setup, batch, build, layers
+from ..timing import Rounds, Work, interleave
+
+
+def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:
+    """Metrics: forward, backward, step (both), optimiser, whole (all three), and norms where DoRA's are counted."""
+    base = build(setup)
+    made = [make(name, base, setup) for name in contenders]
+    data = [batch(setup, seed) for seed in range(1, setup.accumulate + 1)]
+    check(made, base, data[0], setup)
+    samples: dict[str, Any] = interleave({c.name: work(c, data) for c in made}, rounds)
+    sites = sum(1 for _ in layers(base, setup))
+    for c in made:
+        count = _norms(c, data)
+        if count is not None:
+            samples[c.name]["norms"] = [count / sites]
+    return {"samples": samples}
+
+
+def work(c: Contender, data: list[dict[str, Tensor]]) -> Work:
+    def run() -> Mapping[str, float]:
+        forward = backward = 0.0
+        if c.optimiser is not None:
+            c.optimiser.zero_grad(set_to_none=True)
+        for micro in data:
+            started = time.perf_counter()
+            loss = c.loss(micro) / len(data)
+            middle = time.perf_counter()
+            loss.backward()  # type: ignore[no-untyped-call]
+            forward, backward = forward + middle - started, backward + time.perf_counter() - middle
+            del loss
+        started = time.perf_counter()
+        if c.optimiser is not None:
+            c.optimiser.step()
+        if c.after_step is not None:
+            c.after_step()
+        optimiser = time.perf_counter() - started
+        step = forward + backward
+        return {"forward": forward, "backward": backward, "step": step, "optimiser": optimiser, "whole": step + optimiser}
+
+    return run
+
+
+def _norms(c: Contender, data: list[dict[str, Tensor]]) -> int | None:
+    """Norms that Weft computes in one whole step; None where it has no counter, or the contender is not Weft's."""
+    counter = norm_counter() if c.name.startswith("weft.D") else None
+    if counter is None:
+        return None
+    before = counter()
+    work(c, data)()
+    return counter() - before

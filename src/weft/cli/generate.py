@@ -1,0 +1,38 @@
+"""`weft generate`: text from a model, with an adapter or without."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "continue a prompt with a model, with an adapter or without"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="M", help="the base: a local directory or a hub name")
+    add("--adapter", metavar="DIR", help="what weft train, weft.save or peft wrote (default: the base alone)")
+    add("--prompt", required=True, action="append", metavar="TEXT", help="what to continue; may be given again")
+    add("--chat", action="store_true", help="the prompt is a user's message for the tokenizer's chat template")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of model.generate, for example "
+                                                                        "num_beams=4, or do_sample=True")
+    add("--seed", type=int, default=0, metavar="N", help="for do_sample=True (default: 0)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base's weights")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): CUDA where there is one")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..errors import ConfigError
+    from ..training.use import generate, open_model
+    from .plan import setting
+
+    if args.max_new_tokens < 1:
+        raise ConfigError("--max-new-tokens is a whole number, 1 or more.")
+    settings = {"max_new_tokens": args.max_new_tokens, **dict(setting(text) for text in args.set)}
+    opened = open_model(args.model, args.adapter, args.dtype, args.device)
+    torch.manual_seed(args.seed)
+    for text in generate(opened, args.prompt, settings, args.chat):
+        print(text)
+    return 0

@@ -1,0 +1,104 @@
+"""What a generation task is: samples to train on, records to answer, how to decode, and how to score the answers.
+
+It knows no model, no method and no tokenizer. A trainer tokenizes `train_samples()` with the loss on the completion, lets
+the model continue each record's `prompt` with `generation`, and hands the text back to `metrics`, in the records' order.
+
+A completion starts where its prompt ends: the two are joined without anything between them, so a space or line break
+that belongs there is in one of them. What ends an answer (the end-of-text token) is the trainer's to add and to strip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from ..errors import ConfigError, WeftError
+
+
+class Sample(TypedDict):
+    """One example to train on."""
+
+    prompt: str
+    completion: str
+
+
+class _Grouped(TypedDict, total=False):
+    group: str  # the data set that a record is of, where a task is made of several
+
+
+class Record(_Grouped):
+    """One prompt to answer, and every answer that is right; a metric decides what being near to them is worth."""
+
+    prompt: str
+    references: list[str]
+
+
+Scores = dict[str, float | None]
+Scorer = Callable[[Sequence[str], Sequence[Record]], "Report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores as the metric's own tool prints them. A metric that could not run is None, and `reasons` says why.
+
+    notes: how a score was computed, where that was not the usual way.
+    """
+
+    scores: Scores
+    reasons: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationTask:
+    """A task whose answer is text.
+
+    samples: what to train on. records: by split ("validation", "test"; either may be missing). generation: keyword
+    arguments of `model.generate`, the paper's decoding. scorer: outputs and their records to a `Report`, which has
+    `main_metric` among its scores; more of it is better. notes: what was decided without being asked.
+    """
+
+    name: str
+    samples: Sequence[Sample]
+    records: Mapping[str, Sequence[Record]]
+    generation: Mapping[str, Any]
+    main_metric: str
+    scorer: Scorer
+    notes: tuple[str, ...] = ()
+
+    def train_samples(self) -> list[Sample]:
+        """All samples, in the order of their file. Raises WeftError: the task was loaded without training data."""
+        if not self.samples:
+            raise WeftError(f"task {self.name!r} has no training data; it can be evaluated only.")
+        return list(self.samples)
+
+    def eval_records(self, split: str) -> list[Record]:
+        """The records of "validation" or "test", each prompt once. Raises ConfigError: no such split here."""
+        if split not in self.records:
+            raise ConfigError(f"task {self.name!r} has no split {split!r}. It has {sorted(self.records)}.")
+        return list(self.records[split])
+
+    def report(self, outputs: Sequence[str], split: str) -> Report:
+        """Score one output for each of `eval_records(split)`, in that order. Raises WeftError: another number of them."""
+        records = self.eval_records(split)
+        if len(outputs) != len(records):
+            raise WeftError(f"task {self.name!r}: {len(outputs)} outputs for {len(records)} records of {split!r}.")
+        return self.scorer(outputs, records)
+
+    def metrics(self, outputs: Sequence[str], split: str) -> Scores:
+        """The scores of `report`, without the reasons for missing ones."""
+        return self.report(outputs, split).scores
+
+
+def grouped(pairs: Iterable[tuple[str, str]]) -> list[Record]:
+    """One record a prompt, with all its references, in the order in which prompts first appear."""
+    found: dict[str, list[str]] = {}
+    for prompt, reference in pairs:
+        found.setdefault(prompt, []).append(reference)
+    return [{"prompt": prompt, "references": references} for prompt, references in found.items()]
+
+
+def references_only(groups: Iterable[Sequence[str]]) -> list[Record]:
+    """Records for scoring files, where nobody asks for the prompt."""
+    return [{"prompt": "", "references": list(group)} for group in groups]

@@ -1,0 +1,169 @@
+"""Checkpoints that a run goes on from: what is in one, when one is whole, and whether it belongs to this run.
+
+    checkpoint-N/   adapter_model.safetensors, adapter_config.json   the adapter, as weft.save writes it
+                    weft_state.safetensors                           what the method carries from step to step
+                    optimizer.pt scheduler.pt rng_state.pth trainer_state.json     the Trainer's
+                    complete.json                                    sizes and checksums of all these, written last
+
+complete.json is renamed into its place when all else is on the disk: a folder without it is half-written and never taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..checkpoint import files
+from ..checkpoint.load import load
+from ..errors import CheckpointError, ConfigError
+from ..model.adapter import Adapter
+from ..model.attach import detach
+from ..model.state import state_of
+from ..model.switch import activate
+
+STATE, COMPLETE = "weft_state.safetensors", "complete.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+# What may differ when a run goes on: where things lie (what is in them is compared), and what is only said or kept.
+MAY_DIFFER = ("out", "model.path", "model.tokenizer", "data.train", "data.eval", "data.chat_template", "data.config",
+              "data.split", "data.eval_split", "data.columns", "train.device", "eval.batch", "save", "log")
+
+
+def write_state(adapter: Adapter, folder: Path) -> None:
+    """The buffers of the method, and the names of the trained tensors in the optimiser's order."""
+    names = json.dumps([name for name, _ in adapter.named_parameters()])
+    tensors = {name: t.cpu().contiguous() for name, t in adapter.training_state().items()}
+    files.replace(folder / STATE, lambda path: save_file(tensors, str(path), metadata={"trained": names}))
+
+
+@torch.no_grad()
+def read_state(adapter: Adapter, folder: Path) -> None:
+    """Put the tensors and buffers of a checkpoint into an attached adapter. Raises CheckpointError where they do not fit."""
+    refill(adapter, folder)
+    tensors, metadata = files.read_tensors(folder / STATE)
+    mine = [name for name, _ in adapter.named_parameters()]
+    if json.loads(metadata.get("trained", "[]")) != mine:
+        raise CheckpointError(f"{folder} was saved with other trained tensors, or with these in another order.")
+    adapter.load_training_state(tensors)
+
+
+@torch.no_grad()
+def refill(adapter: Adapter, folder: Path) -> None:
+    """The trained tensors alone, from an adapter that `weft.save` wrote; they stay the same Parameters."""
+    model, name = adapter.model, "weft-refill"
+    stored = load(model, folder, name=name)
+    try:
+        theirs, mine = dict(stored.named_parameters()), dict(adapter.named_parameters())
+        if theirs.keys() != mine.keys():
+            odd = sorted(theirs.keys() ^ mine.keys())
+            raise CheckpointError(f"{folder} and this run train different tensors; on one side only: {odd[:6]}.")
+        for key, parameter in mine.items():
+            parameter.copy_(theirs[key])
+    finally:
+        detach(model, name)
+        activate(state_of(model), adapter.name)
+
+
+def complete(folder: Path) -> None:
+    """Everything in the folder is on the disk; then the file that says so."""
+    listed = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != COMPLETE:
+            flush(path)
+            listed[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    flush(folder)
+    text = json.dumps({"schema": 1, "files": listed}, indent=1) + "\n"
+    files.replace(folder / COMPLETE, lambda path: path.write_text(text, encoding="utf-8"))
+    flush(folder.parent)
+
+
+def newest(folder: Path) -> tuple[Path, int] | None:
+    """The whole checkpoint with the most steps, and the steps; None where there is none. Damaged ones are passed over."""
+    return next(((path, step) for step, path in _numbered(folder) if is_whole(path)), None)
+
+
+def is_whole(folder: Path) -> bool:
+    """complete.json is there, and every file that it lists is as it says."""
+    try:
+        listed = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == entry["bytes"] and _digest(folder / name) == entry["sha256"]
+                   for name, entry in listed.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Leave the `keep` newest whole checkpoints, and nothing half-written."""
+    kept = 0
+    for _, path in _numbered(folder):
+        if (path / COMPLETE).is_file() and kept < keep:
+            kept += 1
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Raises ConfigError, naming what differs between the identity of the stored run and that of this one."""
+    for key, text in (("model", "the model's weights"), ("train", "the training data"), ("eval", "the evaluation data"),
+                      ("processes", "the number of processes")):
+        if before.get(key) != now.get(key):
+            raise ConfigError(f"{where} holds a run with other values in {text} ({before.get(key)} there, {now.get(key)} "
+                              "here). Give what it was started with, or another out.")
+    theirs, mine = before["trained"], now["trained"]
+    odd = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+    if odd:
+        there, here = (side.get(odd[0], "not trained") for side in (theirs, mine))
+        raise ConfigError(f"{where} holds a run that trains other tensors: {odd[0]!r} is {there} there and {here} here "
+                          f"({len(odd)} differ).")
+
+
+def check_config(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Raises ConfigError, naming the keys of the resolved configuration that must be what they were."""
+    theirs, mine = flat(before), flat(now)
+    for key in {**theirs, **mine}:
+        free = any(key == name or key.startswith(name + ".") for name in MAY_DIFFER)
+        if not free and theirs.get(key) != mine.get(key):
+            raise ConfigError(f"{where} holds a run with {key}={theirs.get(key)!r}, and this one has {mine.get(key)!r}. "
+                              "Go on with what it was started with, or give another out.")
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def flush(path: Path) -> None:
+    """Contents, or for a directory its renames, are on the disk."""
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    found = [(int(match[1]), path) for path in (folder.iterdir() if folder.is_dir() else ())
+             if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+

@@ -1,0 +1,109 @@
+"""The configuration of `weft train`: what cannot be meant is refused by name, before anything is loaded."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+import weft
+from weft.cli import main
+from weft.training.config import RunConfig, dump, from_dict, read_config, to_dict
+
+SECTIONS = {name: hint for name, hint in get_type_hints(RunConfig).items() if hasattr(hint, "__dataclass_fields__")}
+
+LEAST = "out: o\nmodel: {path: m}\nmethod: {name: LoRA}\ndata: {train: d.jsonl}\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(LEAST)
+    return path
+
+
+def test_defaults_overrides_and_the_resolved_file_say_the_same(file, tmp_path):
+    config = read_config(file, ["optim.lr=1e-3", "method.r=4", "optim.lr_factors.B=16", "log.report_to=[wandb]"])
+    assert (config.optim.lr, config.method, config.optim.lr_factors) == (1e-3, weft.LoRA(r=4), {"B": 16.0})
+    assert config.log.report_to == ("wandb",) and config.train.batch == 8
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert read_config(again) == config
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(("setting", "said"), [
+    ("optim.learning_rat=1", "optim.learning_rat is not known"),
+    ("train.batchs=3", "Nearest: train.batch"),
+    ("modle={path: x}", "modle is not known. Nearest: model"),
+    ("optim.lr=abc", "optim.lr='abc': write a number"),
+    ("optim.lr=true", "optim.lr=True: write a number"),
+    ("optim.lr=0", "optim.lr=0.0: it must be above 0"),
+    ("train.steps=2.5", "train.steps=2.5: write a whole number"),
+    ("train=3", "train=3: write a mapping"),
+    ("log.report_to=wandb", "log.report_to='wandb': write a list"),
+    ("log.report_to=[wanb]", "'wanb' is not known. Nearest: wandb"),
+    ("method.rank=3", "method: LoRA has no field 'rank'"),
+    ("method.r=0", "method: LoRA(r=0)"),
+    ("method.name=LoRB", "Nearest: ['LoRA', 'LoRAFA']"),
+    ("method=LoRA", "method: write a mapping with a name"),
+    ("optim.lr_factors.C=2", "LoRA trains no tensor of that name. It trains A, B"),
+    ("optim.schedule=lineer", "Nearest: linear"),
+    ("eval.best=loss", "eval.best needs evaluation data"),
+    ("data.eval_share=1", "data.eval_share=1.0: it must be 0 or more and below 1"),
+    ("task=e2e", "task='e2e' brings its data"),
+    ("data.train=null", "data.train and task: give one of them"),
+    ("train.steps", "write KEY=VALUE"),
+    ("out.x=1", "'out' is a value and has no keys below it"),
+    ("optim.lr=[", "is no readable YAML"),
+])
+def test_what_cannot_be_meant_is_one_line_and_status_2(file, capsys, setting, said):
+    assert main(["train", str(file), "--set", setting]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_two_that_exclude_each_other(file, capsys):
+    for settings, said in (
+        (["train.steps=5", "train.epochs=1"], "give one of them"),
+        (["data.eval_share=0.1", "eval.patience=2"], "eval.patience needs eval.best"),
+        (["data.eval=x.csv", "data.eval_share=0.1"], "take one"),
+        (["data.train=null", "task=e2e", "data.format=text"], "data.format has no meaning"),
+        (["train.steps=5", "optim.warm_up=5"], "all of train.steps=5"),
+    ):
+        assert main(["train", str(file), *(w for s in settings for w in ("--set", s))]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_key_that_stands_twice_and_files_that_are_not_there(file, tmp_path, capsys):
+    file.write_text(LEAST + "out: other\n")
+    assert main(["train", str(file)]) == 2
+    assert "'out' stands twice" in capsys.readouterr().err
+    file.write_text(LEAST.replace("d.jsonl", str(tmp_path / "pears.jsonl")))
+    (tmp_path / "pairs.jsonl").write_text("")
+    assert main(["train", str(file)]) == 2
+    assert "there is no such file. Nearest: pairs.jsonl" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_numbers_as_people_write_them(file):
+    for text, value in (("1e-3", 1e-3), ("5E-4", 5e-4), (".5", 0.5), ("2", 2.0), ("1_0e-1", 1.0)):
+        assert read_config(file, [f"optim.lr={text}"]).optim.lr == value
+
+
+def test_the_examples_are_valid_and_the_page_names_every_key_and_no_other():
+    root = Path(__file__).resolve().parents[2]
+    examples = sorted((root / "recipes" / "examples").glob("*.yaml"))
+    assert len(examples) >= 3
+    for path in examples:
+        read_config(path)
+    table = (root / "docs" / "train.md").read_text().split("## Every key")[1].split("\n## ")[0]
+    first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {key for cell in first for key in re.findall(r"`([a-z_.]+)`", cell)}
+    wanted = set()
+    for section in fields(RunConfig):
+        inner = SECTIONS.get(section.name)
+        wanted |= {section.name} if inner is None else {f"{section.name}.{f.name}" for f in fields(inner)}
+    assert named - {"method.name"} == wanted - {"method"}
