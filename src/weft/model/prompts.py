@@ -8,18 +8,20 @@ the stack that does either is where virtual tokens enter. Everything here is a c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..methods.base import Prompt
 from . import attention, roles
 from .layer import adopt, is_adapted
 from .plan import Frozen
+from .state import find_state
 from .structure import base_modules
 from .virtual import Entry, Gate, looks_back, parameters_of
 
@@ -138,6 +140,21 @@ def install(state: State, adapter: Adapter) -> None:
             adopt(site.host.module, state.switch, before)
     if rule.at == "attention":
         attention.claim(site.host.module for site in adapter.sites.values())
+
+
+@contextmanager
+def answering(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
+    """Tell virtual tokens where the answers begin, around a forward that is not given the labels."""
+    state = find_state(model)
+    gate = state.gate if state is not None else None
+    if gate is None or not gate.decoder or not gate.next_token:
+        yield
+        return
+    gate.told = labels
+    try:
+        yield
+    finally:
+        gate.told = None
 
 
 def uninstall(state: State, adapter: Adapter) -> None:

@@ -62,7 +62,8 @@ class Gate:
         if not self.decoder:
             self._watch_encoder(entry)
             return
-        if _next_token(self.above):
+        self.next_token = _next_token(self.above)
+        if self.next_token:
             self._hooks += [m.register_forward_pre_hook(partial(self.see_labels, parameters_of(type(m))), with_kwargs=True)
                             for m in self.above]
         if self.speaker is not None:
@@ -79,12 +80,14 @@ class Gate:
     def _forget(self) -> None:
         self.frame: Frame | None = None
         self.labels: Tensor | None = None
+        self.told: Tensor | None = None  # labels that the forward itself is not given
         self.through = False  # the blocks have run, and what comes behind them runs now
         self.prompt: int | None = None  # columns of the prompt, while `generate` runs
         self._frames: deque[tuple[int, Frame]] = deque(maxlen=_MEMORY)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "frame": None, "labels": None, "prompt": None, "_frames": deque(maxlen=_MEMORY)}
+        passing = dict.fromkeys(("frame", "labels", "told", "prompt"))
+        return {**self.__dict__, **passing, "_frames": deque(maxlen=_MEMORY)}
 
     def add(self, name: str, rule: Any) -> None:
         self.rules[name] = rule
@@ -113,6 +116,7 @@ class Gate:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the model: put the virtual tokens into its input, or shift positions for a prefix."""
         labels, self.labels, self.frame, self.through = self.labels, None, None, False
+        labels = labels if labels is not None else self.told
         active, given = self.switch.active, named(self._names, args, kwargs)
         rule = self.rules.get(active) if isinstance(active, str) else None
         virtual = rule is not None and rule.at != "attention"
