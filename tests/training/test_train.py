@@ -319,10 +319,10 @@ def test_virtual_tokens_behind_the_prompt_stand_before_the_answer_while_it_train
         ids = torch.tensor([prompt + said + [2]])
         with torch.no_grad():  # as when it generates: the prompt, and then the answer behind it in the cache
             out = done.model.eval()(ids[:, : len(prompt)], use_cache=True)
-            cache = {key: out[key] for key in ("cache", "past_key_values") if key in out}
-            logits = [out.logits[0, -1], *(
-                done.model(ids[:, k : k + 1], attention_mask=torch.ones(1, k + 1, dtype=torch.long), **cache).logits[0, -1]
-                for k in range(len(prompt), ids.shape[1] - 1))]
+            key = next(key for key in ("cache", "past_key_values") if key in out)
+            steps = [done.model(ids[:, k : k + 1], attention_mask=torch.ones(1, k + 1, dtype=torch.long), **{key: out[key]})
+                     for k in range(len(prompt), ids.shape[1] - 1)]
+            logits = [one.logits[0, -1] for one in (out, *steps)]
         total += float(cross_entropy(torch.stack(logits), ids[0, len(prompt):], reduction="sum"))
         count += len(said) + 1
     assert done.evaluation["loss"] == pytest.approx(total / count, rel=1e-5)
