@@ -47,7 +47,7 @@ def config(place, out, **changes):
             "train": {"steps": 4, "batch": 4, "device": "cpu"}}
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        data[section] = {**data.get(section, {}), name: value}
+        data[section] = {**data.get(section, {}), name: value} if name else value
     return from_dict(data)
 
 
@@ -305,3 +305,24 @@ def test_generate_continues_as_one_prompt_alone_would(place, capsys):
     assert out == alone
     assert main([*words, "--set", "num_beam=2"]) == 2
     assert "Nearest: num_beams" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["PreEmbed", "PreLayer"])
+def test_virtual_tokens_behind_the_prompt_stand_before_the_answer_while_it_trains(place, tmp_path, method):
+    """The Trainer takes the labels out of a batch for a loss of one's own; the model must know them all the same."""
+    done, _ = run(place, tmp_path / "a", data__eval=str(place / "pairs.jsonl"), eval__batch=5,
+                  method={"name": method, "l_p": 1, "l_i": 2})
+    total = count = 0
+    for line in (place / "pairs.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt, said = (done.tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion"))
+        ids = torch.tensor([prompt + said + [2]])
+        with torch.no_grad():  # as when it generates: the prompt, and then the answer behind it in the cache
+            out = done.model.eval()(ids[:, : len(prompt)], use_cache=True)
+            key = next(key for key in ("cache", "past_key_values") if key in out)
+            steps = [done.model(ids[:, k : k + 1], attention_mask=torch.ones(1, k + 1, dtype=torch.long), **{key: out[key]})
+                     for k in range(len(prompt), ids.shape[1] - 1)]
+            logits = [one.logits[0, -1] for one in (out, *steps)]
+        total += float(cross_entropy(torch.stack(logits), ids[0, len(prompt):], reduction="sum"))
+        count += len(said) + 1
+    assert done.evaluation["loss"] == pytest.approx(total / count, rel=1e-5)

@@ -17,17 +17,20 @@ the prefix lies in the key-value cache. "kept": they count from 0. Models withou
 (BERT) have nothing to shift.
 
 Where PreEmbed and PreLayer put them. In a decoder: `before` before the first column, `after` behind the prompt, that is
-behind the last real token of each row; in training before the first label that is not -100. They take up positions, and
+behind the last real token of each row; in training before the first label that is not -100 (of a model that generates:
+the labels of a token classifier say nothing of the prompt). They take up positions, and
 what the user sees has the shape it always has: the logits at the prompt's last token, which predict the first token of
 the answer, are those of the last `after`. In an encoder (BERT, ViT) they stand behind the embedding module and have no
-position embedding; attention there knows no order, so before and after are the same and real tokens keep their positions.
+position embedding; attention there knows no order, so before and after are the same, real tokens keep their positions, and
+each answers for itself; a pooler reads real tokens only. Encoders whose tokens look back only (CLIP's text) are refused.
 The state after the last block is not replaced: no real token reads it. Where nothing stands behind the prompt (a classifier
 on the last token), the `after` of all blocks but the last is read by nobody, gets no gradient, and the audit says so.
 
 Not mergeable, and no export to LoRA: they are no change of weights. Rows of one batch may mix prefixes, not virtual tokens.
 Dtype: float32 unless asked. Raises ConfigError for values that cannot be meant; at attach TargetError where a model's
 attention does not go through transformers' AttentionInterface, or its embeddings are not within reach.
-A prefix is seen by every token, in layers with a sliding window too; virtual tokens are tokens, and fall out of it.
+A prefix is seen by every token, in layers with a sliding window too; virtual tokens are tokens, and fall out of it: left
+padding stands between them and the prompt, so there, and nowhere else, it changes what a row sees.
 Sources: Prefix arXiv:2101.00190, equation 3 and section 4.3; PreEmbed and PreLayer arXiv:2106.09685, section 5.1 (after
 arXiv:2104.08691). Differs from them: Li and Liang start from the activations of real words. Cross-attention gets no prefix.
 """

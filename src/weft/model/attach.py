@@ -38,7 +38,8 @@ class Parts:
 def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
     """Attach `config` to `model` in place, freeze the base, make the adapter active, and return its handle.
 
-    No wrapper is made and no base parameter is renamed. The output is unchanged until the adapter is trained.
+    No wrapper is made and no base parameter is renamed. The output is unchanged until the adapter is trained, but for
+    the methods that say `starts_at_base = False` (Prefix, PreEmbed, PreLayer).
     A failed attach leaves the model as it was. Adapters share a model under different names.
 
     Raises ConfigError (not a Weft configuration, bad name), TargetError (the targets do not fit the model),

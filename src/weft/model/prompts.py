@@ -8,20 +8,22 @@ the stack that does either is where virtual tokens enter. Everything here is a c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..methods.base import Prompt
 from . import attention, roles
 from .layer import adopt, is_adapted
 from .plan import Frozen
+from .state import find_state
 from .structure import base_modules
-from .virtual import Gate, parameters_of
+from .virtual import Entry, Gate, looks_back, parameters_of
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -55,15 +57,6 @@ class PromptHost:
             attention.register()
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where virtual tokens enter: the module, and whether it is a decoder (by `inputs_embeds`) or an encoder."""
-
-    name: str
-    module: nn.Module
-    decoder: bool
-
-
 def places(root: nn.Module, at: str) -> tuple[dict[str, PromptHost], list[Frozen]]:
     """The hosts by module name, and what could have been one and is not. Raises TargetError, naming what is needed."""
     if at == "attention":
@@ -72,9 +65,9 @@ def places(root: nn.Module, at: str) -> tuple[dict[str, PromptHost], list[Frozen
     if entry is None:
         raise TargetError(f"{type(root).__name__} has no place where virtual tokens could enter: needed is a transformers "
                           "model that takes inputs_embeds (GPT-2, Llama) or has a module `embeddings` (BERT, ViT) before "
-                          "its blocks. Take a method that adapts layers, for example LoRA.")
+                          "its blocks, whose tokens all see each other. Take a method that adapts layers, for example LoRA.")
     config = getattr(entry.module, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    if any(getattr(c, "is_encoder_decoder", False) for c in (config, *(getattr(m, "config", None) for m in entry.above))):
         raise TargetError(f"{type(root).__name__} is an encoder-decoder, whose decoder Weft does not give virtual tokens. "
                           "Keys and values (weft.Prefix) can be attached to it.")
     if not entry.decoder and getattr(config, "is_decoder", False):
@@ -107,11 +100,30 @@ def entry_of(root: nn.Module) -> Entry | None:
     while name:
         name = name.rpartition(".")[0]
         module = root.get_submodule(name) if name else root
-        if isinstance(module._modules.get("embeddings"), nn.Module):
-            return Entry(name, module, decoder=False)
+        encodes, back = isinstance(module._modules.get("embeddings"), nn.Module), looks_back(type(module))
+        if encodes and not back:
+            return Entry(name, module, False, _above(root, name), *_behind(root, name, stack))
         if "inputs_embeds" in parameters_of(type(module)) and callable(getattr(module, "get_input_embeddings", None)):
-            return Entry(name, module, decoder=True)
+            return Entry(name, module, True, _above(root, name))
+        if encodes:
+            return None
     return None
+
+
+def _above(root: nn.Module, name: str) -> list[nn.Module]:
+    """The modules around this one, from the root."""
+    parts = name.split(".") if name else []
+    return [root.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+
+
+def _behind(root: nn.Module, name: str, stack: str) -> tuple[nn.Module, list[nn.Module]]:
+    """What ends an encoder's blocks, and the encoder's children after them (a norm, a pooler)."""
+    own = stack[len(name) :].lstrip(".").split(".")[0]
+    children = dict(root.get_submodule(name).named_children())
+    labels, holder = list(children), children[own]
+    if isinstance(holder, nn.ModuleList):  # has no forward of its own
+        holder = root.get_submodule([b.name for b in roles.blocks(root) if b.stack == stack][-1])
+    return holder, [children[label] for label in labels[labels.index(own) + 1 :]]
 
 
 def install(state: State, adapter: Adapter) -> None:
@@ -119,7 +131,7 @@ def install(state: State, adapter: Adapter) -> None:
     rule = adapter.config
     entry = entry_of(state.root)
     if state.gate is None and entry is not None and (rule.at != "attention" or entry.decoder):
-        state.gate = Gate(state.root, entry.module, entry.decoder, state.switch)
+        state.gate = Gate(entry, state.switch)
     if state.gate is not None:
         state.gate.add(adapter.name, rule)
     for site in adapter.sites.values():
@@ -128,6 +140,21 @@ def install(state: State, adapter: Adapter) -> None:
             adopt(site.host.module, state.switch, before)
     if rule.at == "attention":
         attention.claim(site.host.module for site in adapter.sites.values())
+
+
+@contextmanager
+def answering(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
+    """Tell virtual tokens where the answers begin, around a forward that is not given the labels."""
+    state = find_state(model)
+    gate = state.gate if state is not None else None
+    if gate is None or not gate.decoder or not gate.next_token:
+        yield
+        return
+    gate.told = labels
+    try:
+        yield
+    finally:
+        gate.told = None
 
 
 def uninstall(state: State, adapter: Adapter) -> None:

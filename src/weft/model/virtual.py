@@ -4,14 +4,14 @@ A decoder is given `inputs_embeds` with the trained vectors in their places, a w
 count them; of what it returns only the states of real tokens are passed on, so heads, losses and poolers see the shape that
 they know. With a key-value cache they enter with the first tokens and are in the cache from then on; what was entered
 is noted on the cache, so that continuing it under another adapter is an error. In an encoder they stand behind the
-embedding module's output, at the end.
+embedding module's output, at the end, until the last block is through: a norm or a pooler behind it reads real tokens.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, WeftError
+from .frame import Frame, take
 from .layer import sites_of
 from .state import Rows, Switch, recomputed
 
@@ -30,104 +31,63 @@ _MEMORY = 64  # forwards whose backward may still run again
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
-    """One forward with virtual tokens: `before` of them in front, `after` of them behind column `end` of the input.
-
-    `end` is one number, or one a row [rows, 1]. `length` is the input's.
+class Entry:
+    """Where virtual tokens enter: the module, and whether it is a decoder (by `inputs_embeds`) or an encoder. `above`: the
+    modules around it, from the root. Of an encoder, `last` ends the blocks, and `behind` are the module's children after it.
     """
 
-    before: int
-    after: int
-    end: int | Tensor
-    length: int
-    device: torch.device
-
-    @property
-    def total(self) -> int:
-        return self.before + self.length + self.after
-
-    def real(self) -> Tensor:
-        """[1 or rows, length]: the column of every real token."""
-        t = torch.arange(self.length, device=self.device)[None]
-        return t + self.before + self.after * (t >= self.end).long()
-
-    def behind(self) -> Tensor:
-        """[1 or rows, after]: the columns behind the prompt."""
-        j = torch.arange(self.after, device=self.device)[None]
-        return j + self.before + self.end
-
-    def virtual(self) -> Tensor:
-        """[1 or rows, before + after]: all columns of virtual tokens."""
-        first = torch.arange(self.before, device=self.device)[None]
-        behind = self.behind()
-        return torch.cat([first.expand(behind.shape[0], -1), behind], dim=1)
-
-    def seen(self) -> Tensor:
-        """[1 or rows, length]: the column whose state answers for a real token; for the prompt's last token, the last
-        one behind the prompt, since that is what comes before the next token.
-        """
-        t = torch.arange(self.length, device=self.device)[None]
-        real = self.real()
-        return torch.where(t == self.end - 1, real + self.after, real) if self.after else real
-
-    def extend(self, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """x [rows, length, ...] with the virtual tokens' values, [before, ...] and [after, ...] or one a row, in place."""
-        rows = x.shape[0]
-        parts = [first if first.dim() == x.dim() else first[None].expand(rows, *first.shape) for first in (before, after)]
-        virtual, real = self.virtual(), self.real()
-        places = torch.cat([virtual[:, : self.before].expand(real.shape[0], -1), real,
-                            virtual[:, self.before :].expand(real.shape[0], -1)], dim=1)
-        order = places.argsort(dim=1).expand(rows, -1)
-        return take(torch.cat([parts[0].to(x.dtype), x, parts[1].to(x.dtype)], dim=1), order)
-
-    def mask(self, mask: Tensor) -> Tensor:
-        return self.extend(mask, mask.new_ones(self.before), mask.new_ones(self.after))
-
-    def positions(self, given: Tensor) -> Tensor:
-        """Position ids [1 or rows, length] of the real tokens, with those of the virtual ones among them."""
-        t = torch.arange(self.length, device=self.device)[None]
-        moved = given + self.before + self.after * (t >= self.end).long()
-        last = torch.as_tensor(self.end, device=self.device).reshape(-1, 1).expand(moved.shape[0], -1) - 1
-        start = torch.where(last >= 0, given.gather(1, last.clamp(min=0)), -1)
-        behind = start + self.before + 1 + torch.arange(self.after, device=self.device)[None]
-        first = torch.arange(self.before, device=self.device)[None].expand(moved.shape[0], -1)
-        return self.extend(moved, first, behind)
-
-    def of(self, length: int) -> Frame:
-        """The same virtual tokens in an input of another length."""
-        return Frame(self.before, self.after, self.end, length, self.device)
+    name: str
+    module: nn.Module
+    decoder: bool
+    above: Sequence[nn.Module] = ()
+    last: nn.Module | None = None
+    behind: Sequence[nn.Module] = ()
 
 
 class Gate:
     """Where virtual tokens enter one model. `rules` are the prompts attached to it, by adapter name."""
 
-    def __init__(self, root: nn.Module, base: nn.Module, decoder: bool, switch: Switch) -> None:
-        self.root, self.base, self.decoder, self.switch = root, base, decoder, switch
+    def __init__(self, entry: Entry, switch: Switch) -> None:
+        self.base, self.decoder, self.switch = entry.module, entry.decoder, switch
+        self.above, base = tuple(entry.above), entry.module
         self.rules: dict[str, Any] = {}
-        self._names, self._root_names = parameters_of(type(base)), parameters_of(type(root))
+        self._names = parameters_of(type(base))
         self._counts_tokens = "cumsum" in _code_names(type(base))  # OPT's position ids count the mask's tokens
-        self._limit = _learned_positions(base) if decoder else None
+        self._limit = _learned_positions(base) if self.decoder else None
         self._none = Frame(0, 0, 0, 0, torch.device("cpu"))
         self._forget()
         self._hooks = [base.register_forward_pre_hook(self.enter, with_kwargs=True),
                        base.register_forward_hook(self.leave)]
-        if decoder:
-            self._hooks.append(root.register_forward_pre_hook(self.see_labels, with_kwargs=True))
-            self._replaced = root.__dict__.get("generate")
-            if callable(getattr(root, "generate", None)):
-                root.__dict__["generate"] = partial(_generate, self, self._replaced)
-        else:
-            embeddings: nn.Module = base._modules["embeddings"]  # type: ignore[assignment]
-            self._hooks.append(embeddings.register_forward_hook(self.append))
+        self.speaker = next((m for m in reversed(self.above) if callable(getattr(m, "generate", None))), None)
+        if not self.decoder:
+            self._watch_encoder(entry)
+            return
+        self.next_token = _next_token(self.above)
+        if self.next_token:
+            self._hooks += [m.register_forward_pre_hook(partial(self.see_labels, parameters_of(type(m))), with_kwargs=True)
+                            for m in self.above]
+        if self.speaker is not None:
+            self._replaced = self.speaker.__dict__.get("generate")
+            self.speaker.__dict__["generate"] = partial(_generate, self, self._replaced)
+
+    def _watch_encoder(self, entry: Entry) -> None:
+        embeddings: nn.Module = self.base._modules["embeddings"]  # type: ignore[assignment]
+        self._hooks.append(embeddings.register_forward_hook(self.append))
+        if entry.last is not None:
+            self._hooks.append(entry.last.register_forward_hook(self.pass_blocks))
+            self._hooks += [m.register_forward_pre_hook(self.read_real, with_kwargs=True) for m in entry.behind]
 
     def _forget(self) -> None:
         self.frame: Frame | None = None
         self.labels: Tensor | None = None
+        self.told: Tensor | None = None  # labels that the forward itself is not given
+        self.through = False  # the blocks have run, and what comes behind them runs now
         self.prompt: int | None = None  # columns of the prompt, while `generate` runs
         self._frames: deque[tuple[int, Frame]] = deque(maxlen=_MEMORY)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "frame": None, "labels": None, "prompt": None, "_frames": deque(maxlen=_MEMORY)}
+        passing = dict.fromkeys(("frame", "labels", "told", "prompt"))
+        return {**self.__dict__, **passing, "_frames": deque(maxlen=_MEMORY)}
 
     def add(self, name: str, rule: Any) -> None:
         self.rules[name] = rule
@@ -139,21 +99,24 @@ class Gate:
         """Take all hooks off."""
         for hook in self._hooks:
             hook.remove()
-        if self.decoder and isinstance(self.root.__dict__.get("generate"), partial):
-            del self.root.__dict__["generate"]
+        if self.decoder and self.speaker is not None and isinstance(self.speaker.__dict__.get("generate"), partial):
+            del self.speaker.__dict__["generate"]
             if self._replaced is not None:
-                self.root.__dict__["generate"] = self._replaced
+                self.speaker.__dict__["generate"] = self._replaced
 
     # Hooks
 
-    def see_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before the whole model: labels tell where the prompt ends."""
-        labels = named(self._root_names, args, kwargs).get("labels")
-        self.labels = labels if isinstance(labels, Tensor) else None
+    def see_labels(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...],
+                   kwargs: Mapping[str, Any]) -> None:
+        """Before the whole model, and before each part around the entry: labels tell where the prompt ends."""
+        labels = named(names, args, kwargs).get("labels")
+        if isinstance(labels, Tensor) or module is self.above[0]:
+            self.labels = labels if isinstance(labels, Tensor) else None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the model: put the virtual tokens into its input, or shift positions for a prefix."""
-        labels, self.labels, self.frame = self.labels, None, None
+        labels, self.labels, self.frame, self.through = self.labels, None, None, False
+        labels = labels if labels is not None else self.told
         active, given = self.switch.active, named(self._names, args, kwargs)
         rule = self.rules.get(active) if isinstance(active, str) else None
         virtual = rule is not None and rule.at != "attention"
@@ -184,15 +147,34 @@ class Gate:
         self._marked(next((output[key] for key in _CACHES if key in output.keys()), None), frame)  # noqa: SIM118
         return output
 
-    def append(self, module: nn.Module, args: Any, output: Tensor) -> Any:
+    def append(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After an encoder's embedding module: the virtual tokens, at the end."""
         if self.frame is None:
             return None
+        if not isinstance(output, Tensor) or output.dim() != 3:
+            raise UnsupportedError(f"{type(module).__name__} gives more than one tensor [rows, tokens, width], so virtual "
+                                   "tokens cannot stand behind it. Keys and values (weft.Prefix) need no such place.")
         rule: Any = self.rules[str(self.switch.active)]
-        frame = Frame(0, rule.l_p + rule.l_i, output.shape[1], output.shape[1], output.device)
+        frame = Frame(0, rule.l_p + rule.l_i, output.shape[1], output.shape[1], output.device, answers=False)
         self._begun(frame)
         return torch.cat([output, *(t.to(output.dtype).expand(output.shape[0], -1, -1)
                                     for t in self._vectors(rule, output))], dim=1)
+
+    def pass_blocks(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After an encoder's last block."""
+        self.through = True
+
+    def read_real(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before what stands behind an encoder's blocks: real tokens only, or a pooler would take the mean of all."""
+        frame = self.frame
+        if frame is None or not self.through:
+            return None
+
+        def real(x: Any) -> Any:
+            whole = isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] == frame.total
+            return x[:, : frame.length] if whole else x
+
+        return tuple(map(real, args)), {key: real(value) for key, value in kwargs.items()}
 
     def replace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a block: the trained states of this block at the virtual positions."""
@@ -222,6 +204,9 @@ class Gate:
         mask, ids = _plain_mask(given.get("attention_mask")), given.pop("input_ids", None)
         x = given["inputs_embeds"] if ids is None else self.base.get_input_embeddings()(ids)  # type: ignore[operator]
         end, positions = self._end(rule, x.shape[1], mask, labels), given.get("position_ids")
+        if isinstance(positions, Tensor) and positions.dim() != 2:
+            raise UnsupportedError(f"virtual tokens need position ids as [rows, tokens], and these are {positions.dim()}-"
+                                   "dimensional. Keys and values (weft.Prefix) go with any.")
         if mask is None and isinstance(positions, Tensor) and bool((positions.diff(dim=-1) != 1).any()):
             raise UnsupportedError("the position ids start anew within a row, which packs several sequences into it; those "
                                    "behind the first would not see the virtual tokens. Give each sequence a row of its own.")
@@ -232,7 +217,7 @@ class Gate:
         if mask is not None:
             given["attention_mask"] = frame.mask(mask)
         if positions is not None:
-            given["position_ids"] = frame.positions(positions)
+            given["position_ids"] = frame.positions(positions, mask)
         self._begun(frame)
         return given
 
@@ -264,6 +249,9 @@ class Gate:
         if not rule.l_i:
             return length
         if self.prompt is not None:
+            if length < self.prompt:
+                raise UnsupportedError(f"the first {length} of the prompt's {self.prompt} tokens came alone, and there are "
+                                       "virtual tokens to put behind all of them. Leave prefill_chunk_size out.")
             return self.prompt
         last: int | Tensor = length
         if mask is not None:
@@ -332,6 +320,8 @@ class Gate:
             return tuple(self._stripped(p, frame) for p in part)
         if not isinstance(part, Tensor) or part.dim() != 3:
             return part
+        if not frame.answers and part.shape[1] == frame.length:
+            return part  # read behind an encoder's blocks
         if part.shape[1] != frame.total:
             raise WeftError(f"the model returned {part.shape[1]} positions, and {frame.total} with virtual tokens entered; "
                             "they cannot be told apart from real ones. Please report this architecture.")
@@ -341,12 +331,6 @@ class Gate:
         if hasattr(store, "get_seq_length"):
             setattr(store, _MARK, (self.switch.active, frame))
         return store
-
-
-def take(x: Tensor, columns: Tensor) -> Tensor:
-    """x [rows, n, ...] at columns [rows, m]."""
-    index = columns.reshape(*columns.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)
 
 
 def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -385,12 +369,28 @@ def _plain_mask(mask: Any) -> Tensor | None:
 
 def _generate(gate: Gate, replaced: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own `generate`; while it runs, the prompt's length is known, whatever is generated behind it."""
-    cls: Any = type(gate.root)
-    own = replaced if replaced is not None else partial(cls.generate, gate.root)
-    prompt = next((t for t in (*args[:1], *(kwargs.get(k) for k in ("inputs", "input_ids", "inputs_embeds")))
+    cls: Any = type(gate.speaker)
+    own = replaced if replaced is not None else partial(cls.generate, gate.speaker)
+    prompt = next((t for t in (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
                    if isinstance(t, Tensor)), None)
+    store = next((kwargs[key] for key in _CACHES if kwargs.get(key) is not None), None)
+    if getattr(store, _MARK, (None,))[0] is not None and store.get_seq_length():  # type: ignore[union-attr]
+        raise UnsupportedError("this key-value cache holds virtual tokens, which `generate` would count as the text's, and "
+                               "so leave out as many of the new ones. Give it the whole text, and no cache.")
     gate.prompt = None if prompt is None else int(prompt.shape[1])
     try:
         return own(*args, **kwargs)
     finally:
         gate.prompt = None
+
+
+def _next_token(above: Sequence[nn.Module]) -> bool:
+    """The model's labels are the next tokens. A head of transformers that cannot generate labels every token, or the row."""
+    known = [m.can_generate() for m in above if callable(getattr(m, "can_generate", None))]  # type: ignore[operator]
+    return any(known) or not known
+
+
+def looks_back(cls: type[nn.Module]) -> bool:
+    """Tokens see those before them only, in every configuration."""
+    names = _code_names(cls)
+    return "create_causal_mask" in names and "is_decoder" not in names

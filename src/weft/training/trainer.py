@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..errors import ConfigError
+from ..model import prompts
 from ..model.adapter import Adapter
 from . import generate, processes
 from .config import OptimSection, RunConfig
@@ -81,6 +82,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             collate_fn=self.data_collator, pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator().manual_seed(self.args.seed)))
         return loader
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> Any:
+        """The Trainer's, which gives a model no labels where the loss is not its own."""
+        with prompts.answering(self.adapter.model, inputs.get("labels")):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
                  ) -> dict[str, float]:
