@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -117,5 +118,7 @@ def _meteor(wanted: dict[int, list[str]], found: dict[int, list[str]]) -> tuple[
         return None, f"METEOR's Java program stopped: {said[-1] if said else 'no message'}"
     finally:
         scorer.lock.locked() and scorer.lock.release()
+        with suppress(OSError):  # what a dead program has not read; the library closes it again, in its destructor
+            scorer.meteor_p.stdin.close()
         scorer.meteor_p.stdout.close()
         scorer.meteor_p.stderr.close()
