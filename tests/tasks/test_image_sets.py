@@ -237,3 +237,20 @@ def test_every_set_is_listed():
 
     assert set(IMAGES) == set(image_sets.SETS) and all(f"{name}:DIR" in FAMILIES for name in IMAGES)
     json.dumps(FAMILIES)
+
+
+def test_a_set_is_made_ready_for_a_model_with_a_head_for_its_classes(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from weft.tasks.models import find_model, prepare
+
+    class_folders(tmp_path / "data", 45, 4)
+    shape = ViTConfig(image_size=6, patch_size=3, hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
+                      intermediate_size=20)
+    ViTForImageClassification(shape).save_pretrained(tmp_path / "vit")
+    task = find_task(f"resisc45:{tmp_path / 'data'}:per_class=1").load()
+    prepared = prepare(task, find_model(str(tmp_path / "vit")), {"test": 50})
+    rows = torch.tensor([0, 44])
+    assert prepared.model(**prepared.splits["train"].batch(rows)).logits.shape == (2, 45)
+    assert prepared.splits["train"].labels[rows].tolist() == [0, 44] and len(prepared.splits["test"].labels) == 50
+    assert any("drawn by a fixed seed" in note for note in prepared.notes)
