@@ -24,7 +24,7 @@ def encoded(value, form="PNG"):
 
 
 def cifar(folder, train=3, test=2):
-    """Every image has its own red, no green, and a blue first pixel."""
+    """Every image has its own red, a green second pixel in its first row, and a blue first pixel."""
     place = folder / "cifar-100-binary"
     place.mkdir()
     (place / "fine_label_names.txt").write_text("".join(f"class_{i:02d}\n" for i in range(100)) + "\n")
@@ -32,7 +32,7 @@ def cifar(folder, train=3, test=2):
         rows = b""
         for label in range(100):
             for i in range(each):
-                red, green = bytes([start + i] * 1024), bytes(1024)
+                red, green = bytes([start + i] * 1024), bytes([0, 9]) + bytes(1022)
                 rows += bytes([label // 5, label]) + red + green + bytes([label]) + bytes(1023)
         (place / f"{name}.bin").write_bytes(rows)
     return place
@@ -95,7 +95,7 @@ def test_cifar_100_binary_with_one_image_a_class(tmp_path):
     assert task.classes == tuple(f"class_{i:02d}" for i in range(100))
     image, label = task.splits["test"].items[31], task.splits["test"].labels[31]
     assert label == 15 and image.size == (32, 32)
-    assert image.getpixel((0, 0)) == (101, 0, 15) and image.getpixel((1, 0)) == (101, 0, 0) == image.getpixel((0, 1))
+    assert [image.getpixel(at) for at in ((0, 0), (1, 0), (0, 1))] == [(101, 0, 15), (101, 9, 0), (101, 0, 0)]
     assert not set(contents(task.splits["train"])) & set(contents(task.splits["validation"]))
     again = find_task(f"cifar100:{place}:per_class=1").load()
     assert contents(again.splits["train"]) == contents(task.splits["train"])

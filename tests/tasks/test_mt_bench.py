@@ -100,7 +100,7 @@ def test_every_failure_that_may_pass_is_tried_again_with_growing_pauses_and_the_
 def test_what_will_not_pass_is_not_tried_again_and_the_key_goes_nowhere_else(tmp_path):
     def script(_, body):
         return {"bad": ("status", 400, {}, "too long"), "key": ("status", 401, {}, "wrong key sk-secret"),
-                "moved": ("status", 307, {"Location": other.url}, ""),
+                "moved": ("status", 302, {"Location": other.url}, ""),
                 "later": ("status", 429, {"Retry-After": "86400"}, "quota")}[body["messages"][0]["content"]]
 
     with judge(lambda i, b: GRADED) as other, judge(script) as seen:
