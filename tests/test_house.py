@@ -24,7 +24,7 @@ FREE = {"errors", "__version__"}
 # Modules outside the standard library that a room may import at all; the core lives on torch and safetensors.
 LIBRARIES = {
     "ops": {"torch", "triton"}, "methods": {"torch"}, "model": {"torch"}, "checkpoint": {"torch", "safetensors"},
-    "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml"},
+    "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml", "lm_eval"},
     "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn", "scipy", "sacrebleu", "nltk", "rouge_score",
               "pycocoevalcap", "datasets", "pyarrow"},
     "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL"},
@@ -97,7 +97,7 @@ def test_transformers_is_imported_where_it_is_needed_and_not_before(path):
         if derived and module == "transformers":
             continue
         if module.split(".")[0] in ("transformers", "peft", "matplotlib", "scipy", "sklearn", "statsmodels", "sacrebleu",
-                                    "nltk", "rouge_score", "pycocoevalcap", "datasets", "pyarrow"):
+                                    "nltk", "rouge_score", "pycocoevalcap", "datasets", "pyarrow", "lm_eval"):
             assert not top and not typed, f"{module} at the top of the file makes everybody pay for it"
 
 

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from comparing import compare, weft_command
 from PIL import Image
@@ -111,3 +112,23 @@ def test_a_model_that_cannot_be_loaded_exits_with_one_and_leaves_the_place_free(
     assert (status, printed) == (1, "")
     assert "could not be loaded from its directory" in errors.splitlines()[-1]
     assert not (tmp_path / "out" / "sweep.json").exists()
+
+
+@pytest.mark.slow
+def test_an_image_set_with_two_images_a_class(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    draw = np.random.default_rng(0)
+    for name in (f"scene{i:02d}" for i in range(45)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
+                tmp_path / "data" / name / f"{i}.jpg")
+    task = f"resisc45:{tmp_path / 'data'}:per_class=2"
+    words = ("--model", str(_vit(tmp_path / "vit")), "--workers", "1", "--methods", "lora:r=2", "--lr", "lora=1e-2",
+             "--seeds", "1", "--budget", "steps=8,batch=6")
+    done = compare(tmp_path / "out", *words, "--task", task)
+    assert done.status == 0, done.errors
+    assert done.json["task"] == task
+    assert done.json["examples"] == {"train": 90, "validation": 90, "test": 45}
+    assert len(done.json["classes"]) == 45
+    assert any("2 images of each class" in note and "all other images" in note for note in done.json["notes"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from weft.tasks import find_generation, find_task
+from weft.tasks import IMAGES, find_generation, find_task
 
 config = pytest.importorskip("weft.training.config", reason="the trainer is not in this checkout")
 
@@ -34,7 +34,7 @@ def test_a_recipe_is_a_configuration_of_the_trainer(path, name, options):
         for part in key.split("."):
             held = held[part]
         assert held == (type(held)(value) if isinstance(held, int | float) else value), setting
-    if run.task is not None and not run.task.startswith("image-folder"):
+    if run.task is not None and run.task.partition(":")[0] not in IMAGES:
         kind = run.task.partition(":")[0]
         labelled = kind.removesuffix("-paper") in ("sst2", "mrpc", "cola", "qnli", "rte", "stsb")
         (find_task if labelled else find_generation)(run.task)

@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="M", help="a name of --list, a local transformers directory, or a hub name "
                                      "(default: digits-vit, embedded)")
-    add("--task", metavar="T", help="digits, csv:FILE or image-folder:DIR (default: digits)")
+    add("--task", metavar="T", help="digits, csv:FILE, image-folder:DIR, cifar100:DIR:per_class=10, ... of --list "
+                                     "(default: digits)")
     add("--test", metavar="PATH", help="test data of its own, a file or folder like the task's; else 20 %% is held out")
     add("--methods", metavar="M,M", help="for example lora,vera:r=64,dora:r=4:alpha=8 (default: those of the papers)")
     add("--seeds", metavar="N", type=_whole, help="runs of every method that are scored on the test split (default: 3)")

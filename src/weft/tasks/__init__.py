@@ -15,11 +15,13 @@ from ..errors import ConfigError
 from .base import SPLITS, Encoded, Split, Task
 from .generation import GenerationTask, Record, Report, Sample
 
+IMAGES = {"cifar100": "CIFAR-100", "food101": "Food101", "flowers102": "Flowers102", "resisc45": "RESISC45"}
 GLUE = ("sst2", "mrpc", "cola", "qnli", "rte", "stsb", "mnli")
 COMMONSENSE = ("commonsense", "boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa")
 FAMILIES = {
     "digits": "scikit-learn's handwritten digits 5 to 9, 20 training images of each (offline)",
     "image-folder:DIR": "images in DIR/<class>/*.png, for any image classification model",
+    **{f"{name}:DIR": f"{what}; :per_class=10 behind it for the paper's 10 images a class" for name, what in IMAGES.items()},
     "csv:FILE": "text classification, columns text,label or sentence,label (a pair too); .csv, .tsv, .gz",
     **{f"{name}:DIR": "GLUE, chosen on a part of train, reported on dev" for name in GLUE},
     **{f"{name}-paper:DIR": "GLUE as the papers do it, which is optimistic" for name in GLUE},
@@ -41,6 +43,7 @@ class TaskRef:
     kind: str
     path: Path | None = None
     test: Path | None = None
+    per_class: int | None = None
 
     def load(self) -> Task:
         """Read the data. Raises WeftError with the file and line at fault."""
@@ -48,6 +51,10 @@ class TaskRef:
             from . import glue
 
             return glue.load(self.path, self.kind)
+        if self.kind in IMAGES and self.path is not None:
+            from . import image_sets
+
+            return image_sets.load(self.path, self.kind, self.per_class)
         if self.path is None:
             from . import digits
 
@@ -90,6 +97,11 @@ def find_task(name: str, test: str | None = None) -> TaskRef:
         if glue:
             return TaskRef(name, kind)
         raise ConfigError(f"task {name!r}: write {known}.")
+    if kind in IMAGES:
+        if test is not None:
+            raise ConfigError(f"task {name!r} has its own test data; it takes none of yours.")
+        place, each = _per_class(name, rest)
+        return TaskRef(name, kind, _existing(place, True, f"task {kind}"), per_class=each)
     folder = kind != "csv"
     return TaskRef(name, kind, _existing(rest, folder, f"task {kind}"), _existing(test, folder, "test") if test else None)
 
@@ -116,6 +128,8 @@ def find_generation(name: str) -> GenerationRef:
 def _known(name: str, kind: str, families: Mapping[str, str]) -> str:
     known = {family.partition(":")[0]: family for family in families}
     if kind not in known:
+        if kind == "mt-bench":
+            raise ConfigError(f"task {name!r} is judged by another model: weft judge --questions FILE.")
         other = GENERATION if families is FAMILIES else FAMILIES
         if any(family.partition(":")[0] == kind for family in other):
             what = "text to generate" if families is FAMILIES else "classification"
@@ -123,6 +137,17 @@ def _known(name: str, kind: str, families: Mapping[str, str]) -> str:
         near = [known[k] for k in get_close_matches(kind, known, n=2)] or list(families)
         raise ConfigError(f"task {name!r} is not known. Nearest: {near}.")
     return known[kind]
+
+
+def _per_class(name: str, rest: str) -> tuple[str, int | None]:
+    """DIR:per_class=10 as DIR and 10. Raises ConfigError."""
+    place, _, last = rest.rpartition(":")
+    key, equals, value = last.partition("=")
+    if not place or not equals or "/" in key or Path(rest).exists():
+        return rest, None
+    if key != "per_class" or not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"task {name!r}: behind the folder stands per_class=N, the images of a class to train on.")
+    return place, int(value)
 
 
 def _existing(name: str, folder: bool, what: str) -> Path:

@@ -1,8 +1,12 @@
-"""Images for one model: through its own image processor, or resized and scaled where it has none."""
+"""Images for one model: through its own image processor, or resized and scaled where it has none.
+
+A split is made ready once and kept, as floats, up to HELD bytes; a larger one is made batch by batch, each time anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import WeftError
-from .base import Split, digest
+from .base import Encoded, Split, digest
+from .image_folder import Stored
+
+HELD = 2**32
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,47 @@ class ImageSplit:
         return self._fingerprint
 
 
-def encode(split: Split, config: Any, processor: Any | None) -> ImageSplit:
-    """A split of PIL images for the model of this `config`; `processor` as `transformers` loads it, or None."""
-    pixels = plain(split.items, config) if processor is None else _processed(split.items, processor)
-    return ImageSplit(pixels, torch.tensor(split.labels, dtype=torch.int64))
+@dataclass(frozen=True)
+class StreamedSplit:
+    """A split that is too large to be kept: items (PIL images, or `Stored`), and what makes pixels of some of them."""
+
+    items: Sequence[Any]
+    labels: Tensor
+    make: Callable[[Sequence[Image.Image]], Tensor]
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": self.make([opened(self.items[i]) for i in rows.tolist()])}
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Over the encoded images, and the pixels of the first, which stand for how all are made ready."""
+        sha = hashlib.sha256()
+        for item in self.items:
+            sha.update(hashlib.sha256(item.read() if isinstance(item, Stored) else item.tobytes()).digest())
+        read = torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
+        return digest(self.labels, read, self.make([opened(self.items[0])]))
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+def opened(item: Any) -> Image.Image:
+    """A PIL image, or one that is opened now. Raises WeftError: it is none."""
+    image: Image.Image = item.open() if isinstance(item, Stored) else item
+    return image
+
+
+def encode(split: Split, config: Any, processor: Any | None) -> Encoded:
+    """A split of images for the model of this `config`; `processor` as `transformers` loads it, or None."""
+    def make(images: Sequence[Image.Image]) -> Tensor:
+        return plain(images, config) if processor is None else _processed(images, processor)
+
+    labels = torch.tensor(split.labels, dtype=torch.int64)
+    one = make([opened(split.items[0])])
+    if len(split) * one.numel() * one.element_size() > HELD:
+        return StreamedSplit(split.items, labels, make)
+    parts = [make([opened(item) for item in split.items[start : start + 64]]) for start in range(0, len(split), 64)]
+    return ImageSplit(torch.cat(parts), labels)
 
 
 def plain(images: Sequence[Image.Image], config: Any) -> Tensor:
@@ -69,6 +113,6 @@ def image_size(config: Any) -> tuple[int, int]:
 
 
 def _processed(images: Sequence[Image.Image], processor: Any) -> Tensor:
-    parts = [processor(images=[image.convert("RGB") for image in images[start:start + 64]], return_tensors="pt")
-             for start in range(0, len(images), 64)]
-    return torch.cat([part["pixel_values"].float() for part in parts])
+    made = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+    pixels: Tensor = made["pixel_values"].float()
+    return pixels

@@ -16,6 +16,8 @@ SCORED = ("e2e", "samsum", "wikisql", *COMMONSENSE, *GLUE)
 def check_task(task: str) -> None:
     """Raises ConfigError with the nearest names."""
     if task not in SCORED:
+        if task.partition(":")[0] == "mt-bench":
+            raise ConfigError("--task mt-bench is judged by another model: weft judge --questions FILE.")
         near = get_close_matches(task.partition(":")[0], SCORED, n=2) or list(SCORED)
         raise ConfigError(f"--task {task!r} has no scorer. Nearest: {', '.join(near)}.")
 

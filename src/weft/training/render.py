@@ -170,8 +170,8 @@ class Renderer:
     def _template(self) -> str:
         source = self.template or getattr(self.tokenizer, "chat_template", None)
         if not source:
-            raise WeftError("messages need a chat template, and the tokenizer has none. Give one in a file with "
-                            "data.chat_template.")
+            raise WeftError("messages need a chat template, and the tokenizer has none. Give one in a file: "
+                            "data.chat_template, or --chat-template of weft judge.")
         return str(source)
 
     def _end_near(self, ids: Sequence[int], stop: int) -> int | None:

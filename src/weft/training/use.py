@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -106,13 +106,7 @@ def _labelled(opened: Opened, task: Task, split: str, most: int | None, batch: i
 
 def generate(opened: Opened, prompts: Sequence[str], settings: dict[str, Any], chat: bool, batch: int = 8) -> list[str]:
     """Continuations of prompts; with `chat` each is a user's message for the tokenizer's chat template."""
-    from transformers import GenerationConfig
-
-    known = GenerationConfig().to_dict()
-    for key in settings:
-        if key not in known:
-            near = get_close_matches(key, known, n=2) or ["max_new_tokens", "num_beams", "do_sample"]
-            raise ConfigError(f"--set {key}: model.generate has no setting of that name. Nearest: {', '.join(near)}.")
+    check_settings(settings)
     if not opened.model.can_generate():
         raise WeftError(f"{type(opened.model).__name__} generates no text.")
     renderer = opened.renderer
@@ -121,3 +115,13 @@ def generate(opened: Opened, prompts: Sequence[str], settings: dict[str, Any], c
         renderer = renderer.bare()
     return answer(opened.model, renderer, prompts, settings, batch)
 
+
+def check_settings(settings: Iterable[str]) -> None:
+    """Every name is a setting of `model.generate`. Raises ConfigError with the nearest names."""
+    from transformers import GenerationConfig
+
+    known = GenerationConfig().to_dict()
+    for key in settings:
+        if key not in known:
+            near = get_close_matches(key, known, n=2) or ["max_new_tokens", "num_beams", "do_sample"]
+            raise ConfigError(f"--set {key}: model.generate has no setting of that name. Nearest: {', '.join(near)}.")

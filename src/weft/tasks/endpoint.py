@@ -1,0 +1,223 @@
+"""One question to an OpenAI-compatible endpoint (POST .../chat/completions), with patience for a bad one.
+
+What may pass is tried again with growing pauses: no connection, a time-out, HTTP 408, 409, 425, 429 and 5xx, an answer that
+is no chat completion. A Retry-After of the server is obeyed. What will not pass by itself is not tried again: redirects,
+401, 403 and 404 end the run (`Refused`), other statuses fail the one question (`Unanswered`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..errors import ConfigError, WeftError
+
+PASSING = (408, 409, 425, 429)  # and 500 upwards
+HOPELESS = (301, 302, 303, 307, 308, 401, 403, 404)
+LARGEST = 2**24  # bytes of an answer; more is garbage
+PATH = "/chat/completions"
+Message = dict[str, str]
+
+
+class Unanswered(WeftError):
+    """No answer to this question, after all tries or for good."""
+
+
+class Refused(WeftError):
+    """No question will be answered: a wrong key, address or model, or a pause longer than we wait."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """tries: requests a question. timeout: seconds until an answer must be whole. Pauses are first, 2 first, 4 first, ...
+
+    seconds, at most `longest`, each shortened by up to a half at random. obeyed: the longest Retry-After that is waited.
+    """
+
+    tries: int = 6
+    timeout: float = 120.0
+    first: float = 1.0
+    longest: float = 60.0
+    obeyed: float = 600.0
+
+    def pause(self, attempt: int) -> float:
+        """Seconds to wait after the attempt of this number, which is 1 for the first."""
+        return float(min(self.longest, self.first * 2.0 ** min(attempt - 1, 30))) * random.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One request that failed. status: None where no HTTP answer came. pause: seconds to the next, None after the last."""
+
+    number: int
+    status: int | None
+    reason: str
+    pause: float | None
+
+
+class _Failed(Exception):
+    def __init__(self, status: int | None, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.reason, self.after = status, reason, after
+
+    @property
+    def passing(self) -> bool:
+        return self.status is None or self.status in PASSING or self.status >= 500 or self.status == 200
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another address, and the question as a GET."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """url: up to /v1, or with /chat/completions. key: sent as a bearer token, never written anywhere. key_name: where the
+    key is from, for messages. settings: fields of the request beside model and messages; None leaves one out.
+
+    Raises ConfigError: an address that is none, a key that no header can hold.
+    """
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    key_name: str = "OPENAI_API_KEY"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    patience: Patience = field(default_factory=Patience)
+    sleep: Callable[[float], None] = time.sleep
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+            raise ConfigError(f"--url {self.url!r} is no address; write it like https://api.openai.com/v1 or "
+                              "http://localhost:8000/v1.")
+        if parts.username is not None:
+            raise ConfigError(f"--url: the key does not belong into the address; put it into the variable {self.key_name}.")
+        if self.key is not None and not (self.key and self.key.isascii() and self.key.isprintable()):
+            raise ConfigError(f"the key in {self.key_name} is empty or has characters that no key has (a line break?).")
+
+    @property
+    def address(self) -> str:
+        base = self.url.rstrip("/")
+        return base if base.endswith(PATH) else base + PATH
+
+    def body(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """What is sent for these messages."""
+        asked = {"model": self.model, "messages": list(messages), **self.settings}
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def ask(self, messages: Sequence[Message], failed: Callable[[Attempt], None]) -> str:
+        """The answer's text. `failed` is told of every request that fails, before the pause after it.
+
+        Raises Unanswered, Refused.
+        """
+        data = json.dumps(self.body(messages)).encode()
+        most = self.patience.tries
+        for number in range(1, most + 1):
+            try:
+                return self._request(data)
+            except _Failed as error:  # noqa: PERF203 - a try that fails costs seconds
+                pause = self._next(error, number)
+                failed(Attempt(number, error.status, error.reason, pause))
+                if pause is None:
+                    raise self._last(error, number) from None
+                self.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _next(self, error: _Failed, number: int) -> float | None:
+        """Seconds until the next try; None if there is none."""
+        if not error.passing or number >= self.patience.tries:
+            return None
+        if error.after is None:
+            return self.patience.pause(number)
+        return error.after if error.after <= self.patience.obeyed else None
+
+    def _last(self, error: _Failed, number: int) -> WeftError:
+        if error.status in HOPELESS:
+            what = {401: f"the key in {self.key_name}" if self.key else f"that {self.key_name} is not set",
+                    403: f"what the key in {self.key_name} may do"}.get(error.status or 0, "--url and --judge")
+            return Refused(f"the judge at {self.address} refuses: {error.reason}. Look at {what}.")
+        if error.after is not None and error.after > self.patience.obeyed:
+            return Refused(f"the judge at {self.address} asks to wait {error.after:.0f} seconds ({error.reason}). Run the "
+                           "same command again then.")
+        return Unanswered(f"{error.reason} (try {number} of {self.patience.tries})")
+
+    def _request(self, data: bytes) -> str:
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "weft"}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.address, data, headers, method="POST")
+        opener = urllib.request.build_opener(_NoRedirect)
+        try:
+            with opener.open(request, timeout=self.patience.timeout) as response:
+                return _text_of(self._whole(response))
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _Failed(error.code, f"HTTP {error.code}{self._said(error)}",
+                              _seconds(error.headers.get("Retry-After"))) from None
+        except TimeoutError:
+            raise _Failed(None, f"no whole answer within {self.patience.timeout:g} seconds") from None
+        except urllib.error.URLError as error:
+            slow = isinstance(error.reason, TimeoutError)
+            reason = f"no answer within {self.patience.timeout:g} seconds" if slow else f"no connection: {error.reason}"
+            raise _Failed(None, reason) from None
+        except (OSError, HTTPException) as error:
+            raise _Failed(None, f"the connection broke: {type(error).__name__} {error}".rstrip()) from None
+
+    def _whole(self, response: Any) -> bytes:
+        """A server that sends a byte now and then is as dead as one that sends none."""
+        end = time.monotonic() + self.patience.timeout
+        parts, size = [], 0
+        while piece := response.read1(65536):
+            parts.append(piece)
+            size += len(piece)
+            if time.monotonic() > end:
+                raise TimeoutError
+            if size > LARGEST:
+                raise _Failed(200, f"an answer of more than {LARGEST} bytes")
+        return b"".join(parts)
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        """The server's own words, in one line, without the key if it repeats it."""
+        try:
+            said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
+        except (OSError, HTTPException):
+            return ""
+        said = said.replace(self.key, "***") if self.key else said
+        return f": {said}" if said else ""
+
+
+def _text_of(data: bytes) -> str:
+    try:
+        text = json.loads(data)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        start = " ".join(data[:200].decode("utf-8", "replace").split())[:120]
+        raise _Failed(200, f"the answer is no chat completion: {start!r}")
+    return text
+
+
+def _seconds(after: str | None) -> float | None:
+    """Retry-After: seconds, or a date. None where there is none, or nothing that can be read."""
+    if after is None:
+        return None
+    try:
+        value = float(after)
+    except ValueError:
+        try:
+            value = parsedate_to_datetime(after).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return max(0.0, value) if value < float("inf") else None
