@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import weft
 from weft import methods
 from weft.analysis.analyze import roles_of
-from weft.analysis.changes import changes_of
+from weft.analysis.changes import change, changes_of
 from weft.analysis.relate import LEVELS, relate
 from weft.analysis.report import PRINTED
 from weft.compare.bench import Opening, open_bench
@@ -257,6 +257,36 @@ def coupling() -> list[Finding]:
     return found
 
 
+def noise() -> list[Finding]:
+    """What the correlation is of updates that learn nothing: W + t N, of random N, growing with the steps t."""
+    queries = {name: module.weight.detach().double() for name, module in bench()[0].model.named_modules()
+               if name.endswith("q_proj")}
+    found, forms = [], {"full rank": None, "rank 8": 8}
+    for form, r in forms.items():
+        every = []
+        for seed in SEEDS:
+            generator = torch.Generator().manual_seed(seed)
+            updates = {name: _random(tuple(W.shape), r, generator) * 0.5 * W.norm() for name, W in queries.items()}
+            points = [(name, one.delta_d, one.delta_m) for step in WATCHED for name, W in queries.items()
+                      for one in [change(W, W + step / STEPS * updates[name])]]
+            every.append({one.level: one.r for one in relate(*zip(*points, strict=True))})
+        for level in LEVELS:
+            z, (low, high) = over_seeds([math.atanh(min(0.999999, one[level])) for one in every])
+            verdict = SEEN if low > 0 else NOT_SEEN if high < 0 else CANNOT_TELL
+            found.append(Finding(f"random updates of {form}, half of W's norm at the end: correlation of delta D and delta M, "
+                                 f"query matrices, {level}", math.tanh(z), (math.tanh(low), math.tanh(high)), verdict,
+                                 "positive without any learning"))
+    return found
+
+
+def _random(shape: tuple[int, int], r: int | None, generator: torch.Generator) -> Tensor:
+    """A random matrix of norm 1."""
+    full = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if r is not None:
+        full = full[:, :r] @ torch.randn(r, shape[1], generator=generator, dtype=torch.float64)
+    return full / full.norm()
+
+
 def _relations(run: Trained) -> dict[str, float | None]:
     """r at each level over the query matrices of a run."""
     roles = roles_of(list(run.changes[WATCHED[0]]))
@@ -303,8 +333,8 @@ def _flops(model: Any, inputs: Mapping[str, Tensor]) -> int:
 
 
 CLAIMS: dict[str, Callable[[], list[Finding]]] = {
-    "svd": svd, "orthogonal": orthogonal, "freedom": freedom, "vera": vera, "coupling": coupling, "half-rank": half_rank,
-    "inference": inference}
+    "svd": svd, "orthogonal": orthogonal, "freedom": freedom, "vera": vera, "coupling": coupling, "noise": noise,
+    "half-rank": half_rank, "inference": inference}
 
 
 def main() -> None:
@@ -312,9 +342,9 @@ def main() -> None:
     unknown = [name for name in chosen if name not in CLAIMS]
     if unknown:
         sys.exit(f"{unknown[0]!r} is no claim. There are: {', '.join(CLAIMS)}.")
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"schema": 1, "claims": {}}
     for name in chosen:
         findings = CLAIMS[name]()
+        record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"schema": 1, "claims": {}}
         record["claims"][name] = {
             "command": f"python scripts/claims.py {name}", "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores, Python {platform.python_version()}, torch "

@@ -69,5 +69,6 @@ def _panel(axes: Any, run: Run, role: str) -> Any:
     if len(run.steps) <= len(MARKS):
         legend = axes.legend(fontsize=7, frameon=False, loc="best")
         for handle in legend.legend_handles:
+            handle.set_array(None)  # the colour map would win
             handle.set_color(GREY)
     return shades

@@ -87,9 +87,13 @@ def _paper(run: Run) -> Sequence[str]:
         return []
     sign = "negative" if printed < 0 else "positive"
     signs = [levels[0].sign for levels in run.relations.values()]
-    seen = "; ".join(f"{_short(role)}: {_verdict(here, sign)}" for role, here in zip(run.relations, signs, strict=True))
+    verdicts: dict[str, list[str]] = {}
+    for role, here in zip(run.relations, signs, strict=True):
+        verdicts.setdefault(_verdict(here, sign), []).append(_short(role))
+    seen = "; ".join(f"{verdict}: {', '.join(roles)}" for verdict, roles in verdicts.items())
     return ["", *_wrap(f"The paper prints r = {printed:+.2f} for {_PAPERS_NAME[run.method]} (pooled; VL-BART, query "
-                       f"matrices, 24 points). Its sign, {sign}, in the pooled rows here: {seen}.")]
+                       f"matrices, 24 points). Is its sign, {sign}, seen in the pooled rows here? "
+                       f"{seen[0].upper()}{seen[1:]}.")]
 
 
 _PAPERS_NAME = {"Full": "full fine-tuning", "LoRA": "LoRA", "DoRA": "DoRA"}
