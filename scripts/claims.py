@@ -273,7 +273,7 @@ def noise() -> list[Finding]:
         for level in LEVELS:
             z, (low, high) = over_seeds([math.atanh(min(0.999999, one[level])) for one in every])
             verdict = SEEN if low > 0 else NOT_SEEN if high < 0 else CANNOT_TELL
-            found.append(Finding(f"random updates of {form}, half of W's norm at the end: correlation of delta D and delta M, "
+            found.append(Finding(f"random updates of {form}, half of W's norm at the end: r of delta D and delta M, "
                                  f"query matrices, {level}", math.tanh(z), (math.tanh(low), math.tanh(high)), verdict,
                                  "positive without any learning"))
     return found
