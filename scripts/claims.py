@@ -304,8 +304,8 @@ def half_rank() -> list[Finding]:
     for how, others in lora.items():
         value, (low, high) = over_seeds([a.test - b.test for a, b in zip(dora, others, strict=True)])
         verdict = SEEN if low > 0 else NOT_SEEN if high < 0 else CANNOT_TELL
-        found.append(Finding(f"test accuracy of DoRA r=4 less LoRA r=8, {len(SEEDS)} seeds, paired, {how}", value, (low, high),
-                             verdict, rule))
+        found.append(Finding(f"test accuracy of DoRA r=4 less LoRA r=8, {len(SEEDS)} seeds, paired, {how}", value,
+                             (low, high), verdict, rule))
     return found
 
 

@@ -8,6 +8,13 @@ from typing import Any
 
 RECORD = Path(__file__).resolve().parent.parent / "docs" / "records" / "claims.json"
 NOT_RUN = "Not run yet.\n"
+TITLES = {
+    "svd": "LoRA's update is low-rank, and like an SVD", "orthogonal": "Random A and B have nearly orthogonal rows",
+    "freedom": "Any update of rank r is a combination of the random bases",
+    "vera": "VeRA matches LoRA with a tenth of the numbers",
+    "coupling": "LoRA moves magnitude and direction together; full fine-tuning and DoRA do not",
+    "noise": "Control: random updates move them together too",
+    "half-rank": "DoRA at half the rank beats LoRA", "inference": "No extra cost at inference"}
 
 
 def recorded() -> dict[str, Any]:
@@ -27,6 +34,16 @@ def claim(name: str) -> str:
     return head + "".join(rows) + \
         (f"\nPeak learning rates, chosen on validation data: {rates}.\n" if rates else "") + \
         f"\n`{found['command']}`, {found['date']}, {found['machine']}.\n"
+
+
+def verdicts() -> str:
+    """How the lines of each claim came out."""
+    rows, found = [], recorded()
+    for name, title in TITLES.items():
+        lines = [one["verdict"] for one in found[name]["findings"]] if name in found else []
+        told = ", ".join(f"{lines.count(v)} {v}" for v in ("seen", "not seen", "cannot tell") if v in lines)
+        rows.append(f"| {title} | {told or 'not run yet'} |\n")
+    return "| claim | lines |\n| --- | --- |\n" + "".join(rows)
 
 
 def _number(value: float) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from docs_claims import claim
+from docs_claims import claim, verdicts
 from docs_fields import meaning
 from docs_records import measured
 
@@ -274,7 +274,7 @@ def command_text(name: str) -> str:
 ONE: dict[str, Callable[[str], str]] = {"fields": fields_block, "cost": cost_block, "papers": papers_block,
                                         "measured": measured, "abilities": ability_block, "claim": claim}
 ALL: dict[str, Callable[[], str]] = {"numbers": numbers_block, "all abilities": abilities_block, "memory": memory_block,
-                                     "commands": commands_block}
+                                     "commands": commands_block, "verdicts": verdicts}
 
 
 def block(name: str) -> str:

@@ -192,17 +192,17 @@ def vit_runs(tmp_path_factory):
 def test_the_command_reports_draws_and_writes(capsys, tmp_path, vit_runs):
     names = ("Full", "LoRA", "DoRA")
     status, out, _ = run(capsys, "--model", "digits-vit", "--adapters", *(f"{n}={vit_runs / n}" for n in names),
-                         "--out", tmp_path / "out", "--json", tmp_path / "all.json")
+                         "--targets", "q_proj,fc1", "--out", tmp_path / "out", "--json", tmp_path / "all.json")
     assert status == 0 and all(len(line) <= 80 for line in out.splitlines() if str(tmp_path) not in line)
     for said in ("LoRA (LoRA), 3 checkpoints", "pooled", "between", "within", "The paper prints r = +0.83 for LoRA",
                  "r = -0.62 for full fine-tuning", "attention.q_proj", "mlp.fc1", EVERY):
         assert said in out, said
     data = json.loads((tmp_path / "all.json").read_text())
-    assert data["schema"] == 1 and [r["label"] for r in data["runs"]] == list(names) and len(data["matrices"]) == 24
+    assert data["schema"] == 1 and [r["label"] for r in data["runs"]] == list(names) and len(data["matrices"]) == 8
     for one in data["runs"]:
-        assert len(one["points"]) == 24 * 3 and [c["step"] for c in one["checkpoints"]] == [10, 20, 30]
+        assert len(one["points"]) == 8 * 3 and [c["step"] for c in one["checkpoints"]] == [10, 20, 30]
         pooled = next(r for r in one["relations"] if (r["role"], r["level"]) == (EVERY, "pooled"))
-        assert pooled["points"] == 72 and pooled["r_interval"][0] <= pooled["r"] <= pooled["r_interval"][1]
+        assert pooled["points"] == 24 and pooled["r_interval"][0] <= pooled["r"] <= pooled["r_interval"][1]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["analysis.json", "analysis.txt", "changes.png"]
     assert (tmp_path / "out" / "analysis.json").read_text() == (tmp_path / "all.json").read_text()
     from PIL import Image
@@ -215,6 +215,7 @@ def test_only_the_matrices_asked_for(capsys, tmp_path, vit_runs):
     status, out, _ = run(capsys, "--model", "digits-vit", "--adapters", vit_runs / "LoRA" / "checkpoint-30", "--targets",
                          "q_proj,v_proj", "--json", tmp_path / "a.json")
     assert len(json.loads((tmp_path / "a.json").read_text())["matrices"]) == 8 and "mlp" not in out
+    assert "16 matrices of 'adapters' are left out: not named by --targets." in " ".join(out.split())
     assert status == 0 and "one checkpoint" in " ".join(out.split()) and "save.keep" in " ".join(out.split())
 
 

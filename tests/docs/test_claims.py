@@ -52,7 +52,9 @@ def test_a_verdict_needs_the_whole_interval_on_one_side(values, least, most):
 def test_every_claim_stands_on_the_page_and_only_these():
     text = (DOCS / "claims.md").read_text(encoding="utf-8")
     assert re.findall(r"<!-- generated: claim (\S+) -->", text) == list(claims.CLAIMS)
-    assert set(docs_claims.recorded()) <= set(claims.CLAIMS)
+    assert set(docs_claims.recorded()) <= set(claims.CLAIMS) == set(docs_claims.TITLES)
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert headings == [title for name, title in docs_claims.TITLES.items() if name != "noise"]
 
 
 def test_a_claim_without_a_run_says_so_and_numbers_are_those_of_the_record(tmp_path, monkeypatch):
