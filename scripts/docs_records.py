@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "records"
+CLAIMS = "claims.json"  # of scripts/claims.py, and no comparison
 KEPT = ("method", "trainable", "bytes", "score_mean", "score_interval", "step_ratio", "peak_bytes")
 
 
@@ -40,7 +41,7 @@ def main() -> None:
 def measured(method: str) -> str:
     """The rows of a method in all records, as a Markdown table with its sources."""
     rows, sources = [], []
-    for source, found in [readme(), *map(stored, sorted(RECORDS.glob("*.json")))]:
+    for source, found in [readme(), *map(stored, sorted({*RECORDS.glob("*.json")} - {RECORDS / CLAIMS}))]:
         mine = [cells for name, cells in found if name == method and cells[0] not in [r[0] for r in rows]]
         rows += mine
         sources += [source] if mine else []

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from docs_claims import claim, verdicts
 from docs_fields import meaning
 from docs_records import measured
 
@@ -271,9 +272,9 @@ def command_text(name: str) -> str:
 
 
 ONE: dict[str, Callable[[str], str]] = {"fields": fields_block, "cost": cost_block, "papers": papers_block,
-                                        "measured": measured, "abilities": ability_block}
+                                        "measured": measured, "abilities": ability_block, "claim": claim}
 ALL: dict[str, Callable[[], str]] = {"numbers": numbers_block, "all abilities": abilities_block, "memory": memory_block,
-                                     "commands": commands_block}
+                                     "commands": commands_block, "verdicts": verdicts}
 
 
 def block(name: str) -> str:

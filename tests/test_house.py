@@ -16,7 +16,7 @@ SOURCE = Path(weft.__file__).resolve().parent
 FILES = sorted(SOURCE.rglob("*.py"))
 PYTHON = sorted([*FILES, *Path(__file__).resolve().parent.rglob("*.py")])
 # A room may import rooms to its right. `tasks` stands beside: it imports no room, and only those three may use it.
-ROOMS = ["cli", "compare", "training", "checkpoint", "model", "methods", "ops"]
+ROOMS = ["cli", "compare", "training", "analysis", "checkpoint", "model", "methods", "ops"]
 BESIDE, USERS_OF_TASKS = "tasks", {"cli", "compare", "training"}
 # `papers` stands beside too: only `cli` may use it, and it may import these.
 BELOW_PAPERS = {"checkpoint", "model", "methods"}
@@ -28,6 +28,7 @@ LIBRARIES = {
     "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn", "scipy", "sacrebleu", "nltk", "rouge_score",
               "pycocoevalcap", "datasets", "pyarrow"},
     "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL"},
+    "analysis": {"torch", "numpy", "scipy", "matplotlib"},
     "cli": {"torch", "transformers"}, "papers": {"torch", "transformers"},
 }
 # Classes that derive from transformers' own; what needs them imports them inside a function.
@@ -180,7 +181,7 @@ def test_importing_weft_imports_torch_and_safetensors_and_no_more():
     assert {m for m in new if not m.startswith("_")} <= {"torch", "numpy", "packaging"}, new
     loaded = run("import sys, torch; before = set(sys.modules); import weft; print(*set(sys.modules) - before)").split()
     for heavy in ("transformers", "peft", "accelerate", "scipy", "sklearn", "matplotlib", "statsmodels", "pandas", "PIL",
-                  "tqdm", "torch._dynamo", "weft.compare", "weft.cli", "weft.tasks", "weft.papers"):
+                  "tqdm", "torch._dynamo", "weft.compare", "weft.analysis", "weft.cli", "weft.tasks", "weft.papers"):
         assert heavy not in loaded, f"import weft imports {heavy}"
 
 

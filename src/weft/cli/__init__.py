@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import ConfigError, WeftError
 
 COMMANDS = ("compare", "train", "eval", "generate", "plan", "papers", "inspect", "merge", "export", "score", "judge",
-            "doctor")
+            "analyze", "doctor")
 DONE, FAILED, MISUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 # Top-level modules and the extra that brings them; any other missing module is a defect and keeps its trace.
 EXTRAS = {**dict.fromkeys(("PIL", "accelerate", "datasets", "matplotlib", "numpy", "pyarrow", "scipy", "sklearn", "tqdm",

@@ -10,8 +10,9 @@ bits, buffers included, are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..errors import AuditError
 from ..methods.base import Stateful
 from ..model.adapter import Adapter
 from ..model.attach import adapters
-from ..model.state import state_of
+from ..model.state import find_state, state_of, unwrapped
 from ..model.stepping import follows, unseen
 from ..model.switch import base_only
 
@@ -59,7 +60,7 @@ class Snapshot:
 def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     """Record the declared tensors of the adapter `name` (all adapters if None) and the base, and watch gradients."""
     declared = _declared(model, name)
-    shot = Snapshot({k: p.detach().clone() for k, p in declared.items()}, _base(model), _steps(model, name),
+    shot = Snapshot({k: p.detach().clone() for k, p in declared.items()}, base_digests(model), _steps(model, name),
                     _still(model, name))
     for key, parameter in declared.items():
         record = shot.gradients[key] = Gradients()
@@ -109,13 +110,20 @@ def _still(model: nn.Module, name: str | None) -> set[str]:
             for module, site in handle.sites.items() if isinstance(site.rule, Stateful) for tensor in site.rule.still(site)}
 
 
-def _base(model: nn.Module) -> dict[str, tuple[int, int]]:
+def base_digests(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Digests of everything that is not an adapter's: parameters (pretrained values) and persistent buffers."""
-    state = state_of(model)
+    state = find_state(model)
+    root = unwrapped(model) if state is None else state.root
     with base_only(state), torch.no_grad():
-        kept = state.root.state_dict(keep_vars=True)
+        kept = root.state_dict(keep_vars=True)
         ours = {id(p) for a in adapters(model).values() for p in a.parameters()} | _carried(model)
         return {key: _digest(t) for key, t in kept.items() if isinstance(t, Tensor) and id(t) not in ours}
+
+
+def base_fingerprint(digests: Mapping[str, tuple[int, int]], missing: Collection[str]) -> str:
+    """16 hex digits over the digests of the pretrained tensors; `missing` are those that no checkpoint had."""
+    held = sorted((name, digest) for name, digest in digests.items() if name not in missing)
+    return sha256(repr(held).encode()).hexdigest()[:16]
 
 
 def _carried(model: nn.Module) -> set[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, WeftError
 from ..tasks.models import ModelRef, find_model, loading, quiet
+from .audit import base_digests, base_fingerprint
+from .run_dir import RunDir
 
 
 def find_source(name: str) -> ModelRef:
@@ -33,6 +35,12 @@ def empty_model(ref: ModelRef, task_class: str | None = None) -> nn.Module:
 
 
 def model_for(ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor], dtype: str = "auto") -> nn.Module:
+    """The model of `opened` alone."""
+    return opened(ref, task_class, brought, dtype)[0]
+
+
+def opened(ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor], dtype: str = "auto",
+           ) -> tuple[nn.Module, list[str]]:
     """The pretrained model for an adapter that was made for `task_class` and brings the base tensors `brought`.
 
     A new head takes its number of classes from the tensors that the adapter brings. Raises WeftError where weights are
@@ -44,10 +52,25 @@ def model_for(ref: ModelRef, task_class: str | None, brought: Mapping[str, Tenso
         model, report = _class_of(config, task_class).from_pretrained(
             ref.source, config=config, dtype="auto" if dtype == "auto" else getattr(torch, dtype), use_safetensors=True,
             ignore_mismatched_sizes=bool(head), output_loading_info=True, local_files_only=ref.local)
-    mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
-    _check_random(ref, {*report["missing_keys"], *mismatched} - set(brought))
+    missing = {*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])}
+    _check_random(ref, missing - set(brought))
     loaded: nn.Module = model.eval()
-    return loaded
+    return loaded, sorted(missing)
+
+
+def check_recorded(model: nn.Module, missing: Collection[str], places: Iterable[Path]) -> None:
+    """The runs of weft train in whose directories these adapters lie were on the weights of `model`, as yet without adapter.
+
+    `missing`: its tensors that no checkpoint had. A directory beside no run.json says nothing of its base. Raises WeftError.
+    """
+    mine = base_fingerprint(base_digests(model), missing)
+    for place in places:
+        record = next((f for above in place.resolve().parents[:2] if (f := above / "run.json").is_file()), None)
+        theirs = None if record is None else RunDir(record.parent).read().get("identity", {}).get("model")
+        if theirs not in (None, mine):
+            raise WeftError(f"{str(place)!r} was trained on a base whose weights have checksum {theirs}, and those of this "
+                            f"model have {mine}. Give the base that the run names (config.yaml beside it), in the dtype "
+                            "that it had there (--dtype).")
 
 
 def _config(ref: ModelRef, **changes: Any) -> Any:

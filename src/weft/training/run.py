@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +19,7 @@ from ..checkpoint.load import read
 from ..errors import ConfigError, WeftError
 from ..model.adapter import Adapter
 from . import card, processes
-from .audit import Snapshot, snapshot
+from .audit import Snapshot, base_fingerprint, snapshot
 from .config import REPORTERS, RunConfig
 from .generate import check_room
 from .losses import METRICS
@@ -183,8 +182,7 @@ def _facts(data: Data, adapter: Adapter, steps: int) -> dict[str, Any]:
 
 def _identity(data: Data, adapter: Adapter, before: Snapshot, missing: list[str]) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    base = sorted((name, digest) for name, digest in before.base.items() if name not in missing)
-    return {"model": sha256(repr(base).encode()).hexdigest()[:16], "train": data.train.fingerprint(),
+    return {"model": base_fingerprint(before.base, missing), "train": data.train.fingerprint(),
             "eval": None if data.eval is None else data.eval.fingerprint(), "processes": processes.count(),
             "trained": {name: f"{list(p.shape)} {str(p.dtype).removeprefix('torch.')}"
                         for name, p in adapter.named_parameters()}}

@@ -1,0 +1,56 @@
+"""`weft analyze`: magnitude and direction of the weights over the checkpoints of runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+HELP = "how far runs have moved magnitude and direction of the weights, and how the two go together"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TEXT, DATA = "analysis.txt", "analysis.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="M", help="the base: a local directory, a hub name, or digits-vit")
+    add("--adapters", required=True, nargs="+", metavar="[LABEL=]DIR", help="runs of weft train, or adapter directories in "
+        "order of time; those of one label are one run")
+    add("--targets", metavar="NAME,NAME", help="only matrices with these name endings, for example query,value (default: "
+                                               "all that every run changes)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the base's weights (default: as the base has them)")
+    add("--out", metavar="DIR", type=Path, help=f"write {TEXT}, {DATA} and the plot of the paper there")
+    add("--json", metavar="FILE", type=Path, help="write all points and correlations there")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..analysis.series import read_series
+    from ..errors import ConfigError
+
+    series = read_series(args.adapters)
+    targets = [] if args.targets is None else args.targets.split(",")
+    if not all(targets):
+        raise ConfigError(f"--targets {args.targets!r}: a name is missing between two commas.")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out {str(args.out)!r} is a file; give a directory.")
+
+    from ..analysis import plots, report
+    from ..analysis.analyze import analyze
+    from ..checkpoint.files import replace
+    from ..checkpoint.load import read
+    from ..training.pretrained import check_recorded, find_source, opened
+
+    ref, first = find_source(args.model), read(series[0].places[0][1])
+    model, missing = opened(ref, first.base.get("class"), first.selected, args.dtype)
+    check_recorded(model, missing, [one.places[0][1] for one in series])
+    found = analyze(model, series, targets)
+    text, data = report.as_text(found, args.model), json.dumps(report.as_json(found, args.model), indent=1) + "\n"
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        replace(args.out / TEXT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        replace(args.out / DATA, lambda path: path.write_text(data, encoding="utf-8"))
+        print(f"\n{args.out}:\n{TEXT}, {DATA}, {plots.draw(found, args.out)}")
+    if args.json is not None:
+        replace(args.json, lambda path: path.write_text(data, encoding="utf-8"))
+    return 0
