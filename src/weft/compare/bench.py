@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..tasks import SPLITS, find_task
 from ..tasks.models import Prepared, find_model, prepare
 from ..training.loop import DivergedError, Recipe, Score, evaluate, renew, train
 from . import measure
+from .budgets import lowest_rank, nearest_rank
 from .plan import RunSpec
 
 SMALL = 20_000_000  # parameters; below it two single-threaded runs side by side beat one run on two threads
@@ -99,6 +101,39 @@ class Bench:
         """A new head from the seed, then the method on top."""
         renew(self.model, self.head, seed)
         return attach(self.model, methods.from_json(dict(config)))
+
+    def ranks(self, configs: Mapping[str, Mapping[str, Any]], target: int | None, most: int) -> dict[str, Any]:
+        """By label the rank whose trained numbers come nearest to `target`, and their number: {"target", "rows"}.
+
+        target=None means the number of the first, which keeps its rank, and must be one that can be attached.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for label, config in configs.items():
+            try:
+                rows[label] = self._ranked(config, target, most)
+            except WeftError as error:
+                if target is None:
+                    raise
+                rows[label] = {"reason": " ".join(str(error).split())}
+            if target is None:
+                target = int(rows[label]["trainable"])
+        return {"target": target, "rows": rows}
+
+    def _ranked(self, config: Mapping[str, Any], target: int | None, most: int) -> dict[str, Any]:
+        rank = config.get("r")
+        if rank is not None and target is not None:
+            low = lowest_rank(methods.from_json(dict(config)))
+            rank = nearest_rank(cache(lambda r: self._count({**config, "r": r})), target, low, max(low, most))
+            config = {**config, "r": rank}
+        return {"r": rank, "trainable": self._count(config)}
+
+    def _count(self, config: Mapping[str, Any]) -> int:
+        """Trained numbers without the head's."""
+        adapter = self.attach_new(config, 0)
+        try:
+            return int(adapter.num_parameters - adapter.num_head_parameters)
+        finally:
+            detach(self.model)
 
     def measure(self, config: Mapping[str, Any], batch: int) -> dict[str, Any]:
         """Step time against the frozen base, and peak memory, on one training batch."""
