@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from comparing import compare
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_compare_plan import CONTEXT
 
@@ -32,7 +32,8 @@ def test_budgets_as_they_are_written() -> None:
         "steps", "parameters", "parameters=50000000", "seconds=2.5"]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=200)
+@example(10, 9, 0, 1, 40)  # 9 is nearer than 18
 @given(st.integers(0, 400), st.integers(1, 9), st.integers(0, 50), st.integers(1, 5), st.integers(0, 40))
 def test_no_rank_within_bounds_comes_nearer(target: int, each: int, fixed: int, low: int, more: int) -> None:
     def count(rank: int) -> int:

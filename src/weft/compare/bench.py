@@ -20,7 +20,7 @@ from ..model.attach import attach, detach
 from ..model.structure import head_modules
 from ..tasks import SPLITS, find_task
 from ..tasks.models import Prepared, find_model, prepare
-from ..training.loop import DivergedError, Recipe, Score, evaluate, renew, train
+from ..training.loop import DivergedError, Recipe, Score, answers, evaluate, renew, score_of, train
 from . import measure
 from .budgets import lowest_rank, nearest_rank
 from .plan import RunSpec
@@ -84,7 +84,7 @@ class Bench:
             result["losses"] = train(self.model, adapter, self.prepared.splits["train"], recipe)
             result["validation"] = asdict(self._score("validation"))
             if spec.purpose == "final":
-                result["test"] = asdict(self._score("test"))
+                result |= self._tested()
             if save_to is not None:
                 result["bytes"] = _saved_bytes(adapter, save_to)
             result["status"] = "finished"
@@ -96,6 +96,15 @@ class Bench:
 
     def _score(self, split: str) -> Score:
         return evaluate(self.model, self.prepared.splits[split], metric=self.prepared.metric)
+
+    def _tested(self) -> dict[str, Any]:
+        """The test split's score, and where it is the share of right answers, which ones are: "1" or "0" each."""
+        split = self.prepared.splits["test"]
+        logits = answers(self.model, split)
+        result: dict[str, Any] = {"test": asdict(score_of(logits, split, self.prepared.metric))}
+        if self.prepared.metric == "accuracy":
+            result["right"] = "".join("01"[int(right)] for right in logits.argmax(dim=1) == split.labels)
+        return result
 
     def attach_new(self, config: Mapping[str, Any], seed: int) -> Adapter:
         """A new head from the seed, then the method on top."""

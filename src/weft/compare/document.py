@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from . import plots
 from .entries import rate
+from .examples import Gap
 from .report import count, flat, headline, legend, no_ranking, p_value, score, size, title, why
 from .results import Comparison, Row, Run
 
@@ -101,23 +102,34 @@ def _recommendation(found: Comparison) -> list[Part]:
 
 def _table(found: Comparison) -> Table:
     ranking = found.ranking()
-    header = ["method", "trainable", "bytes", f"{found.metric} %", "worse than the best: p", "lr", "steps", "step ×",
-              "step ms", "peak", "status"]
+    header = ["method", "trainable", "bytes", f"{found.metric} %", "worse than the best: p",
+              "points behind on the examples", "lr", "steps", "step ×", "step ms", "peak", "status"]
     labels = [row.label for row in found.rows]
-    return Table(header, [_cells(row, ranking.p.get(row.label) if ranking else None) for row in found.rows], (0, 10),
+    return Table(header, [_cells(row, ranking.p.get(row.label) if ranking else None,
+                                 found.gaps.get(row.label)) for row in found.rows], (0, 11),
                  labels.index(ranking.recommended) if ranking else None)
 
 
-def _cells(row: Row, p: float | None) -> list[str]:
+def _cells(row: Row, p: float | None, gap: Gap | None) -> list[str]:
     ratio, seconds = row.cost.get("step_ratio"), row.cost.get("step_seconds")
-    return [row.label, count(row.trainable), size(row.nbytes), score(row), "-" if p is None else p_value(p),
+    return [row.label, count(row.trainable), size(row.nbytes), score(row), "-" if p is None else p_value(p), _gap(gap),
             rate(row.lr) if row.lr else "-", count(row.steps), "-" if ratio is None else f"{ratio:.2f}",
             "-" if seconds is None else f"{1000 * seconds:.3g}", size(row.cost.get("peak_bytes")), row.status]
+
+
+def _gap(gap: Gap | None) -> str:
+    """Mean and interval."""
+    if gap is None:
+        return "-"
+    return f"{100 * gap.mean:.1f} ({100 * gap.interval[0]:.1f} to {100 * gap.interval[1]:.1f})"
 
 
 def _remarks(found: Comparison) -> list[Part]:
     failed = [f"{row.label} failed: {flat(row.reason)}." for row in found.rows if row.reason]
     lines = [" ".join(line.split()) for line in legend(found)]
+    if found.gaps:
+        lines.append("points behind on the examples: against the highest mean, with the 95 % interval of a paired bootstrap "
+                     "over the test examples, each row by itself")
     return [Items([*failed, *found.notes, *lines])]
 
 

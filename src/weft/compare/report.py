@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from .entries import rate
+from .examples import Gap
 from .results import Comparison, Row, Run
 from .statistics import ALPHA, MIN_SEEDS, Ranking, gap_bound, seeds_needed
 from .store import SCHEMA
@@ -61,7 +62,7 @@ def to_json(found: Comparison) -> dict[str, Any]:
         "schema": SCHEMA, "task": found.task, "model": found.model, "metric": found.metric, "weft": __version__,
         "seeds": found.seeds, "settings": dict(found.settings), "examples": dict(found.sizes),
         "classes": list(found.classes), "head": list(found.head), "head_trainable": found.head_trainable,
-        "rows": [_row_json(row, ranking) for row in found.rows],
+        "rows": [_row_json(row, ranking, found.gaps.get(row.label)) for row in found.rows],
         "recommendation": recommendation, "no_recommendation": None if ranking else no_ranking(found),
         "ranking": _ranking_json(found, ranking) if ranking else None,
         "device": found.device, "versions": dict(found.versions), "notes": list(found.notes),
@@ -102,7 +103,7 @@ def _ranking_json(found: Comparison, ranking: Ranking) -> dict[str, Any]:
     return {"best": ranking.best, "worse_p": dict(ranking.p), "test": _test(found, ranking)}
 
 
-def _row_json(row: Row, ranking: Ranking | None) -> dict[str, Any]:
+def _row_json(row: Row, ranking: Ranking | None, gap: Gap | None) -> dict[str, Any]:
     return {
         "method": row.label, "config": dict(row.config), "trainable": row.trainable,
         "head_trainable": row.head_trainable, "bytes": row.nbytes, "score_mean": row.mean,
@@ -112,6 +113,7 @@ def _row_json(row: Row, ranking: Ranking | None) -> dict[str, Any]:
         "peak_bytes": row.cost.get("peak_bytes"), "lr": row.lr,
         "lr_validation": {rate(lr): score for lr, score in row.tried.items()},
         "worse_p": ranking.p.get(row.label) if ranking else None,
+        "example_gap": {"mean": gap.mean, "interval": list(gap.interval), "examples": gap.examples} if gap else None,
         "adapter": row.adapter, "status": row.status, "reason": row.reason,
     }
 
@@ -206,7 +208,16 @@ def why(found: Comparison, ranking: Ranking) -> str:
             f"p = {p_value(ranking.p[chosen.label])}). It may still be worse: its mean is "
             f"{100 * (sum(a) - sum(b)) / len(a):.1f} points lower, and at 95 % confidence the gap is below "
             f"{100 * gap_bound(a, b):.1f}.")
-    return f"{said}{_advice(a, b, len(ranking.p), found.seeds)}"
+    return f"{said}{_on_examples(found.gaps.get(chosen.label))}{_advice(a, b, len(ranking.p), found.seeds)}"
+
+
+def _on_examples(gap: Gap | None) -> str:
+    """What the test examples say, which is another question than what the seeds say."""
+    if gap is None:
+        return ""
+    low, high = (100 * bound for bound in gap.interval)
+    return (f" On other test examples of the kind of these {gap.examples:,} it would be between {low:.1f} and {high:.1f} "
+            "points lower (paired bootstrap over the examples, 95 %).")
 
 
 def _advice(best: Sequence[float], chosen: Sequence[float], tests: int, seeds: int) -> str:

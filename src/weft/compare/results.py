@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import mean
 from typing import Any
 
 from .budgets import PARAMETERS, SECONDS
 from .entries import Entry, rate
+from .examples import Gap, gap
 from .plan import TUNING_SEEDS, Results, RunSpec, Sweep, finals, tune
 from .statistics import Ranking, rank, t_interval
 
@@ -45,6 +47,7 @@ class Row:
     head_trainable: int | None = None
     nbytes: int | None = None
     cost: Mapping[str, Any] = field(default_factory=dict)  # what bench.measure returned
+    right: Sequence[str] = ()  # by seed, "1" or "0" for every test example, where the score is their mean
     steps: int | None = None  # of each of its runs
     runs: Sequence[Run] = ()
     adapter: str | None = None  # where the first seed's adapter is
@@ -113,6 +116,16 @@ class Comparison:
             return f"budget: equal trainable parameters, about {self.settings['parameters']:,}, and {steps}"
         return f"budget: equal steps, {steps}"
 
+    @cached_property
+    def gaps(self) -> dict[str, Gap]:
+        """How far rows are behind the one with the highest mean on the test examples, where that can be said."""
+        scored = [row for row in self.rows if row.complete and len(row.right) == self.seeds]
+        ranking = self.ranking()
+        name = ranking.best if ranking else max(scored, key=lambda row: row.mean or 0.0).label if scored else None
+        best = next((row for row in scored if row.label == name), None)
+        found = {row.label: gap(best.right, row.right) for row in scored if row is not best} if best else {}
+        return {label: behind for label, behind in found.items() if behind is not None}
+
     def row(self, label: str) -> Row:
         return next(row for row in self.rows if row.label == label)
 
@@ -138,6 +151,7 @@ def row_of(sweep: Sweep, entry: Entry, done: Results, cost: Mapping[str, Any] | 
                trainable=first.get("trainable"), head_trainable=first.get("head_trainable"),
                nbytes=runs[0].get("bytes"), cost=cost if cost and "status" not in cost else {},
                steps=steps, runs=ran,
+               right=[run["right"] for run in runs if "right" in run],
                adapter=adapter if runs[0]["status"] == "finished" else None, reason=failed)
 
 
