@@ -87,4 +87,4 @@ def test_the_gap_is_told_for_the_recommended_row_and_not_where_runs_of_before_ke
     assert before.gaps == {}
     assert "bootstrap" not in report.text(before)
     origin = document.Origin(command="c", date="d", machine="m", versions={})
-    assert "points behind on the examples: against" in str(document.document(found_with([best, other]), origin, []))
+    assert "points behind: the highest mean" in str(document.document(found_with([best, other]), origin, []))

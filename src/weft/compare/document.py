@@ -84,7 +84,7 @@ def document(found: Comparison, origin: Origin, drawn: Sequence[str]) -> list[Se
     """All sections. `drawn` are the pictures that exist."""
     failed = [(row, run) for row in found.rows for run in row.runs if run.reason]
     sections = [Section("Recommendation", _recommendation(found)),
-                Section("Table", [_table(found), *_remarks(found)])]
+                Section("Table", [title(found), _table(found), *_remarks(found)])]
     if drawn:
         sections.append(Section("Pictures", [Picture(name, CAPTIONS[name]) for name in drawn]))
     if failed:
@@ -102,8 +102,8 @@ def _recommendation(found: Comparison) -> list[Part]:
 
 def _table(found: Comparison) -> Table:
     ranking = found.ranking()
-    header = ["method", "trainable", "bytes", f"{found.metric} %", "worse than the best: p",
-              "points behind on the examples", "lr", "steps", "step ×", "step ms", "peak", "status"]
+    header = ["method", "trainable", "bytes", f"{found.metric} %", "p (worse)", "points behind",
+              "lr", "steps", "step ×", "step ms", "peak", "status"]
     labels = [row.label for row in found.rows]
     return Table(header, [_cells(row, ranking.p.get(row.label) if ranking else None,
                                  found.gaps.get(row.label)) for row in found.rows], (0, 11),
@@ -127,9 +127,11 @@ def _gap(gap: Gap | None) -> str:
 def _remarks(found: Comparison) -> list[Part]:
     failed = [f"{row.label} failed: {flat(row.reason)}." for row in found.rows if row.reason]
     lines = [" ".join(line.split()) for line in legend(found)]
+    if found.ranking():
+        lines.append("p (worse): of the test that the row is worse than the highest mean, over the seeds, corrected")
     if found.gaps:
-        lines.append("points behind on the examples: against the highest mean, with the 95 % interval of a paired bootstrap "
-                     "over the test examples, each row by itself")
+        lines.append("points behind: the highest mean, with the 95 % interval of a paired bootstrap over the test examples, each "
+                     "row by itself")
     return [Items([*failed, *found.notes, *lines])]
 
 
@@ -165,7 +167,7 @@ def _percent(value: float | None) -> str:
 
 def _origin(found: Comparison, origin: Origin) -> list[Part]:
     versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
-    return [title(found), Code(origin.command), Items([
+    return [Code(origin.command), Items([
         f"Written on {origin.date}.", f"Machine: {origin.machine}.", f"Versions: {versions}.",
         f"Peak learning rate of the head, which every row trains: {rate(found.settings['head_lr'])}.",
         "Chosen by: mean validation score over the tuning seeds, then the lower loss."])]

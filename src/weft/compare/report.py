@@ -216,7 +216,7 @@ def _on_examples(gap: Gap | None) -> str:
     if gap is None:
         return ""
     low, high = (100 * bound for bound in gap.interval)
-    return (f" On other test examples of the kind of these {gap.examples:,} it would be between {low:.1f} and {high:.1f} "
+    return (f" With the same runs, on other examples like these {gap.examples:,}, it would be between {low:.1f} and {high:.1f} "
             "points lower (paired bootstrap over the examples, 95 %).")
 
 
