@@ -13,14 +13,22 @@ BYTES = {"saved", "held", "peak", "beyond", "process_peak", "bytes"}
 
 
 def table(data: Mapping[str, Any]) -> str:
-    """Everything: where it ran, the rows with targets, what else was measured, and the contenders of each case."""
+    """Everything: the summary, and the contenders of each case."""
+    return _wrapped("\n\n".join([summary(data), *(details(case) for case in data["cases"])]))
+
+
+def summary(data: Mapping[str, Any]) -> str:
+    """Where it ran, the rows with targets, and what else was measured."""
     rows = [row for case in data["cases"] for row in case["rows"]]
     parts = [where(data), _rows([r for r in rows if r["main"]])]
     others = [r for r in rows if not r["main"]]
     if others:
         parts.append("also measured\n" + _rows(others))
-    parts += [details(case) for case in data["cases"]]
-    lines = "\n\n".join(parts).splitlines()
+    return _wrapped("\n\n".join(parts))
+
+
+def _wrapped(text: str) -> str:
+    lines = text.splitlines()
     return "\n".join(part for line in lines for part in (textwrap.wrap(line, WIDTH, subsequent_indent="  ") or [""]))
 
 

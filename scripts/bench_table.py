@@ -1,4 +1,4 @@
-"""Put the short table of a finished benchmark into the README.
+"""Put the tables of a finished benchmark where they are shown: the short form into the README, all rows into the docs.
 
 Usage: make bench && python scripts/bench_table.py benchmarks/results/quick.json
 """
@@ -6,25 +6,39 @@ Usage: make bench && python scripts/bench_table.py benchmarks/results/quick.json
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import report, store  # noqa: E402
 
-START, END = "<!-- table: scripts/bench_table.py writes it -->", "<!-- /benchmark table -->"
+START, END = "<!-- benchmark: scripts/bench_table.py writes it -->", "<!-- /benchmark -->"
+
+
+def rows(data: Mapping[str, Any]) -> str:
+    """Where it ran, the rows with targets, and what else was measured, as the command prints them."""
+    return "```text\n" + report.summary(data) + "\n```"
+
+
+PLACES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"README.md": report.short_form, "docs/performance.md": rows}
+
+
+def filled(text: str, block: str, page: str) -> str:
+    """`text` with the block between its two marks. Raises SystemExit where the marks are not there once each."""
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{page} needs the lines {START} and {END} once each, where the table shall stand.")
+    before, rest = text.split(START)
+    return f"{before}{START}\n{block}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:
     data = store.read(Path(sys.argv[1]))
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise SystemExit(f"README.md needs the lines {START} and {END} once each, where the table shall stand.")
-    before, rest = text.split(START)
-    block = f"{START}\n{report.short_form(data)}\n{END}"
-    readme.write_text(before + block + rest.split(END)[1], encoding="utf-8")
+    for page, form in PLACES.items():
+        path = ROOT / page
+        path.write_text(filled(path.read_text(encoding="utf-8"), form(data), page), encoding="utf-8")
 
 
 if __name__ == "__main__":

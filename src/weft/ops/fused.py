@@ -55,7 +55,7 @@ class Adapted(torch.autograd.Function):
                 y.addmm_(low, C.t())
                 if sigma is not None:
                     straight = (y if bias is None else y - bias) if keep_straight else None
-                    y = scaled(y, bias, sigma, inplace=straight is not y)
+                    y = scaled(y, bias, sigma, out=None if straight is y else y)
         out = y.view(*x.shape[:-1], W.shape[0])
         keeps_output = any(ctx.needs_input_grad[9:11]) and not keep_straight
         ctx.save_for_backward(x if need_A else None, low if need_small else None, W, bias, A, B, d, b, sigma, norm,
@@ -146,11 +146,12 @@ def _sum(W: Tensor, left: Tensor, right: Tensor, sigma: Tensor | None) -> Tensor
     return out.addmm_(left, right)
 
 
-def scaled(y: Tensor, bias: Tensor | None, sigma: Tensor, inplace: bool = False) -> Tensor:
-    """σ (y - bias) + bias, which is y bit for bit where σ is 1; in y's dtype, from a σ that may be wider."""
-    out = y if inplace else torch.empty_like(y)
-    if sigma.dtype == y.dtype and bias is not None:
-        return torch.addcmul(bias - sigma * bias, y, sigma, out=out)
+def scaled(y: Tensor, bias: Tensor | None, sigma: Tensor, out: Tensor | None = None) -> Tensor:
+    """σ (y - bias) + bias, which is y bit for bit where σ is 1; in y's dtype, from a σ that may be wider; into `out`."""
+    out = torch.empty_like(y) if out is None else out
+    if sigma.dtype == y.dtype:
+        return (torch.mul(y, sigma, out=out) if bias is None
+                else torch.addcmul(bias - sigma * bias, y, sigma, out=out))
     more = (sigma - 1).to(y.dtype)  # the difference in σ's own dtype: σ rounded to bfloat16 would be 1 for most rows
     torch.addcmul(y, y, more, out=out)
     return out if bias is None else out.sub_(more * bias)
@@ -175,7 +176,7 @@ def _grad_x(g: Tensor, W: Tensor, A: Tensor, C: Tensor | None, sigma: Tensor | N
         return torch.mm(g, W)
     if g.shape[0] > W.shape[1] and sigma.dtype == W.dtype:  # the smaller of the two takes the scale
         return torch.mm(g, W * sigma[:, None])
-    return torch.mm(scaled(g, None, sigma), W)
+    return torch.mm(scaled(g, None, sigma, out=room("σ g", g.shape[0], g.shape[1], g)), W)
 
 
 def _dot_and_scaled(g: Tensor, out: Tensor | None, straight: Tensor | None, bias: Tensor | None, sigma: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import kernels
 from .factors import Factors
+from .fused import scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +31,55 @@ def apply(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> T
 
     Without gradients y itself is written to.
     """
-    inplace = not torch.is_grad_enabled()
+    if not torch.is_grad_enabled():
+        return _written(x, y, bias, parts)
     for bucket in _buckets(parts):
-        rows = [row for part in bucket for row in part.rows]
-        everything = rows == list(range(x.shape[0]))
-        index = None if everything else torch.tensor(rows, device=x.device)
-        some_x, some_y = (x, y) if index is None else (x[index], y[index])
-        found = _adapted(some_x, some_y, bias, bucket)
-        y = found if index is None else y.index_copy_(0, index, found) if inplace else y.index_copy(0, index, found)
+        index, some_x = _rows(x, bucket)
+        found = _adapted(some_x, y if index is None else y[index], bias, bucket)
+        y = found if index is None else y.index_copy(0, index, found)
     return y
+
+
+def _written(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    """Each bucket's update added to its rows, then every row scaled at once: as few passes over y as there can be."""
+    for bucket in _buckets(parts):
+        index, some_x = _rows(x, bucket)
+        shared = bucket[0].factors.share is not None
+        if not shared and index is None and kernels.use(y):
+            h, B = _stacked(x, bucket)
+            which = torch.arange(len(bucket), device=y.device).repeat_interleave(x.shape[0] // len(bucket))
+            kernels.compose_up(y, h.view(*y.shape[:2], h.shape[-1]), B, 1.0, None, None, which)
+            continue
+        if shared:
+            update = _shared(some_x, bucket)
+        else:
+            h, B = _stacked(some_x, bucket)
+            update = torch.bmm(h, B.mT).view(*some_x.shape[:2], y.shape[-1])
+        if index is None:
+            y.add_(update)
+        else:
+            y.index_add_(0, index, update)
+    return _scaled_rows(y, bias, parts)
+
+
+def _scaled_rows(y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    """y with σ on the rows that have one, in place."""
+    found = [(part, sigma) for part in parts if (sigma := part.factors.scale()) is not None]
+    if not found:
+        return y
+    sigma = torch.ones(y.shape[0], 1, y.shape[-1], dtype=found[0][1].dtype, device=y.device)
+    rows = torch.tensor([row for part, _ in found for row in part.rows], device=y.device)
+    sigma[rows] = torch.stack([s for part, s in found for _ in part.rows])[:, None]
+    return scaled(y, bias, sigma, out=y)
+
+
+def _rows(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor | None, Tensor]:
+    """The bucket's rows in the order of its parts, and x there; None where they are all rows as they stand."""
+    rows = [row for part in bucket for row in part.rows]
+    if rows == list(range(x.shape[0])):
+        return None, x
+    index = torch.tensor(rows, device=x.device)
+    return index, x[index]
 
 
 def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
@@ -56,11 +97,6 @@ def _adapted(x: Tensor, y: Tensor, bias: Tensor | None, bucket: Sequence[Part]) 
     """The rows of one bucket, in its order: x [n, tokens, in], y [n, tokens, out] -> [n, tokens, out]."""
     shared = bucket[0].factors.share is not None
     sigmas = _sigmas(bucket)
-    if not shared and kernels.use(y) and not torch.is_grad_enabled():
-        h, B = _stacked(x, bucket)
-        index = torch.arange(len(bucket), device=y.device).repeat_interleave(x.shape[0] // len(bucket))
-        return kernels.compose_up(y.contiguous(), h.view(*y.shape[:2], h.shape[-1]), B, 1.0,
-                                  None if sigmas is None else torch.stack(sigmas), bias, index)
     if shared:
         update = _shared(x, bucket)
     else:
@@ -94,7 +130,8 @@ def _shared(x: Tensor, bucket: Sequence[Part]) -> Tensor:
     d = [part.factors.d for part in bucket if part.factors.d is not None]
     b = [part.factors.b for part in bucket if part.factors.b is not None]
     h = h * _by_row(d, bucket).to(x.dtype)
-    return torch.nn.functional.linear(h, first.B.to(x.dtype)) * _by_row(b, bucket).to(x.dtype)
+    update, scale = torch.nn.functional.linear(h, first.B.to(x.dtype)), _by_row(b, bucket).to(x.dtype)
+    return update * scale if torch.is_grad_enabled() else update.mul_(scale)
 
 
 def _by_row(vectors: Sequence[Tensor], bucket: Sequence[Part]) -> Tensor:
