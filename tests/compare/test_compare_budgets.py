@@ -145,6 +145,7 @@ def test_a_comparison_at_equal_seconds_resumes_with_the_same_steps(tmp_path: Pat
     assert done.status == 0, done.errors
     assert done.json["settings"]["budget"] == "seconds"
     assert done.json["settings"]["steps"] is None
+    assert any(note.startswith("Steps are as many as fit") for note in done.json["notes"])
     for row in done.json["rows"]:
         assert row["steps"] == int(0.2 / row["step_seconds"])
         assert f" {row['steps']:,}" in done.printed

@@ -130,8 +130,8 @@ def _remarks(found: Comparison) -> list[Part]:
     if found.ranking():
         lines.append("p (worse): of the test that the row is worse than the highest mean, over the seeds, corrected")
     if found.gaps:
-        lines.append("points behind: the highest mean, with the 95 % interval of a paired bootstrap over the test examples, each "
-                     "row by itself")
+        lines.append("points behind: the highest mean, with the 95 % interval of a paired bootstrap over the test examples, "
+                     "each row by itself")
     return [Items([*failed, *found.notes, *lines])]
 
 

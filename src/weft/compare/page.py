@@ -19,7 +19,8 @@ p, li { max-width: 46rem } ul { padding-left: 1.2rem }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee }
 th { background: #f5f5f5; vertical-align: bottom } thead th { white-space: normal; overflow-wrap: normal }
-tbody th { background: none; font-weight: 400; white-space: normal; min-width: 7rem } .words { text-align: left } tbody tr:last-child > * { border-bottom: 0 }
+tbody th { background: none; font-weight: 400; white-space: normal; min-width: 7rem }
+.words { text-align: left } tbody tr:last-child > * { border-bottom: 0 }
 td.words { white-space: normal; min-width: 8rem }
 tr.strong > * { background: #e8f3ec; font-weight: 600 }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }

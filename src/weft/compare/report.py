@@ -216,8 +216,8 @@ def _on_examples(gap: Gap | None) -> str:
     if gap is None:
         return ""
     low, high = (100 * bound for bound in gap.interval)
-    return (f" With the same runs, on other examples like these {gap.examples:,}, it would be between {low:.1f} and {high:.1f} "
-            "points lower (paired bootstrap over the examples, 95 %).")
+    return (f" With the same runs, on other examples like these {gap.examples:,}, it would be between {low:.1f} and "
+            f"{high:.1f} points lower (paired bootstrap over the examples, 95 %).")
 
 
 def _advice(best: Sequence[float], chosen: Sequence[float], tests: int, seeds: int) -> str:
