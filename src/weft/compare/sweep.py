@@ -20,8 +20,8 @@ from .request import Request
 from .results import Comparison, notes_of, row_of
 from .store import LOGS, Store
 
-TIMED = ("Steps are as many as fit into the time of a run at the step time measured here, with nothing beside it; attaching, "
-         "auditing and scoring come on top.")
+TIMED = ("Steps are as many as fit into the time of a run at the step time measured here, with nothing beside it; "
+         "attaching, auditing and scoring come on top.")
 MOST_WORKERS = 16  # each holds its own model and libraries, some 0.5 GB
 NAMES = {"model": "weights of the model", "train": "training data", "validation": "validation data",
          "test": "test data"}
