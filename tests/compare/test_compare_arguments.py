@@ -25,6 +25,8 @@ from weft.tasks import FAMILIES
     (["--test", "x.csv"], "has its own test data"),
     (["--task", "digits", "--test", "x.csv"], "built in"),
     (["--budget", "step=5"], "'steps'"),
+    (["--budget", "seconds"], "seconds=20"),
+    (["--budget", "parameters", "--methods", "lora,vera:r=4"], "leave r=4 out"),
     (["--seeds", "0"], "1 or more"),
     (["--workers", "two"], "whole number"),
     (["--head-lr", "-1"], "above 0"),

@@ -99,7 +99,11 @@ def test_a_budget_has_defaults_for_what_is_not_said() -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("step=7", "'steps'"), ("steps=2", "3 or more"), ("steps=1e3", "whole number"), ("batch=0", "1 or more"),
-    ("steps", "whole number"), ("steps=5,steps=6", "there twice"), ("", "not known")])
+    ("steps=", "whole number"),
+    ("parameters=0", "1 or more"), ("parameters=5k", "whole number"), ("seconds", "above 0"),
+    ("seconds=0", "above 0"), ("seconds=inf", "above 0"), ("seconds=5,steps=9", "steps, parameters or seconds"),
+    ("seconds=5,parameters", "steps, parameters or seconds"), ("second=5", "'seconds'"),
+    ("steps=5,steps=6", "there twice"), ("", "not known")])
 def test_a_budget_that_cannot_be_meant_is_refused(text: str, message: str) -> None:
     with pytest.raises(weft.ConfigError, match=message):
         parse_budget(text)

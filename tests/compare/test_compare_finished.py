@@ -142,9 +142,12 @@ def test_resume_with_another_budget_is_refused(finished: Finished) -> None:
 def test_resume_trains_nothing_again_and_two_seeds_give_no_ranking(finished: Finished, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished.out, copy)
+    (copy / "report.html").unlink()
     again = compare(copy, *TINY, "--seeds", "2", "--resume")
     assert again.status == 0, again.errors
     assert again.runs == finished.runs
+    assert "No ranking: with 2 seeds" in (copy / "report.html").read_text(encoding="utf-8")
+    assert "report.html" in again.printed.split("\nIn ")[1]
     assert again.json["recommendation"] is None
     assert "2 seeds" in again.json["no_recommendation"]
     assert "No ranking: with 2 seeds" in again.printed

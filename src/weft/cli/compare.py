@@ -26,8 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--test", metavar="PATH", help="test data of its own, a file or folder like the task's; else 20 %% is held out")
     add("--methods", metavar="M,M", help="for example lora,vera:r=64,dora:r=4:alpha=8 (default: those of the papers)")
     add("--seeds", metavar="N", type=_whole, help="runs of every method that are scored on the test split (default: 3)")
-    add("--budget", metavar="NAME=N,..", help="steps, batch, and the most examples of train, validation and test "
-                                              "(default: steps=150,batch=20,validation=1000,test=2000)")
+    add("--budget", metavar="NAME=N,..", help="what is equal: steps, parameters[=N] (ranks chosen for it; N of the first "
+                                              "method) or seconds=S a run; batch, and the most examples of train, "
+                                              "validation and test (default: "
+                                              "steps=150,batch=20,validation=1000,test=2000)")
     add("--lr", metavar="METHOD=RATE,..", action="append", default=[],
         help="the peak learning rates to try for a method, in place of its own grid; may be given again")
     add("--head-lr", metavar="RATE", type=_rate, help="peak learning rate of the new head (default: 1e-2)")
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with Progress(sys.stderr) as shown:
             found = compare(request, shown)
-        _write(found, request.out, args.json)
+        _write(found, request, args)
     except KeyboardInterrupt:
         return _interrupted(request, args.words)
     return 0 if found.ok else 1
@@ -102,19 +104,15 @@ def _check_json(path: Path | None) -> None:
                                                        f"there is no directory {str(path.parent)!r}."))
 
 
-def _write(found: Comparison, out: Path, json_file: Path | None) -> None:
-    from ..compare import plots, report
+def _write(found: Comparison, request: Request, args: argparse.Namespace) -> None:
+    from ..compare import output, report
     from ..compare.store import write_atomically
 
-    text = report.text(found)
-    print(text)
-    files = {"table.txt": text + "\n", "results.json": report.dumps(found), "results.csv": report.to_csv(found)}
-    for name, content in files.items():
-        write_atomically(out / name, content)
-    if json_file is not None:
-        write_atomically(json_file, files["results.json"])
-    drawn = plots.draw(found, out)
-    print("\n" + report.wrap(f"In {out}/: {', '.join([*files, *drawn, 'adapters/'])}"))
+    print(report.text(found))
+    if args.json is not None:
+        write_atomically(args.json, report.dumps(found))
+    written = output.write(found, request.out, shlex.join(["weft", *args.words]))
+    print("\n" + report.wrap(f"In {request.out}/: {', '.join([*written, 'adapters/'])}"))
 
 
 def _interrupted(request: Request, words: list[str]) -> int:

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from ..model.attach import attach, detach
 from ..model.structure import head_modules
 from ..tasks import SPLITS, find_task
 from ..tasks.models import Prepared, find_model, prepare
-from ..training.loop import DivergedError, Recipe, Score, evaluate, renew, train
+from ..training.loop import DivergedError, Recipe, Score, answers, evaluate, renew, score_of, train
 from . import measure
+from .budgets import lowest_rank, nearest_rank
 from .plan import RunSpec
 
 SMALL = 20_000_000  # parameters; below it two single-threaded runs side by side beat one run on two threads
@@ -82,7 +84,7 @@ class Bench:
             result["losses"] = train(self.model, adapter, self.prepared.splits["train"], recipe)
             result["validation"] = asdict(self._score("validation"))
             if spec.purpose == "final":
-                result["test"] = asdict(self._score("test"))
+                result |= self._tested()
             if save_to is not None:
                 result["bytes"] = _saved_bytes(adapter, save_to)
             result["status"] = "finished"
@@ -95,10 +97,52 @@ class Bench:
     def _score(self, split: str) -> Score:
         return evaluate(self.model, self.prepared.splits[split], metric=self.prepared.metric)
 
+    def _tested(self) -> dict[str, Any]:
+        """The test split's score, and where it is the share of right answers, which ones are: "1" or "0" each."""
+        split = self.prepared.splits["test"]
+        logits = answers(self.model, split)
+        result: dict[str, Any] = {"test": asdict(score_of(logits, split, self.prepared.metric))}
+        if self.prepared.metric == "accuracy":
+            result["right"] = "".join("01"[int(right)] for right in logits.argmax(dim=1) == split.labels)
+        return result
+
     def attach_new(self, config: Mapping[str, Any], seed: int) -> Adapter:
         """A new head from the seed, then the method on top."""
         renew(self.model, self.head, seed)
         return attach(self.model, methods.from_json(dict(config)))
+
+    def ranks(self, configs: Mapping[str, Mapping[str, Any]], target: int | None, most: int) -> dict[str, Any]:
+        """By label the rank whose trained numbers come nearest to `target`, and their number: {"target", "rows"}.
+
+        target=None means the number of the first, which keeps its rank, and must be one that can be attached.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for label, config in configs.items():
+            try:
+                rows[label] = self._ranked(config, target, most)
+            except WeftError as error:
+                if target is None:
+                    raise
+                rows[label] = {"reason": " ".join(str(error).split())}
+            if target is None:
+                target = int(rows[label]["trainable"])
+        return {"target": target, "rows": rows}
+
+    def _ranked(self, config: Mapping[str, Any], target: int | None, most: int) -> dict[str, Any]:
+        rank = config.get("r")
+        if rank is not None and target is not None:
+            low = lowest_rank(methods.from_json(dict(config)))
+            rank = nearest_rank(cache(lambda r: self._count({**config, "r": r})), target, low, max(low, most))
+            config = {**config, "r": rank}
+        return {"r": rank, "trainable": self._count(config)}
+
+    def _count(self, config: Mapping[str, Any]) -> int:
+        """Trained numbers without the head's."""
+        adapter = self.attach_new(config, 0)
+        try:
+            return int(adapter.num_parameters - adapter.num_head_parameters)
+        finally:
+            detach(self.model)
 
     def measure(self, config: Mapping[str, Any], batch: int) -> dict[str, Any]:
         """Step time against the frozen base, and peak memory, on one training batch."""

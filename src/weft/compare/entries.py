@@ -39,12 +39,18 @@ GROW = 3  # times that a grid may grow
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table: its name, its configuration (without head and seed), and the rates to try."""
+    """One row of the table: its name, its configuration (without head and seed), and the rates to try.
+
+    `steps` are those of its runs where they are its own; `refused` says why nothing of it can be trained.
+    """
 
     label: str
     config: Any
     lrs: tuple[float, ...]
     grows: bool = True
+    steps: int | None = None
+    refused: str | None = None
+    given: frozenset[str] = frozenset()  # the fields that were asked for by name
 
     @property
     def method(self) -> str:
@@ -74,7 +80,7 @@ def parse_methods(text: str) -> list[Entry]:
         label = " ".join([cls.__name__, *(f"{key}={value}" for key, value in fields.items())])
         if any(entry.label == label for entry in entries):
             raise ConfigError(f"--methods {text!r}: {label!r} is there twice.")
-        entries.append(Entry(label, config, LRS.get(cls.__name__, OTHER_LRS)))
+        entries.append(Entry(label, config, LRS.get(cls.__name__, OTHER_LRS), given=frozenset(fields)))
     return entries
 
 

@@ -53,7 +53,7 @@ class Sweep:
 
     def spec(self, entry: Entry, lr: float, seed: int, purpose: str) -> RunSpec:
         config = methods.to_json(entry.with_head(self.head, seed))
-        return RunSpec(entry.label, config, lr, self.head_lr, seed, self.steps, self.batch, purpose)
+        return RunSpec(entry.label, config, lr, self.head_lr, seed, entry.steps or self.steps, self.batch, purpose)
 
     def key(self, spec: RunSpec) -> str:
         return spec.key(self.context)
@@ -73,6 +73,8 @@ class Tuned:
 
 def tune(sweep: Sweep, entry: Entry, done: Results) -> Tuned:
     """Choose the rate with the best mean validation score (then the lower loss), growing the grid at its edges."""
+    if entry.refused:
+        return Tuned((), {}, failed=entry.refused)
     tried = tuple(sorted(entry.lrs))
     for turn in range(GROW + 1):
         specs = {lr: [sweep.spec(entry, lr, seed, "tune") for seed in TUNING_SEEDS] for lr in tried}

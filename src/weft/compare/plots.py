@@ -1,40 +1,56 @@
-"""Two pictures of a comparison: score against trainable parameters, and the training curves."""
+"""The pictures of a comparison: the score against what a method costs, its learning rates, and the training curves."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .labels import label_ends, label_points
 from .results import Comparison, Row
 
-SCORES, CURVES = "scores.png", "curves.png"
-SIZE, DPI = (8.0, 5.0), 150
+SCORES, STEP_TIME, MEMORY, RATES, CURVES = "scores.png", "step-time.png", "memory.png", "learning-rates.png", "curves.png"
+SIZE, DPI = (6.4, 4.0), 187.5  # small, so that the letters can be read where the picture is as wide as a phone
 # Okabe and Ito's colours, which colour-blind readers can tell apart; line styles take over where they run out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 GREY = "#666666"
+Paint = Callable[[Any, Comparison, Sequence[Row]], None]
 
 
 def draw(found: Comparison, out: Path) -> list[str]:
-    """Write both pictures into `out` and return their names; rows without a score are not in them."""
-    rows = [row for row in found.rows if row.complete]
-    if not rows:
-        return []
+    """Write the pictures into `out` and return their names; a picture has the rows that have what it shows, and one
+    that would be empty is not written (nor kept from an earlier time).
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    drawn = []
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
-        for name, paint in ((SCORES, _scores), (CURVES, _curves)):
-            figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-            FigureCanvasAgg(figure)  # not pyplot: nothing global, no display
-            paint(figure.subplots(), found, rows)
-            _save(figure, out / name)
-    return [SCORES, CURVES]
+        for name, paint, rows in _pictures(found):
+            (out / name).unlink(missing_ok=True)
+            if rows:
+                figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+                FigureCanvasAgg(figure)  # not pyplot: nothing global, no display
+                paint(figure.subplots(), found, rows)
+                _save(figure, out / name)
+                drawn.append(name)
+    return drawn
+
+
+def _pictures(found: Comparison) -> list[tuple[str, Paint, list[Row]]]:
+    scored = [row for row in found.rows if row.complete]
+    return [
+        (SCORES, _scores, scored),
+        (STEP_TIME, _step_time, [row for row in scored if "step_ratio" in row.cost]),
+        (MEMORY, _memory, [row for row in scored if "peak_bytes" in row.cost]),
+        (RATES, _rates, [row for row in found.rows if any(score is not None for score in row.tried.values())]),
+        (CURVES, _curves, [row for row in scored if row.curves]),
+    ]
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -45,31 +61,54 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _look(found: Comparison, row: Row) -> dict[str, Any]:
-    """The same colour and line for a row in both pictures."""
+    """The same colour and line for a row in all pictures."""
     place = [other.label for other in found.rows].index(row.label)
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": STYLES[place // len(COLOURS) % len(STYLES)]}
 
 
 def _scores(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
     """Rows that train nothing but the head have no place on a logarithmic axis: a line across."""
-    points = [row for row in rows if row.trainable]
-    for row in points:
-        axes.errorbar(row.trainable, _percent(row.mean), yerr=_half(row), fmt="o", capsize=4, markersize=6,
-                      color=_look(found, row)["color"], zorder=3)
     for row in rows:
         if not row.trainable:
             axes.axhline(_percent(row.mean), color=GREY, linewidth=1, linestyle="--", zorder=1)
             axes.annotate(f"{row.label} (nothing but the head)", (1, _percent(row.mean)), (-2, 3), color=GREY,
                           ha="right", fontsize=9, xycoords=("axes fraction", "data"), textcoords="offset points")
-    if points:
-        _parameter_axis(axes)
+    points = [(row, float(row.trainable)) for row in rows if row.trainable]
     axes.set_xlabel("trainable parameters, without the head")
+    _against(axes, found, points, _parameter_axis)
+
+
+def _step_time(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
+    axes.set_xlabel("time of a training step, relative to the frozen-base limit")
+    _against(axes, found, [(row, float(row.cost["step_ratio"])) for row in rows], _plain_axis)
+
+
+def _memory(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
+    axes.set_xlabel("most memory held at one time in a training step, MiB")
+    _against(axes, found, [(row, row.cost["peak_bytes"] / 2**20) for row in rows], _plain_axis)
+
+
+def _against(axes: Any, found: Comparison, points: Sequence[tuple[Row, float]], scale: Callable[[Any], None]) -> None:
+    """Mean test scores with their intervals over a cost of the method."""
+    for row, x in points:
+        axes.errorbar(x, _percent(row.mean), yerr=_half(row), fmt="o", capsize=4, markersize=6,
+                      color=_look(found, row)["color"], zorder=3)
+    if points:
+        scale(axes)
     axes.set_ylabel(f"{found.metric} on the test split, %")
-    axes.set_title(f"{found.task} on {found.model}: mean" + (f" and 95 % t-interval over {found.seeds} seeds"
-                                                          if found.seeds > 1 else " of one seed"), fontsize=11)
+    _title(axes, found, "mean" + (f" and 95 % t-interval over {found.seeds} seeds" if found.seeds > 1 else
+                                  " of one seed"))
+    label_points(axes, [(x, _percent(row.mean), row.label, _look(found, row)["color"]) for row, x in points],
+                 [_half(row) or 0.0 for row, _ in points])
+
+
+def _title(axes: Any, found: Comparison, what: str) -> None:
+    axes.set_title(textwrap.fill(f"{found.task} on {found.model}: {what}", 66), fontsize=10)
     axes.grid(alpha=0.25, which="major")
-    _label_points(axes, [(float(row.trainable or 1), _percent(row.mean), row.label, _look(found, row)["color"])
-                         for row in points], [_half(row) or 0.0 for row in points])
+
+
+def _plain_axis(axes: Any) -> None:
+    axes.margins(x=0.12)
 
 
 def _parameter_axis(axes: Any) -> None:
@@ -94,9 +133,28 @@ def short_count(value: float) -> str:
     return f"{value:g}"
 
 
+def _rates(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
+    """Mean validation score of every rate tried; the chosen one is ringed, one whose training failed is a cross below."""
+    floor = min(_percent(score) for row in rows for score in row.tried.values() if score is not None)
+    for row in rows:
+        look = _look(found, row)
+        there = sorted((lr, _percent(score)) for lr, score in row.tried.items() if score is not None)
+        axes.plot(*zip(*there, strict=True), marker="o", markersize=4, linewidth=1.4, label=row.label, **look)
+        chosen = [point for point in there if point[0] == row.lr]
+        failed = [lr for lr, score in row.tried.items() if score is None]
+        axes.plot([x for x, _ in chosen], [y for _, y in chosen], marker="o", markersize=11, fillstyle="none",
+                  linestyle="none", color=look["color"])
+        axes.plot(failed, [floor] * len(failed), marker="x", markersize=8, linestyle="none", color=look["color"])
+    axes.set_xscale("log")
+    axes.set_xlabel("peak learning rate (ringed: chosen; cross: training failed)")
+    axes.set_ylabel(f"{found.metric} on validation, %")
+    _title(axes, found, "validation score by learning rate")
+    axes.figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+
+
 def _curves(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
     """Mean over the seeds, smoothed; a band from the lowest seed to the highest."""
-    window = max(1, len(rows[0].curves[0]) // 15)
+    window = max(1, min(len(row.curves[0]) for row in rows) // 15)
     ends = []
     for row in rows:
         smooth = np.array([_smooth(np.array(curve), window) for curve in row.curves])
@@ -110,9 +168,8 @@ def _curves(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
     axes.set_xlabel("training step")
     axes.set_ylabel("training loss")
     smoothed = f", mean of the last {window} steps" if window > 1 else ""
-    axes.set_title(f"{found.task} on {found.model}: training loss at the chosen rates{smoothed}", fontsize=11)
-    axes.grid(alpha=0.25, which="major")
-    _label_ends(axes, ends)
+    _title(axes, found, f"training loss at the chosen rates{smoothed}")
+    label_ends(axes, ends)
 
 
 def _smooth(losses: Any, window: int) -> Any:
@@ -125,87 +182,3 @@ def _percent(value: float | None) -> float:
 
 def _half(row: Row) -> float | None:
     return 50 * (row.interval[1] - row.interval[0]) if row.interval else None
-
-
-Label = tuple[float, float, str, str]  # x, y in data coordinates, text, colour
-
-
-def _label_points(axes: Any, labels: Sequence[Label], halves: Sequence[float]) -> None:
-    """Each name beside its point, at the first place around it that is free of names, points and error bars."""
-    axes.figure.draw_without_rendering()
-    renderer = axes.figure.canvas.get_renderer()
-    taken = [_bar_box(axes, x, y, half) for (x, y, _, _), half in zip(labels, halves, strict=True)]
-    taken += [text.get_window_extent(renderer) for text in axes.texts]
-    frame = axes.get_window_extent(renderer)
-    for x, y, name, colour in labels:
-        text = axes.annotate(textwrap.fill(name, 16), (x, y), (0, 0), textcoords="offset points", color=colour,
-                             fontsize=10, linespacing=1.05)
-
-        def hidden(place: tuple[float, float, str, str], text: Any = text) -> float:
-            """Pixels of the name that would lie on something else or outside."""
-            text.set(position=place[:2], horizontalalignment=place[2], verticalalignment=place[3])
-            box = text.get_window_extent(renderer).padded(1)
-            outside = box.width * box.height - _shared(box, frame)
-            return float(outside + sum(_shared(box, other) for other in taken))
-
-        hidden(min(_places(), key=hidden))  # the first of the best
-        taken.append(text.get_window_extent(renderer).padded(1))
-
-
-def _shared(a: Any, b: Any) -> float:
-    """Area that two boxes share."""
-    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-    return float(width * height) if width > 0 and height > 0 else 0.0
-
-
-def _bar_box(axes: Any, x: float, y: float, half: float) -> Any:
-    """Point, bar and caps in pixels."""
-    from matplotlib.transforms import Bbox
-
-    corners = axes.transData.transform([(x, y - half), (x, y + half)])
-    reach = 5 * axes.figure.dpi / 72
-    return Bbox([[corners[0][0] - reach, corners[0][1] - reach], [corners[1][0] + reach, corners[1][1] + reach]])
-
-
-def _places() -> list[tuple[float, float, str, str]]:
-    """Offsets in points and alignments, nearest first."""
-    places: list[tuple[float, float, str, str]] = []
-    for far in (8, 16, 26, 38, 52, 68):
-        places += [(far, 0, "left", "center"), (-far, 0, "right", "center"), (far, far, "left", "bottom"),
-                   (-far, far, "right", "bottom"), (far, -far, "left", "top"), (-far, -far, "right", "top"),
-                   (0, far, "center", "bottom"), (0, -far, "center", "top")]
-    return places
-
-
-def _label_ends(axes: Any, labels: Sequence[Label]) -> None:
-    """Names at the right of the curves, pushed apart where they would overlap, with a thin line to their curve."""
-    axes.figure.draw_without_rendering()
-    to_pixels = axes.transData.transform
-    ordered = sorted(labels, key=lambda label: label[1])
-    wanted = [float(to_pixels((x, y))[1]) for x, y, _, _ in ordered]
-    height = 13 * axes.figure.dpi / 72
-    low, high = axes.get_window_extent().y0, axes.get_window_extent().y1
-    placed = spread(wanted, height, low + height / 2, high - height / 2)
-    for (x, y, name, colour), want, at in zip(ordered, wanted, placed, strict=True):
-        axes.annotate(name, (x, y), (18, (at - want) * 72 / axes.figure.dpi), textcoords="offset points", color=colour,
-                      va="center", fontsize=10, annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1,
-                                  "relpos": (0, 0.5)})
-
-
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Ascending places at least `gap` apart, near `wanted` (ascending) and, if they fit, within [low, high]."""
-    places = list(wanted)
-    for _ in range(200):
-        for i in range(1, len(places)):
-            short = gap - (places[i] - places[i - 1])
-            if short > 1e-6:
-                places[i - 1] -= short / 2
-                places[i] += short / 2
-        if places[0] < low:
-            places[0] = low
-        if places[-1] > high:
-            places[-1] = high
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
-    return places

@@ -7,31 +7,35 @@ import io
 import json
 import textwrap
 from collections.abc import Sequence
+from dataclasses import astuple, fields
 from typing import Any
 
 from .. import __version__
 from .entries import rate
-from .results import Comparison, Row
+from .examples import Gap
+from .results import Comparison, Row, Run
 from .statistics import ALPHA, MIN_SEEDS, Ranking, gap_bound, seeds_needed
 from .store import SCHEMA
 
 WIDTH = 80
 GAP = "  "
-HEADER = ("method", "trainable", "bytes", "{metric} %", "lr", "step", "peak")
+HEADER = ("method", "trainable", "bytes", "{metric} %", "lr", "step", "peak", "steps")
 
 
 def text(found: Comparison) -> str:
     """Everything that is printed at the end."""
-    parts = [_title(found), table(found), _legend(found)]
-    parts += [wrap(f"{row.label} failed: {_flat(row.reason)}.") for row in found.rows if row.reason]
+    parts = [title(found), table(found), "\n".join(legend(found))]
+    parts += [wrap(f"{row.label} failed: {flat(row.reason)}.") for row in found.rows if row.reason]
     parts += ["\n".join(wrap(f"- {note}", indent="  ") for note in found.notes)] if found.notes else []
     return "\n\n".join([*parts, verdict(found)])
 
 
 def table(found: Comparison) -> str:
     """One line a method; a long name goes on in further lines of its column."""
-    cells = [tuple(name.format(metric=found.metric) for name in HEADER), *(_cells(row) for row in found.rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(1, len(HEADER))]
+    columns = len(HEADER) - (found.settings["steps"] is not None)  # said in the title where all rows have the same
+    cells = [tuple(name.format(metric=found.metric) for name in HEADER)[:columns],
+             *(cells_of(row)[:columns] for row in found.rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(1, columns)]
     room = WIDTH - sum(widths) - len(GAP) * len(widths)
     names = [textwrap.wrap(line[0], room, subsequent_indent=" ") for line in cells]
     first = max(len(piece) for pieces in names for piece in pieces)
@@ -46,20 +50,20 @@ def verdict(found: Comparison) -> str:
     """The recommendation in one line and why in the next; or why there is none."""
     ranking = found.ranking()
     if ranking is None:
-        return wrap(f"No ranking: {_no_ranking(found)}")
-    return f"{wrap(_headline(ranking))}\n{wrap(_why(found, ranking))}"
+        return wrap(f"No ranking: {no_ranking(found)}")
+    return f"{wrap(headline(ranking))}\n{wrap(why(found, ranking))}"
 
 
 def to_json(found: Comparison) -> dict[str, Any]:
     """The contract's schema 1, and more fields beside it."""
     ranking = found.ranking()
-    recommendation = {"method": ranking.recommended, "why": _why(found, ranking)} if ranking else None
+    recommendation = {"method": ranking.recommended, "why": why(found, ranking)} if ranking else None
     return {
         "schema": SCHEMA, "task": found.task, "model": found.model, "metric": found.metric, "weft": __version__,
         "seeds": found.seeds, "settings": dict(found.settings), "examples": dict(found.sizes),
         "classes": list(found.classes), "head": list(found.head), "head_trainable": found.head_trainable,
-        "rows": [_row_json(row, ranking) for row in found.rows],
-        "recommendation": recommendation, "no_recommendation": None if ranking else _no_ranking(found),
+        "rows": [_row_json(row, ranking, found.gaps.get(row.label)) for row in found.rows],
+        "recommendation": recommendation, "no_recommendation": None if ranking else no_ranking(found),
         "ranking": _ranking_json(found, ranking) if ranking else None,
         "device": found.device, "versions": dict(found.versions), "notes": list(found.notes),
     }
@@ -69,14 +73,25 @@ def to_csv(found: Comparison) -> str:
     """One line a row; numbers as in the JSON, an empty field where there is none."""
     columns = ["method", "trainable", "head_trainable", "bytes", "score_mean", "score_low", "score_high",
                *(f"score_seed_{seed}" for seed in range(found.seeds)),
-               "lr", "step_ratio", "peak_bytes", "status", "reason"]
+               "lr", "step_ratio", "peak_bytes", "status", "reason", "steps", "budget"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
     for row in found.rows:
         low, high = row.interval or (None, None)
         writer.writerow([row.label, row.trainable, row.head_trainable, row.nbytes, row.mean, low, high, *row.scores,
-                         row.lr, row.cost.get("step_ratio"), row.cost.get("peak_bytes"), row.status, row.reason])
+                         row.lr, row.cost.get("step_ratio"), row.cost.get("peak_bytes"), row.status, row.reason, row.steps,
+                         found.settings["budget"]])
+    return out.getvalue()
+
+
+def runs_csv(found: Comparison) -> str:
+    """One line a training run."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["method", *(field.name for field in fields(Run)), "status"])
+    for row in found.rows:
+        writer.writerows([row.label, *astuple(run), run.status] for run in row.runs)
     return out.getvalue()
 
 
@@ -88,38 +103,38 @@ def _ranking_json(found: Comparison, ranking: Ranking) -> dict[str, Any]:
     return {"best": ranking.best, "worse_p": dict(ranking.p), "test": _test(found, ranking)}
 
 
-def _row_json(row: Row, ranking: Ranking | None) -> dict[str, Any]:
+def _row_json(row: Row, ranking: Ranking | None, gap: Gap | None) -> dict[str, Any]:
     return {
         "method": row.label, "config": dict(row.config), "trainable": row.trainable,
         "head_trainable": row.head_trainable, "bytes": row.nbytes, "score_mean": row.mean,
-        "score_interval": list(row.interval) if row.interval else None, "scores": list(row.scores),
+        "steps": row.steps, "score_interval": list(row.interval) if row.interval else None, "scores": list(row.scores),
         "step_ratio": row.cost.get("step_ratio"), "step_ratio_spread": row.cost.get("step_ratio_spread"),
         "step_seconds": row.cost.get("step_seconds"), "limit_seconds": row.cost.get("limit_seconds"),
         "peak_bytes": row.cost.get("peak_bytes"), "lr": row.lr,
         "lr_validation": {rate(lr): score for lr, score in row.tried.items()},
         "worse_p": ranking.p.get(row.label) if ranking else None,
+        "example_gap": {"mean": gap.mean, "interval": list(gap.interval), "examples": gap.examples} if gap else None,
         "adapter": row.adapter, "status": row.status, "reason": row.reason,
     }
 
 
-def _title(found: Comparison) -> str:
+def title(found: Comparison) -> str:
     sizes = ", ".join(f"{count:,} {name}" for name, count in found.sizes.items())
     return wrap(f"{found.task} on {found.model}: {_kind(found)}, {sizes} examples; "
-                 f"{found.seeds} seed{'s' * (found.seeds != 1)}, {found.settings['steps']} steps of "
-                 f"{min(found.settings['batch'], found.sizes['train'])}; {found.device}")
+                 f"{found.seeds} seed{'s' * (found.seeds != 1)}; {found.budget}; {found.device}")
 
 
 def _kind(found: Comparison) -> str:
     return f"{len(found.classes)} classes" if found.classes else "a regression"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def cells_of(row: Row) -> tuple[str, ...]:
     ratio, peak = row.cost.get("step_ratio"), row.cost.get("peak_bytes")
-    return (row.label, count(row.trainable), size(row.nbytes), _score(row), rate(row.lr) if row.lr else "-",
-            f"{ratio:.2f}" if ratio is not None else "-", size(peak))
+    return (row.label, count(row.trainable), size(row.nbytes), score(row), rate(row.lr) if row.lr else "-",
+            f"{ratio:.2f}" if ratio is not None else "-", size(peak), count(row.steps))
 
 
-def _score(row: Row) -> str:
+def score(row: Row) -> str:
     if row.mean is None:
         return "failed" if row.reason else "-"
     mark = " !" if row.reason else ""
@@ -147,20 +162,20 @@ def size(number: float | None) -> str:
     return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
 
 
-def _legend(found: Comparison) -> str:
+def legend(found: Comparison) -> list[str]:
     head = f", which adds {found.head_trainable:,} to every row (bytes include it)" if found.head_trainable else ""
     many = f"± half of the 95 % t-interval over {found.seeds} seeds"
     spread = many if found.seeds > 1 else "of one seed, without an interval"
-    return "\n".join((
+    return [
         f"trainable: without the head{head}",
         f"{found.metric + ':':<10} test split; mean {spread}",
         "lr:        peak learning rate, chosen on the validation split",
         "step:      time of a training step relative to the frozen-base limit",
         "peak:      most memory held at one time in a training step",
-    ))
+    ]
 
 
-def _no_ranking(found: Comparison) -> str:
+def no_ranking(found: Comparison) -> str:
     if found.seeds < MIN_SEEDS:
         return (f"with {found.seeds} seed{'s' * (found.seeds != 1)} a difference between methods cannot be told from "
                 f"chance. Use --seeds {MIN_SEEDS} --resume.")
@@ -170,12 +185,12 @@ def _no_ranking(found: Comparison) -> str:
     return "there is one row, and nothing to compare it with."
 
 
-def _headline(ranking: Ranking) -> str:
+def headline(ranking: Ranking) -> str:
     """At most 80 characters for the names that methods have by themselves."""
     name = ranking.recommended
     if name == ranking.best:
         return f"Recommended: {name}, the best; none smaller comes up to it (paired t-test, Holm)"
-    return f"Recommended: {name}, not significantly worse than {ranking.best} (paired t, Holm, p {_p(ranking.p[name])})"
+    return f"Recommended: {name}, not significantly worse than {ranking.best} (paired t, Holm, p {p_value(ranking.p[name])})"
 
 
 def _test(found: Comparison, ranking: Ranking) -> str:
@@ -183,17 +198,26 @@ def _test(found: Comparison, ranking: Ranking) -> str:
             f"{len(ranking.p)} test{'s' * (len(ranking.p) != 1)}, alpha {ALPHA}")
 
 
-def _why(found: Comparison, ranking: Ranking) -> str:
+def why(found: Comparison, ranking: Ranking) -> str:
     best, chosen = found.row(ranking.best), found.row(ranking.recommended)
     test = _test(found, ranking)
     if chosen is best:
         return f"{best.label} has the highest mean, and every smaller row is significantly worse ({test})."
     a, b = best.complete or [], chosen.complete or []
     said = (f"{chosen.label} is the smallest row that is not significantly worse than the best, {best.label} ({test}; "
-            f"p = {_p(ranking.p[chosen.label])}). It may still be worse: its mean is "
+            f"p = {p_value(ranking.p[chosen.label])}). It may still be worse: its mean is "
             f"{100 * (sum(a) - sum(b)) / len(a):.1f} points lower, and at 95 % confidence the gap is below "
             f"{100 * gap_bound(a, b):.1f}.")
-    return f"{said}{_advice(a, b, len(ranking.p), found.seeds)}"
+    return f"{said}{_on_examples(found.gaps.get(chosen.label))}{_advice(a, b, len(ranking.p), found.seeds)}"
+
+
+def _on_examples(gap: Gap | None) -> str:
+    """What the test examples say, which is another question than what the seeds say."""
+    if gap is None:
+        return ""
+    low, high = (100 * bound for bound in gap.interval)
+    return (f" With the same runs, on other examples like these {gap.examples:,}, it would be between {low:.1f} and "
+            f"{high:.1f} points lower (paired bootstrap over the examples, 95 %).")
 
 
 def _advice(best: Sequence[float], chosen: Sequence[float], tests: int, seeds: int) -> str:
@@ -205,11 +229,11 @@ def _advice(best: Sequence[float], chosen: Sequence[float], tests: int, seeds: i
     return f" To see a gap of one point, use about {needed} seeds: --seeds {needed} --resume."
 
 
-def _p(value: float) -> str:
+def p_value(value: float) -> str:
     return f"{value:.2g}" if value >= 0.001 else "<0.001"
 
 
-def _flat(reason: str | None) -> str:
+def flat(reason: str | None) -> str:
     return " ".join((reason or "").split()).rstrip(".")
 
 

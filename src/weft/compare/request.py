@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..tasks import SPLITS, TaskRef, find_task
 from ..tasks.models import ModelRef, find_model
 from ..training.loop import AUDIT_AFTER
+from .budgets import PARAMETERS, SECONDS, STEPS, Equal, check
 from .entries import DEFAULT, Entry, parse_methods
 
 MODEL, TASK, OUT, SEEDS, HEAD_LR = "digits-vit", "digits", "weft-compare", 3, 1e-2
@@ -20,8 +21,9 @@ FEWEST = {"steps": AUDIT_AFTER, "batch": 1, **dict.fromkeys(SPLITS, 1)}
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps of a run, examples of a step, and the most examples of a split that are used (None: all)."""
+    """What is equal, steps of a run, examples of a step, and the most examples of a split that are used (None: all)."""
 
+    equal: Equal = field(default_factory=Equal)
     steps: int = 150
     batch: int = 20
     train: int | None = None
@@ -48,11 +50,14 @@ class Request:
     out: Path = Path(OUT)
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        check(self.budget.equal, self.entries)
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for --resume. Methods, rates and seeds may be added to a comparison."""
         budget = {name: getattr(self.budget, name) for name in FEWEST}
         test = str(self.task.test) if self.task.test is not None else None
-        return {"model": self.model.name, "task": self.task.name, "--test": test,
+        return {"model": self.model.name, "task": self.task.name, "--test": test, "--budget": str(self.budget.equal),
                 **{f"--budget {name}": value for name, value in budget.items()}, "--head-lr": self.head_lr}
 
 
@@ -63,16 +68,41 @@ def default_request(**changes: Any) -> Request:
 
 
 def parse_budget(text: str) -> Budget:
-    """`steps=150,batch=20,train=500`. Raises ConfigError with the nearest name."""
-    given: dict[str, int] = {}
+    """`steps=150,batch=20`, `parameters=5000,train=500`, `seconds=20`. Raises ConfigError with what is allowed."""
+    given: dict[str, str | None] = {}
     for part in text.split(","):
-        name, _, value = (piece.strip() for piece in part.partition("="))
-        if name not in FEWEST:
-            near = get_close_matches(name, FEWEST, n=2) or list(FEWEST)
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if name not in (*FEWEST, PARAMETERS, SECONDS):
+            known = (*FEWEST, PARAMETERS, SECONDS)
+            near = get_close_matches(name, known, n=2) or list(known)
             raise ConfigError(f"--budget {text!r}: {name!r} is not known. Nearest: {near}.")
         if name in given:
             raise ConfigError(f"--budget {text!r}: {name!r} is there twice.")
-        if not value.isdecimal() or int(value) < FEWEST[name]:
-            raise ConfigError(f"--budget {text!r}: {name} must be a whole number, {FEWEST[name]} or more.")
-        given[name] = int(value)
-    return Budget(**given)
+        given[name] = value if equals else None
+    if SECONDS in given and given.keys() & {STEPS, PARAMETERS}:
+        raise ConfigError(f"--budget {text!r}: seconds decides how many steps there are. Give steps, parameters or seconds.")
+    whole = {name: _whole(text, name, value) for name, value in given.items()
+             if name in FEWEST and not (name == STEPS and value is None)}
+    return Budget(equal=_equal(text, given), **whole)
+
+
+def _equal(text: str, given: Mapping[str, str | None]) -> Equal:
+    if PARAMETERS in given:
+        value = given[PARAMETERS]
+        return Equal(PARAMETERS, None if value is None else _whole(text, PARAMETERS, value))
+    if SECONDS in given:
+        try:
+            seconds = float(given[SECONDS] or "")
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            raise ConfigError(f"--budget {text!r}: seconds must be a number above 0, for example seconds=20.")
+        return Equal(SECONDS, seconds)
+    return Equal()
+
+
+def _whole(text: str, name: str, value: str | None) -> int:
+    least = FEWEST.get(name, 1)
+    if value is None or not value.isdecimal() or int(value) < least:
+        raise ConfigError(f"--budget {text!r}: {name} must be a whole number, {least} or more.")
+    return int(value)

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import mean
 from typing import Any
 
+from .budgets import PARAMETERS, SECONDS
 from .entries import Entry, rate
-from .plan import Results, Sweep, finals, tune
+from .examples import Gap, gap
+from .plan import TUNING_SEEDS, Results, RunSpec, Sweep, finals, tune
 from .statistics import Ranking, rank, t_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run: `validation` and `test` are scores, None where it failed before; `reason` says why it did."""
+
+    purpose: str
+    lr: float
+    seed: int
+    steps: int
+    validation: float | None
+    test: float | None
+    seconds: float | None
+    reason: str | None
+
+    @property
+    def status(self) -> str:
+        return "finished" if self.reason is None else "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +47,9 @@ class Row:
     head_trainable: int | None = None
     nbytes: int | None = None
     cost: Mapping[str, Any] = field(default_factory=dict)  # what bench.measure returned
+    right: Sequence[str] = ()  # by seed, "1" or "0" for every test example, where the score is their mean
+    steps: int | None = None  # of each of its runs
+    runs: Sequence[Run] = ()
     adapter: str | None = None  # where the first seed's adapter is
     reason: str | None = None  # why the row failed
 
@@ -56,7 +80,7 @@ class Comparison:
     model: str
     rows: Sequence[Row]
     seeds: int
-    settings: Mapping[str, Any]  # steps, batch, head_lr
+    settings: Mapping[str, Any]  # budget, steps (None: each row has its own), batch, head_lr; parameters or seconds
     sizes: Mapping[str, int]  # examples by split
     classes: Sequence[str]
     head: Sequence[str]
@@ -81,6 +105,27 @@ class Comparison:
         return rank({label: row.complete or [] for label, row in scored.items()},
                     {label: (row.trainable or 0, row.nbytes or 0) for label, row in scored.items()})
 
+    @property
+    def budget(self) -> str:
+        """What is equal for all rows, in words."""
+        batch = min(self.settings["batch"], self.sizes["train"])
+        if self.settings["budget"] == SECONDS:
+            return f"budget: equal wall-clock, {self.settings['seconds']:g} s a run, steps of {batch}"
+        steps = f"{self.settings['steps']} steps of {batch}"
+        if self.settings["budget"] == PARAMETERS:
+            return f"budget: equal trainable parameters, about {self.settings['parameters']:,}, and {steps}"
+        return f"budget: equal steps, {steps}"
+
+    @cached_property
+    def gaps(self) -> dict[str, Gap]:
+        """How far rows are behind the one with the highest mean on the test examples, where that can be said."""
+        scored = [row for row in self.rows if row.complete and len(row.right) == self.seeds]
+        ranking = self.ranking()
+        name = ranking.best if ranking else max(scored, key=lambda row: row.mean or 0.0).label if scored else None
+        best = next((row for row in scored if row.label == name), None)
+        found = {row.label: gap(best.right, row.right) for row in scored if row is not best} if best else {}
+        return {label: behind for label, behind in found.items() if behind is not None}
+
     def row(self, label: str) -> Row:
         return next(row for row in self.rows if row.label == label)
 
@@ -89,9 +134,11 @@ def row_of(sweep: Sweep, entry: Entry, done: Results, cost: Mapping[str, Any] | 
     """The row of one method. Every run that it needs is in `done`; `cost` is None where it was not measured."""
     tuned = tune(sweep, entry, done)
     tried = {lr: tuned.scores[lr][0] if lr in tuned.scores else None for lr in tuned.tried}
-    config = sweep.spec(entry, 0.0, 0, "final").config
+    spec = sweep.spec(entry, 0.0, 0, "final")
+    config, steps, ran = spec.config, spec.steps, runs_of(sweep, entry, done)
     if tuned.lr is None:
-        return Row(label=entry.label, config=config, tried=tried, scores=[None] * sweep.seeds, reason=tuned.failed)
+        return Row(label=entry.label, config=config, tried=tried, scores=[None] * sweep.seeds, reason=tuned.failed,
+                   steps=None if entry.refused else steps, runs=ran)
     runs = [done[sweep.key(spec)] for spec in finals(sweep, entry, tuned.lr)]
     first = next((run for run in runs if "trainable" in run), {})
     failed = next((f"seed {seed}: {run['reason']}" for seed, run in enumerate(runs) if run["status"] != "finished"),
@@ -103,7 +150,23 @@ def row_of(sweep: Sweep, entry: Entry, done: Results, cost: Mapping[str, Any] | 
                curves=[run["losses"] for run in runs if run["status"] == "finished"],
                trainable=first.get("trainable"), head_trainable=first.get("head_trainable"),
                nbytes=runs[0].get("bytes"), cost=cost if cost and "status" not in cost else {},
+               steps=steps, runs=ran,
+               right=[run["right"] for run in runs if "right" in run],
                adapter=adapter if runs[0]["status"] == "finished" else None, reason=failed)
+
+
+def runs_of(sweep: Sweep, entry: Entry, done: Results) -> list[Run]:
+    """Every run of a row: those that chose its rate, then those that were scored on the test split."""
+    tuned = tune(sweep, entry, done)
+    specs = [sweep.spec(entry, lr, seed, "tune") for lr in tuned.tried for seed in TUNING_SEEDS]
+    specs += finals(sweep, entry, tuned.lr) if tuned.lr is not None else []
+    return [_run(spec, done[sweep.key(spec)]) for spec in specs if sweep.key(spec) in done]
+
+
+def _run(spec: RunSpec, result: Mapping[str, Any]) -> Run:
+    return Run(purpose=spec.purpose, lr=spec.lr, seed=spec.seed, steps=spec.steps,
+               validation=result.get("validation", {}).get("score"), test=result.get("test", {}).get("score"),
+               seconds=result.get("seconds"), reason=result.get("reason"))
 
 
 def notes_of(sweep: Sweep, done: Results) -> list[str]:

@@ -58,7 +58,7 @@ class Store:
         path = self.root / "sweep.json"
         if not path.is_file():
             return False
-        before = _read(path)
+        before = {"--budget": "steps", **_read(path)}  # of a comparison of before there were other budgets
         for field, value in identity.items():
             if before.get(field) != value:
                 raise ConfigError(f"{self.root} holds a comparison with {field} {before.get(field)!r}, and this one "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, WeftError
 from .bench import SMALL, Opening
+from .budgets import PARAMETERS, SECONDS, with_ranks, with_steps
+from .costs import has_scores, measure
 from .dispatch import Crew, Order
 from .entries import Entry, fit, rate
 from .plan import RunSpec, Sweep, finals, missing, progress, tune
@@ -20,6 +20,8 @@ from .request import Request
 from .results import Comparison, notes_of, row_of
 from .store import LOGS, Store
 
+TIMED = ("Steps are as many as fit into the time of a run at the step time measured here, with nothing beside it; "
+         "attaching, auditing and scoring come on top.")
 MOST_WORKERS = 16  # each holds its own model and libraries, some 0.5 GB
 NAMES = {"model": "weights of the model", "train": "training data", "validation": "validation data",
          "test": "test data"}
@@ -40,18 +42,22 @@ def compare(request: Request, shown: Progress) -> Comparison:
         about = crew.open_first()
         store.open({**request.identity(), **{NAMES.get(key, key): value for key, value in about["context"].items()}})
         sweep, notes = _resolve(request, about)
+        first = request.budget.equal.what == SECONDS  # then the step times say how long the runs are
+        sweep, settings, told = _budgeted(request, sweep, crew, lambda sweep: _measure(
+            sweep, sweep.entries, store, crew, shown, {}, about["device"]), about["narrowest"])
         crew.size = _workers(request.workers, about)
-        done = _train(sweep, store, crew, shown)
+        done = _train(sweep, store, crew, shown, len(sweep.entries) if first else 0)
         crew.shrink()
-        costs = _measure(sweep, store, crew, shown, done, about["device"])
+        scored = [entry for entry in sweep.entries if has_scores(sweep, entry, done)]
+        costs = _measure(sweep, scored, store, crew, shown, done, about["device"])
     rows = [row_of(sweep, entry, done, costs.get(entry.label), str(store.adapter_path(entry.label)))
             for entry in sweep.entries]
     context = about["context"]
     return Comparison(
         task=request.task.name, model=request.model.name, rows=rows, seeds=request.seeds,
-        settings={"steps": sweep.steps, "batch": sweep.batch, "head_lr": sweep.head_lr}, sizes=about["sizes"],
-        classes=about["classes"], metric=about["metric"], head=sweep.head, device=about["device"],
-        versions={name: context[name] for name in ("weft", "torch")}, notes=[*notes, *notes_of(sweep, done)])
+        settings=settings, sizes=about["sizes"], classes=about["classes"], metric=about["metric"], head=sweep.head,
+        device=about["device"], versions={name: context[name] for name in ("weft", "torch")},
+        notes=[*notes, *told, *notes_of(sweep, done)])
 
 
 def _check_device(device: str) -> None:
@@ -81,7 +87,11 @@ def _workers(asked: int | None, about: Mapping[str, Any]) -> int:
 
 
 def _resolve(request: Request, about: Mapping[str, Any]) -> tuple[Sweep, list[str]]:
-    entries, notes = fit(request.entries, about["narrowest"])
+    own = request.entries  # those whose rank is not chosen by the budget
+    if request.budget.equal.what == PARAMETERS:
+        own = own[:1] if request.budget.equal.amount is None else []
+    fitted, notes = fit(own, about["narrowest"])
+    entries = [*fitted, *request.entries[len(own):]]
     have = about["sizes"]["train"]
     if have < request.budget.batch:
         notes.append(f"A step sees {have} examples, not {request.budget.batch}: there are no more for training.")
@@ -90,8 +100,8 @@ def _resolve(request: Request, about: Mapping[str, Any]) -> tuple[Sweep, list[st
     return sweep, [*about["notes"], *notes]
 
 
-def _train(sweep: Sweep, store: Store, crew: Crew, shown: Progress) -> dict[str, dict[str, Any]]:
-    """Every run of the sweep, finished ones from the store."""
+def _train(sweep: Sweep, store: Store, crew: Crew, shown: Progress, measured: int) -> dict[str, dict[str, Any]]:
+    """Every run of the sweep, finished ones from the store. `measured` rows have been, for the progress."""
     done, saved = store.runs(), store.adapters()
 
     def orders() -> list[Order]:
@@ -107,17 +117,17 @@ def _train(sweep: Sweep, store: Store, crew: Crew, shown: Progress) -> dict[str,
         if not result.get("lost"):
             store.add_run(order.key, result)
         done[order.key] = result
-        shown.step(*_progress(sweep, done), _told(order.message["spec"], result))
+        shown.step(*_progress(sweep, done, measured), _told(order.message["spec"], result))
 
-    shown.start(*_progress(sweep, done))
+    shown.start(*_progress(sweep, done, measured))
     crew.work(orders, finished)
     return done
 
 
-def _progress(sweep: Sweep, done: Mapping[str, Any]) -> tuple[int, int]:
-    """The measurements at the end count as one run each."""
+def _progress(sweep: Sweep, done: Mapping[str, Any], measured: int) -> tuple[int, int]:
+    """The measurements count as one run each."""
     finished, total = progress(sweep, done)
-    return finished, total + len(sweep.entries)
+    return finished + measured, total + len(sweep.entries)
 
 
 def _save_to(store: Store, spec: RunSpec) -> str | None:
@@ -144,39 +154,36 @@ def _told(spec: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return f"{what} {split} {100 * result[split]['score']:.1f} %"
 
 
-def _measure(sweep: Sweep, store: Store, crew: Crew, shown: Progress, done: Mapping[str, Any], device: str
-             ) -> dict[str, dict[str, Any]]:
-    """Step time and memory of every row that has scores, one after the other and with nothing beside them."""
-    costs = store.measures()
-    keys = {entry.label: _measure_key(sweep, entry, device) for entry in sweep.entries}
-    configs = {keys[entry.label]: sweep.spec(entry, 0.0, 0, "final").config for entry in sweep.entries}
-    wanted = {keys[entry.label]: entry.label for entry in sweep.entries if _has_scores(sweep, entry, done)}
+def _budgeted(request: Request, sweep: Sweep, crew: Crew, measured: Callable[[Sweep], Mapping[str, Any]], most: int
+              ) -> tuple[Sweep, dict[str, Any], list[str]]:
+    """The sweep with the ranks or the steps that its budget gives each row, the settings to report, and notes."""
+    equal = request.budget.equal
+    settings: dict[str, Any] = {"budget": equal.what, "steps": sweep.steps, "batch": sweep.batch,
+                                "head_lr": sweep.head_lr}
+    if equal.what == PARAMETERS:
+        configs = {entry.label: sweep.spec(entry, 0.0, 0, "final").config for entry in sweep.entries}
+        target = int(equal.amount) if equal.amount is not None else None
+        found = _ask(crew, {"do": "ranks", "configs": configs, "target": target, "most": most})
+        entries, notes = with_ranks(sweep.entries, found["rows"], found["target"])
+        return replace(sweep, entries=entries), {**settings, "parameters": found["target"]}, notes
+    if equal.what == SECONDS and equal.amount is not None:
+        entries = with_steps(sweep.entries, equal.amount, measured(sweep))
+        return replace(sweep, entries=entries), {**settings, "steps": None, "seconds": equal.amount}, [TIMED]
+    return sweep, settings, []
 
-    def orders() -> list[Order]:
-        return [Order(key, {"do": "measure", "config": configs[key], "batch": sweep.batch})
-                for key in wanted if key not in costs]
 
-    def finished(order: Order, result: dict[str, Any]) -> None:
-        if not result.get("lost"):
-            store.add_measure(order.key, result)
-        costs[order.key] = result
-        told = f"failed: {result['reason']}" if result.get("lost") else f"step x {result['step_ratio']:.2f}"
-        measured = sum(key in costs for key in keys.values() if key in wanted)  # rows of one configuration share it
-        shown.step(before + measured, total, f"{wanted[order.key]} measured: {told}")
+def _ask(crew: Crew, message: Mapping[str, Any]) -> dict[str, Any]:
+    """One question to a worker. Raises WeftError with its reason where it has no answer."""
+    answers: list[dict[str, Any]] = []
+    crew.work(lambda: [] if answers else [Order("question", message)], lambda order, answer: answers.append(answer))
+    if answers[0].get("lost"):
+        raise WeftError(answers[0]["reason"])
+    return answers[0]
 
+
+def _measure(sweep: Sweep, entries: Sequence[Entry], store: Store, crew: Crew, shown: Progress, done: Mapping[str, Any],
+             device: str) -> dict[str, dict[str, Any]]:
+    """The costs of these rows, by label; the progress goes on from the runs that are done."""
     before, total = progress(sweep, done)
-    total += sum(key in wanted for key in keys.values())
-    crew.work(orders, finished)
-    return {label: costs[key] for label, key in keys.items() if key in wanted}
-
-
-def _has_scores(sweep: Sweep, entry: Entry, done: Mapping[str, Any]) -> bool:
-    lr = tune(sweep, entry, done).lr
-    return lr is not None and all(done[sweep.key(s)]["status"] == "finished" for s in finals(sweep, entry, lr))
-
-
-def _measure_key(sweep: Sweep, entry: Entry, device: str) -> str:
-    """Like a run's key; the machine matters, the data that is scored does not."""
-    context = {key: value for key, value in sweep.context.items() if key not in ("validation", "test")}
-    data = [sweep.spec(entry, 0.0, 0, "final").config, sweep.batch, context, device]
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+    return measure(sweep, entries, store, crew,
+                   lambda measured, what: shown.step(before + measured, total + len(entries), what), device)

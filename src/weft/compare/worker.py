@@ -57,6 +57,8 @@ def _work(bench: Any, order: dict[str, Any]) -> dict[str, Any]:
         return dict(bench.run(RunSpec(**order["spec"]), save_to))
     if order["do"] == "measure":
         return dict(bench.measure(order["config"], order["batch"]))
+    if order["do"] == "ranks":
+        return dict(bench.ranks(order["configs"], order["target"], order["most"]))
     raise WeftError(f"a worker does not know the order {order['do']!r}.")
 
 

@@ -120,9 +120,19 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels)
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, examples: Encoded, batch: int = 128, metric: str = "accuracy") -> Score:
-    """Score a split, by a metric of `tasks.metrics`, with the model in eval mode; the mode is put back."""
+    """Score a split, by a metric of `tasks.metrics`; see `answers`."""
+    return score_of(answers(model, examples, batch), examples, metric)
+
+
+def score_of(logits: Tensor, examples: Encoded, metric: str) -> Score:
+    """From the model's outputs for every example of a split."""
+    return Score(of_logits(metric, logits, examples.labels), float(loss(logits, examples.labels)))
+
+
+@torch.no_grad()
+def answers(model: nn.Module, examples: Encoded, batch: int = 128) -> Tensor:
+    """The model's outputs for a split, float32 on the CPU, in eval mode; the mode is put back."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -131,8 +141,7 @@ def evaluate(model: nn.Module, examples: Encoded, batch: int = 128, metric: str 
         inputs = {key: value.to(device) for key, value in examples.batch(rows).items()}
         parts.append(model(**inputs).logits.float().cpu())
     model.train(was_training)
-    logits = torch.cat(parts)
-    return Score(of_logits(metric, logits, examples.labels), float(loss(logits, examples.labels)))
+    return torch.cat(parts)
 
 
 def renew(model: nn.Module, modules: Iterable[str], seed: int) -> None:
