@@ -61,9 +61,11 @@ def _gone(workers: list[psutil.Process]) -> int:
 
 def _kill_a_worker(out: Path, before: int) -> None:
     """As soon as the first further run is finished."""
-    while _count(out) == before:
+    deadline = time.monotonic() + 120
+    while _count(out) == before and time.monotonic() < deadline:
         time.sleep(0.005)
-    psutil.Process().children()[0].kill()
+    for worker in psutil.Process().children()[:1]:
+        worker.kill()
 
 
 @pytest.fixture(scope="module")
