@@ -52,6 +52,8 @@ def compose_up(y: Tensor, h: Tensor, B: Tensor, s: float, sigma: Tensor | None, 
     """
     from . import triton_kernels
 
+    if not y.is_contiguous():
+        raise ValueError(f"compose_up writes to y [{', '.join(map(str, y.shape))}] by address, so it has to be contiguous")
     return triton_kernels.compose_up(y, h.contiguous(), B.contiguous(), s, _plain(sigma), _plain(bias), index)
 
 

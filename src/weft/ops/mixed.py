@@ -45,10 +45,12 @@ def _written(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -
     for bucket in _buckets(parts):
         index, some_x = _rows(x, bucket)
         shared = bucket[0].factors.share is not None
-        if not shared and index is None and kernels.use(y):
-            h, B = _stacked(x, bucket)
-            which = torch.arange(len(bucket), device=y.device).repeat_interleave(x.shape[0] // len(bucket))
-            kernels.compose_up(y, h.view(*y.shape[:2], h.shape[-1]), B, 1.0, None, None, which)
+        if not shared and kernels.use(y):
+            h, B = _stacked(some_x, bucket)
+            some_y = y if index is None else y[index]
+            which = torch.arange(len(bucket), device=y.device).repeat_interleave(len(some_y) // len(bucket))
+            kernels.compose_up(some_y, h.view(*some_y.shape[:2], h.shape[-1]), B, 1.0, None, None, which)
+            y = some_y if index is None else y.index_copy_(0, index, some_y)
             continue
         if shared:
             update = _shared(some_x, bucket)
