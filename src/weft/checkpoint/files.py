@@ -51,7 +51,7 @@ def write(directory: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             _save_tensors(hidden / TENSORS, plain, metadata)
             shutil.copymode(hidden / CONFIG, hidden / TENSORS)  # safetensors makes files that only the owner may read
             for made in (hidden / CONFIG, hidden / TENSORS, hidden, directory):
-                _flush(made)
+                flush(made)
             complete = True
             os.replace(hidden / TENSORS, directory / TENSORS)
         except BaseException:
@@ -59,7 +59,7 @@ def write(directory: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
                 shutil.rmtree(hidden, ignore_errors=True)
             raise
         os.replace(hidden / CONFIG, directory / CONFIG)
-        _flush(directory)
+        flush(directory)
         for left in directory.glob(".weft-*"):  # of killed saves: a living one would hold the lock
             shutil.rmtree(left, ignore_errors=True)
 
@@ -78,11 +78,11 @@ def replace(path: Path, fill: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         fill(temporary)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -186,7 +186,7 @@ def _refuse_pickles(directory: Path, names: list[str]) -> None:
                               f"True), which writes {TENSORS}.")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Contents, or for a directory its renames, are on the disk."""
     if os.name != "posix" and path.is_dir():
         return

@@ -146,8 +146,8 @@ class Prefix:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreEmbed:
-    """l_p trained embeddings before the prompt and l_i behind it; see the module's text."""
+class VirtualTokens:
+    """What PreEmbed and PreLayer share: l_p trained vectors before the prompt and l_i behind it."""
 
     l_p: int = 20
     l_i: int = 0
@@ -157,9 +157,7 @@ class PreEmbed:
     dtype: str = "float32"
 
     mergeable: ClassVar[bool] = False
-    not_mergeable: ClassVar[str] = "it adds tokens to the input, and no weight can hold them"
     starts_at_base: ClassVar[bool] = False
-    at: ClassVar[str] = "embeddings"
     by_row: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -167,7 +165,7 @@ class PreEmbed:
         _check(self)
 
     def trained(self, out: int, in_: int) -> dict[str, Shape]:
-        return _two(self.l_p, self.l_i, out)
+        return {name: (length, out) for name, length in (("before", self.l_p), ("after", self.l_i)) if length}
 
     def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
         return _gaussian(self, host, draw)
@@ -180,42 +178,19 @@ class PreEmbed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreLayer:
-    """l_p trained states before the prompt and l_i behind it, at every block; see the module's text."""
+class PreEmbed(VirtualTokens):
+    """The vectors are embeddings and enter with the input; see the module's text."""
 
-    l_p: int = 20
-    l_i: int = 0
-    std: float = 0.02
-    modules_to_save: tuple[str, ...] = ()
-    seed: int = 0
-    dtype: str = "float32"
+    at: ClassVar[str] = "embeddings"
+    not_mergeable: ClassVar[str] = "it adds tokens to the input, and no weight can hold them"
 
-    mergeable: ClassVar[bool] = False
-    not_mergeable: ClassVar[str] = "it adds positions to every block, and no weight can hold them"
-    starts_at_base: ClassVar[bool] = False
+
+@dataclass(frozen=True, kw_only=True)
+class PreLayer(VirtualTokens):
+    """The vectors are states, others at every block; see the module's text."""
+
     at: ClassVar[str] = "block"
-    by_row: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check_lengths(self)
-        _check(self)
-
-    def trained(self, out: int, in_: int) -> dict[str, Shape]:
-        return _two(self.l_p, self.l_i, out)
-
-    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
-        return _gaussian(self, host, draw)
-
-    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
-        return None
-
-    def share_key(self) -> None:
-        return None
-
-
-def _two(l_p: int, l_i: int, width: int) -> dict[str, Shape]:
-    """The tensors `before` and `after`; one of length 0 is none."""
-    return {name: (length, width) for name, length in (("before", l_p), ("after", l_i)) if length}
+    not_mergeable: ClassVar[str] = "it adds positions to every block, and no weight can hold them"
 
 
 def _gaussian(config: Any, host: Host, draw: Draw) -> dict[str, Tensor]:

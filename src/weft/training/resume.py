@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -77,12 +76,12 @@ def complete(folder: Path) -> None:
     listed = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != COMPLETE:
-            flush(path)
+            files.flush(path)
             listed[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    flush(folder)
+    files.flush(folder)
     text = json.dumps({"schema": 1, "files": listed}, indent=1) + "\n"
     files.replace(folder / COMPLETE, lambda path: path.write_text(text, encoding="utf-8"))
-    flush(folder.parent)
+    files.flush(folder.parent)
 
 
 def newest(folder: Path) -> tuple[Path, int] | None:
@@ -141,17 +140,6 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return out
-
-
-def flush(path: Path) -> None:
-    """Contents, or for a directory its renames, are on the disk."""
-    if os.name != "posix" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
