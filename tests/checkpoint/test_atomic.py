@@ -110,7 +110,7 @@ def test_an_interrupt_from_the_keyboard_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("save_file", "_flush"):
+    for name in ("save_file", "flush"):
         with monkeypatch.context() as patch:
             patch.setattr(files, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
