@@ -13,7 +13,7 @@ METHODS = ("LoRA", "DoRA", "VeRA", "DVoRA")
 
 def run(method, parallel, rank=0, world=1):
     model = net()
-    adapter = weft.attach(model, config(method))
+    weft.attach(model, config(method))
     if parallel:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -30,10 +30,7 @@ def run(method, parallel, rank=0, world=1):
         outputs.append(out.detach().clone())
         out.sub(1).pow(2).mean().backward()
         optimiser.step()
-    full = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-            for name, p in adapter.named_parameters()} if not parallel else {
-                name: p.full_tensor().detach().clone() for name, p in model.named_parameters() if ".weft." in name}
-    return {"outputs": outputs, "tensors": sorted(full.items())}
+    return outputs
 
 
 def process(rank, folder):
@@ -49,6 +46,6 @@ def test_shards_of_two_processes_are_one_run(tmp_path):
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for method in METHODS:
         alone = run(method, False)
-        for step, wanted in enumerate(alone["outputs"]):
-            found = torch.cat([one[method]["outputs"][step] for one in both])
+        for step, wanted in enumerate(alone):
+            found = torch.cat([one[method][step] for one in both])
             assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5), (method, step)
