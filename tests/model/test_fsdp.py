@@ -40,10 +40,11 @@ def process(rank, folder):
     dist.destroy_process_group()
 
 
-def test_shards_of_two_processes_are_one_run(tmp_path):
-    """A stale norm would show in the second step's output."""
+def test_shards_of_two_processes_are_one_run(tmp_path, monkeypatch):
+    """The run beside it takes the plain definitions, so that a stale norm shows in the second step's output."""
     mp.spawn(process, (str(tmp_path),), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    monkeypatch.setenv("WEFT_REFERENCE", "1")
     for method in METHODS:
         alone = run(method, False)
         for step, wanted in enumerate(alone):

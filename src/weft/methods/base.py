@@ -44,12 +44,13 @@ class Shared(nn.Module):
 
 class Params(Protocol):
     """The tensors of one adapted layer, by attribute; `shape` is its (out, in), `training` switches dropout, `derived`
-    keeps what is computed from them.
+    keeps what is computed from them, `written` says that the layer's output may be written to.
     """
 
     shape: tuple[int, int]
     training: bool
     derived: Derived
+    written: bool
 
     def __getattr__(self, name: str) -> Any: ...
 

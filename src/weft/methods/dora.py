@@ -103,7 +103,8 @@ class Magnitude:
                 return m / norm, norm, magnitude.output_tells(m, norm, bias, W.dtype)
 
         sigma, norm, tells = p.derived.get("norm", trained, frozen, compute)
-        return replace(f, sigma=sigma, m=p.m, norm=norm, output_tells=tells, base=base[0] if base else None)
+        return replace(f, sigma=sigma, m=p.m, norm=norm, output_tells=tells and not p.written,
+                       base=base[0] if base else None)
 
     def trained(self, out: int, in_: int) -> dict[str, Shape]:
         return {**self.inner.trained(out, in_), "m": (out,)}

@@ -192,6 +192,7 @@ def _build_sites(root: nn.Module, modules: Mapping[str, nn.Module], rules: Mappi
     for name, rule in rules.items():
         groups.setdefault(rule.share_key(), []).append((views[name].out_features, views[name].in_features))
     pool = _pool(state)
+    written = any(getattr(module, "inplace", False) is True for module in root.modules())  # nn.ReLU(inplace=True)
     sites = {}
     for name, rule in rules.items():
         key, device = rule.share_key(), views[name].device
@@ -203,6 +204,7 @@ def _build_sites(root: nn.Module, modules: Mapping[str, nn.Module], rules: Mappi
                 pool[full] = made
             shared = pool[full]
         sites[name] = Site(rule, views[name], shared)
+        sites[name].written = written
         sites[name].start(Draw(rule.seed, name))
         sites[name].train(modules[name].training)
     return sites

@@ -37,6 +37,7 @@ class Site(nn.Module):
         self.shape = (host.out_features, host.in_features)
         self.names = tuple(rule.trained(*self.shape))
         self.derived = Derived()
+        self.written = False  # something in the model may write to this layer's output
         self.watch: Watch | None = None  # of the first layer of an adapter whose rule follows the optimiser's steps
 
     def start(self, draw: Draw) -> None:

@@ -56,7 +56,8 @@ class Adapted(torch.autograd.Function):
                 if sigma is not None:
                     straight = (y if bias is None else y - bias) if keep_straight else None
                     y = scaled(y, bias, sigma, out=None if straight is y else y)
-        out = y.view(*x.shape[:-1], W.shape[0])
+        # Not a view: what follows may write to it (ReLU(inplace=True), +=), which torch forbids on a function's views.
+        out: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], W.shape[0]])
         keeps_output = any(ctx.needs_input_grad[9:11]) and not keep_straight
         ctx.save_for_backward(x if need_A else None, low if need_small else None, W, bias, A, B, d, b, sigma, norm,
                               out if keeps_output else None, straight)
@@ -66,7 +67,7 @@ class Adapted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, W, bias, A, B, d, b, sigma, norm, out, straight = ctx.saved_tensors
+        x, h, W, bias, A, B, d, b, sigma, norm, out, straight = _saved(ctx)
         need_x, need_h, _, _, _, need_A, need_B, need_d, need_b, need_sigma, need_m = ctx.needs_input_grad[:11]
         g, s, back = grad.reshape(-1, grad.shape[-1]), ctx.s, ctx.back
         grad_A = grad_B = grad_d = grad_b = grad_sigma = grad_m = grad_x = scaled_g = low_g = None
@@ -96,6 +97,18 @@ class Adapted(torch.autograd.Function):
         grad_h = low_g.view(*ctx.shape[:-1], low_g.shape[1]) if need_h and low_g is not None else None
         grads = (grad_x, grad_h, None, None, None, grad_A, grad_B, grad_d, grad_b, grad_sigma, grad_m)
         return (*grads, None, None, None, None, None)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What forward kept. torch refuses it where it was written to; the likeliest is DoRA's output, so that is said too."""
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise RuntimeError(f"{error}\nOf an adapted layer this is its input, or with DoRA and DVoRA its output, from which "
+                           "m's gradient is read. Write `y = y + z`, not `y += z`, or set WEFT_REFERENCE=1.") from error
+    return saved
 
 
 def folded(B: Tensor, d: Tensor | None, b: Tensor | None, s: float, dtype: torch.dtype) -> Tensor:
