@@ -26,7 +26,7 @@ LIBRARIES = {
     "ops": {"torch", "triton"}, "methods": {"torch"}, "model": {"torch"}, "checkpoint": {"torch", "safetensors"},
     "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml", "lm_eval"},
     "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn", "scipy", "sacrebleu", "nltk", "rouge_score",
-              "pycocoevalcap", "datasets", "pyarrow"},
+              "pycocoevalcap", "datasets", "pyarrow", "gguf", "tokenizers"},
     "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL"},
     "analysis": {"torch", "numpy", "scipy", "matplotlib"},
     "cli": {"torch", "transformers"}, "papers": {"torch", "transformers"},

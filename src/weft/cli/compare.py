@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..compare.like import Printed
     from ..compare.request import Request
     from ..compare.results import Comparison
 
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                                     "models, else one)")
     add("--out", metavar="DIR", type=Path, help="where everything is kept (default: weft-compare)")
     add("--json", metavar="FILE", type=Path, help="write the results there too")
+    add("--like", metavar="NAME", help="lay the rows under those that a paper prints, and say what differs: a name of "
+                                       "--list, for example vera-paper-glue")
     add("--resume", action="store_true", help="go on from the finished runs in --out")
     add("--list", action="store_true", help="print methods, tasks and models by name")
 
@@ -50,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     _check_installed()
     request = _request(args)
     _check_json(args.json)
+    printed = _printed(args.like, request)
     from ..compare.progress import Progress
     from ..compare.sweep import compare
 
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with Progress(sys.stderr) as shown:
             found = compare(request, shown)
-        _write(found, request, args)
+        _write(found, request, args, printed)
     except KeyboardInterrupt:
         return _interrupted(request, args.words)
     return 0 if found.ok else 1
@@ -104,14 +108,20 @@ def _check_json(path: Path | None) -> None:
                                                        f"there is no directory {str(path.parent)!r}."))
 
 
-def _write(found: Comparison, request: Request, args: argparse.Namespace) -> None:
-    from ..compare import output, report
+def _printed(name: str | None, request: Request) -> Printed | None:
+    from ..compare.like import find_like
+
+    return find_like(name, request.task.name) if name is not None else None
+
+
+def _write(found: Comparison, request: Request, args: argparse.Namespace, printed: Printed | None) -> None:
+    from ..compare import like, output, report
     from ..compare.store import write_atomically
 
-    print(report.text(found))
+    print(output.text(found, like.lay(found, printed) if printed is not None else None))
     if args.json is not None:
         write_atomically(args.json, report.dumps(found))
-    written = output.write(found, request.out, shlex.join(["weft", *args.words]))
+    written = output.write(found, request.out, shlex.join(["weft", *args.words]), printed)
     print("\n" + report.wrap(f"In {request.out}/: {', '.join([*written, 'adapters/'])}"))
 
 
@@ -130,17 +140,21 @@ def _list(args: argparse.Namespace) -> int:
     others = {key: value for key, value in vars(args).items() if key not in ("list", "words")}
     if any(value not in (None, False, []) for value in others.values()):
         raise ConfigError("--list stands alone: it prints names and compares nothing.")
-    from ..compare import entries
+    from ..compare import entries, like
     from ..methods import METHODS
     from ..tasks import FAMILIES
     from ..tasks.models import EMBEDDED
+    from ..tasks.packaged import PACKAGED
     from . import listed
 
     methods = {entry.label: entry for entry in entries.parse_methods(",".join(METHODS))}
     print("methods (--methods lora,vera:r=64)", *entries.as_table(methods), "", sep="\n")
     print("tasks (--task)", *(listed(name, what, 21) for name, what in FAMILIES.items()), "", sep="\n")
-    print("models (--model)", *(f"  {name}" for name in EMBEDDED), "  a directory that transformers can read",
-          "  a name on the hub, such as google/vit-base-patch16-224", sep="\n")
+    packaged = (f"{held.what}; " + ("installed" if held.place() else held.install) for held in PACKAGED.values())
+    print("models (--model)", *(listed(name, "embedded", 21) for name in EMBEDDED),
+          *(listed(name, what, 21) for name, what in zip(PACKAGED, packaged, strict=True)),
+          "  a directory that transformers can read", "  a name on the hub, such as google/vit-base-patch16-224", sep="\n")
+    print("\nprinted tables (--like)", *(listed(name, held.title, 27) for name, held in like.tables().items()), sep="\n")
     return 0
 
 

@@ -74,7 +74,7 @@ def _table(table: Table, name: str) -> str:
     for number, row in enumerate(table.rows):
         cells = [f'<th scope="row" class="words">{escape(row[0])}</th>']
         cells += [f"<td{_words(table, place)}>{escape(cell)}</td>" for place, cell in enumerate(row) if place]
-        strong = ' class="strong"' if number == table.strong else ""
+        strong = ' class="strong"' if number in table.strong else ""
         rows.append(f"<tr{strong}>{''.join(cells)}</tr>")
     return "\n".join([f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name)}"><table>',
                       f"<thead><tr>{head}</tr></thead>", "<tbody>", *rows, "</tbody>", "</table></div>"])
