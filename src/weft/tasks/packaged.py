@@ -10,8 +10,10 @@ from the vocabulary and merges in the file: the one that transformers makes of i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import secrets
 import shutil
@@ -94,18 +96,17 @@ def _digest(file: Path) -> str:
 def _unpack(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     tokenizer = _tokenizer(gguf)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
-                                                     local_files_only=True)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    model.save_pretrained(out)
+    with contextlib.redirect_stderr(io.StringIO()):  # bars that no setting of transformers switches off
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
+                                                    local_files_only=True)
+        config = read.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # `read` itself refuses to be saved
+        plain.load_state_dict(read.state_dict())
+        plain.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
