@@ -7,6 +7,7 @@ import re
 
 import pytest
 from comparing import weft_command
+from test_compare_report import CHROMIUM, inner_and_scrolled
 
 from weft.compare import document, like, markdown, page
 from weft.compare.results import Comparison, Row
@@ -57,9 +58,9 @@ def test_ours_stand_under_the_printed_rows_of_their_method_and_the_others_last()
     assert names == ["base FT", "base LoRA", "large LoRA", "here: LoRA", "base VeRA", "large VeRA", "here: VeRA",
                      "here: Head"]
     assert [names[place] for place in beside.ours] == ["here: LoRA", "here: VeRA", "here: Head"]
-    assert beside.cells[1][2:] == ["0.3M", "95.1 ± 0.2"]
-    assert beside.cells[3] == ["here: LoRA", "minilm", "1,234", "81.0 ± 2.5"]
-    assert beside.header == ("row", "model", "trainable", "SST-2: accuracy")
+    assert beside.cells[1] == ["base LoRA", "95.1 ± 0.2", "0.3M", "RoBERTa base"]
+    assert beside.cells[3] == ["here: LoRA", "81.0 ± 2.5", "1,234", "minilm"]
+    assert beside.header == ("row", "SST-2: accuracy", "trainable", "model")
 
 
 def test_every_condition_is_said_for_both_sides() -> None:
@@ -76,7 +77,7 @@ def test_every_condition_is_said_for_both_sides() -> None:
 def test_a_failed_row_is_laid_there_too() -> None:
     lost = Row(label="VeRA", config={"method": "VeRA"}, tried={}, scores=[None] * 3, reason="no")
     beside = like.lay(found("rte:R", [ROWS[0], lost]), like.find_like("vera-paper-glue", "rte:R"))
-    assert ["here: VeRA", "minilm", "-", "failed"] in [list(cells) for cells in beside.cells]
+    assert ["here: VeRA", "failed", "-", "minilm"] in [list(cells) for cells in beside.cells]
 
 
 def test_terminal_markdown_and_page_say_the_same_and_the_terminal_in_80_columns() -> None:
@@ -91,6 +92,17 @@ def test_terminal_markdown_and_page_say_the_same_and_the_terminal_in_80_columns(
         for said in ("here: LoRA", "RoB base (LoRA)", "89.7", "81.0 ± 2.5", "comes from the start from MNLI",
                      "arXiv:2106.09685"):
             assert said in plain, said
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed, so the page was not opened in a browser")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_the_printed_table_without_scrolling_sideways(tmp_path, width: int) -> None:
+    comparison = found("arc-e:M", ROWS)
+    beside = like.lay(comparison, like.find_like("dora-paper-commonsense", "arc-e:M"))
+    origin = document.Origin(command="weft", date="d", machine="m", versions={})
+    html = page.page("t", document.document(comparison, origin, [], beside), {})
+    (tmp_path / "like.html").write_text(html, encoding="utf-8")
+    assert inner_and_scrolled(tmp_path / "like.html", tmp_path, width) == (width, width)
 
 
 @pytest.mark.parametrize(("name", "task", "said"), [

@@ -140,7 +140,7 @@ def _remarks(found: Comparison) -> list[Part]:
 
 def _beside(beside: Beside) -> list[Part]:
     """The printed rows with ours standing out, and what differs."""
-    return [Table(beside.header, beside.cells, (0, 1), beside.ours),
+    return [Table(beside.header, beside.cells, (0, 3), beside.ours),
             "Not measured alike:", Table(["condition", "there", "here"], beside.differences, (0, 1, 2)),
             Items([*beside.printed.notes, f"Printed: {beside.printed.source}."])]
 

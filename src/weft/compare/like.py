@@ -41,7 +41,7 @@ class Printed:
 
 @dataclass(frozen=True)
 class Beside:
-    """What is shown. cells: name, model, trainable, score of every row; ours: which are measured here; differences:
+    """What is shown. cells: name, score, trainable, model of every row; ours: which are measured here; differences:
     condition, printed, here.
     """
 
@@ -88,15 +88,15 @@ def lay(found: Comparison, table: Printed) -> Beside:
     def put(rows: Sequence[Row]) -> None:
         for row in rows:
             ours.append(len(cells))
-            cells.append([HERE + row.label, Path(found.model).name, report.count(row.trainable), report.score(row)])
+            cells.append([HERE + row.label, report.score(row), report.count(row.trainable), Path(found.model).name])
 
     methods = list(dict.fromkeys(row["method"] for row in printed))
     for method in methods:
-        cells += [[row["row"], row["model"], row["trainable"], _score(row["scores"][column])] for row in printed
+        cells += [[row["row"], _score(row["scores"][column]), row["trainable"], row["model"]] for row in printed
                   if row["method"] == method]
         put([row for row in found.rows if _method(row) == method])
     put([row for row in found.rows if _method(row) not in methods])
-    header = ("row", "model", "trainable", column if column == found.metric else f"{column}: {found.metric}")
+    header = ("row", column if column == found.metric else f"{column}: {found.metric}", "trainable", "model")
     return Beside(table, header, cells, ours, _differences(found, table, printed))
 
 
@@ -147,11 +147,10 @@ def _layers(rows: Sequence[Row]) -> str:
 def text(beside: Beside) -> str:
     """For the terminal, at most 80 columns."""
     lines = [beside.header, *beside.cells]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(beside.header))]
-    if sum(widths) + 6 > report.WIDTH:  # the model's name gives way
-        widths[1] = max(6, report.WIDTH - 6 - sum(widths) + widths[1])
-    shown = ["  ".join([line[0].ljust(widths[0]), line[1][: widths[1]].ljust(widths[1]), line[2].rjust(widths[2]),
-                        line[3].rjust(widths[3])]) for line in lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(3)]
+    room = report.WIDTH - sum(widths) - 6
+    shown = ["  ".join([line[0].ljust(widths[0]), line[1].rjust(widths[1]), line[2].rjust(widths[2]), line[3][:room]])
+             for line in lines]
     table = [shown[0], "-" * max(map(len, shown)), *shown[1:]]
     told = [report.wrap(f"- {what}: there {there}; here {here}", indent="  ") for what, there, here in beside.differences]
     notes = [report.wrap(f"- {note}", indent="  ") for note in beside.printed.notes]

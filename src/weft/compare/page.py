@@ -20,6 +20,7 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee }
 th { background: #f5f5f5; vertical-align: bottom } thead th { white-space: normal; overflow-wrap: normal }
 tbody th { background: none; font-weight: 400; white-space: normal; min-width: 7rem }
+tbody th, td { vertical-align: top }
 .words { text-align: left } tbody tr:last-child > * { border-bottom: 0 }
 td.words { white-space: normal; min-width: 8rem }
 tr.strong > * { background: #e8f3ec; font-weight: 600 }
