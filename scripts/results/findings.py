@@ -50,19 +50,19 @@ def verdict(interval: tuple[float, float], matches: bool) -> str:
 
 def unseen(found: Sequence[Finding]) -> str:
     """What the papers claim and this comparison does not show, in sentences."""
-    said = [f"“{one.claim.says}”: {one.claim.a} is {_points(one)} {one.claim.b}, {_why(one)}." for one in found
-            if one.verdict != SEEN]
+    said = [f"“{one.claim.says}”: {_gap(one)}, {_why(one)}." for one in found if one.verdict != SEEN]
     if not said:
         return "Every claim of the table is seen here."
     return "Not seen here:\n\n" + "\n".join(f"- {sentence}" for sentence in said)
 
 
-def _points(one: Finding) -> str:
+def _gap(one: Finding) -> str:
+    a, b = one.claim.a, one.claim.b
     if one.mean is None or one.interval is None:
-        return "not to be compared with"
+        return f"{a} is not to be compared with {b}"
     low, high = (100 * bound for bound in one.interval)
     side = "above" if one.mean > 0 else "below"
-    return f"{abs(100 * one.mean):.1f} points {side} (95 %: {low:+.1f} to {high:+.1f})"
+    return f"{a} is {abs(100 * one.mean):.1f} points {side} {b} (95 %: {low:+.1f} to {high:+.1f})"
 
 
 def _why(one: Finding) -> str:

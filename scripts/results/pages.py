@@ -71,10 +71,10 @@ def _page(name: str, records: Mapping[str, Any]) -> str:
 def _section(experiment: Experiment, record: Mapping[str, Any]) -> list[str]:
     result = record["result"]
     found = findings(result, experiment.claims)
-    claims = [[one.claim.says, *_gap(one), one.verdict] for one in found]
+    claims = [[one.verdict, *_gap(one), one.claim.says] for one in found]
     shown = f"![{experiment.title}: score of every method]({experiment.name}.svg)"
     blocks = [_pretrained(record), _told(result), shown, _scores(result), _notes(result), "### What the papers claim",
-              _table(["claim", "points", "95 % interval", "verdict"], claims, "lrrl"), unseen(found), "### How it was made",
+              _table(["verdict", "points", "95 % interval", "claim"], claims, "lrrl"), unseen(found), "### How it was made",
               *_made(record)]
     return [block for block in blocks if block]
 

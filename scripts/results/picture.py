@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
-WIDTH, LINE, TOP, LEFT, RIGHT, BOTTOM = 640, 26, 44, 150, 96, 40
+WIDTH, LINE, TOP, LEFT, RIGHT, BOTTOM = 500, 25, 44, 92, 90, 40  # narrow: the letters can be read on a phone
 FONT = 'font-family="system-ui, sans-serif"'
 
 
@@ -23,7 +23,8 @@ def picture(result: Mapping[str, Any], title: str) -> str:
     def x(value: float) -> float:
         return round(LEFT + across * (100 * value - low) / (high - low), 1)
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" {FONT} font-size="13">',
+    parts = [(f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
+             f'role="img" {FONT} font-size="13">'),
              f"<title>{escape(title)}</title>", f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
              _text(12, 18, title, weight=600), _text(WIDTH - 8, 36, "trainable", "end", "#555", 11)]
     for tick in ticks:
