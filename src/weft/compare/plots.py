@@ -74,7 +74,7 @@ def _scores(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
             axes.annotate(f"{row.label} (nothing but the head)", (1, _percent(row.mean)), (-2, 3), color=GREY,
                           ha="right", fontsize=9, xycoords=("axes fraction", "data"), textcoords="offset points")
     points = [(row, float(row.trainable)) for row in rows if row.trainable]
-    axes.set_xlabel("trainable parameters, without the head")
+    axes.set_xlabel("trainable parameters" + (", without the head" if found.head else ""))
     _against(axes, found, points, _parameter_axis)
 
 

@@ -172,7 +172,7 @@ def legend(found: Comparison) -> list[str]:
     many = f"± half of the 95 % t-interval over {found.seeds} seeds"
     spread = many if found.seeds > 1 else "of one seed, without an interval"
     return [
-        f"trainable: without the head{head}",
+        f"trainable: without the head{head}" if found.head else "trainable: all numbers that are trained",
         f"{found.metric + ':':<10} test split; mean {spread}",
         "lr:        peak learning rate, chosen " + ("by the lowest loss " if found.chosen_by.lowest else "")
         + "on the validation split",
