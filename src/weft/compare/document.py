@@ -77,7 +77,7 @@ CAPTIONS = {
     plots.SCORES: "Score on the test split against trainable parameters (without a new head); bars are 95 % t-intervals.",
     plots.STEP_TIME: "Score on the test split against the time of a training step.",
     plots.MEMORY: "Score on the test split against the most memory held in a training step.",
-    plots.RATES: "Validation score or loss by peak learning rate, mean of the tuning seeds. The test split has no part in it.",
+    plots.RATES: "Validation score or loss by peak learning rate, mean of the tuning seeds; the test split has no part.",
     plots.CURVES: "Training loss of the scored runs: mean over the seeds, and the band from the lowest to the highest.",
 }
 

@@ -126,10 +126,12 @@ def causal_model(ref: ModelRef) -> tuple[Any, str]:
     return model.eval(), fingerprint
 
 
-def check_generates(ref: ModelRef, config: Any) -> None:
-    """A configuration of a causal language model. Raises WeftError: a model of images, an encoder, an encoder-decoder."""
+def check_generates(ref: ModelRef) -> None:
+    """By its configuration alone. Raises WeftError: a model of images, an encoder, an encoder-decoder."""
     import transformers
 
+    with quiet(), loading(ref, "a configuration"):
+        config = transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local)
     kind, masked = type(config), transformers.MODEL_FOR_MASKED_LM_MAPPING
     encoder = kind in masked and not getattr(config, "is_decoder", False)
     if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or encoder or getattr(config, "is_encoder_decoder", False):

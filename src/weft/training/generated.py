@@ -155,9 +155,9 @@ def _split(records: Sequence[Record]) -> Split:
 
 def opened(ref: GenerationRef, model: ModelRef, most: Mapping[str, int | None]) -> Generated:
     """See `open_task.open_task`. The model is looked at before the data are read, and loaded behind them."""
+    check_generates(model)
     with quiet(), loading(model, "a tokenizer and a configuration"):
         tokenizer, shape, stops = tokenizer_and_stops(model, model)
-    check_generates(model, shape)
     task = with_validation(ref.load())
     if not task.records.get("test"):
         raise WeftError(f"task {task.name!r} has no test data; it has {sorted(task.records)}.")
