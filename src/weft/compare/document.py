@@ -77,7 +77,7 @@ CAPTIONS = {
     plots.SCORES: "Score on the test split against trainable parameters (without a new head); bars are 95 % t-intervals.",
     plots.STEP_TIME: "Score on the test split against the time of a training step.",
     plots.MEMORY: "Score on the test split against the most memory held in a training step.",
-    plots.RATES: "Validation score or loss by peak learning rate, mean of the tuning seeds; the test split has no part.",
+    plots.RATES: "Validation score or loss by peak learning rate, mean of the tuning seeds; without the test split.",
     plots.CURVES: "Training loss of the scored runs: mean over the seeds, and the band from the lowest to the highest.",
 }
 
@@ -118,7 +118,11 @@ def _cells(row: Row, p: float | None, gap: Gap | None) -> list[str]:
     ratio, seconds = row.cost.get("step_ratio"), row.cost.get("step_seconds")
     return [row.label, count(row.trainable), size(row.nbytes), score(row), "-" if p is None else p_value(p), _gap(gap),
             rate(row.lr) if row.lr else "-", count(row.steps), "-" if ratio is None else f"{ratio:.2f}",
-            "-" if seconds is None else f"{1000 * seconds:.3g}", size(row.cost.get("peak_bytes")), row.status]
+            "-" if seconds is None else _milliseconds(seconds), size(row.cost.get("peak_bytes")), row.status]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f}" if seconds >= 1 else f"{1000 * seconds:.3g}"
 
 
 def _metrics(found: Comparison) -> Table:

@@ -157,6 +157,8 @@ def _rates(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
 
 def _curves(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
     """Mean over the seeds, smoothed; a band from the lowest seed to the highest."""
+    from matplotlib.ticker import LogFormatter
+
     window = max(1, min(len(row.curves[0]) for row in rows) // 15)
     ends = []
     for row in rows:
@@ -168,6 +170,8 @@ def _curves(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
             axes.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=look["color"], alpha=0.12, lw=0)
         ends.append((float(steps[-1]), float(smooth.mean(axis=0)[-1]), row.label, look["color"]))
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # plain numbers
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_xlabel("training step")
     axes.set_ylabel("training loss")
     smoothed = f", mean of the last {window} steps" if window > 1 else ""
