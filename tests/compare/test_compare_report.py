@@ -57,7 +57,7 @@ def lost(**changes) -> Row:
 
 
 def found_with(rows: list[Row], **settings) -> Comparison:
-    given = {"budget": "steps", "steps": 9, "batch": 4, "head_lr": 1e-2, **settings}
+    given = {"budget": "steps", "steps": 9, "batch": 4, "head_lr": 1e-2, "warm_up": 0.1, "weight_decay": 0.0, **settings}
     return Comparison(task="t", model="m", rows=rows, seeds=3, settings=given, sizes={"train": 30, "test": 9}, classes="ab",
                       head=["head"], device="x", versions={"weft": "1"}, notes=["a note"])
 

@@ -112,7 +112,7 @@ def _differences(found: Comparison, table: Printed, printed: Sequence[Mapping[st
     here = _conditions(found)
     models = ", ".join(dict.fromkeys(row["model"] for row in printed))
     return [("model", models, here["model"]),
-            *((what, said, here.get(what, "as the task does it; see the notes of the comparison"))
+            *((what, said, here.get(what, "as the notes of the comparison say"))
               for what, said in table.conditions.items())]
 
 
@@ -122,7 +122,8 @@ def _conditions(found: Comparison) -> dict[str, str]:
     return {
         "model": Path(found.model).name, "training data": f"{sizes.get('train', 0):,} examples",
         "steps": found.budget.removeprefix("budget: "),
-        "learning rate": f"chosen for each method on {sizes.get('validation', 0):,} validation examples, with other seeds",
+        "learning rate": f"chosen for each method on {sizes.get('validation', 0):,} validation examples by the "
+                         f"{found.chosen_by.metric}, with other seeds",
         "seeds": f"{seeds}, the mean, each after its last step",
         "scored on": f"{sizes.get('test', 0):,} test examples" + (", on which the rate was chosen: optimistic" if twice else
                                                                    ", which no choice has seen"),
