@@ -25,7 +25,8 @@ def row(label: str, scores: list[float], **config: object) -> Row:
 
 def found(task: str, rows: list[Row], metric: str = "accuracy") -> Comparison:
     return Comparison(task=task, model="some/where/minilm", rows=rows, seeds=3,
-                      settings={"budget": "steps", "steps": 60, "batch": 16, "head_lr": 1e-3},
+                      settings={"budget": "steps", "steps": 60, "batch": 16, "head_lr": 1e-3, "warm_up": 0.1,
+                                "weight_decay": 0.0},
                       sizes={"train": 2000, "validation": 300, "test": 872}, classes=("a", "b"), head=["classifier"],
                       device="x", versions={}, notes=[], metric=metric)
 
