@@ -67,7 +67,7 @@ RATES = {"full": "1e-4,3e-4", "toplayers": "3e-4,1e-3", "head": "3e-3,1e-2", "bi
          "dora": "1e-3,3e-3", "lorafa": "3e-3,1e-2", "adalora": "3e-3,1e-2", "dylora": "1e-3,3e-3", "vera": "1e-2,3e-2",
          "dvora": "1e-2,3e-2", "bottleneck": "1e-3,3e-3", "prefix": "1e-2,3e-2", "preembed": "1e-2,3e-2",
          "prelayer": "3e-3,1e-2"}
-GENERATED = {"full": "3e-4,1e-3", "lora": "3e-3,1e-2", "dora": "3e-3,1e-2", "vera": "1e-2,3e-2", "dvora": "1e-2,3e-2"}
+GENERATED = {"full": "1e-4,3e-4", "lora": "3e-3,1e-2", "dora": "3e-3,1e-2", "vera": "1e-2,3e-2", "dvora": "1e-2,3e-2"}
 
 VERA = Claim("VeRA", "LoRA", "VeRA matches LoRA with a tenth of the numbers (VeRA paper)", matches=True)
 DORA = Claim("DoRA", "LoRA", "DoRA is better than LoRA (DoRA paper)")
