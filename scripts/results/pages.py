@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.compare.entries import rate
+from weft.compare.like import find_like, kind
 from weft.compare.report import p_value
 
 from .experiments import EXPERIMENTS, Experiment
@@ -74,8 +75,8 @@ def _section(experiment: Experiment, record: Mapping[str, Any]) -> list[str]:
     claims = [[one.verdict, *_gap(one), one.claim.says] for one in found]
     shown = f"![{experiment.title}: score of every method]({experiment.name}.svg)"
     blocks = [_pretrained(record), _told(result), shown, _scores(result), _notes(result), "### What the papers claim",
-              _table(["verdict", "points", "95 % interval", "claim"], claims, "lrrl"), unseen(found), "### How it was made",
-              *_made(record)]
+              _table(["verdict", "points", "95 % interval", "claim"], claims, "lrrl"), unseen(found), _printed(experiment),
+              "### How it was made", *_made(record)]
     return [block for block in blocks if block]
 
 
@@ -111,6 +112,17 @@ def _scores(result: Mapping[str, Any]) -> str:
     behind = (" Points behind: the best row, over the test examples (paired bootstrap, 95 %)."
               if any(row["example_gap"] for row in result["rows"]) else "")
     return f"{_table(head, rows, 'lrrrrr')}\n\nTrainable: without the head.{extra}{behind}"
+
+
+def _printed(experiment: Experiment) -> str:
+    """What the paper prints for this task, which was measured under other conditions."""
+    if experiment.like is None:
+        return ""
+    table = find_like(experiment.like, experiment.task)
+    column = table.columns[kind(experiment.task)]
+    rows = "; ".join(f"{row['row']} {row['scores'][column][0]:.1f}" for row in table.has(column))
+    return (f"Printed in the {table.title} ({column}): {rows}. Model, data, steps and protocol are others there; "
+            f"`weft compare --like {table.name}` lays the rows of a comparison under these and says what differs.")
 
 
 def _number(value: float | None, shown: Callable[[float], str]) -> str:

@@ -9,6 +9,10 @@ GLUE's tasks with all-MiniLM-L6-v2, a real pretrained encoder of six layers and 
 ([`minilm`](../tasks.md#models-that-come-by-pip)). The papers use RoBERTa base (125 M) and large (355 M), the whole training
 data, and the best epoch on the very data that they report. Here the learning rate is chosen on other examples and the last
 step is scored.
+
+MiniLM was trained so that the mean over a sentence's tokens says what it means (`1_Pooling` in the package). The
+classification model of `transformers` reads the pooled first token instead, which that training did not use. So the head
+alone has little to go by, and a method must change the layers below to get far from chance in a few dozen steps.
 """,
     "images": """
 A few images of each class, as in the VeRA paper, with a model some three hundred times smaller than its ViT-B.

@@ -66,21 +66,22 @@ def find_like(name: str, task: str) -> Printed:
         near = get_close_matches(name, known, n=3) or list(known)
         raise ConfigError(f"--like {name!r} is not known. Nearest: {', '.join(near)}.")
     table = known[name]
-    if _kind(task) not in table.columns:
-        others = [other for other, held in known.items() if _kind(task) in held.columns]
+    if kind(task) not in table.columns:
+        others = [other for other, held in known.items() if kind(task) in held.columns]
         fits = f" {task!r} stands in {', '.join(others)}." if others else ""
         raise ConfigError(f"--like {name}: the task here is {task!r}, and the columns of that table are "
                           f"{', '.join(f'{kind}:DIR' for kind in table.columns)}.{fits}")
     return table
 
 
-def _kind(task: str) -> str:
+def kind(task: str) -> str:
+    """What a task's name begins with, whatever its protocol: sst2 of sst2-paper:DIR."""
     return task.partition(":")[0].removesuffix("-paper")
 
 
 def lay(found: Comparison, table: Printed) -> Beside:
     """Our rows under the printed ones of the same method; those that the paper has no row for come last."""
-    column = table.columns[_kind(found.task)]
+    column = table.columns[kind(found.task)]
     printed = table.has(column)
     cells: list[list[str]] = []
     ours: list[int] = []
