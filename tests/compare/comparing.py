@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.cli import main
+from weft.compare.place import Place
 
 # Two methods and three seeds: twelve training runs of eight steps.
 TINY = ("--methods", "lora:r=3:alpha=5,bitfit", "--budget", "steps=32,batch=12,validation=60,test=150",
@@ -31,8 +32,24 @@ class Finished:
         return json.loads((self.out / "results.json").read_text(encoding="utf-8"))
 
     @property
-    def runs(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in (self.out / "runs").iterdir()}
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """What every finished run left in the study, by key."""
+        return {trial.user_attrs["key"]: trial.user_attrs["result"] for trial in trials_of(Place(self.out))
+                if trial.state.name == "COMPLETE"}
+
+
+def trials_of(place: Place) -> list[Any]:
+    """All trials of a study, as Optuna reads them."""
+    from optuna import load_study
+    from optuna.storages import RDBStorage
+
+    url, keywords = place.engine_arguments()
+    storage = RDBStorage(url, engine_kwargs=keywords)
+    try:
+        return load_study(study_name=place.name, storage=storage).trials
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def weft_command(*words: str) -> tuple[int, str, str]:

@@ -9,19 +9,23 @@ import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from comparing import TINY, Finished, weft_command
+from comparing import TINY, Finished, trials_of, weft_command
 from safetensors.torch import load_file
+
+from weft.compare.place import Place
 
 pytestmark = pytest.mark.timeout(300)  # some 25 seconds on two free cores; four processes load their libraries
 
@@ -51,7 +55,12 @@ def _until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> Non
 
 
 def _count(out: Path) -> int:
-    return len(list((out / "runs").glob("*.json")))
+    """Finished runs in the study, which may not be there yet."""
+    if not (out / "study.db").is_file():
+        return 0
+    with closing(sqlite3.connect(out / "study.db", timeout=60)) as study, suppress(sqlite3.OperationalError):
+        return int(study.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'").fetchone()[0])
+    return 0
 
 
 def _gone(workers: list[psutil.Process]) -> int:
@@ -119,6 +128,22 @@ def test_a_resumed_comparison_has_bitwise_the_scores_of_an_uninterrupted_one(sto
         theirs = load_file(Path(other["adapter"]) / "adapter_model.safetensors")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_nothing_is_trained_twice_and_every_attempt_is_told(story: Story) -> None:
+    trials = trials_of(Place(story.out))
+    complete = [trial.user_attrs["key"] for trial in trials if trial.state.name == "COMPLETE"]
+    failed = [trial for trial in trials if trial.state.name == "FAIL"]
+    assert len(complete) == len(set(complete)) == len(story.last.runs)
+    assert len(complete) + len(failed) == len(trials)
+    lost = [trial for trial in failed if not trial.user_attrs.get("released")]
+    assert len(lost) >= 2  # with the command that was killed, and with the worker that was
+    assert any(trial.user_attrs.get("released") for trial in failed)  # Ctrl-C gave it back
+    told = [run for row in story.last.json["rows"] for run in row["runs"] if run["attempts"] > 1]
+    assert sum(len(run["earlier"]) for run in told) == len(lost)
+    reasons = " ".join(reason for run in told for reason in run["earlier"])
+    assert "the run was lost with process" in reasons
+    assert "signal 9" in reasons
 
 
 def test_no_unfinished_file_is_left(story: Story) -> None:

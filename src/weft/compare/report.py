@@ -7,7 +7,7 @@ import io
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import asdict, astuple, fields, replace
 from typing import Any
 
 from .. import __version__
@@ -91,7 +91,7 @@ def runs_csv(found: Comparison) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["method", *(field.name for field in fields(Run)), "status"])
     for row in found.rows:
-        writer.writerows([row.label, *astuple(run), run.status] for run in row.runs)
+        writer.writerows([row.label, *astuple(replace(run, earlier="; ".join(run.earlier))), run.status] for run in row.runs)
     return out.getvalue()
 
 
@@ -115,6 +115,7 @@ def _row_json(row: Row, ranking: Ranking | None, gap: Gap | None) -> dict[str, A
         "worse_p": ranking.p.get(row.label) if ranking else None,
         "example_gap": {"mean": gap.mean, "interval": list(gap.interval), "examples": gap.examples} if gap else None,
         "adapter": row.adapter, "status": row.status, "reason": row.reason,
+        "runs": [{**asdict(run), "status": run.status} for run in row.runs],
     }
 
 
