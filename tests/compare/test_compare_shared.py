@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from comparing import RUNS, TINY, Finished, compare, trials_of
+from comparing import RUNS, TINY, Finished, compare, states, stopped_at_work, trials_of, until
 
 from weft.compare.place import Place, parse_study
 
@@ -37,23 +35,8 @@ def _start(out: Path, *words: str) -> subprocess.Popen[str]:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
 
 
-def _until(condition: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def _of(trials: list[Any], pid: int, state: str) -> list[Any]:
     return [trial for trial in trials if trial.user_attrs["by"]["pid"] == pid and trial.state.name == state]
-
-
-def _there(place: Place) -> list[Any]:
-    try:
-        return trials_of(place)
-    except KeyError:  # the study is not there yet
-        return []
 
 
 @pytest.fixture(scope="module", params=["postgres", pytest.param("sqlite", marks=pytest.mark.slow)])
@@ -66,10 +49,10 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     else:  # both in one directory
         place, words = Place(folder / "a"), []
         first = _start(folder / "a")
-        _until(lambda: place.file.is_file() and len(_there(place)) > 0, first)
+        until(lambda: bool(states(place)), first)
         second = _start(folder / "a", "--resume")
-    _until(lambda: bool(_of(_there(place), second.pid, "COMPLETE") and _of(_there(place), first.pid, "COMPLETE")
-                        and _of(_there(place), second.pid, "RUNNING")), first, second)
+    until(lambda: {("COMPLETE", first.pid), ("COMPLETE", second.pid)} <= set(states(place)), first, second)
+    until(lambda: stopped_at_work(second, place), first, second)
     second.kill()
     second.communicate()
     said = first.communicate(timeout=240)[1]
