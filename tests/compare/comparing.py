@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -68,12 +69,14 @@ def states(place: Place) -> list[tuple[str, int]]:
     if place.url is None and not place.file.is_file():
         return []
     url, keywords = place.engine_arguments()
+    if place.url is None:  # a process that was stopped while it wrote would be waited for
+        keywords["creator"] = lambda: sqlite3.connect(place.file, timeout=0.1)
     engine = create_engine(url, **keywords)
     try:
         with engine.connect() as connection:
             rows = connection.execute(text(OWNERS), {"name": place.name}).all()
         return [(str(state), json.loads(by)["pid"]) for state, by in rows]
-    except SQLAlchemyError:  # the tables are not there yet
+    except SQLAlchemyError:  # the tables are not there yet, or the file is being written
         return []
     finally:
         engine.dispose()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -51,7 +52,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.place, self._beat = place, beat
         self._mine: dict[str, int] = {}
-        self._me = me()
+        self._me, self._beaten = me(), time.time()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         url, keywords = place.engine_arguments()
@@ -132,7 +133,8 @@ class Study:
         from optuna.trial import TrialState
 
         with reached(self.place), self.lock():
-            self._record()  # first, so that a machine that slept does not take its own claims for silent
+            if time.time() - self._beaten > 2 * self._beat:  # a machine that slept would take its own claims for silent
+                self._record()
             for trial in self._trials():
                 if trial.state == TrialState.RUNNING and is_gone(trial.user_attrs.get("by", {})):
                     self._storage.set_trial_state_values(self._id_of(trial), TrialState.FAIL)
@@ -155,7 +157,8 @@ class Study:
             self._mine[key] = trial
             self._storage.record_heartbeat(trial)  # before it runs: a claim without a heartbeat would never be silent
             self._storage.set_trial_state_values(trial, TrialState.RUNNING)
-            self._storage.set_trial_user_attr(trial, "by", self._me)
+            if waiting:  # another made it
+                self._storage.set_trial_user_attr(trial, "by", self._me)
             return True
 
     def finish(self, key: str, result: Mapping[str, Any]) -> bool:
@@ -200,6 +203,7 @@ class Study:
         return int(self._storage.get_trial_id_from_study_id_trial_number(self._id, trial.number))
 
     def _record(self) -> None:
+        self._beaten = time.time()
         for trial in list(self._mine.values()):
             self._storage.record_heartbeat(trial)
 
