@@ -27,7 +27,8 @@ LIBRARIES = {
     "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml", "lm_eval"},
     "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn", "scipy", "sacrebleu", "nltk", "rouge_score",
               "pycocoevalcap", "datasets", "pyarrow"},
-    "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL"},
+    "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL", "optuna",
+                "sqlalchemy", "psycopg", "psutil", "filelock"},
     "analysis": {"torch", "numpy", "scipy", "matplotlib"},
     "cli": {"torch", "transformers"}, "papers": {"torch", "transformers"},
 }
@@ -98,7 +99,8 @@ def test_transformers_is_imported_where_it_is_needed_and_not_before(path):
         if derived and module == "transformers":
             continue
         if module.split(".")[0] in ("transformers", "peft", "matplotlib", "scipy", "sklearn", "statsmodels", "sacrebleu",
-                                    "nltk", "rouge_score", "pycocoevalcap", "datasets", "pyarrow", "lm_eval"):
+                                    "nltk", "rouge_score", "pycocoevalcap", "datasets", "pyarrow", "lm_eval", "optuna",
+                                    "sqlalchemy", "psycopg", "psutil"):
             assert not top and not typed, f"{module} at the top of the file makes everybody pay for it"
 
 
@@ -181,7 +183,8 @@ def test_importing_weft_imports_torch_and_safetensors_and_no_more():
     assert {m for m in new if not m.startswith("_")} <= {"torch", "numpy", "packaging"}, new
     loaded = run("import sys, torch; before = set(sys.modules); import weft; print(*set(sys.modules) - before)").split()
     for heavy in ("transformers", "peft", "accelerate", "scipy", "sklearn", "matplotlib", "statsmodels", "pandas", "PIL",
-                  "tqdm", "torch._dynamo", "weft.compare", "weft.analysis", "weft.cli", "weft.tasks", "weft.papers"):
+                  "tqdm", "optuna", "sqlalchemy", "psutil",
+                  "torch._dynamo", "weft.compare", "weft.analysis", "weft.cli", "weft.tasks", "weft.papers"):
         assert heavy not in loaded, f"import weft imports {heavy}"
 
 
