@@ -51,7 +51,7 @@ def settings(place, stem, options=""):
     if config.optim.warm_up >= 1:
         given.append("optim.warm_up=0.2")
     if stem.startswith(("e2e", "gpt3")):
-        given.append("eval.records=1")
+        given += ["eval.records=1", "eval.every=5"]
     if config.train.accumulate > 1:
         given.append("train.accumulate=2")
     return given

@@ -124,7 +124,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         try:
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error):
+            if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream")):
                 raise
             raise OSError(f"checkpoint-{self.state.global_step} could not be written whole") from error
 
