@@ -39,6 +39,7 @@ def place(tmp_path_factory):
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a recipe's out is runs/..., from where the command is given
     monkeypatch.setattr("weft.training.card.draw", lambda *a: False)  # half of the time of so small a run
+    monkeypatch.setattr("weft.tasks.caption_scores.has_java", lambda: False)  # METEOR reads tables for ten seconds
 
 
 def settings(place, stem, options=""):
