@@ -102,6 +102,17 @@ def case(folder, method, kills, chance):
     return [digest(whole.out), digest(broken.out), hit]
 
 
+def ended_by(pid, moment):
+    """How the process ended, by itself or, at that moment of the clock, by SIGKILL."""
+    while time.monotonic() < moment:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
 def scattered(folder, method, kills, chance):
     """Kills at moments that are drawn over the whole length of a run, from its first file to its last."""
     whole = config(folder, method, folder / f"{method}-whole", every=1)
@@ -115,16 +126,16 @@ def scattered(folder, method, kills, chance):
             runs += 1
             broken = config(folder, method, folder / f"{method}-{runs}", every=1)
         out = Path(broken.out)
-        pid = start(broken, go_on=(out / "run.json").is_file())
-        if kills:
-            time.sleep(chance.random() * length)
-            os.kill(pid, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
+        fresh, began = not (out / "run.json").is_file(), time.monotonic()
+        pid = start(broken, go_on=not fresh)
+        status = ended_by(pid, began + chance.random() * length if kills else float("inf"))
         if os.WIFSIGNALED(status):
             kills -= 1
             half += any(not (path / "complete.json").is_file() for path in out.glob("checkpoints/checkpoint-*"))
             continue
         assert status == 0, out.with_suffix(".log").read_text()
+        if fresh:
+            length = min(length, time.monotonic() - began)  # of a machine that has less to do by now
         found.append(digest(broken.out))
         broken = None
     return [digest(whole.out), found, half]
