@@ -93,7 +93,7 @@ def trained(label: str, lr: float, seed: int) -> Trained:
             changes[step] = {name: (c.delta_d, c.delta_m) for name, c in changes_of(adapter)}
 
     try:
-        splits, recipe = opened.prepared.splits, Recipe(steps=STEPS, batch=BATCH, lr=lr, seed=seed)
+        splits, recipe = opened.task.prepared.splits, Recipe(steps=STEPS, batch=BATCH, lr=lr, seed=seed)
         train(opened.model, adapter, splits["train"], recipe, look)
         scores = {name: evaluate(opened.model, splits[name]) for name in ("validation", "test")}
         thin = {name: site.B.detach().double().clone() for name, site in adapter.sites.items() if hasattr(site, "B")}

@@ -12,7 +12,7 @@ from typing import Any
 from weft.cli import main
 
 # Two methods and three seeds: twelve training runs of eight steps.
-TINY = ("--methods", "lora:r=3:alpha=5,bitfit", "--budget", "steps=32,batch=12,validation=60,test=150",
+TINY = ("--methods", "lora:r=3:alpha=5,bitfit", "--budget", "steps=96,batch=12,validation=60,test=150",
         "--lr", "lora=1e-2", "--lr", "bitfit=3e-3,1e-2")
 RUNS = 12
 

@@ -134,9 +134,9 @@ def test_an_occupied_directory_is_refused_before_any_compute(finished: Finished)
 
 
 def test_resume_with_another_budget_is_refused(finished: Finished) -> None:
-    again = compare(finished.out, "--budget", "steps=33", "--resume")
+    again = compare(finished.out, "--budget", "steps=97", "--resume")
     assert again.status == 2
-    assert "steps 32, and this one has 33" in again.errors
+    assert "steps 96, and this one has 97" in again.errors
 
 
 def test_resume_trains_nothing_again_and_two_seeds_give_no_ranking(finished: Finished, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from weft.compare.entries import GROW, parse_methods
 from weft.compare.plan import TUNING_SEEDS, RunSpec, Sweep, missing, progress, tune
 from weft.compare.results import notes_of, row_of
+from weft.compare.scale import Scale
 
 CONTEXT = {"model": "m", "train": "a", "validation": "b", "test": "c", "weft": "1", "torch": "2", "device": "cpu"}
 
@@ -147,3 +148,18 @@ def test_a_failed_seed_fails_the_row_and_leaves_its_place_empty() -> None:
     row = row_of(sweep, sweep.entries[0], done, None, "x")
     assert row.scores == [1.0, None, 1.0]
     assert (row.reason, row.complete) == ("seed 1: AuditError: x", None)
+
+
+def test_the_lowest_is_chosen_where_the_validation_score_is_a_loss() -> None:
+    plan = replace(sweep_of("lora"), chosen_by=Scale("loss", lowest=True))
+    (entry,) = plan.entries
+
+    def run(spec: RunSpec) -> dict[str, Any]:
+        loss = 2 + abs(math.log10(spec.lr / 1e-2))
+        return {**peaked(1e-2)(spec), "validation": {"score": loss, "loss": loss}}
+
+    done: dict[str, Any] = {}
+    play(plan, run, done)
+    assert tune(plan, entry, done).lr == 1e-2
+    told = [Scale("loss", True).told(2.0), Scale("BLEU").told(0.31), Scale("F1").told(0.5)]
+    assert told == ["loss 2.000", "BLEU 31.0", "50.0 %"]

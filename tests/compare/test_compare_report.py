@@ -57,7 +57,7 @@ def lost(**changes) -> Row:
 
 
 def found_with(rows: list[Row], **settings) -> Comparison:
-    given = {"budget": "steps", "steps": 9, "batch": 4, "head_lr": 1e-2, **settings}
+    given = {"budget": "steps", "steps": 9, "batch": 4, "head_lr": 1e-2, "warm_up": 0.1, "weight_decay": 0.0, **settings}
     return Comparison(task="t", model="m", rows=rows, seeds=3, settings=given, sizes={"train": 30, "test": 9}, classes="ab",
                       head=["head"], device="x", versions={"weft": "1"}, notes=["a note"])
 
@@ -92,7 +92,7 @@ def test_the_report_says_what_the_json_holds(finished: Finished, name: str) -> N
         assert row["method"] in text
         assert f"{100 * row['score_mean']:.1f} ±" in text
         assert f"{row['trainable']:,}" in text
-    for said in (data["recommendation"]["why"], "budget: equal steps, 32 steps of 12", f"weft {data['versions']['weft']}",
+    for said in (data["recommendation"]["why"], "budget: equal steps, 96 steps of 12", f"weft {data['versions']['weft']}",
                  "--methods lora:r=3:alpha=5,bitfit", "Python 3."):
         assert said in text
 
@@ -105,10 +105,10 @@ def test_every_run_is_in_the_report_and_in_runs_csv(finished: Finished, parsed: 
     assert scored == {(row["method"], seed): score for row in finished.json["rows"]
                       for seed, score in enumerate(row["scores"])}
     assert all(run["test"] == "" for run in runs if run["purpose"] == "tune")
-    assert {run["steps"] for run in runs} == {"32"}
+    assert {run["steps"] for run in runs} == {"96"}
     assert parsed.tags.count("details") == 2
     for run in runs:
-        assert f" {run['seed']} 32 {100 * float(run['validation']):.1f} " in parsed.text
+        assert f" {run['seed']} 96 {100 * float(run['validation']):.1f} " in parsed.text
 
 
 def test_failed_runs_are_shown_with_their_reason_and_unfolded() -> None:

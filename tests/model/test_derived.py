@@ -166,6 +166,23 @@ def test_a_norm_made_without_gradients_or_in_inference_mode_serves_training(meth
     assert all(p.grad is not None for p in a.adapter.parameters())
 
 
+def test_a_norm_of_training_has_the_bits_that_it_has_without_an_evaluation_before():
+    """A resumed run has had no evaluation; with 300 rows beside it, W A' rounds in another way than with three."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2048, 768, bias=False)
+    adapter = weft.attach(torch.nn.Sequential(model), weft.DoRA(r=16, targets=["0"]))
+    torch.nn.init.normal_(dict(adapter.named_parameters())["0.B"], std=0.02)
+    x = torch.randn(300, 2048)
+    site = next(iter(adapter.sites.values()))
+    adapter.model.train()
+    alone = adapter.model(x)
+    site.derived.clear()
+    adapter.model.eval()
+    adapter.model(x[:3])
+    adapter.model.train()
+    assert torch.equal(adapter.model(x), alone)
+
+
 def test_two_adapters_and_the_base_do_not_share_norms():
     a = awake("DoRA")
     weft.attach(a.model, config("DoRA", r=2), name="second")

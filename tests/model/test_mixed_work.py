@@ -49,6 +49,42 @@ def test_the_number_of_products_does_not_grow_with_the_adapters(shape):
     assert sixteen <= four <= 2 * (1 + 2 * 4)
 
 
+class Readers(nn.Module):
+    """Two layers that read one input, which may be written to in between."""
+
+    def __init__(self, written):
+        super().__init__()
+        self.a, self.b, self.written = nn.Linear(12, 16), nn.Linear(12, 16), written
+
+    def forward(self, x):
+        x = x * 1
+        y = self.a(x)
+        if self.written:
+            with torch.no_grad():
+                x.mul_(2)
+        return y + self.b(x)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_layers_that_read_one_input_share_what_is_gathered_of_it_unless_it_was_written_to(written, inference):
+    torch.manual_seed(0)
+    model, x = Readers(written), torch.randn(4, 3, 12)
+    for i, method in enumerate(METHODS):
+        for p in weft.attach(model, method(r=4), name=f"a{i}").parameters():
+            torch.nn.init.normal_(p)
+    with torch.inference_mode(inference), torch.no_grad(), weft.use(model, [f"a{i}" for i in range(4)]):
+        model(x)
+        with Products() as counted:
+            mixed = model(x)
+    with torch.no_grad():
+        for row in range(4):
+            with weft.use(model, f"a{row}"):
+                check_close(mixed[row], model(x[row : row + 1])[0], torch.float32, f"row {row}")
+    # of each layer the base's, two bmm, two for VeRA and DVoRA, of which one may be shared
+    assert counted.n == (10 if written or inference else 9)
+
+
 @pytest.mark.parametrize("names", [[None if n < 0 else f"a{n}" for n in (0, 1, 2, 3, -1, 4, 5, 6, 7, 1, -1, 0, 0, 3, 9, 8)],
                                    [f"a{i}" for i in range(16)], ["a3"] * 16], ids=["some", "all", "one"])
 @pytest.mark.parametrize("grad", [True, False])

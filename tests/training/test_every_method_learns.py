@@ -16,7 +16,7 @@ from weft.compare.entries import LRS, OTHER_LRS
 from weft.methods import METHODS
 from weft.tasks import find_task
 from weft.tasks.models import find_model, prepare
-from weft.training.loop import Recipe, renew, train
+from weft.training.loop import Recipe, groups, renew, train
 
 TEXT = "the more it snows the more it goes on snowing and nobody knows how cold my toes are growing"
 STEPS = 20
@@ -78,3 +78,13 @@ def test_on_the_embedded_task(method: str, digits: Any) -> None:
     recipe = Recipe(steps=30, lr=LRS.get(method, OTHER_LRS)[1], head_lr=3e-2)
     losses = train(model, adapter, digits.splits["train"], recipe)  # with the audit after a few steps
     assert fallen(losses, 0.6), losses
+
+
+def test_weight_decay_acts_on_matrices_alone(digits):
+    recipe = Recipe(steps=30, lr=1e-3, weight_decay=0.1)
+    adapter = weft.attach(copy.deepcopy(digits.model), weft.DoRA(r=2, modules_to_save=("classifier",)))
+    for group in groups(adapter, recipe):
+        assert {(p.ndim >= 2) for p in group["params"]} == {group["weight_decay"] == 0.1}
+    assert sum(len(group["params"]) for group in groups(adapter, recipe)) == len(list(adapter.parameters()))
+    with pytest.raises(weft.ConfigError, match="weight_decay must be 0 or"):
+        Recipe(weight_decay=-1.0)

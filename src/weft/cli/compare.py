@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 HELP = "train several methods on one task and print one honest table"
 NEEDED = ("numpy", "sklearn", "scipy", "matplotlib", "PIL", "tqdm", "transformers")
+AS_THEY_ARE = ("seeds", "head_lr", "warm_up", "weight_decay", "device", "workers", "out")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="M", help="a name of --list, a local transformers directory, or a hub name "
                                      "(default: digits-vit, embedded)")
-    add("--task", metavar="T", help="digits, csv:FILE, image-folder:DIR, cifar100:DIR:per_class=10, ... of --list "
-                                     "(default: digits)")
+    add("--task", metavar="T", help="digits, csv:FILE, image-folder:DIR, cifar100:DIR:per_class=10, e2e:DIR, boolq:DIR, ... "
+                                     "of --list (default: digits)")
     add("--test", metavar="PATH", help="test data of its own, a file or folder like the task's; else 20 %% is held out")
     add("--methods", metavar="M,M", help="for example lora,vera:r=64,dora:r=4:alpha=8 (default: those of the papers)")
     add("--seeds", metavar="N", type=_whole, help="runs of every method that are scored on the test split (default: 3)")
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr", metavar="METHOD=RATE,..", action="append", default=[],
         help="the peak learning rates to try for a method, in place of its own grid; may be given again")
     add("--head-lr", metavar="RATE", type=_rate, help="peak learning rate of the new head (default: 1e-2)")
+    add("--warm-up", metavar="SHARE", type=_share, help="share of the steps in which the rate rises to its peak, before it "
+                                                        "falls to 0, both linearly (default: 0.1)")
+    add("--weight-decay", metavar="X", type=_decay, help="AdamW's, of trained matrices (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), help="auto (default): CUDA where there is one and the model is "
                                                           "large enough to gain")
     add("--workers", metavar="N", type=_whole, help="training processes side by side (default: one a core for small "
@@ -76,21 +80,23 @@ def _request(args: argparse.Namespace) -> Request:
     from ..compare import entries
     from ..compare.request import default_request, parse_budget
     from ..errors import ConfigError
-    from ..tasks import find_task
+    from ..tasks import GenerationRef, find_any
     from ..tasks.models import find_model
 
     given: dict[str, Any] = {
         "model": find_model(args.model) if args.model is not None else None,
-        "task": find_task(args.task, args.test) if args.task is not None else None,
+        "task": find_any(args.task, args.test) if args.task is not None else None,
         "entries": entries.parse_methods(args.methods) if args.methods is not None else None,
         "budget": parse_budget(args.budget) if args.budget is not None else None,
-        "seeds": args.seeds, "head_lr": args.head_lr, "device": args.device, "workers": args.workers, "out": args.out,
+        **{name: getattr(args, name) for name in AS_THEY_ARE},
     }
     if args.test is not None and args.task is None:
         raise ConfigError("--test: the task 'digits' has its own test data. Give --task csv:FILE or image-folder:DIR.")
     request = default_request(resume=args.resume, **{key: value for key, value in given.items() if value is not None})
     if args.head_lr is not None and all(entry.method == "Head" for entry in request.entries):
         raise ConfigError("--head-lr: where the head alone is trained, its rate is the method's: --lr head=RATE.")
+    if args.head_lr is not None and isinstance(request.task, GenerationRef):
+        raise ConfigError(f"--head-lr: the task {request.task.name!r} has text for an answer and no new head.")
     from dataclasses import replace
 
     return replace(request, entries=entries.with_lrs(request.entries, args.lr))
@@ -132,13 +138,15 @@ def _list(args: argparse.Namespace) -> int:
         raise ConfigError("--list stands alone: it prints names and compares nothing.")
     from ..compare import entries
     from ..methods import METHODS
-    from ..tasks import FAMILIES
+    from ..tasks import FAMILIES, GENERATION
     from ..tasks.models import EMBEDDED
     from . import listed
 
     methods = {entry.label: entry for entry in entries.parse_methods(",".join(METHODS))}
     print("methods (--methods lora,vera:r=64)", *entries.as_table(methods), "", sep="\n")
     print("tasks (--task)", *(listed(name, what, 21) for name, what in FAMILIES.items()), "", sep="\n")
+    print("tasks whose answers are text (--task; a causal language model)",
+          *(listed(name, what, 21) for name, what in GENERATION.items()), "", sep="\n")
     print("models (--model)", *(f"  {name}" for name in EMBEDDED), "  a directory that transformers can read",
           "  a name on the hub, such as google/vit-base-patch16-224", sep="\n")
     return 0
@@ -150,11 +158,29 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _rate(text: str) -> float:
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to below 1, for example 0.1")
+    return value
+
+
+def _decay(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0 or a number above it, for example 0.01")
+    return value
+
+
+def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = 0.0
+        return float("nan")
+
+
+def _rate(text: str) -> float:
+    value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, for example 1e-2")
     return value

@@ -17,10 +17,9 @@ from ..errors import AuditError, WeftError
 from ..methods import LoRA
 from ..model.adapter import Adapter
 from ..model.attach import attach, detach
-from ..model.structure import head_modules
-from ..tasks import SPLITS, find_task
-from ..tasks.models import Prepared, find_model, prepare
-from ..training.loop import DivergedError, Recipe, Score, answers, evaluate, renew, score_of, train
+from ..tasks.models import find_model
+from ..training.loop import DivergedError, Recipe, on_device, renew, train
+from ..training.open_task import OpenTask, open_task
 from . import measure
 from .budgets import lowest_rank, nearest_rank
 from .plan import RunSpec
@@ -44,24 +43,21 @@ class Opening:
 class Bench:
     """Holds the model between runs; every run attaches, trains, scores and detaches."""
 
-    def __init__(self, prepared: Prepared, head: tuple[str, ...], device: torch.device) -> None:
-        self.prepared, self.head, self.device = prepared, head, device
-        self.model = prepared.model.to(device)
+    def __init__(self, task: OpenTask, device: torch.device) -> None:
+        self.task, self.head, self.device = task, task.head, device
+        self.model = task.model.to(device)
 
     def describe(self) -> dict[str, Any]:
         """Facts that the planning needs: fingerprints, head, sizes, notes."""
-        splits = self.prepared.splits
+        facts = self.task.facts()
         return {
-            "context": {"model": self.prepared.fingerprint, "device": self.device.type, "weft": __version__,
-                        "torch": torch.__version__, **{name: splits[name].fingerprint() for name in SPLITS}},
+            "context": {"device": self.device.type, "weft": __version__, "torch": torch.__version__, **facts.fingerprints},
             "head": list(self.head),
             "narrowest": self._narrowest(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "sizes": {name: len(splits[name].labels) for name in SPLITS},
-            "classes": list(self.prepared.classes),
-            "metric": self.prepared.metric,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine() + " CPU",
-            "notes": self.prepared.notes,
+            **{name: getattr(facts, name) for name in ("kind", "metric", "chosen_by", "lowest")},
+            "sizes": dict(facts.sizes), "classes": list(facts.classes), "notes": list(facts.notes),
         }
 
     def _narrowest(self) -> int:
@@ -75,16 +71,18 @@ class Bench:
     def run(self, spec: RunSpec, save_to: Path | None = None) -> dict[str, Any]:
         """Train and score. A run whose audit fails or whose loss diverges is a result too, with its reason."""
         started = time.perf_counter()
-        recipe = Recipe(steps=spec.steps, batch=spec.batch, lr=spec.lr, head_lr=spec.head_lr, seed=spec.seed)
+        head_lr = spec.head_lr if self.head else spec.lr  # a head that is not new is a tensor like the others
+        recipe = Recipe(steps=spec.steps, batch=spec.batch, lr=spec.lr, head_lr=head_lr, seed=spec.seed,
+                        warm_up=spec.warm_up, weight_decay=spec.weight_decay)
         result: dict[str, Any] = {"schema": 1, "spec": asdict(spec)}
         adapter = self.attach_new(spec.config, spec.seed)
         try:
-            result |= {"trainable": adapter.num_parameters - adapter.num_head_parameters,
-                       "head_trainable": adapter.num_head_parameters}
-            result["losses"] = train(self.model, adapter, self.prepared.splits["train"], recipe)
-            result["validation"] = asdict(self._score("validation"))
+            own = self._own(adapter)
+            result |= {"trainable": own, "head_trainable": adapter.num_parameters - own}
+            result["losses"] = train(self.model, adapter, self.task.train, recipe)
+            result["validation"] = asdict(self.task.validate())
             if spec.purpose == "final":
-                result |= self._tested()
+                result |= _tested(self.task)
             if save_to is not None:
                 result["bytes"] = _saved_bytes(adapter, save_to)
             result["status"] = "finished"
@@ -94,20 +92,12 @@ class Bench:
             detach(self.model)
         return result | {"seconds": time.perf_counter() - started}
 
-    def _score(self, split: str) -> Score:
-        return evaluate(self.model, self.prepared.splits[split], metric=self.prepared.metric)
-
-    def _tested(self) -> dict[str, Any]:
-        """The test split's score, and where it is the share of right answers, which ones are: "1" or "0" each."""
-        split = self.prepared.splits["test"]
-        logits = answers(self.model, split)
-        result: dict[str, Any] = {"test": asdict(score_of(logits, split, self.prepared.metric))}
-        if self.prepared.metric == "accuracy":
-            result["right"] = "".join("01"[int(right)] for right in logits.argmax(dim=1) == split.labels)
-        return result
+    def _own(self, adapter: Adapter) -> int:
+        """Trained numbers of the method itself: without those of a new head, which every method trains."""
+        return adapter.num_parameters - (adapter.num_head_parameters if self.head else 0)
 
     def attach_new(self, config: Mapping[str, Any], seed: int) -> Adapter:
-        """A new head from the seed, then the method on top."""
+        """A new head from the seed, where the task has one, then the method on top."""
         renew(self.model, self.head, seed)
         return attach(self.model, methods.from_json(dict(config)))
 
@@ -140,19 +130,24 @@ class Bench:
         """Trained numbers without the head's."""
         adapter = self.attach_new(config, 0)
         try:
-            return int(adapter.num_parameters - adapter.num_head_parameters)
+            return self._own(adapter)
         finally:
             detach(self.model)
 
     def measure(self, config: Mapping[str, Any], batch: int) -> dict[str, Any]:
         """Step time against the frozen base, and peak memory, on one training batch."""
-        train_split = self.prepared.splits["train"]
-        rows = torch.arange(min(batch, len(train_split.labels)))
-        inputs = {key: value.to(self.device) for key, value in train_split.batch(rows).items()}
-        labels = train_split.labels[rows].to(self.device)
+        rows = torch.arange(min(batch, len(self.task.train)))
+        inputs, labels = on_device(self.task.train, rows, self.device)
         peak = measure.peak_bytes(self.model, lambda: self.attach_new(config, 0), inputs, labels)
         times = measure.step_times(self.model, lambda: self.attach_new(config, 0), inputs, labels)
         return {"peak_bytes": peak, **times}
+
+
+def _tested(task: OpenTask) -> dict[str, Any]:
+    """The test split's score; which examples are right, where that makes the score; all metrics, where there are several."""
+    found = task.test()
+    several = {"scores": dict(found.scores), "reasons": dict(found.reasons)} if found.scores else {}
+    return {"test": {**asdict(found.score), **several}, **({"right": found.right} if found.right is not None else {})}
 
 
 def _saved_bytes(adapter: Adapter, path: Path) -> int:
@@ -164,21 +159,11 @@ def _saved_bytes(adapter: Adapter, path: Path) -> int:
 def open_bench(opening: Opening) -> Bench:
     """Load task and model, find the head, choose device and threads. Raises WeftError."""
     torch.set_num_threads(1)
-    prepared = prepare(find_task(opening.task, opening.test).load(), find_model(opening.model), opening.most)
-    numbers = sum(p.numel() for p in prepared.model.parameters())
+    task = open_task(opening.task, opening.test, find_model(opening.model), opening.most)
+    numbers = sum(p.numel() for p in task.model.parameters())
     if numbers >= SMALL:
         torch.set_num_threads(opening.threads)
-    return Bench(prepared, fresh_modules(prepared), choose_device(opening.device, numbers))
-
-
-def fresh_modules(prepared: Prepared) -> tuple[str, ...]:
-    """The modules that every row trains from new values: the head, and what the checkpoint has no tensors for."""
-    head = list(head_modules(prepared.model))
-    if not head:
-        raise WeftError(f"{type(prepared.model).__name__} has no output head that could be trained for "
-                        f"{len(prepared.classes) or 'no'} classes.")
-    loose = [name for name in prepared.missing if not any(name.startswith(module + ".") for module in head)]
-    return tuple(dict.fromkeys([*head, *(name.rpartition(".")[0] for name in loose)]))
+    return Bench(task, choose_device(opening.device, numbers))
 
 
 def choose_device(asked: str, parameters: int) -> torch.device:

@@ -11,6 +11,7 @@ from .entries import rate
 from .examples import Gap
 from .report import count, flat, headline, legend, no_ranking, p_value, score, size, title, why
 from .results import Comparison, Row, Run
+from .scale import Scale
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Fold:
     open: bool
 
 
+METRICS = "Mean over the seeds, as each metric's own tool prints it; a metric that could not run is -."
 REASON = 240  # characters of why a run failed; runs.csv has the whole
 
 Part = str | Table | Picture | Items | Code | Fold
@@ -72,10 +74,10 @@ class Origin:
 
 
 CAPTIONS = {
-    plots.SCORES: "Score on the test split against trainable parameters, without the head; bars are 95 % t-intervals.",
+    plots.SCORES: "Score on the test split against trainable parameters (without a new head); bars are 95 % t-intervals.",
     plots.STEP_TIME: "Score on the test split against the time of a training step.",
     plots.MEMORY: "Score on the test split against the most memory held in a training step.",
-    plots.RATES: "Validation score by peak learning rate, mean of the tuning seeds. The test split has no part in it.",
+    plots.RATES: "Validation score or loss by peak learning rate, mean of the tuning seeds; without the test split.",
     plots.CURVES: "Training loss of the scored runs: mean over the seeds, and the band from the lowest to the highest.",
 }
 
@@ -85,6 +87,8 @@ def document(found: Comparison, origin: Origin, drawn: Sequence[str]) -> list[Se
     failed = [(row, run) for row in found.rows for run in row.runs if run.reason]
     sections = [Section("Recommendation", _recommendation(found)),
                 Section("Table", [title(found), _table(found), *_remarks(found)])]
+    if len(found.metrics) > 1:
+        sections.append(Section("All metrics", [METRICS, _metrics(found)]))
     if drawn:
         sections.append(Section("Pictures", [Picture(name, CAPTIONS[name]) for name in drawn]))
     if failed:
@@ -102,7 +106,7 @@ def _recommendation(found: Comparison) -> list[Part]:
 
 def _table(found: Comparison) -> Table:
     ranking = found.ranking()
-    header = ["method", "trainable", "bytes", f"{found.metric} %", "p (worse)", "points behind",
+    header = ["method", "trainable", "bytes", found.scored_by.label, "p (worse)", "points behind",
               "lr", "steps", "step ×", "step ms", "peak", "status"]
     labels = [row.label for row in found.rows]
     return Table(header, [_cells(row, ranking.p.get(row.label) if ranking else None,
@@ -114,7 +118,22 @@ def _cells(row: Row, p: float | None, gap: Gap | None) -> list[str]:
     ratio, seconds = row.cost.get("step_ratio"), row.cost.get("step_seconds")
     return [row.label, count(row.trainable), size(row.nbytes), score(row), "-" if p is None else p_value(p), _gap(gap),
             rate(row.lr) if row.lr else "-", count(row.steps), "-" if ratio is None else f"{ratio:.2f}",
-            "-" if seconds is None else f"{1000 * seconds:.3g}", size(row.cost.get("peak_bytes")), row.status]
+            "-" if seconds is None else _milliseconds(seconds), size(row.cost.get("peak_bytes")), row.status]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f}" if seconds >= 1 else f"{1000 * seconds:.3g}"
+
+
+def _metrics(found: Comparison) -> Table:
+    """Every metric of the test, the mean over the seeds."""
+    return Table(["method", *found.metrics],
+                 [[row.label, *(_mean(row.metrics.get(name, [])) for name in found.metrics)] for row in found.rows])
+
+
+def _mean(scores: Sequence[float | None]) -> str:
+    there = [score for score in scores if score is not None]
+    return f"{sum(there) / len(there):.4f}" if there and len(there) == len(scores) else "-"
 
 
 def _gap(gap: Gap | None) -> str:
@@ -140,17 +159,23 @@ def _runs(found: Comparison) -> list[Fold]:
     for row in found.rows:
         failed = sum(run.reason is not None for run in row.runs)
         name = f"{row.label}: {len(row.runs)} runs" + (f", {failed} failed" if failed else "")
-        table = Table(["run", "lr", "seed", "steps", "validation %", "test %", "seconds", "status"],
-                      [_run_cells(run) for run in row.runs], (0, 7))
+        table = Table(["run", "lr", "seed", "steps", f"validation{_unit(found.chosen_by)}", f"test{_unit(found.scored_by)}",
+                       "seconds", "status"],
+                      [_run_cells(found, run) for run in row.runs], (0, 7))
         folds.append(Fold(name, table, failed > 0))
     return folds
 
 
-def _run_cells(run: Run) -> list[str]:
+def _unit(scale: Scale) -> str:
+    """" %", or the metric's name where the scores are in another unit."""
+    return scale.unit or f" {scale.label}"
+
+
+def _run_cells(found: Comparison, run: Run) -> list[str]:
     seconds = "-" if run.seconds is None else f"{run.seconds:.1f}"
     status = run.status if run.reason is None else f"failed: {_reason(run)}"
-    return [_purpose(run), rate(run.lr), str(run.seed), count(run.steps), _percent(run.validation), _percent(run.test),
-            seconds, status]
+    return [_purpose(run), rate(run.lr), str(run.seed), count(run.steps), found.chosen_by.number(run.validation),
+            found.scored_by.number(run.test), seconds, status]
 
 
 def _purpose(run: Run) -> str:
@@ -161,13 +186,18 @@ def _reason(run: Run) -> str:
     return textwrap.shorten(flat(run.reason), REASON, placeholder=" ... (the whole is in runs.csv)")
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
 def _origin(found: Comparison, origin: Origin) -> list[Part]:
     versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
+    head = f"Peak learning rate of the head, which every row trains: {rate(found.settings['head_lr'])}."
+    recipe = (f"AdamW, weight decay {found.settings['weight_decay']:g}; the rate rises over {found.settings['warm_up']:.3g} "
+              "of the steps and then falls to 0, both linearly.")
     return [Code(origin.command), Items([
         f"Written on {origin.date}.", f"Machine: {origin.machine}.", f"Versions: {versions}.",
-        f"Peak learning rate of the head, which every row trains: {rate(found.settings['head_lr'])}.",
-        "Chosen by: mean validation score over the tuning seeds, then the lower loss."])]
+        *([head] if found.head else []), recipe,
+        f"Chosen by: {_chosen_by(found)}."])]
+
+
+def _chosen_by(found: Comparison) -> str:
+    if found.chosen_by.lowest:
+        return "lowest mean validation loss over the tuning seeds"
+    return "mean validation score over the tuning seeds, then the lower loss"

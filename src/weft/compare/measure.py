@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from ..errors import WeftError
 from ..model.adapter import Adapter
 from ..model.attach import detach
-from ..training.loop import loss
+from ..training.loop import forward_loss
 
 ROUNDS, FEWEST, WARM, SECONDS = 41, 5, 3, 12.0
 SCHEDULE = 1000  # steps that a method with a schedule is told, so that all that are clocked lie in its busy phase
@@ -45,7 +45,7 @@ def step_times(model: nn.Module, attach: Callable[[], Adapter], inputs: Mapping[
         method = training_step(model, adapter, inputs, labels)
 
         def limit() -> None:
-            loss(frozen(**inputs).logits, labels).backward()  # type: ignore[no-untyped-call]
+            forward_loss(frozen, inputs, labels).backward()  # type: ignore[no-untyped-call]
 
         pairs = _interleaved(limit, method, labels.device)
     finally:
@@ -66,7 +66,7 @@ def training_step(model: nn.Module, adapter: Adapter, inputs: Mapping[str, Tenso
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        loss(model(**inputs).logits, labels).backward()  # type: ignore[no-untyped-call]
+        forward_loss(model, inputs, labels).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
     return step
@@ -123,7 +123,7 @@ def peak_bytes(model: nn.Module, attach: Callable[[], Adapter], inputs: Mapping[
         optimiser = torch.optim.AdamW(adapter.parameters(), lr=1e-8, weight_decay=0.0)
 
         def step() -> None:
-            loss(model(**inputs).logits, labels).backward()  # type: ignore[no-untyped-call]
+            forward_loss(model, inputs, labels).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
 
         step()

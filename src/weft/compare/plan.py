@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import methods
 from .entries import GROW, Entry, grown
+from .scale import ACCURACY, Scale
 
 TUNING_SEEDS = (1000, 1001)
 Results = Mapping[str, Mapping[str, Any]]  # key of a run -> what was written of it
@@ -31,6 +32,8 @@ class RunSpec:
     steps: int
     batch: int
     purpose: str  # "tune": scored on validation only; "final": scored on test too
+    warm_up: float = 0.1
+    weight_decay: float = 0.0
 
     def key(self, context: Mapping[str, str]) -> str:
         """16 hex digits over the spec (its label apart) and the context it runs in."""
@@ -50,10 +53,15 @@ class Sweep:
     batch: int
     head_lr: float
     context: Mapping[str, str]
+    warm_up: float = 0.1
+    weight_decay: float = 0.0
+    chosen_by: Scale = ACCURACY  # the validation score
+    scored_by: Scale = ACCURACY  # the test score
 
     def spec(self, entry: Entry, lr: float, seed: int, purpose: str) -> RunSpec:
         config = methods.to_json(entry.with_head(self.head, seed))
-        return RunSpec(entry.label, config, lr, self.head_lr, seed, entry.steps or self.steps, self.batch, purpose)
+        return RunSpec(entry.label, config, lr, self.head_lr, seed, entry.steps or self.steps, self.batch, purpose,
+                       self.warm_up, self.weight_decay)
 
     def key(self, spec: RunSpec) -> str:
         return spec.key(self.context)
@@ -72,7 +80,11 @@ class Tuned:
 
 
 def tune(sweep: Sweep, entry: Entry, done: Results) -> Tuned:
-    """Choose the rate with the best mean validation score (then the lower loss), growing the grid at its edges."""
+    """Choose the rate with the best mean validation score (then the lower loss), growing the grid at its edges.
+
+    The best score is the highest, or the lowest where `sweep.chosen_by` says so.
+    """
+    sign = -1.0 if sweep.chosen_by.lowest else 1.0
     if entry.refused:
         return Tuned((), {}, failed=entry.refused)
     tried = tuple(sorted(entry.lrs))
@@ -90,7 +102,7 @@ def tune(sweep: Sweep, entry: Entry, done: Results) -> Tuned:
         if not scores:
             reason = next(run["reason"] for of in runs.values() for run in of if run["status"] != "finished")
             return Tuned(tried, scores, failed=f"every learning rate failed, the first with: {reason}")
-        best = max(scores, key=lambda lr: (scores[lr][0], -scores[lr][1]))
+        best = max(scores, key=lambda lr: (sign * scores[lr][0], -scores[lr][1]))
         beyond = grown(tried, best) if entry.grows else None
         if beyond is None or turn == GROW:
             edge = len(tried) > 1 and best in (min(tried), max(tried))

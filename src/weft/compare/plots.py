@@ -74,7 +74,7 @@ def _scores(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
             axes.annotate(f"{row.label} (nothing but the head)", (1, _percent(row.mean)), (-2, 3), color=GREY,
                           ha="right", fontsize=9, xycoords=("axes fraction", "data"), textcoords="offset points")
     points = [(row, float(row.trainable)) for row in rows if row.trainable]
-    axes.set_xlabel("trainable parameters, without the head")
+    axes.set_xlabel("trainable parameters" + (", without the head" if found.head else ""))
     _against(axes, found, points, _parameter_axis)
 
 
@@ -95,7 +95,7 @@ def _against(axes: Any, found: Comparison, points: Sequence[tuple[Row, float]], 
                       color=_look(found, row)["color"], zorder=3)
     if points:
         scale(axes)
-    axes.set_ylabel(f"{found.metric} on the test split, %")
+    axes.set_ylabel(f"{found.metric} on the test split" + (", %" if found.scored_by.unit else ""))
     _title(axes, found, "mean" + (f" and 95 % t-interval over {found.seeds} seeds" if found.seeds > 1 else
                                   " of one seed"))
     label_points(axes, [(x, _percent(row.mean), row.label, _look(found, row)["color"]) for row, x in points],
@@ -134,26 +134,31 @@ def short_count(value: float) -> str:
 
 
 def _rates(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
-    """Mean validation score of every rate tried; the chosen one is ringed, one whose training failed is a cross below."""
-    floor = min(_percent(score) for row in rows for score in row.tried.values() if score is not None)
+    """Mean validation score of every rate tried; the chosen one is ringed, a failed one is a cross at the worst."""
+    factor = found.chosen_by.factor
+    held = [factor * score for row in rows for score in row.tried.values() if score is not None]
+    worst = max(held) if found.chosen_by.lowest else min(held)
     for row in rows:
         look = _look(found, row)
-        there = sorted((lr, _percent(score)) for lr, score in row.tried.items() if score is not None)
+        there = sorted((lr, factor * score) for lr, score in row.tried.items() if score is not None)
         axes.plot(*zip(*there, strict=True), marker="o", markersize=4, linewidth=1.4, label=row.label, **look)
         chosen = [point for point in there if point[0] == row.lr]
         failed = [lr for lr, score in row.tried.items() if score is None]
         axes.plot([x for x, _ in chosen], [y for _, y in chosen], marker="o", markersize=11, fillstyle="none",
                   linestyle="none", color=look["color"])
-        axes.plot(failed, [floor] * len(failed), marker="x", markersize=8, linestyle="none", color=look["color"])
+        axes.plot(failed, [worst] * len(failed), marker="x", markersize=8, linestyle="none", color=look["color"])
     axes.set_xscale("log")
     axes.set_xlabel("peak learning rate (ringed: chosen; cross: training failed)")
-    axes.set_ylabel(f"{found.metric} on validation, %")
-    _title(axes, found, "validation score by learning rate")
+    unit = " (lower is better)" if found.chosen_by.lowest else ", %" if found.chosen_by.unit else ""
+    axes.set_ylabel(f"{found.chosen_by.metric} on validation{unit}")
+    _title(axes, found, f"validation {'loss' if found.chosen_by.lowest else 'score'} by learning rate")
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
 
 
 def _curves(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
     """Mean over the seeds, smoothed; a band from the lowest seed to the highest."""
+    from matplotlib.ticker import LogFormatter
+
     window = max(1, min(len(row.curves[0]) for row in rows) // 15)
     ends = []
     for row in rows:
@@ -165,6 +170,8 @@ def _curves(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
             axes.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=look["color"], alpha=0.12, lw=0)
         ends.append((float(steps[-1]), float(smooth.mean(axis=0)[-1]), row.label, look["color"]))
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # plain numbers
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_xlabel("training step")
     axes.set_ylabel("training loss")
     smoothed = f", mean of the last {window} steps" if window > 1 else ""

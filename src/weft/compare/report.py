@@ -7,7 +7,7 @@ import io
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import fields
 from typing import Any
 
 from .. import __version__
@@ -19,7 +19,7 @@ from .store import SCHEMA
 
 WIDTH = 80
 GAP = "  "
-HEADER = ("method", "trainable", "bytes", "{metric} %", "lr", "step", "peak", "steps")
+HEADER = ("method", "trainable", "bytes", "{score}", "lr", "step", "peak", "steps")
 
 
 def text(found: Comparison) -> str:
@@ -33,7 +33,7 @@ def text(found: Comparison) -> str:
 def table(found: Comparison) -> str:
     """One line a method; a long name goes on in further lines of its column."""
     columns = len(HEADER) - (found.settings["steps"] is not None)  # said in the title where all rows have the same
-    cells = [tuple(name.format(metric=found.metric) for name in HEADER)[:columns],
+    cells = [tuple(name.format(score=found.scored_by.label) for name in HEADER)[:columns],
              *(cells_of(row)[:columns] for row in found.rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(1, columns)]
     room = WIDTH - sum(widths) - len(GAP) * len(widths)
@@ -60,6 +60,7 @@ def to_json(found: Comparison) -> dict[str, Any]:
     recommendation = {"method": ranking.recommended, "why": why(found, ranking)} if ranking else None
     return {
         "schema": SCHEMA, "task": found.task, "model": found.model, "metric": found.metric, "weft": __version__,
+        "kind": found.kind, "validation": {"metric": found.chosen_by.metric, "lowest_is_best": found.chosen_by.lowest},
         "seeds": found.seeds, "settings": dict(found.settings), "examples": dict(found.sizes),
         "classes": list(found.classes), "head": list(found.head), "head_trainable": found.head_trainable,
         "rows": [_row_json(row, ranking, found.gaps.get(row.label)) for row in found.rows],
@@ -89,9 +90,11 @@ def runs_csv(found: Comparison) -> str:
     """One line a training run."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", *(field.name for field in fields(Run)), "status"])
+    plain = [field.name for field in fields(Run) if field.name != "scores"]
+    writer.writerow(["method", *plain, "status", *(f"test_{name}" for name in found.metrics)])
     for row in found.rows:
-        writer.writerows([row.label, *astuple(run), run.status] for run in row.runs)
+        writer.writerows([row.label, *(getattr(run, name) for name in plain), run.status,
+                          *(run.scores.get(name) for name in found.metrics)] for run in row.runs)
     return out.getvalue()
 
 
@@ -114,7 +117,7 @@ def _row_json(row: Row, ranking: Ranking | None, gap: Gap | None) -> dict[str, A
         "lr_validation": {rate(lr): score for lr, score in row.tried.items()},
         "worse_p": ranking.p.get(row.label) if ranking else None,
         "example_gap": {"mean": gap.mean, "interval": list(gap.interval), "examples": gap.examples} if gap else None,
-        "adapter": row.adapter, "status": row.status, "reason": row.reason,
+        "metrics": row.metrics, "adapter": row.adapter, "status": row.status, "reason": row.reason,
     }
 
 
@@ -125,6 +128,8 @@ def title(found: Comparison) -> str:
 
 
 def _kind(found: Comparison) -> str:
+    if found.kind == "generation":
+        return "generated answers"
     return f"{len(found.classes)} classes" if found.classes else "a regression"
 
 
@@ -167,9 +172,10 @@ def legend(found: Comparison) -> list[str]:
     many = f"± half of the 95 % t-interval over {found.seeds} seeds"
     spread = many if found.seeds > 1 else "of one seed, without an interval"
     return [
-        f"trainable: without the head{head}",
+        f"trainable: without the head{head}" if found.head else "trainable: all numbers that are trained",
         f"{found.metric + ':':<10} test split; mean {spread}",
-        "lr:        peak learning rate, chosen on the validation split",
+        "lr:        peak learning rate, chosen " + ("by the lowest loss " if found.chosen_by.lowest else "")
+        + "on the validation split",
         "step:      time of a training step relative to the frozen-base limit",
         "peak:      most memory held at one time in a training step",
     ]

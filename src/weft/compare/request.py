@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..tasks import SPLITS, TaskRef, find_task
+from ..tasks import SPLITS, GenerationRef, TaskRef, find_task
 from ..tasks.models import ModelRef, find_model
-from ..training.loop import AUDIT_AFTER
+from ..training.loop import AUDIT_AFTER, Recipe
 from .budgets import PARAMETERS, SECONDS, STEPS, Equal, check
 from .entries import DEFAULT, Entry, parse_methods
 
@@ -40,11 +40,13 @@ class Request:
     """One comparison. `entries` are the rows; `workers` None means as many as make sense."""
 
     model: ModelRef
-    task: TaskRef
+    task: TaskRef | GenerationRef
     entries: Sequence[Entry]
     seeds: int = SEEDS
     budget: Budget = field(default_factory=Budget)
     head_lr: float = HEAD_LR
+    warm_up: float = Recipe.warm_up
+    weight_decay: float = Recipe.weight_decay
     device: str = "auto"
     workers: int | None = None
     out: Path = Path(OUT)
@@ -58,7 +60,8 @@ class Request:
         budget = {name: getattr(self.budget, name) for name in FEWEST}
         test = str(self.task.test) if self.task.test is not None else None
         return {"model": self.model.name, "task": self.task.name, "--test": test, "--budget": str(self.budget.equal),
-                **{f"--budget {name}": value for name, value in budget.items()}, "--head-lr": self.head_lr}
+                **{f"--budget {name}": value for name, value in budget.items()}, "--head-lr": self.head_lr,
+                "--warm-up": self.warm_up, "--weight-decay": self.weight_decay}
 
 
 def default_request(**changes: Any) -> Request:

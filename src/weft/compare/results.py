@@ -12,6 +12,7 @@ from .budgets import PARAMETERS, SECONDS
 from .entries import Entry, rate
 from .examples import Gap, gap
 from .plan import TUNING_SEEDS, Results, RunSpec, Sweep, finals, tune
+from .scale import ACCURACY, Scale
 from .statistics import Ranking, rank, t_interval
 
 
@@ -27,6 +28,7 @@ class Run:
     test: float | None
     seconds: float | None
     reason: str | None
+    scores: Mapping[str, float | None] = field(default_factory=dict)  # of the test, where the task has several metrics
 
     @property
     def status(self) -> str:
@@ -64,6 +66,13 @@ class Row:
         return found if found and len(found) == len(self.scores) else None
 
     @property
+    def metrics(self) -> dict[str, list[float | None]]:
+        """All metrics of the test by name, with a score a seed; empty where there is none but the one in the table."""
+        final = [run.scores for run in self.runs if run.purpose == "final"]
+        names = dict.fromkeys(name for scores in final for name in scores)
+        return {name: [scores.get(name) for scores in final] for name in names}
+
+    @property
     def mean(self) -> float | None:
         return mean(self.complete) if self.complete else None
 
@@ -88,6 +97,18 @@ class Comparison:
     versions: Mapping[str, str]
     notes: Sequence[str]
     metric: str = "accuracy"
+    kind: str = "classification"
+    chosen_by: Scale = ACCURACY  # of the validation score
+
+    @property
+    def scored_by(self) -> Scale:
+        """Of the test score."""
+        return Scale(self.metric)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics of the test; empty where there is none but the one in the table."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.metrics))
 
     @property
     def ok(self) -> bool:
@@ -166,7 +187,7 @@ def runs_of(sweep: Sweep, entry: Entry, done: Results) -> list[Run]:
 def _run(spec: RunSpec, result: Mapping[str, Any]) -> Run:
     return Run(purpose=spec.purpose, lr=spec.lr, seed=spec.seed, steps=spec.steps,
                validation=result.get("validation", {}).get("score"), test=result.get("test", {}).get("score"),
-               seconds=result.get("seconds"), reason=result.get("reason"))
+               seconds=result.get("seconds"), reason=result.get("reason"), scores=result.get("test", {}).get("scores", {}))
 
 
 def notes_of(sweep: Sweep, done: Results) -> list[str]:
@@ -181,4 +202,6 @@ def notes_of(sweep: Sweep, done: Results) -> list[str]:
         if lost and tuned.lr is not None:
             notes.append(f"{entry.label}: training failed with the learning rate{'s' * (len(lost) > 1)} "
                          f"{', '.join(lost)}.")
-    return notes
+    reasons = dict.fromkeys(f"{name} is missing: {' '.join(why.split()).rstrip('.')}." for run in done.values()
+                            for name, why in run.get("test", {}).get("reasons", {}).items())
+    return [*notes, *reasons]

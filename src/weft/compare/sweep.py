@@ -18,6 +18,7 @@ from .pool import Pool
 from .progress import Progress
 from .request import Request
 from .results import Comparison, notes_of, row_of
+from .scale import Scale
 from .store import LOGS, Store
 
 TIMED = ("Steps are as many as fit into the time of a run at the step time measured here, with nothing beside it; "
@@ -56,6 +57,7 @@ def compare(request: Request, shown: Progress) -> Comparison:
     return Comparison(
         task=request.task.name, model=request.model.name, rows=rows, seeds=request.seeds,
         settings=settings, sizes=about["sizes"], classes=about["classes"], metric=about["metric"], head=sweep.head,
+        kind=about["kind"], chosen_by=sweep.chosen_by,
         device=about["device"], versions={name: context[name] for name in ("weft", "torch")},
         notes=[*notes, *told, *notes_of(sweep, done)])
 
@@ -96,7 +98,8 @@ def _resolve(request: Request, about: Mapping[str, Any]) -> tuple[Sweep, list[st
     if have < request.budget.batch:
         notes.append(f"A step sees {have} examples, not {request.budget.batch}: there are no more for training.")
     sweep = Sweep(entries, tuple(about["head"]), request.seeds, request.budget.steps, request.budget.batch,
-                  request.head_lr, about["context"])
+                  request.head_lr, about["context"], request.warm_up, request.weight_decay,
+                  Scale(about["chosen_by"], about["lowest"]), Scale(about["metric"]))
     return sweep, [*about["notes"], *notes]
 
 
@@ -117,7 +120,7 @@ def _train(sweep: Sweep, store: Store, crew: Crew, shown: Progress, measured: in
         if not result.get("lost"):
             store.add_run(order.key, result)
         done[order.key] = result
-        shown.step(*_progress(sweep, done, measured), _told(order.message["spec"], result))
+        shown.step(*_progress(sweep, done, measured), _told(sweep, order.message["spec"], result))
 
     shown.start(*_progress(sweep, done, measured))
     crew.work(orders, finished)
@@ -145,13 +148,13 @@ def _without_adapter(sweep: Sweep, done: Mapping[str, Mapping[str, Any]], saved:
     return specs
 
 
-def _told(spec: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def _told(sweep: Sweep, spec: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """One run in half a line."""
     what = f"{spec['label']} lr {rate(spec['lr'])} seed {spec['seed']}"
     if result["status"] != "finished":
         return f"{what} failed: {result['reason']}"
-    split = "test" if spec["purpose"] == "final" else "validation"
-    return f"{what} {split} {100 * result[split]['score']:.1f} %"
+    split, scale = ("test", sweep.scored_by) if spec["purpose"] == "final" else ("validation", sweep.chosen_by)
+    return f"{what} {split} {scale.told(result[split]['score'])}"
 
 
 def _budgeted(request: Request, sweep: Sweep, crew: Crew, measured: Callable[[Sweep], Mapping[str, Any]], most: int
@@ -159,7 +162,7 @@ def _budgeted(request: Request, sweep: Sweep, crew: Crew, measured: Callable[[Sw
     """The sweep with the ranks or the steps that its budget gives each row, the settings to report, and notes."""
     equal = request.budget.equal
     settings: dict[str, Any] = {"budget": equal.what, "steps": sweep.steps, "batch": sweep.batch,
-                                "head_lr": sweep.head_lr}
+                                "head_lr": sweep.head_lr, "warm_up": sweep.warm_up, "weight_decay": sweep.weight_decay}
     if equal.what == PARAMETERS:
         configs = {entry.label: sweep.spec(entry, 0.0, 0, "final").config for entry in sweep.entries}
         target = int(equal.amount) if equal.amount is not None else None

@@ -27,7 +27,8 @@ from torch.nn import Parameter
 from ..errors import ConfigError
 from ..ops import magnitude
 from ..ops.derived import Derived
-from ..ops.factors import Factors
+from ..ops.factors import Factors, builds
+from ..ops.fused import built
 from .base import (
     Draw,
     Host,
@@ -88,23 +89,26 @@ class Magnitude:
 
     def _kept(self, host: Host, p: Params, f: Factors, x: Tensor | None) -> Factors:
         """σ = m / ‖V‖, computed once for as long as W and the tensors of the update stand still; whether the output tells
-        σ's gradient; and x Wᵀ, if W was read for it on the way.
+        σ's gradient; and x Wᵀ or V, if it was made on the way.
+
+        x Wᵀ and W Aᵀ in one product round as x is long. So training and evaluation have norms of their own: a run that is
+        resumed, without the evaluation before, finds the same bits.
         """
-        W, bias, base = host.weight(), host.bias, []
+        W, bias = host.weight(), host.bias
+        made: dict[str, Any] = {}
         tensors = [t for t in (f.A, f.B, f.d, f.b) if t is not None]
         trained = [p.m, *(t for t in tensors if isinstance(t, Parameter))]
         frozen = [W, *([] if bias is None else [bias]), *(t for t in tensors if not isinstance(t, Parameter))]
 
         def compute() -> tuple[Tensor, Tensor, bool]:
             with full_precision(W.device):
-                norm, read = _norm(W, f, p.derived, x)
-                base.append(read)
+                norm, found = _norm(W, f, p.derived, x, joint=p.training)
+                made.update(found)
                 m = p.m.to(norm.dtype)
                 return m / norm, norm, magnitude.output_tells(m, norm, bias, W.dtype)
 
-        sigma, norm, tells = p.derived.get("norm", trained, frozen, compute)
-        return replace(f, sigma=sigma, m=p.m, norm=norm, output_tells=tells and not p.written,
-                       base=base[0] if base else None)
+        sigma, norm, tells = p.derived.get("norm" if p.training else "norm in use", trained, frozen, compute)
+        return replace(f, sigma=sigma, m=p.m, norm=norm, output_tells=tells and not p.written, **made)
 
     def trained(self, out: int, in_: int) -> dict[str, Shape]:
         return {**self.inner.trained(out, in_), "m": (out,)}
@@ -121,23 +125,22 @@ class Magnitude:
         return self.inner.share_key()
 
 
-def _norm(W: Tensor, f: Factors, kept: Derived, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """‖W + ΔW‖ of each row, and x Wᵀ [tokens, out] where one product gave it together with W Aᵀ."""
-    if W.numel() < magnitude.DENSE_BELOW:
-        V = wide(W)
-        return magnitude.row_norm(V + f.folded(V.dtype) @ f.A.to(V.dtype)), None
+def _norm(W: Tensor, f: Factors, kept: Derived, x: Tensor | None, joint: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """‖W + ΔW‖ of each row; and what the output of x needs too (fields of Factors), where it was made on the way."""
+    A, frozen = f.A, not isinstance(f.A, Parameter)
+    build = x is not None and builds(x, W, f, scaled=True)
+    if W.numel() < magnitude.DENSE_BELOW or (frozen and 4 * A.shape[0] > W.shape[1]):
+        exact = wide(W)
+        V = built(exact, A.to(exact.dtype), f.folded(exact.dtype), None)
+        return magnitude.row_norm(V), {"V": V} if build else {}
     norm, odd = kept.get("norm of W", (), (W,), lambda: (n := magnitude.row_norm(W), magnitude.without_unit(n)))
-    C = f.folded(norm.dtype)
-    if not (C[0].any() or C.any()):
-        return norm, None
-    product = gram = base = None
-    if not isinstance(f.A, Parameter):  # it stays
-        gram = kept.get("A A'", (), (f.A,), lambda: magnitude.product(f.A, f.A, norm.dtype))
-        if 4 * f.A.shape[0] <= W.shape[1]:  # it costs a quarter of W's memory at most
-            product = kept.get("W A'", (), (W, f.A), lambda: magnitude.product(W, f.A, norm.dtype))
-    elif x is not None and x.dtype == norm.dtype == W.dtype and 0 < x.numel() <= magnitude.JOINT_BELOW:
-        base, product = magnitude.joint_product(x, W, f.A)
-    return magnitude.updated_norm(W, norm, f.A, C, product, gram, odd), base
+    product, gram, made = None, None, {}
+    if frozen:  # these stay, and cost a quarter of W's memory at most
+        gram = kept.get("A A'", (), (A,), lambda: magnitude.product(A, A, norm.dtype))
+        product = kept.get("W A'", (), (W, A), lambda: magnitude.product(W, A, norm.dtype))
+    elif joint and not build and x is not None and magnitude.can_join(x, W, norm.dtype):
+        made["base"], product = magnitude.joint_product(x, W, A)
+    return magnitude.updated_norm(W, norm, A, f.folded(norm.dtype), product, gram, odd), made
 
 
 @dataclass(frozen=True, kw_only=True)

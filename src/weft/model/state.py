@@ -107,9 +107,7 @@ class Switch:
         out = y
         if together:
             parts = [mixed.Part(sites[name].factors(), tuple(rows.groups[name])) for name in together]
-            n, tokens = len(rows.names), y.numel() // y.shape[-1] // len(rows.names)
-            out = mixed.apply(x.reshape(n, tokens, x.shape[-1]), y.reshape(n, tokens, y.shape[-1]),
-                              sites[together[0]].host.bias, parts).view(y.shape)
+            out = mixed.apply(x, y, sites[together[0]].host.bias, parts, len(rows.names)).view(y.shape)
             for name in together:
                 sites[name].seen(out)
         for name in here:

@@ -30,12 +30,12 @@ _BLOCK = 1 << 17  # numbers of a block of sums
 
 class Adapted(torch.autograd.Function):
     """See the module's equation. x [..., in], W [out, in] -> y [..., out]; h [..., r] where others made it, or None;
-    `base` is x Wᵀ [tokens, out] where somebody needed it before, and is written to. Where m is given, σ = m / norm and the
-    gradient of σ goes on to m.
+    `ready` is x Wᵀ [tokens, out], or with `build` W + C A, where somebody needed it before, and is written to. Where m is
+    given, σ = m / norm and the gradient of σ goes on to m.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, h: Tensor | None, base: Tensor | None, W: Tensor, bias: Tensor | None, A: Tensor,
+    def forward(ctx: Any, x: Tensor, h: Tensor | None, ready: Tensor | None, W: Tensor, bias: Tensor | None, A: Tensor,
                 B: Tensor, d: Tensor | None, b: Tensor | None, sigma: Tensor | None, m: Tensor | None, norm: Tensor | None,
                 s: float, build: bool, back: bool, keep_straight: bool) -> Tensor:
         rows, C = x.reshape(-1, x.shape[-1]), folded(B, d, b, s, x.dtype)
@@ -45,10 +45,10 @@ class Adapted(torch.autograd.Function):
         if low is None and (need_small or not build):
             low = torch.mm(rows, narrow.t())
         if build:
-            y = _affine(rows, built(W, narrow, C, sigma), bias)
+            y = _affine(rows, built(W, narrow, C, sigma) if ready is None else _rows_scaled(ready, sigma), bias)
         else:
             assert low is not None
-            y = _affine(rows, W, bias) if base is None else base if bias is None else base.add_(bias)
+            y = _affine(rows, W, bias) if ready is None else ready if bias is None else ready.add_(bias)
             if sigma is not None and not keep_straight and kernels.use(y):
                 kernels.compose_up(y[None], low[None], C, 1.0, sigma, bias)
             else:
@@ -71,15 +71,19 @@ class Adapted(torch.autograd.Function):
         need_x, need_h, _, _, _, need_A, need_B, need_d, need_b, need_sigma, need_m = ctx.needs_input_grad[:11]
         g, s, back = grad.reshape(-1, grad.shape[-1]), ctx.s, ctx.back
         grad_A = grad_B = grad_d = grad_b = grad_sigma = grad_m = grad_x = scaled_g = low_g = None
+        if need_sigma or need_m:
+            total, scaled_g = _dot_and_scaled(g, out, straight, bias, sigma, need_x and not back)
+            grad_sigma = (total if out is None else total / sigma).to(sigma.dtype)
+            grad_sigma, grad_m = (None, grad_sigma / norm) if need_m else (grad_sigma, None)
+        if scaled_g is None and need_x and not back and sigma is not None and _scales_gradient(g, W, sigma):
+            scaled_g = scaled(g, None, sigma, out=room("σ g", g.shape[0], g.shape[1], g))
+        # Where σ ∘ g is there, nothing else needs the scale.
+        g, sigma = (g, sigma) if scaled_g is None else (scaled_g, None)
         if need_B or need_d or need_b:
             # With thin factors h is the smaller to turn; what is multiplied with B afterwards has to lie as B does.
             grad_C = torch.mm(h.t(), g).t() if d is None and b is None else torch.mm(g.t(), h)
             grad_C = _row_scaled(grad_C, sigma, s)
             grad_B, grad_d, grad_b = _unfolded(grad_C, B, d, b, (need_B, need_d, need_b))
-        if need_sigma or need_m:
-            total, scaled_g = _dot_and_scaled(g, out, straight, bias, sigma, need_x and not back)
-            grad_sigma = (total if out is None else total / sigma).to(sigma.dtype)
-            grad_sigma, grad_m = (None, grad_sigma / norm) if need_m else (grad_sigma, None)
         beside = need_x and not back and not ctx.h_is_theirs
         C = folded(B, d, b, s, g.dtype) if need_h or need_A or need_x else None
         if need_h or need_A or beside:
@@ -89,7 +93,7 @@ class Adapted(torch.autograd.Function):
             assert low_g is not None
             grad_A = torch.mm(low_g.t(), x.reshape(-1, x.shape[-1])).to(A.dtype)
         if need_x:
-            grad_x = torch.mm(scaled_g, W) if scaled_g is not None else _grad_x(g, W, A, C, sigma, back)
+            grad_x = _grad_x(g, W, A, C, sigma, back)
             if beside:
                 assert low_g is not None
                 grad_x.addmm_(low_g, A.to(g.dtype))
@@ -145,18 +149,15 @@ def _unfolded(grad_C: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None,
 def built(W: Tensor, A: Tensor, C: Tensor, sigma: Tensor | None) -> Tensor:
     """W' = σ ∘ (W + C A) [out, in], laid out in memory as W is, so that one fast product reads both. In a room (room.py)."""
     if not W.is_contiguous() and W.t().is_contiguous():
-        return _sum(W.t(), A.t(), C.t(), None if sigma is None else sigma.to(W.dtype)[None, :]).t()
-    return _sum(W, C, A, None if sigma is None else sigma.to(W.dtype)[:, None])
+        V = torch.addmm(W.t(), A.t(), C.t(), out=room("W'", W.shape[1], W.shape[0], W)).t()
+    else:
+        V = torch.addmm(W, C, A, out=room("W'", W.shape[0], W.shape[1], W))
+    return _rows_scaled(V, sigma)
 
 
-def _sum(W: Tensor, left: Tensor, right: Tensor, sigma: Tensor | None) -> Tensor:
-    """(W + left right) ∘ σ, for a σ that spans the rows or the columns."""
-    out = room("W'", W.shape[0], W.shape[1], W)
-    if sigma is None:
-        return torch.addmm(W, left, right, out=out)
-    torch.mul(W, sigma, out=out)
-    left, right = (left * sigma, right) if sigma.shape[1] == 1 else (left, right * sigma)
-    return out.addmm_(left, right)
+def _rows_scaled(V: Tensor, sigma: Tensor | None) -> Tensor:
+    """σ ∘ V row by row, written to V."""
+    return V if sigma is None else V.mul_(sigma.to(V.dtype)[:, None])
 
 
 def scaled(y: Tensor, bias: Tensor | None, sigma: Tensor, out: Tensor | None = None) -> Tensor:
@@ -181,15 +182,16 @@ def _row_scaled(C: Tensor, sigma: Tensor | None, s: float = 1.0) -> Tensor:
     return C if s == 1.0 else C * s
 
 
+def _scales_gradient(g: Tensor, W: Tensor, sigma: Tensor) -> bool:
+    """σ goes to g [tokens, out] rather than to W [out, in]: the smaller of the two takes it."""
+    return g.shape[0] <= W.shape[1] or sigma.dtype != W.dtype
+
+
 def _grad_x(g: Tensor, W: Tensor, A: Tensor, C: Tensor | None, sigma: Tensor | None, back: bool) -> Tensor:
     if back:
         assert C is not None
         return torch.mm(g, built(W, A.to(W.dtype), C, sigma))
-    if sigma is None:
-        return torch.mm(g, W)
-    if g.shape[0] > W.shape[1] and sigma.dtype == W.dtype:  # the smaller of the two takes the scale
-        return torch.mm(g, W * sigma[:, None])
-    return torch.mm(scaled(g, None, sigma, out=room("σ g", g.shape[0], g.shape[1], g)), W)
+    return torch.mm(g, W if sigma is None else W * sigma[:, None])
 
 
 def _dot_and_scaled(g: Tensor, out: Tensor | None, straight: Tensor | None, bias: Tensor | None, sigma: Tensor,

@@ -35,6 +35,11 @@ def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([part.to(dtype) @ A for part in torch.split(W, rows)])
 
 
+def can_join(x: Tensor, W: Tensor, dtype: torch.dtype) -> bool:
+    """`joint_product` gives W Aᵀ in `dtype`, and costs less than reading W twice."""
+    return x.dtype == W.dtype == dtype and 0 < x.numel() <= JOINT_BELOW
+
+
 def joint_product(x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """x Wᵀ [tokens, out] and W Aᵀ [out, r] in one product, for x [..., in]: so W is read once."""
     rows = x.reshape(-1, x.shape[-1])
@@ -64,14 +69,21 @@ def updated_norm(W: Tensor, norm: Tensor, A: Tensor, C: Tensor, known: Tensor | 
     square = norm.square()
     ratio = torch.addmm(known, C, gram, beta=2).mul_(C).sum(1).div_(square).add_(1)
     found: Tensor = norm * ratio.sqrt()
-    parts = torch.mv(C.square(), gram.diagonal()).div_(square).add_(1)  # of W and of each rank's share of C A
-    good = ratio > parts.mul_(_LEFT)  # False for what is not a number or has overflowed
     rows = without_unit(norm) if odd is None else odd
-    if not bool(good.all()):
-        rows = torch.cat([rows, (~good).nonzero()[:, 0]])
+    if not _all_are_good(ratio, norm, C, gram):
+        parts = torch.mv(C.square(), gram.diagonal()).div_(square).add_(1)  # of W and of each rank's share of C A
+        bad = ~(ratio > parts.mul_(_LEFT))  # True for what is not a number or has overflowed
+        rows = torch.cat([rows, bad.nonzero()[:, 0]])
     if rows.numel():
         found[rows] = row_norm(torch.addmm(W[rows].to(dtype), C[rows], A))
     return found
+
+
+def _all_are_good(ratio: Tensor, norm: Tensor, C: Tensor, gram: Tensor) -> bool:
+    """No row can have lost digits, by a bound of few numbers: what the ranks add is max(C)² trace(A Aᵀ) at most."""
+    largest, least = float(C.abs().max()) if C.numel() else 0.0, float(norm.min()) if norm.numel() else 1.0
+    most = 1 + largest * largest * float(gram.diagonal().sum()) / (least * least) if least > 1e-15 else float("inf")
+    return not ratio.numel() or float(ratio.min()) > _LEFT * most  # False where one of them is not a number
 
 
 def output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
@@ -82,10 +94,10 @@ def output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtyp
     """
     if dtype == torch.float16:
         return False
-    told = m.abs() > norm * 2**-10
-    if bias is not None:
-        told &= m.abs() >= bias.detach().abs().to(m.dtype)
-    return bool(told.all())
+    size = m.detach().abs().to(norm.dtype)
+    if not bool((size > norm * 2**-10).all()):
+        return False
+    return bias is None or bool((size >= bias.detach().abs()).all())
 
 
 def compose(y: Tensor, bias: Tensor | None, update: Tensor, scale: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from torch import Tensor
 from . import kernels
 from .factors import Factors
 from .fused import scaled
+from .gathered import Gathered, gathered
+
+_LONG = 1 << 13  # numbers of one row of the output
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,24 +29,25 @@ class Part:
     rows: tuple[int, ...]
 
 
-def apply(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
-    """x [rows, tokens, in], the base's output y [rows, tokens, out] -> y with each part's adapter on its rows.
-
-    Without gradients y itself is written to.
+def apply(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part], n: int) -> Tensor:
+    """x [..., in] and the base's output y [..., out] of n rows of the batch -> y [n, tokens, out] with each part's adapter
+    on its rows. Without gradients y itself is written to.
     """
+    held, x = gathered(x), x.reshape(n, -1, x.shape[-1])
+    y = y.reshape(n, -1, y.shape[-1])
     if not torch.is_grad_enabled():
-        return _written(x, y, bias, parts)
+        return _written(held, x, y, bias, parts)
     for bucket in _buckets(parts):
-        index, some_x = _rows(x, bucket)
-        found = _adapted(some_x, y if index is None else y[index], bias, bucket)
+        index, some_x = held.rows(x, _rows(bucket))
+        found = _adapted(held, some_x, y if index is None else y[index], bias, bucket)
         y = found if index is None else y.index_copy(0, index, found)
     return y
 
 
-def _written(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+def _written(held: Gathered, x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
     """Each bucket's update added to its rows, then every row scaled at once: as few passes over y as there can be."""
     for bucket in _buckets(parts):
-        index, some_x = _rows(x, bucket)
+        index, some_x = held.rows(x, _rows(bucket))
         shared = bucket[0].factors.share is not None
         if not shared and kernels.use(y):
             h, B = _stacked(some_x, bucket)
@@ -53,15 +57,22 @@ def _written(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -
             y = some_y if index is None else y.index_copy_(0, index, some_y)
             continue
         if shared:
-            update = _shared(some_x, bucket)
+            _add(y, _rows(bucket), index, *_shared(held, some_x, bucket))
         else:
             h, B = _stacked(some_x, bucket)
-            update = torch.bmm(h, B.mT).view(*some_x.shape[:2], y.shape[-1])
-        if index is None:
-            y.add_(update)
-        else:
-            y.index_add_(0, index, update)
+            _add(y, _rows(bucket), index, torch.bmm(h, B.mT).view(*some_x.shape[:2], y.shape[-1]), None)
     return _scaled_rows(y, bias, parts)
+
+
+def _add(y: Tensor, rows: Sequence[int], index: Tensor | None, update: Tensor, scale: Tensor | None) -> None:
+    """y[rows] += update ∘ scale, for update [n, tokens, out] and scale [n, 1, out]."""
+    if index is None:
+        y.add_(update) if scale is None else y.addcmul_(update, scale)
+    elif update[0].numel() < _LONG:
+        y.index_add_(0, index, update if scale is None else update.mul_(scale))
+    else:  # row by row: one pass instead of two or three, which is worth the calls where rows are long
+        for i, row in enumerate(rows):
+            y[row].add_(update[i]) if scale is None else y[row].addcmul_(update[i], scale[i])
 
 
 def _scaled_rows(y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
@@ -75,13 +86,9 @@ def _scaled_rows(y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tenso
     return scaled(y, bias, sigma, out=y)
 
 
-def _rows(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor | None, Tensor]:
-    """The bucket's rows in the order of its parts, and x there; None where they are all rows as they stand."""
-    rows = [row for part in bucket for row in part.rows]
-    if rows == list(range(x.shape[0])):
-        return None, x
-    index = torch.tensor(rows, device=x.device)
-    return index, x[index]
+def _rows(bucket: Sequence[Part]) -> list[int]:
+    """The bucket's rows in the order of its parts."""
+    return [row for part in bucket for row in part.rows]
 
 
 def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
@@ -95,12 +102,13 @@ def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
     yield from found.values()
 
 
-def _adapted(x: Tensor, y: Tensor, bias: Tensor | None, bucket: Sequence[Part]) -> Tensor:
+def _adapted(held: Gathered, x: Tensor, y: Tensor, bias: Tensor | None, bucket: Sequence[Part]) -> Tensor:
     """The rows of one bucket, in its order: x [n, tokens, in], y [n, tokens, out] -> [n, tokens, out]."""
     shared = bucket[0].factors.share is not None
     sigmas = _sigmas(bucket)
     if shared:
-        update = _shared(x, bucket)
+        update, scale = _shared(held, x, bucket)
+        update = update * scale
     else:
         h, B = _stacked(x, bucket)
         update = torch.bmm(h, B.mT).view(y.shape)
@@ -126,14 +134,13 @@ def _stacked(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
     return torch.bmm(x.reshape(k, (n // k) * tokens, x.shape[-1]), A.mT), B
 
 
-def _shared(x: Tensor, bucket: Sequence[Part]) -> Tensor:
+def _shared(held: Gathered, x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """h B' [n, tokens, out] and b [n, 1, out] of parts that share A and B: their update is the product of the two."""
     first = bucket[0].factors
-    h = torch.nn.functional.linear(x, first.A.to(x.dtype))
     d = [part.factors.d for part in bucket if part.factors.d is not None]
     b = [part.factors.b for part in bucket if part.factors.b is not None]
-    h = h * _by_row(d, bucket).to(x.dtype)
-    update, scale = torch.nn.functional.linear(h, first.B.to(x.dtype)), _by_row(b, bucket).to(x.dtype)
-    return update * scale if torch.is_grad_enabled() else update.mul_(scale)
+    h = held.down(x, first.A) * _by_row(d, bucket).to(x.dtype)
+    return torch.nn.functional.linear(h, first.B.to(x.dtype)), _by_row(b, bucket).to(x.dtype)
 
 
 def _by_row(vectors: Sequence[Tensor], bucket: Sequence[Part]) -> Tensor:

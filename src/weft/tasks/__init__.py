@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..errors import ConfigError
-from .base import SPLITS, Encoded, Split, Task
-from .generation import GenerationTask, Record, Report, Sample
+from .base import SPLITS, Encoded, Labelled, Split, Task
+from .generation import GenerationTask, Record, Report, Sample, on_validation
 
 IMAGES = {"cifar100": "CIFAR-100", "food101": "Food101", "flowers102": "Flowers102", "resisc45": "RESISC45"}
 GLUE = ("sst2", "mrpc", "cola", "qnli", "rte", "stsb", "mnli")
@@ -27,7 +27,8 @@ FAMILIES = {
     **{f"{name}-paper:DIR": "GLUE as the papers do it, which is optimistic" for name in GLUE},
 }
 GENERATION = {
-    "e2e:DIR": "the E2E challenge, restaurant descriptions from slots; BLEU, NIST, METEOR, ROUGE-L, CIDEr",
+    "e2e:DIR": "the E2E challenge, restaurant descriptions from slots; BLEU, NIST, METEOR, ROUGE-L, CIDEr; "
+               ":train=validation behind it (or any of these) where there is no training file",
     "wikisql:DIR": "WikiSQL, a question about a table to SQL; logical-form accuracy",
     "samsum:DIR": "SAMSum, summaries of chats; ROUGE-1, ROUGE-2, ROUGE-L",
     "commonsense:DIR": "eight commonsense data sets in instruction form; accuracy by generate-and-match",
@@ -64,14 +65,22 @@ class TaskRef:
 
 @dataclass(frozen=True)
 class GenerationRef:
-    """A generation task that has been asked for; `source` is a folder that exists, a hub name, or None for the usual one."""
+    """A generation task that has been asked for; `source` is a folder that exists, a hub name, or None for the usual one.
+
+    on_validation: what is trained on is the validation part.
+    """
 
     name: str
     kind: str
     source: Path | str | None = None
+    on_validation: bool = False
+    test: None = None  # it has its own
 
     def load(self) -> GenerationTask:
         """Read the data. Raises WeftError with the file and line at fault."""
+        return on_validation(self._read()) if self.on_validation else self._read()
+
+    def _read(self) -> GenerationTask:
         if self.kind in COMMONSENSE:
             from . import commonsense
 
@@ -80,6 +89,15 @@ class GenerationRef:
 
         load: Callable[..., GenerationTask] = {"e2e": e2e.load, "samsum": samsum.load, "wikisql": wikisql.load}[self.kind]
         return load() if self.source is None else load(self.source)
+
+
+def find_any(name: str, test: str | None = None) -> TaskRef | GenerationRef:
+    """A task of either kind, checked as `find_task` and `find_generation` do. Raises ConfigError."""
+    if _known(name, name.partition(":")[0], {**FAMILIES, **GENERATION}) in FAMILIES:
+        return find_task(name, test)
+    if test is not None:
+        raise ConfigError(f"task {name!r} has its own test data; it takes none of yours.")
+    return find_generation(name)
 
 
 def find_task(name: str, test: str | None = None) -> TaskRef:
@@ -109,20 +127,24 @@ def find_task(name: str, test: str | None = None) -> TaskRef:
 def find_generation(name: str) -> GenerationRef:
     """Check a generation task's name and that its folder exists, without reading it. Raises ConfigError.
 
-    `e2e` alone is the hub's usual data set, `e2e:DIR` a folder, `e2e:owner/name` another one on the hub. What looks like a
-    path is never sought on the network.
+    `e2e` alone is the hub's usual data set, `e2e:DIR` a folder, `e2e:owner/name` another one on the hub, any of them with
+    `:train=validation` behind it. What looks like a path is never sought on the network.
     """
     from .files import is_hub_name
 
     kind, _, rest = name.partition(":")
     _known(name, kind, GENERATION)
+    rest, trained = _option(rest, "train")
+    if trained not in (None, "validation"):
+        raise ConfigError(f"task {name!r}: train={trained} is not known; train=validation trains on the validation part.")
+    held = trained is not None
     if not rest:
-        return GenerationRef(name, kind)
+        return GenerationRef(name, kind, None, held)
     if is_hub_name(rest) and "/" in rest:
         if kind == "commonsense":
             raise ConfigError(f"task {name!r}: these are eight data sets; give a folder with all of them.")
-        return GenerationRef(name, kind, rest)
-    return GenerationRef(name, kind, _existing(rest, True, f"task {kind}"))
+        return GenerationRef(name, kind, rest, held)
+    return GenerationRef(name, kind, _existing(rest, True, f"task {kind}"), held)
 
 
 def _known(name: str, kind: str, families: Mapping[str, str]) -> str:
@@ -150,6 +172,13 @@ def _per_class(name: str, rest: str) -> tuple[str, int | None]:
     return place, int(value)
 
 
+def _option(rest: str, key: str) -> tuple[str, str | None]:
+    """DIR:key=value as DIR and the value; the value is None where none stands there."""
+    place, _, last = rest.rpartition(":")
+    name, equals, value = last.partition("=")
+    return (place, value) if equals and name == key and not Path(rest).exists() else (rest, None)
+
+
 def _existing(name: str, folder: bool, what: str) -> Path:
     path = Path(name).expanduser()
     if not (path.is_dir() if folder else path.is_file()):
@@ -164,5 +193,5 @@ def _reader(kind: str) -> Callable[[Path, Path | None], Task]:
     return {"image-folder": image_folder.load, "csv": csv_text.load}[kind]
 
 
-__all__ = ["FAMILIES", "GENERATION", "SPLITS", "Encoded", "GenerationRef", "GenerationTask", "Record", "Report", "Sample",
-           "Split", "Task", "TaskRef", "find_generation", "find_task"]
+__all__ = ["FAMILIES", "GENERATION", "SPLITS", "Encoded", "GenerationRef", "GenerationTask", "Labelled", "Record", "Report",
+           "Sample", "Split", "Task", "TaskRef", "find_any", "find_generation", "find_task"]

@@ -54,16 +54,40 @@ class Task:
 class Encoded(Protocol):
     """One split, ready for one model."""
 
-    @property
-    def labels(self) -> Tensor:
-        """[n] int64"""
-        ...
+    def __len__(self) -> int: ...
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward for these rows, without labels."""
+        ...
+    def wanted(self, rows: Tensor) -> Tensor:
+        """Their labels: classes [n] int64, scores [n] float32, or tokens [n, length] int64 as long as the batch's rows, -100
+        where there is no loss.
+        """
         ...
     def fingerprint(self) -> str:
         """16 hex digits over inputs and labels, in order."""
         ...
+
+
+class Labelled(Encoded, Protocol):
+    """One with a class or a score for every example."""
+
+    @property
+    def labels(self) -> Tensor:
+        """[n] int64 or float32"""
+        ...
+
+
+@dataclass(frozen=True)
+class WithLabels:
+    """What splits with a label a row share."""
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def wanted(self, rows: Tensor) -> Tensor:
+        return self.labels[rows]
 
 
 def stratified(labels: Sequence[float], shares: Sequence[float], seed: int = SPLIT_SEED) -> list[list[int]]:
@@ -93,6 +117,14 @@ def cap(split: Split, most: int | None, seed: int = SPLIT_SEED) -> Split:
         random.Random(f"{seed}/cap/{label}").shuffle(rows)
         order += [((place + 0.5) / len(rows), row) for place, row in enumerate(rows)]
     return split.take(sorted(row for _, row in sorted(order)[:most]))
+
+
+def capped(split: Split, most: int | None, name: str, notes: list[str]) -> Split:
+    """`cap`, and a note where that leaves examples out."""
+    found = cap(split, most)
+    if len(found) < len(split):
+        notes.append(f"{name}: {len(found)} of {len(split)} examples are used (--budget {name}=N changes that).")
+    return found
 
 
 def divide(where: str, items: Sequence[Any], labels: Sequence[str], test: tuple[Sequence[Any], Sequence[str]] | None

@@ -66,7 +66,7 @@ def load(source: Path | str | None, name: str) -> GenerationTask:
     missing = [one for one in wanted if not read.get(one, {}).get("test")]
     notes = (f"no test data of {', '.join(missing)}; the average is over the others.",) if missing else ()
     records = {split: held for split, held in records.items() if held}
-    return GenerationTask(f"{name}:{source or 'hub'}", train, records, GENERATION, "accuracy", score, notes)
+    return GenerationTask(f"{name}:{source or 'hub'}", train, records, GENERATION, "accuracy", score, notes, is_right)
 
 
 def _from_folder(folder: Path, one: str, alone: bool) -> dict[str, list[Sample]]:
@@ -105,7 +105,8 @@ def _divide(samples: Sequence[Sample]) -> tuple[list[Sample], list[Record]]:
 
 
 def _record(sample: Sample, group: str) -> Record:
-    return {"prompt": sample["prompt"], "references": [sample["completion"].removeprefix(ANSWERED)], "group": group}
+    return {"prompt": sample["prompt"], "references": [sample["completion"].removeprefix(ANSWERED)], "group": group,
+            "completion": sample["completion"]}
 
 
 def _sample(row: Row, one: str | None, where: str) -> Sample:
@@ -141,12 +142,17 @@ def extract(output: str, answer: str) -> str:
     return found[0] if found else ""
 
 
+def is_right(output: str, record: Record) -> bool:
+    """The first key word of the output is that of the reference."""
+    wanted = record["references"][0].strip().lower().removeprefix(ANSWERED)
+    return extract(output, wanted) == wanted
+
+
 def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
     """Accuracy in [0, 1]: the mean over data sets, and each data set's own where there are several."""
     right: dict[str, list[bool]] = {}
     for output, record in zip(outputs, records, strict=True):
-        wanted = record["references"][0].strip().lower().removeprefix(ANSWERED)
-        right.setdefault(record.get("group", ""), []).append(extract(output, wanted) == wanted)
+        right.setdefault(record.get("group", ""), []).append(is_right(output, record))
     each = {group: sum(marks) / len(marks) for group, marks in right.items()}
     average = sum(each.values()) / len(each)
     return Report({"accuracy": average, **({f"accuracy {k}": v for k, v in each.items()} if len(each) > 1 else {})})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeftError
-from .base import Split, Task, digest, divide
+from .base import Split, Task, WithLabels, digest, divide
 from .files import table
 
 COLUMNS = (("sentence1", "sentence2"), ("text1", "text2"), ("text", "text2"), ("question", "sentence"),
@@ -62,11 +62,10 @@ def _read(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
 
 
 @dataclass(frozen=True)
-class TextSplit:
+class TextSplit(WithLabels):
     """Token ids of every example without padding; a batch is padded on the right to its longest row."""
 
     rows: list[dict[str, list[int]]]
-    labels: Tensor
     pad: int
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
@@ -92,4 +91,4 @@ def encode(split: Split, tokenizer: Any, limit: int, pad: int) -> TextSplit:
     keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in coded]
     rows = [{key: list(coded[key][i]) for key in keys} for i in range(len(split))]
     scores = any(isinstance(label, float) for label in split.labels)
-    return TextSplit(rows, torch.tensor(split.labels, dtype=torch.float32 if scores else torch.int64), pad)
+    return TextSplit(torch.tensor(split.labels, dtype=torch.float32 if scores else torch.int64), rows, pad)

@@ -9,11 +9,13 @@ that belongs there is in one of them. What ends an answer (the end-of-text token
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 from ..errors import ConfigError, WeftError
+from .base import SPLIT_SEED
 
 
 class Sample(TypedDict):
@@ -23,11 +25,12 @@ class Sample(TypedDict):
     completion: str
 
 
-class _Grouped(TypedDict, total=False):
+class _Optional(TypedDict, total=False):
     group: str  # the data set that a record is of, where a task is made of several
+    completion: str  # what training has the model write, where that is not the first reference
 
 
-class Record(_Grouped):
+class Record(_Optional):
     """One prompt to answer, and every answer that is right; a metric decides what being near to them is worth."""
 
     prompt: str
@@ -36,6 +39,7 @@ class Record(_Grouped):
 
 Scores = dict[str, float | None]
 Scorer = Callable[[Sequence[str], Sequence[Record]], "Report"]
+HELD_OUT = 0.2  # of the prompts, where a task has no validation records of its own
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class GenerationTask:
 
     samples: what to train on. records: by split ("validation", "test"; either may be missing). generation: keyword
     arguments of `model.generate`, the paper's decoding. scorer: outputs and their records to a `Report`, which has
-    `main_metric` among its scores; more of it is better. notes: what was decided without being asked.
+    `main_metric` among its scores; more of it is better. notes: what was decided without being asked. right: whether an
+    output answers its record, where the main metric is a mean of that.
     """
 
     name: str
@@ -66,11 +71,13 @@ class GenerationTask:
     main_metric: str
     scorer: Scorer
     notes: tuple[str, ...] = ()
+    right: Callable[[str, Record], bool] | None = None
 
     def train_samples(self) -> list[Sample]:
         """All samples, in the order of their file. Raises WeftError: the task was loaded without training data."""
         if not self.samples:
-            raise WeftError(f"task {self.name!r} has no training data; it can be evaluated only.")
+            cure = f" {self.name}:train=validation trains on its validation part." if self.records.get("validation") else ""
+            raise WeftError(f"task {self.name!r} has no training data; it can be evaluated only.{cure}")
         return list(self.samples)
 
     def eval_records(self, split: str) -> list[Record]:
@@ -89,6 +96,51 @@ class GenerationTask:
     def metrics(self, outputs: Sequence[str], split: str) -> Scores:
         """The scores of `report`, without the reasons for missing ones."""
         return self.report(outputs, split).scores
+
+
+def on_validation(task: GenerationTask) -> GenerationTask:
+    """The task with its validation part to train on: a sample a reference; a fifth of the prompts stays for validation.
+
+    Raises WeftError: it has training data of its own, or no validation part.
+    """
+    if task.samples:
+        raise WeftError(f"task {task.name!r} has {len(task.samples)} samples to train on; leave train=validation out.")
+    if not task.records.get("validation"):
+        raise WeftError(f"task {task.name!r} has no validation part to be trained on. It has {sorted(task.records)}.")
+    samples: list[Sample] = [{"prompt": record["prompt"], "completion": reference}
+                             for record in task.records["validation"] for reference in _completions(record)]
+    rest = {name: records for name, records in task.records.items() if name != "validation"}
+    return with_validation(replace(task, name=f"{task.name}:train=validation", samples=samples, records=rest))
+
+
+def with_validation(task: GenerationTask) -> GenerationTask:
+    """The task itself where it has validation records; else a fifth of its prompts, drawn by a fixed seed, is taken from its
+    training samples for them. A prompt is wholly on one side.
+
+    Raises WeftError: no training data, or a single prompt.
+    """
+    if task.records.get("validation"):
+        return task
+    samples = task.train_samples()
+    prompts = list(dict.fromkeys(sample["prompt"] for sample in samples))
+    if len(prompts) < 2:
+        raise WeftError(f"task {task.name!r} has one prompt to train on, so that none can be held out for validation.")
+    share = max(1, round(HELD_OUT * len(prompts)))
+    held = set(random.Random(f"{SPLIT_SEED}/validation").sample(prompts, share))
+    note = (f"{task.name}: validation is {len(held)} of the {len(prompts)} prompts of the training data, held out by a "
+            "fixed seed with all their answers.")
+    records = grouped((sample["prompt"], sample["completion"]) for sample in samples if sample["prompt"] in held)
+    return replace(task, samples=[sample for sample in samples if sample["prompt"] not in held],
+                   records={**task.records, "validation": records}, notes=(*task.notes, note))
+
+
+def as_samples(records: Iterable[Record]) -> list[Sample]:
+    """One sample a record, with its first reference in the form that training has it; for the loss on held-out data."""
+    return [{"prompt": record["prompt"], "completion": _completions(record)[0]} for record in records]
+
+
+def _completions(record: Record) -> Sequence[str]:
+    return [record["completion"]] if "completion" in record else record["references"]
 
 
 def grouped(pairs: Iterable[tuple[str, str]]) -> list[Record]:

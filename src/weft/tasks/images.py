@@ -17,18 +17,17 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import WeftError
-from .base import Encoded, Split, digest
+from .base import Labelled, Split, WithLabels, digest
 from .image_folder import Stored
 
 HELD = 2**32
 
 
 @dataclass(frozen=True)
-class ImageSplit:
+class ImageSplit(WithLabels):
     """pixels [n, channels, height, width] float32, labels [n] int64."""
 
     pixels: Tensor
-    labels: Tensor
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": self.pixels[rows]}
@@ -42,11 +41,10 @@ class ImageSplit:
 
 
 @dataclass(frozen=True)
-class StreamedSplit:
+class StreamedSplit(WithLabels):
     """A split that is too large to be kept: items (PIL images, or `Stored`), and what makes pixels of some of them."""
 
     items: Sequence[Any]
-    labels: Tensor
     make: Callable[[Sequence[Image.Image]], Tensor]
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
@@ -71,7 +69,7 @@ def opened(item: Any) -> Image.Image:
     return image
 
 
-def encode(split: Split, config: Any, processor: Any | None) -> Encoded:
+def encode(split: Split, config: Any, processor: Any | None) -> Labelled:
     """A split of images for the model of this `config`; `processor` as `transformers` loads it, or None."""
     def make(images: Sequence[Image.Image]) -> Tensor:
         return plain(images, config) if processor is None else _processed(images, processor)
@@ -79,9 +77,9 @@ def encode(split: Split, config: Any, processor: Any | None) -> Encoded:
     labels = torch.tensor(split.labels, dtype=torch.int64)
     one = make([opened(split.items[0])])
     if len(split) * one.numel() * one.element_size() > HELD:
-        return StreamedSplit(split.items, labels, make)
+        return StreamedSplit(labels, split.items, make)
     parts = [make([opened(item) for item in split.items[start : start + 64]]) for start in range(0, len(split), 64)]
-    return ImageSplit(torch.cat(parts), labels)
+    return ImageSplit(labels, torch.cat(parts))
 
 
 def plain(images: Sequence[Image.Image], config: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import ConfigError, WeftError
 from . import csv_text, images
-from .base import SPLITS, Encoded, Task, cap
+from .base import SPLITS, Labelled, Task, capped
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"digits-vit": ASSETS / "digits_vit"}
@@ -43,7 +43,7 @@ class Prepared:
     """A task made ready for a model. `missing` names tensors that the checkpoint lacks or has in another shape."""
 
     model: nn.Module
-    splits: dict[str, Encoded]
+    splits: dict[str, Labelled]
     classes: tuple[str, ...]
     missing: list[str]
     fingerprint: str
@@ -85,13 +85,9 @@ def prepare(task: Task, ref: ModelRef, most: dict[str, int | None]) -> Prepared:
         model, missing = _load_model(ref, task)
         encode = _text_encoder(ref, model, notes) if task.family == "text" else _image_encoder(ref, model, notes)
         fingerprint = _fingerprint(model, missing)
-    splits: dict[str, Encoded] = {}
+    splits: dict[str, Labelled] = {}
     for name in SPLITS:
-        split = cap(task.splits[name], most.get(name))
-        if len(split) < len(task.splits[name]):
-            notes.append(f"{name}: {len(split)} of {len(task.splits[name])} examples are used (--budget {name}=N "
-                         "changes that).")
-        splits[name] = encode(split)
+        splits[name] = encode(capped(task.splits[name], most.get(name), name, notes))
     return Prepared(model.eval(), splits, task.classes, missing, fingerprint, notes, task.metric)
 
 
@@ -109,6 +105,38 @@ def _load_model(ref: ModelRef, task: Task) -> tuple[nn.Module, list[str]]:
         raise WeftError(f"{len(missing)} of the {len(model.state_dict())} tensors of {type(model).__name__} are not in "
                         f"its file (the first: {missing[0]!r}); the weights are those of another architecture.")
     return model, missing
+
+
+def causal_model(ref: ModelRef) -> tuple[Any, str]:
+    """A causal language model in float32 and its fingerprint. It keeps no keys and values where it is only trained.
+
+    Raises WeftError: it cannot be loaded, or a tensor is not in its file.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), loading(ref, AutoModelForCausalLM.__name__):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            ref.source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=ref.local)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise WeftError(f"model {ref.name!r} has no weights for {missing[0]!r} ({len(missing)} tensors in all); they would "
+                        "be random. Give a checkpoint of this architecture.")
+    fingerprint = _fingerprint(model, [])
+    model.config.use_cache = False  # `generate` asks for it by itself
+    return model.eval(), fingerprint
+
+
+def check_generates(ref: ModelRef) -> None:
+    """By its configuration alone. Raises WeftError: a model of images, an encoder, an encoder-decoder."""
+    import transformers
+
+    with quiet(), loading(ref, "a configuration"):
+        config = transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local)
+    kind, masked = type(config), transformers.MODEL_FOR_MASKED_LM_MAPPING
+    encoder = kind in masked and not getattr(config, "is_decoder", False)
+    if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or encoder or getattr(config, "is_encoder_decoder", False):
+        raise WeftError(f"model {ref.name!r} ({config.model_type}) is no causal language model, and this task's answers are "
+                        "text. Give one, such as a GPT-2 or a Llama: --model DIR.")
 
 
 def _image_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:

@@ -56,7 +56,8 @@ def load(source: Path | str = HUB) -> GenerationTask:
     samples: list[Sample] = [{"prompt": prompt, "completion": sql} for prompt, sql in held.pop("train", [])]
     records: dict[str, list[Record]] = {
         split: [{"prompt": prompt, "references": [sql]} for prompt, sql in pairs] for split, pairs in held.items()}
-    return GenerationTask(name, samples, records, GENERATION, "logical-form accuracy", score)
+    return GenerationTask(name, samples, records, GENERATION, "logical-form accuracy", score,
+                          right=is_right)
 
 
 def _local(folder: Path, name: str) -> dict[str, tuple[list[Row], dict[str, Row], str]]:
@@ -161,12 +162,14 @@ def _column(quoted: str) -> str:
 
 def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
     """The share of outputs with the reference's logical form, in [0, 1]. What follows in further lines is left out."""
-    right = 0
-    for output, record in zip(outputs, records, strict=True):
-        wanted = [parse(reference) for reference in record["references"]]
-        found = parse(output) or parse(output.strip().partition("\n")[0])
-        right += found is not None and found in wanted
+    right = sum(is_right(output, record) for output, record in zip(outputs, records, strict=True))
     return Report({"logical-form accuracy": right / len(records)})
+
+
+def is_right(output: str, record: Record) -> bool:
+    """The output, or its first line, is read back as the logical form of a reference."""
+    found = parse(output) or parse(output.strip().partition("\n")[0])
+    return found is not None and found in [parse(reference) for reference in record["references"]]
 
 
 def read_references(path: Path) -> list[Record]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import ConfigError, WeftError
 from ..tasks import GENERATION, IMAGES, GenerationTask, Task, files, find_generation, find_task
+from ..tasks.generation import as_samples
 from .config import DataSection
 
 NEEDED = {"messages": ("messages",), "prompt": ("prompt", "completion"), "instruction": ("instruction", "output"),
@@ -181,15 +182,14 @@ def _read(name: str, config: str | None, split: str) -> list[Row]:
 
 def load_task(name: str) -> tuple[Samples, Samples | None, GenerationTask | None, tuple[str, ...] | None, tuple[str, ...]]:
     """A task of `weft.tasks`: training and validation samples, the task where its answers are text, the classes where it has
-    some, and its notes. Validation samples of a text task have the first reference for a completion.
+    some, and its notes. Validation samples of a text task are those of `generation.as_samples`.
     """
     if is_generation(name):
         task = find_generation(name).load()
         train = Samples("prompt", [dict(sample) for sample in task.train_samples()], name)
         held = None
         if task.records.get("validation"):
-            held = Samples("prompt", [{"prompt": record["prompt"], "completion": record["references"][0]}
-                                      for record in task.eval_records("validation")], name)
+            held = Samples("prompt", [dict(sample) for sample in as_samples(task.eval_records("validation"))], name)
         return train, held, task, None, task.notes
     labelled = find_task(name).load()
     names = labelled.classes or None

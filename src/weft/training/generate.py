@@ -21,7 +21,7 @@ def answer(model: Any, renderer: Renderer, prompts: Sequence[str], generation: M
     """
     tokenizer = renderer.tokenizer
     coded = [renderer.prompt_ids(prompt) for prompt in prompts]
-    check_room(model, coded, generation)
+    check_room(model.config, coded, generation)
     ends = {tokenizer.eos_token_id, *renderer.stops} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(ends)), 0)
     settings = {"pad_token_id": pad, "use_cache": True, **({"eos_token_id": sorted(ends)} if ends else {}), **generation}
@@ -48,10 +48,14 @@ def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torc
     return ids, mask
 
 
-def check_room(model: Any, coded: list[list[int]], generation: Mapping[str, Any]) -> None:
-    """Raises WeftError for the first prompt that does not fit together with its answer."""
-    places = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
-    new = generation.get("max_new_tokens", 0)
+def places_of(config: Any) -> int | None:
+    """Positions of the model of this configuration; None: it has no end."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def check_room(config: Any, coded: list[list[int]], generation: Mapping[str, Any]) -> None:
+    """Raises WeftError for the first prompt that does not fit, with its answer, into the model of this configuration."""
+    places, new = places_of(config), generation.get("max_new_tokens", 0)
     for number, ids in enumerate(coded, 1):
         if not ids:
             raise WeftError(f"prompt {number} is empty, and the tokenizer puts nothing before a text.")

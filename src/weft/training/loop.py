@@ -8,7 +8,7 @@ forked global generator, a new head by `renew`. So a run gives the same bits wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from ..errors import ConfigError, WeftError
+from ..model import prompts
 from ..model.adapter import Adapter
-from ..tasks import Encoded
+from ..tasks import Encoded, Labelled
 from ..tasks.metrics import of_logits
 from .audit import Snapshot, audit, release, snapshot
+from .losses import mean_entropy
 
 AUDIT_AFTER = 3  # steps: LoRA's B starts at 0, so A moves from the second step on; the third leaves a margin
 
@@ -31,13 +33,16 @@ class DivergedError(WeftError):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train. `lr` is the peak rate of the method's own tensors, `head_lr` that of the head's."""
+    """How to train. `lr` is the peak rate of the method's own tensors, `head_lr` that of the head's. Weight decay acts on
+    matrices; vectors (biases, norms, magnitudes, VeRA's b and d) have none, as in `weft train`.
+    """
 
     steps: int = 150
     batch: int = 20
     lr: float = 1e-3
     head_lr: float = 1e-2
     warm_up: float = 0.1
+    weight_decay: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,14 +56,16 @@ class Recipe:
                 raise ConfigError(f"Recipe({name}={value!r}): {name} must be a number above 0.")
         if not 0 <= self.warm_up < 1:
             raise ConfigError(f"Recipe(warm_up={self.warm_up!r}): warm_up is a share of the steps, in [0, 1).")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"Recipe(weight_decay={self.weight_decay!r}): weight_decay must be 0 or a number above it.")
 
 
 @dataclass(frozen=True)
 class Score:
-    """The task's metric and the mean loss on one split."""
+    """The task's metric and the mean loss on one split, None where it was not computed."""
 
     score: float
-    loss: float
+    loss: float | None
 
 
 def train(model: nn.Module, adapter: Adapter, examples: Encoded, recipe: Recipe,
@@ -72,7 +79,7 @@ def train(model: nn.Module, adapter: Adapter, examples: Encoded, recipe: Recipe,
     device = next(model.parameters()).device
     adapter.plan_steps(recipe.steps)
     audit_at = min(recipe.steps, max(AUDIT_AFTER, getattr(adapter.config, "audit_after", 0)))
-    optimiser = torch.optim.AdamW(groups(adapter, recipe), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(groups(adapter, recipe))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step, recipe))
     losses: list[float] = []
     before: Snapshot | None = snapshot(model, adapter.name)
@@ -80,7 +87,7 @@ def train(model: nn.Module, adapter: Adapter, examples: Encoded, recipe: Recipe,
     model.train()
     try:
         with seeded(recipe.seed, device):
-            for step, rows in enumerate(batches(len(examples.labels), recipe), start=1):
+            for step, rows in enumerate(batches(len(examples), recipe), start=1):
                 losses.append(_step(model, optimiser, examples, rows, device, step))
                 schedule.step()
                 if step == audit_at and before is not None:
@@ -109,29 +116,44 @@ def _step(model: nn.Module, optimiser: torch.optim.Optimizer, examples: Encoded,
 
 def loss_of(model: nn.Module, examples: Encoded, rows: Tensor, device: torch.device) -> Tensor:
     """Mean loss of these rows."""
-    inputs = {key: value.to(device) for key, value in examples.batch(rows).items()}
-    return loss(model(**inputs).logits, examples.labels[rows].to(device))
+    return forward_loss(model, *on_device(examples, rows, device))
+
+
+def on_device(examples: Encoded, rows: Tensor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs and labels of these rows."""
+    return {key: value.to(device) for key, value in examples.batch(rows).items()}, examples.wanted(rows).to(device)
+
+
+def forward_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    """Mean loss of one batch. Virtual tokens between prompt and answer learn from the labels where the answer begins."""
+    with prompts.answering(model, labels if labels.ndim == 2 else None):
+        logits = model(**inputs).logits
+    return loss(logits, labels)
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of classes [n] from logits [n, classes], or mean squared error of scores [n] from [n, 1]."""
+    """Mean cross-entropy of classes [n] from logits [n, classes], mean squared error of scores [n] from [n, 1], or the mean
+    over the tokens in the loss of labels [n, length] from [n, length, words].
+    """
+    if labels.ndim == 2:
+        return mean_entropy(logits, labels)
     if labels.is_floating_point():
         return mse_loss(logits.float().squeeze(-1), labels)
     return cross_entropy(logits, labels)
 
 
-def evaluate(model: nn.Module, examples: Encoded, batch: int = 128, metric: str = "accuracy") -> Score:
+def evaluate(model: nn.Module, examples: Labelled, batch: int = 128, metric: str = "accuracy") -> Score:
     """Score a split, by a metric of `tasks.metrics`; see `answers`."""
     return score_of(answers(model, examples, batch), examples, metric)
 
 
-def score_of(logits: Tensor, examples: Encoded, metric: str) -> Score:
+def score_of(logits: Tensor, examples: Labelled, metric: str) -> Score:
     """From the model's outputs for every example of a split."""
     return Score(of_logits(metric, logits, examples.labels), float(loss(logits, examples.labels)))
 
 
 @torch.no_grad()
-def answers(model: nn.Module, examples: Encoded, batch: int = 128) -> Tensor:
+def answers(model: nn.Module, examples: Labelled, batch: int = 128) -> Tensor:
     """The model's outputs for a split, float32 on the CPU, in eval mode; the mode is put back."""
     device = next(model.parameters()).device
     was_training = model.training
@@ -164,12 +186,18 @@ def renew(model: nn.Module, modules: Iterable[str], seed: int) -> None:
 
 
 def groups(adapter: Adapter, recipe: Recipe) -> list[dict[str, object]]:
-    """The optimiser's parameter groups: the method's own tensors, and the head's at their own rate."""
+    """The optimiser's parameter groups: the method's own tensors, and the head's at their own rate; with the recipe's weight
+    decay or without.
+    """
     head = {id(tensor.trained) for tensor in adapter.selected_tensors.values() if tensor.head}
     own = [p for p in adapter.parameters() if id(p) not in head]
     rest = [p for p in adapter.parameters() if id(p) in head]
     pairs = ((own, recipe.lr), (rest, recipe.head_lr if own else recipe.lr))
-    return [{"params": tensors, "lr": lr} for tensors, lr in pairs if tensors]
+    if not recipe.weight_decay:
+        return [{"params": tensors, "lr": lr, "weight_decay": 0.0} for tensors, lr in pairs if tensors]
+    parts = [([p for p in tensors if (p.ndim >= 2) == matrices], lr, recipe.weight_decay if matrices else 0.0)
+             for tensors, lr in pairs for matrices in (True, False)]
+    return [{"params": tensors, "lr": lr, "weight_decay": decay} for tensors, lr, decay in parts if tensors]
 
 
 def factor(step: int, recipe: Recipe) -> float:

@@ -31,12 +31,16 @@ def loss_for(kind: str, smoothing: float = 0.0) -> Callable[..., Tensor]:
         return squares
 
     def entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        logits, wanted = _aligned(outputs.logits, labels)
-        total = cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
-        count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / count
+        return mean_entropy(outputs.logits, labels, smoothing, num_items_in_batch)
 
     return entropy
+
+
+def mean_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0, count: Any = None) -> Tensor:
+    """Cross-entropy of classes [n] or tokens [n, length], summed in float32 and divided by `count`; None: by those in it."""
+    logits, wanted = _aligned(logits, labels)
+    total = cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+    return total / ((wanted != IGNORED).sum() if count is None else count)
 
 
 def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

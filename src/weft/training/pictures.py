@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..tasks import Encoded as Split
-from ..tasks import find_task
+from ..tasks import Labelled, find_task
 from ..tasks.images import encode
 from ..tasks.models import ModelRef, image_processor, loading, quiet
 from .config import DataSection, RunConfig
@@ -20,7 +19,7 @@ from .render import Counts
 class ImageRows:
     """What the trainer asks of samples, over a split of images that may be read batch by batch."""
 
-    split: Split
+    split: Labelled
     counts: Counts = field(default_factory=Counts)
 
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ from ..errors import UnsupportedError, WeftError
 from .data import Row, Samples
 
 IGNORED = -100
+TOO_LONG = "Raise data.max_length, or see with --preview what is masked."
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -42,21 +43,20 @@ class Counts:
     end_masked: int = 0
     empty: int = 0
 
-    def notes(self, what: str) -> list[str]:
+    def notes(self, what: str, limit: str = "data.max_length") -> list[str]:
         """One line for each thing that happened."""
-        said = ((self.cut, "longer than data.max_length and cut off"),
+        said = ((self.cut, f"longer than {limit} and cut off"),
                 (self.end_cut, "whose end-of-turn token was cut off: they do not teach the model to stop"),
                 (self.end_masked, "whose end-of-turn token is not in the loss: they do not teach the model to stop"),
                 (self.empty, "with no token in the loss, left out"))
         return [f"{what}: {n} of {self.samples} samples {text}." for n, text in said if n]
 
-    def check(self, what: str) -> None:
-        """Raises WeftError if no sample is sound."""
+    def check(self, what: str, cure: str = TOO_LONG) -> None:
+        """Raises WeftError if no sample is sound; `cure` says what to do where samples are too long."""
         if self.empty >= self.samples:
-            raise WeftError(f"{what}: none of the {self.samples} samples has a token in the loss. Raise data.max_length"
-                            ", or see with --preview what is masked.")
+            raise WeftError(f"{what}: none of the {self.samples} samples has a token in the loss. {cure}")
         if self.end_cut + self.end_masked >= self.samples:
-            cure = "Raise data.max_length." if self.end_cut >= self.end_masked else \
+            cure = cure if self.end_cut >= self.end_masked else \
                 "The chat template must close assistant turns with a special token, inside {% generation %} where it has " \
                 "that block."
             raise WeftError(f"{what}: in none of the {self.samples} samples the end-of-turn token is in the loss "
@@ -99,7 +99,7 @@ class Renderer:
         self.ends = {*stops, *tokenizer.all_special_ids}
         self.start = _special_start(tokenizer)
 
-    def encode(self, samples: Samples, what: str) -> Encoded:
+    def encode(self, samples: Samples, what: str, cure: str = TOO_LONG) -> Encoded:
         """All samples, cut to max_length; those without a token in the loss are left out. Raises WeftError."""
         counts, rows = Counts(len(samples)), []
         for row in samples.rows:
@@ -107,7 +107,7 @@ class Renderer:
             counted = self._labels(tokens, counts)
             if counted is not None:
                 rows.append({"input_ids": array("i", tokens.ids[: self.max_length]), "labels": array("i", counted)})
-        counts.check(what)
+        counts.check(what, cure)
         return Encoded(rows, counts)
 
     def _labels(self, tokens: Tokens, counts: Counts) -> list[int] | None:

@@ -96,7 +96,7 @@ def _check_answers(config: RunConfig, data: Data, model: nn.Module) -> None:
     """What will be generated at evaluations fits into the model: said now, and not after an epoch."""
     if data.task is not None and data.renderer is not None and data.eval is not None and config.eval.records != 0:
         records = data.task.eval_records("validation")[: config.eval.records]
-        check_room(model, [data.renderer.prompt_ids(record["prompt"]) for record in records], data.task.generation)
+        check_room(model.config, [data.renderer.prompt_ids(record["prompt"]) for record in records], data.task.generation)
 
 
 def _run(config: RunConfig, run: RunDir, data: Data, adapter: Adapter, before: Snapshot, steps: int, per_epoch: int,
