@@ -24,7 +24,8 @@ FREE = {"errors", "__version__"}
 # Modules outside the standard library that a room may import at all; the core lives on torch and safetensors.
 LIBRARIES = {
     "ops": {"torch", "triton"}, "methods": {"torch"}, "model": {"torch"}, "checkpoint": {"torch", "safetensors"},
-    "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml", "lm_eval"},
+    "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml", "lm_eval",
+                 "mlflow", "wandb"},
     "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn", "scipy", "sacrebleu", "nltk", "rouge_score",
               "pycocoevalcap", "datasets", "pyarrow"},
     "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL", "optuna",
@@ -33,7 +34,7 @@ LIBRARIES = {
     "cli": {"torch", "transformers"}, "papers": {"torch", "transformers"},
 }
 # Classes that derive from transformers' own; what needs them imports them inside a function.
-DERIVED = ("training/trainer.py", "training/callbacks.py")
+DERIVED = ("training/trainer.py", "training/callbacks.py", "training/reports.py")
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 
 
