@@ -24,15 +24,17 @@ FREE = {"errors", "__version__"}
 # Modules outside the standard library that a room may import at all; the core lives on torch and safetensors.
 LIBRARIES = {
     "ops": {"torch", "triton"}, "methods": {"torch"}, "model": {"torch"}, "checkpoint": {"torch", "safetensors"},
-    "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml", "lm_eval"},
+    "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml", "lm_eval",
+                 "mlflow", "wandb"},
     "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn", "scipy", "sacrebleu", "nltk", "rouge_score",
               "pycocoevalcap", "datasets", "pyarrow", "gguf", "tokenizers"},
-    "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL"},
+    "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL", "optuna",
+                "sqlalchemy", "psycopg", "psutil", "filelock"},
     "analysis": {"torch", "numpy", "scipy", "matplotlib"},
     "cli": {"torch", "transformers"}, "papers": {"torch", "transformers"},
 }
 # Classes that derive from transformers' own; what needs them imports them inside a function.
-DERIVED = ("training/trainer.py", "training/callbacks.py")
+DERIVED = ("training/trainer.py", "training/callbacks.py", "training/reports.py")
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 
 
@@ -98,7 +100,8 @@ def test_transformers_is_imported_where_it_is_needed_and_not_before(path):
         if derived and module == "transformers":
             continue
         if module.split(".")[0] in ("transformers", "peft", "matplotlib", "scipy", "sklearn", "statsmodels", "sacrebleu",
-                                    "nltk", "rouge_score", "pycocoevalcap", "datasets", "pyarrow", "lm_eval"):
+                                    "nltk", "rouge_score", "pycocoevalcap", "datasets", "pyarrow", "lm_eval", "optuna",
+                                    "sqlalchemy", "psycopg", "psutil"):
             assert not top and not typed, f"{module} at the top of the file makes everybody pay for it"
 
 
@@ -181,7 +184,8 @@ def test_importing_weft_imports_torch_and_safetensors_and_no_more():
     assert {m for m in new if not m.startswith("_")} <= {"torch", "numpy", "packaging"}, new
     loaded = run("import sys, torch; before = set(sys.modules); import weft; print(*set(sys.modules) - before)").split()
     for heavy in ("transformers", "peft", "accelerate", "scipy", "sklearn", "matplotlib", "statsmodels", "pandas", "PIL",
-                  "tqdm", "torch._dynamo", "weft.compare", "weft.analysis", "weft.cli", "weft.tasks", "weft.papers"):
+                  "tqdm", "optuna", "sqlalchemy", "psutil",
+                  "torch._dynamo", "weft.compare", "weft.analysis", "weft.cli", "weft.tasks", "weft.papers"):
         assert heavy not in loaded, f"import weft imports {heavy}"
 
 

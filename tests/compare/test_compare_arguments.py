@@ -36,6 +36,8 @@ from weft.tasks import FAMILIES
     (["--device", "gpu"], "'cpu'"),
     (["--json", "no/such/dir/x.json"], "no directory"),
     (["--json", "."], "is a directory"),
+    (["--study", "sqlite:///x.db"], "postgresql+psycopg://"),
+    (["--study", "localhost"], "postgresql+psycopg://"),
     (["--list", "--seeds", "3"], "--list stands alone"),
     (["--method", "lora"], "--methods"),
     (["digits"], "'digits' belongs to no option"),
@@ -81,9 +83,18 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_needs_no_library_beyond_torch() -> None:
     done = _python("import sys; from weft.cli import main; assert main(['--help']) == 0; main(['compare', '--help'])\n"
-                   "heavy = {'transformers', 'sklearn', 'scipy', 'statsmodels', 'matplotlib', 'PIL', 'peft'}\n"
+                   "heavy = {'transformers', 'sklearn', 'scipy', 'statsmodels', 'matplotlib', 'PIL', 'peft', 'optuna',"
+                   " 'sqlalchemy'}\n"
                    "assert not heavy & set(sys.modules), heavy & set(sys.modules)")
     assert done.returncode == 0, done.stderr
+
+
+def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
+    done = _python("import os, signal, sys, time; from weft.cli import main; from weft.compare import sweep\n"
+                   "def compare(*a): os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+                   f"sweep.compare = compare; sys.exit(main(['compare', '--out', {str(tmp_path / 'out')!r}]))")
+    assert done.returncode == 130, done.stderr
+    assert "Interrupted. 0 finished runs are kept" in done.stderr
 
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:

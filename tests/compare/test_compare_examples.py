@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from statistics import mean
@@ -54,8 +53,7 @@ def test_rows_that_answer_alike_have_no_gap_and_others_no_answer() -> None:
 
 
 def test_scored_runs_keep_which_examples_are_right(finished: Finished) -> None:
-    runs = [json.loads(text) for text in finished.runs.values()]
-    for run in runs:
+    for run in finished.runs.values():
         if run["spec"]["purpose"] == "final":
             assert run["right"].count("1") / 150 == pytest.approx(run["test"]["score"])
             assert set(run["right"]) <= {"0", "1"} and len(run["right"]) == 150

@@ -81,7 +81,7 @@ def test_bytes_are_those_of_the_saved_file(finished: Finished) -> None:
 
 
 def test_the_test_split_is_scored_by_final_runs_alone(finished: Finished) -> None:
-    runs = [json.loads(text) for text in finished.runs.values()]
+    runs = finished.runs.values()
     tuning = [run for run in runs if run["spec"]["purpose"] == "tune"]
     final = [run for run in runs if run["spec"]["purpose"] == "final"]
     assert tuning

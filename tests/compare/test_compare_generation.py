@@ -99,7 +99,7 @@ def test_the_files_name_the_metric_and_have_all_of_them(done: Finished) -> None:
 
 def test_the_saved_adapter_is_the_one_that_was_scored(done: Finished, llama: Path) -> None:
     row = done.json["rows"][0]
-    runs = [run for run in map(json.loads, done.runs.values()) if run["spec"]["purpose"] == "final"]
+    runs = [run for run in done.runs.values() if run["spec"]["purpose"] == "final"]
     scored = next(run for run in runs if run["spec"]["label"] == row["method"])
     task = open_task(done.json["task"], None, find_model(str(llama)), {})
     base = task.validate().loss
@@ -126,7 +126,7 @@ def test_a_comparison_on_boolq_says_which_examples_are_right(llama: Path, tmp_pa
     assert out.json["metric"] == "accuracy"
     assert out.json["examples"] == {"train": 8, "validation": 2, "test": 5}
     assert "accuracy %" in out.printed and "test: 5 of 6 examples are used" in " ".join(out.printed.split())
-    final = [run for run in map(json.loads, out.runs.values()) if run["spec"]["purpose"] == "final"]
+    final = [run for run in out.runs.values() if run["spec"]["purpose"] == "final"]
     assert len(final) == 2
     for run in final:
         assert len(run["right"]) == 5 and run["right"].count("1") / 5 == run["test"]["score"]

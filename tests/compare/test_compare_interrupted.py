@@ -13,15 +13,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from comparing import TINY, Finished, weft_command
+from comparing import TINY, Finished, states, stopped_at_work, trials_of, until, weft_command
 from safetensors.torch import load_file
+
+from weft.compare.place import Place
 
 pytestmark = pytest.mark.timeout(300)  # some 25 seconds on two free cores; four processes load their libraries
 
@@ -42,16 +43,9 @@ def _start(words: list[str]) -> subprocess.Popen[str]:
                             text=True, encoding="utf-8")
 
 
-def _until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def _count(out: Path) -> int:
-    return len(list((out / "runs").glob("*.json")))
+    """Finished runs."""
+    return sum(state == "COMPLETE" for state, _ in states(Place(out)))
 
 
 def _gone(workers: list[psutil.Process]) -> int:
@@ -73,14 +67,17 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     out = tmp_path_factory.mktemp("interrupted") / "some where"
     words = ["compare", "--out", str(out), *TINY]
     first = _start(words)
-    _until(lambda: _count(out) >= 3, first)
+    until(lambda: _count(out) >= 3, first)
+    until(lambda: stopped_at_work(first, Place(out)), first)
     workers = psutil.Process(first.pid).children(recursive=True)
     first.kill()
     first.communicate()
     orphans, kept = _gone(workers), _count(out)
     second = _start([*words, "--resume"])
-    _until(lambda: _count(out) >= kept + 2, second)
+    until(lambda: _count(out) >= kept + 2, second)
+    until(lambda: stopped_at_work(second, Place(out)), second)
     os.kill(second.pid, signal.SIGINT)
+    os.kill(second.pid, signal.SIGCONT)
     said = second.communicate(timeout=60)[1]
     killer = threading.Thread(target=_kill_a_worker, args=(out, _count(out)))
     killer.start()
@@ -119,6 +116,21 @@ def test_a_resumed_comparison_has_bitwise_the_scores_of_an_uninterrupted_one(sto
         theirs = load_file(Path(other["adapter"]) / "adapter_model.safetensors")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_nothing_is_trained_twice_and_every_attempt_is_told(story: Story) -> None:
+    trials = trials_of(Place(story.out))
+    complete = [trial.user_attrs["key"] for trial in trials if trial.state.name == "COMPLETE"]
+    failed = [trial for trial in trials if trial.state.name == "FAIL"]
+    assert len(complete) == len(set(complete)) == len(story.last.runs)
+    assert len(complete) + len(failed) == len(trials)
+    lost = [trial for trial in failed if not trial.user_attrs.get("released")]
+    assert lost  # with the command that was killed, and perhaps with the worker that was
+    assert any(trial.user_attrs.get("released") for trial in failed)  # Ctrl-C gave it back
+    told = [run for row in story.last.json["rows"] for run in row["runs"] if run["attempts"] > 1]
+    assert sum(len(run["earlier"]) for run in told) == len(lost)
+    reasons = [reason for run in told for reason in run["earlier"]]
+    assert any(re.match(r"the run was lost with process \d+ on ", reason) for reason in reasons)
 
 
 def test_no_unfinished_file_is_left(story: Story) -> None:

@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_loaded_exits_with_one_and_leaves_the_place_free(
     status, printed, errors = weft_command(*words)
     assert (status, printed) == (1, "")
     assert "could not be loaded from its directory" in errors.splitlines()[-1]
-    assert not (tmp_path / "out" / "sweep.json").exists()
+    assert not (tmp_path / "out" / "study.db").exists()
 
 
 @pytest.mark.slow

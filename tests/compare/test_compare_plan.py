@@ -109,7 +109,7 @@ def test_a_rate_that_diverges_is_left_out_and_named() -> None:
     play(sweep, run, done)
     tuned = tune(sweep, sweep.entries[0], done)
     assert tuned.lr == 1e-2
-    assert "LoRA: training failed with the learning rate 3e-2." in notes_of(sweep, done)
+    assert "LoRA: training failed with the learning rate 3e-2: the loss became nan." in notes_of(sweep, done)
     assert row_of(sweep, sweep.entries[0], done, {}, "x").status == "finished"
 
 

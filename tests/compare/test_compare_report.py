@@ -125,7 +125,7 @@ def test_failed_runs_are_shown_with_their_reason_and_unfolded() -> None:
     text = markdown.markdown("t", sections)
     assert "### LoRA targets=\\['a\\|b'\\]: 1 runs, 1 failed".replace("\\]", "]") in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(line.replace("\\|", "").count("|") in (9, 13) for line in tables)  # eight columns, or twelve
+    assert all(line.replace("\\|", "").count("|") in (10, 13) for line in tables)  # nine columns, or twelve
 
 
 def test_what_has_no_score_gets_no_picture_and_an_old_one_goes(tmp_path: Path) -> None:

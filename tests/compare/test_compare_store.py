@@ -1,26 +1,19 @@
-"""The directory of a comparison."""
+"""The directory of a comparison, and files that are written whole."""
 
 from __future__ import annotations
 
-import re
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import weft
-from weft.compare.store import Store, write_atomically
+from weft.compare.place import Place
+from weft.compare.store import adapter_name, check, kept, prepare, write_atomically
 
-
-def test_what_is_added_is_there_for_the_next_process(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.add_run("ab", {"status": "finished", "losses": [0.1]})
-    store.add_measure("cd", {"step_ratio": 1.5})
-    store.add_adapter("LoRA", "ab")
-    store.add_adapter("VeRA r=3", "ef")
-    again = Store(tmp_path)
-    assert again.runs() == {"ab": {"status": "finished", "losses": [0.1]}}
-    assert again.measures() == {"cd": {"step_ratio": 1.5}}
-    assert again.adapters() == {"LoRA": "ab", "VeRA r=3": "ef"}
+URL = "postgresql+psycopg://somebody:secret@nowhere.invalid/weft"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
@@ -41,50 +34,58 @@ def test_a_reader_sees_the_old_file_or_the_new_one_and_never_a_part(tmp_path: Pa
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_temporary_files_of_a_crash_are_swept_and_never_read(tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / ".ab.json.77.tmp").write_text('{"status": "fin')
-    store = Store(tmp_path)
-    store.open({"task": "digits"})
-    assert store.runs() == {}
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_damaged_run_is_named(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.add_run("ab", {"status": "finished"})
-    (tmp_path / "runs" / "ab.json").write_text('{"status": "fin')
-    with pytest.raises(weft.WeftError, match=re.escape(str(tmp_path / "runs" / "ab.json")) + ".*--resume"):
-        store.runs()
-
-
-def test_the_same_comparison_opens_again_and_another_is_refused(tmp_path: Path) -> None:
-    Store(tmp_path).open({"task": "digits", "steps": 10})
-    Store(tmp_path).open({"task": "digits", "steps": 10})
-    with pytest.raises(weft.ConfigError, match=r"steps 10, and this one has 11"):
-        Store(tmp_path).open({"task": "digits", "steps": 11})
+def test_half_written_files_of_dead_processes_are_swept_and_those_of_others_at_work_are_not(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "adapters").mkdir()
+    for name in (f".x.json.{gone.pid}.tmp", f"adapters/.w.safetensors.{gone.pid}-00ab.tmp", f".y.json.{os.getpid()}.tmp"):
+        (tmp_path / name).write_text('{"status": "fin')
+    prepare(Place(tmp_path))
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == [f".y.json.{os.getpid()}.tmp"]
 
 
 def test_places_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    Store.check(tmp_path / "new", resume=False)
-    Store.check(tmp_path, resume=False)
+    check(Place(tmp_path / "new"), resume=False)
+    check(Place(tmp_path), resume=False)
     (tmp_path / "logs").mkdir()
-    Store.check(tmp_path, resume=False)  # a comparison that failed before its first run left no more than this
+    (tmp_path / "study.lock").write_text("")
+    check(Place(tmp_path), resume=False)  # a comparison that failed before its first run left no more than this
     (tmp_path / "file").write_text("")
     with pytest.raises(weft.ConfigError, match="is a file"):
-        Store.check(tmp_path / "file", resume=False)
+        check(Place(tmp_path / "file"), resume=False)
     with pytest.raises(weft.ConfigError, match="holds no comparison"):
-        Store.check(tmp_path, resume=True)
+        check(Place(tmp_path), resume=True)
     (tmp_path / "sweep.json").write_text("{}")
-    with pytest.raises(weft.ConfigError, match="--resume"):
-        Store.check(tmp_path, resume=False)
-    Store.check(tmp_path, resume=True)
+    with pytest.raises(weft.ConfigError, match="an earlier Weft"):
+        check(Place(tmp_path), resume=True)
 
 
-def test_no_two_labels_share_the_place_of_their_adapter(tmp_path: Path) -> None:
-    labels = ["LoRA", "LoRA r=4", "LoRA r=4 alpha=8", "LoRA targets=['a']", "LoRA targets=('a',)", "LoRA targets=a/b",
-              "LoRA targets=../../x", "DoRA targets={'q': {'r': 2}}"]
-    paths = {Store(tmp_path).adapter_path(label) for label in labels}
-    assert len(paths) == len(labels)
-    assert {path.parent for path in paths} == {tmp_path / "adapters"}
-    assert Store(tmp_path).adapter_path("LoRA").name == "LoRA"
+def test_what_is_there_needs_resume(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    assert kept(place) == 0
+    with pytest.raises(weft.ConfigError, match=r"holds 0 finished runs\. Add --resume"):
+        check(place, resume=False)
+    check(place, resume=True)
+    with pytest.raises(weft.ConfigError, match="a study of its own"):
+        check(Place(tmp_path, URL), resume=True)
+
+
+def test_a_directory_belongs_to_the_study_that_it_was_begun_with(tmp_path: Path) -> None:
+    shared = Place(tmp_path, URL)
+    prepare(shared)
+    assert "secret" not in (tmp_path / "study.txt").read_text()
+    with pytest.raises(weft.ConfigError, match=r"holds a comparison\. Add --resume"):
+        check(shared, resume=False)
+    check(shared, resume=True)
+    with pytest.raises(weft.ConfigError, match=r"weft#weft-compare\. Add --study"):
+        check(Place(tmp_path), resume=True)
+    with pytest.raises(weft.ConfigError, match=r"and this is .*weft#other"):
+        check(Place(tmp_path, URL, "other"), resume=True)
+
+
+def test_no_two_runs_share_the_place_of_their_adapter() -> None:
+    labels = ["LoRA", "LoRA r=4", "LoRA targets=['a']", "LoRA targets=('a',)", "LoRA targets=../../x", "x" * 300]
+    names = {adapter_name(label, f"{place:016x}"[::-1]) for place, label in enumerate(labels)}
+    assert len(names) == len(labels)
+    assert all("/" not in name and len(name) < 80 for name in names)
+    assert adapter_name("LoRA r=4", "0123456789abcdef") == "LoRA-r=4-01234567"

@@ -8,9 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from weft import LoRA, methods
 from weft.compare.bench import Opening
-from weft.compare.dispatch import Crew, Order
+from weft.compare.dispatch import Crew, Jobs, Order
 from weft.compare.plan import RunSpec
 from weft.compare.pool import Pool
 
@@ -59,7 +61,7 @@ def test_a_run_whose_worker_dies_is_tried_once_more_and_then_failed(tmp_path: Pa
         crew.open_first()
         killer = Killer(pool, "kills its worker")
         killer.start()
-        crew.work(lambda: [o for o in wanted if o.key not in results], lambda o, r: results.update({o.key: r}))
+        crew.work(Jobs(lambda: [o for o in wanted if o.key not in results], lambda o, r: results.update({o.key: r})))
         killer.stopped = True
         killer.join()
         orphan = _orphaned(pool)
@@ -73,3 +75,12 @@ def test_a_run_whose_worker_dies_is_tried_once_more_and_then_failed(tmp_path: Pa
     assert orphan == 0
     assert alive
     assert all(process.poll() is not None for process in alive)  # leaving the pool ends every worker
+
+
+def test_workers_are_spread_over_the_gpus_and_each_sees_one(tmp_path: Path) -> None:
+    with Pool(tmp_path, ["3", "GPU-5f"]) as pool:
+        workers = [pool.add(OPENING) for _ in range(4)]
+        seen = [psutil.Process(worker.process.pid).environ()["CUDA_VISIBLE_DEVICES"] for worker in workers]
+        assert seen == ["3", "GPU-5f", "3", "GPU-5f"]
+        pool.remove(workers[0].number)
+        assert pool.add(OPENING).gpu == "3"  # in place of the one that is gone

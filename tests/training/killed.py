@@ -2,8 +2,10 @@
 has made a thread.
 
     python killed.py FOLDER '[["LoRA", [3, 7]], ...]'      each method with the steps near which it is killed
+    python killed.py FOLDER '[["LoRA", 20], ...]'          each with a number of kills, at any moment of a run
 
-Prints {"<method>": [digest without interruption, digest after all kills and resumptions, kills that hit]}.
+Prints {"<method>": [digest without interruption, digest after all kills and resumptions, kills that hit]}; of the second
+form a list of digests, one for every run that came to its end, and how many of the kills left a checkpoint half-written.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ os.fsync = lambda handle: None  # a killed process loses no page that it wrote; 
 card.draw = lambda *a: False  # the picture is half of the time of so small a run, and has a test of its own
 
 
-def config(folder, method, out):
+def config(folder, method, out, every=2):
     known = set(METHODS[method].__dataclass_fields__)
     fields = {k: v for k, v in FIELDS.items() if k in known}
     return from_dict({
         "out": str(out), "model": {"path": str(folder / "model")}, "method": {"name": method, **fields},
         "data": {"train": str(folder / "pairs.jsonl")}, "optim": {"lr": 1e-2, "weight_decay": 0.01},
-        "train": {"steps": STEPS, "batch": 2, "accumulate": 2, "device": "cpu"}, "save": {"every": 2}})
+        "train": {"steps": STEPS, "batch": 2, "accumulate": 2, "device": "cpu"}, "save": {"every": every}})
 
 
 def start(what, go_on=False):
@@ -100,6 +102,45 @@ def case(folder, method, kills, chance):
     return [digest(whole.out), digest(broken.out), hit]
 
 
+def ended_by(pid, moment):
+    """How the process ended, by itself or, at that moment of the clock, by SIGKILL."""
+    while time.monotonic() < moment:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
+def scattered(folder, method, kills, chance):
+    """Kills at moments that are drawn over the whole length of a run, from its first file to its last."""
+    whole = config(folder, method, folder / f"{method}-whole", every=1)
+    began = time.monotonic()
+    assert os.waitpid(start(whole), 0)[1] == 0, Path(whole.out).with_suffix(".log").read_text()
+    length = time.monotonic() - began
+    found, half, runs = [], 0, 0
+    broken = None
+    while kills or broken is not None:
+        if broken is None:
+            runs += 1
+            broken = config(folder, method, folder / f"{method}-{runs}", every=1)
+        out = Path(broken.out)
+        fresh, began = not (out / "run.json").is_file(), time.monotonic()
+        pid = start(broken, go_on=not fresh)
+        status = ended_by(pid, began + chance.random() * length if kills else float("inf"))
+        if os.WIFSIGNALED(status):
+            kills -= 1
+            half += any(not (path / "complete.json").is_file() for path in out.glob("checkpoints/checkpoint-*"))
+            continue
+        assert status == 0, out.with_suffix(".log").read_text()
+        if fresh:
+            length = min(length, time.monotonic() - began)  # of a machine that has less to do by now
+        found.append(digest(broken.out))
+        broken = None
+    return [digest(whole.out), found, half]
+
+
 def prepare(folder):
     """In a process of its own: building a model may make threads."""
     pid = os.fork()
@@ -112,7 +153,8 @@ def prepare(folder):
 
 def main(folder, cases):
     prepare(folder)
-    print(json.dumps({method: case(folder, method, kills, random.Random(method)) for method, kills in cases}))
+    print(json.dumps({method: (scattered if isinstance(kills, int) else case)(folder, method, kills, random.Random(method))
+                      for method, kills in cases}))
 
 
 if __name__ == "__main__":

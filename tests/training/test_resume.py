@@ -52,6 +52,15 @@ def test_every_method_killed_at_random_steps(tmp_path):
     assert sum(hits for _, _, hits in found.values()) >= 20
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_twenty_random_moments_each(tmp_path):
+    """At any moment: while it begins, in a step, while a checkpoint, a log line or the result is being written."""
+    found = killed(tmp_path, [[method, 20] for method in ("LoRA", "DoRA", "VeRA", "AdaLoRA", "DyLoRA")])
+    assert {m: set(ends) for m, (_, ends, _) in found.items()} == {m: {whole} for m, (whole, _, _) in found.items()}
+    assert sum(half for _, _, half in found.values()) >= 10, found  # of a hundred kills so many hit a save
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")

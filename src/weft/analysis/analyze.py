@@ -92,8 +92,8 @@ def _notes(runs: Sequence[Run], left: Mapping[str, Sequence[str]], chosen: bool,
         yield f"up to {undirected} rows of a matrix are 0 and have no direction; they count in delta M alone."
     for run in runs:
         if len(run.places) == 1:
-            yield (f"{run.label!r} has one checkpoint, so nothing is said over time (weft train keeps more than the last "
-                   "with save.keep).")
+            yield (f"{run.label!r} has one checkpoint, so nothing is said over time (weft train writes one every "
+                   "save.every steps and keeps them all unless save.keep says how many).")
 
 
 def _measured(model: nn.Module, one: Series) -> tuple[Any, list[dict[str, Change]]]:

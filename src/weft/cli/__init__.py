@@ -18,9 +18,10 @@ COMMANDS = ("compare", "train", "eval", "generate", "plan", "papers", "inspect",
             "analyze", "doctor")
 DONE, FAILED, MISUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 # Top-level modules and the extra that brings them; any other missing module is a defect and keeps its trace.
-EXTRAS = {**dict.fromkeys(("PIL", "accelerate", "datasets", "matplotlib", "numpy", "pyarrow", "scipy", "sklearn", "tqdm",
-                           "transformers", "yaml"), "train"),
-          **dict.fromkeys(("nltk", "pycocoevalcap", "rouge_score", "sacrebleu"), "tasks"), "lm_eval": "lm-eval"}
+EXTRAS = {**dict.fromkeys(("PIL", "accelerate", "datasets", "filelock", "matplotlib", "numpy", "optuna", "psutil", "pyarrow",
+                           "scipy", "sklearn", "sqlalchemy", "statsmodels", "tqdm", "transformers", "yaml"), "train"),
+          **dict.fromkeys(("nltk", "pycocoevalcap", "rouge_score", "sacrebleu"), "tasks"), "lm_eval": "lm-eval",
+          "psycopg": "postgres"}
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +20,8 @@ if TYPE_CHECKING:
     from ..compare.results import Comparison
 
 HELP = "train several methods on one task and print one honest table"
-NEEDED = ("numpy", "sklearn", "scipy", "matplotlib", "PIL", "tqdm", "transformers")
+NEEDED = ("numpy", "sklearn", "scipy", "statsmodels", "matplotlib", "PIL", "tqdm", "transformers", "optuna", "psutil",
+          "filelock")
 AS_THEY_ARE = ("seeds", "head_lr", "warm_up", "weight_decay", "device", "workers", "out")
 
 
@@ -40,13 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", metavar="X", type=_decay, help="AdamW's, of trained matrices (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), help="auto (default): CUDA where there is one and the model is "
                                                           "large enough to gain")
-    add("--workers", metavar="N", type=_whole, help="training processes side by side (default: one a core for small "
-                                                    "models, else one)")
+    add("--workers", metavar="N", type=_whole, help="training processes side by side (default: one a GPU; on the "
+                                                    "CPU one a core for small models, else one)")
     add("--out", metavar="DIR", type=Path, help="where everything is kept (default: weft-compare)")
     add("--json", metavar="FILE", type=Path, help="write the results there too")
     add("--like", metavar="NAME", help="lay the rows under those that a paper prints, and say what differs: a name of "
                                        "--list, for example vera-paper-glue")
     add("--resume", action="store_true", help="go on from the finished runs in --out")
+    add("--study", metavar="URL", help="share the runs with other machines: postgresql+psycopg://user@host/database, and "
+                                       "#NAME behind it for one of several studies (default: a file in --out)")
+    add("--retry", action="store_true", help="try runs that failed once more")
     add("--list", action="store_true", help="print methods, tasks and models by name")
 
 
@@ -59,17 +68,31 @@ def run(args: argparse.Namespace) -> int:
     _check_json(args.json)
     printed = _printed(args.like, request)
     from ..compare.progress import Progress
+    from ..compare.store import is_there
     from ..compare.sweep import compare
 
-    if request.resume and not (request.out / "sweep.json").is_file():
+    if request.resume and request.study is None and not is_there(request.place):
         print(f"There is nothing to resume in {request.out}; starting anew.", file=sys.stderr)
     try:
-        with Progress(sys.stderr) as shown:
+        with Progress(sys.stderr) as shown, _terminable():
             found = compare(request, shown)
         _write(found, request, args, printed)
     except KeyboardInterrupt:
         return _interrupted(request, args.words)
     return 0 if found.ok else 1
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, with which clusters take machines back, is like Ctrl-C: the runs in work are given back."""
+    if threading.current_thread() is not threading.main_thread():  # there no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_installed() -> None:
@@ -82,21 +105,22 @@ def _check_installed() -> None:
 def _request(args: argparse.Namespace) -> Request:
     """Raises ConfigError for whatever cannot be meant."""
     from ..compare import entries
+    from ..compare.place import parse_study
     from ..compare.request import default_request, parse_budget
     from ..errors import ConfigError
     from ..tasks import GenerationRef, find_any
     from ..tasks.models import find_model
 
     given: dict[str, Any] = {
-        "model": find_model(args.model) if args.model is not None else None,
+        "model": _read(find_model, args.model), "entries": _read(entries.parse_methods, args.methods),
         "task": find_any(args.task, args.test) if args.task is not None else None,
-        "entries": entries.parse_methods(args.methods) if args.methods is not None else None,
-        "budget": parse_budget(args.budget) if args.budget is not None else None,
+        "budget": _read(parse_budget, args.budget), "study": _read(parse_study, args.study),
         **{name: getattr(args, name) for name in AS_THEY_ARE},
     }
     if args.test is not None and args.task is None:
         raise ConfigError("--test: the task 'digits' has its own test data. Give --task csv:FILE or image-folder:DIR.")
-    request = default_request(resume=args.resume, **{key: value for key, value in given.items() if value is not None})
+    chosen = {key: value for key, value in given.items() if value is not None}
+    request = default_request(resume=args.resume, retry=args.retry, **chosen)
     if args.head_lr is not None and all(entry.method == "Head" for entry in request.entries):
         raise ConfigError("--head-lr: where the head alone is trained, its rate is the method's: --lr head=RATE.")
     if args.head_lr is not None and isinstance(request.task, GenerationRef):
@@ -104,6 +128,10 @@ def _request(args: argparse.Namespace) -> Request:
     from dataclasses import replace
 
     return replace(request, entries=entries.with_lrs(request.entries, args.lr))
+
+
+def _read(reader: Callable[[str], Any], text: str | None) -> Any:
+    return reader(text) if text is not None else None
 
 
 def _check_json(path: Path | None) -> None:
@@ -122,21 +150,32 @@ def _printed(name: str | None, request: Request) -> Printed | None:
 
 def _write(found: Comparison, request: Request, args: argparse.Namespace, printed: Printed | None) -> None:
     from ..compare import like, output, report
+    from ..compare.locks import file_lock
+    from ..compare.place import LOCK
     from ..compare.store import write_atomically
 
     print(output.text(found, like.lay(found, printed) if printed is not None else None))
     if args.json is not None:
         write_atomically(args.json, report.dumps(found))
-    written = output.write(found, request.out, shlex.join(["weft", *args.words]), printed)
+    with file_lock(request.out, LOCK):  # other processes of the same --out write their reports too
+        command = shlex.join(["weft", *_without_password(args.words)])
+        written = output.write(found, request.out, command, printed)
     print("\n" + report.wrap(f"In {request.out}/: {', '.join([*written, 'adapters/'])}"))
 
 
-def _interrupted(request: Request, words: list[str]) -> int:
-    from ..compare.store import Store
+def _without_password(words: list[str]) -> list[str]:
+    """The command as the report may show it to everybody."""
+    return [re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", word) for word in words]
 
-    kept, there = len(Store(request.out).runs()), (request.out / "sweep.json").is_file()
+
+def _interrupted(request: Request, words: list[str]) -> int:
+    from ..compare.store import is_there, kept
+
+    there = is_there(request.place)
+    finished = kept(request.place) if there else 0
     command = shlex.join(["weft", *words, *(["--resume"] if there and not request.resume else [])])
-    print(f"\nInterrupted. {kept} finished runs are kept in {request.out}. Go on with:\n  {command}", file=sys.stderr)
+    print(f"\nInterrupted. {finished} finished runs are kept in {request.place if request.study else request.out}. "
+          f"Go on with:\n  {command}", file=sys.stderr)
     return 130
 
 

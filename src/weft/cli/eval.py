@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint.files import replace
     from ..errors import ConfigError
-    from ..training.data import check_task, is_generation
-    from ..training.use import evaluate, open_model
+    from ..training.data import check_task, is_generation, is_image
+    from ..training.use import evaluate, evaluate_images, open_model
 
     if args.batch < 1 or (args.limit is not None and args.limit < 1):
         raise ConfigError("--batch and --limit are whole numbers, 1 or more.")
@@ -42,8 +42,11 @@ def run(args: argparse.Namespace) -> int:
     check_task(args.task)
     if args.outputs is not None and not is_generation(args.task):
         raise ConfigError(f"--outputs: {args.task!r} generates nothing.")
-    opened = open_model(args.model, args.adapter, args.dtype, args.device)
-    found = evaluate(opened, args.task, args.split or "test", args.limit, args.batch)
+    what = (args.task, args.split or "test", args.limit, args.batch)
+    if is_image(args.task):
+        found = evaluate_images(args.model, args.adapter, *what, args.dtype, args.device)
+    else:
+        found = evaluate(open_model(args.model, args.adapter, args.dtype, args.device), *what)
     print(f"{found.task}, {found.split}: {found.examples} examples")
     for name, score in found.report.scores.items():
         print(f"  {name:<12} " + (f"{score:.4f}" if score is not None else f"missing: {found.report.reasons.get(name, '')}"))

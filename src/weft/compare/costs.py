@@ -7,18 +7,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .dispatch import Crew, Order
+from .dispatch import Crew, Jobs, Order
 from .entries import Entry
 from .plan import Sweep, finals, tune
-from .store import Store
+from .store import MEASURING
+from .study import Study
 
 Told = Callable[[int, str], None]  # rows that are measured, and what has just been
 
 
-def measure(sweep: Sweep, entries: Sequence[Entry], store: Store, crew: Crew, told: Told, device: str
+def measure(sweep: Sweep, entries: Sequence[Entry], study: Study, crew: Crew, told: Told, device: str
             ) -> dict[str, dict[str, Any]]:
-    """What `Bench.measure` returns, by label; what was measured before on this machine comes from the store."""
-    costs = store.measures()
+    """What `Bench.measure` returns, by label; what was measured before on such a machine comes from the study."""
+    costs = study.measures()
     keys = {entry.label: _key(sweep, entry, device) for entry in entries}
     configs = {keys[entry.label]: sweep.spec(entry, 0.0, 0, "final").config for entry in entries}
     labels = {key: label for label, key in keys.items()}
@@ -29,12 +30,15 @@ def measure(sweep: Sweep, entries: Sequence[Entry], store: Store, crew: Crew, to
 
     def finished(order: Order, result: dict[str, Any]) -> None:
         if not result.get("lost"):
-            store.add_measure(order.key, result)
+            study.add_measure(order.key, result)
         costs[order.key] = result
         what = f"failed: {result['reason']}" if result.get("lost") else f"step x {result['step_ratio']:.2f}"
         told(sum(key in costs for key in keys.values()), f"{labels[order.key]} measured: {what}")
 
-    crew.work(orders, finished)
+    if orders():
+        with study.lock(MEASURING):  # another process beside it would take time from it, and would measure the same
+            costs |= study.measures()
+            crew.work(Jobs(orders, finished))
     return {label: costs[key] for label, key in keys.items()}
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import WeftError
 from .pool import Pool, Worker
 
-ATTEMPTS = 2  # a run whose worker dies is tried once more
+ATTEMPTS = 2  # an order whose worker dies is tried once more
+POLL = 1.0  # seconds after which it is asked anew what there is to do, since others may work on it too
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,21 @@ class Order:
 
     key: str
     message: Mapping[str, Any]
+
+
+@dataclass
+class Jobs:
+    """What a crew works on. `orders` gives those that may start now; `finished` gets their results.
+
+    `take` claims an order from others who have the same ones, False where they were faster, and `elsewhere` says whether
+    they still have some. `attempts`: how often a crew hands out an order whose worker dies before that is its result.
+    """
+
+    orders: Callable[[], Sequence[Order]]
+    finished: Callable[[Order, dict[str, Any]], None]
+    take: Callable[[Order], bool] = lambda order: True
+    elsewhere: Callable[[], bool] = lambda: False
+    attempts: int = ATTEMPTS
 
 
 @dataclass
@@ -37,21 +53,23 @@ class Crew:
             self._opened(*self.pool.wait())
         return self.description
 
-    def work(self, orders: Callable[[], Sequence[Order]], finished: Callable[[Order, dict[str, Any]], None]) -> None:
-        """Hand out orders until `orders()` gives none; `finished` gets every result and makes its order go away.
+    def work(self, jobs: Jobs) -> None:
+        """Hand out orders until there are none, here or elsewhere; every result makes its order go away.
 
-        A result is what the worker answered, or {"status": "failed", "reason": ..., "lost": True} where there is no
-        answer: such a result is worth another try on another day.
+        A result is what the worker answered, or {"status": "failed", "reason": ..., "lost": True} where there is no answer.
         """
         deaths: Counter[str] = Counter()
-        for _ in range(min(self.size, len(orders())) - len(self.pool.workers)):
-            self.pool.add(self.opening)
         while True:
-            waiting = orders()
-            self._hand_out(waiting)
-            if not waiting and not self._running():
+            waiting = jobs.orders()
+            for _ in range(min(self.size, len(waiting) + len(self._running())) - len(self.pool.workers)):
+                self.pool.add(self.opening)
+            self._hand_out(waiting, jobs)
+            if not waiting and not self._running() and not jobs.elsewhere():
                 return
-            worker, message = self.pool.wait()
+            arrived = self.pool.poll(POLL)
+            if arrived is None:
+                continue
+            worker, message = arrived
             if worker.job == "open":
                 self._opened(worker, message)
                 continue
@@ -61,10 +79,11 @@ class Crew:
                 if order is None:  # it was waiting for work
                     continue
                 deaths[order.key] += 1
-                if deaths[order.key] < ATTEMPTS:
+                if deaths[order.key] < jobs.attempts:
                     continue
-                message = {"error": f"{message['died']} (tried {ATTEMPTS} times)"}
-            finished(order, message["answer"] if "answer" in message else _lost(message["error"]))
+                tried = f" (tried {jobs.attempts} times)" if jobs.attempts > 1 else ""
+                message = {"error": message["died"] + tried}
+            jobs.finished(order, message["answer"] if "answer" in message else _lost(message["error"]))
 
     def shrink(self) -> None:
         """One worker stays, and no other process of ours takes time from it."""
@@ -73,11 +92,11 @@ class Crew:
         for number in [number for number in self.pool.workers if number not in ready[:1]]:
             self.pool.remove(number)
 
-    def _hand_out(self, waiting: Sequence[Order]) -> None:
+    def _hand_out(self, waiting: Sequence[Order], jobs: Jobs) -> None:
         taken = self._running()
         free = [worker for worker in self.pool.workers.values() if worker.job is None]
         for order in waiting:
-            if free and order.key not in taken:
+            if free and order.key not in taken and jobs.take(order):
                 taken.add(order.key)
                 worker = free.pop(0)
                 worker.job = order
@@ -100,6 +119,7 @@ class Crew:
                                 f"{message['answer']['context']} is not {self.description['context']}.")
             return
         self.pool.remove(worker.number)
+        self.size = max(1, len(self.pool.workers))
         if not self.pool.workers:
             reason = message.get("died") or message["error"]
             raise WeftError(reason if message.get("expected") else f"no worker process could be started: {reason}")

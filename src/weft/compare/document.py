@@ -98,6 +98,10 @@ def document(found: Comparison, origin: Origin, drawn: Sequence[str], beside: Be
         lines = [f"{row.label}, lr {rate(run.lr)}, seed {run.seed}, {_purpose(run)}: {_reason(run)}."
                  for row, run in failed]
         sections.append(Section("Runs that failed", [Items(lines)]))
+    later = [f"{row.label}, lr {rate(run.lr)}, seed {run.seed}, {_purpose(run)}, attempt {place}: {_short(reason)}."
+             for row in found.rows for run in row.runs for place, reason in enumerate(run.earlier, 1)]
+    if later:
+        sections.append(Section("Attempts that failed and were made again", [Items(later)]))
     sections.append(Section("Every run", [*_runs(found)]))
     return [*sections, Section("How it was made", _origin(found, origin))]
 
@@ -170,8 +174,8 @@ def _runs(found: Comparison) -> list[Fold]:
         failed = sum(run.reason is not None for run in row.runs)
         name = f"{row.label}: {len(row.runs)} runs" + (f", {failed} failed" if failed else "")
         table = Table(["run", "lr", "seed", "steps", f"validation{_unit(found.chosen_by)}", f"test{_unit(found.scored_by)}",
-                       "seconds", "status"],
-                      [_run_cells(found, run) for run in row.runs], (0, 7))
+                       "seconds", "attempts", "status"],
+                      [_run_cells(found, run) for run in row.runs], (0, 8))
         folds.append(Fold(name, table, failed > 0))
     return folds
 
@@ -185,7 +189,7 @@ def _run_cells(found: Comparison, run: Run) -> list[str]:
     seconds = "-" if run.seconds is None else f"{run.seconds:.1f}"
     status = run.status if run.reason is None else f"failed: {_reason(run)}"
     return [_purpose(run), rate(run.lr), str(run.seed), count(run.steps), found.chosen_by.number(run.validation),
-            found.scored_by.number(run.test), seconds, status]
+            found.scored_by.number(run.test), seconds, str(run.attempts), status]
 
 
 def _purpose(run: Run) -> str:
@@ -193,7 +197,11 @@ def _purpose(run: Run) -> str:
 
 
 def _reason(run: Run) -> str:
-    return textwrap.shorten(flat(run.reason), REASON, placeholder=" ... (the whole is in runs.csv)")
+    return _short(run.reason)
+
+
+def _short(reason: str | None) -> str:
+    return textwrap.shorten(flat(reason), REASON, placeholder=" ... (the whole is in runs.csv)")
 
 
 def _origin(found: Comparison, origin: Origin) -> list[Part]:

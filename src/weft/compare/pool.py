@@ -9,7 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,16 @@ class WorkerDied(WeftError):
 class Worker:
     """One process; at most one order at a time. Its answers arrive in the pool's queue."""
 
-    def __init__(self, number: int, log: Path, arrived: queue.Queue[tuple[int, dict[str, Any]]]) -> None:
-        self.number = number
+    def __init__(self, number: int, log: Path, arrived: queue.Queue[tuple[int, dict[str, Any]]], gpu: str | None) -> None:
+        self.number, self.gpu = number, gpu
         self.job: Any = None
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         # numpy's and torch's own thread pools would fight over the cores; bench.py raises torch's where it pays
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                        "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         root = str(Path(weft.__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         with log.open("wb") as errors:
@@ -73,8 +75,9 @@ class Worker:
 class Pool:
     """Workers by number, and the queue in which their answers arrive. Stops them all on leaving."""
 
-    def __init__(self, logs: Path) -> None:
-        self.logs = logs
+    def __init__(self, logs: Path, gpus: Sequence[str] = ()) -> None:
+        """`gpus`: as CUDA_VISIBLE_DEVICES writes them; each worker sees one of them, or with none what we see."""
+        self.logs, self.gpus = logs, gpus
         self.workers: dict[int, Worker] = {}
         self._arrived: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
         self._next = 0
@@ -88,7 +91,9 @@ class Pool:
 
     def add(self, opening: Mapping[str, Any]) -> Worker:
         """Start a worker and tell it to open its bench; the answer arrives like any other."""
-        worker = Worker(self._next, self.logs / f"worker-{self._next}.txt", self._arrived)
+        busy = [worker.gpu for worker in self.workers.values()]
+        gpu = min(self.gpus, key=busy.count) if self.gpus else None
+        worker = Worker(self._next, self.logs / f"worker-{self._next}.txt", self._arrived, gpu)
         self._next += 1
         self.workers[worker.number] = worker
         worker.job = "open"
@@ -101,9 +106,14 @@ class Pool:
     def wait(self) -> tuple[Worker, dict[str, Any]]:
         """The next answer of a worker that is still in the pool. Ctrl-C gets through."""
         while True:
-            try:
-                number, message = self._arrived.get(timeout=0.2)
-            except queue.Empty:
-                continue
+            arrived = self.poll(0.2)
+            if arrived is not None:
+                return arrived
+
+    def poll(self, seconds: float) -> tuple[Worker, dict[str, Any]] | None:
+        """The same, or None where none arrives in this time."""
+        with contextlib.suppress(queue.Empty):
+            number, message = self._arrived.get(timeout=seconds)
             if number in self.workers:
                 return self.workers[number], message
+        return None

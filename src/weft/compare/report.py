@@ -7,7 +7,7 @@ import io
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from .. import __version__
@@ -93,8 +93,9 @@ def runs_csv(found: Comparison) -> str:
     plain = [field.name for field in fields(Run) if field.name != "scores"]
     writer.writerow(["method", *plain, "status", *(f"test_{name}" for name in found.metrics)])
     for row in found.rows:
+        runs = [replace(run, earlier="; ".join(run.earlier)) for run in row.runs]
         writer.writerows([row.label, *(getattr(run, name) for name in plain), run.status,
-                          *(run.scores.get(name) for name in found.metrics)] for run in row.runs)
+                          *(run.scores.get(name) for name in found.metrics)] for run in runs)
     return out.getvalue()
 
 
@@ -118,6 +119,7 @@ def _row_json(row: Row, ranking: Ranking | None, gap: Gap | None) -> dict[str, A
         "worse_p": ranking.p.get(row.label) if ranking else None,
         "example_gap": {"mean": gap.mean, "interval": list(gap.interval), "examples": gap.examples} if gap else None,
         "metrics": row.metrics, "adapter": row.adapter, "status": row.status, "reason": row.reason,
+        "runs": [{**asdict(run), "status": run.status} for run in row.runs],
     }
 
 

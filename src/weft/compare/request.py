@@ -14,6 +14,7 @@ from ..tasks.models import ModelRef, find_model
 from ..training.loop import AUDIT_AFTER, Recipe
 from .budgets import PARAMETERS, SECONDS, STEPS, Equal, check
 from .entries import DEFAULT, Entry, parse_methods
+from .place import Place
 
 MODEL, TASK, OUT, SEEDS, HEAD_LR = "digits-vit", "digits", "weft-compare", 3, 1e-2
 FEWEST = {"steps": AUDIT_AFTER, "batch": 1, **dict.fromkeys(SPLITS, 1)}
@@ -51,6 +52,12 @@ class Request:
     workers: int | None = None
     out: Path = Path(OUT)
     resume: bool = False
+    study: tuple[str, str] | None = None  # URL and name of a study in a database; None: a file in `out`
+    retry: bool = False
+
+    @property
+    def place(self) -> Place:
+        return Place(self.out) if self.study is None else Place(self.out, *self.study)
 
     def __post_init__(self) -> None:
         check(self.budget.equal, self.entries)

@@ -28,6 +28,8 @@ class Run:
     test: float | None
     seconds: float | None
     reason: str | None
+    attempts: int = 1
+    earlier: Sequence[str] = ()  # why attempts before the last failed
     scores: Mapping[str, float | None] = field(default_factory=dict)  # of the test, where the task has several metrics
 
     @property
@@ -151,7 +153,8 @@ class Comparison:
         return next(row for row in self.rows if row.label == label)
 
 
-def row_of(sweep: Sweep, entry: Entry, done: Results, cost: Mapping[str, Any] | None, adapter: str) -> Row:
+def row_of(sweep: Sweep, entry: Entry, done: Results, cost: Mapping[str, Any] | None, adapter: str | None
+           ) -> Row:
     """The row of one method. Every run that it needs is in `done`; `cost` is None where it was not measured."""
     tuned = tune(sweep, entry, done)
     tried = {lr: tuned.scores[lr][0] if lr in tuned.scores else None for lr in tuned.tried}
@@ -187,11 +190,12 @@ def runs_of(sweep: Sweep, entry: Entry, done: Results) -> list[Run]:
 def _run(spec: RunSpec, result: Mapping[str, Any]) -> Run:
     return Run(purpose=spec.purpose, lr=spec.lr, seed=spec.seed, steps=spec.steps,
                validation=result.get("validation", {}).get("score"), test=result.get("test", {}).get("score"),
-               seconds=result.get("seconds"), reason=result.get("reason"), scores=result.get("test", {}).get("scores", {}))
+               seconds=result.get("seconds"), reason=result.get("reason"), attempts=result.get("attempts", 1),
+               earlier=tuple(result.get("earlier", ())), scores=result.get("test", {}).get("scores", {}))
 
 
 def notes_of(sweep: Sweep, done: Results) -> list[str]:
-    """What the tuning has to say: a best rate at the edge of its grid, and rates whose runs failed."""
+    """A best rate at the edge of its grid, rates whose runs failed, and runs that finished at a later attempt."""
     notes = []
     for entry in sweep.entries:
         tuned = tune(sweep, entry, done)
@@ -200,8 +204,13 @@ def notes_of(sweep: Sweep, done: Results) -> list[str]:
                          f"({', '.join(rate(lr) for lr in tuned.tried)}); a better one may lie beyond.")
         lost = [rate(lr) for lr in tuned.tried if lr not in tuned.scores]
         if lost and tuned.lr is not None:
+            reason = next(run.reason for run in runs_of(sweep, entry, done) if run.reason)
             notes.append(f"{entry.label}: training failed with the learning rate{'s' * (len(lost) > 1)} "
-                         f"{', '.join(lost)}.")
+                         f"{', '.join(lost)}: {' '.join(reason.split()).rstrip('.')}.")
+        later = [run for run in runs_of(sweep, entry, done) if run.reason is None and run.earlier]
+        if later:
+            notes.append(f"{entry.label}: {len(later)} run{'s' * (len(later) > 1)} finished at a later attempt; the first "
+                         f"failed: {' '.join(later[0].earlier[0].split()).rstrip('.')}.")
     reasons = dict.fromkeys(f"{name} is missing: {' '.join(why.split()).rstrip('.')}." for run in done.values()
                             for name, why in run.get("test", {}).get("reasons", {}).items())
     return [*notes, *reasons]

@@ -8,14 +8,16 @@ also mean that the test had too few seeds to see a gap, so the bound on the gap 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+import numpy as np
+
 ALPHA = 0.05
 MIN_SEEDS = 3
 SAME = 1e-12  # differences of scores closer than this are rounding
+POWER = 0.8
 GAP = 0.01  # the gap that the advice on more seeds is about
 
 
@@ -28,21 +30,22 @@ class Ranking:
     recommended: str
 
 
-def t_interval(scores: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """Two-sided Student interval of the mean; None for fewer than two scores."""
+def t_interval(scores: Sequence[float]) -> tuple[float, float] | None:
+    """Two-sided 95 % Student interval of the mean; None for fewer than two scores."""
     if len(scores) < 2:
         return None
-    from scipy import stats
+    from statsmodels.stats.weightstats import DescrStatsW
 
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(scores) - 1)) * stdev(scores) / math.sqrt(len(scores))
-    return mean(scores) - half, mean(scores) + half
+    low, high = DescrStatsW(list(scores)).tconfint_mean(alpha=ALPHA)
+    return float(low), float(high)
 
 
 def worse(best: Sequence[float], other: Sequence[float]) -> float:
     """One-sided p-value of the paired t-test of "other is worse than best".
 
-    Where all differences are the same the t-statistic has no spread to divide by. Its limits are taken: 1 if there is
-    no difference or other is better, 0 if other is worse by the same amount with every seed.
+    Where all differences are the same the t-statistic has no spread to divide by, and scipy gives nan or what rounding
+    left. Its limits are taken: 1 if there is no difference or other is better, 0 if other is worse by the same amount with
+    every seed.
     """
     gaps = [a - b for a, b in zip(best, other, strict=True)]
     if max(gaps) - min(gaps) <= SAME:
@@ -53,11 +56,12 @@ def worse(best: Sequence[float], other: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the i-th smallest of n times n - i, never below a smaller one; in the order given."""
-    corrected, floor = [0.0] * len(p_values), 0.0
-    for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        floor = corrected[i] = max(floor, min(1.0, (len(p_values) - place) * p_values[i]))
-    return corrected
+    """Holm's step-down correction, in the order given."""
+    if not p_values:
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(list(p_values), alpha=ALPHA, method="holm")[1]]
 
 
 def rank(scores: Mapping[str, Sequence[float]], sizes: Mapping[str, tuple[int, int]]) -> Ranking | None:
@@ -76,27 +80,24 @@ def rank(scores: Mapping[str, Sequence[float]], sizes: Mapping[str, tuple[int, i
 
 def gap_bound(best: Sequence[float], other: Sequence[float]) -> float:
     """The largest mean gap that 95 % one-sided confidence leaves open."""
-    gaps = [a - b for a, b in zip(best, other, strict=True)]
-    if max(gaps) - min(gaps) <= SAME:
-        return max(0.0, gaps[0])
-    from scipy import stats
+    from statsmodels.stats.weightstats import DescrStatsW
 
-    half = float(stats.t.ppf(1 - ALPHA, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
-    return max(0.0, mean(gaps) + half)
+    gaps = [a - b for a, b in zip(best, other, strict=True)]
+    return max(0.0, float(DescrStatsW(gaps).tconfint_mean(alpha=ALPHA, alternative="smaller")[1]))
 
 
 def seeds_needed(best: Sequence[float], other: Sequence[float], tests: int, gap: float = GAP) -> int | None:
     """About how many seeds would show a gap of `gap` with 80 % power at alpha / tests; None where it cannot be told.
 
-    101 stands for more than 100.
+    101 stands for more than 100. The power of every number is asked for, and not statsmodels' `solve_power`, which finds a
+    fraction of a seed and gives up where few are enough.
     """
     spread = stdev([a - b for a, b in zip(best, other, strict=True)])
     if spread <= SAME:
         return None
-    from scipy import stats
+    from statsmodels.stats.power import TTestPower
 
-    for n in range(MIN_SEEDS, 101):
-        critical = stats.t.ppf(1 - ALPHA / max(1, tests), n - 1)
-        if stats.nct.sf(critical, n - 1, gap / spread * math.sqrt(n)) >= 0.8:  # the power of the one-sided test
-            return n
-    return 101
+    seeds = np.arange(MIN_SEEDS, 101)
+    powers = TTestPower().power(gap / spread, seeds, ALPHA / max(1, tests), alternative="larger")
+    enough = seeds[powers >= POWER]
+    return int(enough[0]) if len(enough) else 101

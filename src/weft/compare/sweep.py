@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,15 +12,17 @@ from ..errors import ConfigError, WeftError
 from .bench import SMALL, Opening
 from .budgets import PARAMETERS, SECONDS, with_ranks, with_steps
 from .costs import has_scores, measure
-from .dispatch import Crew, Order
-from .entries import Entry, fit, rate
-from .plan import RunSpec, Sweep, finals, missing, progress, tune
+from .dispatch import Crew, Jobs, Order
+from .entries import Entry, fit
+from .plan import Sweep, progress
 from .pool import Pool
 from .progress import Progress
 from .request import Request
 from .results import Comparison, notes_of, row_of
+from .runs import Runs, adapter_of
 from .scale import Scale
-from .store import LOGS, Store
+from .store import LOGS, check, is_there, prepare
+from .study import Study
 
 TIMED = ("Steps are as many as fit into the time of a run at the step time measured here, with nothing beside it; "
          "attaching, auditing and scoring come on top.")
@@ -29,37 +32,57 @@ NAMES = {"model": "weights of the model", "train": "training data", "validation"
 
 
 def compare(request: Request, shown: Progress) -> Comparison:
-    """Do what is missing and return the table's rows. What has finished is on the disk whenever this is interrupted.
+    """Do what is missing and return the table's rows. What has finished is in the study whenever this is interrupted.
 
-    Raises ConfigError (the directory holds something else, no such device), WeftError (model or data cannot be used).
+    Other processes may work on the same study at the same time: each takes what nobody has, and returns all rows.
+    Raises ConfigError (the directory or the study holds something else, no such device), WeftError (model or data cannot
+    be used, the study cannot be reached).
     """
-    Store.check(request.out, request.resume)
-    store = Store(request.out)
-    store.match(request.identity())
+    place = request.place
+    check(place, request.resume)
     _check_device(request.device)
-    with Pool(store.root / LOGS) as pool:
+    if place.url is not None or is_there(place):
+        with closing(Study(place)) as study:
+            study.match(request.identity())
+    with Pool(place.out / LOGS, gpus() if request.device != "cpu" else ()) as pool:
         shown.say(f"Opening {request.model.name} and {request.task.name}.")
         crew = Crew(pool, asdict(_opening(request)))
         about = crew.open_first()
-        store.open({**request.identity(), **{NAMES.get(key, key): value for key, value in about["context"].items()}})
-        sweep, notes = _resolve(request, about)
-        first = request.budget.equal.what == SECONDS  # then the step times say how long the runs are
-        sweep, settings, told = _budgeted(request, sweep, crew, lambda sweep: _measure(
-            sweep, sweep.entries, store, crew, shown, {}, about["device"]), about["narrowest"])
-        crew.size = _workers(request.workers, about)
-        done = _train(sweep, store, crew, shown, len(sweep.entries) if first else 0)
-        crew.shrink()
-        scored = [entry for entry in sweep.entries if has_scores(sweep, entry, done)]
-        costs = _measure(sweep, scored, store, crew, shown, done, about["device"])
-    rows = [row_of(sweep, entry, done, costs.get(entry.label), str(store.adapter_path(entry.label)))
-            for entry in sweep.entries]
-    context = about["context"]
+        prepare(place)
+        with Study(place) as study, pool:  # the workers end before their runs are given back
+            study.open(_identity(request, about), "minimize" if about["lowest"] else "maximize")
+            if request.retry and (failed := study.retry()):
+                shown.say(f"{failed} run{'s' * (failed != 1)} that failed {'are' if failed != 1 else 'is'} tried once more.")
+            return _compared(request, about, study, crew, shown)
+
+
+def _identity(request: Request, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked and what was found: model, data, versions, and the machine where its speed decides the steps."""
+    found = {NAMES.get(key, key): value for key, value in about["context"].items()}
+    timed = {"machine": about["device"]} if request.budget.equal.what == SECONDS else {}
+    return {**request.identity(), **found, **timed}
+
+
+def _compared(request: Request, about: Mapping[str, Any], study: Study, crew: Crew, shown: Progress) -> Comparison:
+    out, device, context = request.out, about["device"], about["context"]
+    sweep, notes = _resolve(request, about)
+    first = request.budget.equal.what == SECONDS  # then the step times say how long the runs are
+    sweep, settings, told = _budgeted(request, sweep, crew, lambda sweep: _measure(
+        sweep, sweep.entries, study, crew, shown, {}, device), about["narrowest"])
+    crew.size = _workers(request.workers, about, len(crew.pool.gpus))
+    done = Runs(sweep, study, out, shown, len(sweep.entries) if first else 0).train(crew)
+    crew.shrink()
+    scored = [entry for entry in sweep.entries if has_scores(sweep, entry, done)]
+    costs = _measure(sweep, scored, study, crew, shown, done, device)
+    adapters = {entry.label: adapter_of(sweep, entry, done, out) for entry in sweep.entries}
+    rows = [row_of(sweep, entry, done, costs.get(entry.label), adapters[entry.label][0]) for entry in sweep.entries]
+    elsewhere = [where for _, where in adapters.values() if where is not None]
     return Comparison(
         task=request.task.name, model=request.model.name, rows=rows, seeds=request.seeds,
         settings=settings, sizes=about["sizes"], classes=about["classes"], metric=about["metric"], head=sweep.head,
         kind=about["kind"], chosen_by=sweep.chosen_by,
-        device=about["device"], versions={name: context[name] for name in ("weft", "torch")},
-        notes=[*notes, *told, *notes_of(sweep, done)])
+        device=device, versions={name: context[name] for name in ("weft", "torch")},
+        notes=[*notes, *told, *notes_of(sweep, done), *elsewhere])
 
 
 def _check_device(device: str) -> None:
@@ -80,12 +103,22 @@ def _opening(request: Request) -> Opening:
                    device=request.device, threads=max(1, cores() // (request.workers or 1)))
 
 
-def _workers(asked: int | None, about: Mapping[str, Any]) -> int:
-    """Small models: one single-threaded worker a core. Others, and a GPU: one worker with everything."""
+def gpus() -> list[str]:
+    """The CUDA devices that torch sees, as CUDA_VISIBLE_DEVICES writes them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (named or [str(place) for place in range(count)])[:count]
+
+
+def _workers(asked: int | None, about: Mapping[str, Any], gpus: int) -> int:
+    """Small models: one single-threaded worker a core. Others: one with all cores. On GPUs: one each."""
     if asked is not None:
         return asked
-    alone = about["parameters"] >= SMALL or about["context"]["device"] == "cuda"
-    return 1 if alone else min(cores(), MOST_WORKERS)
+    if about["context"]["device"] == "cuda":
+        return max(1, gpus)
+    return 1 if about["parameters"] >= SMALL else min(cores(), MOST_WORKERS)
 
 
 def _resolve(request: Request, about: Mapping[str, Any]) -> tuple[Sweep, list[str]]:
@@ -101,60 +134,6 @@ def _resolve(request: Request, about: Mapping[str, Any]) -> tuple[Sweep, list[st
                   request.head_lr, about["context"], request.warm_up, request.weight_decay,
                   Scale(about["chosen_by"], about["lowest"]), Scale(about["metric"]))
     return sweep, [*about["notes"], *notes]
-
-
-def _train(sweep: Sweep, store: Store, crew: Crew, shown: Progress, measured: int) -> dict[str, dict[str, Any]]:
-    """Every run of the sweep, finished ones from the store. `measured` rows have been, for the progress."""
-    done, saved = store.runs(), store.adapters()
-
-    def orders() -> list[Order]:
-        specs = [*missing(sweep, done), *_without_adapter(sweep, done, saved)]
-        return [Order(sweep.key(spec), {"do": "run", "spec": asdict(spec), "save_to": _save_to(store, spec)})
-                for spec in specs]
-
-    def finished(order: Order, result: dict[str, Any]) -> None:
-        label = order.message["spec"]["label"]
-        if order.message["save_to"] and result["status"] == "finished":
-            store.add_adapter(label, order.key)
-            saved[label] = order.key
-        if not result.get("lost"):
-            store.add_run(order.key, result)
-        done[order.key] = result
-        shown.step(*_progress(sweep, done, measured), _told(sweep, order.message["spec"], result))
-
-    shown.start(*_progress(sweep, done, measured))
-    crew.work(orders, finished)
-    return done
-
-
-def _progress(sweep: Sweep, done: Mapping[str, Any], measured: int) -> tuple[int, int]:
-    """The measurements count as one run each."""
-    finished, total = progress(sweep, done)
-    return finished + measured, total + len(sweep.entries)
-
-
-def _save_to(store: Store, spec: RunSpec) -> str | None:
-    return str(store.adapter_path(spec.label)) if spec.purpose == "final" and spec.seed == 0 else None
-
-
-def _without_adapter(sweep: Sweep, done: Mapping[str, Mapping[str, Any]], saved: Mapping[str, str]) -> list[RunSpec]:
-    """Finished runs whose adapter is not in its place: another rate was in force in between, or a row has a twin."""
-    specs = []
-    for entry in sweep.entries:
-        lr = tune(sweep, entry, done).lr
-        first = finals(sweep, entry, lr)[0] if lr is not None else None
-        if first and done.get(sweep.key(first), {}).get("status") == "finished":
-            specs += [first] if saved.get(entry.label) != sweep.key(first) else []
-    return specs
-
-
-def _told(sweep: Sweep, spec: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """One run in half a line."""
-    what = f"{spec['label']} lr {rate(spec['lr'])} seed {spec['seed']}"
-    if result["status"] != "finished":
-        return f"{what} failed: {result['reason']}"
-    split, scale = ("test", sweep.scored_by) if spec["purpose"] == "final" else ("validation", sweep.chosen_by)
-    return f"{what} {split} {scale.told(result[split]['score'])}"
 
 
 def _budgeted(request: Request, sweep: Sweep, crew: Crew, measured: Callable[[Sweep], Mapping[str, Any]], most: int
@@ -178,15 +157,15 @@ def _budgeted(request: Request, sweep: Sweep, crew: Crew, measured: Callable[[Sw
 def _ask(crew: Crew, message: Mapping[str, Any]) -> dict[str, Any]:
     """One question to a worker. Raises WeftError with its reason where it has no answer."""
     answers: list[dict[str, Any]] = []
-    crew.work(lambda: [] if answers else [Order("question", message)], lambda order, answer: answers.append(answer))
+    crew.work(Jobs(lambda: [] if answers else [Order("question", message)], lambda order, answer: answers.append(answer)))
     if answers[0].get("lost"):
         raise WeftError(answers[0]["reason"])
     return answers[0]
 
 
-def _measure(sweep: Sweep, entries: Sequence[Entry], store: Store, crew: Crew, shown: Progress, done: Mapping[str, Any],
+def _measure(sweep: Sweep, entries: Sequence[Entry], study: Study, crew: Crew, shown: Progress, done: Mapping[str, Any],
              device: str) -> dict[str, dict[str, Any]]:
     """The costs of these rows, by label; the progress goes on from the runs that are done."""
     before, total = progress(sweep, done)
-    return measure(sweep, entries, store, crew,
+    return measure(sweep, entries, study, crew,
                    lambda measured, what: shown.step(before + measured, total + len(entries), what), device)

@@ -146,16 +146,21 @@ def check_generates(ref: ModelRef) -> None:
 
 
 def _image_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:
+    processor = image_processor(ref, model.config, notes)
+    return lambda split: images.encode(split, model.config, processor)
+
+
+def image_processor(ref: ModelRef, config: Any, notes: list[str]) -> Any | None:
+    """The model's own; None, with a note of what is done instead, where it has none."""
     from transformers import AutoImageProcessor
 
-    processor = None
     if not ref.local or (Path(ref.source) / "preprocessor_config.json").is_file():
-        processor = AutoImageProcessor.from_pretrained(ref.source, local_files_only=ref.local)
-    elif not ref.embedded:
-        height, width = images.image_size(model.config)
+        return AutoImageProcessor.from_pretrained(ref.source, local_files_only=ref.local)
+    if not ref.embedded:
+        height, width = images.image_size(config)
         notes.append(f"{ref.name} has no preprocessor_config.json: images are resized (bilinear) to {height} x {width} and "
                      "scaled to [-1, 1].")
-    return lambda split: images.encode(split, model.config, processor)
+    return None
 
 
 def _text_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:

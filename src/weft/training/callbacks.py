@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -113,9 +116,10 @@ class Log(TrainerCallback):  # type: ignore[misc]
         now, tokens = time.monotonic(), state.num_input_tokens_seen
         rate = (tokens - self.seen) / max(now - self.since, 1e-9)
         self.since, self.seen = now, tokens
+        counted = {"tokens": tokens, "tokens_per_second": round(rate, 1)} if tokens else {}  # images have none
         return {"kind": "train", "loss": logs["loss"], "lr": logs["learning_rate"],
-                **_rates(logs["learning_rate"], optimizer), "grad_norm": logs.get("grad_norm"),
-                "tokens": tokens, "tokens_per_second": round(rate, 1), "memory_bytes": memory()}
+                **_rates(logs["learning_rate"], optimizer), "grad_norm": logs.get("grad_norm"), **counted,
+                "memory_bytes": memory()}
 
     def _tell(self, state: Any, row: dict[str, Any]) -> None:
         text = told(row)
@@ -142,8 +146,8 @@ class Log(TrainerCallback):  # type: ignore[misc]
 class Keep(TrainerCallback):  # type: ignore[misc]
     """Marks checkpoints as whole, keeps the best adapter, and stops where nothing gets better."""
 
-    def __init__(self, adapter: Adapter, config: RunConfig, run: RunDir) -> None:
-        self.adapter, self.config, self.run = adapter, config, run
+    def __init__(self, adapter: Adapter, config: RunConfig, run: RunDir, stream: TextIO) -> None:
+        self.adapter, self.config, self.run, self.stream = adapter, config, run, stream
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size > 1:
@@ -157,17 +161,20 @@ class Keep(TrainerCallback):  # type: ignore[misc]
         if section.best is None:
             return
         values = scores(state.log_history, section)
-        if best_place(values) == len(values) - 1 and state.is_world_process_zero:
+        if not math.isfinite(values[-1]) and state.is_world_process_zero:
+            print(f"eval.best={section.best} has no value at step {state.global_step} (predictions that are all equal, or a "
+                  "program that its metric needs is missing), so this is not the best.", file=self.stream, flush=True)
+        elif best_place(values) == len(values) - 1 and state.is_world_process_zero:
             self.adapter.save(self.run.best)
         if section.patience is not None and stale(values, section.min_delta) >= section.patience:
             control.should_training_stop = control.should_save = True
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C (or SIGTERM) ends the step, saves, and stops; a second one stops at once."""
+    """Ctrl-C (or SIGTERM) ends the step or the evaluation under way, saves, and stops; a second one stops at once."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.asked = stream, False
+        self.stream, self.asked, self.evaluating = stream, False, False
         self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -179,9 +186,18 @@ class Stop(TrainerCallback):  # type: ignore[misc]
             self.restore()
             raise KeyboardInterrupt
         self.asked = True
-        print("\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.", file=self.stream, flush=True)
+        what = "evaluation" if self.evaluating else "step"
+        print(f"\nStopping after this {what}, with a checkpoint. Ctrl-C again stops at once.", file=self.stream, flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.evaluating = control.should_evaluate  # Order has spoken
+        self._stop(args, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.evaluating = False
+        self._stop(args, control)
+
+    def _stop(self, args: Any, control: Any) -> None:
         if args.world_size > 1:
             self.asked = processes.any_of(self.asked, args.device)
         if self.asked:
@@ -201,13 +217,22 @@ def _rates(first: float, optimizer: Any) -> dict[str, Any]:
     return {"lrs": found} if len(found) > 1 else {}
 
 
-def scores(history: list[dict[str, Any]], section: EvalSection) -> list[float]:
-    """The chosen metric of every evaluation, turned so that more is better. Raises WeftError for one that is NaN."""
+def scores(history: Sequence[Mapping[str, Any]], section: EvalSection, prefix: str = "eval_") -> list[float]:
+    """The chosen metric of every evaluation, turned so that more is better; one that has no value (a correlation with
+    predictions that are all equal) is worse than all that have one. An evaluation always has its loss.
+    """
     sign = -1.0 if section.best in LOWER_IS_BETTER else 1.0
-    values = [sign * entry[f"eval_{section.best}"] for entry in history if f"eval_{section.best}" in entry]
-    if any(math.isnan(value) for value in values):
-        raise WeftError(f"eval.best={section.best}: the metric is NaN, so no evaluation is the best. Take another.")
-    return values
+    values = [entry.get(f"{prefix}{section.best}") for entry in history if f"{prefix}loss" in entry]
+    return [-math.inf if value is None or math.isnan(value) else sign * value for value in values]
+
+
+def has_ended(folder: Path, config: RunConfig, steps: int) -> bool:
+    """Training came to its end with this checkpoint, by its steps or by eval.patience; only the result was not written."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    section = config.eval
+    stopped = section.patience is not None and \
+        stale(scores(state["log_history"], section), section.min_delta) >= section.patience
+    return bool(state["global_step"] >= steps or stopped)
 
 
 def best_place(values: list[float]) -> int:
@@ -226,7 +251,8 @@ def stale(values: list[float], min_delta: float) -> int:
 def told(row: dict[str, Any]) -> str:
     """A row of the log in words."""
     if row["kind"] == "train":
-        return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
+        speed = f"  {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
+        return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}{speed}"
     return "eval  " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()
                                 if key not in ("step", "epoch", "kind") and isinstance(value, float))
 

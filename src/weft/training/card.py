@@ -10,6 +10,7 @@ from ..checkpoint import files
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, which colour-blind readers can tell apart
 _CLASS = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
+          "image-classification": "AutoModelForImageClassification",
           "regression": "AutoModelForSequenceClassification"}
 
 

@@ -20,7 +20,7 @@ from .. import methods
 from ..errors import ConfigError
 
 KINDS = ("causal-lm", "classification", "regression")
-FORMATS = ("auto", "prompt", "text", "messages", "label")
+FORMATS = ("auto", "prompt", "text", "messages", "instruction", "label")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
 REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
@@ -41,6 +41,13 @@ class ModelSection:
         _one_of(self, "dtype", DTYPES)
         if self.kind is not None:
             _one_of(self, "kind", KINDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSection:
+    """`start`: a saved adapter of the same method, whose tensors this run begins with; None begins anew."""
+
+    start: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,15 +163,17 @@ class EvalSection:
 
 @dataclass(frozen=True, kw_only=True)
 class SaveSection:
-    """Checkpoints to go on from. `every` None: once an epoch, and always at the end and on Ctrl-C."""
+    """Checkpoints to go on from, which `weft analyze` follows over time too. `every` None: once an epoch, and always at the
+    end and on Ctrl-C. `keep`: how many, the newest; None keeps all, as transformers' save_total_limit does.
+    """
 
     every: int | None = None
-    keep: int = 1
+    keep: int | None = None
 
     def __post_init__(self) -> None:
-        if self.every is not None:
-            _within(self, "every", 1)
-        _within(self, "keep", 1)
+        for name in ("every", "keep"):
+            if getattr(self, name) is not None:
+                _within(self, name, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +197,7 @@ class RunConfig:
     out: str
     model: ModelSection
     method: Any
+    adapter: AdapterSection = field(default_factory=AdapterSection)
     task: str | None = None
     data: DataSection = field(default_factory=DataSection)
     optim: OptimSection = field(default_factory=OptimSection)

@@ -2,6 +2,7 @@
 
     prompt     prompt, completion                the loss is on the completion
     messages   messages: [{role, content}, ...]  rendered by the tokenizer's chat template; the loss is on assistant turns
+    instruction   instruction, output, input     a user turn (instruction, empty line, input where it has one) and an answer
     text       text                              the loss is on everything
     label      text or sentence (or a pair: text text2, sentence1 sentence2, question sentence), and label
 
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, WeftError
-from ..tasks import GENERATION, GenerationTask, Task, files, find_generation, find_task
+from ..tasks import GENERATION, IMAGES, GenerationTask, Task, files, find_generation, find_task
 from ..tasks.generation import as_samples
 from .config import DataSection
 
-NEEDED = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
+NEEDED = {"messages": ("messages",), "prompt": ("prompt", "completion"), "instruction": ("instruction", "output"),
+          "text": ("text",)}
 TEXTS = (("sentence1", "sentence2"), ("text", "text2"), ("question", "sentence"), ("text",), ("sentence",))
 ROLES = ("system", "user", "assistant", "tool", "developer")
 Row = dict[str, Any]
@@ -31,7 +33,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows of one format, with our column names. `format` is none of "auto"; `source` is for messages."""
+    """Rows of one format, with our column names. `format` is never "auto", and instructions are messages by now; `source` is
+    for what is said of them.
+    """
 
     format: str
     rows: list[Row]
@@ -86,11 +90,12 @@ def _samples(name: str, section: DataSection, split: str, kind: str | None) -> S
     rows = _renamed(_read(name, section.config, split), section.columns, name)
     chosen = section.format if section.format != "auto" else _format_of(rows[0], kind, name)
     wanted = _columns(chosen, rows[0], name)
-    return Samples(chosen, [_checked(row, chosen, wanted, f"{name}, sample {i}") for i, row in enumerate(rows, 1)], name)
+    checked = [_checked(row, chosen, wanted, f"{name}, sample {i}") for i, row in enumerate(rows, 1)]
+    return Samples("messages" if chosen == "instruction" else chosen, checked, name)
 
 
 def _renamed(rows: list[Row], columns: Mapping[str, str], name: str) -> list[Row]:
-    known = {*(c for group in (*NEEDED.values(), *TEXTS) for c in group), "label"}
+    known = {*(c for group in (*NEEDED.values(), *TEXTS) for c in group), "label", "input"}
     for ours, theirs in columns.items():
         if ours not in known:
             near = get_close_matches(ours, known, n=2) or sorted(known)
@@ -105,12 +110,12 @@ def _renamed(rows: list[Row], columns: Mapping[str, str], name: str) -> list[Row
 def _format_of(row: Row, kind: str | None, name: str) -> str:
     if "label" in row and kind != "causal-lm" and any(all(c in row for c in group) for group in TEXTS):
         return "label"
-    for chosen in ("messages", "prompt", "text"):
-        if all(column in row for column in NEEDED[chosen]):
+    for chosen, wanted in NEEDED.items():
+        if all(column in row for column in wanted):
             return chosen
     raise WeftError(f"{name}: of the columns {', '.join(map(str, row))} no format follows. Name them with data.columns, for "
-                    "example {prompt: question, completion: answer}; formats need prompt and completion, messages, text, "
-                    "or text and label.")
+                    "example {prompt: question, completion: answer}; formats need messages, prompt and completion, "
+                    "instruction and output, text, or text and label.")
 
 
 def _columns(chosen: str, row: Row, name: str) -> tuple[str, ...]:
@@ -137,6 +142,10 @@ def _checked(row: Row, chosen: str, wanted: Sequence[str], where: str) -> Row:
                 raise WeftError(f"{where}: label={value!r} is no class and no number.")
         elif not isinstance(value, str):
             raise WeftError(f"{where}: {column}={value!r} is no text.")
+    if chosen == "instruction":
+        more = row.get("input")
+        asked = row["instruction"] + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
+        return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]}
     if chosen == "label":
         return {"texts": tuple(row[c] for c in wanted[:-1]), "label": row["label"]}
     return {column: row[column] for column in wanted}
@@ -183,8 +192,6 @@ def load_task(name: str) -> tuple[Samples, Samples | None, GenerationTask | None
             held = Samples("prompt", [dict(sample) for sample in as_samples(task.eval_records("validation"))], name)
         return train, held, task, None, task.notes
     labelled = find_task(name).load()
-    if labelled.family != "text":
-        raise ConfigError(f"task={name!r} has {labelled.family}s; weft train reads text, and weft compare that too.")
     names = labelled.classes or None
     return label_samples(labelled, "train"), label_samples(labelled, "validation"), None, names, labelled.notes
 
@@ -203,6 +210,11 @@ def check_task(name: str) -> None:
         find_generation(name)
     else:
         find_task(name)
+
+
+def is_image(name: str) -> bool:
+    """A task whose samples are images, by its name."""
+    return name.partition(":")[0] in (*IMAGES, "image-folder", "digits")
 
 
 def is_generation(name: str) -> bool:

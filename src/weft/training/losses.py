@@ -15,6 +15,7 @@ from .render import IGNORED
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 METRICS = {"causal-lm": ("loss", "perplexity", "token_accuracy"), "classification": ("loss", "accuracy", "Matthews", "F1"),
+           "image-classification": ("loss", "accuracy", "Matthews", "F1"),
            "regression": ("loss", "Pearson", "Spearman")}
 
 
@@ -83,7 +84,7 @@ def metrics_for(kind: str) -> Callable[[Any], dict[str, float]]:
         said, wanted = (torch.as_tensor(t).double().reshape(-1) for t in (found.predictions, found.label_ids))
         return {"loss": float(mse_loss(said, wanted)), **_scores(["Pearson", "Spearman"], said, wanted)}
 
-    return {"causal-lm": causal, "classification": classes, "regression": numbers}[kind]
+    return {"causal-lm": causal, "classification": classes, "image-classification": classes, "regression": numbers}[kind]
 
 
 def _scores(names: Sequence[str], predicted: Tensor, labels: Tensor) -> dict[str, float]:
@@ -93,7 +94,12 @@ def _scores(names: Sequence[str], predicted: Tensor, labels: Tensor) -> dict[str
 
 
 def collate(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:
-    """A batch padded on the right to its longest row: input_ids, attention_mask, labels (and token_type_ids)."""
+    """A batch padded on the right to its longest row: input_ids, attention_mask, labels (and token_type_ids); of images
+    pixel_values and labels.
+    """
+    if "pixel_values" in rows[0]:
+        return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+                "labels": torch.tensor([row["labels"] for row in rows])}
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, fill: int) -> Tensor:

@@ -15,29 +15,36 @@ from ..model.attach import attach
 from ..tasks import GenerationTask
 from ..tasks.models import ModelRef, loading, quiet
 from .config import DataSection, RunConfig
-from .data import Samples, check_source, check_task, load_samples, load_task
+from .data import Samples, check_source, check_task, is_image, load_samples, load_task
+from .pictures import ImageRows, check_text_keys, open_pictures
 from .pretrained import find_source
 from .render import Encoded, Renderer, classes_of, encode_labels
+from .start import Start, begin_with, check_base, open_start, said
 
 _AUTO = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
+         "image-classification": "AutoModelForImageClassification",
          "regression": "AutoModelForSequenceClassification"}
 
 
 @dataclass
 class Data:
-    """Tokenizer and samples of a run. `classes`: of a classification, in the order of the model's outputs."""
+    """Tokenizer (or image processor, if the model has one) and samples of a run. `classes`: of a classification, in the
+    order of the model's outputs.
+    """
 
     ref: ModelRef
     tokenizer: Any
     kind: str
     format: str
-    train: Encoded
-    eval: Encoded | None
+    train: Encoded | ImageRows
+    eval: Encoded | ImageRows | None
     pad: int
     classes: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
     task: GenerationTask | None = None
     renderer: Renderer | None = None
+    start: Start | None = None
+    started: dict[str, Any] | None = None  # what became of it
 
 
 def check_places(config: RunConfig) -> ModelRef:
@@ -63,10 +70,16 @@ def check_places(config: RunConfig) -> ModelRef:
 def open_data(config: RunConfig) -> Data:
     """Read, render and encode the samples; no weights are loaded. Raises WeftError."""
     ref = check_places(config)
+    start = None if config.adapter.start is None else open_start(config.adapter.start, config.method)
+    if config.task is not None and is_image(config.task):
+        check_text_keys(config)
+        found = open_pictures(config.task, ref)
+        return Data(ref, found.processor, "image-classification", "image", found.train, found.eval, 0, found.classes,
+                    found.notes, start=start)
     task, names = None, config.model.labels
-    said: tuple[str, ...] = ()
+    decided: tuple[str, ...] = ()
     if config.task is not None:
-        train, held, task, classes, said = load_task(config.task)
+        train, held, task, classes, decided = load_task(config.task)
         names = names or classes
     else:
         train, held = load_samples(config.data, config.model.kind, config.train.seed)
@@ -75,13 +88,13 @@ def open_data(config: RunConfig) -> Data:
     with quiet(), loading(ref, "a tokenizer and a configuration"):
         own = ref if config.model.tokenizer is None else find_source(config.model.tokenizer)
         tokenizer, shape, stops = tokenizer_and_stops(ref, own)
-    notes: list[str] = [*said]
+    notes: list[str] = [*decided]
     limit = _limit(config, tokenizer, shape, notes)
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id or 0
         notes.append(f"The tokenizer has no pad token; rows are padded with token {pad}, which is masked.")
-    data = Data(ref, tokenizer, kind, train.format, Encoded([]), None, pad, None, notes, task)
+    data = Data(ref, tokenizer, kind, train.format, Encoded([]), None, pad, None, notes, task, start=start)
     with quiet():  # that a text is longer than the model takes is counted, and told at the end
         _encode(config, data, (train, held), limit, stops, names)
     data.notes += data.train.counts.notes("training")
@@ -107,7 +120,8 @@ def _encode(config: RunConfig, data: Data, samples: tuple[Samples, Samples | Non
 def open_model(config: RunConfig, data: Data) -> tuple[nn.Module, Adapter, list[str]]:
     """The pretrained model with the method attached, and the names of base tensors that the checkpoint did not have.
 
-    Modules with such tensors (a new head) are trained beside the method, from values drawn from the seed.
+    Modules with such tensors (a new head) are trained beside the method, from values drawn from the seed, or from those of
+    `adapter.start` where they are there.
     """
     model, missing = _pretrained(config, data)
     method = config.method
@@ -120,7 +134,13 @@ def open_model(config: RunConfig, data: Data) -> tuple[nn.Module, Adapter, list[
             raise WeftError(f"{missing[0]!r} is not in the checkpoint and belongs to no module that could be trained.")
         method = replace(method, modules_to_save=tuple(dict.fromkeys([*method.modules_to_save, *modules])))
         data.notes.append(f"Not in the checkpoint, so trained from new values: {', '.join(modules)}.")
-    return model, attach(model, method), missing
+    if data.start is not None:
+        check_base(data.start, model, missing)
+    adapter = attach(model, method)
+    if data.start is not None:
+        data.started = begin_with(data.start, adapter, missing)
+        data.notes.append(said(data.started))
+    return model, adapter, missing
 
 
 def _kind(config: RunConfig, train: Samples, scores: bool) -> str:
@@ -186,8 +206,9 @@ def _pretrained(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
             changes = {"num_labels": len(names), "id2label": dict(enumerate(names)),
                        "label2id": {name: i for i, name in enumerate(names)}}
         shape = transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local, **changes)
-        if heads:
+        if heads and data.kind != "image-classification":
             shape.pad_token_id = data.pad
+        if heads:
             shape.problem_type = "single_label_classification" if data.classes else "regression"
         torch.manual_seed(config.train.seed)  # of a new head
         dtype = config.model.dtype

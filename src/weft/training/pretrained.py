@@ -70,7 +70,7 @@ def check_recorded(model: nn.Module, missing: Collection[str], places: Iterable[
         if theirs not in (None, mine):
             raise WeftError(f"{str(place)!r} was trained on a base whose weights have checksum {theirs}, and those of this "
                             f"model have {mine}. Give the base that the run names (config.yaml beside it), in the dtype "
-                            "that it had there (--dtype).")
+                            "that it had there (--dtype, model.dtype).")
 
 
 def _config(ref: ModelRef, **changes: Any) -> Any:

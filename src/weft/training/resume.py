@@ -32,8 +32,8 @@ from ..model.switch import activate
 STATE, COMPLETE = "weft_state.safetensors", "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What may differ when a run goes on: where things lie (what is in them is compared), and what is only said or kept.
-MAY_DIFFER = ("out", "model.path", "model.tokenizer", "data.train", "data.eval", "data.chat_template", "data.config",
-              "data.split", "data.eval_split", "data.columns", "train.device", "eval.batch", "save", "log")
+MAY_DIFFER = ("out", "model.path", "model.tokenizer", "adapter.start", "data.train", "data.eval", "data.chat_template",
+              "data.config", "data.split", "data.eval_split", "data.columns", "train.device", "eval.batch", "save", "log")
 
 
 def write_state(adapter: Adapter, folder: Path) -> None:
@@ -99,11 +99,11 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Leave the `keep` newest whole checkpoints, and nothing half-written."""
+def prune(folder: Path, keep: int | None) -> None:
+    """Leave the `keep` newest whole checkpoints (None: all of them), and nothing half-written."""
     kept = 0
     for _, path in _numbered(folder):
-        if (path / COMPLETE).is_file() and kept < keep:
+        if (path / COMPLETE).is_file() and (keep is None or kept < keep):
             kept += 1
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -112,7 +112,7 @@ def prune(folder: Path, keep: int) -> None:
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
     """Raises ConfigError, naming what differs between the identity of the stored run and that of this one."""
     for key, text in (("model", "the model's weights"), ("train", "the training data"), ("eval", "the evaluation data"),
-                      ("processes", "the number of processes")):
+                      ("start", "the adapter that it begins with"), ("processes", "the number of processes")):
         if before.get(key) != now.get(key):
             raise ConfigError(f"{where} holds a run with other values in {text} ({before.get(key)} there, {now.get(key)} "
                               "here). Give what it was started with, or another out.")

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
-from collections.abc import Mapping
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -53,15 +55,47 @@ class RunDir:
 
     def check(self, config: RunConfig, go_on: bool) -> None:
         """Whether a run may begin or go on here, before anything is loaded. Raises ConfigError."""
-        if self.root.exists() and not self.root.is_dir():
-            raise ConfigError(f"out={str(self.root)!r} is a file; give a directory.")
+        place = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
+        if not place.is_dir():
+            raise ConfigError(f"out={str(self.root)!r}: {place} is a file; give a directory.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"out={str(self.root)!r}: nothing may be written into {place}. Give another directory.")
         there = self.record.is_file()
         if there and not go_on:
             raise ConfigError(f"out={str(self.root)!r} holds a run. Add --resume to go on with it, or give another out.")
         if there:
             check_config(self.read()["config"], to_dict(config), self.root)
-        elif self.root.is_dir() and any(self.root.iterdir()):
+        elif go_on:
+            raise ConfigError(f"out={str(self.root)!r} holds no run to go on with. Leave --resume out to begin one there, "
+                              "or give the out of the run that is meant.")
+        elif self.root.is_dir() and any(not path.name.startswith(".") for path in self.root.iterdir()):
             raise ConfigError(f"out={str(self.root)!r} is not empty and holds no run. Give a new directory.")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process trains in this directory meanwhile; the system frees the lock of one that was killed.
+
+        Raises ConfigError where another one does.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":
+            yield
+            return
+        import fcntl
+
+        handle = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ConfigError(f"out={str(self.root)!r}: another process is training there. Wait for it, or give another "
+                              "out.") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            os.close(handle)
 
     def read(self) -> dict[str, Any]:
         """run.json. Raises WeftError."""
@@ -78,19 +112,21 @@ class RunDir:
 
         Raises ConfigError where the directory's run had other data, another model or other trained tensors.
         """
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for left in self.root.glob(".*.tmp"):  # of a run that was killed while it wrote; this one is alone here
+            left.unlink()
         found = None
         begun = []
         if self.record.is_file():
             before = self.read()
             check_same(before["identity"], identity, self.root)
             found, begun = newest(self.checkpoints), before["sessions"]
-        self._cut_log(found[1] if found else 0)
         record = {"schema": SCHEMA, "status": "running", "identity": identity, **facts,
                   "sessions": [*begun, {"from_step": found[1] if found else 0, **_surroundings()}],
                   "config": to_dict(config)}
-        self.write(record)
+        self.write(record)  # first, so that a run that is killed now can be gone on with
         self.put("config.yaml", dump(config))
+        self.checkpoints.mkdir(exist_ok=True)
+        self._cut_log(found[1] if found else 0)
         return found
 
     def finish(self, **result: Any) -> None:

@@ -119,6 +119,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if self.args.world_size > 1:
             torch.distributed.barrier()  # the others write their random states into the folder next
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's; a full disk, which torch.save calls a RuntimeError, is an OSError."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream")):
+                raise
+            raise OSError(f"checkpoint-{self.state.global_step} could not be written whole") from error
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         read_state(self.adapter, Path(resume_from_checkpoint))
 
@@ -146,8 +155,9 @@ def groups(adapter: Adapter, optim: OptimSection) -> list[dict[str, Any]]:
             for (name, rate, decay), tensors in found.items()]
 
 
-def arguments(config: RunConfig, folder: Path, steps: int, per_epoch: int, evaluates: bool) -> TrainingArguments:
+def arguments(config: RunConfig, folder: Path, steps: int, per_epoch: int, data: Data) -> TrainingArguments:
     """What the Trainer must know; checkpoints, logs and reports that are Weft's own are left to the callbacks."""
+    evaluates, text = data.eval is not None, data.kind != "image-classification"
     train, cuda = config.train, torch.cuda.is_available() and config.train.device != "cpu"
     if train.device == "cuda" and not cuda:
         raise ConfigError("train.device=cuda: torch sees no CUDA device here. See `weft doctor`.")
@@ -162,7 +172,7 @@ def arguments(config: RunConfig, folder: Path, steps: int, per_epoch: int, evalu
         eval_strategy="steps" if evaluates else "no", eval_steps=config.eval.every or per_epoch,
         save_strategy="steps", save_steps=config.save.every or per_epoch, logging_strategy="steps",
         logging_steps=config.log.every, logging_nan_inf_filter=False, report_to=list(config.log.report_to) or "none",
-        include_num_input_tokens_seen="non_padding", remove_unused_columns=False, label_names=["labels"],
+        include_num_input_tokens_seen="non_padding" if text else "no", remove_unused_columns=False, label_names=["labels"],
         ddp_backend="gloo" if processes.count() > 1 and not cuda else None, ddp_find_unused_parameters=False,
         disable_tqdm=True, log_level="error", run_name=Path(config.out).name)
     if args.n_gpu > 1:  # one process, one device: DataParallel would copy the model at every step

@@ -13,8 +13,9 @@ from torch import nn
 from ..checkpoint.load import load, read
 from ..errors import ConfigError, WeftError
 from ..tasks import GenerationTask, Report, Task, find_generation, find_task
+from ..tasks.images import encode
 from ..tasks.metrics import METRICS, NO_VARIATION
-from ..tasks.models import loading, quiet
+from ..tasks.models import ModelRef, image_processor, loading, quiet
 from .data import is_generation, label_samples
 from .generate import answer
 from .losses import collate
@@ -48,18 +49,23 @@ def open_model(model: str, adapter: str | None, dtype: str = "auto", device: str
                ) -> Opened:
     """Load the base and the adapter. Raises ConfigError (no such place), WeftError (they do not fit)."""
     ref = find_source(model)
+    with quiet(), loading(ref, "a tokenizer and a configuration"):
+        tokenizer, shape, stops = tokenizer_and_stops(ref, ref)
+    limit = most_tokens(tokenizer, shape)
+    return Opened(loaded(ref, adapter, dtype, device), tokenizer,
+                  Renderer(tokenizer, limit, template=template, stops=stops), limit)
+
+
+def loaded(ref: ModelRef, adapter: str | None, dtype: str, device: str) -> Any:
+    """The model with the adapter active, on its device. Raises what `open_model` does."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here. See `weft doctor`.")
     stored = None if adapter is None else read(adapter)
-    with quiet(), loading(ref, "a tokenizer and a configuration"):
-        tokenizer, shape, stops = tokenizer_and_stops(ref, ref)
     made = model_for(ref, None if stored is None else stored.base.get("class"), {} if stored is None else stored.selected,
                      dtype)
     if adapter is not None:
         load(made, adapter)
-    there = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    limit = most_tokens(tokenizer, shape)
-    return Opened(made.to(there).eval(), tokenizer, Renderer(tokenizer, limit, template=template, stops=stops), limit)
+    return made.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu").eval()
 
 
 def evaluate(opened: Opened, name: str, split: str = "test", most: int | None = None, batch: int = 8) -> Evaluated:
@@ -79,8 +85,6 @@ def _generated(opened: Opened, task: GenerationTask, split: str, most: int | Non
 
 @torch.no_grad()
 def _labelled(opened: Opened, task: Task, split: str, most: int | None, batch: int) -> Evaluated:
-    if task.family != "text":
-        raise ConfigError(f"task {task.name!r} has {task.family}s; weft eval reads text.")
     if split not in task.splits:
         raise ConfigError(f"task {task.name!r} has no split {split!r}. It has {sorted(task.splits)}.")
     outputs = getattr(opened.model.config, "num_labels", 0)
@@ -102,6 +106,32 @@ def _labelled(opened: Opened, task: Task, split: str, most: int | None, batch: i
     score = METRICS[task.metric](said, [row["labels"] for row in rows])
     reasons = {} if score is not None else {task.metric: NO_VARIATION}
     return Evaluated(task.name, split, len(rows), Report({task.metric: score}, reasons, task.notes))
+
+
+@torch.no_grad()
+def evaluate_images(model: str, adapter: str | None, name: str, split: str = "test", most: int | None = None, batch: int = 8,
+                    dtype: str = "auto", device: str = "auto") -> Evaluated:
+    """Score a task of images. Raises ConfigError (no such task or split), WeftError (the model is of another kind)."""
+    ref, task = find_source(model), find_task(name).load()
+    if split not in task.splits:
+        raise ConfigError(f"task {task.name!r} has no split {split!r}. It has {sorted(task.splits)}.")
+    made = loaded(ref, adapter, dtype, device)
+    outputs = getattr(made.config, "num_labels", 0)
+    if "ImageClassification" not in type(made).__name__ or outputs != len(task.classes):
+        raise WeftError(f"task {task.name!r} has {len(task.classes)} classes of images, and the model is a "
+                        f"{type(made).__name__} with {outputs} outputs. Give the adapter that was trained for it.")
+    notes = list(task.notes)
+    with quiet(), loading(ref, "an image processor"):
+        processor = image_processor(ref, made.config, notes)
+    held = task.splits[split]
+    ready = encode(held.take(range(min(len(held), most or len(held)))), made.config, processor)
+    said: list[int] = []
+    for start in range(0, len(ready.labels), batch):
+        rows = torch.arange(start, min(start + batch, len(ready.labels)))
+        inputs = {key: value.to(made.device, made.dtype) for key, value in ready.batch(rows).items()}
+        said += made(**inputs).logits.float().argmax(1).tolist()
+    score = METRICS[task.metric](said, ready.labels.tolist())
+    return Evaluated(task.name, split, len(said), Report({task.metric: score}, {}, tuple(notes)))
 
 
 def generate(opened: Opened, prompts: Sequence[str], settings: dict[str, Any], chat: bool, batch: int = 8) -> list[str]:

@@ -1,0 +1,158 @@
+"""`adapter.start`: a run whose adapter begins with the tensors of another one, as the LoRA paper begins MRPC, RTE and STS-B
+with its MNLI adapter (arXiv:2106.09685, appendix D.1).
+
+A head that the base does not have is taken over where it has the shape of this run's, and is new where the number of classes
+is another, as it is in the paper.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import files, header
+from ..checkpoint.content import SHOWN, Stored
+from ..checkpoint.load import read
+from ..checkpoint.placement import Placement
+from ..errors import CheckpointError, ConfigError, WeftError
+from ..methods.base import Stateful
+from ..model.adapter import Adapter
+from ..model.state import state_of, unwrapped
+from ..model.structure import canonical
+from ..model.switch import base_only
+from .pretrained import check_recorded
+
+# What may differ: where the method stands is compared layer by layer; the others decide how tensors begin or train, and not
+# what they mean.
+FREE = ("targets", "modules_to_save", "dropout", "init", "norm_grad", "dtype", "total_steps", "warm_up", "final", "interval",
+        "orthogonality")
+
+
+@dataclass(frozen=True)
+class Start:
+    """An adapter on the disk that fits the configuration, as far as that can be said without the model."""
+
+    path: str
+    stored: Stored
+    fingerprint: str  # 16 hex digits over its tensors by name
+
+
+def open_start(path: str, method: Any) -> Start:
+    """Read the adapter. Raises ConfigError where it is none, or of another method than `method`."""
+    place = Path(path).expanduser()
+    try:
+        stored = read(place)
+    except WeftError as error:
+        inside = next((name for name in ("adapter", "best") if (place / name / files.TENSORS).is_file()), None)
+        cure = f" Give {place / inside}." if inside else ""
+        raise ConfigError(f"adapter.start={path!r}: {error}{cure}") from None
+    if stored.problems:
+        raise ConfigError(f"adapter.start={path!r} is damaged: {stored.problems[0]}")
+    theirs, mine = type(stored.config).__name__, type(method).__name__
+    if theirs != mine:
+        raise ConfigError(f"adapter.start={path!r} is an adapter of {theirs}, and method.name is {mine}. Give "
+                          f"method.name={theirs}, or an adapter of {mine}.")
+    drawn = bool(stored.checksums)  # frozen tensors that the seed decides
+    for f in fields(method):
+        there, here = (_meant(config, f.name) for config in (stored.config, method))
+        if f.name not in FREE and (f.name != "seed" or drawn) and there != here:
+            raise ConfigError(f"adapter.start={path!r} was trained with method.{f.name}={there!r}, and this run has "
+                              f"{here!r}. Give method.{f.name}={there!r}.")
+    return Start(path, stored, _fingerprint(stored))
+
+
+def check_base(start: Start, model: nn.Module, missing: Collection[str]) -> None:
+    """The run that made the adapter was on these weights, where its directory says so. Raises WeftError."""
+    place = Path(start.path).expanduser()
+    check_recorded(model, missing, [place if place.is_dir() else place.parent])
+
+
+@torch.no_grad()
+def begin_with(start: Start, adapter: Adapter, missing: Collection[str]) -> dict[str, Any]:
+    """Put the tensors into the attached adapter; what run.json says of it. `missing`: base tensors that no checkpoint has.
+
+    Raises CheckpointError, naming the tensor, where something of either side would be left over; nothing has changed then.
+    """
+    root, stored = unwrapped(adapter.model), start.stored
+    mine = adapter.selected_tensors
+    head = {canonical(name): mine[name].trained for name in missing if name in mine}
+    taken = bool(head) and all(name in stored.selected and stored.selected[name].shape == t.shape
+                               for name, t in head.items())
+    if not taken:
+        stored.selected |= {name: t.detach().cpu().clone() for name, t in head.items()}  # its own
+    with base_only(state_of(root)):
+        plan = Placement(root, stored)
+    _refuse(start, [*plan.problems, *_left_over(adapter, plan), *_drawn_otherwise(adapter, stored)])
+    for name, site in adapter.sites.items():
+        live = site.trainable()
+        for tensor, value in plan.values[name].items():
+            live[tensor].copy_(value)
+    for name, value in plan.selected.items():
+        mine[name].trained.copy_(value)
+    return {"path": start.path, "fingerprint": start.fingerprint,
+            "head": ("taken over" if taken else "new") if head else None}
+
+
+def said(told: Mapping[str, Any]) -> str:
+    """The same for the log and the card."""
+    head = {"taken over": "; its head is taken over", "new": "; the head is new, since the one there is of other classes or "
+            "there is none", None: ""}[told["head"]]
+    return f"Begins with the adapter {told['path']} (fingerprint {told['fingerprint']}){head}."
+
+
+def _meant(config: Any, name: str) -> Any:
+    """A field's value; alpha=None is r."""
+    value = getattr(config, name)
+    return float(config.r) if name == "alpha" and value is None else value
+
+
+def _left_over(adapter: Adapter, plan: Placement) -> list[str]:
+    """What only one of the two sides trains, and layers whose rules mean other things."""
+    found = []
+    for name in [*adapter.sites, *(n for n in plan.rules if n not in adapter.sites)]:
+        if name not in plan.rules:
+            found.append(f"{name!r} is adapted in this run and not there; leave it out of method.targets")
+        elif name not in adapter.sites:
+            found.append(f"{name!r} is adapted there and not in this run; name it in method.targets")
+        else:
+            found += _unlike(name, adapter.sites[name], plan)
+    found += [f"{name!r} was trained there and is not in this run; name its module in method.modules_to_save"
+              for name in plan.selected if name not in adapter.selected_tensors]
+    return found
+
+
+def _drawn_otherwise(adapter: Adapter, stored: Stored) -> list[str]:
+    known = stored.checksums.get(header.FIXED)
+    return [] if known in (None, header.fixed_checksum(adapter)) else [
+        "its frozen tensors, drawn by layer and seed, are not those of this run: the layers have other names"]
+
+
+def _unlike(name: str, site: Any, plan: Placement) -> list[str]:
+    theirs, mine = plan.rules[name], site.rule
+    for f in fields(mine):
+        there, here = (_meant(rule, f.name) for rule in (theirs, mine))
+        if f.name not in (*FREE, "seed") and there != here:
+            return [f"{name!r} has {f.name}={there!r} there and {here!r} in this run; say the former in method.targets"]
+    if isinstance(mine, Stateful) and name in plan.reached and mine.reached(site) != plan.reached[name]:
+        return [(f"{name!r} has lost a part of its rank there, which a new schedule of {type(mine).__name__} would give "
+                 "again; begin without adapter.start")]
+    return []
+
+
+def _refuse(start: Start, problems: list[str]) -> None:
+    if problems:
+        more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise CheckpointError(f"adapter.start={start.path!r} does not fit this run:\n  "
+                              + "\n  ".join([*problems[:SHOWN], *more]))
+
+
+def _fingerprint(stored: Stored) -> str:
+    tensors = {f"{module}.{tensor}": t for module, site in stored.sites.items() for tensor, t in site.tensors.items()}
+    text = "".join(f"{name} {files.checksum(t)}\n" for name, t in sorted({**tensors, **stored.selected}.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
