@@ -116,7 +116,7 @@ EXPERIMENTS = (
         "BLEU on 40 meanings of the test file.", (FULL, VERA, DORA, DVORA), like="lora-paper-e2e", workers=1),
     Experiment(
         "commonsense", "commonsense", "ARC-easy with stories15M", "{data}/../models/stories15m",
-        "arc-e:{data}/COMMONSENSE", ("lora", "dora", "vera", "dvora"), "steps=40,batch=4,validation=60,test=100", 3,
+        "arc-e:{data}/COMMONSENSE", ("lora", "dora", "vera", "dvora"), "steps=25,batch=4,validation=40,test=60", 3,
         of(("lora", "dora", "vera", "dvora"), GENERATED),
         "Science questions for children with three to five answers, in the instruction form of the DoRA paper; an answer is "
         "generated, and its first key word counts.", (VERA, DORA, DVORA), like="dora-paper-commonsense", workers=1),
