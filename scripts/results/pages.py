@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .run import RECORDS
 from .words import AGAIN, INDEX, PAGES, READING, TITLES, flowing
 
 OUT = RECORDS.parent
+EDGE = re.compile(r"(?P<method>.+): the best learning rate, (?P<rate>\S+), is at the edge of those tried \((?P<tried>.+)\);")
 MADE = "<!-- written by `make results` from docs/results/records -->"
 
 
@@ -85,7 +87,7 @@ def _pretrained(record: Mapping[str, Any]) -> str:
     if not about:
         return ""
     return (f"The pretrained model: {about['parameters']:,} numbers, {about['steps']:,} steps of {about['batch']} on "
-            f"{about['images']:,} images of the first five classes in {about['seconds'] / 60:.0f} minutes on one core; "
+            f"{about['images']:,} images of the first five classes in {about['seconds'] / 60:.0f} minutes of a busy core; "
             f"{about['held_out_accuracy']:.1%} right on {about['held_out']:,} other images of these classes.")
 
 
@@ -155,7 +157,13 @@ def _gap(one: Any) -> list[str]:
 
 
 def _notes(result: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {note.replace('|', chr(92) + '|').replace('_', chr(92) + '_')}" for note in result["notes"])
+    """The comparison's own notes; the rates at the edge of those tried in one line."""
+    edges = [found for note in result["notes"] if (found := EDGE.match(note))]
+    lines = [note for note in result["notes"] if not EDGE.match(note)]
+    if edges:
+        rates = "; ".join(f"{found['method']} {found['rate']} (of {found['tried']})" for found in edges)
+        lines.append(f"Best at an edge of the rates tried, so that a better one may lie beyond: {rates}.")
+    return "\n".join(f"- {note.replace('|', chr(92) + '|').replace('_', chr(92) + '_')}" for note in lines)
 
 
 def _made(record: Mapping[str, Any]) -> list[str]:
