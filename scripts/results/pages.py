@@ -76,9 +76,9 @@ def _section(experiment: Experiment, record: Mapping[str, Any]) -> list[str]:
     found = findings(result, experiment.claims)
     claims = [[one.verdict, *_gap(one), one.claim.says] for one in found]
     shown = f"![{experiment.title}: score of every method]({experiment.name}.svg)"
-    blocks = [_pretrained(record), _told(result), shown, _scores(result), _notes(result), "### What the papers claim",
-              _table(["verdict", "points", "95 % interval", "claim"], claims, "lrrl"), unseen(found), _printed(experiment),
-              "### How it was made", *_made(record)]
+    blocks = [_pretrained(record), _told(result), shown, _scores(result), _metrics(result), _notes(result),
+              "### What the papers claim", _table(["verdict", "points", "95 % interval", "claim"], claims, "lrrl"),
+              unseen(found), _printed(experiment), "### How it was made", *_made(record)]
     return [block for block in blocks if block]
 
 
@@ -125,6 +125,21 @@ def _printed(experiment: Experiment) -> str:
     rows = "; ".join(f"{row['row']} {row['scores'][column][0]:.1f}" for row in table.has(column))
     return (f"Printed in the {table.title} ({column}): {rows}. Model, data, steps and protocol are others there; "
             f"`weft compare --like {table.name}` lays the rows of a comparison under these and says what differs.")
+
+
+def _metrics(result: Mapping[str, Any]) -> str:
+    """All metrics of a task that has several, as the task's own tool prints them."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row.get("metrics") or {}))
+    if len(names) < 2:
+        return ""
+    rows = [[row["method"], *(_mean((row.get("metrics") or {}).get(name, [])) for name in names)] for row in result["rows"]]
+    table = _table(["method", *names], rows, "l" + "r" * len(names))
+    return f"{table}\n\nMeans over the seeds, as each metric's own tool prints it."
+
+
+def _mean(scores: Sequence[float | None]) -> str:
+    there = [score for score in scores if score is not None]
+    return f"{sum(there) / len(there):.4f}" if there and len(there) == len(scores) else "–"
 
 
 def _number(value: float | None, shown: Callable[[float], str]) -> str:

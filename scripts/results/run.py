@@ -22,7 +22,7 @@ SCHEMA = 1
 KEPT = ("task", "model", "metric", "seeds", "settings", "examples", "classes", "head", "head_trainable", "rows",
         "recommendation", "no_recommendation", "ranking", "notes")
 ROW = ("method", "config", "trainable", "bytes", "score_mean", "score_interval", "scores", "lr", "lr_validation", "worse_p",
-       "example_gap", "peak_bytes", "status", "reason")
+       "example_gap", "metrics", "peak_bytes", "status", "reason")
 
 
 def run(experiment: Experiment, data: Path, folder: Path, more: Sequence[str] = ()) -> int:

@@ -97,6 +97,16 @@ def test_rows_that_the_test_cannot_tell_apart_are_not_ordered() -> None:
     assert f"Not significantly worse over 3 seeds: {C}. Significantly worse: {B}." in told and "says nothing" in told
 
 
+def test_several_metrics_have_a_table_and_rates_at_an_edge_one_line() -> None:
+    several = {**RESULT, "rows": [{**row(A, [0.1]), "metrics": {"BLEU": [0.1, 0.2], "METEOR": [None, 0.3]}}, row(B, [0.2])]}
+    assert "| method A | 0.1500 | – |\n| method B | – | – |" in pages._metrics(several)
+    assert pages._metrics(RESULT) == ""
+    edge = "{}: the best learning rate, 1e-3, is at the edge of those tried (1e-3, 3e-3); a better one may lie beyond."
+    told = pages._notes({"notes": [edge.format(A), "x_y | z", edge.format("DoRA r=4")]})
+    assert told == ("- x\\_y \\| z\n- Best at an edge of the rates tried, so that a better one may lie beyond: "
+                    "method A 1e-3 (of 1e-3, 3e-3); DoRA r=4 1e-3 (of 1e-3, 3e-3).")
+
+
 def test_the_picture_is_an_svg_with_every_row_inside_it() -> None:
     rows = [row(f"m{i}", [0.5 + i / 100] * 3) for i in range(16)] + [row("lost", [0.1], score_mean=None)]
     root = ET.fromstring(picture({**RESULT, "rows": rows}, "a < b"))
