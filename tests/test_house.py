@@ -27,7 +27,7 @@ LIBRARIES = {
     "training": {"torch", "transformers", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml", "lm_eval",
                  "mlflow", "wandb"},
     "tasks": {"torch", "transformers", "numpy", "PIL", "sklearn", "scipy", "sacrebleu", "nltk", "rouge_score",
-              "pycocoevalcap", "datasets", "pyarrow"},
+              "pycocoevalcap", "datasets", "pyarrow", "gguf", "tokenizers"},
     "compare": {"torch", "transformers", "numpy", "scipy", "matplotlib", "statsmodels", "tqdm", "sklearn", "PIL", "optuna",
                 "sqlalchemy", "psycopg", "psutil", "filelock"},
     "analysis": {"torch", "numpy", "scipy", "matplotlib"},

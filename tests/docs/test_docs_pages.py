@@ -77,6 +77,13 @@ def test_the_site_fetches_nothing():
         assert not re.search(r"https?://", prose(page)), named(page)
 
 
+def test_the_readmes_first_screen_has_the_picture_and_the_command_that_makes_it():
+    first = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")[0]
+    command, picture = first.index("$ make demo"), first.index('src="docs/demo-scores.png"')
+    assert command < picture < 1000 and (ROOT / "docs" / "demo-scores.png").is_file()
+    assert len(first.splitlines()) < 26
+
+
 def slug(heading):
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.replace("`", "").lower()).strip())
 

@@ -80,9 +80,9 @@ def _commands() -> str:
 
 
 def listed(name: str, text: str, column: int) -> str:
-    """A name and what it is, at 80 columns."""
+    """A name and what it is, at 80 columns; a word with hyphens stays whole, since it may be something to type."""
     start = f"  {name}".ljust(column - 1) + " "
-    return textwrap.fill(text, 80, initial_indent=start, subsequent_indent=" " * column)
+    return textwrap.fill(text, 80, initial_indent=start, subsequent_indent=" " * column, break_on_hyphens=False)
 
 
 def _unknown(rest: Sequence[str], options: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ TEXT, DATA = "analysis.txt", "analysis.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="the base: a local directory, a hub name, or digits-vit")
+    add("--model", required=True, metavar="M", help="the base: a name of weft compare --list, a directory, or a hub name")
     add("--adapters", required=True, nargs="+", metavar="[LABEL=]DIR", help="runs of weft train, or adapter directories in "
         "order of time; those of one label are one run")
     add("--targets", metavar="NAME,NAME", help="only matrices with these name endings, for example query,value (default: "

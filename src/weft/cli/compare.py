@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..compare.like import Printed
     from ..compare.request import Request
     from ..compare.results import Comparison
 
@@ -49,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                                     "CPU one a core for small models, else one)")
     add("--out", metavar="DIR", type=Path, help="where everything is kept (default: weft-compare)")
     add("--json", metavar="FILE", type=Path, help="write the results there too")
+    add("--like", metavar="NAME", help="lay the rows under those that a paper prints, and say what differs: a name of "
+                                       "--list, for example vera-paper-glue")
     add("--resume", action="store_true", help="go on from the finished runs in --out")
     add("--study", metavar="URL", help="share the runs with other machines: postgresql+psycopg://user@host/database, and "
                                        "#NAME behind it for one of several studies (default: a file in --out)")
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     _check_installed()
     request = _request(args)
     _check_json(args.json)
+    printed = _printed(args.like, request)
     from ..compare.progress import Progress
     from ..compare.store import is_there
     from ..compare.sweep import compare
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with Progress(sys.stderr) as shown, _terminable():
             found = compare(request, shown)
-        _write(found, request, args)
+        _write(found, request, args, printed)
     except KeyboardInterrupt:
         return _interrupted(request, args.words)
     return 0 if found.ok else 1
@@ -138,17 +142,23 @@ def _check_json(path: Path | None) -> None:
                                                        f"there is no directory {str(path.parent)!r}."))
 
 
-def _write(found: Comparison, request: Request, args: argparse.Namespace) -> None:
-    from ..compare import output, report
+def _printed(name: str | None, request: Request) -> Printed | None:
+    from ..compare.like import find_like
+
+    return find_like(name, request.task.name) if name is not None else None
+
+
+def _write(found: Comparison, request: Request, args: argparse.Namespace, printed: Printed | None) -> None:
+    from ..compare import like, output, report
     from ..compare.locks import file_lock
     from ..compare.place import LOCK
     from ..compare.store import write_atomically
 
-    print(report.text(found))
+    print(output.text(found, like.lay(found, printed) if printed is not None else None))
     if args.json is not None:
         write_atomically(args.json, report.dumps(found))
     with file_lock(request.out, LOCK):  # other processes of the same --out write their reports too
-        written = output.write(found, request.out, shlex.join(["weft", *_without_password(args.words)]))
+        written = output.write(found, request.out, shlex.join(["weft", *_without_password(args.words)]), printed)
     print("\n" + report.wrap(f"In {request.out}/: {', '.join([*written, 'adapters/'])}"))
 
 
@@ -174,10 +184,11 @@ def _list(args: argparse.Namespace) -> int:
     others = {key: value for key, value in vars(args).items() if key not in ("list", "words")}
     if any(value not in (None, False, []) for value in others.values()):
         raise ConfigError("--list stands alone: it prints names and compares nothing.")
-    from ..compare import entries
+    from ..compare import entries, like
     from ..methods import METHODS
     from ..tasks import FAMILIES, GENERATION
     from ..tasks.models import EMBEDDED
+    from ..tasks.packaged import PACKAGED
     from . import listed
 
     methods = {entry.label: entry for entry in entries.parse_methods(",".join(METHODS))}
@@ -185,8 +196,11 @@ def _list(args: argparse.Namespace) -> int:
     print("tasks (--task)", *(listed(name, what, 21) for name, what in FAMILIES.items()), "", sep="\n")
     print("tasks whose answers are text (--task; a causal language model)",
           *(listed(name, what, 21) for name, what in GENERATION.items()), "", sep="\n")
-    print("models (--model)", *(f"  {name}" for name in EMBEDDED), "  a directory that transformers can read",
-          "  a name on the hub, such as google/vit-base-patch16-224", sep="\n")
+    packaged = (f"{held.what}; " + ("installed" if held.place() else held.install) for held in PACKAGED.values())
+    print("models (--model)", *(listed(name, "embedded", 21) for name in EMBEDDED),
+          *(listed(name, what, 21) for name, what in zip(PACKAGED, packaged, strict=True)),
+          "  a directory that transformers can read", "  a name on the hub, such as google/vit-base-patch16-224", sep="\n")
+    print("\nprinted tables (--like)", *(listed(name, held.title, 27) for name, held in like.tables().items()), sep="\n")
     return 0
 
 

@@ -12,7 +12,7 @@ HELP = "score a model, with an adapter or without, on a task"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="the base: a local directory or a hub name")
+    add("--model", required=True, metavar="M", help="the base: a name of weft compare --list, a directory, or a hub name")
     add("--adapter", metavar="DIR", help="what weft train, weft.save or peft wrote (default: the base alone)")
     add("--task", metavar="T", help="a task of weft compare --list, or e2e, samsum, wikisql, commonsense")
     add("--lm-eval", metavar="T,T", help="in place of --task: tasks of lm-evaluation-harness, for example arc_easy,piqa, by "

@@ -9,7 +9,7 @@ HELP = "continue a prompt with a model, with an adapter or without"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="the base: a local directory or a hub name")
+    add("--model", required=True, metavar="M", help="the base: a name of weft compare --list, a directory, or a hub name")
     add("--adapter", metavar="DIR", help="what weft train, weft.save or peft wrote (default: the base alone)")
     add("--prompt", required=True, action="append", metavar="TEXT", help="what to continue; may be given again")
     add("--chat", action="store_true", help="the prompt is a user's message for the tokenizer's chat template")

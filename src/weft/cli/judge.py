@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, default=Path("weft-judge"),
         help="where answers, judgments and failed attempts are kept, and gone on from (default: weft-judge)")
     add("--limit", type=int, metavar="N", help="the first N questions")
-    add("--model", metavar="M", help="answer with this base, a directory or a hub name (default: the answers in --out)")
+    add("--model", metavar="M", help="answer with this base: a name of weft compare --list, a directory, or a hub name "
+                                     "(default: the answers in --out)")
     add("--adapter", metavar="DIR", help="what weft train, weft.save or peft wrote (default: the base alone)")
     add("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 1024)")
     add("--set", action="append", metavar="KEY=VALUE", help="another setting of model.generate (default: MT-Bench's "

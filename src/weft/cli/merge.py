@@ -18,7 +18,7 @@ WIDTH = 80
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="the base: a local directory, a hub name, or digits-vit")
+    add("--model", required=True, metavar="M", help="the base: a name of weft compare --list, a directory, or a hub name")
     add("--adapter", required=True, metavar="DIR", help="what weft.save or peft's save_pretrained wrote")
     add("--out", required=True, metavar="DIR", type=Path, help="a new directory for the merged model")
     add("--dtype", choices=DTYPES, default="auto", help="of the merged weights (default: as the base has them)")

@@ -14,7 +14,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="a config.json or a directory with one, a hub name, or digits-vit")
+    add("--model", required=True, metavar="M", help="a config.json or a directory with one, a name of weft compare "
+                                                    "--list, or a hub name")
     add("--method", required=True, metavar="NAME", help="for example dora")
     add("--r", type=int, help="rank")
     add("--alpha", type=float, help="scale of the update: alpha / r")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from . import plots
 from .entries import rate
 from .examples import Gap
+from .like import Beside
 from .report import count, flat, headline, legend, no_ranking, p_value, score, size, title, why
 from .results import Comparison, Row, Run
 from .scale import Scale
@@ -16,12 +17,12 @@ from .scale import Scale
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. `strong` is the row that stands out; words (not figures) are in the columns of `words`."""
+    """Cells as text. The rows of `strong` stand out; words (not figures) are in the columns of `words`."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[int] = (0,)
-    strong: int | None = None
+    strong: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,13 @@ CAPTIONS = {
 }
 
 
-def document(found: Comparison, origin: Origin, drawn: Sequence[str]) -> list[Section]:
-    """All sections. `drawn` are the pictures that exist."""
+def document(found: Comparison, origin: Origin, drawn: Sequence[str], beside: Beside | None = None) -> list[Section]:
+    """All sections. `drawn` are the pictures that exist; `beside` is what --like asked for."""
     failed = [(row, run) for row in found.rows for run in row.runs if run.reason]
     sections = [Section("Recommendation", _recommendation(found)),
                 Section("Table", [title(found), _table(found), *_remarks(found)])]
+    if beside is not None:
+        sections.append(Section(f"Under {beside.printed.title}", _beside(beside)))
     if len(found.metrics) > 1:
         sections.append(Section("All metrics", [METRICS, _metrics(found)]))
     if drawn:
@@ -115,7 +118,7 @@ def _table(found: Comparison) -> Table:
     labels = [row.label for row in found.rows]
     return Table(header, [_cells(row, ranking.p.get(row.label) if ranking else None,
                                  found.gaps.get(row.label)) for row in found.rows], (0, 11),
-                 labels.index(ranking.recommended) if ranking else None)
+                 [labels.index(ranking.recommended)] if ranking else [])
 
 
 def _cells(row: Row, p: float | None, gap: Gap | None) -> list[str]:
@@ -156,6 +159,13 @@ def _remarks(found: Comparison) -> list[Part]:
         lines.append("points behind: the highest mean, with the 95 % interval of a paired bootstrap over the test examples, "
                      "each row by itself")
     return [Items([*failed, *found.notes, *lines])]
+
+
+def _beside(beside: Beside) -> list[Part]:
+    """The printed rows with ours standing out, and what differs."""
+    return [Table(beside.header, beside.cells, (0, 3), beside.ours),
+            "Not measured alike:", Table(["condition", "there", "here"], beside.differences, (0, 1, 2)),
+            Items([*beside.printed.notes, f"Printed: {beside.printed.source}."])]
 
 
 def _runs(found: Comparison) -> list[Fold]:

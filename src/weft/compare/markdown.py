@@ -37,7 +37,7 @@ def _table(table: Table) -> str:
     lines = [[_plain(cell) for cell in table.header], rules]
     for place, row in enumerate(table.rows):
         cells = [_plain(cell) for cell in row]
-        lines.append([f"**{cells[0]}**", *cells[1:]] if place == table.strong else cells)
+        lines.append([f"**{cells[0]}**", *cells[1:]] if place in table.strong else cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

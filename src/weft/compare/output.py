@@ -7,7 +7,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from . import plots, report
+from . import like, plots, report
 from .document import Origin, document
 from .markdown import markdown
 from .page import page
@@ -18,17 +18,26 @@ from .sweep import cores
 TABLE, JSON, CSV, RUNS, MARKDOWN, PAGE = "table.txt", "results.json", "results.csv", "runs.csv", "report.md", "report.html"
 
 
-def write(found: Comparison, out: Path, command: str) -> list[str]:
-    """Write everything and return the names; each file is written whole or not at all, and figures before pictures."""
-    files = {TABLE: report.text(found) + "\n", JSON: report.dumps(found), CSV: report.to_csv(found),
+def write(found: Comparison, out: Path, command: str, printed: like.Printed | None = None) -> list[str]:
+    """Write everything and return the names; each file is written whole or not at all, and figures before pictures.
+
+    printed: the paper's table that --like names.
+    """
+    beside = like.lay(found, printed) if printed is not None else None
+    files = {TABLE: text(found, beside) + "\n", JSON: report.dumps(found), CSV: report.to_csv(found),
              RUNS: report.runs_csv(found)}
     for name, content in files.items():
         write_atomically(out / name, content)
     drawn = plots.draw(found, out)
-    sections, heading = document(found, _origin(found, command), drawn), f"{found.task} on {found.model}"
+    sections, heading = document(found, _origin(found, command), drawn, beside), f"{found.task} on {found.model}"
     write_atomically(out / MARKDOWN, markdown(heading, sections))
     write_atomically(out / PAGE, page(heading, sections, {name: (out / name).read_bytes() for name in drawn}))
     return [PAGE, MARKDOWN, *files, *drawn]
+
+
+def text(found: Comparison, beside: like.Beside | None) -> str:
+    """What is printed at the end, and under it the paper's table."""
+    return report.text(found) + (f"\n\n{like.text(beside)}" if beside is not None else "")
 
 
 def _origin(found: Comparison, command: str) -> Origin:

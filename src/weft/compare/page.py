@@ -20,6 +20,7 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee }
 th { background: #f5f5f5; vertical-align: bottom } thead th { white-space: normal; overflow-wrap: normal }
 tbody th { background: none; font-weight: 400; white-space: normal; min-width: 7rem }
+tbody th, td { vertical-align: top }
 .words { text-align: left } tbody tr:last-child > * { border-bottom: 0 }
 td.words { white-space: normal; min-width: 8rem }
 tr.strong > * { background: #e8f3ec; font-weight: 600 }
@@ -74,7 +75,7 @@ def _table(table: Table, name: str) -> str:
     for number, row in enumerate(table.rows):
         cells = [f'<th scope="row" class="words">{escape(row[0])}</th>']
         cells += [f"<td{_words(table, place)}>{escape(cell)}</td>" for place, cell in enumerate(row) if place]
-        strong = ' class="strong"' if number == table.strong else ""
+        strong = ' class="strong"' if number in table.strong else ""
         rows.append(f"<tr{strong}>{''.join(cells)}</tr>")
     return "\n".join([f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name)}"><table>',
                       f"<thead><tr>{head}</tr></thead>", "<tbody>", *rows, "</tbody>", "</table></div>"])

@@ -1,4 +1,4 @@
-"""The model that a task is given: the embedded one, a local `transformers` directory, or a name on the hub."""
+"""The model that a task is given: embedded, a package (`packaged`), a `transformers` directory, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from torch import nn
 from ..errors import ConfigError, WeftError
 from . import csv_text, images
 from .base import SPLITS, Labelled, Task, capped
+from .packaged import PACKAGED
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"digits-vit": ASSETS / "digits_vit"}
+KNOWN = [*EMBEDDED, *PACKAGED]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CLASS = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
 
@@ -52,12 +54,16 @@ class Prepared:
 
 
 def find_model(name: str) -> ModelRef:
-    """Decide what `name` is, without loading anything. Raises ConfigError for a path that is no model directory.
+    """Decide what `name` is, without loading anything. Raises ConfigError for a path that is no model directory, and for a
+    package that is not installed. (One that holds a packed file is unpacked, the first time.)
 
-    An embedded name wins, then a directory that exists. What looks like a path is never sought on the network.
+    An embedded name or a package's wins, then a directory that exists. What looks like a path is never sought on the
+    network.
     """
     if name in EMBEDDED:
         return ModelRef(name, str(EMBEDDED[name]), True)
+    if name in PACKAGED:
+        return ModelRef(name, str(PACKAGED[name].directory(name)), True)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -68,8 +74,8 @@ def find_model(name: str) -> ModelRef:
     if looks_local or path.exists():
         raise ConfigError(f"model {name!r}: {'this is a file' if path.exists() else 'there is no such directory'}. Give a "
                           f"directory with config.json and model.safetensors, a hub name such as "
-                          f"google/vit-base-patch16-224, or one of {list(EMBEDDED)}.")
-    near = get_close_matches(name, EMBEDDED, n=1, cutoff=0.7)
+                          f"google/vit-base-patch16-224, or one of {KNOWN}.")
+    near = get_close_matches(name, KNOWN, n=1, cutoff=0.7)
     if near:
         raise ConfigError(f"model {name!r} is not known. Nearest: {near}.")
     return ModelRef(name, name, False)

@@ -1,0 +1,83 @@
+"""What a record says about its claims, in words and with intervals: nothing is ordered that the seeds cannot tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weft.compare.statistics import t_interval
+
+from .experiments import Claim
+
+MARGIN = 0.02  # "matches": not worse by more than two points
+ALPHA = 0.05
+SEEN, NOT_SEEN, UNKNOWN = "seen", "not seen", "cannot tell"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Mean of a - b over the seeds, its 95 % t-interval, and the verdict; None where a row has not all scores."""
+
+    claim: Claim
+    mean: float | None
+    interval: tuple[float, float] | None
+    verdict: str
+
+
+def findings(result: Mapping[str, Any], claims: Sequence[Claim]) -> list[Finding]:
+    """The verdict on every claim whose two rows are in the comparison."""
+    rows = {row["method"]: row for row in result["rows"]}
+    return [_finding(claim, rows[claim.a], rows[claim.b]) for claim in claims if {claim.a, claim.b} <= set(rows)]
+
+
+def _finding(claim: Claim, a: Mapping[str, Any], b: Mapping[str, Any]) -> Finding:
+    if None in (*a["scores"], *b["scores"]):
+        return Finding(claim, None, None, UNKNOWN)
+    gaps = [x - y for x, y in zip(a["scores"], b["scores"], strict=True)]
+    interval = t_interval(gaps)
+    mean = sum(gaps) / len(gaps)
+    return Finding(claim, mean, interval, UNKNOWN if interval is None else verdict(interval, claim.matches))
+
+
+def verdict(interval: tuple[float, float], matches: bool) -> str:
+    """Better: the whole interval is above 0. Matches: above minus the margin. Not seen: the whole interval is below."""
+    bound = -MARGIN if matches else 0.0
+    if interval[0] > bound:
+        return SEEN
+    return NOT_SEEN if interval[1] < bound else UNKNOWN
+
+
+def unseen(found: Sequence[Finding]) -> str:
+    """What the papers claim and this comparison does not show, in sentences."""
+    said = [f"“{one.claim.says}”: {_gap(one)}, {_why(one)}." for one in found if one.verdict != SEEN]
+    if not said:
+        return "Every claim of the table is seen here."
+    return "Not seen here:\n\n" + "\n".join(f"- {sentence}" for sentence in said)
+
+
+def _gap(one: Finding) -> str:
+    a, b = one.claim.a, one.claim.b
+    if one.mean is None or one.interval is None:
+        return f"{a} is not to be compared with {b}"
+    low, high = (100 * bound for bound in one.interval)
+    side = "above" if one.mean > 0 else "below"
+    return f"{a} is {abs(100 * one.mean):.1f} points {side} {b} (95 %: {low:+.1f} to {high:+.1f})"
+
+
+def _why(one: Finding) -> str:
+    if one.mean is None:
+        return "since not every seed has a score"
+    if one.verdict == NOT_SEEN:
+        return "so the data speak against it on this task"
+    return "which decides nothing either way"
+
+
+def groups(result: Mapping[str, Any]) -> tuple[str, list[str], list[str]] | None:
+    """The highest mean, the rows that are not significantly below it, and those that are; None where nothing was tested."""
+    ranking = result.get("ranking")
+    if not ranking:
+        return None
+    p = {row["method"]: row["worse_p"] for row in result["rows"] if row["worse_p"] is not None}
+    return (ranking["best"], [name for name, value in p.items() if value >= ALPHA],
+            [name for name, value in p.items() if value < ALPHA])

@@ -1,0 +1,178 @@
+"""docs/results/ from the records alone: the same records give the same files, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from weft.compare.entries import rate
+from weft.compare.like import find_like, kind
+from weft.compare.report import p_value
+
+from .experiments import EXPERIMENTS, Experiment
+from .findings import ALPHA, MARGIN, findings, groups, unseen
+from .picture import picture, unit
+from .run import RECORDS
+from .words import AGAIN, INDEX, PAGES, READING, TITLES, flowing
+
+OUT = RECORDS.parent
+MADE = "<!-- written by `make results` from docs/results/records -->"
+
+
+def pages() -> dict[Path, str]:
+    """Every page and picture with its text."""
+    records = {e.name: json.loads(path.read_text(encoding="utf-8")) for e in EXPERIMENTS
+               if (path := RECORDS / f"{e.name}.json").is_file()}
+    out = {OUT / "index.md": _index(records)}
+    for name in TITLES:
+        out[OUT / f"{name}.md"] = _page(name, records)
+    for experiment in EXPERIMENTS:
+        if experiment.name in records:
+            out[OUT / f"{experiment.name}.svg"] = picture(records[experiment.name]["result"], experiment.title)
+    return out
+
+
+def _index(records: Mapping[str, Any]) -> str:
+    rows = []
+    for experiment in EXPERIMENTS:
+        where = f"[{experiment.title}]({experiment.page}.md#{_anchor(experiment.title)})"
+        if experiment.name not in records:
+            rows.append([where, "-", "not run yet", "-"])
+            continue
+        result = records[experiment.name]["result"]
+        found = findings(result, experiment.claims)
+        told = [f"{sum(one.verdict == kind for one in found)} {kind}" for kind in ("seen", "not seen", "cannot tell")]
+        rows.append([where, str(result["seeds"]), _best(result), ", ".join(told)])
+    table = _table(["comparison", "seeds", "not significantly worse than the best", "claims of the papers"], rows, "")
+    reading = READING.format(alpha=ALPHA, margin=100 * MARGIN)
+    return "\n\n".join(["# Results", MADE, flowing(INDEX), flowing(reading), table, flowing(AGAIN)]) + "\n"
+
+
+def _best(result: Mapping[str, Any]) -> str:
+    told = groups(result)
+    if told is None:
+        return "nothing was tested"
+    best, same, worse = told
+    if not worse:
+        return f"all {len(same) + 1} rows"
+    return ", ".join([best, *same])
+
+
+def _page(name: str, records: Mapping[str, Any]) -> str:
+    blocks = [f"# {TITLES[name]}", MADE, flowing(PAGES[name])]
+    for experiment in EXPERIMENTS:
+        if experiment.page == name:
+            blocks += [f"## {experiment.title}", experiment.about]
+            blocks += _section(experiment, records[experiment.name]) if experiment.name in records else ["Not run yet."]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _section(experiment: Experiment, record: Mapping[str, Any]) -> list[str]:
+    result = record["result"]
+    found = findings(result, experiment.claims)
+    claims = [[one.verdict, *_gap(one), one.claim.says] for one in found]
+    shown = f"![{experiment.title}: score of every method]({experiment.name}.svg)"
+    blocks = [_pretrained(record), _told(result), shown, _scores(result), _notes(result), "### What the papers claim",
+              _table(["verdict", "points", "95 % interval", "claim"], claims, "lrrl"), unseen(found), _printed(experiment),
+              "### How it was made", *_made(record)]
+    return [block for block in blocks if block]
+
+
+def _pretrained(record: Mapping[str, Any]) -> str:
+    about = record["prepared"]
+    if not about:
+        return ""
+    return (f"The pretrained model: {about['parameters']:,} numbers, {about['steps']:,} steps of {about['batch']} on "
+            f"{about['images']:,} images of the first five classes in {about['seconds'] / 60:.0f} minutes on one core; "
+            f"{about['held_out_accuracy']:.1%} right on {about['held_out']:,} other images of these classes.")
+
+
+def _told(result: Mapping[str, Any]) -> str:
+    told = groups(result)
+    if told is None:
+        return f"No ranking: {result['no_recommendation']}"
+    best, same, worse = told
+    said = [f"{best} has the highest mean."]
+    said.append(f"Not significantly worse over {result['seeds']} seeds: {', '.join(same)}." if same else
+                "Every other row is significantly worse.")
+    if worse and same:
+        said.append(f"Significantly worse: {', '.join(worse)}.")
+    if same:
+        said.append("Among the rows that are not significantly worse the order of the means says nothing.")
+    return " ".join(said)
+
+
+def _scores(result: Mapping[str, Any]) -> str:
+    rows = [[row["method"], _count(row["trainable"]), _score(row), _number(row["worse_p"], p_value),
+             _behind(row["example_gap"]), _number(row["lr"], rate)] for row in result["rows"]]
+    head = ["method", "trainable", unit(result["metric"]), "p (worse)", "points behind", "learning rate"]
+    extra = f" The head adds {result['head_trainable']:,} to every row." if result.get("head_trainable") else ""
+    behind = (" Points behind: the best row, over the test examples (paired bootstrap, 95 %)."
+              if any(row["example_gap"] for row in result["rows"]) else "")
+    return f"{_table(head, rows, 'lrrrrr')}\n\nTrainable: without the head.{extra}{behind}"
+
+
+def _printed(experiment: Experiment) -> str:
+    """What the paper prints for this task, which was measured under other conditions."""
+    if experiment.like is None:
+        return ""
+    table = find_like(experiment.like, experiment.task)
+    column = table.columns[kind(experiment.task)]
+    rows = "; ".join(f"{row['row']} {row['scores'][column][0]:.1f}" for row in table.has(column))
+    return (f"Printed in the {table.title} ({column}): {rows}. Model, data, steps and protocol are others there; "
+            f"`weft compare --like {table.name}` lays the rows of a comparison under these and says what differs.")
+
+
+def _number(value: float | None, shown: Callable[[float], str]) -> str:
+    return "–" if value is None else shown(value)
+
+
+def _behind(gap: Mapping[str, Any] | None) -> str:
+    if gap is None:
+        return "–"
+    low, high = gap["interval"]
+    return f"{100 * gap['mean']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def _score(row: Mapping[str, Any]) -> str:
+    if row["score_mean"] is None:
+        return f"failed: {row['reason']}" if row["reason"] else "–"
+    low, high = row["score_interval"] or (row["score_mean"], row["score_mean"])
+    return f"{100 * row['score_mean']:.1f} ± {50 * (high - low):.1f}"
+
+
+def _gap(one: Any) -> list[str]:
+    if one.mean is None:
+        return ["–", "–"]
+    low, high = one.interval or (one.mean, one.mean)
+    return [f"{100 * one.mean:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"]
+
+
+def _notes(result: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {note.replace('|', chr(92) + '|').replace('_', chr(92) + '_')}" for note in result["notes"])
+
+
+def _made(record: Mapping[str, Any]) -> list[str]:
+    machine, versions = record["machine"], record["versions"]
+    told = ", ".join(f"{name} {versions[name]}" for name in ("weft", "torch", "transformers", "python"))
+    sizes = ", ".join(f"{count:,} {name}" for name, count in record["result"]["examples"].items())
+    return [f"```console\n$ {record['command']}\n```", (
+        f"{record['date']}, {machine['cpu']}, {machine['cores']} cores, {told}, commit {versions['commit']}; "
+        f"{record['minutes']:.0f} minutes with other work on the machine, so times of steps are left out. "
+        f"Examples: {sizes}. DATA, WORK and OUT stand for folders.")]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> str:
+    """sides: l or r for each column; all left where it is empty."""
+    rules = ["---:" if side == "r" else "---" for side in sides or "l" * len(head)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *rows))
+
+
+def _anchor(title: str) -> str:
+    return "-".join("".join(c for c in title.lower() if c.isalnum() or c in " -").split())

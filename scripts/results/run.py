@@ -1,0 +1,66 @@
+"""Running an experiment: `weft compare` as a process, and what is kept of it as a record."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine, versions
+from weft.compare.store import write_atomically
+
+from .experiments import Experiment
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "docs" / "results" / "records"
+SCHEMA = 1
+KEPT = ("task", "model", "metric", "seeds", "settings", "examples", "classes", "head", "head_trainable", "rows",
+        "recommendation", "no_recommendation", "ranking", "notes")
+ROW = ("method", "config", "trainable", "bytes", "score_mean", "score_interval", "scores", "lr", "lr_validation", "worse_p",
+       "example_gap", "peak_bytes", "status", "reason")
+
+
+def run(experiment: Experiment, data: Path, folder: Path, more: Sequence[str] = ()) -> int:
+    """Prepare, compare, and write the record; an interrupted comparison is gone on from. Returns the exit status."""
+    data, folder = data.resolve(), folder.resolve()
+    work, out = folder / f"{experiment.name}-data", folder / experiment.name
+    if experiment.prepare is not None:
+        experiment.prepare(data, work)
+    words = experiment.command(str(data), str(work), str(out))
+    started = time.time()
+    done = subprocess.run([sys.executable, "-m", "weft", *words, "--resume", *more], check=False)
+    if (out / "results.json").is_file():
+        told = {"{data}": str(data), "{work}": str(work), "{out}": str(out)}
+        found = record(experiment, json.loads((out / "results.json").read_text(encoding="utf-8")), told,
+                       time.time() - started, about(work))
+        write_atomically(RECORDS / f"{experiment.name}.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return done.returncode
+
+
+def about(work: Path) -> dict[str, Any]:
+    """What `prepare` says of a model that it trained."""
+    path = work / "vit" / "about.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def record(experiment: Experiment, found: Mapping[str, Any], places: Mapping[str, str], seconds: float,
+           prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison without curves and times of steps (the machine had other work), and without anybody's paths."""
+    kept = {key: found[key] for key in KEPT if key in found}
+    kept["rows"] = [{key: row.get(key) for key in ROW} for row in found["rows"]]
+    text = json.dumps(kept)
+    for name, place in sorted(places.items(), key=lambda pair: -len(pair[1])):
+        text = text.replace(place, {"{data}": "DATA", "{work}": "WORK", "{out}": "OUT"}[name])
+    return {"schema": SCHEMA, "name": experiment.name, "command": command(experiment),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()), "minutes": round(seconds / 60, 1), "machine": machine(),
+            "versions": versions(), "prepared": dict(prepared), "result": json.loads(text)}
+
+
+def command(experiment: Experiment) -> str:
+    """As a reader would type it; DATA is the folder of the data sets, WORK what the experiment's preparation wrote."""
+    return shlex.join(["weft", *experiment.command("DATA", "WORK", "OUT")])
