@@ -158,8 +158,7 @@ def _write(found: Comparison, request: Request, args: argparse.Namespace, printe
     if args.json is not None:
         write_atomically(args.json, report.dumps(found))
     with file_lock(request.out, LOCK):  # other processes of the same --out write their reports too
-        command = shlex.join(["weft", *_without_password(args.words)])
-        written = output.write(found, request.out, command, printed)
+        written = output.write(found, request.out, shlex.join(["weft", *_without_password(args.words)]), printed)
     print("\n" + report.wrap(f"In {request.out}/: {', '.join([*written, 'adapters/'])}"))
 
 
