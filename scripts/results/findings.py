@@ -53,7 +53,10 @@ def unseen(found: Sequence[Finding]) -> str:
     said = [f"“{one.claim.says}”: {_gap(one)}, {_why(one)}." for one in found if one.verdict != SEEN]
     if not said:
         return "Every claim of the table is seen here."
-    return "Not seen here:\n\n" + "\n".join(f"- {sentence}" for sentence in said)
+    undecided = all(one.verdict == UNKNOWN for one in found)
+    head = ("None of these claims is decided here: the scores spread more over the seeds than methods differ in the papers."
+            if undecided else "Not seen here, or not decided:")
+    return f"{head}\n\n" + "\n".join(f"- {sentence}" for sentence in said)
 
 
 def _gap(one: Finding) -> str:
