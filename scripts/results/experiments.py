@@ -113,11 +113,11 @@ EXPERIMENTS = (
         of(("full", "lora", "dora", "vera", "dvora"), GENERATED),
         "Restaurant descriptions from slots. E2E's training file is not in the copy at hand, so the methods train on four "
         "fifths of the meanings of its validation file; the others choose the learning rate, by the loss. The scores are "
-        "BLEU on 40 meanings of the test file.", (FULL, VERA, DORA, DVORA), like="lora-paper-e2e", workers=1),
+        "BLEU on 40 meanings of the test file.", (FULL, VERA, DORA, DVORA), like="lora-paper-e2e"),
     Experiment(
         "commonsense", "commonsense", "ARC-easy with stories15M", "{data}/../models/stories15m",
         "arc-e:{data}/COMMONSENSE", ("lora", "dora", "vera", "dvora"), "steps=25,batch=4,validation=40,test=60", 3,
         of(("lora", "dora", "vera", "dvora"), GENERATED),
         "Science questions for children with three to five answers, in the instruction form of the DoRA paper; an answer is "
-        "generated, and its first key word counts.", (VERA, DORA, DVORA), like="dora-paper-commonsense", workers=1),
+        "generated, and its first key word counts.", (VERA, DORA, DVORA), like="dora-paper-commonsense"),
 )
