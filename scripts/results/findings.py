@@ -81,6 +81,7 @@ def groups(result: Mapping[str, Any]) -> tuple[str, list[str], list[str]] | None
     ranking = result.get("ranking")
     if not ranking:
         return None
-    p = {row["method"]: row["worse_p"] for row in result["rows"] if row["worse_p"] is not None}
+    p = {row["method"]: min(row["worse_p"], 1.0 if row.get("worse_p_examples") is None else row["worse_p_examples"])
+         for row in result["rows"] if row["worse_p"] is not None}
     return (ranking["best"], [name for name, value in p.items() if value >= ALPHA],
             [name for name, value in p.items() if value < ALPHA])

@@ -77,7 +77,7 @@ def test_the_json_says_how_far_a_row_is_behind_the_best(finished: Finished) -> N
 def test_the_gap_is_told_for_the_recommended_row_and_not_where_runs_of_before_kept_no_examples() -> None:
     given = {"scores": [0.8, 0.9, 0.85], "nbytes": 9, "trainable": 9, "reason": None, "runs": [], "lr": 1.0}
     best = lost(label="A", right=[answers(0.9, 60, k) for k in range(3)], **given)
-    other = lost(label="B", right=[answers(0.8, 60, 9 + k) for k in range(3)],
+    other = lost(label="B", right=[answers(0.88, 60, 9 + k) for k in range(3)],
                  **{**given, "scores": [0.8, 0.86, 0.84], "trainable": 5})
     said = report.text(found_with([best, other]))
     assert "paired bootstrap over the examples" in " ".join(said.split())

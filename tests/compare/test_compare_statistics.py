@@ -93,6 +93,24 @@ def test_a_clear_difference_is_recommended_whatever_its_size() -> None:
     assert (found.best, found.recommended) == ("row 1", "row 1")
 
 
+def test_a_row_that_the_examples_find_worse_is_not_recommended_though_the_seeds_are_too_few() -> None:
+    scores, sizes = named([[0.80, 0.86, 0.80], [0.85, 0.84, 0.85], [0.85, 0.86, 0.84]])
+    few = rank(scores, sizes)
+    assert few is not None and (few.best, few.recommended) == ("row 2", "row 0")
+    answers = {"row 0": [1.0] * 82 + [0.0] * 18, "row 1": [1.0] * 84 + [0.0] * 16, "row 2": [1.0] * 85 + [0.0] * 15}
+    slight = rank(scores, sizes, answers)
+    assert slight is not None and slight.recommended == "row 0"  # three examples of a hundred may be chance
+    many = rank(scores, sizes, {name: right * 20 for name, right in answers.items()})
+    assert many is not None and many.is_worse("row 0") and many.p == few.p
+    assert many.recommended == ("row 2" if many.is_worse("row 1") else "row 1")
+
+
+def test_answers_of_the_best_row_are_needed_for_the_test_over_examples() -> None:
+    scores, sizes = named([[0.80, 0.86, 0.80], [0.85, 0.86, 0.84]])
+    found = rank(scores, sizes, {"row 0": [0.0] * 50})
+    assert found is not None and not found.on_examples and found.recommended == "row 0"
+
+
 def test_the_gap_s_bound_lies_above_the_mean_gap_and_shrinks_with_more_seeds() -> None:
     best, other = [0.9, 0.8, 0.85], [0.88, 0.79, 0.80]
     few, many = gap_bound(best, other), gap_bound(best * 3, other * 3)

@@ -157,7 +157,7 @@ def _remarks(found: Comparison) -> list[Part]:
         lines.append("p (worse): of the test that the row is worse than the highest mean, over the seeds, corrected")
     if found.gaps:
         lines.append("points behind: the highest mean, with the 95 % interval of a paired bootstrap over the test examples, "
-                     "each row by itself")
+                     "each row by itself; a row that is significantly worse over the examples is not recommended either")
     return [Items([*failed, *found.notes, *lines])]
 
 

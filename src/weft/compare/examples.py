@@ -1,7 +1,8 @@
 """How far a method is behind on the test examples, paired: both answered the same ones.
 
 The t-test over seeds asks what other seeds would give on these examples; this asks what these runs would give on other
-examples of their kind. One cannot stand for the other, so both are said.
+examples of their kind. One cannot stand for the other, so both are said, and a row that either finds worse is not
+recommended.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def gap(best: Sequence[str], other: Sequence[str]) -> Gap | None:
     lengths = {len(answers) for answers in (*best, *other)}
     if len(lengths) != 1 or min(lengths) < 2 or len(best) != len(other):
         return None
-    behind = _shares(best) - _shares(other)
+    behind = shares(best) - shares(other)
     mean = float(behind.mean())
     if np.ptp(behind) == 0:  # no example tells them apart
         return Gap(mean, (mean, mean), len(behind))
@@ -44,7 +45,7 @@ def gap(best: Sequence[str], other: Sequence[str]) -> Gap | None:
     return Gap(mean, (float(found.low), float(found.high)), len(behind))
 
 
-def _shares(answers: Sequence[str]) -> NDArray[np.float64]:
+def shares(answers: Sequence[str]) -> NDArray[np.float64]:
     """Of every example the share of the seeds that were right."""
     marks = np.array([[int(mark) for mark in seed] for seed in answers], dtype=np.float64)
     return np.asarray(marks.mean(axis=0))

@@ -104,7 +104,8 @@ def dumps(found: Comparison) -> str:
 
 
 def _ranking_json(found: Comparison, ranking: Ranking) -> dict[str, Any]:
-    return {"best": ranking.best, "worse_p": dict(ranking.p), "test": _test(found, ranking)}
+    return {"best": ranking.best, "worse_p": dict(ranking.p), "worse_p_examples": dict(ranking.on_examples),
+            "test": _test(found, ranking)}
 
 
 def _row_json(row: Row, ranking: Ranking | None, gap: Gap | None) -> dict[str, Any]:
@@ -117,6 +118,7 @@ def _row_json(row: Row, ranking: Ranking | None, gap: Gap | None) -> dict[str, A
         "peak_bytes": row.cost.get("peak_bytes"), "lr": row.lr,
         "lr_validation": {rate(lr): score for lr, score in row.tried.items()},
         "worse_p": ranking.p.get(row.label) if ranking else None,
+        "worse_p_examples": ranking.on_examples.get(row.label) if ranking else None,
         "example_gap": {"mean": gap.mean, "interval": list(gap.interval), "examples": gap.examples} if gap else None,
         "metrics": row.metrics, "adapter": row.adapter, "status": row.status, "reason": row.reason,
         "runs": [{**asdict(run), "status": run.status} for run in row.runs],
@@ -202,8 +204,9 @@ def headline(ranking: Ranking) -> str:
 
 
 def _test(found: Comparison, ranking: Ranking) -> str:
-    return (f"one-sided paired t-test over {found.seeds} seeds against {ranking.best}, Holm-corrected over "
-            f"{len(ranking.p)} test{'s' * (len(ranking.p) != 1)}, alpha {ALPHA}")
+    over = f" and, apart, over the {len(found.row(ranking.best).right[0]):,} test examples" if ranking.on_examples else ""
+    return (f"one-sided paired t-test over {found.seeds} seeds{over}, against {ranking.best}, Holm-corrected over "
+            f"{len(ranking.p)} row{'s' * (len(ranking.p) != 1)}, alpha {ALPHA}")
 
 
 def why(found: Comparison, ranking: Ranking) -> str:
@@ -211,12 +214,13 @@ def why(found: Comparison, ranking: Ranking) -> str:
     test = _test(found, ranking)
     if chosen is best:
         return f"{best.label} has the highest mean, and every smaller row is significantly worse ({test})."
-    a, b = best.complete or [], chosen.complete or []
-    said = (f"{chosen.label} is the smallest row that is not significantly worse than the best, {best.label} ({test}; "
-            f"p = {p_value(ranking.p[chosen.label])}). It may still be worse: its mean is "
+    a, b, name = best.complete or [], chosen.complete or [], chosen.label
+    on_examples = f" and {p_value(ranking.on_examples[name])}" if name in ranking.on_examples else ""
+    said = (f"{name} is the smallest row that is not significantly worse than the best, {best.label} ({test}; "
+            f"p = {p_value(ranking.p[name])}{on_examples}). It may still be worse: its mean is "
             f"{100 * (sum(a) - sum(b)) / len(a):.1f} points lower, and at 95 % confidence the gap is below "
             f"{100 * gap_bound(a, b):.1f}.")
-    return f"{said}{_on_examples(found.gaps.get(chosen.label))}{_advice(a, b, len(ranking.p), found.seeds)}"
+    return f"{said}{_on_examples(found.gaps.get(name))}{_advice(a, b, len(ranking.p), found.seeds)}"
 
 
 def _on_examples(gap: Gap | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .budgets import PARAMETERS, SECONDS
 from .entries import Entry, rate
-from .examples import Gap, gap
+from .examples import Gap, gap, shares
 from .plan import TUNING_SEEDS, Results, RunSpec, Sweep, finals, tune
 from .scale import ACCURACY, Scale
 from .statistics import Ranking, rank, t_interval
@@ -124,9 +124,16 @@ class Comparison:
 
     def ranking(self) -> Ranking | None:
         """Over the rows that have a score for every seed; None where there are too few seeds or rows."""
+        return self._ranking
+
+    @cached_property
+    def _ranking(self) -> Ranking | None:
         scored = {row.label: row for row in self.rows if row.complete and row.nbytes is not None}
+        answers = {label: row.right for label, row in scored.items() if len(row.right) == self.seeds}
+        alike = len({len(seed) for right in answers.values() for seed in right}) == 1
         return rank({label: row.complete or [] for label, row in scored.items()},
-                    {label: (row.trainable or 0, row.nbytes or 0) for label, row in scored.items()})
+                    {label: (row.trainable or 0, row.nbytes or 0) for label, row in scored.items()},
+                    {label: list(shares(right)) for label, right in answers.items()} if alike else None)
 
     @property
     def budget(self) -> str:
