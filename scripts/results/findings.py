@@ -17,27 +17,33 @@ SEEN, NOT_SEEN, UNKNOWN = "seen", "not seen", "cannot tell"
 
 @dataclass(frozen=True)
 class Finding:
-    """Mean of a - b over the seeds, its 95 % t-interval, and the verdict; None where a row has not all scores."""
+    """Mean of a - b over the seeds, its 95 % t-interval, and the verdict; None where a row has not all scores.
+
+    idle: neither row gets above whoever always says the most frequent class, so there is nothing to compare.
+    """
 
     claim: Claim
     mean: float | None
     interval: tuple[float, float] | None
     verdict: str
+    idle: bool = False
 
 
-def findings(result: Mapping[str, Any], claims: Sequence[Claim]) -> list[Finding]:
+def findings(result: Mapping[str, Any], claims: Sequence[Claim], chance: float | None = None) -> list[Finding]:
     """The verdict on every claim whose two rows are in the comparison."""
     rows = {row["method"]: row for row in result["rows"]}
-    return [_finding(claim, rows[claim.a], rows[claim.b]) for claim in claims if {claim.a, claim.b} <= set(rows)]
+    return [_finding(claim, rows[claim.a], rows[claim.b], chance) for claim in claims if {claim.a, claim.b} <= set(rows)]
 
 
-def _finding(claim: Claim, a: Mapping[str, Any], b: Mapping[str, Any]) -> Finding:
+def _finding(claim: Claim, a: Mapping[str, Any], b: Mapping[str, Any], chance: float | None) -> Finding:
     if None in (*a["scores"], *b["scores"]):
         return Finding(claim, None, None, UNKNOWN)
     gaps = [x - y for x, y in zip(a["scores"], b["scores"], strict=True)]
     interval = t_interval(gaps)
     mean = sum(gaps) / len(gaps)
-    return Finding(claim, mean, interval, UNKNOWN if interval is None else verdict(interval, claim.matches))
+    idle = chance is not None and max(a["score_mean"], b["score_mean"]) < chance + MARGIN
+    said = UNKNOWN if interval is None or idle else verdict(interval, claim.matches)
+    return Finding(claim, mean, interval, said, idle)
 
 
 def verdict(interval: tuple[float, float], matches: bool) -> str:
@@ -53,9 +59,11 @@ def unseen(found: Sequence[Finding]) -> str:
     said = [f"“{one.claim.says}”: {_gap(one)}, {_why(one)}." for one in found if one.verdict != SEEN]
     if not said:
         return "Every claim of the table is seen here."
-    undecided = all(one.verdict == UNKNOWN for one in found)
-    head = ("None of these claims is decided here: the scores spread more over the seeds than methods differ in the papers."
-            if undecided else "Not seen here, or not decided:")
+    head = "Not seen here, or not decided:"
+    if all(one.idle for one in found):
+        head = "None of these claims is tried here: with these few steps no method learns the task."
+    elif all(one.verdict == UNKNOWN for one in found):
+        head = "None of these claims is decided here: scores spread more over the seeds than methods differ in the papers."
     return f"{head}\n\n" + "\n".join(f"- {sentence}" for sentence in said)
 
 
@@ -71,6 +79,8 @@ def _gap(one: Finding) -> str:
 def _why(one: Finding) -> str:
     if one.mean is None:
         return "since not every seed has a score"
+    if one.idle:
+        return "and neither gets above whoever always says the most frequent class"
     if one.verdict == NOT_SEEN:
         return "so the data speak against it on this task"
     return "which decides nothing either way"

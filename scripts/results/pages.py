@@ -44,7 +44,7 @@ def _index(records: Mapping[str, Any]) -> str:
             rows.append([where, "-", "not run yet", "-"])
             continue
         result = records[experiment.name]["result"]
-        found = findings(result, experiment.claims)
+        found = findings(result, experiment.claims, records[experiment.name]["chance"])
         told = [f"{sum(one.verdict == kind for one in found)} {kind}" for kind in ("seen", "not seen", "cannot tell")]
         rows.append([where, str(result["seeds"]), _best(result), ", ".join(told)])
     table = _table(["comparison", "seeds", "not significantly worse than the best", "claims of the papers"], rows, "")
@@ -73,10 +73,10 @@ def _page(name: str, records: Mapping[str, Any]) -> str:
 
 def _section(experiment: Experiment, record: Mapping[str, Any]) -> list[str]:
     result = record["result"]
-    found = findings(result, experiment.claims)
+    found = findings(result, experiment.claims, record["chance"])
     claims = [[one.verdict, *_gap(one), one.claim.says] for one in found]
     shown = f"![{experiment.title}: score of every method]({experiment.name}.svg)"
-    blocks = [_pretrained(record), _told(result), shown, _scores(result), _metrics(result), _notes(result),
+    blocks = [_pretrained(record), _told(result), shown, _scores(result, record["chance"]), _metrics(result), _notes(result),
               "### What the papers claim", _table(["verdict", "points", "95 % interval", "claim"], claims, "lrrl"),
               unseen(found), _printed(experiment), "### How it was made", *_made(record)]
     return [block for block in blocks if block]
@@ -92,25 +92,32 @@ def _pretrained(record: Mapping[str, Any]) -> str:
 
 
 def _told(result: Mapping[str, Any]) -> str:
+    """Who is worse than the best by which test, and no order beyond that."""
     told = groups(result)
     if told is None:
         return f"No ranking: {result['no_recommendation']}"
-    best, same, worse = told
-    said = [f"{best} has the highest mean."]
-    said.append(f"Not significantly worse over {result['seeds']} seeds: {', '.join(same)}." if same else
-                "Every other row is significantly worse.")
-    if worse and same:
-        said.append(f"Significantly worse: {', '.join(worse)}.")
-    if same:
-        said.append("Among the rows that are not significantly worse the order of the means says nothing.")
-    return " ".join(said)
+    rows = [row for row in result["rows"] if row["worse_p"] is not None]
+    seeds = [row["method"] for row in rows if row["worse_p"] < ALPHA]
+    examples = [row["method"] for row in rows if (row.get("worse_p_examples") or 1.0) < ALPHA]
+    said = [f"{told[0]} has the highest mean.",
+            f"Significantly worse over the {result['seeds']} seeds: {_names(seeds, rows)}."]
+    if any(row.get("worse_p_examples") is not None for row in rows):
+        said.append(f"Over the test examples, for these very runs: {_names(examples, rows)}.")
+    return " ".join([*said, "Beyond that the order of the means says nothing."])
 
 
-def _scores(result: Mapping[str, Any]) -> str:
-    rows = [[row["method"], _count(row["trainable"]), _score(row), _number(row["worse_p"], p_value),
+def _names(named: Sequence[str], rows: Sequence[Any]) -> str:
+    if not named:
+        return "no row"
+    return "every other row" if len(named) == len(rows) else ", ".join(named)
+
+
+def _scores(result: Mapping[str, Any], chance: float | None) -> str:
+    rows = [[row["method"], _count(row["trainable"]), _score(row), _tests(row),
              _behind(row["example_gap"]), _number(row["lr"], rate)] for row in result["rows"]]
-    head = ["method", "trainable", unit(result["metric"]), "p (worse)", "points behind", "learning rate"]
+    head = ["method", "trainable", unit(result["metric"]), "p, seeds / examples", "points behind", "learning rate"]
     extra = f" The head adds {result['head_trainable']:,} to every row." if result.get("head_trainable") else ""
+    extra += f" Always the most frequent class: {100 * chance:.1f} %." if chance is not None else ""
     behind = (" Points behind: the best row, over the test examples (paired bootstrap, 95 %)."
               if any(row["example_gap"] for row in result["rows"]) else "")
     return f"{_table(head, rows, 'lrrrrr')}\n\nTrainable: without the head.{extra}{behind}"
@@ -144,6 +151,12 @@ def _mean(scores: Sequence[float | None]) -> str:
 
 def _number(value: float | None, shown: Callable[[float], str]) -> str:
     return "–" if value is None else shown(value)
+
+
+def _tests(row: Mapping[str, Any]) -> str:
+    """p of both tests that the row is worse than the best."""
+    both = [_number(row.get(key), p_value) for key in ("worse_p", "worse_p_examples")]
+    return "–" if set(both) == {"–"} else " / ".join(both)
 
 
 def _behind(gap: Mapping[str, Any] | None) -> str:

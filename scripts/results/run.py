@@ -7,12 +7,16 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, versions
+from weft.compare.request import parse_budget
 from weft.compare.store import write_atomically
+from weft.tasks import TaskRef, find_any
+from weft.tasks.base import cap
 
 from .experiments import Experiment
 
@@ -22,7 +26,7 @@ SCHEMA = 1
 KEPT = ("task", "model", "metric", "seeds", "settings", "examples", "classes", "head", "head_trainable", "rows",
         "recommendation", "no_recommendation", "ranking", "notes")
 ROW = ("method", "config", "trainable", "bytes", "score_mean", "score_interval", "scores", "lr", "lr_validation", "worse_p",
-       "example_gap", "metrics", "peak_bytes", "status", "reason")
+       "worse_p_examples", "example_gap", "metrics", "peak_bytes", "status", "reason")
 
 
 def run(experiment: Experiment, data: Path, folder: Path, more: Sequence[str] = ()) -> int:
@@ -37,7 +41,7 @@ def run(experiment: Experiment, data: Path, folder: Path, more: Sequence[str] = 
     if (out / "results.json").is_file():
         told = {"{data}": str(data), "{work}": str(work), "{out}": str(out)}
         found = record(experiment, json.loads((out / "results.json").read_text(encoding="utf-8")), told,
-                       time.time() - started, about(work))
+                       time.time() - started, about(work), chance(experiment, str(data), str(work)))
         write_atomically(RECORDS / f"{experiment.name}.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return done.returncode
 
@@ -48,8 +52,18 @@ def about(work: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
+def chance(experiment: Experiment, data: str, work: str) -> float | None:
+    """The accuracy of whoever always says the most frequent class of the test examples; None where there are no classes."""
+    test = experiment.test.format(data=data, work=work) if experiment.test else None
+    ref = find_any(experiment.task.format(data=data, work=work), test)
+    if not isinstance(ref, TaskRef):
+        return None
+    labels = cap(ref.load().splits["test"], parse_budget(experiment.budget).test).labels
+    return Counter(labels).most_common(1)[0][1] / len(labels)
+
+
 def record(experiment: Experiment, found: Mapping[str, Any], places: Mapping[str, str], seconds: float,
-           prepared: Mapping[str, Any]) -> dict[str, Any]:
+           prepared: Mapping[str, Any], chance: float | None) -> dict[str, Any]:
     """The comparison without curves and times of steps (the machine had other work), and without anybody's paths."""
     kept = {key: found[key] for key in KEPT if key in found}
     kept["rows"] = [{key: row.get(key) for key in ROW} for row in found["rows"]]
@@ -58,7 +72,7 @@ def record(experiment: Experiment, found: Mapping[str, Any], places: Mapping[str
         text = text.replace(place, {"{data}": "DATA", "{work}": "WORK", "{out}": "OUT"}[name])
     return {"schema": SCHEMA, "name": experiment.name, "command": command(experiment),
             "date": time.strftime("%Y-%m-%d", time.gmtime()), "minutes": round(seconds / 60, 1), "machine": machine(),
-            "versions": versions(), "prepared": dict(prepared), "result": json.loads(text)}
+            "versions": versions(), "prepared": dict(prepared), "chance": chance, "result": json.loads(text)}
 
 
 def command(experiment: Experiment) -> str:

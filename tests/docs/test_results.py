@@ -85,6 +85,8 @@ def test_findings_are_paired_over_the_seeds_and_said_in_words() -> None:
     assert found[0].mean == pytest.approx(0.1) and found[0].interval == pytest.approx((0.0752, 0.1248), abs=1e-4)
     said = unseen(found)
     assert "A is better" not in said and "decides nothing either way" in said and "speak against it" in said
+    idle = findings(RESULT, claims, chance=0.9)
+    assert {one.verdict for one in idle} == {UNKNOWN} and "no method learns the task" in unseen(idle)
     lost = copy.deepcopy(RESULT)
     lost["rows"][0]["scores"][1] = None
     assert findings(lost, claims)[0].verdict == UNKNOWN and findings(lost, claims)[0].mean is None
@@ -94,7 +96,9 @@ def test_rows_that_the_test_cannot_tell_apart_are_not_ordered() -> None:
     assert groups(RESULT) == (A, [C], [B])
     assert groups({**RESULT, "ranking": None}) is None
     told = pages._told(RESULT)
-    assert f"Not significantly worse over 3 seeds: {C}. Significantly worse: {B}." in told and "says nothing" in told
+    assert f"Significantly worse over the 3 seeds: {B}." in told and "says nothing" in told and "examples" not in told
+    rows = [RESULT["rows"][0], *({**row, "worse_p_examples": 0.0001} for row in RESULT["rows"][1:])]
+    assert "Over the test examples, for these very runs: every other row." in pages._told({**RESULT, "rows": rows})
 
 
 def test_several_metrics_have_a_table_and_rates_at_an_edge_one_line() -> None:
@@ -122,7 +126,7 @@ def test_the_picture_is_an_svg_with_every_row_inside_it() -> None:
 def test_a_record_keeps_no_path_and_no_time_of_a_step() -> None:
     full = {**RESULT, "rows": [{**row(A, [0.9]), "config": {}, "step_ratio": 1.2, "adapter": "/a/b/out/adapters/A"}],
             "task": "sst2:/a/b/SST-2", "model": "/a/b/w/vit", "notes": ["sst2:/a/b/SST-2: note"]}
-    made = run.record(EXPERIMENTS[0], full, {"{data}": "/a/b", "{work}": "/a/b/w", "{out}": "/a/b/out"}, 120.0, {})
+    made = run.record(EXPERIMENTS[0], full, {"{data}": "/a/b", "{work}": "/a/b/w", "{out}": "/a/b/out"}, 120.0, {}, 0.5)
     assert "/a/b" not in json.dumps(made) and made["result"]["task"] == "sst2:DATA/SST-2"
     assert made["result"]["model"] == "WORK/vit" and "step_ratio" not in made["result"]["rows"][0]
     assert made["minutes"] == 2.0 and made["command"].startswith("weft compare --model minilm --task sst2:DATA/SST-2 ")
