@@ -200,7 +200,7 @@ def _made(record: Mapping[str, Any]) -> list[str]:
     sizes = ", ".join(f"{count:,} {name}" for name, count in record["result"]["examples"].items())
     return [f"```console\n$ {record['command']}\n```", (
         f"{record['date']}, {machine['cpu']}, {machine['cores']} cores, {told}, commit {versions['commit']}; "
-        f"{record['minutes']:.0f} minutes with other work on the machine, so times of steps are left out. "
+        "the machine had other work, so times are left out. "
         f"Examples: {sizes}. DATA, WORK and OUT stand for folders.")]
 
 

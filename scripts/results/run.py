@@ -36,12 +36,11 @@ def run(experiment: Experiment, data: Path, folder: Path, more: Sequence[str] = 
     if experiment.prepare is not None:
         experiment.prepare(data, work)
     words = experiment.command(str(data), str(work), str(out))
-    started = time.time()
     done = subprocess.run([sys.executable, "-m", "weft", *words, "--resume", *more], check=False)
     if (out / "results.json").is_file():
         told = {"{data}": str(data), "{work}": str(work), "{out}": str(out)}
         found = record(experiment, json.loads((out / "results.json").read_text(encoding="utf-8")), told,
-                       time.time() - started, about(work), chance(experiment, str(data), str(work)))
+                       about(work), chance(experiment, str(data), str(work)))
         write_atomically(RECORDS / f"{experiment.name}.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return done.returncode
 
@@ -62,7 +61,7 @@ def chance(experiment: Experiment, data: str, work: str) -> float | None:
     return Counter(labels).most_common(1)[0][1] / len(labels)
 
 
-def record(experiment: Experiment, found: Mapping[str, Any], places: Mapping[str, str], seconds: float,
+def record(experiment: Experiment, found: Mapping[str, Any], places: Mapping[str, str],
            prepared: Mapping[str, Any], chance: float | None) -> dict[str, Any]:
     """The comparison without curves and times of steps (the machine had other work), and without anybody's paths."""
     kept = {key: found[key] for key in KEPT if key in found}
@@ -71,7 +70,7 @@ def record(experiment: Experiment, found: Mapping[str, Any], places: Mapping[str
     for name, place in sorted(places.items(), key=lambda pair: -len(pair[1])):
         text = text.replace(place, {"{data}": "DATA", "{work}": "WORK", "{out}": "OUT"}[name])
     return {"schema": SCHEMA, "name": experiment.name, "command": command(experiment),
-            "date": time.strftime("%Y-%m-%d", time.gmtime()), "minutes": round(seconds / 60, 1), "machine": machine(),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),
             "versions": versions(), "prepared": dict(prepared), "chance": chance, "result": json.loads(text)}
 
 

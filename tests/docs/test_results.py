@@ -126,7 +126,7 @@ def test_the_picture_is_an_svg_with_every_row_inside_it() -> None:
 def test_a_record_keeps_no_path_and_no_time_of_a_step() -> None:
     full = {**RESULT, "rows": [{**row(A, [0.9]), "config": {}, "step_ratio": 1.2, "adapter": "/a/b/out/adapters/A"}],
             "task": "sst2:/a/b/SST-2", "model": "/a/b/w/vit", "notes": ["sst2:/a/b/SST-2: note"]}
-    made = run.record(EXPERIMENTS[0], full, {"{data}": "/a/b", "{work}": "/a/b/w", "{out}": "/a/b/out"}, 120.0, {}, 0.5)
+    made = run.record(EXPERIMENTS[0], full, {"{data}": "/a/b", "{work}": "/a/b/w", "{out}": "/a/b/out"}, {}, 0.5)
     assert "/a/b" not in json.dumps(made) and made["result"]["task"] == "sst2:DATA/SST-2"
     assert made["result"]["model"] == "WORK/vit" and "step_ratio" not in made["result"]["rows"][0]
-    assert made["minutes"] == 2.0 and made["command"].startswith("weft compare --model minilm --task sst2:DATA/SST-2 ")
+    assert made["chance"] == 0.5 and made["command"].startswith("weft compare --model minilm --task sst2:DATA/SST-2 ")
