@@ -13,7 +13,7 @@ from weft.compare.like import find_like, kind
 from weft.compare.report import p_value
 
 from .experiments import EXPERIMENTS, Experiment
-from .findings import ALPHA, MARGIN, findings, groups, unseen
+from .findings import ALPHA, MARGIN, NOT_SEEN, SEEN, UNKNOWN, findings, groups, unseen
 from .picture import picture, unit
 from .run import RECORDS
 from .words import AGAIN, INDEX, PAGES, READING, TITLES, flowing
@@ -49,7 +49,26 @@ def _index(records: Mapping[str, Any]) -> str:
         rows.append([where, str(result["seeds"]), _best(result), ", ".join(told)])
     table = _table(["comparison", "seeds", "not significantly worse than the best", "claims of the papers"], rows, "")
     reading = READING.format(alpha=ALPHA, margin=100 * MARGIN)
-    return "\n\n".join(["# Results", MADE, flowing(INDEX), flowing(reading), table, flowing(AGAIN)]) + "\n"
+    blocks = ["# Results", MADE, flowing(INDEX), table, "## The papers' claims", _claims(records),
+              "## How to read the tables", flowing(reading), "## How they are made", flowing(AGAIN)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _claims(records: Mapping[str, Any]) -> str:
+    """Every claim with the comparisons in which it is seen, not seen or not decided."""
+    places: dict[str, dict[str, list[str]]] = {}
+    for experiment in EXPERIMENTS:
+        if experiment.name in records:
+            record = records[experiment.name]
+            for one in findings(record["result"], experiment.claims, record["chance"]):
+                places.setdefault(one.claim.says, {}).setdefault(one.verdict, []).append(experiment.name)
+    rows = [[", ".join(where.get(verdict, ["–"])) for verdict in (SEEN, NOT_SEEN, UNKNOWN)] + [says]
+            for says, where in places.items()]
+    times = {verdict: sum(len(where.get(verdict, [])) for where in places.values()) for verdict in (SEEN, NOT_SEEN, UNKNOWN)}
+    said = (f"Tried {sum(times.values())} times in all: {times[SEEN]} seen, {times[NOT_SEEN]} not seen, {times[UNKNOWN]} not "
+            "decided. Few seeds and few steps leave intervals wider than most differences that the papers print, so “cannot "
+            "tell” is no verdict on a method.")
+    return f"{said}\n\n{_table([SEEN, NOT_SEEN, UNKNOWN, 'claim'], rows, '')}"
 
 
 def _best(result: Mapping[str, Any]) -> str:

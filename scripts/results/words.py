@@ -34,7 +34,7 @@ not hold there, and the other way round.
 """
 
 READING = """
-How to read the tables. Scores are means over seeds; behind ± stands half of the 95 % t-interval. The learning rate of each
+Scores are means over seeds; behind ± stands half of the 95 % t-interval. The learning rate of each
 method was chosen by two other seeds on validation examples. A row is called worse than the best only where a paired t-test
 over the seeds, or one over the test examples, says so at {alpha:.0%}, each corrected for the number of rows (Holm); rows
 between which they see no difference are in no order. Few seeds see large gaps only; the examples see smaller ones, but for
