@@ -85,6 +85,17 @@ def test_layers_that_read_one_input_share_what_is_gathered_of_it_unless_it_was_w
     assert counted.n == (10 if written or inference else 9)
 
 
+def test_one_input_may_be_trained_on_twice():
+    model, x = crowd(8), torch.randn(8, 12, requires_grad=True)
+    found = []
+    for _ in range(2):
+        x.grad = None
+        with weft.use(model, [f"a{(i + 1) % 8}" for i in range(8)]):
+            model(x).pow(2).sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("names", [[None if n < 0 else f"a{n}" for n in (0, 1, 2, 3, -1, 4, 5, 6, 7, 1, -1, 0, 0, 3, 9, 8)],
                                    [f"a{i}" for i in range(16)], ["a3"] * 16], ids=["some", "all", "one"])
 @pytest.mark.parametrize("grad", [True, False])

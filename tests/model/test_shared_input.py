@@ -40,6 +40,17 @@ def gradients(model, adapter, x):
     return [out.detach(), *torch.autograd.grad(out.pow(2).sum(), [x, *adapter.parameters()])]
 
 
+@pytest.mark.parametrize("method", [weft.VeRA, weft.DVoRA])
+def test_one_input_may_be_trained_on_twice(method):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(5, 6, requires_grad=True)
+    adapter = weft.attach(model, method(r=4, targets=["0"]))
+    for p in adapter.parameters():
+        nn.init.normal_(p)
+    once, twice = gradients(model, adapter, x), gradients(model, adapter, x)
+    assert all(map(torch.equal, once, twice))
+
+
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("method", [weft.VeRA, weft.DVoRA])
 def test_one_product_for_three_readers(method, back, monkeypatch):

@@ -69,7 +69,7 @@ class Projections(Shared):
     def project(self, x: Tensor, A: Tensor, detached: bool) -> Tensor:
         """x Aᵀ [..., r] for a view A of this A, once for all layers that read the same x, with or without its gradient.
 
-        The last product is kept until x is gone, or has been written to.
+        The last product is kept until x is gone, or has been written to, or a backward pass has gone through the product.
         """
         key = (x._version if not x.is_inference() else None, A.data_ptr(), A._version, A.shape, A.dtype, detached,
                torch.is_grad_enabled(), threading.get_ident())
@@ -77,7 +77,10 @@ class Projections(Shared):
             return self._last[2]
         counts["A x"] += 1
         h = torch.nn.functional.linear(x.detach() if detached else x, self._cast(A, x.dtype))
-        self._last = (weakref.ref(x, self._forget), key, h)
+        read = weakref.ref(x, self._forget)
+        self._last = (read, key, h)
+        if h.requires_grad:  # a backward pass frees its graph, and x may be read again after it
+            h.register_hook(lambda grad: self._forget(read))  # type: ignore[no-untyped-call]
         return h
 
     def _cast(self, A: Tensor, dtype: torch.dtype) -> Tensor:

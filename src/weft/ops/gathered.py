@@ -16,16 +16,16 @@ _last = threading.local()
 
 
 class Gathered:
-    """Of x [rows, ..., in]: what was gathered of it, until x is gone or has been written to."""
+    """Of x as n rows [n, tokens, in]: what was gathered of it, until x is gone or has been written to."""
 
-    def __init__(self, key: tuple[Any, ...]) -> None:
-        self.key = key
+    def __init__(self, n: int, version: int | None = None) -> None:
+        self.n, self.version = n, version
         self._found: dict[Any, Any] = {}
 
     def rows(self, x: Tensor, rows: Sequence[int]) -> tuple[Tensor | None, Tensor]:
-        """These rows' numbers as a tensor, and x there; None where they are all rows as they stand."""
+        """These rows' numbers as a tensor, and x [n, tokens, in] there; None where they are all rows as they stand."""
         key = tuple(rows)
-        if key == tuple(range(x.shape[0])):
+        if key == tuple(range(self.n)):
             return None, x
         if key not in self._found:
             index = torch.tensor(key, device=x.device)
@@ -33,23 +33,24 @@ class Gathered:
         found: tuple[Tensor, Tensor] = self._found[key]
         return found
 
-    def down(self, some_x: Tensor, A: Tensor) -> Tensor:
-        """some_x Aᵀ [..., r] for rows that `rows` gave and an A that does not train."""
-        key = id(some_x), A.data_ptr(), A._version, A.shape, A.stride()
+    def down(self, some_x: Tensor, rows: Sequence[int], A: Tensor) -> Tensor:
+        """some_x Aᵀ [..., r] for what `rows` gave of these rows, and an A that does not train."""
+        key = tuple(rows), A.data_ptr(), A._version, A.shape, A.stride()
         if key not in self._found:
-            self._found[key] = some_x, torch.nn.functional.linear(some_x, A.to(some_x.dtype))  # held, so its id is its own
-        found: Tensor = self._found[key][1]
+            self._found[key] = torch.nn.functional.linear(some_x, A.to(some_x.dtype))
+        found: Tensor = self._found[key]
         return found
 
 
-def gathered(x: Tensor) -> Gathered:
-    """What this thread has gathered of x."""
-    if x.is_inference() or torch.compiler.is_compiling():
-        return Gathered(())
-    key = x._version, torch.is_grad_enabled()
+def gathered(x: Tensor, n: int) -> Gathered:
+    """What this thread has gathered of x as n rows. With gradients nothing is shared: a second backward pass over the same
+    input would go through a graph that the first has freed.
+    """
+    if torch.is_grad_enabled() or x.is_inference():
+        return Gathered(n)
     held: tuple[Any, Gathered] | None = getattr(_last, "held", None)
-    if held is None or held[0]() is not x or held[1].key != key:
-        held = weakref.ref(x, _forget), Gathered(key)
+    if held is None or held[0]() is not x or (held[1].n, held[1].version) != (n, x._version):
+        held = weakref.ref(x, _forget), Gathered(n, x._version)
         _last.held = held
     return held[1]
 

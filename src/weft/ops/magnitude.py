@@ -81,9 +81,11 @@ def updated_norm(W: Tensor, norm: Tensor, A: Tensor, C: Tensor, known: Tensor | 
 
 def _all_are_good(ratio: Tensor, norm: Tensor, C: Tensor, gram: Tensor) -> bool:
     """No row can have lost digits, by a bound of few numbers: what the ranks add is max(C)² trace(A Aᵀ) at most."""
-    largest, least = float(C.abs().max()) if C.numel() else 0.0, float(norm.min()) if norm.numel() else 1.0
-    most = 1 + largest * largest * float(gram.diagonal().sum()) / (least * least) if least > 1e-15 else float("inf")
-    return not ratio.numel() or float(ratio.min()) > _LEFT * most  # False where one of them is not a number
+    if not C.numel():
+        return False
+    least = norm.min()
+    most = (C.abs().max() / least).square() * gram.diagonal().sum() + 1
+    return bool((ratio.min() > _LEFT * most) & (least > 1e-15))  # False where one of them is not a number
 
 
 def output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
@@ -95,9 +97,10 @@ def output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtyp
     if dtype == torch.float16:
         return False
     size = m.detach().abs().to(norm.dtype)
-    if not bool((size > norm * 2**-10).all()):
-        return False
-    return bias is None or bool((size >= bias.detach().abs()).all())
+    told = (size > norm * 2**-10).all()
+    if bias is not None:
+        told &= (size >= bias.detach().abs()).all()
+    return bool(told)
 
 
 def compose(y: Tensor, bias: Tensor | None, update: Tensor, scale: Tensor) -> Tensor:

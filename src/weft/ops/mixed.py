@@ -33,7 +33,7 @@ def apply(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part], n: i
     """x [..., in] and the base's output y [..., out] of n rows of the batch -> y [n, tokens, out] with each part's adapter
     on its rows. Without gradients y itself is written to.
     """
-    held, x = gathered(x), x.reshape(n, -1, x.shape[-1])
+    held, x = gathered(x, n), x.reshape(n, -1, x.shape[-1])
     y = y.reshape(n, -1, y.shape[-1])
     if not torch.is_grad_enabled():
         return _written(held, x, y, bias, parts)
@@ -139,7 +139,7 @@ def _shared(held: Gathered, x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, 
     first = bucket[0].factors
     d = [part.factors.d for part in bucket if part.factors.d is not None]
     b = [part.factors.b for part in bucket if part.factors.b is not None]
-    h = held.down(x, first.A) * _by_row(d, bucket).to(x.dtype)
+    h = held.down(x, _rows(bucket), first.A) * _by_row(d, bucket).to(x.dtype)
     return torch.nn.functional.linear(h, first.B.to(x.dtype)), _by_row(b, bucket).to(x.dtype)
 
 
