@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
+from ..checkpoint.files import replace
 from ..errors import ConfigError
 from .place import FILE, LOCK, Place
 from .study import Study
@@ -18,18 +18,7 @@ FREE = {LOGS, f"{LOCK}.lock", f"{MEASURING}.lock"}  # a comparison that never go
 def write_atomically(path: Path, text: str) -> None:
     """Under a temporary name, flushed to the disk, then renamed: after a crash the old file or the new one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the rename itself is on the disk only when its directory is
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def check(place: Place, resume: bool) -> None:
