@@ -11,6 +11,7 @@ demo: .venv/.train           ## train seven methods on real data and print one t
 test: lint check             ## everything that CI runs
 
 lint: .venv/.dev
+	.venv/bin/ruff format --check --quiet src tests scripts benchmarks
 	.venv/bin/ruff check src tests scripts benchmarks
 	.venv/bin/mypy
 

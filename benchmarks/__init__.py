@@ -11,8 +11,9 @@ Choices that make it fair, and harder:
   - contenders share the memory of the frozen weights; a merged model has its own, as the base beside it has;
   - the peers' column has the same contender below the line as Weft's.
 
-A case builds all its contenders in one process, checks that each has its adapter in force and that those of one
-equation compute the same, and only then takes times, strictly in turns (A B C A B C ...).
+A case builds all its contenders in one process, checks that each has its adapter in force and that
+those of one equation compute the same, and only then takes times, strictly in turns (A B C A B C
+...).
 
 setup.py      models from configurations, with random weights, and their batches
 contenders.py peers.py    what is compared

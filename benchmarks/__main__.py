@@ -21,15 +21,36 @@ MINUTES = {"quick": 12.0, "full": 240.0}
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m benchmarks", description=(__import__("benchmarks").__doc__ or ""),
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=(__import__("benchmarks").__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = made.add_subparsers(dest="command", required=True)
     for name in SETS:
         add = commands.add_parser(name).add_argument
-        add("--cases", metavar="NAME,NAME", help="only these (`python -m benchmarks list` names them)")
-        add("--budget-minutes", type=float, default=MINUTES[name], help=f"for the whole set (default: {MINUTES[name]:g})")
-        add("--least", type=int, help="fewest rounds of every case (default: the case's own, 3 to 21)")
-        add("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
+        add(
+            "--cases",
+            metavar="NAME,NAME",
+            help="only these (`python -m benchmarks list` names them)",
+        )
+        add(
+            "--budget-minutes",
+            type=float,
+            default=MINUTES[name],
+            help=f"for the whole set (default: {MINUTES[name]:g})",
+        )
+        add(
+            "--least",
+            type=int,
+            help="fewest rounds of every case (default: the case's own, 3 to 21)",
+        )
+        add(
+            "--threads",
+            type=int,
+            default=torch.get_num_threads(),
+            help="default: torch's own choice",
+        )
         add("--out", type=Path, default=RESULTS / f"{name}.json", metavar="FILE")
         add("--resume", action="store_true", help="keep the cases that FILE has already")
     commands.add_parser("list", help="the cases of both sets")
@@ -45,7 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         if args.command == "list":
-            print("\n".join(f"{case.name:20} {case.kind:9} {', '.join(case.contenders)}" for case in cases.FULL))
+            print(
+                "\n".join(
+                    f"{case.name:20} {case.kind:9} {', '.join(case.contenders)}"
+                    for case in cases.FULL
+                )
+            )
             return 0
         if args.command == "table":
             data = store.read(args.file)
@@ -74,7 +100,8 @@ def run(args: argparse.Namespace, command: str) -> int:
             continue
         try:
             made = measure(case, case.weight * unit, args.least)
-        except Exception as error:  # the other cases are worth having; table, file and status say that one is missing
+        # the other cases are worth having; table, file and status say that one is missing
+        except Exception as error:
             failed.append(case.name)
             print(f"{case.name} FAILED\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             made = store.entry(case, {"samples": {}}, 0.0, f"{type(error).__name__}: {error}")

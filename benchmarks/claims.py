@@ -1,4 +1,6 @@
-"""What a case has to show: a number out of its samples, held against a target, and the same number of the peers."""
+"""What a case has to show: a number out of its samples, held against a target, and the same number
+of the peers.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,10 @@ Samples = Mapping[str, Mapping[str, Sequence[float]]]
 class Claim:
     """`metric` of the contender `over`, divided by that of `under` where one is given.
 
-    at_most: the target; None where the number is only shown. peer: the contenders (over, under) of the other side.
-    note: what stands in the target's place where there is none. digits: to which the number is printed and compared.
-    scale: of a number that is not divided, 1000 for milliseconds.
+    at_most: the target; None where the number is only shown. peer: the contenders (over, under) of
+    the other side. note: what stands in the target's place where there is none. digits: to which
+    the number is printed and compared. scale: of a number that is not divided, 1000 for
+    milliseconds.
     """
 
     text: str
@@ -35,10 +38,23 @@ class Claim:
 
 
 def evaluate(claim: Claim, samples: Samples) -> dict[str, Any]:
-    """One row of the table. status: ok, missed, shown (no target), or unmeasured, with the reason in `why`."""
-    row: dict[str, Any] = {"text": claim.text, "metric": claim.metric, "over": claim.over, "under": claim.under,
-                           "target": claim.at_most, "note": claim.note, "digits": claim.digits, "main": claim.main,
-                           "value": None, "quartiles": None, "peers": None, "why": ""}
+    """One row of the table. status: ok, missed, shown (no target), or unmeasured, with the reason
+    in `why`.
+    """
+    row: dict[str, Any] = {
+        "text": claim.text,
+        "metric": claim.metric,
+        "over": claim.over,
+        "under": claim.under,
+        "target": claim.at_most,
+        "note": claim.note,
+        "digits": claim.digits,
+        "main": claim.main,
+        "value": None,
+        "quartiles": None,
+        "peers": None,
+        "why": "",
+    }
     missing = _missing(claim.metric, claim.over, claim.under, samples)
     if missing:
         return {**row, "status": "unmeasured", "why": missing}
@@ -55,7 +71,9 @@ def _missing(metric: str, over: str, under: str | None, samples: Samples) -> str
     return ""
 
 
-def _value(claim: Claim, over: str, under: str | None, samples: Samples) -> tuple[float, list[float]]:
+def _value(
+    claim: Claim, over: str, under: str | None, samples: Samples
+) -> tuple[float, list[float]]:
     values = samples[over][claim.metric]
     if under is None:
         values = [claim.scale * value for value in values]

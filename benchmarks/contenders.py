@@ -1,4 +1,5 @@
-"""What is compared: the limit, Weft's methods, full fine-tuning; peers.py has peft's and the dense implementation.
+"""What is compared: the limit, Weft's methods, full fine-tuning; peers.py has peft's and the dense
+implementation.
 
 A contender is named "<side>.<method>" with a rank of its own where it needs one: "weft.VeRA:256".
 """
@@ -17,8 +18,11 @@ import weft
 
 from .setup import Setup, layers, twin, wake, weft_targets
 
-LR = 1e-5  # small, and large enough that every step moves the numbers: nothing derived from them may be kept
-STEPS = 10_000  # that a method with a schedule is told, so that all steps clocked lie in its busy phase
+# small, and large enough that every step moves the numbers: nothing derived from them may be kept
+LR = 1e-5
+STEPS = (
+    10_000  # that a method with a schedule is told, so that all steps clocked lie in its busy phase
+)
 
 # Trained numbers of one layer, as the papers count them.
 COUNTS: Mapping[str, Callable[[int, int, int], int]] = {
@@ -41,7 +45,9 @@ class IdleError(AssertionError):
 
 @dataclass
 class Contender:
-    """A model ready to be measured. `equation` names what it computes; those of one equation must agree."""
+    """A model ready to be measured. `equation` names what it computes; those of one equation must
+    agree.
+    """
 
     name: str
     model: nn.Module
@@ -64,7 +70,9 @@ def split(name: str, setup: Setup) -> tuple[str, str, Setup]:
 
 
 def make(name: str, base: nn.Module, setup: Setup) -> Contender:
-    """A contender over the weights of `base`, with its adapter off its start. Raises ValueError for an unknown name."""
+    """A contender over the weights of `base`, with its adapter off its start. Raises ValueError for
+    an unknown name.
+    """
     from . import peers
 
     side, method, setup = split(name, setup)
@@ -79,7 +87,9 @@ def make(name: str, base: nn.Module, setup: Setup) -> Contender:
     elif side == "dense" and method == "DoRA":
         found = peers.dense_dora(name, base, setup)
     else:
-        raise ValueError(f"{name!r} is no contender; write limit, full, weft.METHOD, peft.METHOD or dense.DoRA.")
+        raise ValueError(
+            f"{name!r} is no contender; write limit, full, weft.METHOD, peft.METHOD or dense.DoRA."
+        )
     if found.optimiser is None and found.trained:
         found.optimiser = torch.optim.AdamW(found.trained.values(), lr=LR, weight_decay=0.0)
     if setup.checkpointing:
@@ -99,7 +109,9 @@ def _checkpoint(model: Any) -> None:
 
 
 def config(method: str, setup: Setup) -> Any:
-    """Weft's configuration of a method by name; "LoRAFA-pre" has its preconditioner on, as peft's optimiser has."""
+    """Weft's configuration of a method by name; "LoRAFA-pre" has its preconditioner on, as peft's
+    optimiser has.
+    """
     name, _, option = method.partition("-")
     given: dict[str, Any] = {"r": setup.r, "targets": weft_targets(setup), "dropout": setup.dropout}
     if name == "LoRAFA":
@@ -109,7 +121,9 @@ def config(method: str, setup: Setup) -> Any:
     return getattr(weft, name)(**given)
 
 
-def attach_awake(method: str, model: nn.Module, setup: Setup, name: str = "default") -> weft.Adapter:
+def attach_awake(
+    method: str, model: nn.Module, setup: Setup, name: str = "default"
+) -> weft.Adapter:
     adapter = weft.attach(model, config(method, setup), name=name)
     wake(dict(adapter.named_parameters()))
     return adapter
@@ -133,12 +147,17 @@ def _weft(name: str, method: str, base: nn.Module, setup: Setup) -> Contender:
 
 
 def _limit(name: str, base: nn.Module) -> Contender:
-    """Forward and backward with everything frozen but the output of the input embedding: no adapter work at all."""
+    """Forward and backward with everything frozen but the output of the input embedding: no adapter
+    work at all.
+    """
     return Contender(name, twin(base), {}, "base", 0)
 
 
 def _flow(model: Any) -> None:
-    """Let the gradient flow back to the output of the input embedding, as if something below it were trained."""
+    """Let the gradient flow back to the output of the input embedding, as if something below it
+    were trained.
+    """
+
     def ask(module: nn.Module, args: Any, output: Tensor) -> None:
         if torch.is_grad_enabled():
             output.requires_grad_(True)
@@ -152,9 +171,12 @@ def _full(name: str, base: nn.Module) -> Contender:
     return Contender(name, model, trained, "base", sum(p.numel() for p in base.parameters()))
 
 
-def check(contenders: Sequence[Contender], base: nn.Module, data: Mapping[str, Tensor], setup: Setup) -> None:
-    """The gate before any time is taken. Raises IdleError: a wrong number of trained numbers, a tensor without a
-    gradient, an adapter that changes nothing, or two contenders of one equation that compute different things.
+def check(
+    contenders: Sequence[Contender], base: nn.Module, data: Mapping[str, Tensor], setup: Setup
+) -> None:
+    """The gate before any time is taken. Raises IdleError: a wrong number of trained numbers, a
+    tensor without a gradient, an adapter that changes nothing, or two contenders of one equation
+    that compute different things.
     """
     with torch.no_grad():
         outputs: dict[str, Tensor] = {"base": base(**data).logits}
@@ -162,9 +184,14 @@ def check(contenders: Sequence[Contender], base: nn.Module, data: Mapping[str, T
         _check_trained(c)
         found = _gradients(c, data)
         same = _distance(found, outputs.get(c.equation, found))
-        if same > AGREE[setup.torch_dtype] and not setup.dropout:  # with dropout each draws its own mask
-            raise IdleError(f"{c.name} computes something else than the contender of the same equation before it: the "
-                            f"outputs differ by {same:.1e}.")
+        if (
+            same > AGREE[setup.torch_dtype] and not setup.dropout
+        ):  # with dropout each draws its own mask
+            raise IdleError(
+                f"{c.name} computes something else than the contender of the same equation before "
+                "it: the "
+                f"outputs differ by {same:.1e}."
+            )
         if c.equation != "base" and _distance(found, outputs["base"]) < LEAST_EFFECT:
             raise IdleError(f"{c.name} leaves the base's output as it is.")
         outputs.setdefault(c.equation, found)
@@ -174,8 +201,11 @@ def _check_trained(c: Contender) -> None:
     wanting = {id(p) for p in c.model.parameters() if p.requires_grad}
     trained = sum(p.numel() for p in c.trained.values())
     if trained != c.expected or wanting != {id(p) for p in c.trained.values()}:
-        raise IdleError(f"{c.name} trains {trained:,} numbers in {len(c.trained)} tensors, of {len(wanting)} that ask for a "
-                        f"gradient; the formula gives {c.expected:,}.")
+        raise IdleError(
+            f"{c.name} trains {trained:,} numbers in {len(c.trained)} tensors, of {len(wanting)} "
+            "that ask for a "
+            f"gradient; the formula gives {c.expected:,}."
+        )
 
 
 def _gradients(c: Contender, data: Mapping[str, Tensor]) -> Tensor:

@@ -17,25 +17,38 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "weft")
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores that this process may use, torch's threads, RAM, system, and the load before we came."""
+    """CPU model, cores that this process may use, torch's threads, RAM, system, and the load before
+    we came.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": _cpu(), "cores": cores, "threads": torch.get_num_threads(), "ram": ram, "system": platform.system(),
-            "load": round(os.getloadavg()[0], 2)}
+    return {
+        "cpu": _cpu(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "ram": ram,
+        "system": platform.system(),
+        "load": round(os.getloadavg()[0], 2),
+    }
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text(encoding="utf-8").splitlines()
-                 if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         if names:
             return f"{names[0]} ({platform.machine()})"
     return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter, and the commit of Weft's checkout, marked where files have changed since."""
+    """Of the packages that matter, and the commit of Weft's checkout, marked where files have
+    changed since.
+    """
     found = {name: _version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **found, "commit": _commit()}
 
@@ -48,7 +61,10 @@ def _version(name: str) -> str:
 
 
 def _commit() -> str:
-    head, changed = _git("rev-parse", "--short=10", "HEAD"), _git("status", "--porcelain", "--", "src", "benchmarks")
+    head, changed = (
+        _git("rev-parse", "--short=10", "HEAD"),
+        _git("status", "--porcelain", "--", "src", "benchmarks"),
+    )
     if head is None:
         return "unknown"
     own = f"{Path('benchmarks') / 'results'}/"
@@ -58,7 +74,9 @@ def _commit() -> str:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,7 +1,8 @@
 """Bytes: what autograd keeps for backward, what is alive, and what a whole process takes.
 
-Three counts, since each can be fooled alone: the saved-tensor hooks see what is saved by name and not what a custom
-function keeps in an attribute; the storages alive after the forward hold that too; the process holds all, and Python.
+Three counts, since each can be fooled alone: the saved-tensor hooks see what is saved by name and
+not what a custom function keeps in an attribute; the storages alive after the forward hold that
+too; the process holds all, and Python.
 """
 
 from __future__ import annotations
@@ -25,16 +26,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class SavedBytes:
-    """The storages that autograd keeps for one forward: each once, parameters, buffers and the batch apart.
+    """The storages that autograd keeps for one forward: each once, parameters, buffers and the
+    batch apart.
 
-    `bytes` is their sum; `kept` says what they are, by dtype and shape of the tensor that was saved first and by
-    whether that was within an adapted layer.
+    `bytes` is their sum; `kept` says what they are, by dtype and shape of the tensor that was saved
+    first and by whether that was within an adapted layer.
     """
 
-    def __init__(self, model: nn.Module, batch: Iterable[Tensor] = (), adapted: Iterable[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, batch: Iterable[Tensor] = (), adapted: Iterable[str] = ()
+    ) -> None:
         self.model, self.adapted = model, tuple(adapted)
         self._apart = {_key(t) for t in (*model.parameters(), *model.buffers(), *batch)}
-        self._storages: dict[int, Any] = {}  # holding them keeps their addresses from being used again
+        self._storages: dict[
+            int, Any
+        ] = {}  # holding them keeps their addresses from being used again
         self._kinds: Counter[tuple[str, tuple[int, ...], bool]] = Counter()
         self._inside = 0
 
@@ -73,12 +79,16 @@ class SavedBytes:
     @property
     def kept(self) -> list[dict[str, Any]]:
         """Largest first."""
-        return [{"dtype": dtype, "shape": list(shape), "adapted": inside, "bytes": size}
-                for (dtype, shape, inside), size in self._kinds.most_common()]
+        return [
+            {"dtype": dtype, "shape": list(shape), "adapted": inside, "bytes": size}
+            for (dtype, shape, inside), size in self._kinds.most_common()
+        ]
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the distinct storages that operations within have returned and something still holds; `peak` of them."""
+    """Bytes of the distinct storages that operations within have returned and something still
+    holds; `peak` of them.
+    """
 
     def __init__(self, apart: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -112,10 +122,15 @@ def _key(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
 
-def of_step(model: nn.Module, batch: Mapping[str, Tensor], loss: Callable[[], Tensor], adapted: Iterable[str]
-            ) -> dict[str, Any]:
-    """saved: bytes autograd keeps; held: bytes alive between forward and backward, saved or not; peak: most bytes alive
-    during both, gradients included; kept: what was saved. Parameters, buffers and the batch are in none of them.
+def of_step(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    loss: Callable[[], Tensor],
+    adapted: Iterable[str],
+) -> dict[str, Any]:
+    """saved: bytes autograd keeps; held: bytes alive between forward and backward, saved or not;
+    peak: most bytes alive during both, gradients included; kept: what was saved. Parameters,
+    buffers and the batch are in none of them.
     """
     apart = list(batch.values())
     counter = SavedBytes(model, apart, adapted)
@@ -134,10 +149,17 @@ def of_step(model: nn.Module, batch: Mapping[str, Tensor], loss: Callable[[], Te
 
 
 def of_process(contender: str, setup: Mapping[str, Any], threads: int) -> dict[str, float]:
-    """Peak resident bytes of a process of its own that builds the contender and takes two whole steps."""
+    """Peak resident bytes of a process of its own that builds the contender and takes two whole
+    steps.
+    """
     asked = json.dumps({"contender": contender, "setup": dict(setup), "threads": threads})
-    done = subprocess.run([sys.executable, "-m", "benchmarks.peak", asked], cwd=ROOT, capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.peak", asked],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         raise RuntimeError(f"the process that measures {contender} failed:\n{done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

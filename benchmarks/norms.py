@@ -7,7 +7,9 @@ from importlib import import_module
 
 
 def norm_counter() -> Callable[[], int] | None:
-    """A function that reads how often DoRA's norm was computed in this process; None where Weft does not count."""
+    """A function that reads how often DoRA's norm was computed in this process; None where Weft
+    does not count.
+    """
     try:
         counts = import_module("weft.ops.derived").counts
     except (ImportError, AttributeError):

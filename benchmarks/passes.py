@@ -1,7 +1,7 @@
 """Single operations of a layer, timed alone: what a method's share of a step can be at least.
 
-`python -m benchmarks.passes [TOKENS OUT IN R]` prints a table: microseconds, and the share of the layer's own two products
-(x Wᵀ forwards and g W backwards).
+`python -m benchmarks.passes [TOKENS OUT IN R]` prints a table: microseconds, and the share of the
+layer's own two products (x Wᵀ forwards and g W backwards).
 """
 
 from __future__ import annotations
@@ -22,10 +22,17 @@ ROUNDS, SETS = 41, 6  # more sets of tensors than the caches hold, taken in turn
 
 def passes(tokens: int, out: int, in_: int, r: int) -> dict[str, Callable[[int], object]]:
     """The operations by name; each takes the number of the set of tensors to run on."""
+
     def draw(rows: int, columns: int) -> list[torch.Tensor]:
         return [torch.randn(rows, columns) for _ in range(SETS)]
 
-    x, g, y, W, room = draw(tokens, in_), draw(tokens, out), draw(tokens, out), draw(out, in_), torch.empty(out, in_)
+    x, g, y, W, room = (
+        draw(tokens, in_),
+        draw(tokens, out),
+        draw(tokens, out),
+        draw(out, in_),
+        torch.empty(out, in_),
+    )
     A, B, h, sigma = draw(r, in_), draw(out, r), draw(tokens, r), torch.rand(out) + 0.5
     return {
         "x W'": lambda i: x[i] @ W[i].t(),
@@ -56,7 +63,10 @@ def main(words: list[str]) -> None:
             if turn:
                 times[name].append(time.perf_counter() - started)
     whole = median(times["x W'"]) + median(times["g W"])
-    print(f"{tokens} tokens, W [{out}, {in_}], r = {r}; {machine()['cpu']}, {torch.get_num_threads()} threads")
+    print(
+        f"{tokens} tokens, W [{out}, {in_}], r = {r}; {machine()['cpu']}, "
+        f"{torch.get_num_threads()} threads"
+    )
     for name, found in times.items():
         print(f"  {name:26}{1e6 * median(found):9.0f} us{100 * median(found) / whole:8.1f} %")
 

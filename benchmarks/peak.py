@@ -1,4 +1,6 @@
-"""A process of its own whose peak of resident memory is that of one contender's training steps (memory.of_process)."""
+"""A process of its own whose peak of resident memory is that of one contender's training steps
+(memory.of_process).
+"""
 
 from __future__ import annotations
 

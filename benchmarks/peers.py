@@ -1,6 +1,8 @@
-"""The peers: `peft` at the installed version, reading the adapter that Weft saved, and DoRA with the dense B A.
+"""The peers: `peft` at the installed version, reading the adapter that Weft saved, and DoRA with
+the dense B A.
 
-So the numbers of a peer are those of Weft's contender, and the gate (contenders.check) can hold their outputs together.
+So the numbers of a peer are those of Weft's contender, and the gate (contenders.check) can hold
+their outputs together.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def peft(name: str, method: str, base: nn.Module, setup: Setup) -> Contender:
     for n, p in model.named_parameters():
         p.requires_grad_(n in trained)
     after = _allocation(model) if method == "AdaLoRA" else None
-    # peft's AdaLoRA adds its orthogonality loss to the loss and not to the logits, so those agree with Weft's.
+    # peft's AdaLoRA adds its orthogonality loss to the loss and not to the logits, so those agree
+    # with Weft's.
     return Contender(name, model, trained, equation(method, setup), wanted, made, after)
 
 
@@ -55,14 +58,18 @@ def load_peft(base: nn.Module, directory: Path) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft says that VeRA's matrices were found in the file, and the like
+        warnings.simplefilter(
+            "ignore"
+        )  # peft says that VeRA's matrices were found in the file, and the like
         return PeftModel.from_pretrained(twin(base), str(directory), is_trainable=True)
 
 
 def _lorafa(model: Any, setup: Setup) -> torch.optim.Optimizer:
     from peft.optimizers import create_lorafa_optimizer
 
-    made: torch.optim.Optimizer = create_lorafa_optimizer(model, r=setup.r, lora_alpha=setup.r, lr=LR)
+    made: torch.optim.Optimizer = create_lorafa_optimizer(
+        model, r=setup.r, lora_alpha=setup.r, lr=LR
+    )
     return made
 
 
@@ -76,7 +83,9 @@ def _allocation(model: Any) -> Callable[[], None]:
 
 
 class Dense(nn.Module):
-    """DoRA as its equation reads: B A in full, the norm of W + s B A in every forward, one product with W'."""
+    """DoRA as its equation reads: B A in full, the norm of W + s B A in every forward, one product
+    with W'.
+    """
 
     def __init__(self, base: Any, A: Tensor, B: Tensor, m: Tensor, s: float) -> None:
         super().__init__()

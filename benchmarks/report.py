@@ -1,4 +1,6 @@
-"""Results on paper: the table in 80 columns, the details of each case, and the short form for the README."""
+"""Results on paper: the table in 80 columns, the details of each case, and the short form for the
+README.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,25 @@ def summary(data: Mapping[str, Any]) -> str:
 
 def _wrapped(text: str) -> str:
     lines = text.splitlines()
-    return "\n".join(part for line in lines for part in (textwrap.wrap(line, WIDTH, subsequent_indent="  ") or [""]))
+    return "\n".join(
+        part
+        for line in lines
+        for part in (textwrap.wrap(line, WIDTH, subsequent_indent="  ") or [""])
+    )
 
 
 def where(data: Mapping[str, Any]) -> str:
     """Command, date, machine and versions."""
     m, v = data["machine"], data["versions"]
-    lines = [f"{data['command']}, {data['date']}",
-             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['ram'] / 2**30:.1f} GiB",
-             f"Python {v['python']}, torch {v['torch']}, transformers {v['transformers']}, peft {v['peft']}",
-             f"weft {v['weft']}, commit {v['commit']}"]
+    lines = [
+        f"{data['command']}, {data['date']}",
+        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['ram'] / 2**30:.1f} GiB",
+        (
+            f"Python {v['python']}, torch {v['torch']}, transformers {v['transformers']}, peft "
+            f"{v['peft']}"
+        ),
+        f"weft {v['weft']}, commit {v['commit']}",
+    ]
     busy = busy_note(data)
     return "\n".join([*lines, busy] if busy else lines)
 
@@ -46,7 +57,11 @@ def where(data: Mapping[str, Any]) -> str:
 def busy_note(data: Mapping[str, Any]) -> str:
     """A warning where other work ran when the benchmark began."""
     load = data["machine"]["load"]
-    return f"NOT IDLE: the load was {load} before the first case, so times mean little." if load > 0.5 else ""
+    return (
+        f"NOT IDLE: the load was {load} before the first case, so times mean little."
+        if load > 0.5
+        else ""
+    )
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -54,16 +69,26 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [head, "-" * WIDTH]
     for row in rows:
         digits = row["digits"]
-        spread = "" if row["quartiles"] is None or row["quartiles"][0] == row["quartiles"][1] else \
-            "-".join(f"{q:.{digits}f}" for q in row["quartiles"])
+        spread = (
+            ""
+            if row["quartiles"] is None or row["quartiles"][0] == row["quartiles"][1]
+            else "-".join(f"{q:.{digits}f}" for q in row["quartiles"])
+        )
         status = {"shown": "", "unmeasured": ""}.get(row["status"], row["status"])
-        found = f"{row['why'][:19]:>19}" if row["value"] is None else f"{row['value']:7.{digits}f} {spread:>11}"
-        lines.append(f"{row['text']:36} {_number(row['peers'], digits):>6} {target(row):>8} {found} {status}".rstrip())
+        found = (
+            f"{row['why'][:19]:>19}"
+            if row["value"] is None
+            else f"{row['value']:7.{digits}f} {spread:>11}"
+        )
+        lines.append(
+            f"{row['text']:36} {_number(row['peers'], digits):>6} {target(row):>8} {found} "
+            f"{status}".rstrip()
+        )
     return "\n".join(lines)
 
 
 def target(row: Mapping[str, Any]) -> str:
-    """"<= 1.05", or what stands in its place."""
+    """ "<= 1.05", or what stands in its place."""
     return str(row["note"]) if row["target"] is None else f"<= {row['target']:.2f}"
 
 
@@ -76,8 +101,10 @@ def details(case: Mapping[str, Any]) -> str:
     if case["error"]:
         return f"{case['name']}: FAILED. {' '.join(case['error'].split())}"
     metrics = METRICS[case["kind"]]
-    lines = [f"{case['name']}: {setup_text(case)}; {case['rounds']} rounds, {case['seconds']:.0f} s",
-             f"{'':16}" + "".join(f"{metric:>16}" for metric in metrics)]
+    lines = [
+        f"{case['name']}: {setup_text(case)}; {case['rounds']} rounds, {case['seconds']:.0f} s",
+        f"{'':16}" + "".join(f"{metric:>16}" for metric in metrics),
+    ]
     first = next(iter(case["contenders"].values()))
     for name, found in case["contenders"].items():
         cells = [_cell(metric, found, first) for metric in metrics]
@@ -129,15 +156,27 @@ def _kept(name: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def short_form(data: Mapping[str, Any]) -> str:
     """The README's table, in Markdown: every row with a target, those that were missed included."""
-    rows = [row for case in data["cases"] for row in case["rows"] if row["main"] and row["target"] is not None]
+    rows = [
+        row
+        for case in data["cases"]
+        for row in case["rows"]
+        if row["main"] and row["target"] is not None
+    ]
     missed = [row["text"] for row in rows if row["status"] != "ok"]
     m, v = data["machine"], data["versions"]
     ran = f"`{data['command']}`, {data['date'][:10]}, {m['cpu']}, {m['cores']} cores, torch {v['torch']}, peft {v['peft']}, "
-    lines = [f"{ran}commit {v['commit']}. Ratios of medians of interleaved rounds.", "",
-             "| case | peft | target | Weft | |", "|---|---|---|---|---|"]
+    lines = [
+        f"{ran}commit {v['commit']}. Ratios of medians of interleaved rounds.",
+        "",
+        "| case | peft | target | Weft | |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         value = row["why"] if row["value"] is None else f"{row['value']:.{row['digits']}f}"
-        lines.append(f"| {row['text']} | {_number(row['peers'], row['digits'])} | ≤ {row['target']:g} | {value} | "
-                     f"{row['status']} |")
+        lines.append(
+            f"| {row['text']} | {_number(row['peers'], row['digits'])} | ≤ {row['target']:g} | "
+            f"{value} | "
+            f"{row['status']} |"
+        )
     lines += ["", f"Not reached: {', '.join(missed)}." if missed else "All targets are reached."]
     return "\n".join([*lines, busy_note(data)]).rstrip()

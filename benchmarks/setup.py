@@ -1,6 +1,7 @@
 """The models of the benchmark, from configurations with random weights, and their batches.
 
-The vocabulary is small, so that the head, which no method touches, does not hide what the adapted layers cost.
+The vocabulary is small, so that the head, which no method touches, does not hide what the adapted
+layers cost.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ LEAST_ROW, MOST_ROW = 128, 512  # tokens of one sequence
 
 @dataclass(frozen=True)
 class Setup:
-    """One shape. `tokens` are those of one micro-batch; `r` is for contenders that name no rank of their own.
+    """One shape. `tokens` are those of one micro-batch; `r` is for contenders that name no rank of
+    their own.
 
-    flow: the gradient goes back to the output of the input embedding in every contender, as it does in the limit. Else
-    an adapter spares the first layer's input gradient, which the limit computes, and the limit would be none.
+    flow: the gradient goes back to the output of the input embedding in every contender, as it does
+    in the limit. Else an adapter spares the first layer's input gradient, which the limit computes,
+    and the limit would be none.
     """
 
     model: str = "llama-768"
@@ -37,9 +40,15 @@ class Setup:
     flow: bool = True
 
     def __post_init__(self) -> None:
-        for field, allowed in (("model", MODELS), ("targets", ("all-linear", "q,v")), ("dtype", ("float32", "bfloat16"))):
+        for field, allowed in (
+            ("model", MODELS),
+            ("targets", ("all-linear", "q,v")),
+            ("dtype", ("float32", "bfloat16")),
+        ):
             if getattr(self, field) not in allowed:
-                raise ValueError(f"Setup({field}={getattr(self, field)!r}): it must be one of {list(allowed)}.")
+                raise ValueError(
+                    f"Setup({field}={getattr(self, field)!r}): it must be one of {list(allowed)}."
+                )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -61,8 +70,14 @@ def llama(width: int, layers: int, inner: int, vocabulary: int = VOCABULARY) -> 
 
     heads = max(1, width // (128 if width >= 4096 else 64))
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096)
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+    )
     model: nn.Module = transformers.LlamaForCausalLM(config)
     return model
 
@@ -71,9 +86,17 @@ def roberta() -> nn.Module:
     import transformers
 
     config = transformers.RobertaConfig(
-        vocab_size=VOCABULARY, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        max_position_embeddings=MOST_ROW + 2, type_vocab_size=1, num_labels=2,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # so that contenders can be compared
+        vocab_size=VOCABULARY,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=MOST_ROW + 2,
+        type_vocab_size=1,
+        num_labels=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # so that contenders can be compared
     model: nn.Module = transformers.RobertaForSequenceClassification(config)
     return model
 
@@ -81,9 +104,18 @@ def roberta() -> nn.Module:
 def gpt2(width: int = 768, layers: int = 12) -> nn.Module:
     import transformers
 
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=width, n_layer=layers, n_head=max(1, width // 64),
-                                     n_positions=1024, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
-                                     bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=width,
+        n_layer=layers,
+        n_head=max(1, width // 64),
+        n_positions=1024,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model: nn.Module = transformers.GPT2LMHeadModel(config)
     return model
 
@@ -109,7 +141,9 @@ def build(setup: Setup, seed: int = 0) -> nn.Module:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A second model over the very same weights, so that no contender has the luckier place in memory."""
+    """A second model over the very same weights, so that no contender has the luckier place in
+    memory.
+    """
     shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, shared)
 
@@ -120,7 +154,9 @@ def layers(model: nn.Module, setup: Setup) -> Iterator[tuple[str, int, int]]:
 
     spec = MODELS[setup.model]
     for name, module in model.named_modules():
-        if not name.startswith(spec.blocks) or (setup.targets == "q,v" and not name.endswith(spec.qv)):
+        if not name.startswith(spec.blocks) or (
+            setup.targets == "q,v" and not name.endswith(spec.qv)
+        ):
             continue
         if isinstance(module, nn.Linear):
             yield name, module.out_features, module.in_features
@@ -143,13 +179,18 @@ def batch(setup: Setup, seed: int = 1) -> dict[str, Tensor]:
     """Random ids, and labels of the kind that the model takes."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCABULARY, shape(setup.tokens), generator=generator)
-    labels = torch.randint(0, 2, ids.shape[:1], generator=generator) if setup.model == "roberta-base" else ids
+    labels = (
+        torch.randint(0, 2, ids.shape[:1], generator=generator)
+        if setup.model == "roberta-base"
+        else ids
+    )
     return {"input_ids": ids, "labels": labels}
 
 
 @torch.no_grad()
 def wake(named: Mapping[str, Tensor]) -> None:
-    """Move every trained number off its start, where most updates and half of the gradients are zero.
+    """Move every trained number off its start, where most updates and half of the gradients are
+    zero.
 
     The numbers depend on the tensor's name alone, so two contenders of one equation get the same.
     """

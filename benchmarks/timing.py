@@ -1,7 +1,8 @@
-"""Times taken in turns, and what they say: medians, quartiles, and the ratio of medians with the spread of its rounds.
+"""Times taken in turns, and what they say: medians, quartiles, and the ratio of medians with the
+spread of its rounds.
 
-A busy or throttling machine slows a whole round, and so all contenders alike: the quartiles of the ratio within a round
-tell how far the ratio of medians can be trusted.
+A busy or throttling machine slows a whole round, and so all contenders alike: the quartiles of the
+ratio within a round tell how far the ratio of medians can be trusted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ Samples = dict[str, dict[str, list[float]]]  # contender -> metric -> one value 
 
 @dataclass(frozen=True)
 class Rounds:
-    """How long to go on: at least `least` rounds, then until `until` (of time.perf_counter) or until there are `most`."""
+    """How long to go on: at least `least` rounds, then until `until` (of time.perf_counter) or
+    until there are `most`.
+    """
 
     until: float
     least: int = 5
@@ -27,7 +30,9 @@ class Rounds:
 
     def __post_init__(self) -> None:
         if self.least < 1 or self.most < self.least or self.warm < 0:
-            raise ValueError(f"{self}: least must be 1 or more, most at least that, warm 0 or more.")
+            raise ValueError(
+                f"{self}: least must be 1 or more, most at least that, warm 0 or more."
+            )
 
     @classmethod
     def within(cls, seconds: float, least: int = 5, most: int = 51, warm: int = 1) -> Rounds:
@@ -36,7 +41,8 @@ class Rounds:
 
 
 def interleave(works: Mapping[str, Work], rounds: Rounds) -> Samples:
-    """Run all works once a round, in their order, A B C A B C ...; the first `warm` rounds are thrown away.
+    """Run all works once a round, in their order, A B C A B C ...; the first `warm` rounds are
+    thrown away.
 
     Garbage is collected between the works and not within them.
     """
@@ -63,6 +69,7 @@ def interleave(works: Mapping[str, Work], rounds: Rounds) -> Samples:
 
 def clocked(work: Callable[[], object], metric: str = "seconds") -> Work:
     """A work of one metric from a plain function."""
+
     def run() -> Mapping[str, float]:
         started = time.perf_counter()
         work()
@@ -85,7 +92,11 @@ def summary(values: Sequence[float]) -> dict[str, object]:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, list[float]]:
-    """Ratio of the medians, and the quartiles of the ratios within each round. Raises ValueError: not the same rounds."""
+    """Ratio of the medians, and the quartiles of the ratios within each round. Raises ValueError:
+    not the same rounds.
+    """
     if len(over) != len(under):
         raise ValueError(f"{len(over)} and {len(under)} values were not taken in the same rounds.")
-    return median(over) / median(under), quartiles([a / b for a, b in zip(over, under, strict=True)])
+    return median(over) / median(under), quartiles(
+        [a / b for a, b in zip(over, under, strict=True)]
+    )

@@ -1,4 +1,5 @@
-"""Put the tables of a finished benchmark where they are shown: the short form into the README, all rows into the docs.
+"""Put the tables of a finished benchmark where they are shown: the short form into the README, all
+rows into the docs.
 
 Usage: make bench && python scripts/bench_table.py benchmarks/results/quick.json
 """
@@ -19,17 +20,26 @@ START, END = "<!-- benchmark: scripts/bench_table.py writes it -->", "<!-- /benc
 
 
 def rows(data: Mapping[str, Any]) -> str:
-    """Where it ran, the rows with targets, and what else was measured, as the command prints them."""
+    """Where it ran, the rows with targets, and what else was measured, as the command prints
+    them.
+    """
     return "```text\n" + report.summary(data) + "\n```"
 
 
-PLACES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"README.md": report.short_form, "docs/performance.md": rows}
+PLACES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "README.md": report.short_form,
+    "docs/performance.md": rows,
+}
 
 
 def filled(text: str, block: str, page: str) -> str:
-    """`text` with the block between its two marks. Raises SystemExit where the marks are not there once each."""
+    """`text` with the block between its two marks. Raises SystemExit where the marks are not there
+    once each.
+    """
     if text.count(START) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{page} needs the lines {START} and {END} once each, where the table shall stand.")
+        raise SystemExit(
+            f"{page} needs the lines {START} and {END} once each, where the table shall stand."
+        )
     before, rest = text.split(START)
     return f"{before}{START}\n{block}\n{END}{rest.split(END)[1]}"
 
@@ -38,7 +48,9 @@ def main() -> None:
     data = store.read(Path(sys.argv[1]))
     for page, form in PLACES.items():
         path = ROOT / page
-        path.write_text(filled(path.read_text(encoding="utf-8"), form(data), page), encoding="utf-8")
+        path.write_text(
+            filled(path.read_text(encoding="utf-8"), form(data), page), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What these methods are sold with, tried on the embedded digits task, each claim with a verdict and its interval.
+"""What these methods are sold with, tried on the embedded digits task, each claim with a verdict
+and its interval.
 
 Usage: python scripts/claims.py [CLAIM ...]        (all without a name; then make docs-tables)
 
-Writes docs/records/claims.json, from which docs/claims.md is made; claims that are not named keep what they have there.
-Thresholds stand in the code, set before the first run. Learning rates are chosen for every method on validation data, with
-seeds of their own; a difference is paired over SEEDS seeds: of one seed, all methods see the same head and batches.
+Writes docs/records/claims.json, from which docs/claims.md is made; claims that are not named keep
+what they have there. Thresholds stand in the code, set before the first run. Learning rates are
+chosen for every method on validation data, with seeds of their own; a difference is paired over
+SEEDS seeds: of one seed, all methods see the same head and batches.
 """
 
 from __future__ import annotations
@@ -45,13 +47,19 @@ WATCHED = (38, 75, 113, 150)  # four checkpoints, as in the paper
 MARGIN = 0.01  # accuracy: less than this is "matches"
 SEEN, NOT_SEEN, CANNOT_TELL = "seen", "not seen", "cannot tell"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "Full": {"method": "Full"}, "LoRA r=8": {"method": "LoRA", "r": 8}, "DoRA r=8": {"method": "DoRA", "r": 8},
-    "DoRA r=4": {"method": "DoRA", "r": 4}, "VeRA r=16": {"method": "VeRA", "r": 16}}
+    "Full": {"method": "Full"},
+    "LoRA r=8": {"method": "LoRA", "r": 8},
+    "DoRA r=8": {"method": "DoRA", "r": 8},
+    "DoRA r=4": {"method": "DoRA", "r": 4},
+    "VeRA r=16": {"method": "VeRA", "r": 16},
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`what` was measured; `interval`: 95 % over seeds, None where the value is exact; `rule`: what decides the verdict."""
+    """`what` was measured; `interval`: 95 % over seeds, None where the value is exact; `rule`: what
+    decides the verdict.
+    """
 
     what: str
     value: float
@@ -62,7 +70,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Trained:
-    """`changes`: step -> module -> (delta D, delta M). `updates`: module -> W' - W at the end. `thin`: its B, of LoRA."""
+    """`changes`: step -> module -> (delta D, delta M). `updates`: module -> W' - W at the end.
+    `thin`: its B, of LoRA.
+    """
 
     test: float
     validation: float
@@ -84,8 +94,14 @@ def bench() -> Any:
 def trained(label: str, lr: float, seed: int) -> Trained:
     """One run of a setting, with its changes at the steps WATCHED."""
     opened, head = bench()
-    adapter = opened.attach_new({**SETTINGS[label], "modules_to_save": list(head),
-                                 **({} if label == "Full" else {"seed": seed})}, seed)
+    adapter = opened.attach_new(
+        {
+            **SETTINGS[label],
+            "modules_to_save": list(head),
+            **({} if label == "Full" else {"seed": seed}),
+        },
+        seed,
+    )
     changes: dict[int, dict[str, tuple[float, float]]] = {}
 
     def look(step: int) -> None:
@@ -93,12 +109,26 @@ def trained(label: str, lr: float, seed: int) -> Trained:
             changes[step] = {name: (c.delta_d, c.delta_m) for name, c in changes_of(adapter)}
 
     try:
-        splits, recipe = opened.task.prepared.splits, Recipe(steps=STEPS, batch=BATCH, lr=lr, seed=seed)
+        splits, recipe = (
+            opened.task.prepared.splits,
+            Recipe(steps=STEPS, batch=BATCH, lr=lr, seed=seed),
+        )
         train(opened.model, adapter, splits["train"], recipe, look)
         scores = {name: evaluate(opened.model, splits[name]) for name in ("validation", "test")}
-        thin = {name: site.B.detach().double().clone() for name, site in adapter.sites.items() if hasattr(site, "B")}
-        return Trained(scores["test"].score, scores["validation"].score, scores["validation"].loss,
-                       adapter.num_parameters - adapter.num_head_parameters, changes, _updates(adapter), thin)
+        thin = {
+            name: site.B.detach().double().clone()
+            for name, site in adapter.sites.items()
+            if hasattr(site, "B")
+        }
+        return Trained(
+            scores["test"].score,
+            scores["validation"].score,
+            scores["validation"].loss,
+            adapter.num_parameters - adapter.num_head_parameters,
+            changes,
+            _updates(adapter),
+            thin,
+        )
     finally:
         weft.detach(opened.model)
 
@@ -117,7 +147,9 @@ def _updates(adapter: Any) -> dict[str, Tensor]:
 
 @cache
 def rate(label: str) -> float:
-    """The peak learning rate with the best mean on the validation split, ties by its loss; the grid grows at its edges."""
+    """The peak learning rate with the best mean on the validation split, ties by its loss; the grid
+    grows at its edges.
+    """
     rates = list(LRS[SETTINGS[label]["method"]])
     scored: dict[float, tuple[float, float]] = {}
     for _ in range(4):
@@ -165,18 +197,46 @@ def svd() -> list[Finding]:
     full, lora = runs("Full"), runs("LoRA r=8")
     names = list(lora[0].updates)
     energy = [mean(_share(run.updates[name], 8) for name in names) for run in full]
-    overlap = [mean(_overlap(b.updates[name], f.updates[name], 8) for name in names)
-               for f, b in zip(full, lora, strict=True)]
+    overlap = [
+        mean(_overlap(b.updates[name], f.updates[name], 8) for name in names)
+        for f, b in zip(full, lora, strict=True)
+    ]
     chance = mean(8 / lora[0].updates[name].shape[0] for name in names)
     cosines = [mean(_cosines(B.t()) for B in run.thin.values()) for run in lora]
-    noise = mean(_share(torch.randn(lora[0].updates[name].shape, generator=torch.Generator().manual_seed(i)).double(), 8)
-                 for i, name in enumerate(names))
-    return [at_least("full fine-tuning: share of its update's squared norm in the first 8 of 48 singular directions "
-                     f"(random matrices: {noise:.2f})", energy, 0.9, "low-rank: at least 0.9"),
-            at_least("overlap of the output directions of LoRA's B A with the first 8 of full fine-tuning's update, same "
-                     f"seed (by chance: {chance:.2f}; its truncated SVD: 1)", overlap, 0.5, "like that SVD: at least 0.5"),
-            at_most("mean |cos| between columns of LoRA's trained B (of an SVD: 0; of random ones: about 0.11)", cosines,
-                    0.05, "orthogonal as an SVD's: at most 0.05")]
+    noise = mean(
+        _share(
+            torch.randn(
+                lora[0].updates[name].shape, generator=torch.Generator().manual_seed(i)
+            ).double(),
+            8,
+        )
+        for i, name in enumerate(names)
+    )
+    return [
+        at_least(
+            "full fine-tuning: share of its update's squared norm in the first 8 of 48 singular "
+            "directions "
+            f"(random matrices: {noise:.2f})",
+            energy,
+            0.9,
+            "low-rank: at least 0.9",
+        ),
+        at_least(
+            "overlap of the output directions of LoRA's B A with the first 8 of full fine-tuning's "
+            "update, same "
+            f"seed (by chance: {chance:.2f}; its truncated SVD: 1)",
+            overlap,
+            0.5,
+            "like that SVD: at least 0.5",
+        ),
+        at_most(
+            "mean |cos| between columns of LoRA's trained B (of an SVD: 0; of random ones: about "
+            "0.11)",
+            cosines,
+            0.05,
+            "orthogonal as an SVD's: at most 0.05",
+        ),
+    ]
 
 
 def _share(update: Tensor, k: int) -> float:
@@ -200,11 +260,24 @@ def orthogonal() -> list[Finding]:
     found = []
     for r, width in ((16, 48), (256, 768), (256, 4096)):
         values = [_cosines(Projections(r, width, width, seed, "weft").A.double()) for seed in SEEDS]
-        found.append(at_most(f"mean |cos| between the {r} rows of A, {width} inputs", values, 0.05, "nearly orthogonal: at "
-                             "most 0.05"))
+        found.append(
+            at_most(
+                f"mean |cos| between the {r} rows of A, {width} inputs",
+                values,
+                0.05,
+                "nearly orthogonal: at most 0.05",
+            )
+        )
     rank = int(torch.linalg.matrix_rank(Projections(1024, 768, 768, 0, "weft").A.double()))
-    found.append(Finding("independent rows of A at r = 1024 on 768 inputs, the paper's setting for RoBERTa-base", rank, None,
-                         NOT_SEEN if rank < 1024 else SEEN, "independent: all 1024"))
+    found.append(
+        Finding(
+            "independent rows of A at r = 1024 on 768 inputs, the paper's setting for RoBERTa-base",
+            rank,
+            None,
+            NOT_SEEN if rank < 1024 else SEEN,
+            "independent: all 1024",
+        )
+    )
     return found
 
 
@@ -220,11 +293,23 @@ def freedom() -> list[Finding]:
 
         generator = torch.Generator().manual_seed(1)
         at = tuple(torch.randn(n, generator=generator, dtype=torch.float64) for n in (out, r))
-        rank = int(torch.linalg.matrix_rank(torch.cat(torch.autograd.functional.jacobian(update, at), dim=1)))
+        rank = int(
+            torch.linalg.matrix_rank(
+                torch.cat(torch.autograd.functional.jacobian(update, at), dim=1)
+            )
+        )
         free, needed = out + r - 1, r * (out + in_ - r)
-        found.append(Finding(f"degrees of freedom of VeRA's update [{out}, {in_}] at r = {r} (out + r - 1 = {free}; those "
-                             f"of all matrices of rank {r}: {needed})", rank, None, SEEN if rank >= needed else NOT_SEEN,
-                             f"every update of rank {r}: {needed}"))
+        found.append(
+            Finding(
+                f"degrees of freedom of VeRA's update [{out}, {in_}] at r = {r} (out + r - 1 = "
+                f"{free}; those "
+                f"of all matrices of rank {r}: {needed})",
+                rank,
+                None,
+                SEEN if rank >= needed else NOT_SEEN,
+                f"every update of rank {r}: {needed}",
+            )
+        )
     return found
 
 
@@ -234,10 +319,22 @@ def vera() -> list[Finding]:
     value, (low, high) = over_seeds([a.test - b.test for a, b in zip(lora, small, strict=True)])
     share = small[0].numbers / lora[0].numbers
     verdict = SEEN if high < MARGIN else NOT_SEEN if low > 0 else CANNOT_TELL
-    return [Finding("trained numbers of VeRA r=16 for one of LoRA r=8", share, None, SEEN if share <= 0.1 else NOT_SEEN,
-                    "a tenth: at most 0.1"),
-            Finding(f"test accuracy of LoRA r=8 less VeRA r=16, {len(SEEDS)} seeds, paired", value, (low, high), verdict,
-                    f"matches: less than {MARGIN} behind; not seen: surely behind")]
+    return [
+        Finding(
+            "trained numbers of VeRA r=16 for one of LoRA r=8",
+            share,
+            None,
+            SEEN if share <= 0.1 else NOT_SEEN,
+            "a tenth: at most 0.1",
+        ),
+        Finding(
+            f"test accuracy of LoRA r=8 less VeRA r=16, {len(SEEDS)} seeds, paired",
+            value,
+            (low, high),
+            verdict,
+            f"matches: less than {MARGIN} behind; not seen: surely behind",
+        ),
+    ]
 
 
 def coupling() -> list[Finding]:
@@ -248,34 +345,62 @@ def coupling() -> list[Finding]:
         every = [_relations(run) for run in runs(label)]
         for level in LEVELS:
             held = [one[level] for one in every if one[level] is not None]
-            value, (low, high) = over_seeds([math.atanh(max(-0.999999, min(0.999999, r))) for r in held])
+            value, (low, high) = over_seeds(
+                [math.atanh(max(-0.999999, min(0.999999, r))) for r in held]
+            )
             ends = sorted((sign * low, sign * high))
             verdict = SEEN if ends[0] > 0 else NOT_SEEN if ends[1] < 0 else CANNOT_TELL
-            found.append(Finding(f"{label}: correlation of delta D and delta M, query matrices, {level}", math.tanh(value),
-                                 (math.tanh(low), math.tanh(high)), verdict,
-                                 f"the paper's sign ({PRINTED[method]:+.2f}, pooled)"))
+            found.append(
+                Finding(
+                    f"{label}: correlation of delta D and delta M, query matrices, {level}",
+                    math.tanh(value),
+                    (math.tanh(low), math.tanh(high)),
+                    verdict,
+                    f"the paper's sign ({PRINTED[method]:+.2f}, pooled)",
+                )
+            )
     return found
 
 
 def noise() -> list[Finding]:
-    """What the correlation is of updates that learn nothing: W + t N, of random N, growing with the steps t."""
-    queries = {name: module.weight.detach().double() for name, module in bench()[0].model.named_modules()
-               if name.endswith("q_proj")}
+    """What the correlation is of updates that learn nothing: W + t N, of random N, growing with the
+    steps t.
+    """
+    queries = {
+        name: module.weight.detach().double()
+        for name, module in bench()[0].model.named_modules()
+        if name.endswith("q_proj")
+    }
     found, forms = [], {"full rank": None, "rank 8": 8}
     for form, r in forms.items():
         every = []
         for seed in SEEDS:
             generator = torch.Generator().manual_seed(seed)
-            updates = {name: _random(tuple(W.shape), r, generator) * 0.5 * W.norm() for name, W in queries.items()}
-            points = [(name, one.delta_d, one.delta_m) for step in WATCHED for name, W in queries.items()
-                      for one in [change(W, W + step / STEPS * updates[name])]]
+            updates = {
+                name: _random(tuple(W.shape), r, generator) * 0.5 * W.norm()
+                for name, W in queries.items()
+            }
+            points = [
+                (name, one.delta_d, one.delta_m)
+                for step in WATCHED
+                for name, W in queries.items()
+                for one in [change(W, W + step / STEPS * updates[name])]
+            ]
             every.append({one.level: one.r for one in relate(*zip(*points, strict=True))})
         for level in LEVELS:
             z, (low, high) = over_seeds([math.atanh(min(0.999999, one[level])) for one in every])
             verdict = SEEN if low > 0 else NOT_SEEN if high < 0 else CANNOT_TELL
-            found.append(Finding(f"random updates of {form}, half of W's norm at the end: r of delta D and delta M, "
-                                 f"query matrices, {level}", math.tanh(z), (math.tanh(low), math.tanh(high)), verdict,
-                                 "positive without any learning"))
+            found.append(
+                Finding(
+                    f"random updates of {form}, half of W's norm at the end: r of delta D and "
+                    "delta M, "
+                    f"query matrices, {level}",
+                    math.tanh(z),
+                    (math.tanh(low), math.tanh(high)),
+                    verdict,
+                    "positive without any learning",
+                )
+            )
     return found
 
 
@@ -290,44 +415,72 @@ def _random(shape: tuple[int, int], r: int | None, generator: torch.Generator) -
 def _relations(run: Trained) -> dict[str, float | None]:
     """r at each level over the query matrices of a run."""
     roles = roles_of(list(run.changes[WATCHED[0]]))
-    points = [(name, *pair) for held in run.changes.values() for name, pair in held.items()
-              if roles[name].endswith("q_proj")]
+    points = [
+        (name, *pair)
+        for held in run.changes.values()
+        for name, pair in held.items()
+        if roles[name].endswith("q_proj")
+    ]
     return {one.level: one.r for one in relate(*zip(*points, strict=True))}
 
 
 def half_rank() -> list[Finding]:
     """DoRA at half the rank beats LoRA."""
     dora, rule = runs("DoRA r=4"), "beats: surely above 0; not seen: surely below"
-    lora = {"each at its own rate": runs("LoRA r=8"),
-            "both at DoRA's rate": [trained("LoRA r=8", rate("DoRA r=4"), seed) for seed in SEEDS]}
+    lora = {
+        "each at its own rate": runs("LoRA r=8"),
+        "both at DoRA's rate": [trained("LoRA r=8", rate("DoRA r=4"), seed) for seed in SEEDS],
+    }
     found = []
     for how, others in lora.items():
-        value, (low, high) = over_seeds([a.test - b.test for a, b in zip(dora, others, strict=True)])
+        value, (low, high) = over_seeds(
+            [a.test - b.test for a, b in zip(dora, others, strict=True)]
+        )
         verdict = SEEN if low > 0 else NOT_SEEN if high < 0 else CANNOT_TELL
-        found.append(Finding(f"test accuracy of DoRA r=4 less LoRA r=8, {len(SEEDS)} seeds, paired, {how}", value,
-                             (low, high), verdict, rule))
+        found.append(
+            Finding(
+                f"test accuracy of DoRA r=4 less LoRA r=8, {len(SEEDS)} seeds, paired, {how}",
+                value,
+                (low, high),
+                verdict,
+                rule,
+            )
+        )
     return found
 
 
 def inference() -> list[Finding]:
     """No extra cost at inference."""
     opened, head = bench()
-    model, inputs = opened.model, {"pixel_values": torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+    model, inputs = (
+        opened.model,
+        {"pixel_values": torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))},
+    )
     base, found = _flops(model, inputs), []
     for config in (weft.LoRA(r=8), weft.VeRA(r=16), weft.DoRA(r=8), weft.DVoRA(r=16)):
         name = type(config).__name__
         adapter = opened.attach_new({**methods.to_json(config), "modules_to_save": list(head)}, 0)
         with torch.no_grad():
             for p in adapter.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+                p.add_(
+                    0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+                )
         attached = _flops(model, inputs)
         report = weft.merge(model, verify=inputs)
         merged = _flops(model, inputs)
         weft.unmerge(model)
         weft.detach(model)
-        found.append(Finding(f"{name}, merged: operations of a forward pass, of the base's (unmerged: {attached / base:.3f}"
-                             f"; outputs merged and unmerged differ by {report.output_error:.0e}, relative)", merged / base,
-                             None, SEEN if merged == base else NOT_SEEN, "no extra cost: exactly 1"))
+        found.append(
+            Finding(
+                f"{name}, merged: operations of a forward pass, of the base's (unmerged: "
+                f"{attached / base:.3f}"
+                f"; outputs merged and unmerged differ by {report.output_error:.0e}, relative)",
+                merged / base,
+                None,
+                SEEN if merged == base else NOT_SEEN,
+                "no extra cost: exactly 1",
+            )
+        )
     return found
 
 
@@ -339,8 +492,15 @@ def _flops(model: Any, inputs: Mapping[str, Tensor]) -> int:
 
 
 CLAIMS: dict[str, Callable[[], list[Finding]]] = {
-    "svd": svd, "orthogonal": orthogonal, "freedom": freedom, "vera": vera, "coupling": coupling, "noise": noise,
-    "half-rank": half_rank, "inference": inference}
+    "svd": svd,
+    "orthogonal": orthogonal,
+    "freedom": freedom,
+    "vera": vera,
+    "coupling": coupling,
+    "noise": noise,
+    "half-rank": half_rank,
+    "inference": inference,
+}
 
 
 def main() -> None:
@@ -350,12 +510,20 @@ def main() -> None:
         sys.exit(f"{unknown[0]!r} is no claim. There are: {', '.join(CLAIMS)}.")
     for name in chosen:
         findings = CLAIMS[name]()
-        record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"schema": 1, "claims": {}}
+        record = (
+            json.loads(RECORD.read_text(encoding="utf-8"))
+            if RECORD.is_file()
+            else {"schema": 1, "claims": {}}
+        )
         record["claims"][name] = {
-            "command": f"python scripts/claims.py {name}", "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
-                       f"{torch.__version__.partition('+')[0]}",
-            "rates": {label: rate(label) for label in USES.get(name, ())}, "findings": [asdict(one) for one in findings]}
+            "command": f"python scripts/claims.py {name}",
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores, Python "
+            f"{platform.python_version()}, torch "
+            f"{torch.__version__.partition('+')[0]}",
+            "rates": {label: rate(label) for label in USES.get(name, ())},
+            "findings": [asdict(one) for one in findings],
+        }
         temporary = RECORD.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.replace(RECORD)
@@ -364,8 +532,12 @@ def main() -> None:
 
 
 # The settings that a claim trains.
-USES = {"svd": ("Full", "LoRA r=8"), "vera": ("LoRA r=8", "VeRA r=16"), "coupling": ("Full", "LoRA r=8", "DoRA r=8"),
-        "half-rank": ("DoRA r=4", "LoRA r=8")}
+USES = {
+    "svd": ("Full", "LoRA r=8"),
+    "vera": ("LoRA r=8", "VeRA r=16"),
+    "coupling": ("Full", "LoRA r=8", "DoRA r=8"),
+    "half-rank": ("DoRA r=4", "LoRA r=8"),
+}
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ from typing import Any
 RECORD = Path(__file__).resolve().parent.parent / "docs" / "records" / "claims.json"
 NOT_RUN = "Not run yet.\n"
 TITLES = {
-    "svd": "LoRA's update is low-rank, and like an SVD", "orthogonal": "Random A and B have nearly orthogonal rows",
+    "svd": "LoRA's update is low-rank, and like an SVD",
+    "orthogonal": "Random A and B have nearly orthogonal rows",
     "freedom": "Any update of rank r is a combination of the random bases",
     "vera": "VeRA matches LoRA with a tenth of the numbers",
     "coupling": "LoRA moves magnitude and direction together; full fine-tuning and DoRA do not",
     "noise": "Control: random updates move them together too",
-    "half-rank": "DoRA at half the rank beats LoRA", "inference": "No extra cost at inference"}
+    "half-rank": "DoRA at half the rank beats LoRA",
+    "inference": "No extra cost at inference",
+}
 
 
 def recorded() -> dict[str, Any]:
@@ -27,13 +30,20 @@ def claim(name: str) -> str:
     found = recorded().get(name)
     if found is None:
         return NOT_RUN
-    rows = [f"| {one['what'].replace('|', chr(92) + '|')} | {_number(one['value'])} | {_interval(one['interval'])} "
-            f"| {one['rule']} | {one['verdict']} |\n" for one in found["findings"]]
+    rows = [
+        f"| {one['what'].replace('|', chr(92) + '|')} | {_number(one['value'])} | "
+        f"{_interval(one['interval'])} "
+        f"| {one['rule']} | {one['verdict']} |\n"
+        for one in found["findings"]
+    ]
     rates = ", ".join(f"{label} {value:g}" for label, value in found["rates"].items())
     head = "| measured | value | 95 % interval | decides | verdict |\n| --- | ---: | ---: | --- | --- |\n"
-    return head + "".join(rows) + \
-        (f"\nPeak learning rates, chosen on validation data: {rates}.\n" if rates else "") + \
-        f"\n`{found['command']}`, {found['date']}, {found['machine']}.\n"
+    return (
+        head
+        + "".join(rows)
+        + (f"\nPeak learning rates, chosen on validation data: {rates}.\n" if rates else "")
+        + f"\n`{found['command']}`, {found['date']}, {found['machine']}.\n"
+    )
 
 
 def verdicts() -> str:
@@ -41,7 +51,9 @@ def verdicts() -> str:
     rows, found = [], recorded()
     for name, title in TITLES.items():
         lines = [one["verdict"] for one in found[name]["findings"]] if name in found else []
-        told = ", ".join(f"{lines.count(v)} {v}" for v in ("seen", "not seen", "cannot tell") if v in lines)
+        told = ", ".join(
+            f"{lines.count(v)} {v}" for v in ("seen", "not seen", "cannot tell") if v in lines
+        )
         rows.append(f"| {title} | {told or 'not run yet'} |\n")
     return "| claim | lines |\n| --- | --- |\n" + "".join(rows)
 

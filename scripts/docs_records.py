@@ -1,9 +1,10 @@
-"""What `weft compare` measured: kept as docs/records/NAME.json, read by docs_tables.py for the pages of the methods.
+"""What `weft compare` measured: kept as docs/records/NAME.json, read by docs_tables.py for the
+pages of the methods.
 
 Usage: python scripts/docs_records.py weft-compare NAME "weft compare --methods ..." [--busy]
 
-The command is kept with date and machine. --busy: the machine had other work, so the times of steps are left out.
-The README's own table (scripts/readme_table.py) is a record too.
+The command is kept with date and machine. --busy: the machine had other work, so the times of steps
+are left out. The README's own table (scripts/readme_table.py) is a record too.
 """
 
 from __future__ import annotations
@@ -27,13 +28,25 @@ def main() -> None:
     source, name, command, *flags = sys.argv[1:]
     found = json.loads(Path(source, "results.json").read_text(encoding="utf-8"))
     date = time.strftime("%Y-%m-%d", time.gmtime(Path(source, "results.json").stat().st_mtime))
-    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, Python {platform.python_version()}"
-    rows = [{key: row[key] for key in KEPT} | {"name": row["config"]["method"]} for row in found["rows"]]
+    machine = (
+        f"{platform.machine()} CPU, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
+    rows = [
+        {key: row[key] for key in KEPT} | {"name": row["config"]["method"]} for row in found["rows"]
+    ]
     if "--busy" in flags:
         for row in rows:
             row["step_ratio"] = None
-    record = {"command": command, "date": date, "machine": machine, "busy": "--busy" in flags, "seeds": found["seeds"],
-              "task": found["task"], "model": found["model"], "rows": rows}
+    record = {
+        "command": command,
+        "date": date,
+        "machine": machine,
+        "busy": "--busy" in flags,
+        "seeds": found["seeds"],
+        "task": found["task"],
+        "model": found["model"],
+        "rows": rows,
+    }
     RECORDS.mkdir(exist_ok=True)
     (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -41,21 +54,39 @@ def main() -> None:
 def measured(method: str) -> str:
     """The rows of a method in all records, as a Markdown table with its sources."""
     rows, sources = [], []
-    for source, found in [readme(), *map(stored, sorted({*RECORDS.glob("*.json")} - {RECORDS / CLAIMS}))]:
-        mine = [cells for name, cells in found if name == method and cells[0] not in [r[0] for r in rows]]
+    for source, found in [
+        readme(),
+        *map(stored, sorted({*RECORDS.glob("*.json")} - {RECORDS / CLAIMS})),
+    ]:
+        mine = [
+            cells
+            for name, cells in found
+            if name == method and cells[0] not in [r[0] for r in rows]
+        ]
         rows += mine
         sources += [source] if mine else []
     if not rows:
         return "Not measured yet.\n"
     head = "| setting | trained numbers | file | accuracy % | step | peak |\n| --- | ---: | ---: | ---: | ---: | ---: |\n"
-    return head + "".join("| " + " | ".join(row) + " |\n" for row in rows) + "".join(f"\n{s}\n" for s in sources) + \
-        "\nStep: time of a training step relative to the frozen base's. The head's 245 numbers are in the file and not in " \
-        "the count. The margin is half of the 95 % t-interval over the seeds; most differences between methods lie in it.\n"
+    return (
+        head
+        + "".join("| " + " | ".join(row) + " |\n" for row in rows)
+        + "".join(f"\n{s}\n" for s in sources)
+        + "\nStep: time of a training step relative to the frozen base's. The head's 245 numbers "
+        "are in the file and not in "
+        "the count. The margin is half of the 95 % t-interval over the seeds; most differences "
+        "between methods lie in it.\n"
+    )
 
 
 def readme() -> tuple[str, list[tuple[str, list[str]]]]:
     """The table in the README: where it came from, and name and cells of each row."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- table:")[1].split("<!-- /table -->")[0]
+    text = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .split("<!-- table:")[1]
+        .split("<!-- /table -->")[0]
+    )
     where = next(line for line in text.splitlines() if line.startswith("`")).rstrip(":")
     body = text.split("-----\n", 1)[1].split("\n\n", 1)[0]
     rows = [re.split(r"\s{2,}", line.strip()) for line in body.splitlines()]
@@ -66,16 +97,24 @@ def stored(path: Path) -> tuple[str, list[tuple[str, list[str]]]]:
     record = json.loads(path.read_text(encoding="utf-8"))
     busy = "; the machine had other work, so times of steps are left out" if record["busy"] else ""
     what = f"{record['task']} on {record['model']}, {record['seeds']} seeds"
-    source = f"{what}, {record['date']}, {record['machine']}{busy}:\n\n" \
-             f"```console\n$ {record['command']}\n```"
+    source = (
+        f"{what}, {record['date']}, {record['machine']}{busy}:\n\n"
+        f"```console\n$ {record['command']}\n```"
+    )
     return source, [(row["name"], _cells(row)) for row in record["rows"]]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     low, high = row["score_interval"]
     step = f"{row['step_ratio']:.2f} ×" if row["step_ratio"] is not None else "–"
-    return [row["method"], f"{row['trainable']:,}", _size(row["bytes"]),
-            f"{100 * row['score_mean']:.1f} ± {50 * (high - low):.1f}", step, _size(row["peak_bytes"])]
+    return [
+        row["method"],
+        f"{row['trainable']:,}",
+        _size(row["bytes"]),
+        f"{100 * row['score_mean']:.1f} ± {50 * (high - low):.1f}",
+        step,
+        _size(row["peak_bytes"]),
+    ]
 
 
 def _size(nbytes: float) -> str:

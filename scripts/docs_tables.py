@@ -1,10 +1,11 @@
-"""Write the generated tables of docs/ from the code: between `<!-- generated: NAME -->` and `<!-- /generated -->`.
+"""Write the generated tables of docs/ from the code: between `<!-- generated: NAME -->` and `<!--
+/generated -->`.
 
 Usage: python scripts/docs_tables.py [PAGE ...]     (or: make docs-tables)
 
-The tables are committed, not made while the site is built: so the pages can be read in the repository too, a change of a
-default or a count shows in review, and the site builds without Weft and its models. tests/docs hold the pages equal to what
-this script writes.
+The tables are committed, not made while the site is built: so the pages can be read in the
+repository too, a change of a default or a count shows in review, and the site builds without Weft
+and its models. tests/docs hold the pages equal to what this script writes.
 """
 
 from __future__ import annotations
@@ -39,18 +40,27 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 # Methods with a page that are not in this version. Delete the line once they are; the tests tell.
 COMING: tuple[str, ...] = ()
-BLOCK = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n)(?P<text>.*?)(<!-- /generated -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- generated: (?P<name>[^>]+?) -->\n)(?P<text>.*?)(<!-- /generated -->)", re.DOTALL
+)
 MODELS = ("RoBERTa-base", "GPT-2 medium", "LLaMA-7B")
 NOT_YET = "This version of Weft does not have this method yet.\n"
 # The paper's setting beside the defaults: queries and values. LLaMA's names serve all three models.
 QV = r".*\.(query|value|q_proj|v_proj)"
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "LoRA": [{}, {"r": 8, "targets": QV}], "DoRA": [{}, {"r": 8, "targets": QV}],
-    "LoRAFA": [{}, {"r": 8, "targets": QV}], "DyLoRA": [{}, {"r": 8, "targets": QV}],
+    "LoRA": [{}, {"r": 8, "targets": QV}],
+    "DoRA": [{}, {"r": 8, "targets": QV}],
+    "LoRAFA": [{}, {"r": 8, "targets": QV}],
+    "DyLoRA": [{}, {"r": 8, "targets": QV}],
     "AdaLoRA": [{}, {"r": 12, "targets": QV}],
-    "VeRA": [{}, {"r": 1024, "targets": QV}], "DVoRA": [{}, {"r": 1024, "targets": QV}],
-    "Bottleneck": [{"preset": p} for p in ("houlsby", "lin", "pfeiffer", "drop", "series", "parallel")],
-    "Prefix": [{"n": 10}], "PreEmbed": [{"l_p": 16, "l_i": 8}], "PreLayer": [{"l_p": 8, "l_i": 8}],
+    "VeRA": [{}, {"r": 1024, "targets": QV}],
+    "DVoRA": [{}, {"r": 1024, "targets": QV}],
+    "Bottleneck": [
+        {"preset": p} for p in ("houlsby", "lin", "pfeiffer", "drop", "series", "parallel")
+    ],
+    "Prefix": [{"n": 10}],
+    "PreEmbed": [{"l_p": 16, "l_i": 8}],
+    "PreLayer": [{"l_p": 8, "l_i": 8}],
 }
 
 
@@ -93,20 +103,35 @@ def attached(model: Any, config: Any) -> Iterator[Any]:
 
 @cache
 def counted(model: str, method: str, setting: str) -> tuple[int, int, int, float] | str:
-    """Trained numbers, the head's among them, bytes of the file, share of the base in %; or why there is nothing."""
+    """Trained numbers, the head's among them, bytes of the file, share of the base in %; or why
+    there is nothing.
+    """
     root = model_of(model)
     try:
-        with attached(root, methods.from_json({"method": method, **json.loads(setting)})) as adapter:
+        with attached(
+            root, methods.from_json({"method": method, **json.loads(setting)})
+        ) as adapter:
             base = adapter.plan().base_parameters
-            return adapter.num_parameters, adapter.num_head_parameters, adapter.nbytes, 100 * adapter.num_parameters / base
+            return (
+                adapter.num_parameters,
+                adapter.num_head_parameters,
+                adapter.nbytes,
+                100 * adapter.num_parameters / base,
+            )
     except WeftError as error:
         return str(error).partition(": ")[2].rstrip(".")
 
 
 def fields_block(method: str) -> str:
     cls = methods.METHODS[method]
-    rows = [(f"`{f.name}`", f"`{f.default!r}`" if f.default is not MISSING else "", meaning(method, f.name))
-            for f in fields(cls)]
+    rows = [
+        (
+            f"`{f.name}`",
+            f"`{f.default!r}`" if f.default is not MISSING else "",
+            meaning(method, f.name),
+        )
+        for f in fields(cls)
+    ]
     return table(["field", "default", "meaning"], rows)
 
 
@@ -120,7 +145,9 @@ def cost_block(method: str) -> str:
                 continue
             numbers, head, nbytes, share = found
             held = f" (head {head:,})" if head and head != numbers else ""
-            rows.append((model, shown(setting), f"{numbers:,}{held}", f"{share:.3g} %", size(nbytes)))
+            rows.append(
+                (model, shown(setting), f"{numbers:,}{held}", f"{share:.3g} %", size(nbytes))
+            )
     text = table(["model", "setting", "trained numbers", "of the base", "file"], rows, (2, 3, 4))
     return text + "".join(f"\n{reason}\n" for reason in dict.fromkeys(reasons))
 
@@ -172,26 +199,46 @@ def small() -> Any:
     import transformers
 
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=61, n_embd=24, n_layer=6, n_head=3, n_positions=32, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False)).eval()
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=61,
+            n_embd=24,
+            n_layer=6,
+            n_head=3,
+            n_positions=32,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
+        )
+    ).eval()
 
 
 @cache
 def abilities(method: str) -> dict[str, str]:
     """What can be done with the method, tried on a small model."""
     cls, model = methods.METHODS[method], small()
-    adapter = weft.attach(model, methods.from_json({"method": method, **SETTINGS.get(method, [{}])[0]}))
+    adapter = weft.attach(
+        model, methods.from_json({"method": method, **SETTINGS.get(method, [{}])[0]})
+    )
     with torch.no_grad():
         for p in adapter.parameters():
             p.add_(0.01 * torch.randn_like(p))
-    found = {"merges": yes(cls.mergeable), "mixed batches": yes(works(partial(weft.use, model, ["default", None])))}
+    found = {
+        "merges": yes(cls.mergeable),
+        "mixed batches": yes(works(partial(weft.use, model, ["default", None]))),
+    }
     weft.use(model, "default")
     with tempfile.TemporaryDirectory() as folder:
         weft.save(model, f"{folder}/saved")
-        kind = json.loads(Path(folder, "saved", "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+        kind = json.loads(Path(folder, "saved", "adapter_config.json").read_text(encoding="utf-8"))[
+            "peft_type"
+        ]
         found["file"] = "Weft's own" if kind.startswith("WEFT") else f"peft's {kind}"
-        forms = [form for form in FORMS if works(partial(weft.export, f"{folder}/saved", form, f"{folder}/as-{form}"))]
+        forms = [
+            form
+            for form in FORMS
+            if works(partial(weft.export, f"{folder}/saved", form, f"{folder}/as-{form}"))
+        ]
     found["exports to"] = ", ".join(forms) or "no"
     found["ranks to cut"] = yes(isinstance(adapter.config, Nested))
     found["acts at a step"] = yes(isinstance(adapter.config, Stepped))
@@ -227,12 +274,16 @@ def memory_block() -> str:
     ids = {"input_ids": torch.zeros(8, 128, dtype=torch.int64, device="meta")}
     for method in methods.METHODS:
         try:
-            with attached(root, methods.from_json({"method": method, **SETTINGS.get(method, [{}])[0]})) as adapter:
+            with attached(
+                root, methods.from_json({"method": method, **SETTINGS.get(method, [{}])[0]})
+            ) as adapter:
                 need = estimate(adapter, ids)
         except WeftError:  # not for an encoder
             continue
         state = need.trained + need.gradients + need.optimiser
-        rows.append((link(method), size(state), size(need.activations or 0), size(need.total - need.base)))
+        rows.append(
+            (link(method), size(state), size(need.activations or 0), size(need.total - need.base))
+        )
     head = ["method", "tensors, gradients, AdamW", "activations", "beyond the base"]
     return table(head, rows, (1, 2, 3)) + f"\n{versions()}\n"
 
@@ -267,14 +318,27 @@ def command_text(name: str) -> str:
         named = " ".join(filter(None, [*action.option_strings[:1], value]))
         needed = " (required)" if action.required and action.option_strings else ""
         rows.append((f"`{named}`", (action.help or "").replace("%%", "%") + needed))
-    return f"## weft {name}\n\n{parser.description[0].upper() + parser.description[1:]}.\n\n" + \
-        table(["option", "meaning"], rows)
+    return (
+        f"## weft {name}\n\n{parser.description[0].upper() + parser.description[1:]}.\n\n"
+        + table(["option", "meaning"], rows)
+    )
 
 
-ONE: dict[str, Callable[[str], str]] = {"fields": fields_block, "cost": cost_block, "papers": papers_block,
-                                        "measured": measured, "abilities": ability_block, "claim": claim}
-ALL: dict[str, Callable[[], str]] = {"numbers": numbers_block, "all abilities": abilities_block, "memory": memory_block,
-                                     "commands": commands_block, "verdicts": verdicts}
+ONE: dict[str, Callable[[str], str]] = {
+    "fields": fields_block,
+    "cost": cost_block,
+    "papers": papers_block,
+    "measured": measured,
+    "abilities": ability_block,
+    "claim": claim,
+}
+ALL: dict[str, Callable[[], str]] = {
+    "numbers": numbers_block,
+    "all abilities": abilities_block,
+    "memory": memory_block,
+    "commands": commands_block,
+    "verdicts": verdicts,
+}
 
 
 def block(name: str) -> str:
@@ -289,7 +353,9 @@ def block(name: str) -> str:
 
 def filled(text: str, keep: Callable[[str], bool] = lambda name: False) -> str:
     """A page with its generated blocks written anew, but for those to keep."""
-    return BLOCK.sub(lambda m: m[0] if keep(m["name"]) else f"{m[1]}\n{block(m['name'])}\n{m[4]}", text)
+    return BLOCK.sub(
+        lambda m: m[0] if keep(m["name"]) else f"{m[1]}\n{block(m['name'])}\n{m[4]}", text
+    )
 
 
 def pages() -> list[Path]:

@@ -1,11 +1,13 @@
-"""Train the embedded model of `weft compare`: a small Vision Transformer that has seen the digits 0 to 4 only.
+"""Train the embedded model of `weft compare`: a small Vision Transformer that has seen the digits 0
+to 4 only.
 
     python scripts/pretrain_digits.py [--out DIR] [--steps N]
 
-Data: the 901 images of 0 to 4 in scikit-learn's load_digits. The images of 5 to 9, which `weft compare` adapts to, are
-never loaded into training or into a choice. Each image is shown in four orientations and the model tells digit and
-orientation (20 classes): with five classes alone it learns features that hardly carry over to another digit.
-About half a minute on one core. Seeded; the same torch build on the same kind of CPU writes the same bits.
+Data: the 901 images of 0 to 4 in scikit-learn's load_digits. The images of 5 to 9, which `weft
+compare` adapts to, are never loaded into training or into a choice. Each image is shown in four
+orientations and the model tells digit and orientation (20 classes): with five classes alone it
+learns features that hardly carry over to another digit. About half a minute on one core. Seeded;
+the same torch build on the same kind of CPU writes the same bits.
 """
 
 from __future__ import annotations
@@ -35,23 +37,37 @@ TURNS = 4
 def new_model() -> transformers.ViTForImageClassification:
     """17 tokens (16 patches of 2 x 2 and one for the class), width 48, four layers."""
     names = {d + len(OLD) * k: f"{d} turned by {90 * k} degrees" for k in range(TURNS) for d in OLD}
-    return transformers.ViTForImageClassification(transformers.ViTConfig(
-        image_size=8, patch_size=2, num_channels=1, hidden_size=48, intermediate_size=112, num_hidden_layers=4,
-        num_attention_heads=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        id2label=names, label2id={name: number for number, name in names.items()}))
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=48,
+            intermediate_size=112,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+        )
+    )
 
 
 def turned(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Every image [n, 1, 8, 8] in four orientations; the class is digit + 5 x quarter turns."""
-    return (torch.cat([torch.rot90(pixels, k, (2, 3)) for k in range(TURNS)]),
-            torch.cat([labels + len(OLD) * k for k in range(TURNS)]))
+    return (
+        torch.cat([torch.rot90(pixels, k, (2, 3)) for k in range(TURNS)]),
+        torch.cat([labels + len(OLD) * k for k in range(TURNS)]),
+    )
 
 
 def train(model: torch.nn.Module, pixels: Tensor, labels: Tensor, steps: int) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     warm = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm)))
+        optimiser, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm))
+    )
     generator = torch.Generator().manual_seed(SEED)
     order = torch.empty(0, dtype=torch.int64)
     model.train()
@@ -105,11 +121,34 @@ def main() -> None:
     score = accuracy(model, *turned(pixels[:HELD_OUT], labels[:HELD_OUT]))
     model.save_pretrained(args.out)
     (args.out / "model.safetensors").chmod(0o644)
-    (args.out / "README.md").write_text(README.format(
-        numbers=model.num_parameters(), date=time.strftime("%Y-%m-%d"), images=len(images), sklearn=sklearn.__version__,
-        steps=args.steps, batch=BATCH, lr=LR, seed=SEED, seconds=seconds, machine=platform.machine(),
-        torch=torch.__version__, transformers=transformers.__version__, held=HELD_OUT, accuracy=score), encoding="utf-8")
-    print(json.dumps({"out": str(args.out), "seconds": round(seconds, 1), "held_out_accuracy": round(score, 4)}))
+    (args.out / "README.md").write_text(
+        README.format(
+            numbers=model.num_parameters(),
+            date=time.strftime("%Y-%m-%d"),
+            images=len(images),
+            sklearn=sklearn.__version__,
+            steps=args.steps,
+            batch=BATCH,
+            lr=LR,
+            seed=SEED,
+            seconds=seconds,
+            machine=platform.machine(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            held=HELD_OUT,
+            accuracy=score,
+        ),
+        encoding="utf-8",
+    )
+    print(
+        json.dumps(
+            {
+                "out": str(args.out),
+                "seconds": round(seconds, 1),
+                "held_out_accuracy": round(score, 4),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Put the table of a finished comparison into the README, and its picture, which the README's first screen shows.
+"""Put the table of a finished comparison into the README, and its picture, which the README's first
+screen shows.
 
 Usage: make demo && python scripts/readme_table.py weft-compare
 """

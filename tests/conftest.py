@@ -14,8 +14,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-settings.register_profile("weft", deadline=None, derandomize=True, max_examples=25, database=None,
-                          suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "weft",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("weft")
 
 
@@ -30,7 +36,9 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder `shared` beside the checkout; a test that needs it is skipped where it is missing."""
+    """The folder `shared` beside the checkout; a test that needs it is skipped where it is
+    missing.
+    """
     folder = Path(__file__).resolve().parents[1].parent / "shared"
     if not folder.is_dir():
         pytest.skip("the folder `shared` (facts and design notes) is not beside this checkout")

@@ -1,4 +1,6 @@
-"""A judge on this machine that answers, or fails, as a script says: an OpenAI-compatible endpoint for the tests."""
+"""A judge on this machine that answers, or fails, as a script says: an OpenAI-compatible endpoint
+for the tests.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,13 @@ class Seen:
 
 @contextmanager
 def judge(  # noqa: C901 - a way to fail is three lines
-        script: Callable[[int, dict[str, Any]], tuple]) -> Iterator[Seen]:
-    """Serve until the block ends. script: number of the request (from 0) and its body to what happens:
+    script: Callable[[int, dict[str, Any]], tuple],
+) -> Iterator[Seen]:
+    """Serve until the block ends. script: number of the request (from 0) and its body to what
+    happens:
 
-    ("text", TEXT), ("status", CODE, HEADERS, TEXT), ("raw", BYTES), ("die",), ("cut",), ("drip", SECONDS), ("hang", SECONDS)
+    ("text", TEXT), ("status", CODE, HEADERS, TEXT), ("raw", BYTES), ("die",), ("cut",), ("drip",
+    SECONDS), ("hang", SECONDS)
     """
     seen = Seen()
 
@@ -56,7 +61,13 @@ def judge(  # noqa: C901 - a way to fail is three lines
                 seen.paths.append(self.path)
                 return len(seen.bodies) - 1
 
-        def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+        def _send(
+            self,
+            status: int,
+            data: bytes,
+            headers: dict[str, str] | None = None,
+            length: int | None = None,
+        ) -> None:
             self.send_response(status)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
@@ -65,7 +76,12 @@ def judge(  # noqa: C901 - a way to fail is three lines
             self.wfile.write(data)
 
         def _text(self, text: str) -> None:
-            self._send(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode())
+            self._send(
+                200,
+                json.dumps(
+                    {"choices": [{"message": {"role": "assistant", "content": text}}]}
+                ).encode(),
+            )
 
         def _status(self, code: int, headers: dict[str, str], text: str) -> None:
             self._send(code, text.encode(), headers)
@@ -96,7 +112,9 @@ def judge(  # noqa: C901 - a way to fail is three lines
     server.daemon_threads = True
     server.block_on_close = False
     server.handle_error = lambda *_: None  # a client that went away is what the tests are about
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     seen.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     try:

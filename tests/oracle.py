@@ -1,8 +1,9 @@
-"""The methods once more, written out from the papers in float64, without a line of the library's code.
+"""The methods once more, written out from the papers in float64, without a line of the library's
+code.
 
-Every function takes W [out, in] and the tensors `t` of one layer, all float64, and returns W'; where a method is no change
-of weights it takes the layer's input and output and returns the new output. A method needs an entry here before its tests
-run.
+Every function takes W [out, in] and the tensors `t` of one layer, all float64, and returns W';
+where a method is no change of weights it takes the layer's input and output and returns the new
+output. A method needs an entry here before its tests run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ Tensors = Mapping[str, Tensor]
 
 
 def lora(W: Tensor, t: Tensors, c: Any) -> Tensor:
-    """Equation 3 of arXiv:2106.09685, with alpha / r, or alpha / sqrt(r) for rslora: a sum of r outer products."""
+    """Equation 3 of arXiv:2106.09685, with alpha / r, or alpha / sqrt(r) for rslora: a sum of r
+    outer products.
+    """
     scale = c.alpha / (math.sqrt(c.r) if c.rslora else c.r)
     total = W
     for k in range(c.r):
@@ -40,7 +43,9 @@ def adalora(W: Tensor, t: Tensors, c: Any) -> Tensor:
 
 
 def dylora(W: Tensor, t: Tensors, c: Any, b: int | None = None) -> Tensor:
-    """Section 3 of arXiv:2210.07558: the first b outer products, scaled by alpha / b; all r where b is not said."""
+    """Section 3 of arXiv:2210.07558: the first b outer products, scaled by alpha / b; all r where b
+    is not said.
+    """
     b = c.r if b is None else b
     total = W
     for k in range(b):
@@ -49,14 +54,18 @@ def dylora(W: Tensor, t: Tensors, c: Any, b: int | None = None) -> Tensor:
 
 
 def vera(W: Tensor, t: Tensors, c: Any) -> Tensor:
-    """Equation 2 of arXiv:2310.11454: the shared matrices' upper left corners between two diagonal ones."""
+    """Equation 2 of arXiv:2310.11454: the shared matrices' upper left corners between two diagonal
+    ones.
+    """
     out, in_ = W.shape
     A, B = t["shared.A"][:, :in_], t["shared.B"][:out, :]
     return W + torch.diag(t["b"]) @ B @ torch.diag(t["d"]) @ A
 
 
 def renormalised(V: Tensor, t: Tensors, c: Any, norms: Tensor | None = None) -> Tensor:
-    """Equation 5 of arXiv:2402.09353, one output unit at a time. `norms` replaces ‖V‖ by constants (section 4.3)."""
+    """Equation 5 of arXiv:2402.09353, one output unit at a time. `norms` replaces ‖V‖ by constants
+    (section 4.3).
+    """
     rows = []
     for i in range(V.shape[0]):
         length = (V[i] * V[i]).sum().sqrt() if norms is None else norms[i]
@@ -80,8 +89,14 @@ def _over(V: Tensor, t: Tensors, c: Any) -> Tensor:
 
 
 ORACLES: dict[str, Callable[[Tensor, Tensors, Any], Tensor]] = {
-    "LoRA": lora, "VeRA": vera, "DoRA": dora, "DVoRA": dvora, "LoRAFA": lora_fa, "AdaLoRA": adalora, "DyLoRA": dylora}
-
+    "LoRA": lora,
+    "VeRA": vera,
+    "DoRA": dora,
+    "DVoRA": dvora,
+    "LoRAFA": lora_fa,
+    "AdaLoRA": adalora,
+    "DyLoRA": dylora,
+}
 
 
 def bottleneck(x: Tensor, y: Tensor, t: Tensors, c: Any) -> Tensor:
@@ -94,15 +109,20 @@ def bottleneck(x: Tensor, y: Tensor, t: Tensors, c: Any) -> Tensor:
     total = t.get("b_up", torch.zeros(y.shape[-1], dtype=y.dtype))
     for k in range(c.r):
         z = (h * t["down"][k]).sum(dim=-1) + (t["b_down"][k] if c.bias else 0)
-        a = {"relu": z * (z > 0), "swish": z / (1 + (-z).exp()), "tanh": (z.exp() - (-z).exp()) / (z.exp() + (-z).exp()),
-             "gelu": z * (1 + torch.erf(z / math.sqrt(2))) / 2}[c.nonlinearity]
+        a = {
+            "relu": z * (z > 0),
+            "swish": z / (1 + (-z).exp()),
+            "tanh": (z.exp() - (-z).exp()) / (z.exp() + (-z).exp()),
+            "gelu": z * (1 + torch.erf(z / math.sqrt(2))) / 2,
+        }[c.nonlinearity]
         total = total + a[..., None] * t["up"][:, k]
     return y + c.scale * total
 
 
 def gpt2(x: Tensor, t: Tensors, c: Any) -> Tensor:
-    """A GPT-2 with one head on embeddings x [rows, T, d], with virtual positions where the configuration says so: equation 3
-    of arXiv:2101.00190, section 5.1 of arXiv:2106.09685. One query at a time, from the tensors' names alone.
+    """A GPT-2 with one head on embeddings x [rows, T, d], with virtual positions where the
+    configuration says so: equation 3 of arXiv:2101.00190, section 5.1 of arXiv:2106.09685. One
+    query at a time, from the tensors' names alone.
     """
     at, length = getattr(c, "at", None), x.shape[1]
     before, after = (c.l_p, c.l_i) if at in ("embeddings", "block") else (0, 0)
@@ -113,16 +133,22 @@ def gpt2(x: Tensor, t: Tensors, c: Any) -> Tensor:
         x = _around(x, x.new_zeros(before, x.shape[2]), x.new_zeros(after, x.shape[2]))
     h = x + t["wpe.weight"][shift : shift + x.shape[1]]
     for layer in range(2):
-        own = {k.removeprefix(f"h.{layer}."): v for k, v in t.items() if k.startswith(f"h.{layer}.")}
+        own = {
+            k.removeprefix(f"h.{layer}."): v for k, v in t.items() if k.startswith(f"h.{layer}.")
+        }
         if at == "block":
             h = _around(h[:, before : before + length], own.get("before"), own.get("after"))
-        h = h + _attention(_norm(h, own, "ln_1"), own, _prefix(own, t, c) if at == "attention" else ())
+        h = h + _attention(
+            _norm(h, own, "ln_1"), own, _prefix(own, t, c) if at == "attention" else ()
+        )
         z = _norm(h, own, "ln_2") @ own["mlp.c_fc.weight"] + own["mlp.c_fc.bias"]
         z = z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
         h = h + z @ own["mlp.c_proj.weight"] + own["mlp.c_proj.bias"]
     h = _norm(h, t, "ln_f")
     real = h[:, before : before + length]
-    return torch.cat([real[:, :-1], h[:, -1:]], dim=1) if after else real  # behind the prompt stands the last word on it
+    return (
+        torch.cat([real[:, :-1], h[:, -1:]], dim=1) if after else real
+    )  # behind the prompt stands the last word on it
 
 
 def _around(x: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
@@ -150,8 +176,10 @@ def _attention(x: Tensor, own: Tensors, prefix: tuple[Tensor, ...]) -> Tensor:
     for i in range(x.shape[1]):
         keys, values = k[:, : i + 1], v[:, : i + 1]
         if prefix:
-            keys, values = (torch.cat([p.expand(x.shape[0], -1, -1), t], dim=1) for p, t in zip(prefix, (keys, values),
-                                                                                               strict=True))
+            keys, values = (
+                torch.cat([p.expand(x.shape[0], -1, -1), t], dim=1)
+                for p, t in zip(prefix, (keys, values), strict=True)
+            )
         scores = (keys * q[:, i : i + 1]).sum(dim=-1) / math.sqrt(11)
         weights = (scores - scores.max(dim=1, keepdim=True).values).exp()
         out.append(((weights / weights.sum(dim=1, keepdim=True))[..., None] * values).sum(dim=1))
@@ -160,10 +188,14 @@ def _attention(x: Tensor, own: Tensors, prefix: tuple[Tensor, ...]) -> Tensor:
 
 # Trained numbers of a method with virtual positions, in two blocks of width 11.
 PROMPT_FORMULAS: dict[str, Callable[[Any], int]] = {
-    "Prefix": lambda c: 2 * 2 * c.n * 11 if c.hidden is None else
-    c.n * 11 + c.hidden * 11 + c.hidden + 2 * (22 * c.hidden + 22),
+    "Prefix": lambda c: (
+        2 * 2 * c.n * 11
+        if c.hidden is None
+        else c.n * 11 + c.hidden * 11 + c.hidden + 2 * (22 * c.hidden + 22)
+    ),
     "PreEmbed": lambda c: 11 * (c.l_p + c.l_i),
-    "PreLayer": lambda c: 2 * 11 * (c.l_p + c.l_i)}
+    "PreLayer": lambda c: 2 * 11 * (c.l_p + c.l_i),
+}
 
 FORWARDS: dict[str, Callable[[Tensor, Tensor, Tensors, Any], Tensor]] = {"Bottleneck": bottleneck}
 
@@ -179,7 +211,8 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {
     "Bottleneck": lambda out, in_, r: 2 * out * r + r + out,
     "Bottleneck:preset=lin": lambda out, in_, r: 2 * out * r + r + out + 2 * out,
     "Bottleneck:preset=series": lambda out, in_, r: 2 * out * r,
-    "Bottleneck:preset=parallel": lambda out, in_, r: r * (in_ + out)}
+    "Bottleneck:preset=parallel": lambda out, in_, r: r * (in_ + out),
+}
 
 
 def count(variant: str, out: int, in_: int, r: int) -> int:
@@ -191,6 +224,11 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     c, k = list(counter), list(key)
     for _ in range(10):
         first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(second >> 32) ^ c[1] ^ k[0], second & 0xFFFFFFFF, (first >> 32) ^ c[3] ^ k[1], first & 0xFFFFFFFF]
+        c = [
+            (second >> 32) ^ c[1] ^ k[0],
+            second & 0xFFFFFFFF,
+            (first >> 32) ^ c[3] ^ k[1],
+            first & 0xFFFFFFFF,
+        ]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return c[0], c[1], c[2], c[3]

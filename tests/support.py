@@ -1,6 +1,8 @@
-"""What the tests share: a small model off its starting point, the oracle's output for it, and one tolerance a dtype.
+"""What the tests share: a small model off its starting point, the oracle's output for it, and one
+tolerance a dtype.
 
-`METHODS` drives the tests: a new method is covered by being listed, once `oracle.py` says what it computes.
+`METHODS` drives the tests: a new method is covered by being listed, once `oracle.py` says what it
+computes.
 """
 
 from __future__ import annotations
@@ -22,18 +24,31 @@ from weft.model.adapter import Adapter
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 KINDS = ("linear", "conv1d", "embedding")
-RULES = [name for name, method in METHODS.items() if hasattr(method, "effective_weight")]  # some only to refuse it
-PROMPTS = [name for name, method in METHODS.items() if hasattr(method, "at")]  # virtual positions, which need a transformer
+RULES = [
+    name for name, method in METHODS.items() if hasattr(method, "effective_weight")
+]  # some only to refuse it
+PROMPTS = [
+    name for name, method in METHODS.items() if hasattr(method, "at")
+]  # virtual positions, which need a transformer
 SELECTIONS = [name for name in METHODS if name not in RULES + PROMPTS]
 
 
 def _variants() -> list[str]:
-    """Every method, and every method again with each of its options that changes a formula: "DoRA:norm_grad=exact"."""
-    options = {"norm_grad": ["exact"], "rslora": [True], "preset": ["lin", "series", "parallel"], "positions": ["kept"],
-               "hidden": [5]}
+    """Every method, and every method again with each of its options that changes a formula:
+    "DoRA:norm_grad=exact".
+    """
+    options = {
+        "norm_grad": ["exact"],
+        "rslora": [True],
+        "preset": ["lin", "series", "parallel"],
+        "positions": ["kept"],
+        "hidden": [5],
+    }
     found = list(METHODS)
     for name, method in METHODS.items():
-        found += [f"{name}:{f.name}={value}" for f in fields(method) for value in options.get(f.name, [])]
+        found += [
+            f"{name}:{f.name}={value}" for f in fields(method) for value in options.get(f.name, [])
+        ]
     return found
 
 
@@ -42,19 +57,39 @@ RULE_VARIANTS = [v for v in VARIANTS if v.partition(":")[0] in RULES]
 MERGEABLE = [v for v in VARIANTS if METHODS[v.partition(":")[0]].mergeable]
 TURNS_WEIGHTS = [v for v in RULE_VARIANTS if v in MERGEABLE]
 PROMPT_VARIANTS = [v for v in VARIANTS if v.partition(":")[0] in PROMPTS]
-SAVED_AS_TRAINED = [v for v in VARIANTS if ":hidden=" not in v]  # the others' files hold what their tensors make
-STARTS_AT_BASE = [v for v in VARIANTS if getattr(METHODS[v.partition(":")[0]], "starts_at_base", True)]
+SAVED_AS_TRAINED = [
+    v for v in VARIANTS if ":hidden=" not in v
+]  # the others' files hold what their tensors make
+STARTS_AT_BASE = [
+    v for v in VARIANTS if getattr(METHODS[v.partition(":")[0]], "starts_at_base", True)
+]
 
 
 def config(variant: str, **changes: Any) -> Any:
-    """A configuration whose numbers are neither defaults nor equal to each other: alpha / r is 5/3, d_init 0.3, s 0.7."""
+    """A configuration whose numbers are neither defaults nor equal to each other: alpha / r is 5/3,
+    d_init 0.3, s 0.7.
+    """
     name, _, option = variant.partition(":")
     known = {f.name for f in fields(METHODS[name])}
-    given: dict[str, Any] = {"r": 3, "alpha": 5.0, "d_init": 0.3, "seed": 7, "targets": ["layer", "mid"],
-                             "scale": 0.7, "skip_layers": 0, "k": 1, "n": 3, "l_p": 2, "std": 0.3}
-    # With nothing behind the prompt, no token reads the states there of a block but the last, so they would get no gradient.
+    given: dict[str, Any] = {
+        "r": 3,
+        "alpha": 5.0,
+        "d_init": 0.3,
+        "seed": 7,
+        "targets": ["layer", "mid"],
+        "scale": 0.7,
+        "skip_layers": 0,
+        "k": 1,
+        "n": 3,
+        "l_p": 2,
+        "std": 0.3,
+    }
+    # With nothing behind the prompt, no token reads the states there of a block but the last, so
+    # they would get no gradient.
     given["l_i"] = 1 if getattr(METHODS[name], "at", "") == "embeddings" else 0
-    if "r_min" in known:  # so that training computes what evaluation does; smaller ranks have tests of their own
+    if (
+        "r_min" in known
+    ):  # so that training computes what evaluation does; smaller ranks have tests of their own
         given["r_min"] = 1 if isinstance(changes.get("targets"), dict) else changes.get("r", 3)
     if "total_steps" in known:
         given["total_steps"] = 9
@@ -65,9 +100,11 @@ def config(variant: str, **changes: Any) -> Any:
 
 
 class Net(nn.Module):
-    """A host of each kind, a second adapted layer of another shape, and a head: 7 -> 11 -> 9 -> 5, nothing square.
+    """A host of each kind, a second adapted layer of another shape, and a head: 7 -> 11 -> 9 -> 5,
+    nothing square.
 
-    With a `body`, a GPT-2 of two blocks stands behind the first layer, for methods that need attention.
+    With a `body`, a GPT-2 of two blocks stands behind the first layer, for methods that need
+    attention.
     """
 
     def __init__(self, kind: str = "linear", bias: bool = True, body: bool = False) -> None:
@@ -89,9 +126,22 @@ def gpt2_body() -> nn.Module:
     """Two blocks of width 11 with one head, no number of theirs small or at a round value."""
     import transformers
 
-    made = transformers.GPT2Model(transformers.GPT2Config(
-        vocab_size=3, n_embd=11, n_layer=2, n_head=1, n_inner=13, n_positions=16, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=None, eos_token_id=None, use_cache=False))
+    made = transformers.GPT2Model(
+        transformers.GPT2Config(
+            vocab_size=3,
+            n_embd=11,
+            n_layer=2,
+            n_head=1,
+            n_inner=13,
+            n_positions=16,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+        )
+    )
     for p in made.parameters():
         nn.init.normal_(p, std=0.2) if p.ndim > 1 else p.data.add_(0.2 * torch.randn_like(p))
     return made
@@ -120,8 +170,13 @@ def inputs(kind: str, rows: int = 4, dtype: torch.dtype = torch.float32, seed: i
     return torch.randn(rows, 6, 7, generator=generator).to(dtype)
 
 
-def net(kind: str = "linear", dtype: torch.dtype = torch.float32, bias: bool = True, seed: int = 0,
-        variant: str = "") -> Net:
+def net(
+    kind: str = "linear",
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    seed: int = 0,
+    variant: str = "",
+) -> Net:
     """The small model, with what this variant of a method needs in it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -129,7 +184,9 @@ def net(kind: str = "linear", dtype: torch.dtype = torch.float32, bias: bool = T
 
 
 def move(adapter: Adapter, seed: int = 2) -> None:
-    """Move every trained number off its start, by about half its size or, where it is small, by about 0.3."""
+    """Move every trained number off its start, by about half its size or, where it is small, by
+    about 0.3.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in adapter.named_parameters():
@@ -156,18 +213,35 @@ class Awake:
 
     def declared(self) -> dict[str, Tensor]:
         """The trained tensors as float64 leaves."""
-        return {name: p.detach().double().requires_grad_() for name, p in self.adapter.named_parameters()}
+        return {
+            name: p.detach().double().requires_grad_()
+            for name, p in self.adapter.named_parameters()
+        }
 
     def frozen(self) -> dict[str, Tensor]:
-        """What layers share, "layer.shared.A", and what a layer has that is frozen, "layer.A", in float64."""
-        return {f"{module}.{name}": b.double() for module, site in self.adapter.sites.items()
-                for name, b in site.named_buffers() if name not in site.state_names}
+        """What layers share, "layer.shared.A", and what a layer has that is frozen, "layer.A", in
+        float64.
+        """
+        return {
+            f"{module}.{name}": b.double()
+            for module, site in self.adapter.sites.items()
+            for name, b in site.named_buffers()
+            if name not in site.state_names
+        }
 
 
-def awake(variant: str, kind: str = "linear", dtype: torch.dtype = torch.float32, bias: bool = True,
-          name: str = "default", model: Net | None = None, held: str = "float32", **changes: Any) -> Awake:
-    """Attach a method, its tensors `held` in a dtype, and leave the starting point, where every update is zero and every
-    test would pass.
+def awake(
+    variant: str,
+    kind: str = "linear",
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    name: str = "default",
+    model: Net | None = None,
+    held: str = "float32",
+    **changes: Any,
+) -> Awake:
+    """Attach a method, its tensors `held` in a dtype, and leave the starting point, where every
+    update is zero and every test would pass.
 
     Checks that the adapter then changes the output at all.
     """
@@ -181,14 +255,20 @@ def awake(variant: str, kind: str = "linear", dtype: torch.dtype = torch.float32
         without = found.run()
     with torch.no_grad(), weft.use(model, name):
         change = distance(found.run(), without)
-    assert change > max(0.05, 3 * TOLERANCE[dtype]), f"the adapter changes nothing to speak of: {change}"
+    assert change > max(0.05, 3 * TOLERANCE[dtype]), (
+        f"the adapter changes nothing to speak of: {change}"
+    )
     return found
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The pretrained tensors in float64, whatever is attached."""
     with weft.use(model, None) if weft.adapters(model) else nullcontext():
-        return {key: value.clone().double() for key, value in model.state_dict().items() if ".weft." not in key}
+        return {
+            key: value.clone().double()
+            for key, value in model.state_dict().items()
+            if ".weft." not in key
+        }
 
 
 def base_weight(a: Awake, module: str, declared: Mapping[str, Tensor]) -> Tensor:
@@ -197,8 +277,9 @@ def base_weight(a: Awake, module: str, declared: Mapping[str, Tensor]) -> Tensor
     return stored.t() if module == "layer" and a.kind != "linear" else stored
 
 
-def oracle_weight(a: Awake, module: str, declared: Mapping[str, Tensor],
-                  norms: Mapping[str, Tensor] | None = None) -> Tensor:
+def oracle_weight(
+    a: Awake, module: str, declared: Mapping[str, Tensor], norms: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """W' [out, in] of a layer."""
     W = base_weight(a, module, declared)
     if module not in a.adapter.sites:
@@ -211,31 +292,53 @@ def oracle_weight(a: Awake, module: str, declared: Mapping[str, Tensor],
 
 def _own(a: Awake, module: str, declared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = f"{module}."
-    return {k.removeprefix(prefix): v for k, v in {**a.frozen(), **declared}.items() if k.startswith(prefix)}
+    return {
+        k.removeprefix(prefix): v
+        for k, v in {**a.frozen(), **declared}.items()
+        if k.startswith(prefix)
+    }
 
 
-def oracle_output(a: Awake, declared: Mapping[str, Tensor], x: Tensor | None = None,
-                  norms: Mapping[str, Tensor] | None = None) -> Tensor:
+def oracle_output(
+    a: Awake,
+    declared: Mapping[str, Tensor],
+    x: Tensor | None = None,
+    norms: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """The model's output in float64 from its weights alone: no layer of torch, no code of Weft."""
     x = a.x if x is None else x
     h = torch.eye(7, dtype=torch.float64)[x] if a.kind == "embedding" else x.double()
     forward = oracle.FORWARDS.get(type(a.config).__name__)
     for module in ("layer", "mid", "head"):
         adapted = forward is not None and module in a.adapter.sites
-        W = base_weight(a, module, declared) if adapted else oracle_weight(a, module, declared, norms)
+        W = (
+            base_weight(a, module, declared)
+            if adapted
+            else oracle_weight(a, module, declared, norms)
+        )
         bias = declared.get(f"{module}.bias", a.base.get(f"{module}.bias"))
         y = h @ W.t() if bias is None else h @ W.t() + bias
-        h = forward(h, y, _own(a, module, declared), a.config) if adapted and forward is not None else y
+        h = (
+            forward(h, y, _own(a, module, declared), a.config)
+            if adapted and forward is not None
+            else y
+        )
         h = h if module == "head" else torch.tanh(h)
         if module == "layer" and "body" in a.model._modules:
-            of_body = {k.removeprefix("body."): v for k, v in {**a.base, **declared}.items() if not k.startswith("shared.")}
+            of_body = {
+                k.removeprefix("body."): v
+                for k, v in {**a.base, **declared}.items()
+                if not k.startswith("shared.")
+            }
             shared = {k: v for k, v in declared.items() if k.startswith("shared.")}
             h = oracle.gpt2(h, {**of_body, **shared}, a.config if hasattr(a.config, "at") else None)
     return h
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, relative to the largest number wanted; infinity where a number is not finite."""
+    """Largest difference, relative to the largest number wanted; infinity where a number is not
+    finite.
+    """
     assert found.shape == wanted.shape, (found.shape, wanted.shape)
     a, b = found.detach().double(), wanted.detach().double()
     if not a.numel():
@@ -248,10 +351,18 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 def check_close(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str = "") -> None:
     gap = distance(found, wanted)
-    assert gap <= TOLERANCE[dtype], f"{what or 'values'} differ by {gap:.2e} (relative; allowed {TOLERANCE[dtype]:.0e})"
+    assert gap <= TOLERANCE[dtype], (
+        f"{what or 'values'} differ by {gap:.2e} (relative; allowed {TOLERANCE[dtype]:.0e})"
+    )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal to the last bit, -0.0 and NaN included."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
-        a.detach().reshape(-1).contiguous().view(torch.uint8), b.detach().reshape(-1).contiguous().view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(
+            a.detach().reshape(-1).contiguous().view(torch.uint8),
+            b.detach().reshape(-1).contiguous().view(torch.uint8),
+        )
+    )

@@ -1,4 +1,6 @@
-"""Handling an adapter: attach, save, load and switch, beside peft; and all of it for a 7B-shaped model."""
+"""Handling an adapter: attach, save, load and switch, beside peft; and all of it for a 7B-shaped
+model.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[s
     """Metrics: attach, save, load, switch; seconds. "weft.METHOD" or "peft.METHOD"."""
     base = build(setup)
     with tempfile.TemporaryDirectory() as folder:
-        works = {name: _work(name, base, setup, Path(folder) / name.replace(":", "-")) for name in contenders}
+        works = {
+            name: _work(name, base, setup, Path(folder) / name.replace(":", "-"))
+            for name in contenders
+        }
         return {"samples": interleave(works, rounds)}
 
 
@@ -36,7 +41,9 @@ def _work(name: str, base: nn.Module, setup: Setup, folder: Path) -> Work:
     side, method, setup = split(name, setup)
     if side not in ("weft", "peft"):
         raise ValueError(f"{name!r} cannot be attached; write weft.METHOD or peft.METHOD.")
-    return _weft(method, base, setup, folder) if side == "weft" else _peft(method, base, setup, folder)
+    return (
+        _weft(method, base, setup, folder) if side == "weft" else _peft(method, base, setup, folder)
+    )
 
 
 def _weft(method: str, base: nn.Module, setup: Setup, folder: Path) -> Work:
@@ -45,10 +52,12 @@ def _weft(method: str, base: nn.Module, setup: Setup, folder: Path) -> Work:
     attach_awake(method, source, setup)
 
     def run() -> Mapping[str, float]:
-        times = {"attach": _time(lambda: weft.attach(model, made, name="a")),
-                 "save": _time(lambda: weft.save(source, folder)),
-                 "load": _time(lambda: weft.load(model, folder, name="b")),
-                 "switch": _time(lambda: weft.use(model, "a"))}
+        times = {
+            "attach": _time(lambda: weft.attach(model, made, name="a")),
+            "save": _time(lambda: weft.save(source, folder)),
+            "load": _time(lambda: weft.load(model, folder, name="b")),
+            "switch": _time(lambda: weft.use(model, "a")),
+        }
         weft.detach(model, "a")
         weft.detach(model, "b")
         return times
@@ -69,9 +78,13 @@ def _peft(method: str, base: nn.Module, setup: Setup, folder: Path) -> Work:
         fresh = twin(base)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            times = {"attach": _time(lambda: found.append(get_peft_model(fresh, made, adapter_name="a"))),
-                     "save": _time(lambda: source.save_pretrained(str(folder / "again"))),
-                     "load": _time(lambda: found[0].load_adapter(str(directory), adapter_name="b"))}
+            times = {
+                "attach": _time(
+                    lambda: found.append(get_peft_model(fresh, made, adapter_name="a"))
+                ),
+                "save": _time(lambda: source.save_pretrained(str(folder / "again"))),
+                "load": _time(lambda: found[0].load_adapter(str(directory), adapter_name="b")),
+            }
             times["switch"] = _time(lambda: found[0].set_adapter("b"))
         return times
 
@@ -84,13 +97,19 @@ def _time(work: Callable[[], object]) -> float:
     return perf_counter() - started
 
 
-def measure_large(setup: Setup, contenders: tuple[str, ...], rounds: Rounds, large: Callable[[], nn.Module] | None = None
-                  ) -> dict[str, Any]:
-    """"weft.METHOD": metric attach, seconds on a model of Llama-7B's shape on the meta device (224 layers).
+def measure_large(
+    setup: Setup,
+    contenders: tuple[str, ...],
+    rounds: Rounds,
+    large: Callable[[], nn.Module] | None = None,
+) -> dict[str, Any]:
+    """ "weft.METHOD": metric attach, seconds on a model of Llama-7B's shape on the meta device (224
+     layers).
 
-    "load:r": LoRA of rank r saved and loaded again, into the same shape on the CPU with weights that take no memory
-    (one number, expanded): metrics load (seconds), bytes, per_byte (seconds a gigabyte). "growth" has the metric slope:
-    how many times as long the largest took as the middle one, over how many times as large it is.
+    "load:r": LoRA of rank r saved and loaded again, into the same shape on the CPU with weights
+    that take no memory (one number, expanded): metrics load (seconds), bytes, per_byte (seconds a
+    gigabyte). "growth" has the metric slope: how many times as long the largest took as the middle
+    one, over how many times as large it is.
     """
     large = large or (lambda: llama(4096, 32, 11008, 32000))
     with torch.device("meta"):
@@ -118,11 +137,15 @@ def measure_large(setup: Setup, contenders: tuple[str, ...], rounds: Rounds, lar
 
 
 def thinned(model: nn.Module) -> nn.Module:
-    """A model on the meta device given weights on the CPU, each one number expanded to the whole shape."""
+    """A model on the meta device given weights on the CPU, each one number expanded to the whole
+    shape.
+    """
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = nn.Parameter(torch.full((), 0.02).expand(p.shape), requires_grad=False)
+                module._parameters[name] = nn.Parameter(
+                    torch.full((), 0.02).expand(p.shape), requires_grad=False
+                )
         for name, b in module._buffers.items():
             if b is not None:
                 module._buffers[name] = torch.zeros((), dtype=b.dtype).expand(b.shape)

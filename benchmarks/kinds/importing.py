@@ -23,8 +23,8 @@ print(json.dumps({{"torch": middle - start, "beyond": time.perf_counter() - midd
 
 
 def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:
-    """Contenders are modules. Metrics: torch, seconds of `import torch`; beyond, seconds of the module after it; process,
-    seconds of the whole interpreter.
+    """Contenders are modules. Metrics: torch, seconds of `import torch`; beyond, seconds of the
+    module after it; process, seconds of the whole interpreter.
     """
     return {"samples": interleave({module: _work(module) for module in contenders}, rounds)}
 
@@ -34,8 +34,13 @@ def _work(module: str) -> Work:
         import time
 
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", _CODE.format(module=module)], cwd=ROOT, capture_output=True, text=True,
-                              check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", _CODE.format(module=module)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return {**found, "process": time.perf_counter() - started}
 

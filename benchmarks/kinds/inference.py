@@ -1,4 +1,6 @@
-"""Without gradients: a forward of the whole batch, and one generated token at batch 1 behind a prompt."""
+"""Without gradients: a forward of the whole batch, and one generated token at batch 1 behind a
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,11 @@ def measure_forward(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -
 
 
 def measure_token(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:
-    """Metric: seconds of the forward of one token at batch 1, with the keys and values of a prompt in the cache.
+    """Metric: seconds of the forward of one token at batch 1, with the keys and values of a prompt
+    in the cache.
 
-    "base", "merged.METHOD", "weft.METHOD" (not merged), "houlsby" and "lin" (Adapter H and L). Every merged model has
-    weights of its own, and so has the base.
+    "base", "merged.METHOD", "weft.METHOD" (not merged), "houlsby" and "lin" (Adapter H and L).
+    Every merged model has weights of its own, and so has the base.
     """
     base = build(setup)
     ids = batch(setup)["input_ids"][:1, :PROMPT]
@@ -85,7 +88,9 @@ def _merged(method: str, base: nn.Module, setup: Setup) -> nn.Module:
     found = own(ids).logits
     gap = float((found - wanted).abs().max() / wanted.abs().max())
     if gap > AGREE[setup.torch_dtype]:
-        raise IdleError(f"merged.{method} differs from the adapter beside the weights by {gap:.1e}.")
+        raise IdleError(
+            f"merged.{method} differs from the adapter beside the weights by {gap:.1e}."
+        )
     return own.eval()
 
 

@@ -1,4 +1,6 @@
-"""Memory of one training step, counted exactly, and (kind "peak") the peak of a process of its own."""
+"""Memory of one training step, counted exactly, and (kind "peak") the peak of a process of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,22 @@ from ..contenders import check, make, split
 from ..setup import Setup, batch, build, layers
 from ..timing import Rounds
 
-GATE = 64  # tokens that tell whether an adapter is in force; that outputs agree is for the timed cases to check
+# tokens that tell whether an adapter is in force; that outputs agree is for the timed cases to
+# check
+GATE = 64
 
 
 def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:
-    """Metrics: saved, held and peak of memory.of_step; beyond, which is saved less the base model's own (the limit's);
-    activations, which is beyond divided by the low-rank activations x Aᵀ of all adapted layers.
+    """Metrics: saved, held and peak of memory.of_step; beyond, which is saved less the base model's
+    own (the limit's); activations, which is beyond divided by the low-rank activations x Aᵀ of all
+    adapted layers.
 
     The limit has to be among the contenders. Raises ValueError where it is not.
     """
     if "limit" not in contenders:
-        raise ValueError("the base model's own bytes are those of the limit; name it among the contenders.")
+        raise ValueError(
+            "the base model's own bytes are those of the limit; name it among the contenders."
+        )
     base, data = build(setup), batch(setup)
     few = batch(replace(setup, tokens=min(setup.tokens, GATE)))
     adapted = [name for name, _, _ in layers(base, setup)]
@@ -30,7 +37,9 @@ def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[s
     for name in contenders:
         contender = make(name, base, setup)
         check([contender], base, few, setup)
-        found[name] = memory.of_step(contender.model, data, lambda c=contender: c.loss(data), adapted)  # type: ignore[misc]
+        found[name] = memory.of_step(
+            contender.model, data, lambda c=contender: c.loss(data), adapted
+        )  # type: ignore[misc]
         details[name] = found[name].pop("kept")
     samples: dict[str, dict[str, list[float]]] = {}
     for name, numbers in found.items():
@@ -43,5 +52,11 @@ def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[s
 
 def measure_peak(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:
     """Metrics: process_peak, and before_steps, the peak before the first step."""
-    found = {name: memory.of_process(name, asdict(setup), torch.get_num_threads()) for name in contenders}
-    return {"samples": {name: {k: [float(v)] for k, v in values.items()} for name, values in found.items()}}
+    found = {
+        name: memory.of_process(name, asdict(setup), torch.get_num_threads()) for name in contenders
+    }
+    return {
+        "samples": {
+            name: {k: [float(v)] for k, v in values.items()} for name, values in found.items()
+        }
+    }

@@ -1,4 +1,6 @@
-"""One batch whose rows have adapters of their own: against one adapter for all rows, and with more of them resident."""
+"""One batch whose rows have adapters of their own: against one adapter for all rows, and with more
+of them resident.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,12 @@ METHODS = ("LoRA", "DoRA", "VeRA:256", "DVoRA:256")
 
 
 def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:
-    """Metric: seconds of a forward of 16 rows, for the contenders (of METHODS: one adapter for all rows) and for
-    "mixed:k", where k adapters of the four methods are resident and the rows have as many different ones as they can.
+    """Metric: seconds of a forward of 16 rows, for the contenders (of METHODS: one adapter for all
+    rows) and for "mixed:k", where k adapters of the four methods are resident and the rows have as
+    many different ones as they can.
 
-    "flat" has the metric deviation: the largest difference of one "mixed:k" from the mean of all, relative to it.
+    "flat" has the metric deviation: the largest difference of one "mixed:k" from the mean of all,
+    relative to it.
     """
     base = build(setup)
     length = max(1, setup.tokens // ROWS)
@@ -74,4 +78,6 @@ def check_rows(model: Any, rows: list[str], ids: Tensor, setup: Setup) -> None:
             alone = model(ids[i : i + 1]).logits
         gap = float((mixed[i] - alone[0]).abs().max() / alone.abs().max())
         if gap > AGREE[setup.torch_dtype] or torch.equal(mixed[i], base[i]):
-            raise IdleError(f"row {i} with adapter {rows[i]!r} differs from that adapter alone by {gap:.1e}.")
+            raise IdleError(
+                f"row {i} with adapter {rows[i]!r} differs from that adapter alone by {gap:.1e}."
+            )

@@ -1,7 +1,8 @@
 """A training step: forward and backward, the optimiser's step apart and together.
 
-The optimiser steps in every round, inside or outside what is compared: what a method derives from its numbers (DoRA's
-norm) is stale after it, as in training, and is computed again within the time of the next forward.
+The optimiser steps in every round, inside or outside what is compared: what a method derives from
+its numbers (DoRA's norm) is stale after it, as in training, and is computed again within the time
+of the next forward.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from ..timing import Rounds, Work, interleave
 
 
 def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:
-    """Metrics: forward, backward, step (both), optimiser, whole (all three), and norms where DoRA's are counted."""
+    """Metrics: forward, backward, step (both), optimiser, whole (all three), and norms where DoRA's
+    are counted.
+    """
     base = build(setup)
     made = [make(name, base, setup) for name in contenders]
     data = [batch(setup, seed) for seed in range(1, setup.accumulate + 1)]
@@ -52,13 +55,21 @@ def work(c: Contender, data: list[dict[str, Tensor]]) -> Work:
             c.after_step()
         optimiser = time.perf_counter() - started
         step = forward + backward
-        return {"forward": forward, "backward": backward, "step": step, "optimiser": optimiser, "whole": step + optimiser}
+        return {
+            "forward": forward,
+            "backward": backward,
+            "step": step,
+            "optimiser": optimiser,
+            "whole": step + optimiser,
+        }
 
     return run
 
 
 def _norms(c: Contender, data: list[dict[str, Tensor]]) -> int | None:
-    """Norms that Weft computes in one whole step; None where it has no counter, or the contender is not Weft's."""
+    """Norms that Weft computes in one whole step; None where it has no counter, or the contender is
+    not Weft's.
+    """
     counter = norm_counter() if c.name.startswith("weft.D") else None
     if counter is None:
         return None

@@ -1,4 +1,6 @@
-"""`python -m scripts.results`: write docs/results/ from the records; `run NAME --data DIR`: make a record."""
+"""`python -m scripts.results`: write docs/results/ from the records; `run NAME --data DIR`: make a
+record.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,26 @@ from .experiments import EXPERIMENTS
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.results", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.results", description=(__doc__ or "").splitlines()[0]
+    )
     commands = parser.add_subparsers(dest="do")
-    making = commands.add_parser("run", help="run an experiment through weft compare and keep its record")
+    making = commands.add_parser(
+        "run", help="run an experiment through weft compare and keep its record"
+    )
     making.add_argument("name", choices=[experiment.name for experiment in EXPERIMENTS])
-    making.add_argument("--data", type=Path, required=True, help="the folder that holds SST-2, MRPC, CIFAR10, E2E, ...")
-    making.add_argument("--out", type=Path, default=Path("runs/results"), help="where the comparisons are kept and resumed")
+    making.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="the folder that holds SST-2, MRPC, CIFAR10, E2E, ...",
+    )
+    making.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/results"),
+        help="where the comparisons are kept and resumed",
+    )
     args = parser.parse_args()
     if args.do == "run":
         return run.run(next(e for e in EXPERIMENTS if e.name == args.name), args.data, args.out)

@@ -1,4 +1,6 @@
-"""What is run: one `weft compare` each, sized for two CPU cores. Nothing here is a measured number."""
+"""What is run: one `weft compare` each, sized for two CPU cores. Nothing here is a measured
+number.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from . import prepare
 
 @dataclass(frozen=True)
 class Claim:
-    """`a` against `b`, rows of the comparison. matches: the claim is that `a` is not worse, not that it is better."""
+    """`a` against `b`, rows of the comparison. matches: the claim is that `a` is not worse, not
+    that it is better.
+    """
 
     a: str
     b: str
@@ -21,9 +25,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One comparison. task, test and model may hold {data}, the folder of the data sets, and {work}, where `prepare` wrote.
+    """One comparison. task, test and model may hold {data}, the folder of the data sets, and
+    {work}, where `prepare` wrote.
 
-    rates: learning rates tried by method, exactly these. about: what a reader must know of data and model, in Markdown.
+    rates: learning rates tried by method, exactly these. about: what a reader must know of data and
+    model, in Markdown.
     """
 
     name: str
@@ -46,12 +52,20 @@ class Experiment:
 
     def command(self, data: str, work: str, out: str) -> list[str]:
         """The words behind `weft`."""
+
         def place(text: str) -> str:
             return text.format(data=data, work=work)
 
         words = ["compare", "--model", place(self.model), "--task", place(self.task)]
         words += ["--test", place(self.test)] if self.test else []
-        words += ["--methods", ",".join(self.methods), "--seeds", str(self.seeds), "--budget", self.budget]
+        words += [
+            "--methods",
+            ",".join(self.methods),
+            "--seeds",
+            str(self.seeds),
+            "--budget",
+            self.budget,
+        ]
         for method, rates in self.rates.items():
             words += ["--lr", f"{method}={rates}"]
         words += ["--head-lr", self.head_lr] if self.head_lr else []
@@ -59,22 +73,59 @@ class Experiment:
         return [*words, *self.more, "--workers", str(self.workers), "--out", out]
 
 
-ALL = ("full", "toplayers", "head", "bitfit", "lora", "dora", "dora:r=4", "lorafa", "adalora", "dylora", "vera", "dvora",
-       "bottleneck", "prefix", "preembed", "prelayer")
+ALL = (
+    "full",
+    "toplayers",
+    "head",
+    "bitfit",
+    "lora",
+    "dora",
+    "dora:r=4",
+    "lorafa",
+    "adalora",
+    "dylora",
+    "vera",
+    "dvora",
+    "bottleneck",
+    "prefix",
+    "preembed",
+    "prelayer",
+)
 PAIR = ("full", "lora", "dora", "vera", "dvora")
 PAPERS = ("full", "head", "bitfit", "lora", "dora", "dora:r=4", "vera", "dvora", "bottleneck")
-RATES = {"full": "1e-4,3e-4", "toplayers": "3e-4,1e-3", "head": "1e-2,3e-2", "bitfit": "1e-2,3e-2", "lora": "3e-3,1e-2",
-         "dora": "3e-3,1e-2", "lorafa": "1e-2,3e-2", "adalora": "3e-2,1e-1", "dylora": "3e-3,1e-2", "vera": "3e-2,1e-1",
-         "dvora": "3e-2,1e-1", "bottleneck": "3e-3,1e-2", "prefix": "3e-2,1e-1", "preembed": "3e-2,1e-1",
-         "prelayer": "1e-2,3e-2"}
+RATES = {
+    "full": "1e-4,3e-4",
+    "toplayers": "3e-4,1e-3",
+    "head": "1e-2,3e-2",
+    "bitfit": "1e-2,3e-2",
+    "lora": "3e-3,1e-2",
+    "dora": "3e-3,1e-2",
+    "lorafa": "1e-2,3e-2",
+    "adalora": "3e-2,1e-1",
+    "dylora": "3e-3,1e-2",
+    "vera": "3e-2,1e-1",
+    "dvora": "3e-2,1e-1",
+    "bottleneck": "3e-3,1e-2",
+    "prefix": "3e-2,1e-1",
+    "preembed": "3e-2,1e-1",
+    "prelayer": "1e-2,3e-2",
+}
 IMAGES = {**RATES, "full": "3e-4,1e-3", "bitfit": "3e-3,1e-2"}
 GENERATED = {"full": "1e-4,3e-4", "lora": "3e-3,1e-2", "dora": "3e-3,1e-2", "vera": "3e-2,1e-1"}
 
 FEW = ("full", "head", "lora", "dora", "vera", "dvora")
-LONGER = {"full": "3e-5,1e-4", "head": "3e-2,1e-1", "lora": "1e-3,3e-3", "dora": "1e-3,3e-3", "vera": "3e-2,1e-1",
-          "dvora": "3e-2,1e-1"}
+LONGER = {
+    "full": "3e-5,1e-4",
+    "head": "3e-2,1e-1",
+    "lora": "1e-3,3e-3",
+    "dora": "1e-3,3e-3",
+    "vera": "3e-2,1e-1",
+    "dvora": "3e-2,1e-1",
+}
 
-VERA = Claim("VeRA", "LoRA", "VeRA matches LoRA with a tenth of the numbers (VeRA paper)", matches=True)
+VERA = Claim(
+    "VeRA", "LoRA", "VeRA matches LoRA with a tenth of the numbers (VeRA paper)", matches=True
+)
 DORA = Claim("DoRA", "LoRA", "DoRA is better than LoRA (DoRA paper)")
 HALF = Claim("DoRA r=4", "LoRA", "DoRA at half the rank is better than LoRA (DoRA paper)")
 DVORA = Claim("DVoRA", "VeRA", "DVoRA is better than VeRA (DoRA paper)")
@@ -91,41 +142,112 @@ def of(methods: Sequence[str], rates: Mapping[str, str]) -> dict[str, str]:
 
 EXPERIMENTS = (
     Experiment(
-        "sst2", "glue", "SST-2 with MiniLM", "minilm", "sst2:{data}/SST-2", ALL,
-        "steps=50,batch=8,train=2000,validation=200,test=872", 3, of(ALL, RATES),
-        "Sentiment of film reviews, two classes. Batches are drawn from 2,000 of 67,349 training examples, 200 others "
-        "choose the learning rate, and the scores are those on GLUE's dev set.", CORE, head_lr="3e-3",
-        like="vera-paper-glue"),
+        "sst2",
+        "glue",
+        "SST-2 with MiniLM",
+        "minilm",
+        "sst2:{data}/SST-2",
+        ALL,
+        "steps=50,batch=8,train=2000,validation=200,test=872",
+        3,
+        of(ALL, RATES),
+        "Sentiment of film reviews, two classes. Batches are drawn from 2,000 of 67,349 training "
+        "examples, 200 others "
+        "choose the learning rate, and the scores are those on GLUE's dev set.",
+        CORE,
+        head_lr="3e-3",
+        like="vera-paper-glue",
+    ),
     Experiment(
-        "sst2-longer", "glue", "SST-2 with MiniLM, longer", "minilm", "sst2:{data}/SST-2", FEW,
-        "steps=100,batch=16,train=2000,validation=200,test=872", 3, of(FEW, LONGER),
-        "The same task with four times as many examples seen, 100 steps of 16 in place of 50 of 8, for fewer methods.",
-        (FULL, VERA, DORA, DVORA), head_lr="3e-3", like="vera-paper-glue"),
+        "sst2-longer",
+        "glue",
+        "SST-2 with MiniLM, longer",
+        "minilm",
+        "sst2:{data}/SST-2",
+        FEW,
+        "steps=100,batch=16,train=2000,validation=200,test=872",
+        3,
+        of(FEW, LONGER),
+        "The same task with four times as many examples seen, 100 steps of 16 in place of 50 of 8, "
+        "for fewer methods.",
+        (FULL, VERA, DORA, DVORA),
+        head_lr="3e-3",
+        like="vera-paper-glue",
+    ),
     Experiment(
-        "mrpc", "glue", "MRPC with MiniLM", "minilm", "mrpc:{data}/MRPC", PAIR,
-        "steps=40,batch=8,validation=200,test=400", 3, of(PAIR, RATES),
-        "Do two sentences say the same? Two classes; two thirds of the pairs do. The copy has no dev set: 10 % of train "
+        "mrpc",
+        "glue",
+        "MRPC with MiniLM",
+        "minilm",
+        "mrpc:{data}/MRPC",
+        PAIR,
+        "steps=40,batch=8,validation=200,test=400",
+        3,
+        of(PAIR, RATES),
+        "Do two sentences say the same? Two classes; two thirds of the pairs do. The copy has no "
+        "dev set: 10 % of train "
         "choose the learning rate, and the scores are those on 400 pairs of MRPC's test set.",
-        (FULL, VERA, DORA, DVORA), head_lr="3e-3", like="vera-paper-glue"),
+        (FULL, VERA, DORA, DVORA),
+        head_lr="3e-3",
+        like="vera-paper-glue",
+    ),
     Experiment(
-        "cifar10", "images", "CIFAR-10, classes 5 to 9, with a small ViT", "{work}/vit", "image-folder:{work}/train", PAPERS,
-        "steps=100,batch=20,train=100,validation=300,test=1000", 3, of(PAPERS, IMAGES),
-        "No pretrained vision model was at hand. `scripts/results/prepare.py` trains a Vision Transformer from nothing on "
-        "CIFAR-10's classes 0 to 4 (aeroplane to deer) alone; the methods then adapt it to classes 5 to 9 (dog to truck) "
-        "with 20 images of each. The rates are chosen on 60 others of each, and the scores are those on 200 images of each "
-        "from the test set. So this is few-shot adaptation of a small model, as the VeRA paper does it with large ones. The "
+        "cifar10",
+        "images",
+        "CIFAR-10, classes 5 to 9, with a small ViT",
+        "{work}/vit",
+        "image-folder:{work}/train",
+        PAPERS,
+        "steps=100,batch=20,train=100,validation=300,test=1000",
+        3,
+        of(PAPERS, IMAGES),
+        "No pretrained vision model was at hand. `scripts/results/prepare.py` trains a Vision "
+        "Transformer from nothing on "
+        "CIFAR-10's classes 0 to 4 (aeroplane to deer) alone; the methods then adapt it to classes "
+        "5 to 9 (dog to truck) "
+        "with 20 images of each. The rates are chosen on 60 others of each, and the scores are "
+        "those on 200 images of each "
+        "from the test set. So this is few-shot adaptation of a small model, as the VeRA paper "
+        "does it with large ones. The "
         "images are JPEG copies that differ slightly from the original data.",
-        (*CORE, LORA_HEAD), test="{work}/test", head_lr="1e-2", prepare=prepare.cifar10, workers=1),
+        (*CORE, LORA_HEAD),
+        test="{work}/test",
+        head_lr="1e-2",
+        prepare=prepare.cifar10,
+        workers=1,
+    ),
     Experiment(
-        "e2e", "e2e", "E2E with stories15M", "{data}/../models/stories15m", "e2e:{data}/E2E:train=validation",
-        ("full", "lora", "dora", "vera"), "steps=40,batch=4,validation=60,test=40", 3, GENERATED,
-        "Restaurant descriptions from slots. E2E's training file is not in the copy at hand, so the methods train on four "
-        "fifths of the meanings of its validation file; the others choose the learning rate, by the loss. The scores are "
-        "BLEU on 40 meanings of the test file.", (FULL, VERA, DORA), like="lora-paper-e2e"),
+        "e2e",
+        "e2e",
+        "E2E with stories15M",
+        "{data}/../models/stories15m",
+        "e2e:{data}/E2E:train=validation",
+        ("full", "lora", "dora", "vera"),
+        "steps=40,batch=4,validation=60,test=40",
+        3,
+        GENERATED,
+        "Restaurant descriptions from slots. E2E's training file is not in the copy at hand, so "
+        "the methods train on four "
+        "fifths of the meanings of its validation file; the others choose the learning rate, by "
+        "the loss. The scores are "
+        "BLEU on 40 meanings of the test file.",
+        (FULL, VERA, DORA),
+        like="lora-paper-e2e",
+    ),
     Experiment(
-        "commonsense", "commonsense", "ARC-easy with stories15M", "{data}/../models/stories15m",
-        "arc-e:{data}/COMMONSENSE", ("lora", "dora", "vera"), "steps=25,batch=4,validation=40,test=60", 3,
+        "commonsense",
+        "commonsense",
+        "ARC-easy with stories15M",
+        "{data}/../models/stories15m",
+        "arc-e:{data}/COMMONSENSE",
+        ("lora", "dora", "vera"),
+        "steps=25,batch=4,validation=40,test=60",
+        3,
         of(("lora", "dora", "vera"), GENERATED),
-        "Science questions for children with three to five answers, in the instruction form of the DoRA paper; an answer is "
-        "generated, and its first key word counts.", (VERA, DORA), like="dora-paper-commonsense"),
+        "Science questions for children with three to five answers, in the instruction form of the "
+        "DoRA paper; an answer is "
+        "generated, and its first key word counts.",
+        (VERA, DORA),
+        like="dora-paper-commonsense",
+    ),
 )

@@ -1,4 +1,6 @@
-"""What a record says about its claims, in words and with intervals: nothing is ordered that the seeds cannot tell apart."""
+"""What a record says about its claims, in words and with intervals: nothing is ordered that the
+seeds cannot tell apart.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ SEEN, NOT_SEEN, UNKNOWN = "seen", "not seen", "cannot tell"
 
 @dataclass(frozen=True)
 class Finding:
-    """Mean of a - b over the seeds, its 95 % t-interval, and the verdict; None where a row has not all scores.
+    """Mean of a - b over the seeds, its 95 % t-interval, and the verdict; None where a row has not
+    all scores.
 
-    idle: neither row gets above whoever always says the most frequent class, so there is nothing to compare.
+    idle: neither row gets above whoever always says the most frequent class, so there is nothing to
+    compare.
     """
 
     claim: Claim
@@ -29,13 +33,21 @@ class Finding:
     idle: bool = False
 
 
-def findings(result: Mapping[str, Any], claims: Sequence[Claim], chance: float | None = None) -> list[Finding]:
+def findings(
+    result: Mapping[str, Any], claims: Sequence[Claim], chance: float | None = None
+) -> list[Finding]:
     """The verdict on every claim whose two rows are in the comparison."""
     rows = {row["method"]: row for row in result["rows"]}
-    return [_finding(claim, rows[claim.a], rows[claim.b], chance) for claim in claims if {claim.a, claim.b} <= set(rows)]
+    return [
+        _finding(claim, rows[claim.a], rows[claim.b], chance)
+        for claim in claims
+        if {claim.a, claim.b} <= set(rows)
+    ]
 
 
-def _finding(claim: Claim, a: Mapping[str, Any], b: Mapping[str, Any], chance: float | None) -> Finding:
+def _finding(
+    claim: Claim, a: Mapping[str, Any], b: Mapping[str, Any], chance: float | None
+) -> Finding:
     if None in (*a["scores"], *b["scores"]):
         return Finding(claim, None, None, UNKNOWN)
     gaps = [x - y for x, y in zip(a["scores"], b["scores"], strict=True)]
@@ -47,7 +59,9 @@ def _finding(claim: Claim, a: Mapping[str, Any], b: Mapping[str, Any], chance: f
 
 
 def verdict(interval: tuple[float, float], matches: bool) -> str:
-    """Better: the whole interval is above 0. Matches: above minus the margin. Not seen: the whole interval is below."""
+    """Better: the whole interval is above 0. Matches: above minus the margin. Not seen: the whole
+    interval is below.
+    """
     bound = -MARGIN if matches else 0.0
     if interval[0] > bound:
         return SEEN
@@ -56,7 +70,9 @@ def verdict(interval: tuple[float, float], matches: bool) -> str:
 
 def unseen(found: Sequence[Finding]) -> str:
     """What the papers claim and this comparison does not show, in sentences."""
-    said = [f"“{one.claim.says}”: {_gap(one)}, {_why(one)}." for one in found if one.verdict != SEEN]
+    said = [
+        f"“{one.claim.says}”: {_gap(one)}, {_why(one)}." for one in found if one.verdict != SEEN
+    ]
     if not said:
         return "Every claim of the table is seen here."
     head = "Not seen here, or not decided:"
@@ -87,11 +103,21 @@ def _why(one: Finding) -> str:
 
 
 def groups(result: Mapping[str, Any]) -> tuple[str, list[str], list[str]] | None:
-    """The highest mean, the rows that are not significantly below it, and those that are; None where nothing was tested."""
+    """The highest mean, the rows that are not significantly below it, and those that are; None
+    where nothing was tested.
+    """
     ranking = result.get("ranking")
     if not ranking:
         return None
-    p = {row["method"]: min(row["worse_p"], 1.0 if row.get("worse_p_examples") is None else row["worse_p_examples"])
-         for row in result["rows"] if row["worse_p"] is not None}
-    return (ranking["best"], [name for name, value in p.items() if value >= ALPHA],
-            [name for name, value in p.items() if value < ALPHA])
+    p = {
+        row["method"]: min(
+            row["worse_p"], 1.0 if row.get("worse_p_examples") is None else row["worse_p_examples"]
+        )
+        for row in result["rows"]
+        if row["worse_p"] is not None
+    }
+    return (
+        ranking["best"],
+        [name for name, value in p.items() if value >= ALPHA],
+        [name for name, value in p.items() if value < ALPHA],
+    )

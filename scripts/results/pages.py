@@ -19,20 +19,28 @@ from .run import RECORDS
 from .words import AGAIN, INDEX, PAGES, READING, TITLES, flowing
 
 OUT = RECORDS.parent
-EDGE = re.compile(r"(?P<method>.+): the best learning rate, (?P<rate>\S+), is at the edge of those tried \((?P<tried>.+)\);")
+EDGE = re.compile(
+    r"(?P<method>.+): the best learning rate, (?P<rate>\S+), is at the edge of those tried "
+    r"\((?P<tried>.+)\);"
+)
 MADE = "<!-- written by `make results` from docs/results/records -->"
 
 
 def pages() -> dict[Path, str]:
     """Every page and picture with its text."""
-    records = {e.name: json.loads(path.read_text(encoding="utf-8")) for e in EXPERIMENTS
-               if (path := RECORDS / f"{e.name}.json").is_file()}
+    records = {
+        e.name: json.loads(path.read_text(encoding="utf-8"))
+        for e in EXPERIMENTS
+        if (path := RECORDS / f"{e.name}.json").is_file()
+    }
     out = {OUT / "index.md": _index(records)}
     for name in TITLES:
         out[OUT / f"{name}.md"] = _page(name, records)
     for experiment in EXPERIMENTS:
         if experiment.name in records:
-            out[OUT / f"{experiment.name}.svg"] = picture(records[experiment.name]["result"], experiment.title)
+            out[OUT / f"{experiment.name}.svg"] = picture(
+                records[experiment.name]["result"], experiment.title
+            )
     return out
 
 
@@ -41,11 +49,25 @@ def _index(records: Mapping[str, Any]) -> str:
     for experiment in EXPERIMENTS:
         where = f"[{experiment.title}]({experiment.page}.md#{_anchor(experiment.title)})"
         result = records[experiment.name]["result"] if experiment.name in records else None
-        rows.append([where, "-", "not run yet"] if result is None else [where, str(result["seeds"]), _best(result)])
+        rows.append(
+            [where, "-", "not run yet"]
+            if result is None
+            else [where, str(result["seeds"]), _best(result)]
+        )
     table = _table(["comparison", "seeds", "not significantly worse than the best"], rows, "")
     reading = READING.format(alpha=ALPHA, margin=100 * MARGIN)
-    blocks = ["# Results", MADE, flowing(INDEX), table, "## The papers' claims", _claims(records),
-              "## How to read the tables", flowing(reading), "## How they are made", flowing(AGAIN)]
+    blocks = [
+        "# Results",
+        MADE,
+        flowing(INDEX),
+        table,
+        "## The papers' claims",
+        _claims(records),
+        "## How to read the tables",
+        flowing(reading),
+        "## How they are made",
+        flowing(AGAIN),
+    ]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -56,13 +78,24 @@ def _claims(records: Mapping[str, Any]) -> str:
         if experiment.name in records:
             record = records[experiment.name]
             for one in findings(record["result"], experiment.claims, record["chance"]):
-                places.setdefault(one.claim.says, {}).setdefault(one.verdict, []).append(experiment.name)
-    rows = [[", ".join(where.get(verdict, ["–"])) for verdict in (SEEN, NOT_SEEN, UNKNOWN)] + [says]
-            for says, where in places.items()]
-    times = {name: sum(len(where.get(name, [])) for where in places.values()) for name in (SEEN, NOT_SEEN, UNKNOWN)}
-    said = (f"Tried {sum(times.values())} times in all: {times[SEEN]} seen, {times[NOT_SEEN]} not seen, {times[UNKNOWN]} "
-            "not decided. Few seeds and few steps leave intervals wider than most differences that the papers print, so "
-            "“cannot tell” is no verdict on a method.")
+                places.setdefault(one.claim.says, {}).setdefault(one.verdict, []).append(
+                    experiment.name
+                )
+    rows = [
+        [", ".join(where.get(verdict, ["–"])) for verdict in (SEEN, NOT_SEEN, UNKNOWN)] + [says]
+        for says, where in places.items()
+    ]
+    times = {
+        name: sum(len(where.get(name, [])) for where in places.values())
+        for name in (SEEN, NOT_SEEN, UNKNOWN)
+    }
+    said = (
+        f"Tried {sum(times.values())} times in all: {times[SEEN]} seen, {times[NOT_SEEN]} not "
+        f"seen, {times[UNKNOWN]} "
+        "not decided. Few seeds and few steps leave intervals wider than most differences that the "
+        "papers print, so "
+        "“cannot tell” is no verdict on a method."
+    )
     return f"{said}\n\n{_table([SEEN, NOT_SEEN, UNKNOWN, 'claim'], rows, '')}"
 
 
@@ -81,7 +114,11 @@ def _page(name: str, records: Mapping[str, Any]) -> str:
     for experiment in EXPERIMENTS:
         if experiment.page == name:
             blocks += [f"## {experiment.title}", experiment.about]
-            blocks += _section(experiment, records[experiment.name]) if experiment.name in records else ["Not run yet."]
+            blocks += (
+                _section(experiment, records[experiment.name])
+                if experiment.name in records
+                else ["Not run yet."]
+            )
     return "\n\n".join(blocks) + "\n"
 
 
@@ -90,9 +127,20 @@ def _section(experiment: Experiment, record: Mapping[str, Any]) -> list[str]:
     found = findings(result, experiment.claims, record["chance"])
     claims = [[one.verdict, *_gap(one), one.claim.says] for one in found]
     shown = f"![{experiment.title}: score of every method]({experiment.name}.svg)"
-    blocks = [_pretrained(record), _told(result), shown, _scores(result, record["chance"]), _metrics(result), _notes(result),
-              "### What the papers claim", _table(["verdict", "points", "95 % interval", "claim"], claims, "lrrl"),
-              unseen(found), _printed(experiment), "### How it was made", *_made(record)]
+    blocks = [
+        _pretrained(record),
+        _told(result),
+        shown,
+        _scores(result, record["chance"]),
+        _metrics(result),
+        _notes(result),
+        "### What the papers claim",
+        _table(["verdict", "points", "95 % interval", "claim"], claims, "lrrl"),
+        unseen(found),
+        _printed(experiment),
+        "### How it was made",
+        *_made(record),
+    ]
     return [block for block in blocks if block]
 
 
@@ -100,9 +148,14 @@ def _pretrained(record: Mapping[str, Any]) -> str:
     about = record["prepared"]
     if not about:
         return ""
-    return (f"The pretrained model: {about['parameters']:,} numbers, {about['steps']:,} steps of {about['batch']} on "
-            f"{about['images']:,} images of the first five classes in {about['seconds'] / 60:.0f} minutes of a busy core; "
-            f"{about['held_out_accuracy']:.1%} right on {about['held_out']:,} other images of these classes.")
+    return (
+        f"The pretrained model: {about['parameters']:,} numbers, {about['steps']:,} steps of "
+        f"{about['batch']} on "
+        f"{about['images']:,} images of the first five classes in {about['seconds'] / 60:.0f} "
+        "minutes of a busy core; "
+        f"{about['held_out_accuracy']:.1%} right on {about['held_out']:,} other images of these "
+        "classes."
+    )
 
 
 def _told(result: Mapping[str, Any]) -> str:
@@ -113,8 +166,10 @@ def _told(result: Mapping[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["worse_p"] is not None]
     seeds = [row["method"] for row in rows if row["worse_p"] < ALPHA]
     examples = [row["method"] for row in rows if (row.get("worse_p_examples") or 1.0) < ALPHA]
-    said = [f"{told[0]} has the highest mean.",
-            f"Significantly worse over the {result['seeds']} seeds: {_names(seeds, rows)}."]
+    said = [
+        f"{told[0]} has the highest mean.",
+        f"Significantly worse over the {result['seeds']} seeds: {_names(seeds, rows)}.",
+    ]
     if any(row.get("worse_p_examples") is not None for row in rows):
         said.append(f"Over the test examples, for these very runs: {_names(examples, rows)}.")
     return " ".join([*said, "Beyond that the order of the means says nothing."])
@@ -127,13 +182,36 @@ def _names(named: Sequence[str], rows: Sequence[Any]) -> str:
 
 
 def _scores(result: Mapping[str, Any], chance: float | None) -> str:
-    rows = [[row["method"], _count(row["trainable"]), _score(row), _tests(row),
-             _behind(row["example_gap"]), _number(row["lr"], rate)] for row in result["rows"]]
-    head = ["method", "trainable", unit(result["metric"]), "p, seeds / examples", "points behind", "learning rate"]
-    extra = f" The head adds {result['head_trainable']:,} to every row." if result.get("head_trainable") else ""
+    rows = [
+        [
+            row["method"],
+            _count(row["trainable"]),
+            _score(row),
+            _tests(row),
+            _behind(row["example_gap"]),
+            _number(row["lr"], rate),
+        ]
+        for row in result["rows"]
+    ]
+    head = [
+        "method",
+        "trainable",
+        unit(result["metric"]),
+        "p, seeds / examples",
+        "points behind",
+        "learning rate",
+    ]
+    extra = (
+        f" The head adds {result['head_trainable']:,} to every row."
+        if result.get("head_trainable")
+        else ""
+    )
     extra += f" Always the most frequent class: {100 * chance:.1f} %." if chance is not None else ""
-    behind = (" Points behind: the best row, over the test examples (paired bootstrap, 95 %)."
-              if any(row["example_gap"] for row in result["rows"]) else "")
+    behind = (
+        " Points behind: the best row, over the test examples (paired bootstrap, 95 %)."
+        if any(row["example_gap"] for row in result["rows"])
+        else ""
+    )
     return f"{_table(head, rows, 'lrrrrr')}\n\nTrainable: without the head.{extra}{behind}"
 
 
@@ -144,8 +222,12 @@ def _printed(experiment: Experiment) -> str:
     table = find_like(experiment.like, experiment.task)
     column = table.columns[kind(experiment.task)]
     rows = "; ".join(f"{row['row']} {row['scores'][column][0]:.1f}" for row in table.has(column))
-    return (f"Printed in the {table.title} ({column}): {rows}. Model, data, steps and protocol are others there; "
-            f"`weft compare --like {table.name}` lays the rows of a comparison under these and says what differs.")
+    return (
+        f"Printed in the {table.title} ({column}): {rows}. Model, data, steps and protocol are "
+        "others there; "
+        f"`weft compare --like {table.name}` lays the rows of a comparison under these and says "
+        "what differs."
+    )
 
 
 def _metrics(result: Mapping[str, Any]) -> str:
@@ -153,7 +235,10 @@ def _metrics(result: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(name for row in result["rows"] for name in row.get("metrics") or {}))
     if len(names) < 2:
         return ""
-    rows = [[row["method"], *(_mean((row.get("metrics") or {}).get(name, [])) for name in names)] for row in result["rows"]]
+    rows = [
+        [row["method"], *(_mean((row.get("metrics") or {}).get(name, [])) for name in names)]
+        for row in result["rows"]
+    ]
     table = _table(["method", *names], rows, "l" + "r" * len(names))
     return f"{table}\n\nMeans over the seeds, as each metric's own tool prints it."
 
@@ -203,19 +288,32 @@ def _notes(result: Mapping[str, Any]) -> str:
     edges = [found for note in result["notes"] if (found := EDGE.match(note))]
     lines = [note for note in result["notes"] if not EDGE.match(note)]
     if edges:
-        rates = "; ".join(f"{found['method']} {found['rate']} (of {found['tried']})" for found in edges)
-        lines.append(f"Best at an edge of the rates tried, so that a better one may lie beyond: {rates}.")
-    return "\n".join(f"- {note.replace('|', chr(92) + '|').replace('_', chr(92) + '_')}" for note in lines)
+        rates = "; ".join(
+            f"{found['method']} {found['rate']} (of {found['tried']})" for found in edges
+        )
+        lines.append(
+            f"Best at an edge of the rates tried, so that a better one may lie beyond: {rates}."
+        )
+    return "\n".join(
+        f"- {note.replace('|', chr(92) + '|').replace('_', chr(92) + '_')}" for note in lines
+    )
 
 
 def _made(record: Mapping[str, Any]) -> list[str]:
     machine, versions = record["machine"], record["versions"]
-    told = ", ".join(f"{name} {versions[name]}" for name in ("weft", "torch", "transformers", "python"))
+    told = ", ".join(
+        f"{name} {versions[name]}" for name in ("weft", "torch", "transformers", "python")
+    )
     sizes = ", ".join(f"{count:,} {name}" for name, count in record["result"]["examples"].items())
-    return [f"```console\n$ {record['command']}\n```", (
-        f"{record['date']}, {machine['cpu']}, {machine['cores']} cores, {told}, commit {versions['commit']}; "
-        "the machine had other work, so times are left out. "
-        f"Examples: {sizes}. DATA, WORK and OUT stand for folders.")]
+    return [
+        f"```console\n$ {record['command']}\n```",
+        (
+            f"{record['date']}, {machine['cpu']}, {machine['cores']} cores, {told}, commit "
+            f"{versions['commit']}; "
+            "the machine had other work, so times are left out. "
+            f"Examples: {sizes}. DATA, WORK and OUT stand for folders."
+        ),
+    ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> str:

@@ -1,4 +1,6 @@
-"""What an experiment needs that is no data set as people have it: CIFAR-10 as folders, and a pretrained ViT for it."""
+"""What an experiment needs that is no data set as people have it: CIFAR-10 as folders, and a
+pretrained ViT for it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ STEPS, BATCH, LR, WEIGHT_DECAY, WARM_UP = 1200, 128, 1.5e-3, 0.05, 0.1
 
 
 def cifar10(data: Path, work: Path) -> None:
-    """Folders of the new classes and, if it is not there yet, the Vision Transformer that has seen the old ones."""
+    """Folders of the new classes and, if it is not there yet, the Vision Transformer that has seen
+    the old ones.
+    """
     import numpy as np
 
     held = {name: np.load(data / "CIFAR10" / f"{name}.npz") for name in ("train", "test")}
@@ -43,7 +47,9 @@ def _jpegs(held: Any, label: int, most: int | None = None) -> Iterator[bytes]:
 
 
 def pretrain(held: Any, out: Path) -> None:
-    """Train the ViT on the old classes, one thread; its directory says how, and how good it is on images it has not seen."""
+    """Train the ViT on the old classes, one thread; its directory says how, and how good it is on
+    images it has not seen.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -58,25 +64,38 @@ def pretrain(held: Any, out: Path) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     warm = round(WARM_UP * STEPS)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min((s + 1) / warm, (STEPS - s) / max(1, STEPS - warm)))
+        optimiser, lambda s: min((s + 1) / warm, (STEPS - s) / max(1, STEPS - warm))
+    )
     generator = torch.Generator().manual_seed(SEED)
     started = time.perf_counter()
     model.train()
     for _ in range(STEPS):
         rows = torch.randint(cut, len(labels), (BATCH,), generator=generator)
-        loss = cross_entropy(model(pixel_values=_moved(pixels[rows], generator)).logits, labels[rows])
+        loss = cross_entropy(
+            model(pixel_values=_moved(pixels[rows], generator)).logits, labels[rows]
+        )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
     model.eval()
     with torch.no_grad():
-        right = torch.cat([model(pixel_values=pixels[at : at + 100]).logits.argmax(1) == labels[at : at + 100]
-                           for at in range(0, cut, 100)])
+        right = torch.cat(
+            [
+                model(pixel_values=pixels[at : at + 100]).logits.argmax(1) == labels[at : at + 100]
+                for at in range(0, cut, 100)
+            ]
+        )
     model.save_pretrained(out)
-    about = {"parameters": model.num_parameters(), "images": len(labels) - cut, "steps": STEPS, "batch": BATCH,
-             "seconds": round(time.perf_counter() - started), "held_out": cut,
-             "held_out_accuracy": round(float(right.double().mean()), 4)}
+    about = {
+        "parameters": model.num_parameters(),
+        "images": len(labels) - cut,
+        "steps": STEPS,
+        "batch": BATCH,
+        "seconds": round(time.perf_counter() - started),
+        "held_out": cut,
+        "held_out_accuracy": round(float(right.double().mean()), 4),
+    }
     (out / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -85,10 +104,20 @@ def _vit() -> Any:
     import transformers
 
     names = dict(enumerate(NAMES[: len(OLD)]))
-    return transformers.ViTForImageClassification(transformers.ViTConfig(
-        image_size=32, patch_size=4, hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, id2label=names,
-        label2id={name: number for number, name in names.items()}))
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            image_size=32,
+            patch_size=4,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+        )
+    )
 
 
 def _pixels(jpeg: bytes, config: Any) -> Any:

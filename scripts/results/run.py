@@ -23,14 +23,46 @@ from .experiments import Experiment
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "docs" / "results" / "records"
 SCHEMA = 1
-KEPT = ("task", "model", "metric", "seeds", "settings", "examples", "classes", "head", "head_trainable", "rows",
-        "recommendation", "no_recommendation", "ranking", "notes")
-ROW = ("method", "config", "trainable", "bytes", "score_mean", "score_interval", "scores", "lr", "lr_validation", "worse_p",
-       "worse_p_examples", "example_gap", "metrics", "peak_bytes", "status", "reason")
+KEPT = (
+    "task",
+    "model",
+    "metric",
+    "seeds",
+    "settings",
+    "examples",
+    "classes",
+    "head",
+    "head_trainable",
+    "rows",
+    "recommendation",
+    "no_recommendation",
+    "ranking",
+    "notes",
+)
+ROW = (
+    "method",
+    "config",
+    "trainable",
+    "bytes",
+    "score_mean",
+    "score_interval",
+    "scores",
+    "lr",
+    "lr_validation",
+    "worse_p",
+    "worse_p_examples",
+    "example_gap",
+    "metrics",
+    "peak_bytes",
+    "status",
+    "reason",
+)
 
 
 def run(experiment: Experiment, data: Path, folder: Path, more: Sequence[str] = ()) -> int:
-    """Prepare, compare, and write the record; an interrupted comparison is gone on from. Returns the exit status."""
+    """Prepare, compare, and write the record; an interrupted comparison is gone on from. Returns
+    the exit status.
+    """
     data, folder = data.resolve(), folder.resolve()
     work, out = folder / f"{experiment.name}-data", folder / experiment.name
     if experiment.prepare is not None:
@@ -39,9 +71,17 @@ def run(experiment: Experiment, data: Path, folder: Path, more: Sequence[str] = 
     done = subprocess.run([sys.executable, "-m", "weft", *words, "--resume", *more], check=False)
     if (out / "results.json").is_file():
         told = {"{data}": str(data), "{work}": str(work), "{out}": str(out)}
-        found = record(experiment, json.loads((out / "results.json").read_text(encoding="utf-8")), told,
-                       about(work), chance(experiment, str(data), str(work)))
-        write_atomically(RECORDS / f"{experiment.name}.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        found = record(
+            experiment,
+            json.loads((out / "results.json").read_text(encoding="utf-8")),
+            told,
+            about(work),
+            chance(experiment, str(data), str(work)),
+        )
+        write_atomically(
+            RECORDS / f"{experiment.name}.json",
+            json.dumps(found, indent=1, ensure_ascii=False) + "\n",
+        )
     return done.returncode
 
 
@@ -52,7 +92,9 @@ def about(work: Path) -> dict[str, Any]:
 
 
 def chance(experiment: Experiment, data: str, work: str) -> float | None:
-    """The accuracy of whoever always says the most frequent class of the test examples; None where there are no classes."""
+    """The accuracy of whoever always says the most frequent class of the test examples; None where
+    there are no classes.
+    """
     test = experiment.test.format(data=data, work=work) if experiment.test else None
     ref = find_any(experiment.task.format(data=data, work=work), test)
     if not isinstance(ref, TaskRef):
@@ -61,19 +103,36 @@ def chance(experiment: Experiment, data: str, work: str) -> float | None:
     return Counter(labels).most_common(1)[0][1] / len(labels)
 
 
-def record(experiment: Experiment, found: Mapping[str, Any], places: Mapping[str, str],
-           prepared: Mapping[str, Any], chance: float | None) -> dict[str, Any]:
-    """The comparison without curves and times of steps (the machine had other work), and without anybody's paths."""
+def record(
+    experiment: Experiment,
+    found: Mapping[str, Any],
+    places: Mapping[str, str],
+    prepared: Mapping[str, Any],
+    chance: float | None,
+) -> dict[str, Any]:
+    """The comparison without curves and times of steps (the machine had other work), and without
+    anybody's paths.
+    """
     kept = {key: found[key] for key in KEPT if key in found}
     kept["rows"] = [{key: row.get(key) for key in ROW} for row in found["rows"]]
     text = json.dumps(kept)
     for name, place in sorted(places.items(), key=lambda pair: -len(pair[1])):
         text = text.replace(place, {"{data}": "DATA", "{work}": "WORK", "{out}": "OUT"}[name])
-    return {"schema": SCHEMA, "name": experiment.name, "command": command(experiment),
-            "date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),
-            "versions": versions(), "prepared": dict(prepared), "chance": chance, "result": json.loads(text)}
+    return {
+        "schema": SCHEMA,
+        "name": experiment.name,
+        "command": command(experiment),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine(),
+        "versions": versions(),
+        "prepared": dict(prepared),
+        "chance": chance,
+        "result": json.loads(text),
+    }
 
 
 def command(experiment: Experiment) -> str:
-    """As a reader would type it; DATA is the folder of the data sets, WORK what the experiment's preparation wrote."""
+    """As a reader would type it; DATA is the folder of the data sets, WORK what the experiment's
+    preparation wrote.
+    """
     return shlex.join(["weft", *experiment.command("DATA", "WORK", "OUT")])

@@ -1,7 +1,11 @@
 """What the pages say by hand: nothing here is a measured number."""
 
-TITLES = {"glue": "Sentences: GLUE", "images": "Images", "e2e": "Text from slots: E2E",
-          "commonsense": "Commonsense questions"}
+TITLES = {
+    "glue": "Sentences: GLUE",
+    "images": "Images",
+    "e2e": "Text from slots: E2E",
+    "commonsense": "Commonsense questions",
+}
 
 PAGES = {
     "glue": """

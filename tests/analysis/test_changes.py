@@ -1,4 +1,6 @@
-"""delta M and delta D: their definition row by row, what moves only one of them, and what an adapter moves."""
+"""delta M and delta D: their definition row by row, what moves only one of them, and what an
+adapter moves.
+"""
 
 import math
 
@@ -41,7 +43,9 @@ def test_a_rescale_of_the_rows_turns_nothing():
     scale = torch.tensor([0.5, 2, 1.5, 3, 0.1, 7], dtype=torch.float64)
     found = change(W, scale[:, None] * W)
     assert found.delta_d < 1e-30
-    assert found.delta_m == pytest.approx(float(((scale - 1).abs() * W.norm(dim=1)).mean()), rel=1e-12)
+    assert found.delta_m == pytest.approx(
+        float(((scale - 1).abs() * W.norm(dim=1)).mean()), rel=1e-12
+    )
 
 
 def test_a_rotation_changes_no_length():
@@ -58,7 +62,9 @@ def test_it_is_rows_that_count_and_opposite_signs_do_not_cancel():
     longer_and_shorter = torch.tensor([[1.5, 0, 0], [0, 0.5, 0]], dtype=torch.float64)
     assert change(W, longer_and_shorter).delta_m == 0.5
     columns_scaled = W * torch.tensor([2.0, 1, 1])
-    assert change(W, columns_scaled).delta_m == 0.5 and change(W.t(), columns_scaled.t()).delta_m == pytest.approx(1 / 3)
+    assert change(W, columns_scaled).delta_m == 0.5 and change(
+        W.t(), columns_scaled.t()
+    ).delta_m == pytest.approx(1 / 3)
 
 
 def test_a_row_without_direction_counts_in_magnitude_alone():
@@ -76,7 +82,9 @@ def test_a_tiny_turn_keeps_its_digits():
     """1 - cos computed as such would be 0 or a multiple of 1e-16."""
     angle = 1e-7
     turned = torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64)
-    assert change(torch.tensor([[1.0, 0.0]]), turned).delta_d == pytest.approx(angle**2 / 2, rel=1e-6)
+    assert change(torch.tensor([[1.0, 0.0]]), turned).delta_d == pytest.approx(
+        angle**2 / 2, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", support.KINDS)
@@ -88,7 +96,10 @@ def test_every_rule_is_measured_by_its_effective_weight(variant, kind):
     declared = a.declared()
     for module, measured in found.items():
         with torch.no_grad():
-            W, changed = support.base_weight(a, module, {}), support.oracle_weight(a, module, declared)
+            W, changed = (
+                support.base_weight(a, module, {}),
+                support.oracle_weight(a, module, declared),
+            )
         wanted = by_definition(W, changed)
         assert (measured.delta_m, measured.delta_d) == pytest.approx(wanted, rel=1e-6), module
 
@@ -100,7 +111,9 @@ def test_full_fine_tuning_is_measured_by_its_copies_without_the_head(kind):
     assert list(found) == ["layer", "mid"]  # neither biases nor the head
     for module, measured in found.items():
         with torch.no_grad():
-            wanted = by_definition(support.base_weight(a, module, {}), support.base_weight(a, module, declared))
+            wanted = by_definition(
+                support.base_weight(a, module, {}), support.base_weight(a, module, declared)
+            )
         assert (measured.delta_m, measured.delta_d) == pytest.approx(wanted, rel=1e-9)
 
 
@@ -115,10 +128,13 @@ def test_dora_whose_magnitude_alone_has_moved_turns_nothing():
         assert found.delta_d < 1e-14 and found.delta_m > 0.01
 
 
-@pytest.mark.parametrize(("config", "said"), [
-    (weft.BitFit(), "BitFit trains no weight matrix"),
-    (weft.Bottleneck(r=2, targets=["mid"]), "Bottleneck is no change of weights"),
-])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (weft.BitFit(), "BitFit trains no weight matrix"),
+        (weft.Bottleneck(r=2, targets=["mid"]), "Bottleneck is no change of weights"),
+    ],
+)
 def test_what_has_neither_is_refused_by_name(config, said):
     adapter = weft.attach(support.net(), config)
     with pytest.raises(UnsupportedError, match=said):

@@ -1,4 +1,6 @@
-"""Every case runs, its rows have numbers, and what is written can be read, resumed and printed in 80 columns."""
+"""Every case runs, its rows have numbers, and what is written can be read, resumed and printed in
+80 columns.
+"""
 
 import json
 import sys
@@ -23,8 +25,15 @@ APART = ("large", "peak-1024", "import")  # not of a tiny model, or a process of
 
 def small(case):
     names = tuple(n.replace(":256", ":8") for n in case.contenders)
-    claims = tuple(replace(c, over=c.over.replace(":256", ":8"), under=c.under and c.under.replace(":256", ":8"),
-                           peer=c.peer and tuple(p and p.replace(":256", ":8") for p in c.peer)) for c in case.claims)
+    claims = tuple(
+        replace(
+            c,
+            over=c.over.replace(":256", ":8"),
+            under=c.under and c.under.replace(":256", ":8"),
+            peer=c.peer and tuple(p and p.replace(":256", ":8") for p in c.peer),
+        )
+        for c in case.claims
+    )
     names = case.contenders if case.kind == "mixed" else names
     setup = replace(case.setup, model="llama-tiny", tokens=32, r=4)
     return replace(case, setup=setup, contenders=names, claims=claims)
@@ -62,7 +71,9 @@ def test_the_details_of_a_case_hold_every_contender_it_names(results):
             assert name in text
     kept = next(c for c in results["cases"] if c["kind"] == "kept")
     lora_fa = kept["contenders"]["weft.LoRAFA"]["activations"]["median"]
-    assert lora_fa == pytest.approx(1.0), "LoRA-FA keeps x A' of every adapted layer and nothing else"
+    assert lora_fa == pytest.approx(1.0), (
+        "LoRA-FA keeps x A' of every adapted layer and nothing else"
+    )
     for name, groups in kept["kept"].items():
         assert sum(g["bytes"] for g in groups) == kept["contenders"][name]["saved"]["median"]
 
@@ -72,21 +83,33 @@ def test_everything_fits_into_80_columns_and_losses_are_shown(results):
     row = results["cases"][0]["rows"][0] | {"status": "missed", "value": 9.87}
     changed = {**results, "cases": [{**results["cases"][0], "rows": [row]}]}
     assert "9.87" in report.table(changed) and "missed" in report.table(changed)
-    assert f"Not reached: {row['text']}." in report.short_form(changed) and "9.87" in report.short_form(changed)
+    assert f"Not reached: {row['text']}." in report.short_form(
+        changed
+    ) and "9.87" in report.short_form(changed)
     busy = {**changed, "machine": {**changed["machine"], "load": 1.5}}
     assert "NOT IDLE" in report.table(busy) and "NOT IDLE" in report.short_form(busy)
     assert "NOT IDLE" not in report.table({**busy, "machine": {**busy["machine"], "load": 0.1}})
 
 
 def test_the_large_model_attaches_on_meta_and_loads_where_its_weights_take_no_memory():
-    found = handling.measure_large(QUICK["large"].setup, ("weft.LoRA",), command.Rounds.within(0.0, least=1),
-                                   partial(llama, 64, 2, 96))["samples"]
-    assert all(evaluate(c, found)["value"] is not None for c in QUICK["large"].claims if "DVoRA" not in c.text)
+    found = handling.measure_large(
+        QUICK["large"].setup,
+        ("weft.LoRA",),
+        command.Rounds.within(0.0, least=1),
+        partial(llama, 64, 2, 96),
+    )["samples"]
+    assert all(
+        evaluate(c, found)["value"] is not None
+        for c in QUICK["large"].claims
+        if "DVoRA" not in c.text
+    )
     assert found["load:32"]["bytes"][0] > 1.5 * found["load:16"]["bytes"][0]
     with torch.device("meta"):
         model = llama(64, 2, 96)
     thin = handling.thinned(model)
-    assert all(p.device.type == "cpu" and p.untyped_storage().nbytes() == 4 for p in thin.parameters())
+    assert all(
+        p.device.type == "cpu" and p.untyped_storage().nbytes() == 4 for p in thin.parameters()
+    )
 
 
 def test_importing_is_measured_in_a_fresh_interpreter():
@@ -106,28 +129,45 @@ def test_the_table_of_the_quick_set_has_the_rows_that_were_asked_for():
     main = [c for case in cases.QUICK for c in case.claims if c.main and c.at_most is not None]
     targets = {c.text: c.at_most for c in main}
     assert len(targets) == len(main)
-    for text, at_most in {"LoRA, 1024 tokens / limit": 1.05, "DoRA, 1024 tokens / LoRA": 1.05,
-                          "DoRA, 4096 tokens / LoRA": 1.04, "DoRA, 128 tokens / LoRA": 1.12,
-                          "DVoRA r=256, 1024 tokens / VeRA": 1.04, "VeRA r=256, 1024 tokens / limit": 1.25,
-                          "VeRA r=256, 4096 tokens / limit": 1.15, "DoRA, bytes kept / LoRA": 1.0}.items():
+    for text, at_most in {
+        "LoRA, 1024 tokens / limit": 1.05,
+        "DoRA, 1024 tokens / LoRA": 1.05,
+        "DoRA, 4096 tokens / LoRA": 1.04,
+        "DoRA, 128 tokens / LoRA": 1.12,
+        "DVoRA r=256, 1024 tokens / VeRA": 1.04,
+        "VeRA r=256, 1024 tokens / limit": 1.25,
+        "VeRA r=256, 4096 tokens / limit": 1.15,
+        "DoRA, bytes kept / LoRA": 1.0,
+    }.items():
         assert targets[text] == at_most
     names = [case.name for case in cases.FULL]
     assert len(set(names)) == len(names)
     for case in cases.FULL:
-        made = {*case.contenders, *(f"mixed:{k}" for k in (2, 4, 16, 64)), "flat", "growth", "load:16"}
+        made = {
+            *case.contenders,
+            *(f"mixed:{k}" for k in (2, 4, 16, 64)),
+            "flat",
+            "growth",
+            "load:16",
+        }
         for claim in case.claims:
             assert {claim.over, *(claim.peer or ()), claim.under} <= {*made, None}, claim
 
 
 def test_cases_are_selected_by_name():
-    assert [c.name for c in cases.select(cases.QUICK, "vera-4096, dora-1024")] == ["vera-4096", "dora-1024"]
+    assert [c.name for c in cases.select(cases.QUICK, "vera-4096, dora-1024")] == [
+        "vera-4096",
+        "dora-1024",
+    ]
     assert cases.select(cases.QUICK, None) == list(cases.QUICK)
     with pytest.raises(ValueError, match="no case nothing; there are dora-1024"):
         cases.select(cases.QUICK, "dora-1024,nothing")
 
 
 def claim(**changes):
-    return Claim(**{"text": "t", "metric": "s", "over": "a", "under": "b", "at_most": 1.05, **changes})
+    return Claim(
+        **{"text": "t", "metric": "s", "over": "a", "under": "b", "at_most": 1.05, **changes}
+    )
 
 
 def test_a_row_is_ok_missed_shown_or_unmeasured():
@@ -139,7 +179,11 @@ def test_a_row_is_ok_missed_shown_or_unmeasured():
     assert (found["value"], found["peers"]) == (pytest.approx(1.054), 3.0)
     assert evaluate(claim(under=None), samples)["value"] == pytest.approx(1.054)
     lacking = evaluate(claim(over="d"), samples)
-    assert (lacking["status"], lacking["value"], lacking["why"]) == ("unmeasured", None, "d has no s")
+    assert (lacking["status"], lacking["value"], lacking["why"]) == (
+        "unmeasured",
+        None,
+        "d has no s",
+    )
     assert evaluate(claim(metric="norms", under=None), samples)["why"] == "no counter"
     assert evaluate(claim(), {**samples, "a": {"s": [float("nan")] * 2}})["status"] == "missed"
 
@@ -149,7 +193,11 @@ def test_a_results_file_is_read_back_and_a_wrong_one_is_refused(results, tmp_pat
     store.write(path, results)
     assert store.read(path) == json.loads(json.dumps(results))
     assert [p.name for p in path.parent.iterdir()] == ["quick.json"]
-    wrong = (({"schema": 2}, "has schema 2"), ({"cases": {}}, "'cases' is"), ({"machine": None}, "'machine'"))
+    wrong = (
+        ({"schema": 2}, "has schema 2"),
+        ({"cases": {}}, "'cases' is"),
+        ({"machine": None}, "'machine'"),
+    )
     for change, message in wrong:
         store.write(path, {**results, **change})
         with pytest.raises(ValueError, match=message):
@@ -189,18 +237,34 @@ def test_the_command_measures_writes_prints_and_resumes(tmp_path, capsys, monkey
     assert [c["name"] for c in store.read(out)["cases"]] == ["dora-128", "dvora-1024"]
     assert command.main(["table", str(out), "--readme"]) == 0
     assert capsys.readouterr().out.count("| DoRA, 128 tokens / LoRA |") == 1
-    monkeypatch.setitem(command.SETS, "quick", [replace(tiny[0], contenders=("limit", "weft.Nothing")), tiny[1]])
+    monkeypatch.setitem(
+        command.SETS, "quick", [replace(tiny[0], contenders=("limit", "weft.Nothing")), tiny[1]]
+    )
     assert command.main(["quick", *common]) == 1
     printed = capsys.readouterr()
-    assert "dora-128 FAILED" in printed.err and "dora-128: FAILED. ValueError: 'weft.Nothing'" in printed.out
+    assert (
+        "dora-128 FAILED" in printed.err
+        and "dora-128: FAILED. ValueError: 'weft.Nothing'" in printed.out
+    )
     broken, good = store.read(out)["cases"]
-    assert [r["status"] for r in broken["rows"]] == ["unmeasured"] and "Nothing" in broken["error"] and not good["error"]
+    assert (
+        [r["status"] for r in broken["rows"]] == ["unmeasured"]
+        and "Nothing" in broken["error"]
+        and not good["error"]
+    )
     assert "weft.DoRA has no st" in report.table(store.read(out))
     assert not store.finished(store.read(out), tiny[0])
 
 
-@pytest.mark.parametrize("wrong", [["quick", "--cases", "x"], ["quick", "--budget-minutes", "0"], ["table", "missing.json"],
-                                   ["quick", "--threads", "0"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["quick", "--cases", "x"],
+        ["quick", "--budget-minutes", "0"],
+        ["table", "missing.json"],
+        ["quick", "--threads", "0"],
+    ],
+)
 def test_bad_arguments_are_told_in_one_line(wrong, capsys):
     assert command.main(wrong) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -228,5 +292,7 @@ def test_the_norms_of_one_whole_step_are_counted_a_layer(monkeypatch):
 
     monkeypatch.setattr(Contender, "loss", counted)
     setup = replace(small(QUICK["dora-accumulated"]).setup, accumulate=2, checkpointing=False)
-    found = step.measure(setup, ("weft.DoRA", "weft.LoRA"), command.Rounds.within(0.0, least=1))["samples"]
+    found = step.measure(setup, ("weft.DoRA", "weft.LoRA"), command.Rounds.within(0.0, least=1))[
+        "samples"
+    ]
     assert found["weft.DoRA"]["norms"] == [2.0] and "norms" not in found["weft.LoRA"]

@@ -1,4 +1,6 @@
-"""A benchmark of nothing cannot happen: every contender has its adapter in force, and the gate sees where one has not."""
+"""A benchmark of nothing cannot happen: every contender has its adapter in force, and the gate sees
+where one has not.
+"""
 
 import pytest
 import torch
@@ -10,8 +12,14 @@ from benchmarks.peers import Dense
 from benchmarks.setup import MODELS, Setup, batch, build, layers, shape, twin
 
 TINY = Setup(model="llama-tiny", tokens=16, r=4)
-NAMES = list(dict.fromkeys(n.replace(":256", ":8") for case in cases.FULL if case.kind in ("step", "kept")
-                           for n in case.contenders))
+NAMES = list(
+    dict.fromkeys(
+        n.replace(":256", ":8")
+        for case in cases.FULL
+        if case.kind in ("step", "kept")
+        for n in case.contenders
+    )
+)
 
 
 def made(*names, setup=TINY):
@@ -23,12 +31,19 @@ def gate(*contenders, setup=TINY):
     check(contenders, build(setup), batch(setup), setup)
 
 
-@pytest.mark.parametrize("setup", [Setup(model="gpt2-tiny", tokens=16, r=4, targets="q,v"),
-                                   Setup(model="llama-tiny", tokens=16, r=4, dtype="bfloat16", checkpointing=True),
-                                   Setup(model="llama-tiny", tokens=16, r=4, dropout=0.1, flow=False)],
-                         ids=["conv1d", "bfloat16", "dropout"])
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(model="gpt2-tiny", tokens=16, r=4, targets="q,v"),
+        Setup(model="llama-tiny", tokens=16, r=4, dtype="bfloat16", checkpointing=True),
+        Setup(model="llama-tiny", tokens=16, r=4, dropout=0.1, flow=False),
+    ],
+    ids=["conv1d", "bfloat16", "dropout"],
+)
 def test_every_contender_of_every_case_passes_the_gate(setup):
-    contenders = made(*(n for n in NAMES[1:] if n != "dense.DoRA" or not setup.dropout), setup=setup)
+    contenders = made(
+        *(n for n in NAMES[1:] if n != "dense.DoRA" or not setup.dropout), setup=setup
+    )
     assert len(contenders) >= 14
     gate(*contenders, setup=setup)
     by_equation = {}
@@ -112,7 +127,13 @@ def test_an_unknown_contender_or_setup_is_refused_by_name():
 
 
 def test_shapes_and_layers():
-    assert [shape(n) for n in (16, 128, 512, 1024, 4096)] == [(1, 16), (1, 128), (4, 128), (4, 256), (8, 512)]
+    assert [shape(n) for n in (16, 128, 512, 1024, 4096)] == [
+        (1, 16),
+        (1, 128),
+        (4, 128),
+        (4, 256),
+        (8, 512),
+    ]
     assert all(r * n == t for t in (128, 512, 1024, 4096) for r, n in [shape(t)])
     assert len(list(layers(build(TINY), TINY))) == 2 * 7
     conv = Setup(model="gpt2-tiny", targets="q,v")

@@ -15,10 +15,10 @@ class Layered(nn.Module):
         self.layer = nn.Linear(IN, OUT, bias=False).requires_grad_(trained)
 
     def forward(self, x):
-        y = self.layer(x)                 # saves x if W is trained, and W
-        z = y.tanh()                      # saves its result z
+        y = self.layer(x)  # saves x if W is trained, and W
+        z = y.tanh()  # saves its result z
         u = z.view(-1).view(ROWS, OUT) * z  # saves z again, twice, as other views of one storage
-        return u.exp().sum()              # exp saves its result; sum saves nothing
+        return u.exp().sum()  # exp saves its result; sum saves nothing
 
 
 def count(model, x, adapted=()):
@@ -45,7 +45,10 @@ def test_a_copy_of_a_parameter_counts_and_a_view_of_it_does_not():
     class Copies(nn.Module):
         def __init__(self, change):
             super().__init__()
-            self.weight, self.change = nn.Parameter(torch.randn(OUT, IN), requires_grad=False), change
+            self.weight, self.change = (
+                nn.Parameter(torch.randn(OUT, IN), requires_grad=False),
+                change,
+            )
 
         def forward(self, x):
             return x @ self.change(self.weight)
@@ -59,7 +62,9 @@ def test_a_copy_of_a_parameter_counts_and_a_view_of_it_does_not():
 def test_what_is_kept_says_its_shape_and_whether_an_adapted_layer_kept_it():
     counter = count(Layered(trained=True), torch.randn(ROWS, IN), adapted=["layer"])
     assert [(k["shape"], k["adapted"], k["bytes"]) for k in counter.kept] == [
-        ([ROWS, OUT], False, 2 * Y), ([ROWS, IN], True, ROWS * IN * 4)]
+        ([ROWS, OUT], False, 2 * Y),
+        ([ROWS, IN], True, ROWS * IN * 4),
+    ]
     assert sum(k["bytes"] for k in counter.kept) == counter.bytes
 
 

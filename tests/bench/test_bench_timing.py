@@ -17,7 +17,9 @@ def works(log, names="ABC"):
         def run():
             log.append(name)
             return {"n": float(len(log))}
+
         return run
+
     return {name: work(name) for name in names}
 
 
@@ -36,6 +38,7 @@ def test_it_stops_when_the_time_is_over_and_never_before_the_fewest_rounds():
     def slow():
         time.sleep(0.02)
         return {"n": 0.0}
+
     rounds = interleave({"A": slow}, Rounds.within(0.1, least=1, most=1000, warm=0))["A"]["n"]
     assert 1 <= len(rounds) <= 6
 
@@ -45,7 +48,10 @@ def test_garbage_is_not_collected_within_a_work_and_the_collector_is_left_as_it_
     for enabled in (True, False):
         (gc.enable if enabled else gc.disable)()
         try:
-            interleave({"A": lambda: seen.append(gc.isenabled()) or {}}, Rounds(until=0.0, least=1, most=1, warm=0))
+            interleave(
+                {"A": lambda: seen.append(gc.isenabled()) or {}},
+                Rounds(until=0.0, least=1, most=1, warm=0),
+            )
             assert gc.isenabled() is enabled
         finally:
             gc.enable()
@@ -68,7 +74,7 @@ def test_a_clocked_work_takes_the_time_of_its_work():
 def test_the_ratio_is_that_of_the_medians_and_its_spread_that_of_the_rounds():
     over, under = [2.0, 4.0, 30.0, 6.0, 5.0], [1.0, 2.0, 10.0, 4.0, 5.0]
     value, (low, high) = ratio(over, under)
-    assert value == 5.0 / 4.0            # the ratios of the rounds are 2, 2, 3, 1.5, 1, with median 2
+    assert value == 5.0 / 4.0  # the ratios of the rounds are 2, 2, 3, 1.5, 1, with median 2
     assert (low, high) == (1.5, 2.0)
     with pytest.raises(ValueError, match="not taken in the same rounds"):
         ratio(over, under[:4])
@@ -77,4 +83,8 @@ def test_the_ratio_is_that_of_the_medians_and_its_spread_that_of_the_rounds():
 def test_quartiles_lie_within_the_values():
     assert quartiles([3.0]) == [3.0, 3.0]
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == [2.0, 4.0]
-    assert summary([5.0, 1.0, 3.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "samples": [5.0, 1.0, 3.0]}
+    assert summary([5.0, 1.0, 3.0]) == {
+        "median": 3.0,
+        "quartiles": [2.0, 4.0],
+        "samples": [5.0, 1.0, 3.0],
+    }

@@ -1,4 +1,6 @@
-"""What the tests of the checkpoint room share: files to tamper with, models that must stay as they are, small bases."""
+"""What the tests of the checkpoint room share: files to tamper with, models that must stay as they
+are, small bases.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,18 @@ from support import awake, net
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Neither square nor powers of two; head counts must divide the width.
-TINY = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 3,
-        "num_key_value_heads": 3, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32}
 
 
@@ -33,7 +45,9 @@ def tiny(model: str, config: str, **changes: Any) -> Any:
     transformers.logging.set_verbosity_error()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = getattr(transformers, model)(getattr(transformers, config)(**{**TINY, **changes})).eval()
+        made = getattr(transformers, model)(
+            getattr(transformers, config)(**{**TINY, **changes})
+        ).eval()
         for name, p in made.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(p, std=0.3)
@@ -51,8 +65,18 @@ def untied_gpt2() -> Any:
 
 CLASSIFIERS = {
     "bert": ("BertForSequenceClassification", "BertConfig", ["query", "value"], ["classifier"]),
-    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", ["query", "dense"], ["classifier"]),
-    "distilbert": ("DistilBertForSequenceClassification", "DistilBertConfig", ["q_lin", "lin1"], ["classifier"]),
+    "roberta": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        ["query", "dense"],
+        ["classifier"],
+    ),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        ["q_lin", "lin1"],
+        ["classifier"],
+    ),
     "llama": ("LlamaForSequenceClassification", "LlamaConfig", ["q_proj", "up_proj"], ["score"]),
 }
 DISTIL = {"dim": 24, "hidden_dim": 44, "n_layers": 2, "n_heads": 3}
@@ -79,7 +103,9 @@ def read(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
-def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Any], metadata: bool = True) -> None:
+def rewrite(
+    directory: Path, change: Callable[[dict[str, Tensor]], Any], metadata: bool = True
+) -> None:
     """Change the tensors of a file and leave all else, or take the header away too."""
     tensors, head = read(directory)
     change(tensors)
@@ -104,15 +130,22 @@ def copied(directory: Path, name: str = "copy") -> Path:
 
 def photograph(model: nn.Module) -> dict[str, Any]:
     """Everything that a failed load could have changed."""
-    return {"keys": list(model.state_dict()), "values": {k: v.clone() for k, v in model.state_dict().items()},
-            "classes": [type(m) for m in model.modules()], "grad": [p.requires_grad for p in model.parameters()],
-            "identity": [id(p) for p in model.parameters()], "adapters": list(weft.adapters(model)),
-            "attributes": {k: id(v) for k, v in vars(model).items() if not k.startswith("_weft_memo")}}
+    return {
+        "keys": list(model.state_dict()),
+        "values": {k: v.clone() for k, v in model.state_dict().items()},
+        "classes": [type(m) for m in model.modules()],
+        "grad": [p.requires_grad for p in model.parameters()],
+        "identity": [id(p) for p in model.parameters()],
+        "adapters": list(weft.adapters(model)),
+        "attributes": {k: id(v) for k, v in vars(model).items() if not k.startswith("_weft_memo")},
+    }
 
 
 @contextmanager
 def untouched(model: nn.Module, x: Tensor | None = None) -> Iterator[None]:
-    """The model is the same after the block as before: keys, bits, classes, flags, attributes, outputs."""
+    """The model is the same after the block as before: keys, bits, classes, flags, attributes,
+    outputs.
+    """
     before, out = photograph(model), None if x is None else logits(model, x)
     yield
     after = photograph(model)
@@ -122,8 +155,13 @@ def untouched(model: nn.Module, x: Tensor | None = None) -> Iterator[None]:
     assert out is None or torch.equal(out, logits(model, x))
 
 
-def refused(model: nn.Module, directory: Path, *texts: str, error: type[Exception] = weft.CheckpointError,
-            x: Tensor | None = None) -> str:
+def refused(
+    model: nn.Module,
+    directory: Path,
+    *texts: str,
+    error: type[Exception] = weft.CheckpointError,
+    x: Tensor | None = None,
+) -> str:
     """`load` refuses, its message holds all these texts, and the model is untouched."""
     with untouched(model, x), pytest.raises(error) as caught:
         weft.load(model, directory)
@@ -180,11 +218,18 @@ def peft_saves(model: Any, directory: Path) -> Path:
 
 
 def close(found: Tensor, wanted: Tensor, base: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal up to the tolerance, relative, and far from the base, so that something was compared."""
+    """Equal up to the tolerance, relative, and far from the base, so that something was
+    compared.
+    """
     scale = float(wanted.abs().max())
-    gap, effect = float((found - wanted).abs().max()) / scale, float((wanted - base).abs().max()) / scale
+    gap, effect = (
+        float((found - wanted).abs().max()) / scale,
+        float((wanted - base).abs().max()) / scale,
+    )
     assert effect > 0.01, f"the adapter changes nothing to speak of: {effect}"
-    assert gap <= tolerance, f"{gap:.2e} apart (relative; allowed {tolerance:.0e}), effect {effect:.2e}"
+    assert gap <= tolerance, (
+        f"{gap:.2e} apart (relative; allowed {tolerance:.0e}), effect {effect:.2e}"
+    )
 
 
 def move(parameters: Mapping[str, Tensor], seed: int = 2) -> None:
@@ -207,13 +252,23 @@ def peft_file(folder: Path, method: str = "LoRA", **changes: Any) -> Path:
 
     known = {"r": 3, "target_modules": ["layer", "mid"], **changes}
     with quiet():
-        made = peft.VeraConfig(**known) if method == "VeRA" else \
-            peft.LoraConfig(lora_alpha=5, use_dora=method == "DoRA", **known)
+        made = (
+            peft.VeraConfig(**known)
+            if method == "VeRA"
+            else peft.LoraConfig(lora_alpha=5, use_dora=method == "DoRA", **known)
+        )
     return peft_saves(peft_of(net(), made), folder)
 
 
 # Who wrote a file in which every layer has keys of its own, and by which method
-LAYERED = [("weft", "LoRA"), ("weft", "DoRA"), ("weft", "VeRA"), ("peft", "LoRA"), ("peft", "DoRA"), ("peft", "VeRA")]
+LAYERED = [
+    ("weft", "LoRA"),
+    ("weft", "DoRA"),
+    ("weft", "VeRA"),
+    ("peft", "LoRA"),
+    ("peft", "DoRA"),
+    ("peft", "VeRA"),
+]
 
 
 def saved(folder: Path, writer: str, method: str) -> tuple[Path, Tensor]:

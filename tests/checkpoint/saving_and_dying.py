@@ -1,7 +1,9 @@
-"""Run by test_atomic.py in a process of its own: children that save, and are killed, or cannot write.
+"""Run by test_atomic.py in a process of its own: children that save, and are killed, or cannot
+write.
 
-Two adapters take turns in one directory: "small" (LoRA, in peft's layout) and "large" (DVoRA, in Weft's). What the
-directory holds afterwards is loaded and must be one of them, whole. Prints what was seen, as JSON.
+Two adapters take turns in one directory: "small" (LoRA, in peft's layout) and "large" (DVoRA, in
+Weft's). What the directory holds afterwards is loaded and must be one of them, whole. Prints what
+was seen, as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from torch import nn
 
 import weft
 
-CONFIGS = {"small": weft.LoRA(r=3, alpha=5, targets=["0"]), "large": weft.DVoRA(r=5, targets=["0", "1"])}
+CONFIGS = {
+    "small": weft.LoRA(r=3, alpha=5, targets=["0"]),
+    "large": weft.DVoRA(r=5, targets=["0", "1"]),
+}
 
 
 def build() -> nn.Sequential:
@@ -52,7 +57,11 @@ def state(directory: Path) -> str:
 
 
 def left_behind(directory: Path) -> list[str]:
-    return sorted(p.name for p in directory.iterdir() if p.name not in ("adapter_model.safetensors", "adapter_config.json"))
+    return sorted(
+        p.name
+        for p in directory.iterdir()
+        if p.name not in ("adapter_model.safetensors", "adapter_config.json")
+    )
 
 
 def forked(work: Callable[[], Any]) -> int:
@@ -100,11 +109,21 @@ def killed(directory: Path) -> dict[str, Any]:
 
 
 def stopped(directory: Path) -> dict[str, Any]:
-    """A child that saves the large over the small one exits at its n-th file operation, for every n."""
+    """A child that saves the large over the small one exits at its n-th file operation, for every
+    n.
+    """
     armed: dict[str, int] = {}
 
     def hook(event: str, _: Any) -> None:
-        if armed and event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"):
+        if armed and event in (
+            "open",
+            "os.mkdir",
+            "os.rename",
+            "os.remove",
+            "os.rmdir",
+            "os.chmod",
+            "shutil.rmtree",
+        ):
             armed["left"] -= 1
             if not armed["left"]:
                 os._exit(9)
@@ -137,7 +156,9 @@ def twice(directory: Path) -> dict[str, Any]:
     hidden = directory / ".weft-00000000"
     hidden.mkdir()
     (directory / "adapter_config.json").rename(hidden / "adapter_config.json")
-    (directory / "adapter_config.json").write_bytes(kept)  # the old configuration beside the new tensors
+    (directory / "adapter_config.json").write_bytes(
+        kept
+    )  # the old configuration beside the new tensors
     first = state(directory)
     died = directory / ".weft-00000001"
     died.mkdir()

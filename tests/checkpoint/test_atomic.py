@@ -1,4 +1,6 @@
-"""Killed at any point, or out of space, the directory holds a checkpoint that loads: the old one or the new one."""
+"""Killed at any point, or out of space, the directory holds a checkpoint that loads: the old one or
+the new one.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_support import (
-    CONFIG,
-    TENSORS,
-    edit_config,
-    refused,
-)
+from checkpoint_support import CONFIG, TENSORS, edit_config, refused
 
 import weft
 from support import awake, net
@@ -26,9 +23,16 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="fork, kill and file 
 
 
 def run(scene: str, directory: Path) -> tuple[dict[str, Any], str]:
-    """One scene of saving_and_dying.py, in a process of its own: what it saw, and what else it printed."""
+    """One scene of saving_and_dying.py, in a process of its own: what it saw, and what else it
+    printed.
+    """
     script = Path(__file__).with_name("saving_and_dying.py")
-    done = subprocess.run([sys.executable, str(script), scene, str(directory)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), scene, str(directory)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     *said, last = done.stdout.splitlines()
     return json.loads(last), "\n".join(said)
@@ -37,7 +41,10 @@ def run(scene: str, directory: Path) -> tuple[dict[str, Any], str]:
 def test_killed_at_forty_random_moments(tmp_path):
     found, _ = run("killed", tmp_path)
     assert len(found["seen"]) == 40
-    assert set(found["seen"]) == {"small", "large"}  # the kills came in the midst of alternating saves
+    assert set(found["seen"]) == {
+        "small",
+        "large",
+    }  # the kills came in the midst of alternating saves
     assert found["left"] >= 1  # and some in the midst of writing
     assert found["finally"] == ["large", []]
 
@@ -46,7 +53,9 @@ def test_stopped_before_every_file_operation(tmp_path):
     found, _ = run("stopped", tmp_path)
     seen = found["seen"]
     assert len(seen) > 8
-    assert seen == sorted(seen, reverse=True)  # small until the rename that counts, large from there on
+    assert seen == sorted(
+        seen, reverse=True
+    )  # small until the rename that counts, large from there on
     assert set(seen) == {"small", "large"}
     assert found["pending"] >= 1  # among them the moment between the two renames
     assert found["finally"] == []
@@ -65,7 +74,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
 
 
 def test_a_directory_that_may_not_be_written(tmp_path):
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to the user that the script becomes
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # pytest's own is closed to the user that the script becomes
         Path(folder).chmod(0o755)
         directory = Path(folder) / "out"
         found, said = run("read_only", directory)

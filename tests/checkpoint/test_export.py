@@ -1,4 +1,6 @@
-"""An adapter in another form computes the same, is read by peft and by Weft, or is refused with the reason."""
+"""An adapter in another form computes the same, is read by peft and by Weft, or is refused with the
+reason.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ def same(directory, kind, x, wanted, tolerance=1e-5):
     mine = net(kind).eval()
     adapter = weft.load(mine, directory)
     close(logits(mine, x), wanted, logits(net(kind), x), tolerance)
-    close(logits(peft_reads(net(kind), directory, "fan_in_fan_out is set to"), x), wanted, logits(net(kind), x), tolerance)
+    close(
+        logits(peft_reads(net(kind), directory, "fan_in_fan_out is set to"), x),
+        wanted,
+        logits(net(kind), x),
+        tolerance,
+    )
     return adapter
 
 
@@ -59,7 +66,9 @@ def test_to_lora(variant, kind, tmp_path):
     if method in ("LoRA", "LoRAFA", "DyLoRA"):
         assert found.error == 0
         for module, site in adapter.sites.items():
-            assert torch.equal(site.A, a.adapter.sites[module].A) and torch.equal(site.B, a.adapter.sites[module].B)
+            assert torch.equal(site.A, a.adapter.sites[module].A) and torch.equal(
+                site.B, a.adapter.sites[module].B
+            )
     weft.inspect(tmp_path / "b")
     weft.save(a.adapter.model, tmp_path / "again")  # the source is as it was
 
@@ -91,7 +100,9 @@ def test_the_dtype_is_kept_and_its_rounding_measured(method, held, tmp_path):
     found = weft.export(tmp_path / "a", "lora", tmp_path / "b")
     rounds = method in ("AdaLoRA", "VeRA") and held == "bfloat16"
     assert found.error > 1e-4 if rounds else found.error < 1e-14
-    assert {p.dtype for p in weft.load(net(), tmp_path / "b").parameters()} == {getattr(torch, held)}
+    assert {p.dtype for p in weft.load(net(), tmp_path / "b").parameters()} == {
+        getattr(torch, held)
+    }
 
 
 @pytest.mark.parametrize("method", ["LoRA", "LoRAFA", "DyLoRA", "VeRA", "AdaLoRA", "DoRA"])
@@ -102,7 +113,11 @@ def test_to_peft_with_a_head(method, tmp_path):
     found = weft.export(tmp_path / "a", "peft", tmp_path / "b")
     adapter = same(tmp_path / "b", "linear", a.x, logits(a.model, a.x))
     assert set(adapter.selected) == {"head.weight", "head.bias"}
-    assert type(adapter.config).__name__ == {"LoRAFA": "LoRA", "DyLoRA": "LoRA"}.get(method, method) == found.to
+    assert (
+        type(adapter.config).__name__
+        == {"LoRAFA": "LoRA", "DyLoRA": "LoRA"}.get(method, method)
+        == found.to
+    )
 
 
 def test_vera_for_peft_has_its_matrices(tmp_path):
@@ -119,7 +134,10 @@ def test_vera_for_peft_has_its_matrices(tmp_path):
 
 def test_a_language_model_with_layers_of_their_own(tmp_path):
     model = llama()
-    adapter = attached(model, weft.LoRAFA(r=4, alpha=6, targets={"all-linear": {}, "q_proj": {"r": 2, "rslora": True}}))
+    adapter = attached(
+        model,
+        weft.LoRAFA(r=4, alpha=6, targets={"all-linear": {}, "q_proj": {"r": 2, "rslora": True}}),
+    )
     weft.save(model, tmp_path / "a")
     weft.export(tmp_path / "a", "peft", tmp_path / "b")
     close(logits(peft_reads(llama(), tmp_path / "b")), logits(model), logits(llama()))
@@ -128,12 +146,25 @@ def test_a_language_model_with_layers_of_their_own(tmp_path):
     close(logits(other), logits(model), logits(llama()))
 
 
-@pytest.mark.parametrize(("method", "to", "says"), [
-    ("DoRA", "lora", "DoRA cannot be exported to 'lora': its magnitudes rescale the rows of the base weight"),
-    ("DVoRA", "lora", "DVoRA cannot be exported to 'lora': its magnitudes"),
-    ("DVoRA", "peft", "DVoRA cannot be exported to 'peft': peft has no such method"),
-    ("Bottleneck", "lora", "Bottleneck cannot be exported to 'lora': it is no change of weights"),
-    ("BitFit", "lora", "BitFit trains copies of base tensors"), ("Full", "peft", "Full trains copies")])
+@pytest.mark.parametrize(
+    ("method", "to", "says"),
+    [
+        (
+            "DoRA",
+            "lora",
+            "DoRA cannot be exported to 'lora': its magnitudes rescale the rows of the base weight",
+        ),
+        ("DVoRA", "lora", "DVoRA cannot be exported to 'lora': its magnitudes"),
+        ("DVoRA", "peft", "DVoRA cannot be exported to 'peft': peft has no such method"),
+        (
+            "Bottleneck",
+            "lora",
+            "Bottleneck cannot be exported to 'lora': it is no change of weights",
+        ),
+        ("BitFit", "lora", "BitFit trains copies of base tensors"),
+        ("Full", "peft", "Full trains copies"),
+    ],
+)
 def test_what_cannot_be_exported_says_why(method, to, says, tmp_path):
     weft.save(awake(method).model, tmp_path / "a")
     with pytest.raises(weft.UnsupportedError, match=says):
@@ -154,14 +185,47 @@ def test_arguments_that_cannot_be_meant(tmp_path):
 
 def test_the_command_prints_the_error_and_refuses_in_one_line(tmp_path, capsys):
     weft.save(awake("AdaLoRA").model, tmp_path / "a")
-    assert main(["export", "--adapter", str(tmp_path / "a"), "--to", "lora", "--out", str(tmp_path / "b")]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--adapter",
+                str(tmp_path / "a"),
+                "--to",
+                "lora",
+                "--out",
+                str(tmp_path / "b"),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "AdaLoRA of 2 layers, now LoRA" in out and "(relative, measured)" in " ".join(out.split())
+    assert "AdaLoRA of 2 layers, now LoRA" in out and "(relative, measured)" in " ".join(
+        out.split()
+    )
     assert json.loads((tmp_path / "b" / CONFIG).read_text())["peft_type"] == "LORA"
     weft.save(awake("DoRA").model, tmp_path / "c")
-    assert main(["export", "--adapter", str(tmp_path / "c"), "--to", "lora", "--out", str(tmp_path / "d")]) == 1
+    assert (
+        main(
+            [
+                "export",
+                "--adapter",
+                str(tmp_path / "c"),
+                "--to",
+                "lora",
+                "--out",
+                str(tmp_path / "d"),
+            ]
+        )
+        == 1
+    )
     assert capsys.readouterr().err.count("\n") == 1
-    assert main(["export", "--adapter", str(tmp_path / "c"), "--to", "x", "--out", str(tmp_path / "d")]) == 2
+    assert (
+        main(
+            ["export", "--adapter", str(tmp_path / "c"), "--to", "x", "--out", str(tmp_path / "d")]
+        )
+        == 2
+    )
     assert isinstance(config("DoRA"), weft.DoRA) and inputs("linear").ndim == 3
 
 
@@ -171,7 +235,10 @@ def test_what_stands_beside_the_tensors_goes_along(tmp_path):
     weft.export(tmp_path / "a", "lora", tmp_path / "b")
     written = config_of(tmp_path / "b")
     assert written["modules_to_save"] == ["head"] and written["lora_dropout"] == 0.25
-    assert written["target_modules"] == "layer|mid" and weft.inspect(tmp_path / "b").base["class"] == "Net"
+    assert (
+        written["target_modules"] == "layer|mid"
+        and weft.inspect(tmp_path / "b").base["class"] == "Net"
+    )
     loaded = weft.load(net(), tmp_path / "b").config
     assert (loaded.dropout, loaded.modules_to_save) == (0.25, ("head",))
 
@@ -182,13 +249,18 @@ def test_a_model_of_conv1d_and_an_embedding(tmp_path):
     weft.save(model, tmp_path / "a")
     weft.export(tmp_path / "a", "lora", tmp_path / "b")
     written = config_of(tmp_path / "b")
-    assert written["fan_in_fan_out"] is True and r"transformer\.h\.0\.attn\.c_attn" in written["target_modules"]
+    assert (
+        written["fan_in_fan_out"] is True
+        and r"transformer\.h\.0\.attn\.c_attn" in written["target_modules"]
+    )
     close(logits(peft_reads(untied_gpt2(), tmp_path / "b")), logits(model), logits(untied_gpt2()))
 
 
 def test_vera_with_ranks_of_their_own_or_an_embedding_is_lora_and_not_peft_s_vera(tmp_path):
-    for kind, changes, says in (("embedding", {}, "no form for the embedding 'layer'"),
-                                ("linear", {"targets": {"layer": {"r": 2}, "mid": {}}}, "one rank and one seed")):
+    for kind, changes, says in (
+        ("embedding", {}, "no form for the embedding 'layer'"),
+        ("linear", {"targets": {"layer": {"r": 2}, "mid": {}}}, "one rank and one seed"),
+    ):
         a = awake("VeRA", kind, **changes)
         a.model.eval()
         weft.save(a.model, tmp_path / kind)
@@ -201,5 +273,7 @@ def test_vera_with_ranks_of_their_own_or_an_embedding_is_lora_and_not_peft_s_ver
 def test_other_matrices_than_those_that_were_saved_are_refused(tmp_path, monkeypatch):
     weft.save(awake("VeRA").model, tmp_path / "a")
     monkeypatch.setattr(header, "shared_checksum", lambda shared: "0" * 16)
-    with pytest.raises(weft.CheckpointError, match="A and B drawn from seed 7 are not those that were saved"):
+    with pytest.raises(
+        weft.CheckpointError, match="A and B drawn from seed 7 are not those that were saved"
+    ):
         weft.export(tmp_path / "a", "lora", tmp_path / "b")

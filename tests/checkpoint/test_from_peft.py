@@ -1,4 +1,6 @@
-"""What peft saves, `weft.load` reads and gives the same logits; what cannot be carried raises and names the field."""
+"""What peft saves, `weft.load` reads and gives the same logits; what cannot be carried raises and
+names the field.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,12 @@ def vera(**changes: Any) -> VeraConfig:
         return VeraConfig(**{"r": 3, "d_initial": 0.3, **changes})
 
 
-def same_logits(build: Callable[[], Any], config: Any, folder: Path, x: Tensor | None = None) -> Any:
-    """Train under peft, save, let Weft read it, and compare; then the same through Weft's own file, and back in peft."""
+def same_logits(
+    build: Callable[[], Any], config: Any, folder: Path, x: Tensor | None = None
+) -> Any:
+    """Train under peft, save, let Weft read it, and compare; then the same through Weft's own file,
+    and back in peft.
+    """
     theirs = peft_of(build(), config)
     peft_saves(theirs, folder / "peft")
     mine = build().eval()
@@ -70,12 +76,23 @@ def same_logits(build: Callable[[], Any], config: Any, folder: Path, x: Tensor |
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
-@pytest.mark.parametrize("changes", [
-    {}, {"use_dora": True}, {"use_rslora": True}, {"use_dora": True, "use_rslora": True}, {"lora_dropout": 0.25},
-    {"rank_pattern": {"layer": 2}}, {"rank_pattern": {"^mid": 5}, "alpha_pattern": {"layer": 7, "mi.": 2}},
-    {"rank_pattern": {"lay.*": 2, "layer": 6}, "use_dora": True}, {"init_lora_weights": "gaussian"},
-    {"init_lora_weights": "orthogonal", "r": 4}, {"init_lora_weights": False},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"use_dora": True, "use_rslora": True},
+        {"lora_dropout": 0.25},
+        {"rank_pattern": {"layer": 2}},
+        {"rank_pattern": {"^mid": 5}, "alpha_pattern": {"layer": 7, "mi.": 2}},
+        {"rank_pattern": {"lay.*": 2, "layer": 6}, "use_dora": True},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal", "r": 4},
+        {"init_lora_weights": False},
+    ],
+    ids=str,
+)
 def test_lora_and_dora(kind, changes, tmp_path):
     if kind == "embedding" and changes.get("init_lora_weights") == "orthogonal":
         pytest.skip("peft has no orthogonal start for an embedding")
@@ -85,12 +102,21 @@ def test_lora_and_dora(kind, changes, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("changes", [
-    {}, {"save_projection": False}, {"projection_prng_key": 9}, {"projection_prng_key": 9, "save_projection": False},
-    {"vera_dropout": 0.25},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"save_projection": False},
+        {"projection_prng_key": 9},
+        {"projection_prng_key": 9, "save_projection": False},
+        {"vera_dropout": 0.25},
+    ],
+    ids=str,
+)
 def test_vera(kind, changes, tmp_path):
-    """Without stored matrices, those that peft drew from its key are drawn again, for layers that are not square."""
+    """Without stored matrices, those that peft drew from its key are drawn again, for layers that
+    are not square.
+    """
     adapter = same_logits(lambda: net(kind), vera(**ON_NET, **changes), tmp_path, inputs(kind))
     stored = changes.get("save_projection", True)
     assert adapter.config.draw == ("stored" if stored else "peft")
@@ -114,30 +140,63 @@ def made(spec: dict[str, Any]) -> Any:
     return vera(**known) if spec.get("vera") else lora(**known)
 
 
-@pytest.mark.parametrize("spec", [
-    {"target_modules": "all-linear"}, {"target_modules": ["c_attn"]}, {"target_modules": ["c_proj"], "use_dora": True},
-    {"target_modules": r".*h\.1\..*(c_attn|c_fc)"}, {"target_modules": ["c_attn"], "layers_to_transform": [1]},
-    {"target_modules": ["c_attn"], "layers_to_transform": 1, "layers_pattern": "h"},
-    {"target_modules": "all-linear", "exclude_modules": ["c_proj"]}, {"vera": True, "target_modules": "all-linear"},
-    {"vera": True, "target_modules": ["c_attn", "c_proj"], "save_projection": False},
-    {"vera": True, "target_modules": ["c_attn"], "layers_to_transform": [0], "save_projection": False},
-    {"target_modules": ["wte", "c_attn"]}, {"target_modules": ["wte", "lm_head", "c_fc"], "use_dora": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["c_attn"]},
+        {"target_modules": ["c_proj"], "use_dora": True},
+        {"target_modules": r".*h\.1\..*(c_attn|c_fc)"},
+        {"target_modules": ["c_attn"], "layers_to_transform": [1]},
+        {"target_modules": ["c_attn"], "layers_to_transform": 1, "layers_pattern": "h"},
+        {"target_modules": "all-linear", "exclude_modules": ["c_proj"]},
+        {"vera": True, "target_modules": "all-linear"},
+        {"vera": True, "target_modules": ["c_attn", "c_proj"], "save_projection": False},
+        {
+            "vera": True,
+            "target_modules": ["c_attn"],
+            "layers_to_transform": [0],
+            "save_projection": False,
+        },
+        {"target_modules": ["wte", "c_attn"]},
+        {"target_modules": ["wte", "lm_head", "c_fc"], "use_dora": True},
+    ],
+    ids=str,
+)
 def test_gpt2(spec, tmp_path):
     """Conv1D, square and not; embeddings; every way to say which modules."""
-    build = untied_gpt2 if "wte" in spec["target_modules"] else lambda: tiny("GPT2LMHeadModel", "GPT2Config", **GPT2)
+    build = (
+        untied_gpt2
+        if "wte" in spec["target_modules"]
+        else lambda: tiny("GPT2LMHeadModel", "GPT2Config", **GPT2)
+    )
     same_logits(build, made(spec), tmp_path)
 
 
-@pytest.mark.parametrize("spec", [
-    {"target_modules": "all-linear"}, {"target_modules": ["q_proj", "v_proj"], "use_rslora": True},
-    {"target_modules": r"model\.layers\.\d+\.self_attn\.[qv]_proj", "use_dora": True},
-    {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2, "up_proj": 5},
-     "alpha_pattern": {r"layers\.0\..*q_proj": 8}},
-    {"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ["embed_tokens"], "use_dora": True},
-    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {"vera": True, "target_modules": "all-linear"},
-    {"vera": True, "target_modules": ["gate_proj", "down_proj"], "save_projection": False, "modules_to_save": ["norm"]},
-], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+        {"target_modules": r"model\.layers\.\d+\.self_attn\.[qv]_proj", "use_dora": True},
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2, "up_proj": 5},
+            "alpha_pattern": {r"layers\.0\..*q_proj": 8},
+        },
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"vera": True, "target_modules": "all-linear"},
+        {
+            "vera": True,
+            "target_modules": ["gate_proj", "down_proj"],
+            "save_projection": False,
+            "modules_to_save": ["norm"],
+        },
+    ],
+    ids=str,
+)
 def test_llama(spec, tmp_path):
     same_logits(lambda: llama(attention_bias=True, num_key_value_heads=1), made(spec), tmp_path)
 
@@ -145,9 +204,13 @@ def test_llama(spec, tmp_path):
 @pytest.mark.parametrize("which", CLASSIFIERS)
 @pytest.mark.parametrize("make", [lora, vera], ids=["lora", "vera"])
 def test_a_classifier(which, make, tmp_path):
-    """task_type SEQ_CLS lists "classifier" and "score", of which a model has one; all of its tensors are in the file."""
+    """task_type SEQ_CLS lists "classifier" and "score", of which a model has one; all of its
+    tensors are in the file.
+    """
     targets = ["query", "dense"] if which == "bert" else CLASSIFIERS[which][2]
-    adapter = same_logits(lambda: classifier(which), make(target_modules=targets, task_type="SEQ_CLS"), tmp_path)
+    adapter = same_logits(
+        lambda: classifier(which), make(target_modules=targets, task_type="SEQ_CLS"), tmp_path
+    )
     assert config_of(tmp_path / "peft")["modules_to_save"] == ["classifier", "score"]
     head = "score" if which == "llama" else "classifier"
     saved = ("classifier", "pre_classifier") if which == "distilbert" else (head,)
@@ -187,7 +250,11 @@ def test_a_state_dict_taken_by_hand_has_the_adapters_name_in_it(tmp_path):
     save_file(raw, str(tmp_path / TENSORS))
     mine = net()
     weft.load(mine, tmp_path)
-    close(logits(mine, inputs("linear")), logits(theirs, inputs("linear")), logits(net(), inputs("linear")))
+    close(
+        logits(mine, inputs("linear")),
+        logits(theirs, inputs("linear")),
+        logits(net(), inputs("linear")),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -204,8 +271,16 @@ def test_other_dtypes(spec, dtype, tmp_path):
     assert {v.dtype for k, v in held.items() if "vera_A" not in k and "vera_B" not in k} == {dtype}
     for name, p in mine.named_parameters():
         module, _, tensor = name.rpartition(".")
-        key = next(k for k in held if k.startswith(module) and k.removesuffix(".weight").endswith(
-            {"A": "lora_A", "B": "lora_B", "m": "vector", "d": "lambda_d", "b": "lambda_b"}[tensor]))
+        key = next(
+            k
+            for k in held
+            if k.startswith(module)
+            and k.removesuffix(".weight").endswith(
+                {"A": "lora_A", "B": "lora_B", "m": "vector", "d": "lambda_d", "b": "lambda_b"}[
+                    tensor
+                ]
+            )
+        )
         assert torch.equal(p.double(), held[key].double()), name
 
 
@@ -219,33 +294,50 @@ def test_an_embedding_is_compared_with_the_copy_that_the_file_repeats(tmp_path):
         other.model.embed_tokens.weight[3, 3] += 1e-3
     refused(other, tmp_path, "'model.embed_tokens.weight'", "repeats this tensor of its base")
     assert weft.load(llama().bfloat16(), tmp_path).sites  # the same base, in a coarser dtype
-    peft_saves(peft_of(llama().bfloat16(), lora(target_modules=["embed_tokens"])), tmp_path / "coarse")
+    peft_saves(
+        peft_of(llama().bfloat16(), lora(target_modules=["embed_tokens"])), tmp_path / "coarse"
+    )
     assert weft.load(llama(), tmp_path / "coarse").sites  # and the other way round
-    refused(llama(vocab_size=62), tmp_path, "[3, 61] in the file, [3, 62] expected", "repeats this tensor of its base")
+    refused(
+        llama(vocab_size=62),
+        tmp_path,
+        "[3, 61] in the file, [3, 62] expected",
+        "repeats this tensor of its base",
+    )
 
 
 def test_a_resized_vocabulary_is_refused(tmp_path):
-    """peft then writes the whole embedding, changed or not, and no field of its configuration says so."""
+    """peft then writes the whole embedding, changed or not, and no field of its configuration says
+    so.
+    """
     theirs = peft_of(llama(), lora(target_modules=["q_proj"]))
     with quiet():
         theirs.save_pretrained(str(tmp_path), save_embedding_layers=True)
     refused(llama(), tmp_path, "extra", "'model.embed_tokens.weight'")
 
 
-@pytest.mark.parametrize("targets", [["attention"], ["mlp", "all"], "mlp", ["a-b"], "(mlp|a-b)"], ids=str)
+@pytest.mark.parametrize(
+    "targets", [["attention"], ["mlp", "all"], "mlp", ["a-b"], "(mlp|a-b)"], ids=str
+)
 def test_names_that_mean_something_else_in_weft(targets, tmp_path):
     """In peft a list holds name endings and a text is an expression, whatever the words."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        model = nn.ModuleDict({name: nn.Linear(7, 7) for name in ("attention", "mlp", "all", "a-b", "other")})
+        model = nn.ModuleDict(
+            {name: nn.Linear(7, 7) for name in ("attention", "mlp", "all", "a-b", "other")}
+        )
         model["deep"] = nn.ModuleDict({"mlp": nn.Linear(7, 7)})
         layers = [*list(model.values())[:5], model["deep"]["mlp"]]
         model.forward = lambda x: sum(torch.tanh(layer(x)) for layer in layers)
         return model
 
     theirs = peft_of(build(), lora(target_modules=targets))
-    adapted = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    adapted = {
+        n.removeprefix("base_model.model.")
+        for n, m in theirs.named_modules()
+        if hasattr(m, "lora_A")
+    }
     mine = weft.load(build(), peft_saves(theirs, tmp_path))
     assert set(mine.sites) == adapted
     fresh = weft.attach(build(), mine.config)  # and the configuration means the same in Weft
@@ -262,19 +354,36 @@ def wide() -> Any:
     return llama(attention_bias=True)
 
 
-@pytest.mark.parametrize(("changes", "field"), [
-    ({"bias": "all"}, "bias='all'"), ({"bias": "lora_only"}, "bias='lora_only'"), ({"lora_bias": True}, "lora_bias=True"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-    ({"init_lora_weights": "mica"}, "init_lora_weights='mica'"),
-    ({"use_qalora": True, "qalora_group_size": 4}, "use_qalora=True"),
-    ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication=[[0, 2], [1, 2]]"),
-    ({"trainable_token_indices": [4, 7]}, "trainable_token_indices=[4, 7]"),
-    ({"alora_invocation_tokens": [4, 7]}, "alora_invocation_tokens=[4, 7]"), ({"kasa_config": {}}, "kasa_config={"),
-    ({"velora_config": {}}, "velora_config={"), ({"monteclora_config": {}}, "monteclora_config={"),
-    ({"use_bdlora": {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 3}}, "use_bdlora={"),
-], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights='mica'"),
+        ({"use_qalora": True, "qalora_group_size": 4}, "use_qalora=True"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication=[[0, 2], [1, 2]]"),
+        ({"trainable_token_indices": [4, 7]}, "trainable_token_indices=[4, 7]"),
+        ({"alora_invocation_tokens": [4, 7]}, "alora_invocation_tokens=[4, 7]"),
+        ({"kasa_config": {}}, "kasa_config={"),
+        ({"velora_config": {}}, "velora_config={"),
+        ({"monteclora_config": {}}, "monteclora_config={"),
+        (
+            {
+                "use_bdlora": {
+                    "target_modules_bd_a": ["q_proj"],
+                    "target_modules_bd_b": ["v_proj"],
+                    "nblocks": 3,
+                }
+            },
+            "use_bdlora={",
+        ),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_a_field_of_lora_that_cannot_be_carried(changes, field, tmp_path):
     theirs = peft_of(wide(), lora(**{**LLAMA, **changes}))
     peft_saves(theirs, tmp_path)
@@ -285,11 +394,20 @@ def test_a_field_of_lora_that_cannot_be_carried(changes, field, tmp_path):
 
 def test_experts_fused_into_one_tensor_cannot_be_carried(tmp_path):
     def build() -> Any:
-        return tiny("Qwen3MoeForCausalLM", "Qwen3MoeConfig", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=20,
-                    decoder_sparse_step=1, head_dim=8)
+        return tiny(
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
+            num_experts=3,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            decoder_sparse_step=1,
+            head_dim=8,
+        )
 
     targets = [n for n, p in build().named_parameters() if p.ndim == 3]
-    config = lora(target_modules=["q_proj"], target_parameters=[".".join(targets[0].split(".")[-3:])])
+    config = lora(
+        target_modules=["q_proj"], target_parameters=[".".join(targets[0].split(".")[-3:])]
+    )
     theirs = peft_of(build(), config)
     peft_saves(theirs, tmp_path)
     refused(build(), tmp_path, "target_parameters=[", error=weft.UnsupportedError)
@@ -302,28 +420,50 @@ def test_a_field_of_vera_that_cannot_be_carried(bias, tmp_path):
     refused(wide(), tmp_path, f"bias={bias!r}", error=weft.UnsupportedError)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("megatron_config", {"a": 1}), ("corda_config", {"a": 1}), ("lora_ga_config", {"a": 1}), ("arrow_config", {"a": 1}),
-    ("loftq_config", {"loftq_bits": 4}), ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"),
-    ("init_lora_weights", "lora_ga"), ("a_field_of_a_later_version", 3),
-])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("megatron_config", {"a": 1}),
+        ("corda_config", {"a": 1}),
+        ("lora_ga_config", {"a": 1}),
+        ("arrow_config", {"a": 1}),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "lora_ga"),
+        ("a_field_of_a_later_version", 3),
+    ],
+)
 def test_a_field_that_peft_writes_only_with_other_software_or_later(field, value, tmp_path):
     peft_saves(peft_of(net(), lora(**ON_NET)), tmp_path)
     edit_config(tmp_path, **{field: value})
     refused(net(), tmp_path, f"{field}={value!r}", error=weft.UnsupportedError)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("a_field_of_a_later_version", None), ("another", False), ("runtime_config", {}), ("ensure_weight_tying", True),
-    ("revision", "main"), ("inference_mode", False), ("task_type", "CAUSAL_LM"), ("megatron_core", "megatron.core"),
-])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("a_field_of_a_later_version", None),
+        ("another", False),
+        ("runtime_config", {}),
+        ("ensure_weight_tying", True),
+        ("revision", "main"),
+        ("inference_mode", False),
+        ("task_type", "CAUSAL_LM"),
+        ("megatron_core", "megatron.core"),
+    ],
+)
 def test_a_field_that_changes_no_number_is_carried(field, value, tmp_path):
     theirs = peft_of(net(), lora(**ON_NET))
     peft_saves(theirs, tmp_path)
     edit_config(tmp_path, **{field: value})
     mine = net()
     weft.load(mine, tmp_path)
-    close(logits(mine, inputs("linear")), logits(theirs, inputs("linear")), logits(net(), inputs("linear")))
+    close(
+        logits(mine, inputs("linear")),
+        logits(theirs, inputs("linear")),
+        logits(net(), inputs("linear")),
+    )
 
 
 def test_eva_is_a_start_like_any_other(tmp_path):
@@ -332,13 +472,22 @@ def test_eva_is_a_start_like_any_other(tmp_path):
     assert config_of(peft_saves(theirs, tmp_path))["eva_config"]
     mine = net()
     weft.load(mine, tmp_path)
-    close(logits(mine, inputs("linear")), logits(theirs, inputs("linear")), logits(net(), inputs("linear")))
+    close(
+        logits(mine, inputs("linear")),
+        logits(theirs, inputs("linear")),
+        logits(net(), inputs("linear")),
+    )
 
 
-@pytest.mark.parametrize("spec", [{"target_modules": ["wte"]}, {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}],
-                         ids=["adapted", "saved"])
+@pytest.mark.parametrize(
+    "spec",
+    [{"target_modules": ["wte"]}, {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}],
+    ids=["adapted", "saved"],
+)
 def test_one_side_of_a_tied_pair_is_refused(spec, tmp_path):
-    """peft trains the embedding and leaves the tied head behind; that is not what a merged model would say."""
+    """peft trains the embedding and leaves the tied head behind; that is not what a merged model
+    would say.
+    """
 
     def build() -> Any:
         return tiny("GPT2LMHeadModel", "GPT2Config", **GPT2)

@@ -1,4 +1,6 @@
-"""`weft.inspect`: what a directory is, in text that fits a terminal and in JSON; checked, without a model."""
+"""`weft.inspect`: what a directory is, in text that fits a terminal and in JSON; checked, without a
+model.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,7 @@ import json
 
 import pytest
 import torch
-from checkpoint_support import (
-    TENSORS,
-    attached,
-    edit_config,
-    llama,
-    peft_file,
-    rewrite,
-)
+from checkpoint_support import TENSORS, attached, edit_config, llama, peft_file, rewrite
 from torch import nn
 
 import weft
@@ -32,10 +27,13 @@ def test_text_and_json_say_what_was_saved(variant, kind, tmp_path):
     method = variant.partition(":")[0]
     assert (found.method, found.writer, found.numbers) == (method, "weft", a.adapter.num_parameters)
     assert found.nbytes == a.adapter.nbytes == (tmp_path / TENSORS).stat().st_size
-    assert found.readable_by_peft == (method in ("LoRA", "DoRA") or (method == "AdaLoRA" and kind != "embedding"))
+    assert found.readable_by_peft == (
+        method in ("LoRA", "DoRA") or (method == "AdaLoRA" and kind != "embedding")
+    )
     assert found.base["class"] == "Net"
-    assert {row.name: (row.kind, row.shape, row.trainable) for row in found.rows} == \
-        {row.name: (row.kind, row.shape, row.trainable) for row in a.adapter.plan().rows}
+    assert {row.name: (row.kind, row.shape, row.trainable) for row in found.rows} == {
+        row.name: (row.kind, row.shape, row.trainable) for row in a.adapter.plan().rows
+    }
     data = json.loads(json.dumps(found.to_json()))
     assert data["schema"] == 1
     assert sum(row["trainable"] for row in data["rows"]) == data["numbers"] == found.numbers
@@ -53,13 +51,18 @@ def lines_fit(text: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_text_is_at_most_80_columns_wide(method, tmp_path):
     model = llama(3, attention_bias=True)
-    targets = {r"model\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)": {"seed": 5}, "gate_proj": {},
-               "a" * 90 + "|.*down_proj": {}}
+    targets = {
+        r"model\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)": {"seed": 5},
+        "gate_proj": {},
+        "a" * 90 + "|.*down_proj": {},
+    }
     attached(model, config(method, targets=targets, modules_to_save=["lm_head", "input_layernorm"]))
     weft.save(model, tmp_path / LONG)
     text = str(weft.inspect(tmp_path / LONG))
     lines_fit(text)
-    assert "".join(line.strip() for line in text.splitlines()).count(str(tmp_path / LONG)) == 1  # whole, over several lines
+    assert (
+        "".join(line.strip() for line in text.splitlines()).count(str(tmp_path / LONG)) == 1
+    )  # whole, over several lines
     names = "|".join(f"name_{i}_of_a_layer" for i in range(9))
     lines_fit(str(weft.inspect(peft_file(tmp_path / "peft", target_modules=f"{names}|.*mid"))))
 
@@ -72,7 +75,9 @@ def test_a_directory_of_peft(method, tmp_path):
     assert found.numbers == adapter.num_parameters == sum(row.trainable for row in found.rows)
     assert found.base == {"class": "Net", "library": "support"}
     shapes = {row.name: row.shape for row in found.rows}
-    assert shapes == ({"layer": (11,), "mid": (9,)} if method == "VeRA" else {"layer": (11, 7), "mid": (9, 11)})
+    assert shapes == (
+        {"layer": (11,), "mid": (9,)} if method == "VeRA" else {"layer": (11, 7), "mid": (9, 11)}
+    )
     lines_fit(str(found))
     json.dumps(found.to_json())
 
@@ -81,7 +86,9 @@ def test_notes_are_told(tmp_path):
     directory = peft_file(tmp_path)
     rewrite(directory, lambda t: [t.update({"module." + k: t.pop(k)}) for k in list(t)])
     text = str(weft.inspect(directory))
-    assert "note: module.base_model.model.* in the file is * in the model" in text.replace("\n    ", " ")
+    assert "note: module.base_model.model.* in the file is * in the model" in text.replace(
+        "\n    ", " "
+    )
     lines_fit(text)
 
 

@@ -1,4 +1,6 @@
-"""Names that wrappers and nesting change are found, said in `load_report.mapped`, and never guessed."""
+"""Names that wrappers and nesting change are found, said in `load_report.mapped`, and never
+guessed.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +66,14 @@ def _nothing_is_compiled():
         yield
 
 
-WRAPPED = ["parallel", "compiled", "_fsdp_wrapped_module", "compiled layer", "_fsdp_wrapped_module layer",
-           "_checkpoint_wrapped_module layer"]
+WRAPPED = [
+    "parallel",
+    "compiled",
+    "_fsdp_wrapped_module",
+    "compiled layer",
+    "_fsdp_wrapped_module layer",
+    "_checkpoint_wrapped_module layer",
+]
 METHODS = ["LoRA", "DoRA", "VeRA", "DVoRA", "Full"]
 
 
@@ -90,7 +98,11 @@ def test_a_file_from_a_wrapped_model_has_plain_names(method, how, tmp_path):
     made = config(method, targets=[r"(.*\.)?layer", r"(.*\.)?mid(\..*)?"])
     adapter = attached(model, made)
     adapter.save(tmp_path)
-    assert all(part not in key for key in read(tmp_path)[0] for part in ("_orig_mod", "_fsdp", "_checkpoint", "module."))
+    assert all(
+        part not in key
+        for key in read(tmp_path)[0]
+        for part in ("_orig_mod", "_fsdp", "_checkpoint", "module.")
+    )
     plain = net()
     loaded = weft.load(plain, tmp_path)
     assert loaded.load_report.mapped == []
@@ -125,8 +137,11 @@ def test_a_file_that_a_wrapped_peft_model_has_written(method, prefix, tmp_path):
     import peft
 
     with quiet():
-        kind = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["layer", "mid"]) if method == "LoRA" else \
-            peft.VeraConfig(r=3, target_modules=["layer", "mid"])
+        kind = (
+            peft.LoraConfig(r=3, lora_alpha=5, target_modules=["layer", "mid"])
+            if method == "LoRA"
+            else peft.VeraConfig(r=3, target_modules=["layer", "mid"])
+        )
     model = peft_of(net(), kind)
     peft_saves(model, tmp_path)
     rewrite(tmp_path, lambda t: [t.update({prefix + k: t.pop(k)}) for k in list(t)])
@@ -137,13 +152,18 @@ def test_a_file_that_a_wrapped_peft_model_has_written(method, prefix, tmp_path):
     close(logits(mine, x), logits(model, x), logits(net(), x))
 
 
-@pytest.mark.parametrize("prefix", ["", "base_model.model.module.", "base_model.model.base_model.model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "base_model.model.module.", "base_model.model.base_model.model."]
+)
 def test_a_file_of_peft_with_other_prefixes(prefix, tmp_path):
     import peft
 
     model = peft_of(net(), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["layer", "mid"]))
     peft_saves(model, tmp_path)
-    rewrite(tmp_path, lambda t: [t.update({k.replace("base_model.model.", prefix): t.pop(k)}) for k in list(t)])
+    rewrite(
+        tmp_path,
+        lambda t: [t.update({k.replace("base_model.model.", prefix): t.pop(k)}) for k in list(t)],
+    )
     mine = net()
     assert len(weft.load(mine, tmp_path).load_report.mapped) == 1
     x = inputs("linear")
@@ -161,16 +181,25 @@ def test_one_tensor_under_two_prefixes_is_refused(tmp_path):
 
 
 def llava(text: str = "Llama") -> Any:
-    """A vision model around a Llama: model.language_model.layers...; the Llama's own names are model.layers..."""
+    """A vision model around a Llama: model.language_model.layers...; the Llama's own names are
+    model.layers...
+    """
     import transformers
 
     inner = llama(name=text).config
-    vision = transformers.CLIPVisionConfig(hidden_size=18, intermediate_size=20, num_hidden_layers=1, num_attention_heads=3,
-                                           image_size=8, patch_size=4)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=18,
+        intermediate_size=20,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        image_size=8,
+        patch_size=4,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         outer = transformers.LlavaForConditionalGeneration(
-            transformers.LlavaConfig(text_config=inner, vision_config=vision, image_token_index=60)).eval()
+            transformers.LlavaConfig(text_config=inner, vision_config=vision, image_token_index=60)
+        ).eval()
     alone = llama(name=text)
     outer.model.language_model.load_state_dict(alone.model.state_dict())
     outer.lm_head.load_state_dict(alone.lm_head.state_dict())
@@ -183,7 +212,9 @@ def saved_llama(folder: Path, writer: str) -> Tensor:
 
     model = llama()
     if writer == "peft":
-        model = peft_of(model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"]))
+        model = peft_of(
+            model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"])
+        )
         peft_saves(model, folder)
     else:
         attached(model, getattr(weft, writer)(r=3, targets=["q_proj", "v_proj"]))
@@ -196,7 +227,9 @@ def test_an_adapter_of_a_language_model_in_a_vision_language_model(writer, tmp_p
     wanted = saved_llama(tmp_path, writer)
     outer = llava()
     loaded = weft.load(outer, tmp_path)
-    assert loaded.load_report.mapped == ["model.* in the file is model.language_model.* in the model"]
+    assert loaded.load_report.mapped == [
+        "model.* in the file is model.language_model.* in the model"
+    ]
     assert all("language_model" in name for name in loaded.sites)
     close(logits(outer), wanted, logits(llama()), 1e-6)
 
@@ -215,20 +248,30 @@ def test_an_adapter_of_a_vision_language_model_in_its_language_model(writer, tmp
         weft.save(outer, tmp_path)
     model = llama()
     loaded = weft.load(model, tmp_path)
-    assert loaded.load_report.mapped == ["model.language_model.* in the file is model.* in the model"]
-    assert bool(loaded.load_report.notes) == (writer == "peft")  # which does not say what it was nested in
+    assert loaded.load_report.mapped == [
+        "model.language_model.* in the file is model.* in the model"
+    ]
+    assert bool(loaded.load_report.notes) == (
+        writer == "peft"
+    )  # which does not say what it was nested in
     close(logits(model), logits(outer), logits(llama()), 1e-6)
 
 
 def test_an_adapter_of_the_nested_model_itself(tmp_path):
-    """Saved from `outer.model.language_model` as a model of its own: its names begin with layers."""
+    """Saved from `outer.model.language_model` as a model of its own: its names begin with
+    layers.
+    """
     outer = llava()
-    adapter = attached(outer.model.language_model, weft.LoRA(r=3, alpha=5, targets=["q_proj", "v_proj"]))
+    adapter = attached(
+        outer.model.language_model, weft.LoRA(r=3, alpha=5, targets=["q_proj", "v_proj"])
+    )
     weft.save(outer.model.language_model, tmp_path)
     assert all(name.startswith("layers.") for name in adapter.sites)
     wanted = logits(outer)
     other = llava()
-    assert weft.load(other, tmp_path).load_report.mapped == ["* in the file is model.language_model.* in the model"]
+    assert weft.load(other, tmp_path).load_report.mapped == [
+        "* in the file is model.language_model.* in the model"
+    ]
     close(logits(other), wanted, logits(llava()), 1e-6)
 
 
@@ -236,7 +279,12 @@ def test_a_nested_model_of_another_architecture_is_refused(tmp_path):
     saved_llama(tmp_path / "a", "LoRA")
     refused(llava("Mistral"), tmp_path / "a", "LlamaForCausalLM (llama)", "MistralModel (mistral)")
     saved_llama(tmp_path / "p", "peft")
-    refused(llava("Mistral"), tmp_path / "p", "LlamaForCausalLM (transformers.models.llama", "MistralModel (mistral)")
+    refused(
+        llava("Mistral"),
+        tmp_path / "p",
+        "LlamaForCausalLM (transformers.models.llama",
+        "MistralModel (mistral)",
+    )
     outer = llava()
     attached(outer, weft.LoRA(r=3, targets=r".*language_model.*q_proj"))
     weft.save(outer, tmp_path / "b")
@@ -252,7 +300,9 @@ def test_a_nested_model_with_more_layers_is_refused(tmp_path):
     weft.save(model, tmp_path)
     outer = llava()
     outer.model.language_model = llama(3).model
-    message = refused(outer, tmp_path, "nothing for 'model.language_model.layers.2.self_attn.q_proj'")
+    message = refused(
+        outer, tmp_path, "nothing for 'model.language_model.layers.2.self_attn.q_proj'"
+    )
     assert "vision" not in message
 
 
@@ -267,8 +317,16 @@ def test_a_head_in_a_nested_model(tmp_path):
 
 def test_names_are_never_guessed():
     """One that could be two modules is missing; the right names win over a mapping."""
-    have = ["", "a.language_model.x", "a.x", "language_model.y", "module.z", "_orig_mod.z", "b.language_model.w",
-            "c.language_model.w"]
+    have = [
+        "",
+        "a.language_model.x",
+        "a.x",
+        "language_model.y",
+        "module.z",
+        "_orig_mod.z",
+        "b.language_model.w",
+        "c.language_model.w",
+    ]
     assert match(["a.x"], have).found == {"a.x": "a.x"}
     assert match(["module.a.x"], have).found == {"module.a.x": "a.x"}
     assert match(["y"], have).found == {"y": "language_model.y"}

@@ -52,7 +52,9 @@ def test_not_strict_with_nothing_wrong_reports_nothing(tmp_path):
 
 @pytest.mark.parametrize("method", ["VeRA", "DVoRA"])
 def test_not_strict_keeps_the_matrices_of_the_whole_adapter(method, tmp_path):
-    """The largest layer decides every number of A and B, so they must not be drawn for the layers that are left."""
+    """The largest layer decides every number of A and B, so they must not be drawn for the layers
+    that are left.
+    """
     a = awake(method)
     weft.save(a.model, tmp_path)
     model = net()
@@ -73,14 +75,20 @@ def test_not_strict_with_nothing_that_fits_raises(method, tmp_path):
     a = awake(method)
     weft.save(a.model, tmp_path)
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 3))
-    with untouched(model), pytest.raises(weft.CheckpointError, match="nothing that fits this Sequential"):
+    with (
+        untouched(model),
+        pytest.raises(weft.CheckpointError, match="nothing that fits this Sequential"),
+    ):
         weft.load(model, tmp_path, strict=False)
 
 
 def test_not_strict_never_fills_nan(tmp_path):
     a = awake("LoRA")
     weft.save(a.model, tmp_path)
-    rewrite(tmp_path, lambda t: t.update({k: v * float("nan") for k, v in t.items() if "mid.lora_B" in k}))
+    rewrite(
+        tmp_path,
+        lambda t: t.update({k: v * float("nan") for k, v in t.items() if "mid.lora_B" in k}),
+    )
     report = weft.load(net(), tmp_path, strict=False)
     assert not report.adapter.sites["mid"].B.any()
 

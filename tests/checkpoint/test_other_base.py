@@ -1,4 +1,6 @@
-"""An adapter that was made for another base is refused: another shape, depth, kind of layer or architecture."""
+"""An adapter that was made for another base is refused: another shape, depth, kind of layer or
+architecture.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +31,33 @@ def test_another_base_by_shape(method, tmp_path):
     if "body" in other._modules:
         import transformers
 
-        small = {"n_embd": 10, "n_layer": 2, "n_head": 1, "bos_token_id": None, "eos_token_id": None, "vocab_size": 3}
+        small = {
+            "n_embd": 10,
+            "n_layer": 2,
+            "n_head": 1,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "vocab_size": 3,
+        }
         other.layer, other.mid = torch.nn.Linear(7, 10), torch.nn.Linear(10, 8)
         other.body = transformers.GPT2Model(transformers.GPT2Config(**small)).eval()
         refused(other, tmp_path, "'body", "[11, 11]", "[10, 10]", x=a.x)
         return
-    names = {"Head": ["head.weight", "[5, 9]", "[4, 8]"], "BitFit": ["mid.bias", "[9]", "[8]"],
-             "Full": ["mid.weight", "[9, 11]", "[8, 11]"], "TopLayers": ["mid.weight", "[9, 11]", "[8, 11]"]}
+    names = {
+        "Head": ["head.weight", "[5, 9]", "[4, 8]"],
+        "BitFit": ["mid.bias", "[9]", "[8]"],
+        "Full": ["mid.weight", "[9, 11]", "[8, 11]"],
+        "TopLayers": ["mid.weight", "[9, 11]", "[8, 11]"],
+    }
     refused(other, tmp_path, *names.get(method, ["'mid'", "[9, 11]", "[8, 11]"]), x=a.x)
 
 
 def test_another_base_by_kind_of_layer(tmp_path):
     a = awake("LoRA", "embedding")
     weft.save(a.model, tmp_path)
-    refused(net("linear"), tmp_path, "'layer' is a embedding layer [11, 7]", "a linear layer [11, 7]")
+    refused(
+        net("linear"), tmp_path, "'layer' is a embedding layer [11, 7]", "a linear layer [11, 7]"
+    )
     weft.save(awake("LoRA", "linear").model, tmp_path)
     refused(net("embedding"), tmp_path, "'layer' is a linear layer", "a embedding layer")
 
@@ -65,7 +80,12 @@ def test_a_layer_of_another_class_in_its_place(tmp_path):
     refused(other, tmp_path, "'mid', a Sequential, cannot be adapted", x=a.x)
 
 
-LLAMA = {"LoRA": {"r": 3, "alpha": 5}, "VeRA": {"r": 5}, "DVoRA": {"r": 5}, "DoRA": {"r": 3, "alpha": 5}}
+LLAMA = {
+    "LoRA": {"r": 3, "alpha": 5},
+    "VeRA": {"r": 5},
+    "DVoRA": {"r": 5},
+    "DoRA": {"r": 3, "alpha": 5},
+}
 
 
 @pytest.mark.parametrize("method", LLAMA)
@@ -74,7 +94,12 @@ def test_another_number_of_layers(method, targets, tmp_path):
     four = llama(4)
     attached(four, getattr(weft, method)(targets=targets, **LLAMA[method]))
     weft.save(four, tmp_path / "four")
-    refused(llama(2), tmp_path / "four", "no module 'model.layers.2.self_attn.q_proj'", "nearest in the model: [")
+    refused(
+        llama(2),
+        tmp_path / "four",
+        "no module 'model.layers.2.self_attn.q_proj'",
+        "nearest in the model: [",
+    )
     two = llama(2)
     attached(two, getattr(weft, method)(targets=targets, **LLAMA[method]))
     weft.save(two, tmp_path / "two")
@@ -97,7 +122,12 @@ def test_another_number_of_layers_for_a_selection(method, tmp_path):
     if method == "Head":
         assert weft.load(llama(2, attention_bias=True), tmp_path / "four").selected
         return
-    refused(llama(2, attention_bias=True), tmp_path / "four", "extra: 'model.layers.2", "nearest in the model")
+    refused(
+        llama(2, attention_bias=True),
+        tmp_path / "four",
+        "extra: 'model.layers.2",
+        "nearest in the model",
+    )
     refused(llama(4, attention_bias=True), tmp_path / "two", "missing", "'model.layers.2")
 
 
@@ -107,8 +137,13 @@ def test_another_number_of_layers_from_peft(tmp_path):
     for layers in (2, 4):
         made = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"])
         peft_saves(peft_of(llama(layers), made), tmp_path / str(layers))
-    refused(llama(2), tmp_path / "4", "'base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight'",
-            "no module 'model.layers.2.self_attn.q_proj'", "nearest in the model: ['model.layers.1.self_attn.q_proj'")
+    refused(
+        llama(2),
+        tmp_path / "4",
+        "'base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight'",
+        "no module 'model.layers.2.self_attn.q_proj'",
+        "nearest in the model: ['model.layers.1.self_attn.q_proj'",
+    )
     refused(llama(4), tmp_path / "2", "nothing for 'model.layers.2.self_attn.q_proj'")
 
 
@@ -127,14 +162,20 @@ def test_another_architecture_from_peft(tmp_path):
     made = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"])
     peft_saves(peft_of(llama(), made), tmp_path / "a")
     assert config_of(tmp_path / "a")["auto_mapping"]
-    refused(llama(name="Mistral"), tmp_path / "a", "LlamaForCausalLM (transformers.models.llama.modeling_llama)",
-            "MistralForCausalLM (mistral)")
+    refused(
+        llama(name="Mistral"),
+        tmp_path / "a",
+        "LlamaForCausalLM (transformers.models.llama.modeling_llama)",
+        "MistralForCausalLM (mistral)",
+    )
     weft.load(llama(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("method", ["LoRA", "DoRA"])
 def test_another_architecture_is_known_without_our_header(method, tmp_path):
-    """What peft can read says its base in peft's way too, so a file that some tool wrote anew is still held to it."""
+    """What peft can read says its base in peft's way too, so a file that some tool wrote anew is
+    still held to it.
+    """
     attached(model := llama(attention_bias=True), getattr(weft, method)(r=3))
     weft.save(model, tmp_path)
     rewrite(tmp_path, lambda tensors: None, metadata=False)

@@ -1,4 +1,6 @@
-"""Where merging and converting go wrong in peft 0.21.2, and Weft is right, or refuses; see test_peft_wrong.py."""
+"""Where merging and converting go wrong in peft 0.21.2, and Weft is right, or refuses; see
+test_peft_wrong.py.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ X = inputs("linear")
 
 
 def test_add_weighted_adapter_of_one_dora_with_weight_one_is_not_that_dora(tmp_path):
-    """It keeps B A and forgets the magnitudes. Weft has no such function; its merge is the adapter itself."""
+    """It keeps B A and forgets the magnitudes. Weft has no such function; its merge is the adapter
+    itself.
+    """
     theirs = peft_of(net(), lora(use_dora=True))
     one, base = logits(theirs, X), logits(net(), X)
     mine = net()
@@ -43,17 +47,23 @@ def test_add_weighted_adapter_of_one_dora_with_weight_one_is_not_that_dora(tmp_p
 
 
 def test_a_dora_converted_to_lora_at_full_rank_is_another_adapter(tmp_path):
-    """peft says that it supports it. W' - W of full rank is the adapter, as its singular vectors show."""
+    """peft says that it supports it. W' - W of full rank is the adapter, as its singular vectors
+    show.
+    """
     theirs = peft_of(net(), lora(use_dora=True))
     one, base = logits(theirs, X), logits(net(), X)
     mine = net()
     weft.load(mine, peft_saves(theirs, tmp_path))
     by_hand = net()
-    adapter = weft.attach(by_hand, weft.LoRA(r=9, alpha=9, targets={"layer": {"r": 7, "alpha": 7}, "mid": {}}))
+    adapter = weft.attach(
+        by_hand, weft.LoRA(r=9, alpha=9, targets={"layer": {"r": 7, "alpha": 7}, "mid": {}})
+    )
     with torch.no_grad():
         for name, site in adapter.sites.items():
             layer = mine.get_submodule(name)
-            U, S, V = torch.linalg.svd(weft.effective_weight(layer) - layer.weight, full_matrices=False)
+            U, S, V = torch.linalg.svd(
+                weft.effective_weight(layer) - layer.weight, full_matrices=False
+            )
             site.A.copy_(V)
             site.B.copy_(U * S)
     assert distance(logits(by_hand, X), one) < 1e-5
@@ -67,7 +77,9 @@ def test_a_dora_converted_to_lora_at_full_rank_is_another_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("make", [lora, lambda: lora(use_dora=True), vera], ids=["lora", "dora", "vera"])
+@pytest.mark.parametrize(
+    "make", [lora, lambda: lora(use_dora=True), vera], ids=["lora", "dora", "vera"]
+)
 def test_merge_and_unmerge_do_not_give_the_base_back(make, dtype, tmp_path):
     theirs = peft_of(net(dtype=dtype), make())
     mine = net(dtype=dtype)
@@ -80,7 +92,10 @@ def test_merge_and_unmerge_do_not_give_the_base_back(make, dtype, tmp_path):
     for layer in (theirs.layer, theirs.mid):
         layer.merge()
         layer.unmerge()
-    peft_still(not torch.equal(theirs.mid.base_layer.weight, before), "the base has other bits after merge and unmerge")
+    peft_still(
+        not torch.equal(theirs.mid.base_layer.weight, before),
+        "the base has other bits after merge and unmerge",
+    )
 
 
 def test_switching_off_a_merged_adapter_unmerges_it_for_good(tmp_path):
@@ -95,7 +110,10 @@ def test_switching_off_a_merged_adapter_unmerges_it_for_good(tmp_path):
         theirs.merge_adapter()
         with theirs.disable_adapter():
             logits(theirs, X)
-    peft_still(said == [] and not theirs.base_model.model.mid.merged, "disable_adapter has unmerged the weights")
+    peft_still(
+        said == [] and not theirs.base_model.model.mid.merged,
+        "disable_adapter has unmerged the weights",
+    )
 
 
 def test_nan_is_merged_without_a_word(tmp_path):
@@ -108,7 +126,10 @@ def test_nan_is_merged_without_a_word(tmp_path):
         weft.merge(a.model)
     with quiet() as said:
         theirs.merge_adapter()
-    peft_still(said == [] and bool(theirs.base_model.model.mid.base_layer.weight.isnan().any()), "NaN is merged in silence")
+    peft_still(
+        said == [] and bool(theirs.base_model.model.mid.base_layer.weight.isnan().any()),
+        "NaN is merged in silence",
+    )
 
 
 def test_merging_into_a_tied_embedding_changes_the_head(tmp_path):
@@ -128,7 +149,10 @@ def test_merging_into_a_tied_embedding_changes_the_head(tmp_path):
     wanted = logits(theirs)
     with quiet() as said:
         merged = theirs.merge_and_unload()
-    peft_still(said == [] and distance(logits(merged), wanted) > 0.5, "the merged model is another one, in silence")
+    peft_still(
+        said == [] and distance(logits(merged), wanted) > 0.5,
+        "the merged model is another one, in silence",
+    )
 
 
 def test_unload_leaves_the_base_frozen():
@@ -139,14 +163,19 @@ def test_unload_leaves_the_base_frozen():
     assert all(p.requires_grad for p in model.parameters())
     with quiet():
         theirs = peft.get_peft_model(net(), lora()).unload()
-    peft_still(not any(p.requires_grad for p in theirs.parameters()), "the model cannot be trained any more")
+    peft_still(
+        not any(p.requires_grad for p in theirs.parameters()),
+        "the model cannot be trained any more",
+    )
 
 
 # What older releases of peft had wrong and 0.21.2 has right: Weft is held to it all the same
 
 
 def test_dora_on_a_square_conv1d_weight():
-    """28 months long the norm was taken along the wrong side, which no shape betrays where the weight is square."""
+    """28 months long the norm was taken along the wrong side, which no shape betrays where the
+    weight is square.
+    """
     model = tiny("GPT2LMHeadModel", "GPT2Config", **GPT2)
     adapter = attached(model, weft.DoRA(r=3, alpha=5, targets=[r".*attn\.c_proj"]))
     layer, site = model.transformer.h[1].attn.c_proj, adapter.sites["transformer.h.1.attn.c_proj"]

@@ -10,14 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_support import (
-    CONFIG,
-    GPT2,
-    TENSORS,
-    attached,
-    read,
-    tiny,
-)
+from checkpoint_support import CONFIG, GPT2, TENSORS, attached, read, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -58,7 +51,11 @@ def round_trip(a: Awake, folder: Path, model: Net | None = None, name: str = "de
     size = a.adapter.nbytes
     written = weft.save(a.model, folder, name=a.adapter.name)
     assert size == (written / TENSORS).stat().st_size
-    model = net(a.kind, a.model.head.weight.dtype, variant=type(a.config).__name__) if model is None else model
+    model = (
+        net(a.kind, a.model.head.weight.dtype, variant=type(a.config).__name__)
+        if model is None
+        else model
+    )
     loaded = weft.load(model, folder, name=name)
     same_adapter(a.adapter, loaded)
     a.model.eval()
@@ -92,7 +89,9 @@ def test_what_only_made_the_tensors_is_dropped_and_the_outputs_stay(variant, hel
     with torch.no_grad():
         assert same_bits(model(a.x), a.run())
     assert loaded.num_parameters == weft.inspect(tmp_path).numbers < a.adapter.num_parameters
-    assert loaded.config == replace(a.config, hidden=None, dtype="float64" if held == "float64" else "float32")
+    assert loaded.config == replace(
+        a.config, hidden=None, dtype="float64" if held == "float64" else "float32"
+    )
     move(loaded)  # and it trains on
     model(a.x).sum().backward()
     assert all(p.grad.abs().max() > 0 for p in loaded.parameters())
@@ -113,8 +112,13 @@ def test_size_is_known_on_the_meta_device(variant, held, tmp_path):
 
 @pytest.mark.parametrize("method", [name for name in RULES if hasattr(config(name), "r")])
 def test_layers_of_one_adapter_may_have_their_own_rank_and_dtype(method, tmp_path):
-    more = {"dropout": 0.25} if hasattr(config(method), "dropout") else {}  # a method need not have it
-    a = awake(method, targets={"layer": {"r": 2, "dtype": "bfloat16"}, "mid": {"dtype": "float64", **more}})
+    more = (
+        {"dropout": 0.25} if hasattr(config(method), "dropout") else {}
+    )  # a method need not have it
+    a = awake(
+        method,
+        targets={"layer": {"r": 2, "dtype": "bfloat16"}, "mid": {"dtype": "float64", **more}},
+    )
     assert {p.dtype for p in a.adapter.parameters()} == {torch.bfloat16, torch.float64}
     loaded = round_trip(a, tmp_path)
     assert loaded.sites["layer"].rule.r == 2
@@ -155,7 +159,9 @@ def test_a_selection_with_modules_to_save(method, tmp_path):
 @pytest.mark.parametrize("method", RULES)
 def test_an_adapter_may_be_loaded_under_another_name_beside_others(method, tmp_path):
     a = awake(method)
-    other = attached(a.model, config("DoRA", seed=9, modules_to_save=["head"]), name="second", seed=8)
+    other = attached(
+        a.model, config("DoRA", seed=9, modules_to_save=["head"]), name="second", seed=8
+    )
     weft.save(a.model, tmp_path / "first", name="default")
     weft.save(a.model, tmp_path / "second", name="second")
     model = net()
@@ -170,7 +176,9 @@ def test_an_adapter_may_be_loaded_under_another_name_beside_others(method, tmp_p
             with weft.use(model, mine), weft.use(a.model, theirs):
                 assert same_bits(model(a.x), a.run())
     weft.save(model, tmp_path / "again", name="a")
-    assert (tmp_path / "again" / TENSORS).read_bytes()  # saving beside an active other changes nothing
+    assert (
+        tmp_path / "again" / TENSORS
+    ).read_bytes()  # saving beside an active other changes nothing
     same_adapter(weft.load(net(), tmp_path / "again"), a.adapter)
 
 
@@ -243,7 +251,9 @@ class Block(nn.Module):
 
 
 def roberta(layers: int) -> nn.Module:
-    """Names of the length that they have in practice: roberta.encoder.layer.11.attention.self.query."""
+    """Names of the length that they have in practice:
+    roberta.encoder.layer.11.attention.self.query.
+    """
     encoder = nn.ModuleDict({"layer": nn.ModuleList(Block() for _ in range(layers))})
     return nn.ModuleDict({"roberta": nn.ModuleDict({"encoder": encoder})})
 
@@ -253,7 +263,9 @@ def roberta(layers: int) -> nn.Module:
 def test_the_small_form_is_the_vectors_and_at_most_4096_bytes(method, layers, tmp_path):
     with torch.device("meta"):
         model = roberta(layers)
-    adapter = weft.attach(model, getattr(weft, method)(r=257, targets=["query", "value"], modules_to_save=[]))
+    adapter = weft.attach(
+        model, getattr(weft, method)(r=257, targets=["query", "value"], modules_to_save=[])
+    )
     vectors = sum(p.numel() * p.element_size() for p in adapter.parameters())
     assert adapter.nbytes - vectors <= 4096
     if layers == 12:
@@ -267,17 +279,31 @@ def test_the_small_form_stays_small_with_a_head_and_two_ranks(tmp_path):
     with torch.device("meta"):
         model = roberta(48)
         model["classifier"] = nn.Linear(768, 3)
-    adapter = weft.attach(model, weft.DVoRA(r=257, targets={"query": {"r": 129, "dtype": "bfloat16"}, "value": {}},
-                                            modules_to_save=["classifier"]))
+    adapter = weft.attach(
+        model,
+        weft.DVoRA(
+            r=257,
+            targets={"query": {"r": 129, "dtype": "bfloat16"}, "value": {}},
+            modules_to_save=["classifier"],
+        ),
+    )
     assert adapter.nbytes - sum(p.numel() * p.element_size() for p in adapter.parameters()) <= 4096
 
 
 @given(st.data())
 def test_any_names_shapes_ranks_and_dtypes(data):
-    """Names are JSON text in the header, and its length counts: quotes, newlines and other alphabets among them."""
+    """Names are JSON text in the header, and its length counts: quotes, newlines and other
+    alphabets among them.
+    """
     number = st.integers(1, 40)
-    name = st.text(st.characters(exclude_characters=".", exclude_categories=["Cs"]), min_size=1, max_size=9)
-    names = data.draw(st.lists(name.filter(lambda n: not hasattr(nn.Module(), n)), min_size=1, max_size=4, unique=True))
+    name = st.text(
+        st.characters(exclude_characters=".", exclude_categories=["Cs"]), min_size=1, max_size=9
+    )
+    names = data.draw(
+        st.lists(
+            name.filter(lambda n: not hasattr(nn.Module(), n)), min_size=1, max_size=4, unique=True
+        )
+    )
     shapes = [(data.draw(number), data.draw(number)) for _ in names]
 
     def build() -> nn.Module:

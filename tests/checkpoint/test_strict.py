@@ -1,4 +1,6 @@
-"""`load` is strict: what does not fit raises, names both sides and what was meant, and leaves the model as it was."""
+"""`load` is strict: what does not fit raises, names both sides and what was meant, and leaves the
+model as it was.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,15 @@ def test_a_renamed_tensor(writer, method, tmp_path):
 
     rewrite(directory, rename)
     short, other = key.removeprefix("base_model.model."), wrong.removeprefix("base_model.model.")
-    refused(net(), directory, f"missing: {short!r}", other, "nearest", "['mid']" if writer == "peft" else f"{key!r}", x=x)
+    refused(
+        net(),
+        directory,
+        f"missing: {short!r}",
+        other,
+        "nearest",
+        "['mid']" if writer == "peft" else f"{key!r}",
+        x=x,
+    )
 
 
 @pytest.mark.parametrize(("writer", "method"), LAYERED)
@@ -57,7 +67,15 @@ def test_a_missing_tensor(writer, method, tmp_path):
     directory, x = saved(tmp_path / "a", writer, method)
     key = key_of(directory)
     rewrite(directory, lambda tensors: tensors.pop(key))
-    refused(net(), directory, "missing", repr(key.removeprefix("base_model.model.")), "'mid'", "nearest in the file: ", x=x)
+    refused(
+        net(),
+        directory,
+        "missing",
+        repr(key.removeprefix("base_model.model.")),
+        "'mid'",
+        "nearest in the file: ",
+        x=x,
+    )
 
 
 @pytest.mark.parametrize(("writer", "method"), LAYERED)
@@ -71,18 +89,33 @@ def test_a_missing_layer(writer, method, tmp_path):
 def test_an_extra_tensor(writer, method, tmp_path):
     directory, x = saved(tmp_path / "a", writer, method)
     key = key_of(directory)
-    rewrite(directory, lambda tensors: tensors.update({key + "x": torch.ones(3), "odd": torch.ones(2, 5)}))
-    refused(net(), directory, "extra", key.removeprefix("base_model.model.") + "x", "'odd' [2, 5]", "nearest", x=x)
+    rewrite(
+        directory,
+        lambda tensors: tensors.update({key + "x": torch.ones(3), "odd": torch.ones(2, 5)}),
+    )
+    refused(
+        net(),
+        directory,
+        "extra",
+        key.removeprefix("base_model.model.") + "x",
+        "'odd' [2, 5]",
+        "nearest",
+        x=x,
+    )
 
 
 @pytest.mark.parametrize(("writer", "method"), LAYERED)
-@pytest.mark.parametrize(("change", "text"), [
-    (lambda t: t.t().contiguous() if t.ndim == 2 else t[:-1].clone(), "expected"),
-    (lambda t: t[:0].clone(), "it is empty, shape [0"),
-    (lambda t: torch.full_like(t, float("nan")), "NaN"),
-    (lambda t: torch.full_like(t, float("inf")), "infinity"),
-    (lambda t: t.to(torch.int32), "dtype torch.int32 in the file"),
-], ids=["mis-shaped", "empty", "nan", "inf", "int"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: t.t().contiguous() if t.ndim == 2 else t[:-1].clone(), "expected"),
+        (lambda t: t[:0].clone(), "it is empty, shape [0"),
+        (lambda t: torch.full_like(t, float("nan")), "NaN"),
+        (lambda t: torch.full_like(t, float("inf")), "infinity"),
+        (lambda t: t.to(torch.int32), "dtype torch.int32 in the file"),
+    ],
+    ids=["mis-shaped", "empty", "nan", "inf", "int"],
+)
 def test_a_tensor_that_cannot_be_meant(writer, method, change, text, tmp_path):
     directory, x = saved(tmp_path / "a", writer, method)
     key = key_of(directory, "B" if "ora" in method.lower() and method != "VeRA" else "lambda_b")
@@ -90,9 +123,16 @@ def test_a_tensor_that_cannot_be_meant(writer, method, change, text, tmp_path):
     refused(net(), directory, key.removeprefix("base_model.model."), text, x=x)
 
 
-@pytest.mark.parametrize(("change", "text"), [
-    (lambda t: t[:, :-1].clone(), "expected"), (lambda t: t[:0].clone(), "empty"),
-    (lambda t: t.to(torch.int32), "dtype"), (lambda t: t * float("nan"), "NaN")], ids=["shape", "empty", "int", "nan"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: t[:, :-1].clone(), "expected"),
+        (lambda t: t[:0].clone(), "empty"),
+        (lambda t: t.to(torch.int32), "dtype"),
+        (lambda t: t * float("nan"), "NaN"),
+    ],
+    ids=["shape", "empty", "int", "nan"],
+)
 @pytest.mark.parametrize("which", ["vera_A", "vera_B"])
 def test_matrices_that_cannot_be_meant(which, change, text, tmp_path):
     directory = peft_file(tmp_path / "a", "VeRA")
@@ -104,19 +144,29 @@ def test_matrices_that_cannot_be_meant(which, change, text, tmp_path):
 
 
 @pytest.mark.parametrize("method", NATIVE)
-@pytest.mark.parametrize("what", ["renamed", "missing", "extra", "shape", "empty", "nan", "int", "value"])
+@pytest.mark.parametrize(
+    "what", ["renamed", "missing", "extra", "shape", "empty", "nan", "int", "value"]
+)
 def test_a_tampered_file_of_our_own(method, what, tmp_path):
     a = awake(method)
     weft.save(a.model, tmp_path)
     key = next(iter(read(tmp_path)[0]))
     changes = {
-        "renamed": lambda t: t.update({"q" + key: t.pop(key)}), "missing": lambda t: t.pop(key),
+        "renamed": lambda t: t.update({"q" + key: t.pop(key)}),
+        "missing": lambda t: t.pop(key),
         "extra": lambda t: t.update({"q" + key: torch.ones(2)}),
         "shape": lambda t: t.update({key: t[key][..., :-1].clone()}),
-        "empty": lambda t: t.update({key: t[key][:0].clone()}), "nan": lambda t: t.update({key: t[key] * float("nan")}),
-        "int": lambda t: t.update({key: t[key].int()}), "value": lambda t: t.update({key: t[key] + 1})}
+        "empty": lambda t: t.update({key: t[key][:0].clone()}),
+        "nan": lambda t: t.update({key: t[key] * float("nan")}),
+        "int": lambda t: t.update({key: t[key].int()}),
+        "value": lambda t: t.update({key: t[key] + 1}),
+    }
     rewrite(tmp_path, changes[what])
-    texts = {"renamed": ["missing", "extra", "nearest"], "missing": ["missing"], "extra": ["extra", "nearest"]}
+    texts = {
+        "renamed": ["missing", "extra", "nearest"],
+        "missing": ["missing"],
+        "extra": ["extra", "nearest"],
+    }
     refused(net(), tmp_path, key, *texts.get(what, ["checksum"]), x=a.x)
 
 
@@ -127,9 +177,13 @@ def test_a_tampered_head(method, what, tmp_path):
     a = awake(method, modules_to_save=["head"])
     weft.save(a.model, tmp_path)
     key = next(k for k in read(tmp_path)[0] if k.endswith("head.bias"))
-    changes = {"missing": lambda t: t.pop(key), "renamed": lambda t: t.update({key[:-1]: t.pop(key)}),
-               "int": lambda t: t.update({key: t[key].int()}), "shape": lambda t: t.update({key: t[key][:-1].clone()}),
-               "nan": lambda t: t.update({key: t[key] * float("nan")})}
+    changes = {
+        "missing": lambda t: t.pop(key),
+        "renamed": lambda t: t.update({key[:-1]: t.pop(key)}),
+        "int": lambda t: t.update({key: t[key].int()}),
+        "shape": lambda t: t.update({key: t[key][:-1].clone()}),
+        "nan": lambda t: t.update({key: t[key] * float("nan")}),
+    }
     rewrite(tmp_path, changes[what])
     refused(net(), tmp_path, "head.bias", x=a.x)
 
@@ -146,7 +200,10 @@ def test_a_missing_tensor_that_only_peft_asks_for(tmp_path):
 def test_a_head_that_the_file_has_twice(tmp_path):
     directory = peft_file(tmp_path / "a", modules_to_save=["head"])
     key = "base_model.model.head.bias"
-    rewrite(directory, lambda t: t.update({"base_model.model.head.modules_to_save.default.bias": t[key] + 1}))
+    rewrite(
+        directory,
+        lambda t: t.update({"base_model.model.head.modules_to_save.default.bias": t[key] + 1}),
+    )
     refused(net(), directory, "extra: 'head.", "bias'")
 
 
@@ -155,13 +212,19 @@ def test_a_tampered_head_from_peft(what, tmp_path):
     import peft
 
     with quiet():
-        made = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["layer", "mid"], modules_to_save=["head"])
+        made = peft.LoraConfig(
+            r=3, lora_alpha=5, target_modules=["layer", "mid"], modules_to_save=["head"]
+        )
     directory = peft_saves(peft_of(net(), made), tmp_path / "a")
     key = "base_model.model.head.bias"
-    changes = {"missing": lambda t: t.pop(key), "renamed": lambda t: t.update({key[:-1]: t.pop(key)}),
-               "int": lambda t: t.update({key: t[key].int()}), "shape": lambda t: t.update({key: t[key][:-1].clone()}),
-               "nan": lambda t: t.update({key: t[key] * float("nan")}),
-               "empty": lambda t: t.update({key: t[key][:0].clone()})}
+    changes = {
+        "missing": lambda t: t.pop(key),
+        "renamed": lambda t: t.update({key[:-1]: t.pop(key)}),
+        "int": lambda t: t.update({key: t[key].int()}),
+        "shape": lambda t: t.update({key: t[key][:-1].clone()}),
+        "nan": lambda t: t.update({key: t[key] * float("nan")}),
+        "empty": lambda t: t.update({key: t[key][:0].clone()}),
+    }
     weft.load(net(), directory)
     rewrite(directory, changes[what])
     refused(net(), directory, "head.bias")
@@ -169,7 +232,9 @@ def test_a_tampered_head_from_peft(what, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_flipped_bit_anywhere(method, tmp_path):
-    """In numbers, names, shapes or header: refused, or (in the one word that says nothing) without effect."""
+    """In numbers, names, shapes or header: refused, or (in the one word that says nothing) without
+    effect.
+    """
     a = awake(method)
     weft.save(a.model, tmp_path)
     whole = (tmp_path / TENSORS).read_bytes()
@@ -184,11 +249,16 @@ def test_one_flipped_bit_anywhere(method, tmp_path):
         except weft.CheckpointError:
             continue
         quietly.append(place)
-        assert all(torch.equal(p, q) for p, q in zip(a.adapter.parameters(), found.parameters(), strict=True)), place
+        assert all(
+            torch.equal(p, q)
+            for p, q in zip(a.adapter.parameters(), found.parameters(), strict=True)
+        ), place
         assert found.config == a.config
         weft.detach(model)
     harmless = whole.index(b'"format":"pt"')  # peft's word for the framework
-    assert all(harmless <= place // 8 < harmless + 13 or whole[place // 8] == 0x20 for place in quietly), quietly
+    assert all(
+        harmless <= place // 8 < harmless + 13 or whole[place // 8] == 0x20 for place in quietly
+    ), quietly
 
 
 @pytest.mark.parametrize(("writer", "method"), LAYERED)
@@ -204,8 +274,14 @@ def test_a_truncated_file(writer, method, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_lost_header(method, tmp_path):
-    """What peft can read is then a file of peft's, layers, ranks and scales and all; anything else is refused."""
-    ranks = {"layer": {"r": 2, "rslora": True}, "mid": {}} if method in ("LoRA", "DoRA") else ["layer", "mid"]
+    """What peft can read is then a file of peft's, layers, ranks and scales and all; anything else
+    is refused.
+    """
+    ranks = (
+        {"layer": {"r": 2, "rslora": True}, "mid": {}}
+        if method in ("LoRA", "DoRA")
+        else ["layer", "mid"]
+    )
     a = awake(method, targets=ranks)
     weft.save(a.model, tmp_path)
     rewrite(tmp_path, lambda tensors: None, metadata=False)
@@ -215,7 +291,9 @@ def test_a_lost_header(method, tmp_path):
     model = net(variant=method)
     loaded = weft.load(model, tmp_path)
     assert weft.inspect(tmp_path).writer == "peft"
-    assert all(torch.equal(p, q) for p, q in zip(a.adapter.parameters(), loaded.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(a.adapter.parameters(), loaded.parameters(), strict=True)
+    )
     assert torch.allclose(a.run(), model(a.x), rtol=1e-5, atol=1e-6)
 
 
@@ -230,30 +308,57 @@ def test_a_configuration_that_was_edited_by_hand(method, tmp_path):
     else:
         edit_config(tmp_path, weft={**before["weft"], "modules_to_save": ["mid"]})
         texts = ["weft: {", "'modules_to_save': ['mid']", "'modules_to_save': []"]
-    refused(net(variant=method), tmp_path, "adapter_config.json is not the one that was saved", *texts, x=a.x)
-    (tmp_path / CONFIG).write_text(json.dumps({**before, "revision": "v1", "task_type": "CAUSAL_LM"}))
+    refused(
+        net(variant=method),
+        tmp_path,
+        "adapter_config.json is not the one that was saved",
+        *texts,
+        x=a.x,
+    )
+    (tmp_path / CONFIG).write_text(
+        json.dumps({**before, "revision": "v1", "task_type": "CAUSAL_LM"})
+    )
     weft.load(net(variant=method), tmp_path)  # what a hub fills in
     (tmp_path / CONFIG).write_text("{")
     refused(net(variant=method), tmp_path, "no readable JSON")
     (tmp_path / CONFIG).write_text("[1]")
     refused(net(variant=method), tmp_path, "holds list")
     (tmp_path / CONFIG).unlink()
-    assert "adapter_config.json is missing" in str(weft.load(net(variant=method), tmp_path).load_report)
+    assert "adapter_config.json is missing" in str(
+        weft.load(net(variant=method), tmp_path).load_report
+    )
 
 
-@pytest.mark.parametrize(("changes", "text"), [
-    ({"r": 2}, "shape [3, 7] in the file, [2, 7] expected"), ({"r": "3"}, "r must be a whole number"),
-    ({"lora_alpha": 0}, "alpha must be a number"), ({"lora_alpha": "much"}, "much"), ({"use_dora": True}, "missing"),
-    ({"rank_pattern": {"mid": 4}}, "[4, 11] expected"), ({"alpha_pattern": {"mi(d": 4}}, "unterminated subpattern"),
-    ({"rank_pattern": [3]}, "adapter_config.json"), ({"target_modules": ["layer", "mid", "head"]}, "nothing for 'head'"),
-    ({"target_modules": "mi(d"}, "is no regular expression"), ({"peft_type": None}, "peft_type=None"),
-    ({"peft_type": ["LORA"]}, "peft_type=['LORA']"), ({"modules_to_save": ["head"]}, "no 'head.weight'"),
-    ({"modules_to_save": "head"}, "modules_to_save"), ({"auto_mapping": ["Net"]}, "adapter_config.json"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"r": 2}, "shape [3, 7] in the file, [2, 7] expected"),
+        ({"r": "3"}, "r must be a whole number"),
+        ({"lora_alpha": 0}, "alpha must be a number"),
+        ({"lora_alpha": "much"}, "much"),
+        ({"use_dora": True}, "missing"),
+        ({"rank_pattern": {"mid": 4}}, "[4, 11] expected"),
+        ({"alpha_pattern": {"mi(d": 4}}, "unterminated subpattern"),
+        ({"rank_pattern": [3]}, "adapter_config.json"),
+        ({"target_modules": ["layer", "mid", "head"]}, "nothing for 'head'"),
+        ({"target_modules": "mi(d"}, "is no regular expression"),
+        ({"peft_type": None}, "peft_type=None"),
+        ({"peft_type": ["LORA"]}, "peft_type=['LORA']"),
+        ({"modules_to_save": ["head"]}, "no 'head.weight'"),
+        ({"modules_to_save": "head"}, "modules_to_save"),
+        ({"auto_mapping": ["Net"]}, "adapter_config.json"),
+    ],
+    ids=str,
+)
 def test_a_configuration_of_peft_that_was_edited_by_hand(changes, text, tmp_path):
     directory = peft_file(tmp_path / "a", "LoRA")
     edit_config(directory, **changes)
-    refused(net(), directory, text, error=weft.UnsupportedError if "peft_type" in changes else weft.CheckpointError)
+    refused(
+        net(),
+        directory,
+        text,
+        error=weft.UnsupportedError if "peft_type" in changes else weft.CheckpointError,
+    )
 
 
 def test_a_configuration_of_vera_that_was_edited_by_hand(tmp_path):
@@ -299,7 +404,9 @@ class Bomb:
         return (pytest.fail, ("a pickle was opened",))
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "adapter.pt", "last.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.bin", "pytorch_model.bin", "adapter.pt", "last.ckpt"]
+)
 def test_a_pickle_is_refused_and_never_opened(name, tmp_path):
     a = awake("LoRA")
     weft.save(a.model, tmp_path)
@@ -336,13 +443,20 @@ def test_places_without_a_checkpoint(tmp_path):
 def test_an_unknown_type_of_adapter(kind, tmp_path):
     directory = peft_file(tmp_path / "a", "LoRA")
     edit_config(directory, peft_type=kind)
-    refused(net(), directory, f"peft_type={kind!r}", "['LORA', 'VERA', 'ADALORA', 'PREFIX_TUNING', 'PROMPT_TUNING']",
-            error=weft.UnsupportedError)
+    refused(
+        net(),
+        directory,
+        f"peft_type={kind!r}",
+        "['LORA', 'VERA', 'ADALORA', 'PREFIX_TUNING', 'PROMPT_TUNING']",
+        error=weft.UnsupportedError,
+    )
 
 
 def test_a_type_without_its_tensors(tmp_path):
     directory = peft_file(tmp_path / "a", "LoRA")
-    (directory / CONFIG).write_text(json.dumps({"peft_type": "VERA", "r": 3, "save_projection": False}))
+    (directory / CONFIG).write_text(
+        json.dumps({"peft_type": "VERA", "r": 3, "save_projection": False})
+    )
     refused(net(), directory, "holds no tensor of peft's VERA", "lora_A")
 
 
@@ -384,7 +498,11 @@ def test_a_failure_while_filling_takes_the_adapter_off_again(tmp_path, monkeypat
     monkeypatch.setattr(sys.modules["weft.checkpoint.load"], "_fill", fail)
     with untouched(model, a.x), pytest.raises(MemoryError):
         weft.load(model, tmp_path)
-    for active in ("default", None, ["default", None, "default", None]):  # and the one that was active still is
+    for active in (
+        "default",
+        None,
+        ["default", None, "default", None],
+    ):  # and the one that was active still is
         other = awake("LoRA").model
         weft.use(other, active)
         with untouched(other, a.x), pytest.raises(MemoryError):

@@ -14,14 +14,24 @@ import weft
 from weft.cli import main
 from weft.tasks.models import EMBEDDED
 
-LLAMA_7B = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
-            "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False}
+LLAMA_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
 
 
 def run(capsys, *words):
     status = main(list(words))
     shown = capsys.readouterr()
-    long = [line for line in shown.out.splitlines() if len(line) > 80 and "pytest-" not in line]  # paths may be long
+    long = [
+        line for line in shown.out.splitlines() if len(line) > 80 and "pytest-" not in line
+    ]  # paths may be long
     assert not long
     return status, shown.out, shown.err
 
@@ -30,7 +40,8 @@ def digits_vit(labels=3):
     import transformers
 
     return transformers.AutoModelForImageClassification.from_pretrained(
-        EMBEDDED["digits-vit"], num_labels=labels, ignore_mismatched_sizes=True)
+        EMBEDDED["digits-vit"], num_labels=labels, ignore_mismatched_sizes=True
+    )
 
 
 def awake(adapter):
@@ -53,25 +64,57 @@ def llama(tmp_path):
 
 
 def test_plan_counts_the_paper_rows_of_llama_7b_without_weights(capsys, tmp_path, llama):
-    # DoRA paper, table 1: r=32 on q, k, v, up, down of LLaMA-7B trains 0.84 %; DVoRA, table 4 (r=1024, all): 0.04 %.
-    status, out, _ = run(capsys, "plan", "--model", str(llama), "--method", "dora", "--r", "32", "--targets",
-                         "q_proj,k_proj,v_proj,up_proj,down_proj", "--json", str(tmp_path / "plan.json"))
+    # DoRA paper, table 1: r=32 on q, k, v, up, down of LLaMA-7B trains 0.84 %; DVoRA, table 4
+    # (r=1024, all): 0.04 %.
+    status, out, _ = run(
+        capsys,
+        "plan",
+        "--model",
+        str(llama),
+        "--method",
+        "dora",
+        "--r",
+        "32",
+        "--targets",
+        "q_proj,k_proj,v_proj,up_proj,down_proj",
+        "--json",
+        str(tmp_path / "plan.json"),
+    )
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert status == 0
     assert plan["trainable"] == 56_975_360 and f"{plan['trainable']:,}" in out
     assert plan["memory"]["base"] == 2 * plan["base_parameters"] == 2 * 6_738_415_616
     assert plan["memory"]["optimiser"] == 2 * 4 * plan["trainable"]
-    assert {row["reason"] for row in plan["frozen"]} == {"embedding", "output head", "not named by targets"}
-    run(capsys, "plan", "--model", str(llama), "--method", "dvora", "--r", "1024", "--json", str(tmp_path / "plan.json"))
+    assert {row["reason"] for row in plan["frozen"]} == {
+        "embedding",
+        "output head",
+        "not named by targets",
+    }
+    run(
+        capsys,
+        "plan",
+        "--model",
+        str(llama),
+        "--method",
+        "dvora",
+        "--r",
+        "1024",
+        "--json",
+        str(tmp_path / "plan.json"),
+    )
     assert json.loads((tmp_path / "plan.json").read_text())["trainable"] == 2_949_120
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
 def test_plan_of_7b_stays_below_one_gigabyte(llama):
-    code = ("import sys, resource; from weft.cli import main; "
-            "main(['plan', '--model', sys.argv[1], '--method', 'vera']); "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    done = subprocess.run([sys.executable, "-c", code, str(llama)], capture_output=True, text=True, check=True)
+    code = (
+        "import sys, resource; from weft.cli import main; "
+        "main(['plan', '--model', sys.argv[1], '--method', 'vera']); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(llama)], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout.split()[-1]) < 2**20
     assert resource.RLIM_INFINITY is not None
 
@@ -79,12 +122,34 @@ def test_plan_of_7b_stays_below_one_gigabyte(llama):
 def test_plan_counts_the_activations_that_autograd_really_keeps(capsys, tmp_path):
     import transformers
 
-    config = transformers.LlamaConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-                                      num_key_value_heads=2, vocab_size=50)
+    config = transformers.LlamaConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
-    status, _, _ = run(capsys, "plan", "--model", str(tmp_path), "--method", "lora", "--r", "3", "--dtype", "float32",
-                       "--batch", "2", "--tokens", "7", "--json", str(tmp_path / "plan.json"))
+    status, _, _ = run(
+        capsys,
+        "plan",
+        "--model",
+        str(tmp_path),
+        "--method",
+        "lora",
+        "--r",
+        "3",
+        "--dtype",
+        "float32",
+        "--batch",
+        "2",
+        "--tokens",
+        "7",
+        "--json",
+        str(tmp_path / "plan.json"),
+    )
     planned = json.loads((tmp_path / "plan.json").read_text())["memory"]["activations"]
     model = transformers.LlamaForCausalLM(config).train()
     weft.attach(model, weft.LoRA(r=3))
@@ -100,19 +165,23 @@ def test_plan_counts_the_activations_that_autograd_really_keeps(capsys, tmp_path
         model(input_ids=torch.zeros(2, 7, dtype=torch.int64))
     real = sum(s.nbytes() for s in kept.values())
     assert status == 0
-    # The attention kernel of the CPU keeps a few more vectors than the meta device's decomposition, never fewer matrices.
+    # The attention kernel of the CPU keeps a few more vectors than the meta device's decomposition,
+    # never fewer matrices.
     assert planned == pytest.approx(real, rel=0.15)
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["--model", "digits-vit", "--method", "dorra"], "DoRA"),
-    (["--model", "digits-vit", "--method", "dora", "--r", "0"], "DoRA(r=0)"),
-    (["--model", "digits-vit", "--method", "lora", "--set", "alpa=3"], "alpha"),
-    (["--model", "digits-vit", "--method", "lora", "--targets", "q_porj"], "q_proj"),
-    (["--model", "digits-vitt", "--method", "lora"], "digits-vit"),
-    (["--model", "digits-vit", "--method", "lora", "--batch", "3"], "--tokens"),
-    (["--model", "digits-vit", "--method", "bitfit", "--r", "3"], "'r'"),
-])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model", "digits-vit", "--method", "dorra"], "DoRA"),
+        (["--model", "digits-vit", "--method", "dora", "--r", "0"], "DoRA(r=0)"),
+        (["--model", "digits-vit", "--method", "lora", "--set", "alpa=3"], "alpha"),
+        (["--model", "digits-vit", "--method", "lora", "--targets", "q_porj"], "q_proj"),
+        (["--model", "digits-vitt", "--method", "lora"], "digits-vit"),
+        (["--model", "digits-vit", "--method", "lora", "--batch", "3"], "--tokens"),
+        (["--model", "digits-vit", "--method", "bitfit", "--r", "3"], "'r'"),
+    ],
+)
 def test_plan_refuses_in_one_line_with_the_nearest_name(capsys, words, told):
     status, out, err = run(capsys, "plan", *words)
     assert status in (1, 2) and out == "" and err.count("\n") == 1
@@ -121,7 +190,9 @@ def test_plan_refuses_in_one_line_with_the_nearest_name(capsys, words, told):
 
 def test_inspect_tells_what_was_saved_and_refuses_a_changed_file(capsys, tmp_path):
     model = digits_vit()
-    adapter = weft.attach(model, weft.DVoRA(r=7, targets="attention", modules_to_save=["classifier"]))
+    adapter = weft.attach(
+        model, weft.DVoRA(r=7, targets="attention", modules_to_save=["classifier"])
+    )
     awake(adapter)
     adapter.save(tmp_path / "a")
     status, out, _ = run(capsys, "inspect", str(tmp_path / "a"), "--json", str(tmp_path / "i.json"))
@@ -137,13 +208,21 @@ def test_inspect_tells_what_was_saved_and_refuses_a_changed_file(capsys, tmp_pat
     assert status == 1 and "its bits have changed" in err
 
 
-@pytest.mark.parametrize("config", [weft.DoRA(r=3, alpha=5, targets="mlp", modules_to_save=["classifier"]),
-                                    weft.VeRA(r=6, modules_to_save=["classifier"]), weft.Full()],
-                         ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "config",
+    [
+        weft.DoRA(r=3, alpha=5, targets="mlp", modules_to_save=["classifier"]),
+        weft.VeRA(r=6, modules_to_save=["classifier"]),
+        weft.Full(),
+    ],
+    ids=lambda c: type(c).__name__,
+)
 def test_merge_writes_a_plain_model_with_the_same_outputs(capsys, tmp_path, pixels, config):
     import transformers
 
-    model = digits_vit()  # three classes, where the base has twenty: the head comes with the adapter
+    model = (
+        digits_vit()
+    )  # three classes, where the base has twenty: the head comes with the adapter
     adapter = weft.attach(model, config)
     awake(adapter)
     adapter.save(tmp_path / "a")
@@ -152,10 +231,20 @@ def test_merge_writes_a_plain_model_with_the_same_outputs(capsys, tmp_path, pixe
         with weft.use(model, None):
             base = model(pixel_values=pixels).logits
     assert (wanted - base).abs().max() > 1e-2
-    status, out, _ = run(capsys, "merge", "--model", "digits-vit", "--adapter", str(tmp_path / "a"), "--out",
-                         str(tmp_path / "merged"))
+    status, out, _ = run(
+        capsys,
+        "merge",
+        "--model",
+        "digits-vit",
+        "--adapter",
+        str(tmp_path / "a"),
+        "--out",
+        str(tmp_path / "merged"),
+    )
     assert status == 0 and "outputs differ by" in out
-    merged = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    merged = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "merged"
+    ).eval()
     assert not any("weft" in key for key in merged.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(merged(pixel_values=pixels).logits, wanted, rtol=1e-5, atol=1e-5)
@@ -164,13 +253,18 @@ def test_merge_writes_a_plain_model_with_the_same_outputs(capsys, tmp_path, pixe
 
 def test_merge_refuses_before_it_writes(capsys, tmp_path):
     model = digits_vit()
-    weft.attach(model, weft.LoRA(r=2)).save(tmp_path / "headless")  # a three-class model, and the head is not in the file
+    weft.attach(model, weft.LoRA(r=2)).save(
+        tmp_path / "headless"
+    )  # a three-class model, and the head is not in the file
     full = tmp_path / "full"
     full.mkdir()
     (full / "x").touch()
     new = str(tmp_path / "m")
-    for words, told in ((["--out", str(full)], "not empty"), (["--out", new, "--adapter", "none"], "does not exist"),
-                        (["--out", new, "--no-verify", "--tolerance", "1"], "--no-verify")):
+    for words, told in (
+        (["--out", str(full)], "not empty"),
+        (["--out", new, "--adapter", "none"], "does not exist"),
+        (["--out", new, "--no-verify", "--tolerance", "1"], "--no-verify"),
+    ):
         given = words if "--adapter" in words else [*words, "--adapter", str(tmp_path / "headless")]
         status, _, err = run(capsys, "merge", "--model", "digits-vit", *given)
         assert status in (1, 2) and told in err
@@ -180,13 +274,27 @@ def test_merge_refuses_before_it_writes(capsys, tmp_path):
 def test_merge_refuses_weights_that_would_be_random(capsys, tmp_path):
     import transformers
 
-    config = transformers.BertConfig(hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
-                                     vocab_size=30, max_position_embeddings=16)
+    config = transformers.BertConfig(
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=30,
+        max_position_embeddings=16,
+    )
     transformers.BertModel(config).save_pretrained(tmp_path / "bare")  # no classifier in it
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
     weft.attach(model, weft.LoRA(r=2)).save(tmp_path / "a")
-    status, _, err = run(capsys, "merge", "--model", str(tmp_path / "bare"), "--adapter", str(tmp_path / "a"), "--out",
-                         str(tmp_path / "m"))
+    status, _, err = run(
+        capsys,
+        "merge",
+        "--model",
+        str(tmp_path / "bare"),
+        "--adapter",
+        str(tmp_path / "a"),
+        "--out",
+        str(tmp_path / "m"),
+    )
     assert status == 1 and "classifier" in err and "random" in err and not (tmp_path / "m").exists()
 
 
@@ -194,17 +302,28 @@ def test_doctor_tries_every_method(capsys, tmp_path):
     status, out, _ = run(capsys, "doctor", "--json", str(tmp_path / "d.json"))
     found = json.loads((tmp_path / "d.json").read_text())
     assert status == 0 and torch.__version__.split("+")[0] in out
-    assert set(found["self-test"]) == set(weft.methods.METHODS) and set(found["self-test"].values()) == {"ok"}
+    assert set(found["self-test"]) == set(weft.methods.METHODS) and set(
+        found["self-test"].values()
+    ) == {"ok"}
 
 
 def test_doctor_says_so_where_a_method_does_not_work(capsys, monkeypatch):
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.full((len(x), self.out_features), float("nan"),
-                                                                         requires_grad=True))
+    monkeypatch.setattr(
+        nn.Linear,
+        "forward",
+        lambda self, x: torch.full((len(x), self.out_features), float("nan"), requires_grad=True),
+    )
     status, out, _ = run(capsys, "doctor")
     assert status == 1 and "failed" in out
 
 
 def test_a_closed_pipe_is_no_error(tmp_path):
-    done = subprocess.run(f"{sys.executable} -m weft plan --model digits-vit --method lora | head -1", shell=True,
-                          capture_output=True, text=True, cwd=Path(tmp_path), check=False)
+    done = subprocess.run(
+        f"{sys.executable} -m weft plan --model digits-vit --method lora | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(tmp_path),
+        check=False,
+    )
     assert done.returncode == 0 and done.stderr == ""

@@ -18,8 +18,16 @@ from weft.cli import main
 from weft.compare.place import Place
 
 # Two methods and three seeds: twelve training runs of eight steps.
-TINY = ("--methods", "lora:r=3:alpha=5,bitfit", "--budget", "steps=96,batch=12,validation=60,test=150",
-        "--lr", "lora=1e-2", "--lr", "bitfit=3e-3,1e-2")
+TINY = (
+    "--methods",
+    "lora:r=3:alpha=5,bitfit",
+    "--budget",
+    "steps=96,batch=12,validation=60,test=150",
+    "--lr",
+    "lora=1e-2",
+    "--lr",
+    "bitfit=3e-3,1e-2",
+)
 RUNS = 12
 
 
@@ -39,8 +47,11 @@ class Finished:
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
         """What every finished run left in the study, by key."""
-        return {trial.user_attrs["key"]: trial.user_attrs["result"] for trial in trials_of(Place(self.out))
-                if trial.state.name == "COMPLETE"}
+        return {
+            trial.user_attrs["key"]: trial.user_attrs["result"]
+            for trial in trials_of(Place(self.out))
+            if trial.state.name == "COMPLETE"
+        }
 
 
 def trials_of(place: Place) -> list[Any]:
@@ -95,7 +106,9 @@ def until(condition: Callable[[], bool], *processes: subprocess.Popen[str]) -> N
     """Wait, as long as the processes live."""
     deadline = time.monotonic() + 120
     while not condition():
-        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        assert all(process.poll() is None for process in processes), [
+            process.communicate() for process in processes
+        ]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

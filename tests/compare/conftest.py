@@ -1,4 +1,6 @@
-"""One finished comparison on the embedded default, and a PostgreSQL server, shared by the tests that need them."""
+"""One finished comparison on the embedded default, and a PostgreSQL server, shared by the tests
+that need them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL server that was started for the tests."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed, so nothing was tested with PostgreSQL")
+    pytest.importorskip(
+        "psycopg", reason="psycopg is not installed, so nothing was tested with PostgreSQL"
+    )
     where = programs()
     if where is None:
         pytest.skip("PostgreSQL (initdb, pg_ctl) is not installed, so nothing was tested with it")

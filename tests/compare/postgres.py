@@ -1,4 +1,6 @@
-"""A PostgreSQL server for the tests: in a directory of its own, reached through a socket there and nothing else."""
+"""A PostgreSQL server for the tests: in a directory of its own, reached through a socket there and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-OPTIONS = ("-c listen_addresses='' -c fsync=off -c synchronous_commit=off -c full_page_writes=off "
-           "-c unix_socket_directories={folder}")
+OPTIONS = (
+    "-c listen_addresses='' -c fsync=off -c synchronous_commit=off -c full_page_writes=off "
+    "-c unix_socket_directories={folder}"
+)
 
 
 def programs() -> Path | None:
@@ -21,7 +25,14 @@ def programs() -> Path | None:
     on_path = shutil.which("initdb")
     found = [Path(on_path).resolve().parent] if on_path else []
     found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return next((folder for folder in found if (folder / "pg_ctl").is_file() and (folder / "initdb").is_file()), None)
+    return next(
+        (
+            folder
+            for folder in found
+            if (folder / "pg_ctl").is_file() and (folder / "initdb").is_file()
+        ),
+        None,
+    )
 
 
 @contextmanager
@@ -31,15 +42,46 @@ def server(where: Path) -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="weft-pg-"))  # short, as a socket's path must be
     if user is not None:
         os.chown(folder, user.pw_uid, user.pw_gid)
-    as_user: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user is not None else {}
+    as_user: dict[str, Any] = (
+        {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user is not None else {}
+    )
 
     def run(*words: str) -> None:
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, **as_user)
+        subprocess.run(
+            words,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            **as_user,
+        )
 
     data = str(folder / "data")
     try:
-        run(str(where / "initdb"), "-D", data, "-U", "weft", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
-        run(str(where / "pg_ctl"), "-D", data, "-w", "-l", str(folder / "log"), "-o", OPTIONS.format(folder=folder), "start")
+        run(
+            str(where / "initdb"),
+            "-D",
+            data,
+            "-U",
+            "weft",
+            "-A",
+            "trust",
+            "--no-sync",
+            "-E",
+            "UTF8",
+            "--locale=C",
+        )
+        run(
+            str(where / "pg_ctl"),
+            "-D",
+            data,
+            "-w",
+            "-l",
+            str(folder / "log"),
+            "-o",
+            OPTIONS.format(folder=folder),
+            "start",
+        )
         try:
             yield f"postgresql+psycopg://weft@/postgres?host={folder}"
         finally:

@@ -25,22 +25,36 @@ SPLITS = "batch=12,train=60,validation=30,test=60"
 def test_budgets_as_they_are_written() -> None:
     assert parse_budget("steps") == parse_budget("steps=150") == Budget()
     assert parse_budget("parameters").equal == Equal("parameters")
-    assert parse_budget("parameters=5000,steps=9") == Budget(equal=Equal("parameters", 5000), steps=9)
+    assert parse_budget("parameters=5000,steps=9") == Budget(
+        equal=Equal("parameters", 5000), steps=9
+    )
     assert parse_budget("seconds=2.5,batch=4") == Budget(equal=Equal("seconds", 2.5), batch=4)
-    assert [str(parse_budget(text).equal) for text in ("steps=9", "parameters", "parameters=50000000", "seconds=2.5")] == [
-        "steps", "parameters", "parameters=50000000", "seconds=2.5"]
+    assert [
+        str(parse_budget(text).equal)
+        for text in ("steps=9", "parameters", "parameters=50000000", "seconds=2.5")
+    ] == ["steps", "parameters", "parameters=50000000", "seconds=2.5"]
 
 
 @settings(deadline=None, max_examples=200)
 @example(10, 9, 0, 1, 40)  # 9 is nearer than 18
-@given(st.integers(0, 400), st.integers(1, 9), st.integers(0, 50), st.integers(1, 5), st.integers(0, 40))
-def test_no_rank_within_bounds_comes_nearer(target: int, each: int, fixed: int, low: int, more: int) -> None:
+@given(
+    st.integers(0, 400),
+    st.integers(1, 9),
+    st.integers(0, 50),
+    st.integers(1, 5),
+    st.integers(0, 40),
+)
+def test_no_rank_within_bounds_comes_nearer(
+    target: int, each: int, fixed: int, low: int, more: int
+) -> None:
     def count(rank: int) -> int:
         return fixed + each * rank
 
     best = nearest_rank(count, target, low, low + more)
     assert low <= best <= low + more
-    assert abs(count(best) - target) == min(abs(count(rank) - target) for rank in range(low, low + more + 1))
+    assert abs(count(best) - target) == min(
+        abs(count(rank) - target) for rank in range(low, low + more + 1)
+    )
 
 
 def test_bounds_that_a_method_sets_on_its_rank_are_kept() -> None:
@@ -48,9 +62,13 @@ def test_bounds_that_a_method_sets_on_its_rank_are_kept() -> None:
     assert [lowest_rank(config) for config in configs] == [1, 4, 3]
 
 
-@pytest.mark.parametrize(("equal", "methods"), [
-    (Equal("parameters", 500), "lora:r=4,vera"), (Equal("parameters"), "vera,lora:r=4")])
-def test_a_rank_that_was_asked_for_is_refused_where_the_budget_chooses_it(equal: Equal, methods: str) -> None:
+@pytest.mark.parametrize(
+    ("equal", "methods"),
+    [(Equal("parameters", 500), "lora:r=4,vera"), (Equal("parameters"), "vera,lora:r=4")],
+)
+def test_a_rank_that_was_asked_for_is_refused_where_the_budget_chooses_it(
+    equal: Equal, methods: str
+) -> None:
     with pytest.raises(weft.ConfigError, match="'LoRA r=4': leave r=4 out"):
         check(equal, parse_methods(methods))
     check(Equal("parameters"), parse_methods("lora:r=4,vera"))
@@ -65,18 +83,32 @@ def test_two_rows_that_would_be_alike_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def bench():
-    return open_bench(Opening(task="digits", model="digits-vit", most={"train": 20, "validation": 20, "test": 20},
-                              device="cpu"))
+    return open_bench(
+        Opening(
+            task="digits",
+            model="digits-vit",
+            most={"train": 20, "validation": 20, "test": 20},
+            device="cpu",
+        )
+    )
 
 
 def with_head(text: str) -> dict[str, dict[str, object]]:
-    return {entry.label: to_json(entry.with_head(("classifier",), 0)) for entry in parse_methods(text)}
+    return {
+        entry.label: to_json(entry.with_head(("classifier",), 0)) for entry in parse_methods(text)
+    }
 
 
 def test_ranks_are_nearest_on_the_model_itself(bench) -> None:
     named = ("VeRA", "DoRA", "LoRAFA", "AdaLoRA", "DyLoRA", "Bottleneck")
-    found = bench.ranks(with_head("lora:r=2,vera,dora,lorafa,adalora,dylora,bottleneck,bitfit"), None, 48)
-    assert found["target"] == found["rows"]["LoRA r=2"]["trainable"] == 2 * 4 * (4 * (48 + 48) + 2 * (48 + 112))
+    found = bench.ranks(
+        with_head("lora:r=2,vera,dora,lorafa,adalora,dylora,bottleneck,bitfit"), None, 48
+    )
+    assert (
+        found["target"]
+        == found["rows"]["LoRA r=2"]["trainable"]
+        == 2 * 4 * (4 * (48 + 48) + 2 * (48 + 112))
+    )
     for name, config in with_head(",".join(named)).items():
         row = found["rows"][name]
         assert row["trainable"] == bench._count({**config, "r": row["r"]})
@@ -84,10 +116,18 @@ def test_ranks_are_nearest_on_the_model_itself(bench) -> None:
         for beside in {max(1, row["r"] - 1), min(48, row["r"] + 1)}:
             assert distance <= abs(bench._count({**config, "r": beside}) - found["target"]), name
     assert found["rows"]["BitFit"]["r"] is None
-    entries, notes = with_ranks(parse_methods("lora:r=2,vera,bitfit"), found["rows"], found["target"])
-    assert [entry.label for entry in entries] == ["LoRA r=2", f"VeRA r={entries[1].config.r}", "BitFit"]
+    entries, notes = with_ranks(
+        parse_methods("lora:r=2,vera,bitfit"), found["rows"], found["target"]
+    )
+    assert [entry.label for entry in entries] == [
+        "LoRA r=2",
+        f"VeRA r={entries[1].config.r}",
+        "BitFit",
+    ]
     assert any("Without a rank" in note and "BitFit" in note for note in notes)
-    assert any("No rank comes nearer" in note and "VeRA" in note for note in notes)  # 48 are all that make sense here
+    assert any(
+        "No rank comes nearer" in note and "VeRA" in note for note in notes
+    )  # 48 are all that make sense here
 
 
 def test_a_first_method_that_trains_nothing_sets_no_budget() -> None:
@@ -107,23 +147,48 @@ def sweep(entries) -> Sweep:
 
 
 def test_time_becomes_steps_and_too_little_time_a_failed_row() -> None:
-    costs = {"LoRA": {"step_seconds": 0.25}, "VeRA": {"step_seconds": 2.0},
-             "DoRA": {"status": "failed", "reason": "no"}, "BitFit": {"step_seconds": 0.1}}
+    costs = {
+        "LoRA": {"step_seconds": 0.25},
+        "VeRA": {"step_seconds": 2.0},
+        "DoRA": {"status": "failed", "reason": "no"},
+        "BitFit": {"step_seconds": 0.1},
+    }
     entries = with_steps(parse_methods("lora,vera,dora,bitfit"), 5.0, costs)
     assert [entry.steps for entry in entries] == [20, None, None, 50]
     assert "5 s are too few for 3 steps of 2 s" in (entries[1].refused or "")
     assert "could not be measured: no" in (entries[2].refused or "")
     plan = sweep(entries)
-    assert {(spec.label, spec.steps) for spec in missing(plan, {})} == {("LoRA", 20), ("BitFit", 50)}
+    assert {(spec.label, spec.steps) for spec in missing(plan, {})} == {
+        ("LoRA", 20),
+        ("BitFit", 50),
+    }
     assert progress(plan, {})[1] == 2 * (3 * 2 + 3)
     assert tune(plan, entries[1], {}).failed == entries[1].refused
     row = row_of(plan, entries[1], {}, None, "")
-    assert (row.status, row.reason, row.steps, row.scores) == ("failed", entries[1].refused, None, [None] * 3)
+    assert (row.status, row.reason, row.steps, row.scores) == (
+        "failed",
+        entries[1].refused,
+        None,
+        [None] * 3,
+    )
 
 
 def test_a_comparison_at_equal_parameters(tmp_path: Path) -> None:
-    done = compare(tmp_path / "out", "--methods", "lora:r=1,dora", "--lr", "lora=1e-2", "--lr", "dora=1e-2",
-                   "--seeds", "1", "--budget", f"parameters,steps=5,{SPLITS}", "--workers", "1")
+    done = compare(
+        tmp_path / "out",
+        "--methods",
+        "lora:r=1,dora",
+        "--lr",
+        "lora=1e-2",
+        "--lr",
+        "dora=1e-2",
+        "--seeds",
+        "1",
+        "--budget",
+        f"parameters,steps=5,{SPLITS}",
+        "--workers",
+        "1",
+    )
     assert done.status == 0, done.errors
     lora, dora = done.json["rows"]
     assert done.json["settings"]["budget"] == "parameters"
@@ -138,8 +203,18 @@ def test_a_comparison_at_equal_parameters(tmp_path: Path) -> None:
 
 
 def test_a_comparison_at_equal_seconds_resumes_with_the_same_steps(tmp_path: Path) -> None:
-    words = ("--methods", "bitfit", "--lr", "bitfit=1e-2", "--seeds", "1", "--workers", "1",
-             "--budget", f"seconds=0.2,{SPLITS}")
+    words = (
+        "--methods",
+        "bitfit",
+        "--lr",
+        "bitfit=1e-2",
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+        "--budget",
+        f"seconds=0.2,{SPLITS}",
+    )
     done = compare(tmp_path / "out", *words)
     assert done.status == 0, done.errors
     assert done.json["settings"]["budget"] == "seconds"

@@ -12,7 +12,9 @@ import weft
 from weft.compare.entries import DEFAULT, LRS, fit, grown, parse_methods, rate, split, with_lrs
 from weft.compare.request import Budget, parse_budget
 
-RATES = st.sampled_from([float(f"{half}e{exponent}") for exponent in range(-6, 2) for half in (1, 3)])
+RATES = st.sampled_from(
+    [float(f"{half}e{exponent}") for exponent in range(-6, 2) for half in (1, 3)]
+)
 
 
 def test_every_method_of_the_library_can_be_compared_and_has_rates() -> None:
@@ -33,10 +35,19 @@ def test_a_list_of_targets_stays_whole() -> None:
     assert mlp.config == weft.DoRA(targets="mlp")
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("lroa", "'LoRA'"), ("lora,", "between two commas"), ("lora,lora", "there twice"), ("lora:r", "name=value"),
-    ("lora:rank=4", "no field 'rank'"), ("lora:r=0", "1 or more"), ("lora:seed=3", "set by weft compare itself"),
-    ("lora:r=x", "whole number")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lroa", "'LoRA'"),
+        ("lora,", "between two commas"),
+        ("lora,lora", "there twice"),
+        ("lora:r", "name=value"),
+        ("lora:rank=4", "no field 'rank'"),
+        ("lora:r=0", "1 or more"),
+        ("lora:seed=3", "set by weft compare itself"),
+        ("lora:r=x", "whole number"),
+    ],
+)
 def test_what_cannot_be_meant_is_refused_with_the_reason(text: str, message: str) -> None:
     with pytest.raises(weft.ConfigError, match=message):
         parse_methods(text)
@@ -51,10 +62,15 @@ def test_the_head_and_the_run_s_seed_are_in_the_configuration_of_a_run() -> None
 def test_given_rates_replace_the_grid_and_do_not_grow() -> None:
     entries = with_lrs(parse_methods("lora,lora:r=4,vera"), ["lora=3e-3,1e-3", "LoRA r=4=1"])
     assert [(entry.lrs, entry.grows) for entry in entries] == [
-        ((1e-3, 3e-3), False), ((1.0,), False), (LRS["VeRA"], True)]
+        ((1e-3, 3e-3), False),
+        ((1.0,), False),
+        (LRS["VeRA"], True),
+    ]
 
 
-@pytest.mark.parametrize("text", ["lora", "vera=1", "lora=", "lora=0", "lora=-1", "lora=x", "lora=inf", "lora=1,,2"])
+@pytest.mark.parametrize(
+    "text", ["lora", "vera=1", "lora=", "lora=0", "lora=-1", "lora=x", "lora=inf", "lora=1,,2"]
+)
 def test_rates_that_cannot_be_meant_are_refused(text: str) -> None:
     with pytest.raises(weft.ConfigError, match="--lr"):
         with_lrs(parse_methods("lora"), [text])
@@ -69,7 +85,9 @@ def test_vera_s_default_rank_is_no_wider_than_the_narrowest_layer() -> None:
 
 
 @given(st.lists(RATES, min_size=1, max_size=5, unique=True))
-def test_a_grid_grows_by_one_neighbour_beyond_the_edge_where_the_best_lies(lrs: list[float]) -> None:
+def test_a_grid_grows_by_one_neighbour_beyond_the_edge_where_the_best_lies(
+    lrs: list[float],
+) -> None:
     low, high = min(lrs), max(lrs)
     below, above = grown(lrs, low), grown(lrs, high)
     assert below is not None
@@ -97,13 +115,26 @@ def test_a_budget_has_defaults_for_what_is_not_said() -> None:
     assert parse_budget("train=5").most == {"train": 5, "validation": 1000, "test": 2000}
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("step=7", "'steps'"), ("steps=2", "3 or more"), ("steps=1e3", "whole number"), ("batch=0", "1 or more"),
-    ("steps=", "whole number"),
-    ("parameters=0", "1 or more"), ("parameters=5k", "whole number"), ("seconds", "above 0"),
-    ("seconds=0", "above 0"), ("seconds=inf", "above 0"), ("seconds=5,steps=9", "steps, parameters or seconds"),
-    ("seconds=5,parameters", "steps, parameters or seconds"), ("second=5", "'seconds'"),
-    ("steps=5,steps=6", "there twice"), ("", "not known")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step=7", "'steps'"),
+        ("steps=2", "3 or more"),
+        ("steps=1e3", "whole number"),
+        ("batch=0", "1 or more"),
+        ("steps=", "whole number"),
+        ("parameters=0", "1 or more"),
+        ("parameters=5k", "whole number"),
+        ("seconds", "above 0"),
+        ("seconds=0", "above 0"),
+        ("seconds=inf", "above 0"),
+        ("seconds=5,steps=9", "steps, parameters or seconds"),
+        ("seconds=5,parameters", "steps, parameters or seconds"),
+        ("second=5", "'seconds'"),
+        ("steps=5,steps=6", "there twice"),
+        ("", "not known"),
+    ],
+)
 def test_a_budget_that_cannot_be_meant_is_refused(text: str, message: str) -> None:
     with pytest.raises(weft.ConfigError, match=message):
         parse_budget(text)

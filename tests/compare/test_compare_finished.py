@@ -1,4 +1,6 @@
-"""What a finished comparison leaves: the table, JSON, CSV, pictures, adapters; and that --resume repeats nothing."""
+"""What a finished comparison leaves: the table, JSON, CSV, pictures, adapters; and that --resume
+repeats nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,30 @@ from weft.tasks import find_task
 from weft.tasks.models import find_model, prepare
 from weft.training.loop import evaluate
 
-CONTRACT = {"method", "config", "trainable", "bytes", "score_mean", "score_interval", "scores", "step_ratio",
-            "peak_bytes", "status"}
+CONTRACT = {
+    "method",
+    "config",
+    "trainable",
+    "bytes",
+    "score_mean",
+    "score_interval",
+    "scores",
+    "step_ratio",
+    "peak_bytes",
+    "status",
+}
 HEAD = 48 * 5 + 5  # the embedded transformer is 48 wide and the task has five classes
-BIASES = 4 * (4 * 48 + 112 + 48 + 2 * 48) + 48 + 48  # of four layers, the patch embedding and the last norm
+BIASES = (
+    4 * (4 * 48 + 112 + 48 + 2 * 48) + 48 + 48
+)  # of four layers, the patch embedding and the last norm
 
 
 def test_a_finished_comparison_exits_with_zero(finished: Finished) -> None:
     assert finished.status == 0, finished.errors
     assert len(finished.runs) == RUNS
-    assert finished.errors.splitlines()[-1].strip().startswith(f"{RUNS + 2}/{RUNS + 2} ")  # two were measured as well
+    assert (
+        finished.errors.splitlines()[-1].strip().startswith(f"{RUNS + 2}/{RUNS + 2} ")
+    )  # two were measured as well
 
 
 def test_nothing_that_is_printed_is_wider_than_80_columns(finished: Finished) -> None:
@@ -42,7 +58,9 @@ def test_nothing_that_is_printed_is_wider_than_80_columns(finished: Finished) ->
 
 def test_the_table_says_what_the_json_holds(finished: Finished) -> None:
     for row in finished.json["rows"]:
-        line = next(text for text in finished.printed.splitlines() if text.startswith(row["method"]))
+        line = next(
+            text for text in finished.printed.splitlines() if text.startswith(row["method"])
+        )
         assert f" {row['trainable']:,} " in line
         assert f" {100 * row['score_mean']:.1f} ±" in line
         assert f" {row['step_ratio']:.2f} " in line
@@ -70,7 +88,12 @@ def test_the_head_is_counted_apart_from_the_method(finished: Finished) -> None:
     lora, bitfit = finished.json["rows"]
     assert lora["trainable"] == 3 * 4 * (4 * (48 + 48) + 2 * (48 + 112))
     assert bitfit["trainable"] == BIASES
-    assert lora["head_trainable"] == bitfit["head_trainable"] == finished.json["head_trainable"] == HEAD
+    assert (
+        lora["head_trainable"]
+        == bitfit["head_trainable"]
+        == finished.json["head_trainable"]
+        == HEAD
+    )
     assert f"which adds {HEAD} to every row" in finished.printed
 
 
@@ -87,7 +110,8 @@ def test_the_test_split_is_scored_by_final_runs_alone(finished: Finished) -> Non
     assert tuning
     assert not any("test" in run for run in tuning)
     assert sorted((run["spec"]["label"], run["spec"]["seed"]) for run in final) == [
-        (label, seed) for label in ("BitFit", "LoRA r=3 alpha=5") for seed in range(3)]
+        (label, seed) for label in ("BitFit", "LoRA r=3 alpha=5") for seed in range(3)
+    ]
     assert not {run["spec"]["seed"] for run in tuning} & {0, 1, 2}
 
 
@@ -120,7 +144,8 @@ def test_the_saved_adapter_gives_the_score_of_the_first_seed(finished: Finished)
     row = finished.json["rows"][0]
     prepared = prepare(find_task("digits").load(), find_model("digits-vit"), {"test": 150})
     torch.manual_seed(5)
-    prepared.model.classifier.reset_parameters()  # what the file holds must not depend on what was there
+    # what the file holds must not depend on what was there
+    prepared.model.classifier.reset_parameters()
     weft.load(prepared.model, row["adapter"])
     assert evaluate(prepared.model, prepared.splits["test"]).score == row["scores"][0]
 
@@ -139,7 +164,9 @@ def test_resume_with_another_budget_is_refused(finished: Finished) -> None:
     assert "steps 96, and this one has 97" in again.errors
 
 
-def test_resume_trains_nothing_again_and_two_seeds_give_no_ranking(finished: Finished, tmp_path: Path) -> None:
+def test_resume_trains_nothing_again_and_two_seeds_give_no_ranking(
+    finished: Finished, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished.out, copy)
     (copy / "report.html").unlink()
@@ -147,11 +174,16 @@ def test_resume_trains_nothing_again_and_two_seeds_give_no_ranking(finished: Fin
     assert again.status == 0, again.errors
     assert again.runs == finished.runs
     assert "No ranking: with 2 seeds" in (copy / "report.html").read_text(encoding="utf-8")
-    assert "report.html" in " ".join(again.printed.split()).rpartition(" In ")[2]  # a long path stands on a line of its own
+    assert (
+        "report.html" in " ".join(again.printed.split()).rpartition(" In ")[2]
+    )  # a long path stands on a line of its own
     assert again.json["recommendation"] is None
     assert "2 seeds" in again.json["no_recommendation"]
     assert "No ranking: with 2 seeds" in again.printed
     assert "Recommended" not in again.printed
     for now, before in zip(again.json["rows"], finished.json["rows"], strict=True):
         assert now["scores"] == before["scores"][:2]
-        assert (now["step_ratio"], now["peak_bytes"]) == (before["step_ratio"], before["peak_bytes"])
+        assert (now["step_ratio"], now["peak_bytes"]) == (
+            before["step_ratio"],
+            before["peak_bytes"],
+        )

@@ -1,4 +1,5 @@
-"""A comparison that is killed, resumed, stopped with Ctrl-C and resumed again ends with the very same scores.
+"""A comparison that is killed, resumed, stopped with Ctrl-C and resumed again ends with the very
+same scores.
 
 In its last part a worker is killed, too.
 """
@@ -24,7 +25,9 @@ from safetensors.torch import load_file
 
 from weft.compare.place import Place
 
-pytestmark = pytest.mark.timeout(300)  # some 25 seconds on two free cores; four processes load their libraries
+pytestmark = pytest.mark.timeout(
+    300
+)  # some 25 seconds on two free cores; four processes load their libraries
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,13 @@ class Story:
 
 
 def _start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "weft", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-m", "weft", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
 
 
 def _count(out: Path) -> int:
@@ -97,19 +105,34 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(story: Story) -> None:
     said = re.search(r"Interrupted\. (\d+) finished runs are kept in", story.said)
     assert said is not None
     assert story.kept + 2 <= int(said[1]) < len(story.last.runs)
-    assert shlex.split(story.said.splitlines()[-1]) == ["weft", "compare", "--out", str(story.out), *TINY, "--resume"]
+    assert shlex.split(story.said.splitlines()[-1]) == [
+        "weft",
+        "compare",
+        "--out",
+        str(story.out),
+        *TINY,
+        "--resume",
+    ]
     assert "Traceback" not in story.said
 
 
 def test_a_worker_that_is_killed_leaves_no_gap(story: Story) -> None:
     assert story.last.status == 0, story.last.errors
-    assert len(list((story.out / "logs").iterdir())) == 3  # two workers, and the one in place of the one killed
+    assert (
+        len(list((story.out / "logs").iterdir())) == 3
+    )  # two workers, and the one in place of the one killed
 
 
-def test_a_resumed_comparison_has_bitwise_the_scores_of_an_uninterrupted_one(story: Story, finished: Finished) -> None:
+def test_a_resumed_comparison_has_bitwise_the_scores_of_an_uninterrupted_one(
+    story: Story, finished: Finished
+) -> None:
     resumed = story.last
-    scores = {row["method"]: (row["scores"], row["lr"], row["bytes"]) for row in resumed.json["rows"]}
-    assert scores == {row["method"]: (row["scores"], row["lr"], row["bytes"]) for row in finished.json["rows"]}
+    scores = {
+        row["method"]: (row["scores"], row["lr"], row["bytes"]) for row in resumed.json["rows"]
+    }
+    assert scores == {
+        row["method"]: (row["scores"], row["lr"], row["bytes"]) for row in finished.json["rows"]
+    }
     assert set(resumed.runs) == set(finished.runs)
     for row, other in zip(resumed.json["rows"], finished.json["rows"], strict=True):
         ours = load_file(Path(row["adapter"]) / "adapter_model.safetensors")

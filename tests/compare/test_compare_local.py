@@ -12,25 +12,54 @@ import torch
 from comparing import compare, weft_command
 from PIL import Image
 
-WORDS = {"good": ["fine", "lovely", "bright"], "bad": ["dull", "grim", "broken"], "odd": ["queer", "strange", "weird"]}
+WORDS = {
+    "good": ["fine", "lovely", "bright"],
+    "bad": ["dull", "grim", "broken"],
+    "odd": ["queer", "strange", "weird"],
+}
 FILL = ["the", "film", "was", "and", "so", "very", "plot"]
 
 
 def _bert(folder: Path) -> Path:
-    """A BERT of one thin layer as masked-language training leaves it, and a tokenizer that knows the words above."""
+    """A BERT of one thin layer as masked-language training leaves it, and a tokenizer that knows
+    the words above.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILL, *(word for words in WORDS.values() for word in words)]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    names = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *FILL,
+        *(word for words in WORDS.values() for word in words),
+    ]
+    tokenizer = Tokenizer(
+        models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                            sep_token="[SEP]").save_pretrained(folder)
-    BertForMaskedLM(BertConfig(
-        vocab_size=len(names), hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20,
-        max_position_embeddings=16, initializer_range=0.2)).save_pretrained(folder)
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    ).save_pretrained(folder)
+    BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(names),
+            hidden_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=20,
+            max_position_embeddings=16,
+            initializer_range=0.2,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
@@ -40,7 +69,9 @@ def _table(path: Path, each: int, seed: int) -> Path:
         writer = csv.writer(file)
         writer.writerow(["label", "text"])
         for label, words in WORDS.items():
-            writer.writerows([label, ", ".join([*draw.sample(FILL, 3), draw.choice(words)])] for _ in range(each))
+            writer.writerows(
+                [label, ", ".join([*draw.sample(FILL, 3), draw.choice(words)])] for _ in range(each)
+            )
     return path
 
 
@@ -48,13 +79,36 @@ def test_text_classification_from_a_csv_file_and_a_local_bert(tmp_path: Path) ->
     torch.manual_seed(0)
     model = _bert(tmp_path / "bert")
     train, test = _table(tmp_path / "train.csv", 16, 1), _table(tmp_path / "test.csv", 5, 2)
-    done = compare(tmp_path / "out", "--model", str(model), "--task", f"csv:{train}", "--test", str(test),
-                   "--methods", "dora:r=2,full", "--lr", "dora=1e-2", "--lr", "full=1e-2", "--seeds", "1",
-                   "--workers", "1", "--budget", "steps=60,batch=50", "--head-lr", "2e-2")
+    done = compare(
+        tmp_path / "out",
+        "--model",
+        str(model),
+        "--task",
+        f"csv:{train}",
+        "--test",
+        str(test),
+        "--methods",
+        "dora:r=2,full",
+        "--lr",
+        "dora=1e-2",
+        "--lr",
+        "full=1e-2",
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+        "--budget",
+        "steps=60,batch=50",
+        "--head-lr",
+        "2e-2",
+    )
     assert done.status == 0, done.errors
     assert done.json["classes"] == ["bad", "good", "odd"]
     assert done.json["examples"] == {"train": 36, "validation": 12, "test": 15}
-    assert set(done.json["head"]) == {"classifier", "bert.pooler.dense"}  # the file has no tensors for the two
+    assert set(done.json["head"]) == {
+        "classifier",
+        "bert.pooler.dense",
+    }  # the file has no tensors for the two
     assert any("test is what you gave" in note for note in done.json["notes"])
     assert "- A step sees 36 examples, not 50" in done.printed
     dora, full = done.json["rows"]
@@ -68,9 +122,18 @@ def test_text_classification_from_a_csv_file_and_a_local_bert(tmp_path: Path) ->
 def _vit(folder: Path) -> Path:
     from transformers import ViTConfig, ViTForImageClassification
 
-    ViTForImageClassification(ViTConfig(
-        image_size=6, patch_size=3, hidden_size=12, num_hidden_layers=1, num_channels=3, num_attention_heads=2,
-        intermediate_size=20, initializer_range=0.3)).save_pretrained(folder)
+    ViTForImageClassification(
+        ViTConfig(
+            image_size=6,
+            patch_size=3,
+            hidden_size=12,
+            num_hidden_layers=1,
+            num_channels=3,
+            num_attention_heads=2,
+            intermediate_size=20,
+            initializer_range=0.3,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
@@ -87,9 +150,23 @@ def _images(folder: Path, each: int) -> Path:
 
 def test_image_folders_with_a_row_that_fails_beside_one_that_does_not(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    done = compare(tmp_path / "out", "--model", str(_vit(tmp_path / "vit")), "--workers", "1",
-                   "--task", f"image-folder:{_images(tmp_path / 'pictures', 10)}", "--methods", "head,lora:r=2",
-                   "--lr", "lora=1e30", "--lr", "head=1e-1", "--budget", "steps=20,batch=6")
+    done = compare(
+        tmp_path / "out",
+        "--model",
+        str(_vit(tmp_path / "vit")),
+        "--workers",
+        "1",
+        "--task",
+        f"image-folder:{_images(tmp_path / 'pictures', 10)}",
+        "--methods",
+        "head,lora:r=2",
+        "--lr",
+        "lora=1e30",
+        "--lr",
+        "head=1e-1",
+        "--budget",
+        "steps=20,batch=6",
+    )
     head, lora = done.json["rows"]
     assert done.status == 1
     assert (head["status"], lora["status"]) == ("finished", "failed")
@@ -104,7 +181,9 @@ def test_image_folders_with_a_row_that_fails_beside_one_that_does_not(tmp_path: 
     assert "resized (bilinear) to 6 x 6" in " ".join(done.printed.split())
 
 
-def test_a_model_that_cannot_be_loaded_exits_with_one_and_leaves_the_place_free(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_exits_with_one_and_leaves_the_place_free(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     words = ("compare", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"))
@@ -122,13 +201,29 @@ def test_an_image_set_with_two_images_a_class(tmp_path: Path) -> None:
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(5):
             Image.fromarray(draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
-                tmp_path / "data" / name / f"{i}.jpg")
+                tmp_path / "data" / name / f"{i}.jpg"
+            )
     task = f"resisc45:{tmp_path / 'data'}:per_class=2"
-    words = ("--model", str(_vit(tmp_path / "vit")), "--workers", "1", "--methods", "lora:r=2", "--lr", "lora=1e-2",
-             "--seeds", "1", "--budget", "steps=8,batch=6")
+    words = (
+        "--model",
+        str(_vit(tmp_path / "vit")),
+        "--workers",
+        "1",
+        "--methods",
+        "lora:r=2",
+        "--lr",
+        "lora=1e-2",
+        "--seeds",
+        "1",
+        "--budget",
+        "steps=8,batch=6",
+    )
     done = compare(tmp_path / "out", *words, "--task", task)
     assert done.status == 0, done.errors
     assert done.json["task"] == task
     assert done.json["examples"] == {"train": 90, "validation": 90, "test": 45}
     assert len(done.json["classes"]) == 45
-    assert any("2 images of each class" in note and "all other images" in note for note in done.json["notes"])
+    assert any(
+        "2 images of each class" in note and "all other images" in note
+        for note in done.json["notes"]
+    )

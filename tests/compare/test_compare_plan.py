@@ -16,7 +16,15 @@ from weft.compare.plan import TUNING_SEEDS, RunSpec, Sweep, missing, progress, t
 from weft.compare.results import notes_of, row_of
 from weft.compare.scale import Scale
 
-CONTEXT = {"model": "m", "train": "a", "validation": "b", "test": "c", "weft": "1", "torch": "2", "device": "cpu"}
+CONTEXT = {
+    "model": "m",
+    "train": "a",
+    "validation": "b",
+    "test": "c",
+    "weft": "1",
+    "torch": "2",
+    "device": "cpu",
+}
 
 
 def sweep_of(methods: str = "lora,vera:r=5", seeds: int = 3) -> Sweep:
@@ -25,14 +33,25 @@ def sweep_of(methods: str = "lora,vera:r=5", seeds: int = 3) -> Sweep:
 
 def peaked(at: float) -> Callable[[RunSpec], dict[str, Any]]:
     """A run that scores best with the rate `at`."""
+
     def run(spec: RunSpec) -> dict[str, Any]:
         score = {"score": 1 - 0.1 * abs(math.log10(spec.lr / at)), "loss": 1.0}
         final = {"test": score, "bytes": 99} if spec.purpose == "final" else {}
-        return {"status": "finished", "validation": score, "trainable": 5, "head_trainable": 2, "losses": [1.0], **final}
+        return {
+            "status": "finished",
+            "validation": score,
+            "trainable": 5,
+            "head_trainable": 2,
+            "losses": [1.0],
+            **final,
+        }
+
     return run
 
 
-def play(sweep: Sweep, run: Callable[[RunSpec], dict[str, Any]], done: dict[str, Any]) -> list[RunSpec]:
+def play(
+    sweep: Sweep, run: Callable[[RunSpec], dict[str, Any]], done: dict[str, Any]
+) -> list[RunSpec]:
     """Do what is missing, one run at a time, and return the runs in their order."""
     order = []
     while waiting := missing(sweep, done):
@@ -54,7 +73,10 @@ def test_the_best_rate_is_found_wherever_the_grid_can_reach_it(exponent: float) 
         assert tuned.edge == (tuned.lr in (min(tuned.tried), max(tuned.tried)))
         if tuned.edge:
             assert len(tuned.tried) == len(entry.lrs) + GROW
-            assert any(note.startswith(f"{entry.label}: the best learning rate") for note in notes_of(sweep, done))
+            assert any(
+                note.startswith(f"{entry.label}: the best learning rate")
+                for note in notes_of(sweep, done)
+            )
         finals = [spec for spec in order if spec.label == entry.label and spec.purpose == "final"]
         assert [(spec.seed, spec.lr) for spec in finals] == [(seed, tuned.lr) for seed in range(3)]
     assert len({sweep.key(spec) for spec in order}) == len(order)
@@ -67,14 +89,18 @@ def test_progress_ends_at_its_total_and_counts_every_run() -> None:
     assert progress(sweep, done) == (len(order), len(order))
 
 
-def test_what_is_missing_depends_on_what_is_done_and_not_on_the_order_in_which_it_was_done() -> None:
+def test_what_is_missing_depends_on_what_is_done_and_not_on_the_order_in_which_it_was_done() -> (
+    None
+):
     sweep, done = sweep_of(), {}
     order = play(sweep, peaked(1e-2), done)
     for stop in range(len(order)):
         part = {sweep.key(spec): done[sweep.key(spec)] for spec in order[:stop]}
         backwards = dict(reversed(part.items()))
         assert missing(sweep, part) == missing(sweep, backwards)
-        assert {sweep.key(spec) for spec in play(sweep, peaked(1e-2), part)} == set(done) - set(backwards)
+        assert {sweep.key(spec) for spec in play(sweep, peaked(1e-2), part)} == set(done) - set(
+            backwards
+        )
 
 
 def test_methods_take_turns() -> None:
@@ -91,8 +117,17 @@ def test_a_tuning_run_s_key_knows_nothing_of_the_test_split() -> None:
     assert sweep.key(final) != other.key(final)
 
 
-@pytest.mark.parametrize("change", [{"lr": 2.0}, {"seed": 9}, {"steps": 11}, {"batch": 5}, {"head_lr": 2.0},
-                                    {"config": {"method": "Full"}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": 2.0},
+        {"seed": 9},
+        {"steps": 11},
+        {"batch": 5},
+        {"head_lr": 2.0},
+        {"config": {"method": "Full"}},
+    ],
+)
 def test_every_field_of_a_run_is_in_its_key(change: dict[str, Any]) -> None:
     sweep = sweep_of()
     spec = sweep.spec(sweep.entries[0], 1e-2, 0, "tune")
@@ -104,12 +139,18 @@ def test_a_rate_that_diverges_is_left_out_and_named() -> None:
     sweep, done = sweep_of("lora"), {}
 
     def run(spec: RunSpec) -> dict[str, Any]:
-        return {"status": "failed", "reason": "the loss became nan"} if spec.lr > 1e-2 else peaked(1e-2)(spec)
+        return (
+            {"status": "failed", "reason": "the loss became nan"}
+            if spec.lr > 1e-2
+            else peaked(1e-2)(spec)
+        )
 
     play(sweep, run, done)
     tuned = tune(sweep, sweep.entries[0], done)
     assert tuned.lr == 1e-2
-    assert "LoRA: training failed with the learning rate 3e-2: the loss became nan." in notes_of(sweep, done)
+    assert "LoRA: training failed with the learning rate 3e-2: the loss became nan." in notes_of(
+        sweep, done
+    )
     assert row_of(sweep, sweep.entries[0], done, {}, "x").status == "finished"
 
 
@@ -131,7 +172,9 @@ def test_a_lost_tuning_run_fails_the_row_and_is_done_again_on_another_day() -> N
         return gone if sweep.key(spec) == lost else peaked(1e-2)(spec)
 
     play(sweep, run, done)
-    assert row_of(sweep, sweep.entries[0], done, None, "x").reason == "a tuning run was lost: killed"
+    assert (
+        row_of(sweep, sweep.entries[0], done, None, "x").reason == "a tuning run was lost: killed"
+    )
     del done[lost]  # lost runs are never written to the disk
     play(sweep, peaked(1e-2), done)
     assert row_of(sweep, sweep.entries[0], done, None, "x").status == "finished"

@@ -13,14 +13,17 @@ from scipy import stats
 from weft.compare.statistics import ALPHA, gap_bound, holm, rank, seeds_needed, t_interval, worse
 
 SCORES = st.floats(0, 1, allow_subnormal=False).map(lambda x: round(x, 3))
-TABLES = st.integers(3, 6).flatmap(lambda seeds: st.lists(st.lists(SCORES, min_size=seeds, max_size=seeds),
-                                                          min_size=2, max_size=5))
+TABLES = st.integers(3, 6).flatmap(
+    lambda seeds: st.lists(st.lists(SCORES, min_size=seeds, max_size=seeds), min_size=2, max_size=5)
+)
 
 
 @given(st.lists(SCORES, min_size=2, max_size=9).filter(lambda xs: len(set(xs)) > 1))
 def test_the_interval_is_student_s(scores: list[float]) -> None:
     low, high = t_interval(scores) or (math.nan, math.nan)
-    want = stats.t.interval(0.95, len(scores) - 1, loc=sum(scores) / len(scores), scale=stats.sem(scores))
+    want = stats.t.interval(
+        0.95, len(scores) - 1, loc=sum(scores) / len(scores), scale=stats.sem(scores)
+    )
     assert (low, high) == pytest.approx(want, abs=1e-9)
 
 
@@ -35,7 +38,9 @@ def test_the_paired_test_sees_a_small_constant_gap_that_an_unpaired_one_would_mi
 
 
 def test_the_test_is_one_sided() -> None:
-    """Gaps 0, 1, 2: t = 1 / (1 / sqrt(3)), and a t of two degrees has the closed form 1/2 - t / (2 sqrt(2 + t^2))."""
+    """Gaps 0, 1, 2: t = 1 / (1 / sqrt(3)), and a t of two degrees has the closed form 1/2 - t / (2
+    sqrt(2 + t^2)).
+    """
     t = math.sqrt(3)
     assert worse([1, 2, 3], [1, 1, 1]) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)))
     assert worse([1, 1, 1], [1, 2, 3]) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)))
@@ -52,23 +57,30 @@ def test_holm_s_correction_by_hand() -> None:
     assert holm([]) == []
 
 
-@settings(deadline=None, max_examples=10)  # statsmodels collects garbage every time, which is slow beside torch
+@settings(
+    deadline=None, max_examples=10
+)  # statsmodels collects garbage every time, which is slow beside torch
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=7))
 def test_holm_s_correction_is_that_of_r(p_values: list[float]) -> None:
     """p.adjust(p, "holm") as R defines it: pmin(1, cummax((n + 1 - i) * p[o]))[order(o)]."""
     n, order = len(p_values), sorted(range(len(p_values)), key=p_values.__getitem__)
     steps = [(n - i) * p_values[row] for i, row in enumerate(order)]
-    want = {row: min(1.0, max(steps[:i + 1])) for i, row in enumerate(order)}
+    want = {row: min(1.0, max(steps[: i + 1])) for i, row in enumerate(order)}
     assert holm(p_values) == pytest.approx([want[row] for row in range(n)])
 
 
 def named(table: list[list[float]]) -> tuple[dict[str, list[float]], dict[str, tuple[int, int]]]:
-    return ({f"row {i}": scores for i, scores in enumerate(table)}, {f"row {i}": (i, 10 * i) for i in range(len(table))})
+    return (
+        {f"row {i}": scores for i, scores in enumerate(table)},
+        {f"row {i}": (i, 10 * i) for i in range(len(table))},
+    )
 
 
 @settings(deadline=None, max_examples=10)
 @given(TABLES)
-def test_the_recommended_row_is_the_smallest_that_is_not_significantly_worse(table: list[list[float]]) -> None:
+def test_the_recommended_row_is_the_smallest_that_is_not_significantly_worse(
+    table: list[list[float]],
+) -> None:
     scores, sizes = named(table)
     found = rank(scores, sizes)
     assert found is not None
@@ -93,13 +105,21 @@ def test_a_clear_difference_is_recommended_whatever_its_size() -> None:
     assert (found.best, found.recommended) == ("row 1", "row 1")
 
 
-def test_a_row_that_the_examples_find_worse_is_not_recommended_though_the_seeds_are_too_few() -> None:
+def test_a_row_that_the_examples_find_worse_is_not_recommended_though_the_seeds_are_too_few() -> (
+    None
+):
     scores, sizes = named([[0.80, 0.86, 0.80], [0.85, 0.84, 0.85], [0.85, 0.86, 0.84]])
     few = rank(scores, sizes)
     assert few is not None and (few.best, few.recommended) == ("row 2", "row 0")
-    answers = {"row 0": [1.0] * 82 + [0.0] * 18, "row 1": [1.0] * 84 + [0.0] * 16, "row 2": [1.0] * 85 + [0.0] * 15}
+    answers = {
+        "row 0": [1.0] * 82 + [0.0] * 18,
+        "row 1": [1.0] * 84 + [0.0] * 16,
+        "row 2": [1.0] * 85 + [0.0] * 15,
+    }
     slight = rank(scores, sizes, answers)
-    assert slight is not None and slight.recommended == "row 0"  # three examples of a hundred may be chance
+    assert (
+        slight is not None and slight.recommended == "row 0"
+    )  # three examples of a hundred may be chance
     many = rank(scores, sizes, {name: right * 20 for name, right in answers.items()})
     assert many is not None and many.is_worse("row 0") and many.p == few.p
     assert many.recommended == ("row 2" if many.is_worse("row 1") else "row 1")

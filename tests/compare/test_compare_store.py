@@ -29,16 +29,24 @@ def test_a_reader_sees_the_old_file_or_the_new_one_and_never_a_part(tmp_path: Pa
     write_atomically(path, "old")
     with path.open() as reader:
         write_atomically(path, "new")
-        assert reader.read() == "old"  # the new file took the name; the old one was not written into
+        assert (
+            reader.read() == "old"
+        )  # the new file took the name; the old one was not written into
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_half_written_files_of_dead_processes_are_swept_and_those_of_others_at_work_are_not(tmp_path: Path) -> None:
+def test_half_written_files_of_dead_processes_are_swept_and_those_of_others_at_work_are_not(
+    tmp_path: Path,
+) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / "adapters").mkdir()
-    for name in (f".x.json.{gone.pid}.tmp", f"adapters/.w.safetensors.{gone.pid}-00ab.tmp", f".y.json.{os.getpid()}.tmp"):
+    for name in (
+        f".x.json.{gone.pid}.tmp",
+        f"adapters/.w.safetensors.{gone.pid}-00ab.tmp",
+        f".y.json.{os.getpid()}.tmp",
+    ):
         (tmp_path / name).write_text('{"status": "fin')
     prepare(Place(tmp_path))
     assert [path.name for path in tmp_path.rglob("*.tmp")] == [f".y.json.{os.getpid()}.tmp"]
@@ -49,7 +57,9 @@ def test_places_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     check(Place(tmp_path), resume=False)
     (tmp_path / "logs").mkdir()
     (tmp_path / "study.lock").write_text("")
-    check(Place(tmp_path), resume=False)  # a comparison that failed before its first run left no more than this
+    check(
+        Place(tmp_path), resume=False
+    )  # a comparison that failed before its first run left no more than this
     (tmp_path / "file").write_text("")
     with pytest.raises(weft.ConfigError, match="is a file"):
         check(Place(tmp_path / "file"), resume=False)
@@ -84,7 +94,14 @@ def test_a_directory_belongs_to_the_study_that_it_was_begun_with(tmp_path: Path)
 
 
 def test_no_two_runs_share_the_place_of_their_adapter() -> None:
-    labels = ["LoRA", "LoRA r=4", "LoRA targets=['a']", "LoRA targets=('a',)", "LoRA targets=../../x", "x" * 300]
+    labels = [
+        "LoRA",
+        "LoRA r=4",
+        "LoRA targets=['a']",
+        "LoRA targets=('a',)",
+        "LoRA targets=../../x",
+        "x" * 300,
+    ]
     names = {adapter_name(label, f"{place:016x}"[::-1]) for place, label in enumerate(labels)}
     assert len(names) == len(labels)
     assert all("/" not in name and len(name) < 80 for name in names)

@@ -31,7 +31,12 @@ def spec(seed: int = 0) -> RunSpec:
 
 
 def result(score: float = 0.75) -> dict[str, Any]:
-    return {"status": "finished", "validation": {"score": score, "loss": 1.0}, "losses": [0.1, float("inf")], "spec": {}}
+    return {
+        "status": "finished",
+        "validation": {"score": score, "loss": 1.0},
+        "losses": [0.1, float("inf")],
+        "spec": {},
+    }
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -47,10 +52,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 def open_study(place: Place) -> Any:
     """Studies as several processes would have them."""
     with ExitStack() as stack:
+
         def opened(**settings: Any) -> Study:
             study = stack.enter_context(closing(Study(place, **settings)))
             study.open(IDENTITY)
             return study
+
         yield opened
 
 
@@ -77,11 +84,17 @@ def test_optuna_reads_what_was_kept(open_study: Open, place: Place) -> None:
     first, second = trials_of(place)
     assert (first.state.name, first.value) == ("COMPLETE", 0.5)
     assert first.params == {"lr": 1e30, "seed": 7, "purpose": "tune"}
-    assert (first.user_attrs["label"], first.user_attrs["key"], first.user_attrs["result"]) == ("LoRA", "ab", result(0.5))
+    assert (first.user_attrs["label"], first.user_attrs["key"], first.user_attrs["result"]) == (
+        "LoRA",
+        "ab",
+        result(0.5),
+    )
     assert (second.state.name, second.value) == ("COMPLETE", None)
 
 
-def test_a_run_that_fails_is_tried_once_more_and_then_failed_until_a_retry(open_study: Open) -> None:
+def test_a_run_that_fails_is_tried_once_more_and_then_failed_until_a_retry(
+    open_study: Open,
+) -> None:
     study = open_study()
     study.claim(spec(), "ab")
     study.finish("ab", FAILED)
@@ -90,13 +103,21 @@ def test_a_run_that_fails_is_tried_once_more_and_then_failed_until_a_retry(open_
     assert study.claim(spec(), "ab")
     study.finish("ab", {**FAILED, "reason": "other"})
     last = study.refresh().done["ab"]
-    assert (last["status"], last["reason"], last["attempts"]) == ("failed", "other (tried 2 times)", 2)
+    assert (last["status"], last["reason"], last["attempts"]) == (
+        "failed",
+        "other (tried 2 times)",
+        2,
+    )
     assert last["earlier"] == [FAILED["reason"]]
     assert not study.claim(spec(), "ab")
     assert (study.retry(), study.retry()) == (1, 0)
     assert study.claim(spec(), "ab")
     study.finish("ab", result())
-    assert study.refresh().done["ab"] == {**result(), "attempts": 3, "earlier": [FAILED["reason"], "other"]}
+    assert study.refresh().done["ab"] == {
+        **result(),
+        "attempts": 3,
+        "earlier": [FAILED["reason"], "other"],
+    }
 
 
 def test_what_is_given_back_is_free_and_was_no_attempt(open_study: Open, place: Place) -> None:
@@ -125,21 +146,27 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_the_run_of_a_process_that_was_killed_is_free_at_once_and_tells_it(open_study: Open, place: Place) -> None:
+def test_the_run_of_a_process_that_was_killed_is_free_at_once_and_tells_it(
+    open_study: Open, place: Place
+) -> None:
     words = [str(place.out), place.url, place.name, vars(spec()), IDENTITY]
     killed = subprocess.Popen([sys.executable, "-c", CLAIM, json.dumps(words)])
     assert killed.wait(120) == -9
     study = open_study()
     state = study.refresh()
     assert not state.busy
-    assert re.fullmatch(rf"the run was lost with process {killed.pid} on \S+", state.again["ab"]["reason"])
+    assert re.fullmatch(
+        rf"the run was lost with process {killed.pid} on \S+", state.again["ab"]["reason"]
+    )
     assert study.claim(spec(), "ab")
     study.finish("ab", result())
     done = study.refresh().done["ab"]
     assert (done["attempts"], len(done["earlier"])) == (2, 1)
 
 
-def test_a_claim_from_another_machine_lasts_as_long_as_its_heart_beats(open_study: Open, place: Place) -> None:
+def test_a_claim_from_another_machine_lasts_as_long_as_its_heart_beats(
+    open_study: Open, place: Place
+) -> None:
     far, near = open_study(beat=1, grace=2), open_study(beat=1, grace=2)
     far._me = {**far._me, "machine": "elsewhere", "pid": 1}
     far.__enter__()
@@ -157,7 +184,8 @@ def test_a_claim_from_another_machine_lasts_as_long_as_its_heart_beats(open_stud
 
 
 def test_a_process_that_dies_between_writing_a_trial_and_having_it_blocks_nobody(
-        open_study: Open, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_study: Open, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, two = open_study(), open_study()
     monkeypatch.setattr(one._storage, "record_heartbeat", lambda trial: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -187,11 +215,16 @@ def test_many_that_reach_for_the_same_runs_share_them(open_study: Open) -> None:
     assert sorted(key for keys in got for key in keys) == ["0", "1", "2", "3", "4"]
 
 
-def test_another_comparison_is_refused_and_measures_are_kept(open_study: Open, place: Place) -> None:
+def test_another_comparison_is_refused_and_measures_are_kept(
+    open_study: Open, place: Place
+) -> None:
     study = open_study()
     study.add_measure("ab", {"step_ratio": 1.5})
     assert open_study().measures() == {"ab": {"step_ratio": 1.5}}
-    with closing(Study(place)) as other, pytest.raises(weft.ConfigError, match="steps 10, and this one has 11") as said:
+    with (
+        closing(Study(place)) as other,
+        pytest.raises(weft.ConfigError, match="steps 10, and this one has 11") as said,
+    ):
         other.open({**IDENTITY, "steps": 11})
     assert str(place) in str(said.value)
 
@@ -206,12 +239,14 @@ def test_optuna_says_nothing(open_study: Open, capfd: pytest.CaptureFixture[str]
 
 def test_a_file_that_is_no_study_and_a_database_that_is_not_there_are_named(tmp_path: Path) -> None:
     (tmp_path / "study.db").write_bytes(b"x" * 4096)
-    with pytest.raises(weft.WeftError, match=re.escape(f"the study {tmp_path / 'study.db'} cannot be used: ")):
+    with pytest.raises(
+        weft.WeftError, match=re.escape(f"the study {tmp_path / 'study.db'} cannot be used: ")
+    ):
         Study(Place(tmp_path))
     pytest.importorskip("psycopg")
     url, name = parse_study(f"postgresql://u:secret@/db?host={tmp_path}#mine")
-    with pytest.raises(weft.WeftError, match=r"the study postgresql\+psycopg://u:\*\*\*@/db\S+#mine cannot be used") as said:
+    with pytest.raises(
+        weft.WeftError, match=r"the study postgresql\+psycopg://u:\*\*\*@/db\S+#mine cannot be used"
+    ) as said:
         Study(Place(tmp_path / "out", url, name))
     assert "secret" not in str(said.value)
-
-

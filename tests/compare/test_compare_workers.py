@@ -1,4 +1,6 @@
-"""A run whose worker dies is tried once more, and then told as failed; a worker whose caller dies ends at once."""
+"""A run whose worker dies is tried once more, and then told as failed; a worker whose caller dies
+ends at once.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,20 @@ from weft.compare.dispatch import Crew, Jobs, Order
 from weft.compare.plan import RunSpec
 from weft.compare.pool import Pool
 
-OPENING = asdict(Opening(task="digits", model="digits-vit", most={"train": 20, "validation": 20, "test": 20},
-                         device="cpu"))
+OPENING = asdict(
+    Opening(
+        task="digits",
+        model="digits-vit",
+        most={"train": 20, "validation": 20, "test": 20},
+        device="cpu",
+    )
+)
 
 
 def _orphaned(pool: Pool) -> int:
-    """Exit status of a worker whose caller goes away in the middle of a run that would take minutes."""
+    """Exit status of a worker whose caller goes away in the middle of a run that would take
+    minutes.
+    """
     worker, message = pool.wait()
     assert "answer" in message
     worker.send(order("long", 1e-2, steps=20_000).message)
@@ -33,8 +43,14 @@ def _orphaned(pool: Pool) -> int:
 
 def order(key: str, lr: float, steps: int = 400) -> Order:
     config = methods.to_json(LoRA(r=2, modules_to_save=("classifier",)))
-    return Order(key, {"do": "run", "save_to": None,
-                       "spec": asdict(RunSpec(key, config, lr, 1e-2, 0, steps, 10, "tune"))})
+    return Order(
+        key,
+        {
+            "do": "run",
+            "save_to": None,
+            "spec": asdict(RunSpec(key, config, lr, 1e-2, 0, steps, 10, "tune")),
+        },
+    )
 
 
 class Killer(threading.Thread):
@@ -47,7 +63,11 @@ class Killer(threading.Thread):
     def run(self) -> None:
         while not self.stopped:
             for worker in list(self.pool.workers.values()):
-                if isinstance(worker.job, Order) and worker.job.key == self.key and worker.number not in self.hit:
+                if (
+                    isinstance(worker.job, Order)
+                    and worker.job.key == self.key
+                    and worker.number not in self.hit
+                ):
                     self.hit.add(worker.number)
                     worker.process.kill()
             time.sleep(0.005)
@@ -61,7 +81,12 @@ def test_a_run_whose_worker_dies_is_tried_once_more_and_then_failed(tmp_path: Pa
         crew.open_first()
         killer = Killer(pool, "kills its worker")
         killer.start()
-        crew.work(Jobs(lambda: [o for o in wanted if o.key not in results], lambda o, r: results.update({o.key: r})))
+        crew.work(
+            Jobs(
+                lambda: [o for o in wanted if o.key not in results],
+                lambda o, r: results.update({o.key: r}),
+            )
+        )
         killer.stopped = True
         killer.join()
         orphan = _orphaned(pool)
@@ -74,13 +99,18 @@ def test_a_run_whose_worker_dies_is_tried_once_more_and_then_failed(tmp_path: Pa
     assert "lr must be a number above 0" in results["is refused"]["reason"]
     assert orphan == 0
     assert alive
-    assert all(process.poll() is not None for process in alive)  # leaving the pool ends every worker
+    assert all(
+        process.poll() is not None for process in alive
+    )  # leaving the pool ends every worker
 
 
 def test_workers_are_spread_over_the_gpus_and_each_sees_one(tmp_path: Path) -> None:
     with Pool(tmp_path, ["3", "GPU-5f"]) as pool:
         workers = [pool.add(OPENING) for _ in range(4)]
-        seen = [psutil.Process(worker.process.pid).environ()["CUDA_VISIBLE_DEVICES"] for worker in workers]
+        seen = [
+            psutil.Process(worker.process.pid).environ()["CUDA_VISIBLE_DEVICES"]
+            for worker in workers
+        ]
         assert seen == ["3", "GPU-5f", "3", "GPU-5f"]
         pool.remove(workers[0].number)
         assert pool.add(OPENING).gpu == "3"  # in place of the one that is gone

@@ -22,7 +22,12 @@ def named(path: Path) -> str:
 def text_of(path: Path) -> str:
     """The page; where it is another file with something before it, that file too."""
     text = path.read_text(encoding="utf-8")
-    return re.sub(r'^--8<-- "(.+)"$', lambda m: (ROOT / m[1]).read_text(encoding="utf-8"), text, flags=re.MULTILINE)
+    return re.sub(
+        r'^--8<-- "(.+)"$',
+        lambda m: (ROOT / m[1]).read_text(encoding="utf-8"),
+        text,
+        flags=re.MULTILINE,
+    )
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -31,7 +36,12 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def commands(path: Path) -> list[list[str]]:
     """The words behind `$ weft` in console blocks."""
-    lines = [line[2:] for block in blocks(path, "console") for line in block.splitlines() if line.startswith("$ ")]
+    lines = [
+        line[2:]
+        for block in blocks(path, "console")
+        for line in block.splitlines()
+        if line.startswith("$ ")
+    ]
     words = [shlex.split(line, comments=True) for line in lines]
     return [w[1:] for w in words if w[0] == "weft"]
 

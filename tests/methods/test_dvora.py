@@ -1,4 +1,6 @@
-"""DVoRA is DoRA over VeRA, literally: on rectangles, with A and B untouched, and with 2 out + r numbers a layer."""
+"""DVoRA is DoRA over VeRA, literally: on rectangles, with A and B untouched, and with 2 out + r
+numbers a layer.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from weft.methods.dora import DoRA, Magnitude
 
 def test_there_is_no_third_formula():
     assert issubclass(DVoRA, Magnitude) and issubclass(DoRA, Magnitude)
-    own = {name for name, value in vars(DVoRA).items() if callable(value) and not name.startswith("__")}
+    own = {
+        name for name, value in vars(DVoRA).items() if callable(value) and not name.startswith("__")
+    }
     assert own == set(), f"DVoRA computes something itself: {own}"
     inner = weft.DVoRA(r=5, d_init=0.2, seed=3, dropout=0.1).inner
     assert inner == weft.VeRA(r=5, d_init=0.2, seed=3, dropout=0.1)

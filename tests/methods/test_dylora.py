@@ -14,8 +14,12 @@ R = 6
 
 def fresh(kind="linear", **changes):
     model = net(kind)
-    adapter = weft.attach(model, weft.DyLoRA(**{"r": R, "r_min": 2, "alpha": 5.0, "seed": 7, "targets": ["layer", "mid"],
-                                                **changes}))
+    adapter = weft.attach(
+        model,
+        weft.DyLoRA(
+            **{"r": R, "r_min": 2, "alpha": 5.0, "seed": 7, "targets": ["layer", "mid"], **changes}
+        ),
+    )
     return model, adapter, inputs(kind)
 
 
@@ -55,9 +59,13 @@ def test_training_computes_the_rank_of_the_step_and_evaluation_the_whole(kind):
         tensors = {k: p.detach().double() for k, p in site.trainable().items()}
         y = torch.eye(7, dtype=torch.float64)[x] if kind == "embedding" else x.double()
         bias = 0 if kind == "embedding" else layer.bias.double()
-        check_close(layer(x), y @ oracle.dylora(W, tensors, adapter.config, b).t() + bias, torch.float32)
+        check_close(
+            layer(x), y @ oracle.dylora(W, tensors, adapter.config, b).t() + bias, torch.float32
+        )
         layer.eval()
-        check_close(layer(x), y @ oracle.dylora(W, tensors, adapter.config).t() + bias, torch.float32)
+        check_close(
+            layer(x), y @ oracle.dylora(W, tensors, adapter.config).t() + bias, torch.float32
+        )
         layer.train()
         step(model, x, optimiser)
     assert seen == set(range(2, R + 1))
@@ -84,8 +92,10 @@ def test_the_range_shrinks_with_the_rank_and_the_start_is_lora_s():
     rule = weft.DyLoRA(r=R, r_min=4)
     assert [(s.r, s.r_min) for s in map(rule.shortened, (9, 5, 3))] == [(R, 4), (5, 4), (3, 3)]
     for init in ("gaussian", "kaiming"):
-        sites = [weft.attach(net(), method(r=R, init=init, targets=["layer"])).sites["layer"]
-                 for method in (weft.DyLoRA, weft.LoRA)]
+        sites = [
+            weft.attach(net(), method(r=R, init=init, targets=["layer"])).sites["layer"]
+            for method in (weft.DyLoRA, weft.LoRA)
+        ]
         assert same_bits(sites[0].A, sites[1].A)
 
 
@@ -112,7 +122,11 @@ def test_last_only_moves_the_b_th_alone_whatever_the_optimiser():
             A, B = before[module]
             moved = (site.A != A).any(1), (site.B != B).any(0)
             assert all(m.nonzero().flatten().tolist() == [b - 1] for m in moved)
-            assert site.A.grad.any(1).nonzero().tolist() == site.B.grad.any(0).nonzero().tolist() == [[b - 1]]
+            assert (
+                site.A.grad.any(1).nonzero().tolist()
+                == site.B.grad.any(0).nonzero().tolist()
+                == [[b - 1]]
+            )
     assert adapter.config.audit_after == R - 2 + 3
 
 
@@ -174,7 +188,9 @@ def test_a_resumed_run_and_a_copy_draw_the_same_ranks_bit_for_bit():
         step(model, x, optimiser)
         step(other, x, second)
         assert rank(adapter) == rank(again) and adapter.steps == again.steps
-        assert all(same_bits(p, q) for p, q in zip(adapter.parameters(), again.parameters(), strict=True))
+        assert all(
+            same_bits(p, q) for p, q in zip(adapter.parameters(), again.parameters(), strict=True)
+        )
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
@@ -262,9 +278,15 @@ def test_the_audit_passes_where_only_the_last_rank_moves():
     assert weft.DyLoRA(r=8).audit_after < AUDIT_AFTER < weft.DyLoRA(r=8, last_only=True).audit_after
 
 
-@pytest.mark.parametrize(("fields", "says"), [
-    ({"r": 4, "r_min": 5}, r"DyLoRA\(r=4, r_min=5\): r_min must be a whole number from 1 to r"),
-    ({"r_min": 0}, "from 1 to r"), ({"r_min": 1.0}, "from 1 to r"), ({"last_only": 1}, "True or False")])
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"r": 4, "r_min": 5}, r"DyLoRA\(r=4, r_min=5\): r_min must be a whole number from 1 to r"),
+        ({"r_min": 0}, "from 1 to r"),
+        ({"r_min": 1.0}, "from 1 to r"),
+        ({"last_only": 1}, "True or False"),
+    ],
+)
 def test_what_cannot_be_meant(fields, says):
     with pytest.raises(weft.ConfigError, match=says):
         weft.DyLoRA(**fields)

@@ -1,4 +1,6 @@
-"""Every method on every kind of layer against a float64 oracle that shares no code with the library."""
+"""Every method on every kind of layer against a float64 oracle that shares no code with the
+library.
+"""
 
 import math
 
@@ -34,10 +36,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def test_every_method_that_turns_weights_has_an_oracle_and_a_formula():
-    assert set(RULES) == set(oracle.ORACLES) | set(oracle.FORWARDS) == {key.partition(":")[0] for key in oracle.FORMULAS}
+    assert (
+        set(RULES)
+        == set(oracle.ORACLES) | set(oracle.FORWARDS)
+        == {key.partition(":")[0] for key in oracle.FORMULAS}
+    )
     assert {v.partition(":")[0] for v in TURNS_WEIGHTS} == set(oracle.ORACLES)
     assert set(PROMPTS) == set(oracle.PROMPT_FORMULAS)
-    assert [*RULES, *SELECTIONS, *PROMPTS] and set(RULES) | set(SELECTIONS) | set(PROMPTS) == set(METHODS)
+    assert [*RULES, *SELECTIONS, *PROMPTS] and set(RULES) | set(SELECTIONS) | set(PROMPTS) == set(
+        METHODS
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,7 +101,9 @@ def test_gradients_are_those_of_autograd_through_the_oracle(variant, kind, dtype
     declared = a.declared()
     direction = torch.randn(a.x.shape[0], 6, 5, generator=torch.Generator().manual_seed(3))
     (a.run() * direction).sum().backward()
-    wanted = torch.autograd.grad((oracle_output(a, declared) * direction.double()).sum(), list(declared.values()))
+    wanted = torch.autograd.grad(
+        (oracle_output(a, declared) * direction.double()).sum(), list(declared.values())
+    )
     for (name, p), gradient in zip(a.adapter.named_parameters(), wanted, strict=True):
         assert gradient.abs().max() > 0, name
         check_close(p.grad, gradient, dtype, name)
@@ -113,8 +123,8 @@ def test_the_gradient_of_the_input_is_the_oracles(variant, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_finite_differences_of_the_oracle(variant, kind):
-    """In float64, so that only the differences round. Where the norm is a constant to the gradient it is held at its value
-    while the tensors move.
+    """In float64, so that only the differences round. Where the norm is a constant to the gradient
+    it is held at its value while the tensors move.
     """
     a = awake(variant, kind, torch.float64, held="float64")
     a.run().pow(2).sum().backward()
@@ -125,20 +135,32 @@ def test_gradients_are_finite_differences_of_the_oracle(variant, kind):
         norms = {m: _inner_weight(a, m, declared, inner).norm(dim=1) for m in a.adapter.sites}
     step = 1e-6
     for name, p in a.adapter.named_parameters():
-        direction = torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-        direction += p.grad.double() / p.grad.double().norm()  # so that the derivative is well away from 0
+        direction = torch.randn(
+            p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+        )
+        direction += (
+            p.grad.double() / p.grad.double().norm()
+        )  # so that the derivative is well away from 0
         up, down = ({**declared, name: declared[name] + s * direction} for s in (step, -step))
-        difference = (oracle_output(a, up, norms=norms).pow(2).sum()
-                      - oracle_output(a, down, norms=norms).pow(2).sum()) / (2 * step)
+        difference = (
+            oracle_output(a, up, norms=norms).pow(2).sum()
+            - oracle_output(a, down, norms=norms).pow(2).sum()
+        ) / (2 * step)
         found, size = (p.grad.double() * direction).sum(), p.grad.double().norm() * direction.norm()
-        gap = float((found - difference).abs() / size)  # of the largest derivative that a direction of this length has
+        gap = float(
+            (found - difference).abs() / size
+        )  # of the largest derivative that a direction of this length has
         assert gap <= TOLERANCE[torch.float32], f"{name} differs by {gap:.1e}"
 
 
 def _inner_weight(a, module, declared, inner):
     stored = a.base[f"{module}.weight"]
     W = stored.t() if module == "layer" and a.kind != "linear" else stored
-    own = {k.removeprefix(f"{module}."): v for k, v in {**a.frozen(), **declared}.items() if k.startswith(f"{module}.")}
+    own = {
+        k.removeprefix(f"{module}."): v
+        for k, v in {**a.frozen(), **declared}.items()
+        if k.startswith(f"{module}.")
+    }
     return inner(W, own, a.config)
 
 
@@ -148,7 +170,9 @@ def test_the_constant_norm_changes_the_gradient_and_not_the_value(name):
     check_close(constant.run(), exact.run(), torch.float32)
     for a in (constant, exact):
         a.run().pow(2).sum().backward()
-    for (key, p), (_, q) in zip(constant.adapter.named_parameters(), exact.adapter.named_parameters(), strict=True):
+    for (key, p), (_, q) in zip(
+        constant.adapter.named_parameters(), exact.adapter.named_parameters(), strict=True
+    ):
         same = (p.grad - q.grad).abs().max() <= 1e-5 * q.grad.abs().max()
         # The last adapted layer's magnitude sees no norm's gradient; every direction does.
         assert same == key.endswith("mid.m") or key == "layer.m", key
@@ -164,7 +188,9 @@ def test_an_untrained_adapter_equals_the_base_bit_for_bit(variant, kind, dtype):
     assert same_bits(model(x), before)
     for module in adapter.sites if variant in TURNS_WEIGHTS else ():
         layer = model.get_submodule(module)
-        check_close(weft.effective_weight(layer), adapter.sites[module].host.weight(), torch.float32)
+        check_close(
+            weft.effective_weight(layer), adapter.sites[module].host.weight(), torch.float32
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +204,9 @@ def test_the_trained_count_is_the_formula(name, kind):
             "Full": sum(sizes.values()),
             "TopLayers": sizes["mid.weight"] + sizes["mid.bias"],
             "Head": sizes["head.weight"] + sizes["head.bias"],
-            "BitFit": sum(n for key, n in sizes.items() if key.endswith("bias") and not key.startswith("head")),
+            "BitFit": sum(
+                n for key, n in sizes.items() if key.endswith("bias") and not key.startswith("head")
+            ),
             **{v: oracle.PROMPT_FORMULAS[v.partition(":")[0]](config(v)) for v in PROMPT_VARIANTS},
         }.get(name) or sum(oracle.count(name, out, in_, r) for out, in_ in ((11, 7), (9, 11)))
         assert adapter.num_parameters == wanted == sum(p.numel() for p in adapter.parameters())
@@ -190,14 +218,18 @@ def test_the_trained_count_is_the_formula(name, kind):
 @pytest.mark.parametrize("variant", [v for v in RULE_VARIANTS if v not in TURNS_WEIGHTS])
 def test_what_turns_no_weight_has_no_effective_weight_and_says_why(variant):
     a = awake(variant)
-    with pytest.raises(weft.UnsupportedError, match=rf"{type(a.config).__name__} has no effective weight: \w+ "):
+    with pytest.raises(
+        weft.UnsupportedError, match=rf"{type(a.config).__name__} has no effective weight: \w+ "
+    ):
         weft.effective_weight(a.model.layer)
 
 
 @pytest.mark.parametrize("variant", PROMPT_VARIANTS)
 def test_virtual_positions_are_no_weight_and_start_off_the_base(variant):
     a = awake(variant)
-    with pytest.raises(weft.UnsupportedError, match=rf"{type(a.config).__name__} has no effective weight: \w+ "):
+    with pytest.raises(
+        weft.UnsupportedError, match=rf"{type(a.config).__name__} has no effective weight: \w+ "
+    ):
         weft.effective_weight(next(iter(a.adapter.sites.values())).host.module)
     fresh = net(variant=variant)
     with torch.no_grad():
@@ -209,7 +241,9 @@ def test_virtual_positions_are_no_weight_and_start_off_the_base(variant):
 
 def test_states_behind_the_prompt_are_the_oracles_too():
     for dtype in DTYPES:
-        a = awake("PreLayer", dtype=dtype, l_i=2, held="float64" if dtype == torch.float64 else "float32")
+        a = awake(
+            "PreLayer", dtype=dtype, l_i=2, held="float64" if dtype == torch.float64 else "float32"
+        )
         with torch.no_grad():
             check_close(a.run(), oracle_output(a, a.declared()), dtype)
 
@@ -244,7 +278,9 @@ def test_dropout_acts_on_the_update_alone_and_in_training_alone(variant, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_keeps_the_expected_output(kind):
-    """Over many draws the mean of one adapted layer's output is that without dropout, within five standard errors."""
+    """Over many draws the mean of one adapted layer's output is that without dropout, within five
+    standard errors.
+    """
     a = awake("LoRA", kind, dropout=0.4)
     layer = a.model.layer
     with torch.no_grad():
@@ -288,6 +324,10 @@ def test_zero_rows_of_the_weight_stay_finite(variant):
 
 
 def test_wide_is_float32_or_what_is_wider():
-    assert wide(torch.zeros(1, dtype=torch.bfloat16)).dtype == wide(torch.zeros(1)).dtype == torch.float32
+    assert (
+        wide(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        == wide(torch.zeros(1)).dtype
+        == torch.float32
+    )
     assert wide(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
     assert TOLERANCE[torch.float64] < TOLERANCE[torch.float32] < TOLERANCE[torch.bfloat16]

@@ -1,9 +1,12 @@
-"""Held equal to the package `adapters` through the files that scripts/golden_adapters.py has left (see golden/README.md).
+"""Held equal to the package `adapters` through the files that scripts/golden_adapters.py has left
+(see golden/README.md).
 
-What differs by convention and is not compared: dropout, which they apply behind `up`; the small random start of `up`; that
-Houlsby's paper trains the model's LayerNorms as well. Their Pfeiffer adapter on a pre-norm model is set to read the MLP's
-output (original_ln_before=False). Their parallel adapter stands beside the whole MLP (and reads the residual stream of a
-pre-norm model before its norm), where no layer of ours is; our rule is run there by hooks and held equal as a function.
+What differs by convention and is not compared: dropout, which they apply behind `up`; the small
+random start of `up`; that Houlsby's paper trains the model's LayerNorms as well. Their Pfeiffer
+adapter on a pre-norm model is set to read the MLP's output (original_ln_before=False). Their
+parallel adapter stands beside the whole MLP (and reads the residual stream of a pre-norm model
+before its norm), where no layer of ours is; our rule is run there by hooks and held equal as a
+function.
 """
 
 from pathlib import Path
@@ -18,10 +21,17 @@ from support import check_close, distance, same_bits
 from weft.model import roles
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden"
-MODELS = {"bert": ("BertModel", "BertConfig"), "roberta": ("RobertaModel", "RobertaConfig"),
-          "gpt2": ("GPT2Model", "GPT2Config"), "llama": ("LlamaModel", "LlamaConfig")}
+MODELS = {
+    "bert": ("BertModel", "BertConfig"),
+    "roberta": ("RobertaModel", "RobertaConfig"),
+    "gpt2": ("GPT2Model", "GPT2Config"),
+    "llama": ("LlamaModel", "LlamaConfig"),
+}
 # The layer that the MLP's adapter of a setting hangs on, of each block, where it is no output map.
-NORMS = {"bert": "encoder.layer.{}.output.LayerNorm", "roberta": "encoder.layer.{}.output.LayerNorm"}
+NORMS = {
+    "bert": "encoder.layer.{}.output.LayerNorm",
+    "roberta": "encoder.layer.{}.output.LayerNorm",
+}
 SETTINGS = {"houlsby": {}, "pfeiffer": {}, "drop": {"skip_layers": 1}, "lin": {}}
 
 
@@ -34,7 +44,9 @@ def golden(name):
     own = {"gpt2": {**GPT2, "n_layer": 2}, "llama": {"num_key_value_heads": 1}}.get(name, {})
     sizes = {**SMALL, **own, "num_hidden_layers": 2}
     built = getattr(transformers, model)(getattr(transformers, made)(**sizes)).eval()
-    built.load_state_dict({key.removeprefix("base/"): t for key, t in file.items() if key.startswith("base/")})
+    built.load_state_dict(
+        {key.removeprefix("base/"): t for key, t in file.items() if key.startswith("base/")}
+    )
     check_close(run(built, file), file["base_output"], torch.float32, "the base alone")
     return built, file
 
@@ -69,39 +81,69 @@ def test_a_whole_model_gives_the_outputs_of_the_package_adapters(name, setting):
     adapter = weft.attach(model, weft.Bottleneck(preset=setting, r=4, **SETTINGS[setting]))
     given, used = tensors(file, setting), set()
     for block in roles.blocks(model):
-        norm = NORMS[name].format(block.index) if name in NORMS and setting in ("pfeiffer", "drop") else None
-        for place, layer in (("attention", block.attention_outputs[0]), ("mlp", norm or block.mlp_output)):
+        norm = (
+            NORMS[name].format(block.index)
+            if name in NORMS and setting in ("pfeiffer", "drop")
+            else None
+        )
+        for place, layer in (
+            ("attention", block.attention_outputs[0]),
+            ("mlp", norm or block.mlp_output),
+        ):
             if layer in adapter.sites:
                 fill(adapter.sites[layer], given[block.index, place])
                 used.add(layer)
     assert used == set(adapter.sites) and len(used) == len(given)
     assert adapter.num_parameters == sum(t.numel() for own in given.values() for t in own.values())
     found = run(model, file)
-    assert distance(file[f"{setting}/output"], file["base_output"]) > 0.05, "the adapter does something"
+    assert distance(file[f"{setting}/output"], file["base_output"]) > 0.05, (
+        "the adapter does something"
+    )
     check_close(found, file[f"{setting}/output"], torch.float32)
-    assert float((found - file[f"{setting}/output"]).abs().max()) <= 1e-5 * max(1.0, float(found.abs().max()))
+    assert float((found - file[f"{setting}/output"]).abs().max()) <= 1e-5 * max(
+        1.0, float(found.abs().max())
+    )
     weft.detach(model)
     check_close(run(model, file), file["base_output"], torch.float32)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_parallel_rule_at_their_place_gives_their_outputs(name):
-    """x is what enters the MLP there, and y what leaves it: the rule's forward knows no more of its layer."""
+    """x is what enters the MLP there, and y what leaves it: the rule's forward knows no more of its
+    layer.
+    """
     model, file = golden(name)
     rule = weft.Bottleneck(preset="parallel", r=4, nonlinearity="relu", bias=True, scale=4.0)
     given, hooks = tensors(file, "parallel"), []
-    twin, _ = golden(name)  # an adapter of the right shapes: a map of the MLP's input width that is there anyhow
-    entry = {"bert": "attention.output.dense", "roberta": "attention.output.dense", "gpt2": "attn.c_proj",
-             "llama": "self_attn.o_proj"}[name]
+    twin, _ = golden(
+        name
+    )  # an adapter of the right shapes: a map of the MLP's input width that is there anyhow
+    entry = {
+        "bert": "attention.output.dense",
+        "roberta": "attention.output.dense",
+        "gpt2": "attn.c_proj",
+        "llama": "self_attn.o_proj",
+    }[name]
     sites = weft.attach(twin, weft.Bottleneck(**{**vars(rule), "targets": [entry]})).sites
-    before = {"bert": "intermediate", "roberta": "intermediate", "gpt2": "ln_2", "llama": "post_attention_layernorm"}[name]
+    before = {
+        "bert": "intermediate",
+        "roberta": "intermediate",
+        "gpt2": "ln_2",
+        "llama": "post_attention_layernorm",
+    }[name]
     for block, site in zip(roles.blocks(model), sites.values(), strict=True):
         fill(site, given[block.index, "mlp"])
         seen = {}
         model.get_submodule(f"{block.name}.{before}").register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.update(x=args[0]))
-        hooks.append(model.get_submodule(block.mlp_output).register_forward_hook(
-            lambda module, args, y, seen=seen, site=site: site.rule.forward(seen["x"], y, site.host, site)))
+            lambda module, args, seen=seen: seen.update(x=args[0])
+        )
+        hooks.append(
+            model.get_submodule(block.mlp_output).register_forward_hook(
+                lambda module, args, y, seen=seen, site=site: site.rule.forward(
+                    seen["x"], y, site.host, site
+                )
+            )
+        )
     found = run(model, file)
     assert distance(file["parallel/output"], file["base_output"]) > 0.05
     check_close(found, file["parallel/output"], torch.float32)

@@ -1,4 +1,6 @@
-"""LoRA-FA keeps r numbers a token and no input, finds its frozen A again, and preconditions as peft's optimiser does."""
+"""LoRA-FA keeps r numbers a token and no input, finds its frozen A again, and preconditions as
+peft's optimiser does.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ GOLDEN = [0.9092832, 0.1373487, -0.4899532]
 
 
 def kept(model, x):
-    """Bytes of every tensor that autograd keeps for backward, parameters and buffers apart; and their shapes."""
+    """Bytes of every tensor that autograd keeps for backward, parameters and buffers apart; and
+    their shapes.
+    """
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     found = {}
 
@@ -27,14 +31,18 @@ def kept(model, x):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = model(x)
     del out
-    return sum(t.untyped_storage().nbytes() for t in found.values()), [tuple(t.shape) for t in found.values()]
+    return sum(t.untyped_storage().nbytes() for t in found.values()), [
+        tuple(t.shape) for t in found.values()
+    ]
 
 
 @pytest.mark.parametrize("method", ["LoRAFA", "LoRA"])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_the_input_is_not_kept(kind, dropout, method):
-    """One adapted layer whose input needs a gradient: h = dropout(x) Aᵀ is kept, and two random words. LoRA keeps x."""
+    """One adapted layer whose input needs a gradient: h = dropout(x) Aᵀ is kept, and two random
+    words. LoRA keeps x.
+    """
     model = net(kind)
     move(weft.attach(model, config(method, dropout=dropout, targets=["layer"])))
     model.train()
@@ -51,14 +59,20 @@ def test_the_input_is_not_kept_under_autocast_or_in_bfloat16(dtype):
     model = net(dtype=dtype)
     move(weft.attach(model, config("LoRAFA", dropout=0.4, targets=["layer"])))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
-        # The cast copies of frozen matrices are kept too, but nothing of the size of the input (24 x 7).
+        # The cast copies of frozen matrices are kept too, but nothing of the size of the input (24
+        # x 7).
         _, shapes = kept(model.layer, inputs("linear", dtype=dtype).requires_grad_())
-    assert not [s for s in shapes if (s[-1] == 7 and len(s) == 3) or s in ((TOKENS, 7), (7, TOKENS))], shapes
+    assert not [
+        s for s in shapes if (s[-1] == 7 and len(s) == 3) or s in ((TOKENS, 7), (7, TOKENS))
+    ], shapes
 
 
 @pytest.mark.parametrize("shape", [(24, 7), (4, 6, 7), (7,), (0, 7)])
 def test_dropout_has_the_gradient_of_its_own_mask(shape):
-    x, A = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randn(3, 7, dtype=torch.float64)
+    x, A = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 7, dtype=torch.float64),
+    )
     torch.manual_seed(5)
     found = frozen.down(x, A, 0.4, training=True)
     torch.manual_seed(5)
@@ -78,13 +92,22 @@ def _seeded(x, A):
 
 
 def test_the_mask_is_fair_in_every_row_and_column_and_between_them():
-    masks = torch.stack([frozen.mask(300, 200, torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32), 0.3)
-                         for _ in range(20)]).double()
+    masks = torch.stack(
+        [
+            frozen.mask(300, 200, torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32), 0.3)
+            for _ in range(20)
+        ]
+    ).double()
     assert masks.mean().item() == pytest.approx(0.7, abs=0.002)
     for dim in (1, 2):
         assert (masks.mean(dim) - 0.7).abs().max() < 0.16  # 5 standard errors of 200 draws
     centred = (masks - 0.7) / 0.21**0.5
-    for other in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(1, 2), centred.roll((7, 3), (1, 2))):
+    for other in (
+        centred.roll(1, 0),
+        centred.roll(1, 1),
+        centred.roll(1, 2),
+        centred.roll((7, 3), (1, 2)),
+    ):
         assert (centred * other).mean().abs() < 0.005  # 1.2 million pairs
 
 
@@ -101,7 +124,10 @@ def test_recomputation_and_a_seed_repeat_the_mask():
 def test_a_is_frozen_never_saved_and_comes_back_from_any_cast(tmp_path):
     a = awake("LoRAFA")
     before = {m: s.A.clone() for m, s in a.adapter.sites.items()}
-    assert not any("A" in name.split(".") for name in (*a.model.state_dict(), *dict(a.adapter.named_parameters())))
+    assert not any(
+        "A" in name.split(".")
+        for name in (*a.model.state_dict(), *dict(a.adapter.named_parameters()))
+    )
     weft.save(a.model, tmp_path)
     assert all(key.startswith("B.") for key in load_file(tmp_path / "adapter_model.safetensors"))
     for there in (torch.bfloat16, torch.float64):
@@ -128,18 +154,30 @@ def test_a_does_not_depend_on_what_wrappers_put_into_names(tmp_path):
         assert same_bits(site.A, two.sites[f"model.language_model.{module}"].A)
 
 
-WRAPPERS = ("module", "base_model", "model", "language_model", "_orig_mod", "_fsdp_wrapped_module",
-            "_checkpoint_wrapped_module")
+WRAPPERS = (
+    "module",
+    "base_model",
+    "model",
+    "language_model",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_a_is_uniform_within_its_bound_and_a_function_of_seed_and_name(kind):
     """The files hold no A, so these bits are a promise: the numbers below may never change."""
+
     def drawn(site, seed=7, r=50):
         return weft.LoRAFA(r=r).fixed(kind, (11, 40), Draw(seed, site), torch.device("cpu"))["A"]
 
     A, bound = drawn("a.layer"), 1.0 if kind == "embedding" else 40**-0.5
-    assert 0.99 * bound < A.max() <= bound and -bound <= A.min() < -0.99 * bound and abs(A.mean()) < 0.05 * bound
+    assert (
+        0.99 * bound < A.max() <= bound
+        and -bound <= A.min() < -0.99 * bound
+        and abs(A.mean()) < 0.05 * bound
+    )
     assert (A[0, :3] / bound).tolist() == pytest.approx(GOLDEN, abs=1e-6)
     assert same_bits(drawn("a.layer", r=3), A[:3])
     assert not torch.equal(drawn("a.layer", seed=8), A) and not torch.equal(drawn("b.layer"), A)
@@ -151,9 +189,13 @@ def test_another_a_than_the_one_that_was_saved_is_refused(tmp_path, monkeypatch)
     a = awake("LoRAFA")
     weft.save(a.model, tmp_path)
     drawn = weft.LoRAFA.fixed
-    monkeypatch.setattr(weft.LoRAFA, "fixed", lambda *args: {k: v * 1.5 for k, v in drawn(*args).items()})
+    monkeypatch.setattr(
+        weft.LoRAFA, "fixed", lambda *args: {k: v * 1.5 for k, v in drawn(*args).items()}
+    )
     model = net()
-    with pytest.raises(weft.CheckpointError, match="frozen tensors drawn from seed 7 have checksum"):
+    with pytest.raises(
+        weft.CheckpointError, match="frozen tensors drawn from seed 7 have checksum"
+    ):
         weft.load(model, tmp_path)
     assert not weft.adapters(model)
     assert "frozen tensors" in str(weft.load(model, tmp_path, strict=False))
@@ -163,15 +205,19 @@ def test_another_a_than_the_one_that_was_saved_is_refused(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_preconditioned_steps_are_those_of_peft_s_optimiser(rslora, monkeypatch):
-    """Its AdamW adds eps without bias correction, so eps is nothing here; and it rounds to bfloat16 unless told not to."""
+    """Its AdamW adds eps without bias correction, so eps is nothing here; and it rounds to bfloat16
+    unless told not to.
+    """
     import peft
     from peft.optimizers import create_lorafa_optimizer, lorafa
 
     monkeypatch.setattr(lorafa, "is_bf16_available", lambda: False)
     mine = net()
     adapter = weft.attach(mine, config("LoRAFA", rslora=rslora, precondition=True))
-    theirs = peft.get_peft_model(net(), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["layer", "mid"],
-                                                        use_rslora=rslora))
+    theirs = peft.get_peft_model(
+        net(),
+        peft.LoraConfig(r=3, lora_alpha=5, target_modules=["layer", "mid"], use_rslora=rslora),
+    )
     for p in theirs.parameters():
         p.data += 0.3 * torch.randn_like(p) if p.requires_grad else 0
     for module, site in adapter.sites.items():
@@ -179,8 +225,10 @@ def test_preconditioned_steps_are_those_of_peft_s_optimiser(rslora, monkeypatch)
         with torch.no_grad():
             layer.lora_A["default"].weight.copy_(site.A)
             site.B.copy_(layer.lora_B["default"].weight)
-    optimisers = [torch.optim.AdamW(adapter.parameters(), lr=1e-2, weight_decay=0.0, eps=1e-30),
-                  create_lorafa_optimizer(theirs, r=3, lora_alpha=5, lr=1e-2)]
+    optimisers = [
+        torch.optim.AdamW(adapter.parameters(), lr=1e-2, weight_decay=0.0, eps=1e-30),
+        create_lorafa_optimizer(theirs, r=3, lora_alpha=5, lr=1e-2),
+    ]
     optimisers[1].param_groups[0]["eps"] = 1e-30
     for step in range(4):
         x = inputs("linear", seed=step)
@@ -189,7 +237,11 @@ def test_preconditioned_steps_are_those_of_peft_s_optimiser(rslora, monkeypatch)
             model(x).sub(1).pow(2).mean().backward()
             optimiser.step()
         for module, site in adapter.sites.items():
-            check_close(site.B, theirs.base_model.model.get_submodule(module).lora_B["default"].weight, torch.float32)
+            check_close(
+                site.B,
+                theirs.base_model.model.get_submodule(module).lora_B["default"].weight,
+                torch.float32,
+            )
 
 
 def test_the_gradient_is_preconditioned_as_the_equation_says_or_left_alone():
@@ -202,7 +254,9 @@ def test_the_gradient_is_preconditioned_as_the_equation_says_or_left_alone():
             gram = (site.A @ site.A.t()).double() + 1e-8 * torch.eye(R)
             wanted = g.double() @ gram.inverse() / (5 / 3) ** 2 if precondition else g
             check_close(site.B.grad, wanted, torch.float32)
-        same = all(torch.equal(p.grad, g) for p, g in zip(a.adapter.parameters(), before, strict=True))
+        same = all(
+            torch.equal(p.grad, g) for p, g in zip(a.adapter.parameters(), before, strict=True)
+        )
         assert same != precondition
 
 
@@ -223,7 +277,9 @@ def test_preconditioning_takes_bfloat16_and_layers_that_were_not_called():
     a.model.mid(torch.randn(4, 11)).pow(2).sum().backward()
     before = a.adapter.sites["mid"].B.grad.clone()
     torch.optim.SGD(a.adapter.parameters(), lr=0.1).step()
-    assert a.adapter.sites["layer"].B.grad is None and not torch.equal(a.adapter.sites["mid"].B.grad, before)
+    assert a.adapter.sites["layer"].B.grad is None and not torch.equal(
+        a.adapter.sites["mid"].B.grad, before
+    )
 
 
 def test_dropout_s_gradient_has_the_dtype_of_the_input_under_autocast():

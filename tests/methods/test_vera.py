@@ -17,15 +17,21 @@ METHODS = ("VeRA", "DVoRA")
 
 def pairs(model):
     """Every layer's view of every adapter: (data_ptr of A, data_ptr of B)."""
-    return {(site.shared.A.data_ptr(), site.shared.B.data_ptr())
-            for adapter in weft.adapters(model).values() for site in adapter.sites.values()}
+    return {
+        (site.shared.A.data_ptr(), site.shared.B.data_ptr())
+        for adapter in weft.adapters(model).values()
+        for site in adapter.sites.values()
+    }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_and_b_exist_once_a_model_frozen_and_not_in_its_state(name):
     a = awake(name)
     assert len(pairs(a.model)) == 1
-    assert [n for n, _ in a.model.named_buffers()] == ["layer.weft.default.shared.A", "layer.weft.default.shared.B"]
+    assert [n for n, _ in a.model.named_buffers()] == [
+        "layer.weft.default.shared.A",
+        "layer.weft.default.shared.B",
+    ]
     assert not any("shared" in key for key in a.model.state_dict())
     assert not any("shared" in key for key, _ in a.model.named_parameters())
 
@@ -40,7 +46,9 @@ def test_equal_pairs_are_one_across_adapters_and_methods_and_others_are_not():
     weft.attach(model, config("VeRA", r=5), name="rank")
     weft.attach(model, config("VeRA", draw="peft"), name="draw")
     assert len(pairs(model)) == 4
-    weft.attach(model, config("VeRA", targets=["layer"]), name="smaller")  # its widest layer differs, so its bound does
+    weft.attach(
+        model, config("VeRA", targets=["layer"]), name="smaller"
+    )  # its widest layer differs, so its bound does
     assert len(pairs(model)) == 5
     weft.detach(model, "a")
     weft.attach(model, config("VeRA"), name="again")
@@ -62,7 +70,10 @@ def test_the_pair_is_drawn_by_the_counter_from_the_seed_alone(name):
     shared = adapter.sites["mid"].shared
     assert shared.A.shape == (4, 11) and shared.B.shape == (11, 4)
     key = ((2**40 + 9) & 0xFFFFFFFF, (2**40 + 9) >> 32)
-    for stream, matrix, bound in ((0, shared.A, math.sqrt(6 / 11)), (1, shared.B, math.sqrt(6 / 4))):
+    for stream, matrix, bound in (
+        (0, shared.A, math.sqrt(6 / 11)),
+        (1, shared.B, math.sqrt(6 / 4)),
+    ):
         step = torch.tensor(bound * 2.0**-24, dtype=torch.float32)
         for i in range(matrix.shape[0]):
             for j in range(matrix.shape[1]):
@@ -78,7 +89,11 @@ def test_casts_there_and_back_lose_no_bit(name, draw):
     for there in (torch.bfloat16, torch.float16, torch.float64):
         a.model.to(there)
         shared = a.adapter.sites["layer"].shared
-        assert shared.A.dtype == there and same_bits(shared.A, A.to(there)) and len(pairs(a.model)) == 1
+        assert (
+            shared.A.dtype == there
+            and same_bits(shared.A, A.to(there))
+            and len(pairs(a.model)) == 1
+        )
         a.model.to(torch.float32)
         assert same_bits(shared.A, A) and same_bits(shared.B, B) and len(pairs(a.model)) == 1
 
@@ -115,7 +130,10 @@ def test_a_deepcopy_has_one_pair_of_its_own(name):
     a = awake(name)
     other = copy.deepcopy(a.model)
     assert len(pairs(other)) == 1 and pairs(other).isdisjoint(pairs(a.model))
-    shared, theirs = a.adapter.sites["mid"].shared, weft.adapters(other)["default"].sites["mid"].shared
+    shared, theirs = (
+        a.adapter.sites["mid"].shared,
+        weft.adapters(other)["default"].sites["mid"].shared,
+    )
     assert same_bits(shared.A, theirs.A) and shared.checksum() == theirs.checksum()
     other.to(torch.bfloat16).to(torch.float32)
     assert same_bits(shared.A, theirs.A) and len(pairs(other)) == 1
@@ -137,7 +155,9 @@ def test_training_leaves_a_and_b_as_they_are(name):
 
 def test_the_checksum_tells_matrices_apart_and_not_dtypes():
     shared = weft.attach(net(), config("VeRA")).sites["layer"].shared
-    assert shared.checksum() == "9d840ff902c79115"  # in files: SHA-256 over the float32 bits, made with oracle.philox
+    assert (
+        shared.checksum() == "9d840ff902c79115"
+    )  # in files: SHA-256 over the float32 bits, made with oracle.philox
     assert Projections(3, 11, 11, 8, "weft").checksum() != shared.checksum()
     assert Projections(3, 11, 12, 7, "weft").checksum() != shared.checksum()
     assert Projections(3, 11, 11, 7, "weft").to(torch.bfloat16).checksum() == shared.checksum()
@@ -147,12 +167,16 @@ def test_per_layer_ranks_and_seeds_have_pairs_of_their_own():
     model = net()
     adapter = weft.attach(model, config("VeRA", targets={"layer": {"r": 9}, "mid": {}}))
     move(adapter)
-    assert adapter.sites["layer"].shared.A.shape == (9, 7) and adapter.sites["mid"].shared.A.shape == (3, 11)
+    assert adapter.sites["layer"].shared.A.shape == (9, 7) and adapter.sites[
+        "mid"
+    ].shared.A.shape == (3, 11)
     x = inputs("linear")
     W = weft.effective_weight(model.layer)
     check_close(model.layer(x), x @ W.t() + model.layer.bias, torch.float32)
 
 
 def test_a_start_from_which_nothing_can_train_is_refused():
-    with pytest.raises(weft.ConfigError, match=r"DVoRA\(d_init=0\): with d and b both 0 no gradient"):
+    with pytest.raises(
+        weft.ConfigError, match=r"DVoRA\(d_init=0\): with d and b both 0 no gradient"
+    ):
         weft.DVoRA(d_init=0)

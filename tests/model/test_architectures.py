@@ -1,4 +1,6 @@
-"""Layers are found by structure: counted by hand on sixteen architectures, then run, merged, mixed and taken off."""
+"""Layers are found by structure: counted by hand on sixteen architectures, then run, merged, mixed
+and taken off.
+"""
 
 import re
 
@@ -23,8 +25,11 @@ def test_attention_and_mlp_are_counted_right(name):
     want = ARCHITECTURES[name]
     model = want.build()
     sites = {}
-    for target, count in (("attention", want.attention), ("mlp", want.mlp),
-                          ("all-linear", want.attention + want.mlp + want.beside)):
+    for target, count in (
+        ("attention", want.attention),
+        ("mlp", want.mlp),
+        ("all-linear", want.attention + want.mlp + want.beside),
+    ):
         if not count:
             with pytest.raises(weft.TargetError, match=rf"targets='{target}' finds no layer"):
                 weft.attach(model, weft.LoRA(r=2, targets=target))
@@ -37,7 +42,9 @@ def test_attention_and_mlp_are_counted_right(name):
     assert sites["attention"] | sites["mlp"] <= sites["all-linear"]
     beside = sites["all-linear"] - sites["attention"] - sites["mlp"]
     assert len(beside) == want.beside
-    assert not any(re.search(r"embed_|wte|wpe|lm_head|classifier|gate$|router", s) for s in sites["all-linear"])
+    assert not any(
+        re.search(r"embed_|wte|wpe|lm_head|classifier|gate$|router", s) for s in sites["all-linear"]
+    )
 
 
 @EACH
@@ -71,7 +78,10 @@ def test_an_adapter_runs_merges_and_comes_off(name):
 @EACH
 def test_rows_of_four_methods_and_the_base(name):
     want = ARCHITECTURES[name]
-    model, given = want.build().double(), want.inputs(rows=5)  # float64, since deep models blow a rounding up
+    model, given = (
+        want.build().double(),
+        want.inputs(rows=5),
+    )  # float64, since deep models blow a rounding up
     given = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     names = ["LoRA", "DVoRA", "DoRA", "VeRA"]
     for i, method in enumerate(names):
@@ -82,7 +92,12 @@ def test_rows_of_four_methods_and_the_base(name):
             mixed = output(model, given)
         for i, which in enumerate(asked):
             with weft.use(model, which):
-                check_close(mixed[i], output(model, {k: v[i : i + 1] for k, v in given.items()})[0], torch.float64, which)
+                check_close(
+                    mixed[i],
+                    output(model, {k: v[i : i + 1] for k, v in given.items()})[0],
+                    torch.float64,
+                    which,
+                )
 
 
 @EACH
@@ -94,7 +109,10 @@ def test_gradient_checkpointing_of_transformers_gives_the_same_gradients(name):
     model.train()
     gradients = []
     # The name of old is deprecated in transformers 5.24.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     for enabled in (False, True):
         if enabled:
             enable({"use_reentrant": False})
@@ -115,12 +133,17 @@ def test_the_plan_names_what_stays_frozen_and_fits_80_columns(name):
     assert max(map(len, text.splitlines())) <= 80
     one_line = " ".join(text.split())
     for what, why in want.frozen:
-        assert re.search(re.escape(what) + r" \([^)]*\): [^:]*" + re.escape(why), one_line), (what, why)
+        assert re.search(re.escape(what) + r" \([^)]*\): [^:]*" + re.escape(why), one_line), (
+            what,
+            why,
+        )
     listed = {f.name for f in adapter.frozen}
     for tensor, p in adapter.model.named_parameters():
         layer = tensor.rpartition(".")[0]
         if ".weft." not in tensor and p.ndim > 1 and min(p.shape[-2:]) > 1:
-            assert layer in adapter.sites or layer in listed or tensor in listed, f"{tensor} is in no list"
+            assert layer in adapter.sites or layer in listed or tensor in listed, (
+                f"{tensor} is in no list"
+            )
 
 
 @EACH
@@ -144,7 +167,9 @@ def test_full_and_bitfit_select_every_tensor_and_every_bias(name):
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     assert weft.attach(model, weft.Full(), name="full").num_parameters == sum(sizes.values())
     if not want.biases:
-        with pytest.raises(weft.TargetError, match=r"BitFit selects none of the .* it has no bias vectors"):
+        with pytest.raises(
+            weft.TargetError, match=r"BitFit selects none of the .* it has no bias vectors"
+        ):
             weft.attach(model, weft.BitFit())
         return
     adapter = weft.attach(model, weft.BitFit())
@@ -157,13 +182,21 @@ def test_full_and_bitfit_select_every_tensor_and_every_bias(name):
 def test_a_tied_pair_is_refused_on_either_side_with_the_way_out(name):
     want = ARCHITECTURES[name]
     model = want.build()
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings() if not want.vision else None
+    head, embedding = (
+        model.get_output_embeddings(),
+        model.get_input_embeddings() if not want.vision else None,
+    )
     if head is None or head.weight is not embedding.weight:
         return
     names = {id(m): n for n, m in model.named_modules()}
     for one in (names[id(head)], names[id(embedding)]):
-        with pytest.raises(weft.TargetError, match=r"are tied: they read one weight.*tie_word_embeddings = F|computes"):
+        with pytest.raises(
+            weft.TargetError,
+            match=r"are tied: they read one weight.*tie_word_embeddings = F|computes",
+        ):
             weft.attach(model, weft.LoRA(r=2, targets=[one]))
-        with pytest.raises(weft.TargetError, match=r"is tied to .* Name both, or give one its own copy"):
+        with pytest.raises(
+            weft.TargetError, match=r"is tied to .* Name both, or give one its own copy"
+        ):
             weft.attach(model, weft.LoRA(r=2, targets="mlp", modules_to_save=[one]))
     assert not weft.adapters(model) and all(p.requires_grad for p in model.parameters())

@@ -13,26 +13,33 @@ def flags(model):
     return [(n, p.requires_grad) for n, p in model.named_parameters()]
 
 
-@pytest.mark.parametrize("build", [
-    lambda m: weft.attach(m, weft.LoRA(targets=["nothing"])),
-    lambda m: weft.attach(m, weft.LoRA(targets={"layer": {"r": 3}, "nothing": {}})),
-    lambda m: weft.attach(m, config("LoRA", modules_to_save=["nothing"])),
-    lambda m: weft.attach(m, config("LoRA", modules_to_save=["layer"])),
-    lambda m: weft.attach(m, config("VeRA", draw="stored")),
-    lambda m: weft.attach(m, weft.LoRA(targets={"layer": {"rank": 3}})),
-    lambda m: weft.attach(m, "lora"),
-    lambda m: weft.attach(m, weft.LoRA),
-    lambda m: weft.attach(m, config("LoRA"), name="a.b"),
-    lambda m: weft.attach(m, config("LoRA"), name=""),
-    lambda m: weft.attach(m, config("LoRA"), name=5),
-    lambda m: weft.attach(m, config("LoRA"), name="keys"),
-])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda m: weft.attach(m, weft.LoRA(targets=["nothing"])),
+        lambda m: weft.attach(m, weft.LoRA(targets={"layer": {"r": 3}, "nothing": {}})),
+        lambda m: weft.attach(m, config("LoRA", modules_to_save=["nothing"])),
+        lambda m: weft.attach(m, config("LoRA", modules_to_save=["layer"])),
+        lambda m: weft.attach(m, config("VeRA", draw="stored")),
+        lambda m: weft.attach(m, weft.LoRA(targets={"layer": {"rank": 3}})),
+        lambda m: weft.attach(m, "lora"),
+        lambda m: weft.attach(m, weft.LoRA),
+        lambda m: weft.attach(m, config("LoRA"), name="a.b"),
+        lambda m: weft.attach(m, config("LoRA"), name=""),
+        lambda m: weft.attach(m, config("LoRA"), name=5),
+        lambda m: weft.attach(m, config("LoRA"), name="keys"),
+    ],
+)
 def test_a_failed_attach_leaves_the_model_untouched(build):
     model, x = net(), inputs("linear")
     before, seen, classes = model(x), flags(model), [type(m) for m in model.modules()]
     with pytest.raises(weft.WeftError):
         build(model)
-    assert same_bits(model(x), before) and flags(model) == seen and [type(m) for m in model.modules()] == classes
+    assert (
+        same_bits(model(x), before)
+        and flags(model) == seen
+        and [type(m) for m in model.modules()] == classes
+    )
     assert "_weft" not in str(sorted(model.__dict__)) and not weft.adapters(model)
 
 
@@ -64,7 +71,9 @@ def test_the_base_is_frozen_and_the_adapter_is_not(variant):
 
 def test_names_that_are_taken_say_so():
     a = awake("LoRA")
-    with pytest.raises(weft.WeftError, match=r"'default' is already attached \(have: \['default'\]\)"):
+    with pytest.raises(
+        weft.WeftError, match=r"'default' is already attached \(have: \['default'\]\)"
+    ):
         weft.attach(a.model, config("DoRA"))
     with pytest.raises(weft.WeftError, match="no adapter is named 'b'"):
         weft.detach(a.model, "b")
@@ -73,7 +82,10 @@ def test_names_that_are_taken_say_so():
 def test_a_part_of_an_adapted_model_cannot_be_adapted_through_another_root():
     model = nn.Sequential(net(), nn.Linear(5, 4))
     weft.attach(model[0], config("LoRA"))
-    with pytest.raises(weft.WeftError, match=r"'0\.layer' carries an adapter that was attached through another root"):
+    with pytest.raises(
+        weft.WeftError,
+        match=r"'0\.layer' carries an adapter that was attached through another root",
+    ):
         weft.attach(model, weft.LoRA(r=2, targets="all-linear"))
     weft.detach(model[0])
     weft.attach(model, weft.LoRA(r=2, targets="all-linear"))
@@ -117,7 +129,9 @@ def test_layers_in_training_mode_get_adapters_in_training_mode():
 
 
 def test_a_forward_on_the_instance_stays_inside():
-    """accelerate's hooks replace the forward of the instance; ours must run it, and detach must give it back."""
+    """accelerate's hooks replace the forward of the instance; ours must run it, and detach must
+    give it back.
+    """
     model = net()
     plain = model.layer.forward
     model.layer.forward = lambda x: plain(x) + 1
@@ -136,7 +150,9 @@ def test_layers_may_be_called_with_keywords():
 
 
 def test_a_forward_that_was_kept_outlives_detach():
-    """accelerate keeps the forward that it found when its hook came, and calls it for as long as the hook lives."""
+    """accelerate keeps the forward that it found when its hook came, and calls it for as long as
+    the hook lives.
+    """
     a = awake("LoRA")
     with weft.use(a.model, None):
         base = a.model.layer(a.x)

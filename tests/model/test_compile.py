@@ -1,4 +1,6 @@
-"""torch.compile takes adapted models whole: no graph break, the same numbers, and a switch is seen."""
+"""torch.compile takes adapted models whole: no graph break, the same numbers, and a switch is
+seen.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ import torch
 import weft
 from support import KINDS, PROMPT_VARIANTS, VARIANTS, awake, check_close, distance
 
-# Tracing is what can break on our code; compiling the traced graph to machine code is torch's own matter.
+# Tracing is what can break on our code; compiling the traced graph to machine code is torch's own
+# matter.
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +45,14 @@ def test_a_switch_is_seen_by_a_compiled_model():
     awake("DVoRA", name="b", model=a.model)
     compiled = torch.compile(a.model, fullgraph=True, backend="eager")
     outputs = []
-    for which in (None, "default", "b", ["default", None, "b", "b"], ["b", None, "default", "b"], None):
+    for which in (
+        None,
+        "default",
+        "b",
+        ["default", None, "b", "b"],
+        ["b", None, "default", "b"],
+        None,
+    ):
         with weft.use(a.model, which), torch.no_grad():
             check_close(compiled(a.x), a.run(), torch.float32, str(which))
             outputs.append(a.run())

@@ -27,13 +27,17 @@ from support import (
 
 
 def picture(model):
-    """All that a user can see of a model: classes, keys, bits, flags, hooks, instance attributes."""
+    """All that a user can see of a model: classes, keys, bits, flags, hooks, instance
+    attributes.
+    """
     return {
         "classes": [(n, type(m)) for n, m in model.named_modules()],
         "keys": list(model.state_dict()),
         "flags": [(n, p.requires_grad, id(p)) for n, p in model.named_parameters()],
         "attributes": [(n, sorted(m.__dict__)) for n, m in model.named_modules()],
-        "hooks": [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()],
+        "hooks": [
+            (n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()
+        ],
         "text": repr(model),
     }
 
@@ -43,7 +47,11 @@ def picture(model):
 def test_detach_leaves_the_model_as_it_was(variant, kind):
     model, x = net(kind, variant=variant), inputs(kind)
     model.mid.weight.requires_grad_(False)  # the user's own choice
-    before, output, base = picture(model), model(x), {k: v.clone() for k, v in model.state_dict().items()}
+    before, output, base = (
+        picture(model),
+        model(x),
+        {k: v.clone() for k, v in model.state_dict().items()},
+    )
     a = awake(variant, kind, model=model)
     b = awake("DoRA", kind, model=model, name="b")
     weft.use(model, ["b", None, None, "b"])
@@ -71,7 +79,9 @@ def test_attaching_renames_replaces_and_trains_nothing_of_the_base(variant):
     assert [n for n, _ in model.named_parameters() if ".weft." not in n] == names
     assert isinstance(model.layer, nn.Linear) and isinstance(model.mid, nn.Linear)
     trained = set(a.adapter.selected)
-    assert {n for n, p in model.named_parameters() if p.requires_grad and ".weft." not in n} == trained
+    assert {
+        n for n, p in model.named_parameters() if p.requires_grad and ".weft." not in n
+    } == trained
     state = {k: v for k, v in model.state_dict().items() if ".weft." not in k}
     net(variant=variant).load_state_dict(state)  # every key of the base, and no other
 
@@ -89,11 +99,15 @@ def test_a_copy_is_independent(variant, kind, how):
         torch.save(a.model, buffer)
         buffer.seek(0)
         other = torch.load(buffer, weights_only=False)
-    assert same_bits(other(a.x), output) and type(other.layer).__name__ == type(a.model.layer).__name__
+    assert (
+        same_bits(other(a.x), output) and type(other.layer).__name__ == type(a.model.layer).__name__
+    )
     theirs = weft.adapters(other)["default"]
     assert theirs.model is other and theirs is not a.adapter
     mine = {id(t) for t in (*a.adapter.parameters(), *a.model.parameters(), *a.model.buffers())}
-    assert mine.isdisjoint(id(t) for t in (*theirs.parameters(), *other.parameters(), *other.buffers()))
+    assert mine.isdisjoint(
+        id(t) for t in (*theirs.parameters(), *other.parameters(), *other.buffers())
+    )
     move(theirs, seed=8)
     assert same_bits(a.run(), output) and distance(other(a.x), output) > 1e-2
     with weft.use(other, None):
@@ -129,7 +143,9 @@ def test_one_layer_can_be_copied_alone():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_cast_of_the_model_casts_whatever_is_installed_next(variant):
-    """`model.to` reaches only the tensors in the model; what is put in their place later must follow."""
+    """`model.to` reaches only the tensors in the model; what is put in their place later must
+    follow.
+    """
     for active in (None, "default"):
         a = awake(variant)
         with torch.no_grad():
@@ -158,9 +174,13 @@ def test_the_global_generator_is_left_alone_and_does_not_matter(variant):
         weft.attach(models[1], config("VeRA", seed=3, r=5), name="earlier")
         second = weft.attach(models[1], config(variant), name="later")
     other = weft.attach(models[2], config(variant, seed=8))
-    tensors, again, theirs = ({**dict(a.named_parameters()), **_shared(a)} for a in (first, second, other))
+    tensors, again, theirs = (
+        {**dict(a.named_parameters()), **_shared(a)} for a in (first, second, other)
+    )
     assert all(same_bits(tensors[k], again[k]) for k in tensors)
-    drawn = any(t.numel() and t.min() != t.max() for t in tensors.values())  # not all start at a constant
+    drawn = any(
+        t.numel() and t.min() != t.max() for t in tensors.values()
+    )  # not all start at a constant
     differ = any(not torch.equal(tensors[k], theirs[k]) for k in tensors)
     assert differ == drawn, "another seed must give another adapter"
 
@@ -172,9 +192,19 @@ def _shared(adapter):
 
 def test_an_adapters_text_is_one_short_line():
     model = net()
-    assert repr(weft.attach(model, weft.DVoRA(r=4, targets=["layer", "mid"]))) == \
-        "<weft.Adapter 'default': DVoRA, 2 layers, 48 trained numbers>"
-    assert repr(weft.attach(model, weft.BitFit(), name="b")) == \
-        "<weft.Adapter 'b': BitFit, 2 base tensors, 20 trained numbers>"
-    assert repr(weft.attach(model, weft.LoRA(r=1, targets=["layer"], modules_to_save=["head"]), name="c")) == \
-        "<weft.Adapter 'c': LoRA, 1 layer, 2 base tensors, 68 trained numbers>"
+    assert (
+        repr(weft.attach(model, weft.DVoRA(r=4, targets=["layer", "mid"])))
+        == "<weft.Adapter 'default': DVoRA, 2 layers, 48 trained numbers>"
+    )
+    assert (
+        repr(weft.attach(model, weft.BitFit(), name="b"))
+        == "<weft.Adapter 'b': BitFit, 2 base tensors, 20 trained numbers>"
+    )
+    assert (
+        repr(
+            weft.attach(
+                model, weft.LoRA(r=1, targets=["layer"], modules_to_save=["head"]), name="c"
+            )
+        )
+        == "<weft.Adapter 'c': LoRA, 1 layer, 2 base tensors, 68 trained numbers>"
+    )

@@ -31,7 +31,9 @@ def sites(a):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("accumulation", [1, 8])
-def test_one_norm_a_layer_and_step_whatever_the_micro_batches_and_recomputations(method, accumulation):
+def test_one_norm_a_layer_and_step_whatever_the_micro_batches_and_recomputations(
+    method, accumulation
+):
     a = awake(method)
     optimiser = torch.optim.AdamW(a.adapter.parameters(), lr=1e-3)
     derived.counts.clear()
@@ -53,6 +55,7 @@ def optimiser_that_hides(a):
             for group in self.param_groups:
                 for p in group["params"]:
                     p.data.mul_(1.5)
+
     Hidden(a.adapter.parameters()).step()
 
 
@@ -124,8 +127,21 @@ def there_and_back(a):
     in_place(a)
 
 
-CHANGES = [optimiser_that_hides, in_place, through_data, preserving_the_version, through_numpy, load_state_dict, new_data,
-           base_in_place, base_through_data, one_number, replaced_base, inference_mode, there_and_back]
+CHANGES = [
+    optimiser_that_hides,
+    in_place,
+    through_data,
+    preserving_the_version,
+    through_numpy,
+    load_state_dict,
+    new_data,
+    base_in_place,
+    base_through_data,
+    one_number,
+    replaced_base,
+    inference_mode,
+    there_and_back,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -144,7 +160,10 @@ def test_copies_and_pickles_have_norms_of_their_own(method):
     a = awake(method)
     a.run()
     for twin in (copy.deepcopy(a.model), pickle.loads(pickle.dumps(a.model))):  # noqa: S301
-        assert all(not site.derived._held for site in (twin.layer.weft["default"], twin.mid.weft["default"]))
+        assert all(
+            not site.derived._held
+            for site in (twin.layer.weft["default"], twin.mid.weft["default"])
+        )
         with torch.no_grad():
             for p in twin.parameters():
                 p.mul_(1.5)
@@ -167,7 +186,9 @@ def test_a_norm_made_without_gradients_or_in_inference_mode_serves_training(meth
 
 
 def test_a_norm_of_training_has_the_bits_that_it_has_without_an_evaluation_before():
-    """A resumed run has had no evaluation; with 300 rows beside it, W A' rounds in another way than with three."""
+    """A resumed run has had no evaluation; with 300 rows beside it, W A' rounds in another way than
+    with three.
+    """
     torch.manual_seed(0)
     model = torch.nn.Linear(2048, 768, bias=False)
     adapter = weft.attach(torch.nn.Sequential(model), weft.DoRA(r=16, targets=["0"]))

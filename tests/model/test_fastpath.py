@@ -46,9 +46,14 @@ def test_detach_switches_the_fused_kernel_on_again():
     weft.attach(model, weft.LoRA(r=3, targets="mlp"), name="a")
     weft.attach(model, weft.VeRA(r=3, targets="mlp"), name="b")
     weft.detach(model, "a")
-    assert model.use_nested_tensor is False and sum(len(m._forward_pre_hooks) for m in model.modules()) == 2
+    assert (
+        model.use_nested_tensor is False
+        and sum(len(m._forward_pre_hooks) for m in model.modules()) == 2
+    )
     weft.detach(model, "b")
-    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks and model.use_nested_tensor is nested
+    assert [
+        len(m._forward_pre_hooks) for m in model.modules()
+    ] == hooks and model.use_nested_tensor is nested
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # nested tensors are a prototype, says torch
         model(torch.randn(3, 5, 12), src_key_padding_mask=torch.zeros(3, 5, dtype=torch.bool))

@@ -1,4 +1,6 @@
-"""DoRA under FSDP2 (fully_shard), which gives a layer other tensors than it was built with: two real processes over gloo."""
+"""DoRA under FSDP2 (fully_shard), which gives a layer other tensors than it was built with: two
+real processes over gloo.
+"""
 
 import torch
 import torch.distributed as dist
@@ -41,7 +43,9 @@ def process(rank, folder):
 
 
 def test_shards_of_two_processes_are_one_run(tmp_path, monkeypatch):
-    """The run beside it takes the plain definitions, so that a stale norm shows in the second step's output."""
+    """The run beside it takes the plain definitions, so that a stale norm shows in the second
+    step's output.
+    """
     mp.spawn(process, (str(tmp_path),), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     monkeypatch.setenv("WEFT_REFERENCE", "1")

@@ -62,7 +62,9 @@ def test_the_merged_weight_is_the_effective_weight_cast_once(variant):
             layer = a.model.get_submodule(module)
             stored = layer.weight.t() if module == "layer" else layer.weight
             assert same_bits(stored, W.to(dtype))
-            assert same_bits(weft.effective_weight(layer), W), "W' must not be computed from a merged weight"
+            assert same_bits(weft.effective_weight(layer), W), (
+                "W' must not be computed from a merged weight"
+            )
             check_close(W, oracle_weight(a, module, a.declared()), torch.float32)
 
 
@@ -117,7 +119,9 @@ def test_a_merge_that_changes_the_outputs_too_much_is_refused_and_undone(variant
     if variant in SELECTIONS:  # nothing is rounded, so nothing can be refused
         assert weft.merge(a.model, verify=a.x, tolerance=0).output_error == 0
         return
-    with pytest.raises(weft.MergeError, match=r"'default' changed the outputs by .*so the base was put back"):
+    with pytest.raises(
+        weft.MergeError, match=r"'default' changed the outputs by .*so the base was put back"
+    ):
         weft.merge(a.model, verify=a.x, tolerance=1e-6)
     assert all(same_bits(v, before[k]) for k, v in bits(a.model).items())
     assert same_bits(a.run(), attached)
@@ -125,9 +129,13 @@ def test_a_merge_that_changes_the_outputs_too_much_is_refused_and_undone(variant
 
 
 def test_verify_sees_a_forward_that_does_not_use_the_weight():
-    """A layer whose output is not its weight's, here through a hook, cannot be merged, and says so."""
+    """A layer whose output is not its weight's, here through a hook, cannot be merged, and says
+    so.
+    """
     a = awake("LoRA", targets=["head"])
-    a.model.head.register_forward_hook(lambda module, args, out: out * (2.0 if module.weight.abs().max() > 20 else 1.0))
+    a.model.head.register_forward_hook(
+        lambda module, args, out: out * (2.0 if module.weight.abs().max() > 20 else 1.0)
+    )
     with torch.no_grad():
         a.adapter.sites["head"].B.mul_(1e3)
     with pytest.raises(weft.MergeError, match="changed the outputs"):
@@ -180,9 +188,14 @@ def test_while_one_is_merged_no_other_is_merged_attached_detached_or_used():
     a = awake("LoRA")
     awake("VeRA", name="b", model=a.model)
     weft.merge(a.model, "default")
-    for call in (lambda: weft.merge(a.model, "b"), lambda: weft.merge(a.model, "default"),
-                 lambda: weft.attach(a.model, weft.LoRA(r=2), name="c"), lambda: weft.detach(a.model, "b"),
-                 lambda: weft.detach(a.model, "default"), lambda: weft.use(a.model, "b")):
+    for call in (
+        lambda: weft.merge(a.model, "b"),
+        lambda: weft.merge(a.model, "default"),
+        lambda: weft.attach(a.model, weft.LoRA(r=2), name="c"),
+        lambda: weft.detach(a.model, "b"),
+        lambda: weft.detach(a.model, "default"),
+        lambda: weft.use(a.model, "b"),
+    ):
         with pytest.raises(weft.MergeError, match=r"'default' is (already )?merged"):
             call()
     weft.unmerge(a.model)
@@ -205,8 +218,11 @@ def test_keep_merged_leaves_the_effective_weights_for_good():
 def test_what_is_no_change_of_weights_is_refused_and_left_as_it_is(variant):
     a = awake(variant)
     before, attached = bits(a.model), a.run()
-    with pytest.raises(weft.UnsupportedError, match=rf"{type(a.config).__name__} is not a change of weights, so it "
-                                                    r"cannot be merged: \w+ "):
+    with pytest.raises(
+        weft.UnsupportedError,
+        match=rf"{type(a.config).__name__} is not a change of weights, so it "
+        r"cannot be merged: \w+ ",
+    ):
         weft.merge(a.model, verify=a.x)
     assert all(same_bits(v, before[k]) for k, v in bits(a.model).items())
     assert same_bits(a.run(), attached)
@@ -251,7 +267,9 @@ def test_merging_under_autocast_writes_the_same_bits(variant):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         weft.merge(cast.model)
     for module in plain.adapter.sites:
-        assert same_bits(plain.model.get_submodule(module).weight, cast.model.get_submodule(module).weight)
+        assert same_bits(
+            plain.model.get_submodule(module).weight, cast.model.get_submodule(module).weight
+        )
 
 
 def test_the_effective_weight_is_over_the_base_while_another_adapter_stands_in_its_place():
@@ -268,9 +286,13 @@ def test_the_effective_weight_is_over_the_base_while_another_adapter_stands_in_i
 
 def test_the_effective_weight_of_a_layer_without_the_adapter_is_refused():
     a = awake("LoRA")
-    with pytest.raises(weft.WeftError, match=r"Linear carries no adapter 'other' \(it has: \['default'\]\)"):
+    with pytest.raises(
+        weft.WeftError, match=r"Linear carries no adapter 'other' \(it has: \['default'\]\)"
+    ):
         weft.effective_weight(a.model.layer, "other")
-    with pytest.raises(weft.WeftError, match=r"Linear carries no adapter 'default' \(it has: \[\]\)"):
+    with pytest.raises(
+        weft.WeftError, match=r"Linear carries no adapter 'default' \(it has: \[\]\)"
+    ):
         weft.effective_weight(a.model.head)
 
 
@@ -283,7 +305,9 @@ def test_the_report_measures_rounding_change_and_effect():
         without = a.run()
     report = weft.merge(a.model, verify=a.x)
     assert report.weights == 2
-    assert report.change == pytest.approx(max(float((wanted[m] - base[m]).norm() / base[m].norm()) for m in base), rel=1e-4)
+    assert report.change == pytest.approx(
+        max(float((wanted[m] - base[m]).norm() / base[m].norm()) for m in base), rel=1e-4
+    )
     assert 0 < report.rounding < 2**-8
     assert report.effect == pytest.approx(distance(attached, without), rel=1e-6)
     text = str(report)
@@ -310,7 +334,9 @@ def test_every_method_says_whether_it_can_be_merged():
 
 def test_a_name_that_is_not_attached_is_refused():
     a = awake("LoRA")
-    with pytest.raises(weft.WeftError, match=r"no adapter is named 'defualt' on this Net. Nearest: \['default'\]"):
+    with pytest.raises(
+        weft.WeftError, match=r"no adapter is named 'defualt' on this Net. Nearest: \['default'\]"
+    ):
         weft.merge(a.model, "defualt")
     with pytest.raises(weft.WeftError, match="Net carries no adapter"):
         weft.merge(net(), "default")

@@ -19,7 +19,14 @@ class Products(TorchDispatchMode):
         self.n = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "linear", "baddbmm", "addmm_")
+        self.n += func.overloadpacket.__name__ in (
+            "mm",
+            "addmm",
+            "bmm",
+            "linear",
+            "baddbmm",
+            "addmm_",
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -67,13 +74,19 @@ class Readers(nn.Module):
 
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("inference", [False, True])
-def test_layers_that_read_one_input_share_what_is_gathered_of_it_unless_it_was_written_to(written, inference):
+def test_layers_that_read_one_input_share_what_is_gathered_of_it_unless_it_was_written_to(
+    written, inference
+):
     torch.manual_seed(0)
     model, x = Readers(written), torch.randn(4, 3, 12)
     for i, method in enumerate(METHODS):
         for p in weft.attach(model, method(r=4), name=f"a{i}").parameters():
             torch.nn.init.normal_(p)
-    with torch.inference_mode(inference), torch.no_grad(), weft.use(model, [f"a{i}" for i in range(4)]):
+    with (
+        torch.inference_mode(inference),
+        torch.no_grad(),
+        weft.use(model, [f"a{i}" for i in range(4)]),
+    ):
         model(x)
         with Products() as counted:
             mixed = model(x)
@@ -96,8 +109,15 @@ def test_one_input_may_be_trained_on_twice():
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("names", [[None if n < 0 else f"a{n}" for n in (0, 1, 2, 3, -1, 4, 5, 6, 7, 1, -1, 0, 0, 3, 9, 8)],
-                                   [f"a{i}" for i in range(16)], ["a3"] * 16], ids=["some", "all", "one"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [None if n < 0 else f"a{n}" for n in (0, 1, 2, 3, -1, 4, 5, 6, 7, 1, -1, 0, 0, 3, 9, 8)],
+        [f"a{i}" for i in range(16)],
+        ["a3"] * 16,
+    ],
+    ids=["some", "all", "one"],
+)
 @pytest.mark.parametrize("grad", [True, False])
 def test_each_row_gets_what_its_adapter_alone_gives(names, grad):
     model, x = crowd(16), torch.randn(16, 3, 12)
@@ -106,12 +126,19 @@ def test_each_row_gets_what_its_adapter_alone_gives(names, grad):
             mixed = model(x)
         for row, name in enumerate(names):
             with weft.use(model, name):
-                check_close(mixed[row].detach(), model(x[row : row + 1])[0].detach(), torch.float32, f"row {row}, {name}")
+                check_close(
+                    mixed[row].detach(),
+                    model(x[row : row + 1])[0].detach(),
+                    torch.float32,
+                    f"row {row}, {name}",
+                )
 
 
 def test_gradients_of_a_mixed_batch_are_those_of_its_rows(monkeypatch):
     model, x = crowd(8), torch.randn(8, 3, 12)
-    parameters = [p for name in weft.adapters(model) for p in weft.adapters(model)[name].parameters()]
+    parameters = [
+        p for name in weft.adapters(model) for p in weft.adapters(model)[name].parameters()
+    ]
     found = []
     for reference in ("0", "1"):
         monkeypatch.setenv("WEFT_REFERENCE", reference)

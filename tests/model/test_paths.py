@@ -48,7 +48,9 @@ def test_a_layer_with_a_forward_of_its_own_is_asked_for_its_output():
     assert adapter.sites["1"].why_plain(torch.randn(2, 4)) is None
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own forward mode still uses torch.jit
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's own forward mode still uses torch.jit
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "VeRA"])
 def test_transforms_of_functions_still_work(method):
     """Per-sample gradients and forward-mode derivatives go through the plain definition."""
@@ -56,7 +58,11 @@ def test_transforms_of_functions_still_work(method):
     names, values = zip(*a.model.named_parameters(), strict=True)
 
     def loss(values, x):
-        return torch.func.functional_call(a.model, dict(zip(names, values, strict=True)), (x,)).pow(2).sum()
+        return (
+            torch.func.functional_call(a.model, dict(zip(names, values, strict=True)), (x,))
+            .pow(2)
+            .sum()
+        )
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, a.x)
     a.run().pow(2).sum().backward()
@@ -76,4 +82,5 @@ def test_the_log_says_it_once(caplog, monkeypatch):
         a.run()
         a.run()
     assert [r.getMessage() for r in caplog.records] == [
-        "a layer is computed by its plain definition: WEFT_REFERENCE=1 asks for it"]
+        "a layer is computed by its plain definition: WEFT_REFERENCE=1 asks for it"
+    ]

@@ -12,22 +12,39 @@ import weft
 from support import VARIANTS, awake, config, net
 from weft.model.plan import Frozen, Plan, Row, _folded, size_text
 
-NAME = st.lists(st.from_regex(r"[a-z_]{1,14}|[0-9]{1,3}", fullmatch=True), min_size=1, max_size=9).map(".".join)
+NAME = st.lists(
+    st.from_regex(r"[a-z_]{1,14}|[0-9]{1,3}", fullmatch=True), min_size=1, max_size=9
+).map(".".join)
 SHAPE = st.lists(st.integers(1, 200_000), max_size=4).map(tuple)
-ROW = st.builds(Row, NAME, st.sampled_from(["linear", "conv1d", "embedding", "tensor"]), SHAPE, st.integers(0, 10**12),
-                st.integers(0, 10**13))
-FROZEN = st.builds(Frozen, NAME, st.sampled_from(["linear", "convolution", "experts"]), SHAPE,
-                   st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1, max_size=120))
+ROW = st.builds(
+    Row,
+    NAME,
+    st.sampled_from(["linear", "conv1d", "embedding", "tensor"]),
+    SHAPE,
+    st.integers(0, 10**12),
+    st.integers(0, 10**13),
+)
+FROZEN = st.builds(
+    Frozen,
+    NAME,
+    st.sampled_from(["linear", "convolution", "experts"]),
+    SHAPE,
+    st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1, max_size=120),
+)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_plan_counts_what_is_trained(variant):
     a = awake(variant)
     plan = a.adapter.plan()
-    assert plan.trainable == a.adapter.num_parameters == sum(p.numel() for p in a.adapter.parameters())
+    assert (
+        plan.trainable == a.adapter.num_parameters == sum(p.numel() for p in a.adapter.parameters())
+    )
     assert plan.nbytes == sum(p.numel() * p.element_size() for p in a.adapter.parameters())
     assert plan.base_parameters == sum(p.numel() for p in net(variant=variant).parameters())
-    assert plan.method == type(a.config).__name__ and f"{plan.trainable:,} trained numbers" in str(plan)
+    assert plan.method == type(a.config).__name__ and f"{plan.trainable:,} trained numbers" in str(
+        plan
+    )
     assert json.loads(json.dumps(plan.to_json()))["trainable"] == plan.trainable
 
 
@@ -42,15 +59,20 @@ def test_repeated_layers_share_a_line_and_others_do_not():
     class Deep(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(4, 6), "b": nn.Linear(6, 4 + i // 11)})
-                                        for i in range(12))
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"a": nn.Linear(4, 6), "b": nn.Linear(6, 4 + i // 11)})
+                for i in range(12)
+            )
             self.table = nn.Embedding(9, 4)
 
     lines = str(weft.attach(Deep(), config("LoRA", targets="all-linear")).plan()).splitlines()
     assert lines[0] == "LoRA: 723 trained numbers (97.83 % of 739), 2.824 KiB"
     assert [line.split()[:4] for line in lines[1:5]] == [
-        ["layer", "kind", "shape", "x"], ["layers.{0..11}.a", "linear", "6x4", "12"],
-        ["layers.{0..10}.b", "linear", "4x6", "11"], ["layers.11.b", "linear", "5x6", "1"]]
+        ["layer", "kind", "shape", "x"],
+        ["layers.{0..11}.a", "linear", "6x4", "12"],
+        ["layers.{0..10}.b", "linear", "4x6", "11"],
+        ["layers.11.b", "linear", "5x6", "1"],
+    ]
     assert lines[5:] == ["stays frozen:", "  table (embedding 4x9, x1): embedding"]
 
 
@@ -70,7 +92,14 @@ def test_folding_loses_no_layer(rows):
 
 def test_sizes_have_four_digits_and_a_unit():
     assert [size_text(n) for n in (0, 1023, 1024, 1536, 3 * 2**20, 5 * 2**30, 2**43)] == [
-        "0 B", "1023 B", "1 KiB", "1.5 KiB", "3 MiB", "5 GiB", "8192 GiB"]
+        "0 B",
+        "1023 B",
+        "1 KiB",
+        "1.5 KiB",
+        "3 MiB",
+        "5 GiB",
+        "8192 GiB",
+    ]
 
 
 def test_a_plan_of_a_model_on_the_meta_device_needs_no_memory():

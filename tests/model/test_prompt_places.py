@@ -1,4 +1,6 @@
-"""Where virtual tokens stand and who reads them: last tokens, poolers, positions, labels, and models around models."""
+"""Where virtual tokens stand and who reads them: last tokens, poolers, positions, labels, and
+models around models.
+"""
 
 import pytest
 import torch
@@ -31,15 +33,26 @@ def gpt2(head="GPT2LMHeadModel", **changes):
 @each
 def test_every_token_of_an_encoder_answers_for_itself_the_last_one_too(config):
     model = attached(transformer("BertForMaskedLM", "BertConfig", **NO_DROPOUT)(), config)
-    x, position, order = ids(), torch.arange(7)[None].expand(2, -1), torch.tensor([6, 0, 1, 2, 3, 4, 5])
+    x, position, order = (
+        ids(),
+        torch.arange(7)[None].expand(2, -1),
+        torch.tensor([6, 0, 1, 2, 3, 4, 5]),
+    )
     straight = model(x, position_ids=position).logits
-    turned = model(x[:, order], position_ids=position[:, order]).logits  # attention knows no order of columns
+    turned = model(
+        x[:, order], position_ids=position[:, order]
+    ).logits  # attention knows no order of columns
     check_close(turned, straight[:, order], F64)
 
 
 @each
-@pytest.mark.parametrize(("head", "kind", "changes"), [
-    ("BeitModel", "BeitConfig", {**NO_DROPOUT, "use_mean_pooling": True}), ("SiglipVisionModel", "SiglipVisionConfig", {})])
+@pytest.mark.parametrize(
+    ("head", "kind", "changes"),
+    [
+        ("BeitModel", "BeitConfig", {**NO_DROPOUT, "use_mean_pooling": True}),
+        ("SiglipVisionModel", "SiglipVisionConfig", {}),
+    ],
+)
 def test_a_pooler_inside_the_model_reads_real_tokens_only(head, kind, changes, config):
     model = attached(transformer(head, kind, image_size=8, patch_size=2, **changes)(), config)
     pictures = torch.randn(2, 3, 8, 8, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -48,8 +61,9 @@ def test_a_pooler_inside_the_model_reads_real_tokens_only(head, kind, changes, c
     if head == "BeitModel":
         wanted = model.pooler.layernorm(out.last_hidden_state[:, 1:].mean(dim=1))
     else:
-        wanted = model.get_submodule("vision_model.head" if hasattr(model, "vision_model") else "head")(
-            out.last_hidden_state)
+        wanted = model.get_submodule(
+            "vision_model.head" if hasattr(model, "vision_model") else "head"
+        )(out.last_hidden_state)
     check_close(out.pooler_output, wanted, F64)
     with weft.use(model, None):
         assert distance(model(pictures).pooler_output, out.pooler_output) > 1e-3
@@ -78,7 +92,9 @@ def test_the_decoder_of_an_encoder_decoder_made_of_two_models_is_refused(config)
     import transformers
 
     eye = transformer("ViTModel", "ViTConfig", image_size=8, patch_size=2, **NO_DROPOUT)()
-    model = transformers.VisionEncoderDecoderModel(encoder=eye, decoder=gpt2(add_cross_attention=True))
+    model = transformers.VisionEncoderDecoderModel(
+        encoder=eye, decoder=gpt2(add_cross_attention=True)
+    )
     with pytest.raises(weft.TargetError, match="VisionEncoderDecoderModel is an encoder-decoder"):
         weft.attach(model, config)
 
@@ -93,7 +109,12 @@ def test_left_padding_moves_no_virtual_token_where_the_whole_row_is_labelled(nam
     position = (mask.cumsum(1) - 1).masked_fill(mask == 0, at_pads)
     for first in (0, 2):
         labels = row.masked_fill(torch.arange(4) < first, -100)
-        found = model(x, attention_mask=mask, position_ids=position, labels=nn.functional.pad(labels, (3, 0), value=-100))
+        found = model(
+            x,
+            attention_mask=mask,
+            position_ids=position,
+            labels=nn.functional.pad(labels, (3, 0), value=-100),
+        )
         check_close(found.logits[:, 3:], model(row, labels=labels).logits, F64)
 
 
@@ -102,7 +123,11 @@ def test_one_row_of_position_ids_serves_prompts_of_several_lengths(config):
     model = attached(gpt2(), config)
     x, labels = ids(), ids()
     labels[0, :2], labels[1, :5] = -100, -100
-    check_close(model(x, position_ids=torch.arange(7)[None], labels=labels).logits, model(x, labels=labels).logits, F64)
+    check_close(
+        model(x, position_ids=torch.arange(7)[None], labels=labels).logits,
+        model(x, labels=labels).logits,
+        F64,
+    )
     with pytest.raises(weft.UnsupportedError, match="position ids as"):
         model(x, position_ids=torch.arange(7).expand(3, 2, 7))
 
@@ -132,14 +157,20 @@ def test_a_model_inside_the_users_own_module_sees_its_labels_and_its_generate(co
     task = Task(gpt2()).to(F64)
     adapter = weft.attach(task, config)
     with torch.no_grad():
-        for mine, other in zip(adapter.parameters(), weft.adapters(plain)["default"].parameters(), strict=True):
+        for mine, other in zip(
+            adapter.parameters(), weft.adapters(plain)["default"].parameters(), strict=True
+        ):
             mine.copy_(other)
     labels = ids().masked_fill(torch.arange(7) < 4, -100)
-    check_close(task({"input_ids": ids(), "labels": labels}).logits, plain(ids(), labels=labels).logits, F64)
+    check_close(
+        task({"input_ids": ids(), "labels": labels}).logits, plain(ids(), labels=labels).logits, F64
+    )
     check_close(task({"input_ids": ids()}).logits, plain(ids()).logits, F64)
     for cached in (False, True):
-        assert torch.equal(task.inner.generate(ids(), use_cache=cached, **GREEDY),
-                           plain.generate(ids(), use_cache=cached, **GREEDY))
+        assert torch.equal(
+            task.inner.generate(ids(), use_cache=cached, **GREEDY),
+            plain.generate(ids(), use_cache=cached, **GREEDY),
+        )
     weft.detach(task)
     assert "generate" not in task.inner.__dict__ and not task.inner._forward_pre_hooks
 
@@ -171,4 +202,6 @@ def test_generate_does_not_go_on_from_a_cache_whose_virtual_tokens_it_would_coun
     move(weft.attach(model, weft.Prefix(n=2), name="prefix"))  # of which nothing is in the cache
     first = model.generate(ids(), return_dict_in_generate=True, **GREEDY)
     text = torch.cat([first.sequences, ids(length=3, seed=1)], dim=1)
-    assert torch.equal(model.generate(text, **{key: first[key]}, **GREEDY), model.generate(text, **GREEDY))
+    assert torch.equal(
+        model.generate(text, **{key: first[key]}, **GREEDY), model.generate(text, **GREEDY)
+    )

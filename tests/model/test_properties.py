@@ -1,4 +1,6 @@
-"""Shapes, ranks and numbers drawn at random: forward, merge, gradient and count hold for all of them."""
+"""Shapes, ranks and numbers drawn at random: forward, merge, gradient and count hold for all of
+them.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,9 @@ LEADING = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 @st.composite
 def cases(draw):
-    """One layer of any kind and shape under any method of any rank, moved; and an input of any leading shape."""
+    """One layer of any kind and shape under any method of any rank, moved; and an input of any
+    leading shape.
+    """
     variant, kind = draw(st.sampled_from(RULE_VARIANTS)), draw(st.sampled_from(KINDS))
     in_, out, seed = draw(SIZE), draw(SIZE), draw(st.integers(0, 2**31))
     torch.manual_seed(seed)
@@ -37,8 +41,14 @@ def cases(draw):
         for row in zero:
             (layer.weight if kind == "linear" else layer.weight.t())[row] = 0
     model = nn.Sequential(layer)
-    made = config(variant, r=draw(st.integers(1, 30)), alpha=draw(st.floats(0.1, 50)), seed=seed, targets=["0"],
-                  d_init=draw(st.floats(0.01, 3)))
+    made = config(
+        variant,
+        r=draw(st.integers(1, 30)),
+        alpha=draw(st.floats(0.1, 50)),
+        seed=seed,
+        targets=["0"],
+        d_init=draw(st.floats(0.01, 3)),
+    )
     site = weft.attach(model, made).sites["0"]
     factor = draw(st.sampled_from([0.01, 0.3, 1.0]))
     with torch.no_grad():
@@ -59,13 +69,23 @@ def tensors_of(site):
 def effective(site, layer, variant):
     W = layer.weight.detach().double()
     W = W if site.host.kind == "linear" else W.t()
-    return ORACLES[variant.partition(":")[0]](W, tensors_of(site), site.rule) if variant in TURNS_WEIGHTS else W
+    return (
+        ORACLES[variant.partition(":")[0]](W, tensors_of(site), site.rule)
+        if variant in TURNS_WEIGHTS
+        else W
+    )
 
 
 def output(layer, W, x, site):
-    """The layer's output from the weight that it has, and from the adapter's tensors where that is no weight."""
+    """The layer's output from the weight that it has, and from the adapter's tensors where that is
+    no weight.
+    """
     bias, forward = getattr(layer, "bias", None), FORWARDS.get(type(site.rule).__name__)
-    x = torch.eye(W.shape[1], dtype=torch.float64)[x] if isinstance(layer, nn.Embedding) else x.double()
+    x = (
+        torch.eye(W.shape[1], dtype=torch.float64)[x]
+        if isinstance(layer, nn.Embedding)
+        else x.double()
+    )
     y = x @ W.t() if bias is None else x @ W.t() + bias.detach().double()
     return y if forward is None else forward(x, y, tensors_of(site), site.rule)
 
@@ -96,10 +116,19 @@ def test_gradients_are_finite_and_the_count_is_the_formula(case):
     assert sum(p.numel() for p in site.parameters()) == count(variant, out, in_, site.rule.r)
 
 
-@given(st.sampled_from(LAYERED), st.sampled_from(KINDS), SIZE, SIZE, st.integers(1, 30), st.integers(0, 99))
+@given(
+    st.sampled_from(LAYERED),
+    st.sampled_from(KINDS),
+    SIZE,
+    SIZE,
+    st.integers(1, 30),
+    st.integers(0, 99),
+)
 def test_an_untrained_adapter_of_any_shape_is_the_base(name, kind, in_, out, r, seed):
     torch.manual_seed(seed)
-    model = nn.ModuleDict({"layer": host(kind, in_, out), "mid": nn.Linear(3, 2), "head": nn.Linear(2, 2)})
+    model = nn.ModuleDict(
+        {"layer": host(kind, in_, out), "mid": nn.Linear(3, 2), "head": nn.Linear(2, 2)}
+    )
     x = torch.randint(0, in_, (5,)) if kind == "embedding" else torch.randn(5, in_)
     before = model["layer"](x)
     weft.attach(model, config(name, r=r, targets=["layer"]))
@@ -134,6 +163,11 @@ def test_inputs_in_any_order_of_memory(variant):
             p.add_(0.3 * torch.randn_like(p))
     W = effective(site, model[0], variant)
     dense = torch.randn(3, 7, 4)
-    for x in (dense.transpose(1, 2), torch.randn(6, 14)[:, ::2], torch.randn(7).expand(5, 7), torch.randn(7, 5).t()):
+    for x in (
+        dense.transpose(1, 2),
+        torch.randn(6, 14)[:, ::2],
+        torch.randn(7).expand(5, 7),
+        torch.randn(7, 5).t(),
+    ):
         assert not x.is_contiguous()
         check_close(model(x), output(model[0], W, x, site), torch.float32)

@@ -8,7 +8,18 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import weft
-from support import KINDS, RULE_VARIANTS, VARIANTS, awake, check_close, config, inputs, move, net, same_bits
+from support import (
+    KINDS,
+    RULE_VARIANTS,
+    VARIANTS,
+    awake,
+    check_close,
+    config,
+    inputs,
+    move,
+    net,
+    same_bits,
+)
 
 
 def gradients(a, run):
@@ -24,7 +35,11 @@ def recomputed(a, x=None, reentrant=False):
 
     def block(inner):
         h = torch.tanh(a.model.layer(inner))
-        return torch.tanh(a.model.mid(a.model.body(inputs_embeds=h).last_hidden_state if "body" in a.model._modules else h))
+        return torch.tanh(
+            a.model.mid(
+                a.model.body(inputs_embeds=h).last_hidden_state if "body" in a.model._modules else h
+            )
+        )
 
     return a.model.head(checkpoint(block, x, use_reentrant=reentrant))
 
@@ -50,7 +65,9 @@ def test_the_reentrant_kind_works_where_the_input_has_a_gradient(variant):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("variant", [v for v in RULE_VARIANTS if hasattr(config(v), "dropout")])
 def test_dropout_repeats_where_the_model_has_another_dtype_than_the_tensors(variant, reentrant):
-    """The first forward of the reentrant kind records no gradient, and must draw the mask that the second will draw."""
+    """The first forward of the reentrant kind records no gradient, and must draw the mask that the
+    second will draw.
+    """
     a = awake(variant, dtype=torch.bfloat16, dropout=0.4)
     a.model.train()
     x = inputs("linear", dtype=torch.bfloat16).requires_grad_()
@@ -77,7 +94,9 @@ def test_rows_and_dropout_are_the_same_in_the_recomputation(dropout):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("after", [None, "b", ["default", "default", "default", "default"]])
 def test_a_backward_under_another_adapter_is_refused(after, reentrant):
-    """It would recompute the forward with the wrong adapter and give gradients that belong to no function."""
+    """It would recompute the forward with the wrong adapter and give gradients that belong to no
+    function.
+    """
     a = awake("LoRA")
     awake("VeRA", name="b", model=a.model)
     x = a.x.clone().requires_grad_()
@@ -129,7 +148,9 @@ def test_switching_thousands_of_times_in_between_is_refused_only_if_it_matters()
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_training_in_another_thread_than_that_of_attach(reentrant):
-    """Autograd counts its nodes anew in every thread, so what was active when must be told apart by thread."""
+    """Autograd counts its nodes anew in every thread, so what was active when must be told apart by
+    thread.
+    """
     a = awake("LoRA")
     for _ in range(50):
         a.run().sum()  # this thread's count is far ahead
@@ -178,4 +199,6 @@ def test_the_guard_costs_no_memory_of_what_was_active():
     move(adapter)
     for _ in range(5000):
         weft.use(model, "default")
-    assert len(next(iter(adapter.sites.values())).host.module.__dict__["_weft_switch"]._turns) <= 2000
+    assert (
+        len(next(iter(adapter.sites.values())).host.module.__dict__["_weft_switch"]._turns) <= 2000
+    )

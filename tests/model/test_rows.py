@@ -29,7 +29,9 @@ def crowded(kind="linear", variants=RULE_VARIANTS, **changes):
     """One model with an adapter of every method, each of another rank, scale and seed."""
     model = net(kind)
     for i, variant in enumerate(variants):
-        awake(variant, kind, name=f"a{i}", model=model, r=2 + i, alpha=3.0 + 2 * i, seed=i, **changes)
+        awake(
+            variant, kind, name=f"a{i}", model=model, r=2 + i, alpha=3.0 + 2 * i, seed=i, **changes
+        )
     weft.use(model, None)
     return model, [f"a{i}" for i in range(len(variants))]
 
@@ -81,7 +83,9 @@ def test_any_layout_of_rows_gives_each_row_its_own(data):
     asked = data.draw(st.lists(st.sampled_from([None, *names]), min_size=1, max_size=9))
     x = inputs(kind, rows=len(asked), seed=data.draw(st.integers(0, 99)))
     if kind == "linear" and data.draw(st.booleans()):  # Conv1D itself takes contiguous input only
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)  # the same numbers in another order of memory
+        x = (
+            x.transpose(1, 2).contiguous().transpose(1, 2)
+        )  # the same numbers in another order of memory
     with torch.no_grad():
         wanted = alone(model, x, asked)
         with weft.use(model, asked):
@@ -176,12 +180,16 @@ def test_an_input_whose_first_dimension_is_no_row_is_refused_rather_than_mixed_u
     model = Positions(batched)
     move(weft.attach(model, config("LoRA", targets=["layer"])))
     for rows in (2, 3, 4):
-        with weft.use(model, ["default", None, None, "default"][:rows]), \
-                pytest.raises(weft.WeftError, match="first dimension is not these rows"):
+        with (
+            weft.use(model, ["default", None, None, "default"][:rows]),
+            pytest.raises(weft.WeftError, match="first dimension is not these rows"),
+        ):
             model(inputs("linear", rows=rows))
 
 
-@pytest.mark.parametrize("layer", [lambda: nn.TransformerEncoderLayer(7, 1, 9), lambda: nn.LSTM(7, 7)])
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.TransformerEncoderLayer(7, 1, 9), lambda: nn.LSTM(7, 7)]
+)
 def test_a_model_with_the_batch_in_its_second_dimension_is_refused(layer):
     model = nn.ModuleDict({"first": layer(), "layer": nn.Linear(7, 7)})
     weft.attach(model, config("LoRA", targets=["layer"]))
@@ -207,7 +215,10 @@ def test_an_encoder_of_torch_with_the_batch_first(gradients):
 def test_another_number_of_rows_than_names_fails_before_the_first_layer():
     model, names = crowded()
     model.layer.register_forward_pre_hook(lambda *_: pytest.fail("a layer ran"))
-    with weft.use(model, names[:3]), pytest.raises(weft.WeftError, match=r"given 3 names.*the batch has 4 rows"):
+    with (
+        weft.use(model, names[:3]),
+        pytest.raises(weft.WeftError, match=r"given 3 names.*the batch has 4 rows"),
+    ):
         model(inputs("linear", rows=4))
 
 
@@ -230,14 +241,19 @@ def test_the_check_goes_when_the_rows_go():
 def test_an_adapter_that_trains_base_tensors_cannot_be_one_row_of_many(name):
     a = awake("LoRA")
     weft.attach(a.model, config(name), name="whole")
-    with pytest.raises(weft.UnsupportedError, match=r"'whole' trains base tensors .* Run its rows in a batch of their own"):
+    with pytest.raises(
+        weft.UnsupportedError,
+        match=r"'whole' trains base tensors .* Run its rows in a batch of their own",
+    ):
         weft.use(a.model, ["default", "whole", None, None])
 
 
 def test_an_adapter_with_a_head_of_its_own_cannot_be_one_row_of_many():
     model = net()
     weft.attach(model, config("LoRA", modules_to_save=["head"]))
-    with pytest.raises(weft.UnsupportedError, match=r"trains base tensors \('head\.weight', \.\.\.\)"):
+    with pytest.raises(
+        weft.UnsupportedError, match=r"trains base tensors \('head\.weight', \.\.\.\)"
+    ):
         weft.use(model, ["default", None])
 
 
@@ -251,7 +267,9 @@ def test_routed_experts_cannot_be_one_row_of_many():
     model = Mixture()
     adapter = weft.attach(model, config("LoRA", targets=["experts.0", "experts.1"]))
     assert adapter.routed == ["experts.0", "experts.1"]
-    with pytest.raises(weft.UnsupportedError, match=r"adapts 'experts\.0', where a router has regrouped the tokens"):
+    with pytest.raises(
+        weft.UnsupportedError, match=r"adapts 'experts\.0', where a router has regrouped the tokens"
+    ):
         weft.use(model, ["default", None])
 
 

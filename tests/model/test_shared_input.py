@@ -1,4 +1,6 @@
-"""Layers that read the same input compute VeRA's A x once, forward and backward, and never a stale one."""
+"""Layers that read the same input compute VeRA's A x once, forward and backward, and never a stale
+one.
+"""
 
 import gc
 import weakref
@@ -77,7 +79,9 @@ def test_an_input_that_is_written_to_is_read_again(monkeypatch):
 def test_another_tensor_at_the_same_place_is_another_input():
     model, _ = adapted()
     with torch.no_grad():
-        outputs = [model(torch.full((5, 6), float(i))) for i in range(20)]  # all at one address, one by one
+        outputs = [
+            model(torch.full((5, 6), float(i))) for i in range(20)
+        ]  # all at one address, one by one
         for i, out in enumerate(outputs):
             x = torch.full((5, 6), float(i))
             assert torch.equal(out, model(x))
@@ -97,7 +101,9 @@ def test_gradients_are_not_lost_to_a_product_made_without_them():
 def test_nothing_is_held_beyond_the_input():
     model, _ = adapted()
     shared = model.q.weft["default"].shared
-    x = 1 * torch.randn(5, 6, requires_grad=True)  # a leaf is held by its own graph, until the next input
+    x = 1 * torch.randn(
+        5, 6, requires_grad=True
+    )  # a leaf is held by its own graph, until the next input
     out = model.q(x)
     product = weakref.ref(shared._last[2])
     del out, x

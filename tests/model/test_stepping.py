@@ -1,4 +1,6 @@
-"""Rules that act around the optimiser's step: when it counts and when not, for whom, and that it goes on after a break."""
+"""Rules that act around the optimiser's step: when it counts and when not, for whom, and that it
+goes on after a break.
+"""
 
 import copy
 import gc
@@ -14,7 +16,9 @@ from weft.model import stepping
 
 
 def hooks():
-    return len(torch_optimizer._global_optimizer_pre_hooks), len(torch_optimizer._global_optimizer_post_hooks)
+    return len(torch_optimizer._global_optimizer_pre_hooks), len(
+        torch_optimizer._global_optimizer_post_hooks
+    )
 
 
 def fresh(name="default", model=None, method="AdaLoRA", **changes):
@@ -155,7 +159,12 @@ def test_two_adapters_count_for_themselves():
     _, b, _ = fresh("b", model, total_steps=30, seed=5)
     both = torch.optim.AdamW([*a.parameters(), *b.parameters()], lr=0.02)
     own = torch.optim.AdamW(a.parameters(), lr=0.02)
-    for active, optimiser, wanted in (("a", own, (1, 0)), ("b", both, (1, 1)), ("a", both, (2, 1)), ("b", own, (2, 1))):
+    for active, optimiser, wanted in (
+        ("a", own, (1, 0)),
+        ("b", both, (1, 1)),
+        ("a", both, (2, 1)),
+        ("b", own, (2, 1)),
+    ):
         with weft.use(model, active):
             both.zero_grad()
             backward(model, x)
@@ -223,11 +232,15 @@ def test_a_training_state_of_another_adapter_is_refused():
 
 
 class Around(torch.optim.Optimizer):
-    """Holds all tensors and lets optimisers of parts of them step, as ZeroRedundancyOptimizer and SAM do."""
+    """Holds all tensors and lets optimisers of parts of them step, as ZeroRedundancyOptimizer and
+    SAM do.
+    """
 
     def __init__(self, *parts, fails=False):
         self.parts, self.fails = parts, fails
-        super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
+        super().__init__(
+            [p for part in parts for group in part.param_groups for p in group["params"]], {}
+        )
 
     def step(self, closure=None):
         if self.fails:
@@ -319,7 +332,10 @@ def test_tensors_that_the_user_has_frozen_belong_in_no_optimiser():
     model, adapter, x = fresh()
     frozen = adapter.sites["mid"].P.requires_grad_(False)
     kept = frozen.detach().clone()
-    optimisers = [torch.optim.SGD([p for p in adapter.parameters() if p.requires_grad], lr=0.1) for _ in range(2)]
+    optimisers = [
+        torch.optim.SGD([p for p in adapter.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2)
+    ]
     for count, optimiser in enumerate(optimisers, start=1):
         step(model, x, optimiser)
         assert adapter.steps == count
@@ -332,7 +348,9 @@ def test_tensors_in_two_optimisers_are_refused():
     optimisers = [torch.optim.SGD([one], lr=0.1), torch.optim.SGD(rest, lr=0.1)]
     backward(model, x)
     optimisers[0].step()
-    with pytest.raises(weft.UnsupportedError, match="in two optimisers, and AdaLoRA acts once a step"):
+    with pytest.raises(
+        weft.UnsupportedError, match="in two optimisers, and AdaLoRA acts once a step"
+    ):
         optimisers[1].step()
 
 

@@ -33,37 +33,60 @@ def sites(model, targets, method="LoRA"):
     return found
 
 
-ATTENTION = ["blocks.0.attn.q_proj", "blocks.0.attn.v_proj", "blocks.1.attn.q_proj", "blocks.1.attn.v_proj"]
+ATTENTION = [
+    "blocks.0.attn.q_proj",
+    "blocks.0.attn.v_proj",
+    "blocks.1.attn.q_proj",
+    "blocks.1.attn.v_proj",
+]
 MLP = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
 
 
-@pytest.mark.parametrize(("targets", "wanted"), [
-    ("all-linear", [*ATTENTION[:2], *MLP[:2], *ATTENTION[2:], *MLP[2:], "project"]),
-    ("attention", ATTENTION),
-    ("mlp", MLP),
-    (["attention", "project"], [*ATTENTION, "project"]),
-    ("q_proj", ATTENTION[0::2]),
-    (["q_proj", "down"], ["blocks.0.attn.q_proj", "blocks.0.down", "blocks.1.attn.q_proj", "blocks.1.down"]),
-    (("attn.q_proj",), ATTENTION[0::2]),
-    ({"up", "head"}, ["blocks.0.up", "blocks.1.up", "head"]),
-    ("blocks.1.up", ["blocks.1.up"]),
-    (r"blocks\.\d+\.(up|down)", MLP),
-    (r".*\.0\..*proj", ATTENTION[:2]),
-    (["embed", "head"], ["embed", "head"]),
-    ({"project": {}, r".*q_proj": {"r": 2}}, [*ATTENTION[0::2], "project"]),
-])
+@pytest.mark.parametrize(
+    ("targets", "wanted"),
+    [
+        ("all-linear", [*ATTENTION[:2], *MLP[:2], *ATTENTION[2:], *MLP[2:], "project"]),
+        ("attention", ATTENTION),
+        ("mlp", MLP),
+        (["attention", "project"], [*ATTENTION, "project"]),
+        ("q_proj", ATTENTION[0::2]),
+        (
+            ["q_proj", "down"],
+            ["blocks.0.attn.q_proj", "blocks.0.down", "blocks.1.attn.q_proj", "blocks.1.down"],
+        ),
+        (("attn.q_proj",), ATTENTION[0::2]),
+        ({"up", "head"}, ["blocks.0.up", "blocks.1.up", "head"]),
+        ("blocks.1.up", ["blocks.1.up"]),
+        (r"blocks\.\d+\.(up|down)", MLP),
+        (r".*\.0\..*proj", ATTENTION[:2]),
+        (["embed", "head"], ["embed", "head"]),
+        ({"project": {}, r".*q_proj": {"r": 2}}, [*ATTENTION[0::2], "project"]),
+    ],
+)
 def test_every_form_of_targets(targets, wanted):
     assert sites(Plain(), targets) == wanted
 
 
-@pytest.mark.parametrize(("targets", "says"), [
-    ("p_proj", r"'p_proj' matches none of the model's 11 linear layers\. Nearest endings: \['v_proj', 'q_proj'"),
-    (["q_proj", "blocks.2.up"], r"'blocks\.2\.up' matches none .* Nearest endings: \['up'"),
-    ("xyzzy", r"Nearest endings: \['down', 'embed', 'head', 'project', 'q_proj', 'up', 'v_proj'\]"),
-    (r".*\.quary.*", r"\(as a regular expression over the whole name\)"),
-    ("proj", "matches none"),  # an ending is cut at a dot
-    ("q_pro", "matches none"),
-])
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (
+            "p_proj",
+            (
+                r"'p_proj' matches none of the model's 11 linear layers\. Nearest endings: \['v_proj', "
+                r"'q_proj'"
+            ),
+        ),
+        (["q_proj", "blocks.2.up"], r"'blocks\.2\.up' matches none .* Nearest endings: \['up'"),
+        (
+            "xyzzy",
+            r"Nearest endings: \['down', 'embed', 'head', 'project', 'q_proj', 'up', 'v_proj'\]",
+        ),
+        (r".*\.quary.*", r"\(as a regular expression over the whole name\)"),
+        ("proj", "matches none"),  # an ending is cut at a dot
+        ("q_pro", "matches none"),
+    ],
+)
 def test_a_pattern_that_matches_nothing_names_candidates(targets, says):
     model = Plain()
     with pytest.raises(weft.TargetError, match=says):
@@ -73,21 +96,43 @@ def test_a_pattern_that_matches_nothing_names_candidates(targets, says):
 
 def test_keywords_that_find_nothing_say_what_was_left_out():
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 3)})
-    with pytest.raises(weft.TargetError, match=r"'mlp' finds no layer in this model\. It leaves out: embed: embedding\. "
-                                               r"Name what you want to adapt; .*\['embed', 'head'\]"):
+    with pytest.raises(
+        weft.TargetError,
+        match=r"'mlp' finds no layer in this model\. It leaves out: embed: embedding\. "
+        r"Name what you want to adapt; .*\['embed', 'head'\]",
+    ):
         weft.attach(model, weft.LoRA(targets="mlp"))
 
 
 def test_overrides_per_layer_and_the_later_pattern_wins_field_by_field():
     model = Plain()
-    adapter = weft.attach(model, weft.DoRA(r=4, alpha=8, targets={
-        "all-linear": {}, "q_proj": {"r": 9, "alpha": 3.0}, r"blocks\.1\..*": {"r": 2, "norm_grad": "exact"}}))
-    rules = {name: (site.rule.r, site.rule.alpha, site.rule.norm_grad) for name, site in adapter.sites.items()}
+    adapter = weft.attach(
+        model,
+        weft.DoRA(
+            r=4,
+            alpha=8,
+            targets={
+                "all-linear": {},
+                "q_proj": {"r": 9, "alpha": 3.0},
+                r"blocks\.1\..*": {"r": 2, "norm_grad": "exact"},
+            },
+        ),
+    )
+    rules = {
+        name: (site.rule.r, site.rule.alpha, site.rule.norm_grad)
+        for name, site in adapter.sites.items()
+    }
     assert rules["project"] == rules["blocks.0.up"] == (4, 8, "constant")
     assert rules["blocks.0.attn.q_proj"] == (9, 3.0, "constant")
-    assert rules["blocks.1.attn.q_proj"] == (2, 3.0, "exact") and rules["blocks.1.down"] == (2, 8, "exact")
+    assert rules["blocks.1.attn.q_proj"] == (2, 3.0, "exact") and rules["blocks.1.down"] == (
+        2,
+        8,
+        "exact",
+    )
     assert adapter.sites["blocks.0.attn.q_proj"].A.shape == (9, 6)
-    with pytest.raises(weft.ConfigError, match=r"LoRA has no field 'rank' to override per layer\. Nearest: "):
+    with pytest.raises(
+        weft.ConfigError, match=r"LoRA has no field 'rank' to override per layer\. Nearest: "
+    ):
         weft.attach(Plain(), weft.LoRA(targets={"q_proj": {"rank": 3}}))
     with pytest.raises(weft.ConfigError, match=r"LoRA\(r=0\)"):
         weft.attach(Plain(), weft.LoRA(targets={"q_proj": {"r": 0}}))
@@ -113,9 +158,15 @@ def test_multihead_attention_is_named_as_what_cannot_be_adapted():
     assert list(adapter.sites) == ["up"]
     reasons = {f.name: f.reason for f in adapter.frozen}
     assert "MultiheadAttention reads its weight and never calls it" in reasons["attention.out_proj"]
-    assert reasons["attention.in_proj_weight"] == "read by MultiheadAttention itself, not by a linear layer"
-    with pytest.raises(weft.TargetError, match=r"'out_proj' names 'attention.out_proj' \(NonDynamicallyQuantizableLinear\), "
-                                               "which cannot be adapted: MultiheadAttention reads"):
+    assert (
+        reasons["attention.in_proj_weight"]
+        == "read by MultiheadAttention itself, not by a linear layer"
+    )
+    with pytest.raises(
+        weft.TargetError,
+        match=r"'out_proj' names 'attention.out_proj' \(NonDynamicallyQuantizableLinear\), "
+        "which cannot be adapted: MultiheadAttention reads",
+    ):
         weft.attach(model, weft.LoRA(targets=["out_proj"]), name="b")
 
 
@@ -125,7 +176,9 @@ def test_a_transformer_encoder_of_torch(batch_first):
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     wanted = [f"layers.{i}.linear{j}" for i in range(3) for j in (1, 2)]
     assert sites(model, "all-linear") == sites(model, "mlp") == wanted
-    with pytest.raises(weft.TargetError, match=r"'attention' finds no layer.*out_proj: MultiheadAttention"):
+    with pytest.raises(
+        weft.TargetError, match=r"'attention' finds no layer.*out_proj: MultiheadAttention"
+    ):
         weft.attach(model, weft.LoRA(targets="attention"))
     adapter = weft.attach(model, weft.LoRA(r=2))
     assert "layers.{0..2}.self_attn.in_proj_weight (tensor 18x6, x3)" in str(adapter.plan())
@@ -137,14 +190,23 @@ def _quantised():
     return layer
 
 
-@pytest.mark.parametrize(("layer", "reason"), [
-    (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), "parametrised"),
-    (lambda: nn.Embedding(4, 5, max_norm=1.0), "max_norm rewrites its weight"),
-    (_quantised, r"quantised \(int8\)"),
-    (lambda: _Scaled(4, 5), "the forward of _Scaled computes something else than a plain embedding layer"),
-    (lambda: _Doubling(4, 5), "the forward of _Doubling computes something else than a plain linear layer"),
-    (lambda: _TwoInputs(4, 5), "the forward of _TwoInputs computes something else"),
-])
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), "parametrised"),
+        (lambda: nn.Embedding(4, 5, max_norm=1.0), "max_norm rewrites its weight"),
+        (_quantised, r"quantised \(int8\)"),
+        (
+            lambda: _Scaled(4, 5),
+            "the forward of _Scaled computes something else than a plain embedding layer",
+        ),
+        (
+            lambda: _Doubling(4, 5),
+            "the forward of _Doubling computes something else than a plain linear layer",
+        ),
+        (lambda: _TwoInputs(4, 5), "the forward of _TwoInputs computes something else"),
+    ],
+)
 def test_layers_that_cannot_be_adapted_say_why(layer, reason):
     model = nn.ModuleDict({"first": layer(), "second": nn.Linear(4, 5)})
     adapter = weft.attach(model, weft.LoRA(r=2))
@@ -183,25 +245,35 @@ def test_a_subclass_that_computes_the_same_map_is_adapted():
     x = inputs("linear")
     W = weft.effective_weight(model["layer"])
     torch.testing.assert_close(model["layer"](x), x @ W.T + model["layer"].bias)
-    assert type(model["layer"]).__name__ == "Adapted_Spelled" and isinstance(model["layer"], _Spelled)
+    assert type(model["layer"]).__name__ == "Adapted_Spelled" and isinstance(
+        model["layer"], _Spelled
+    )
 
 
 def test_lazy_layers_are_refused_until_they_have_a_shape():
     model = nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 4))
-    with pytest.raises(weft.TargetError, match=r"'0\.weight' has no shape before the model's first forward"):
+    with pytest.raises(
+        weft.TargetError, match=r"'0\.weight' has no shape before the model's first forward"
+    ):
         weft.attach(model, weft.LoRA(r=2))
     model(torch.randn(2, 7))
     assert sites(model, "all-linear") == ["0", "1"]
 
 
 class Mixture(nn.Module):
-    """Experts in a list, a router beside them, and a key projection with as many rows as there are experts."""
+    """Experts in a list, a router beside them, and a key projection with as many rows as there are
+    experts.
+    """
 
     def __init__(self, experts=4):
         super().__init__()
-        self.self_attn = nn.ModuleDict({"k_proj": nn.Linear(6, experts, bias=False), "o_proj": nn.Linear(experts, 6)})
+        self.self_attn = nn.ModuleDict(
+            {"k_proj": nn.Linear(6, experts, bias=False), "o_proj": nn.Linear(experts, 6)}
+        )
         self.gate = nn.Linear(6, experts, bias=False)
-        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 8), "down": nn.Linear(8, 6)}) for _ in range(experts))
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(6, 8), "down": nn.Linear(8, 6)}) for _ in range(experts)
+        )
         self.shared_expert = nn.ModuleDict({"up": nn.Linear(6, experts)})
 
 
@@ -210,7 +282,8 @@ def test_experts_in_a_list_are_adapted_and_their_router_is_not():
     adapter = weft.attach(model, weft.LoRA(r=2))
     assert len(adapter.sites) == 2 * (2 + 8 + 1)
     assert {f.name: f.reason for f in adapter.frozen} == {
-        f"layers.{i}.gate": "router of a mixture of experts" for i in range(2)}
+        f"layers.{i}.gate": "router of a mixture of experts" for i in range(2)
+    }
     assert len(adapter.routed) == 16 and all(".experts." in name for name in adapter.routed)
     weft.detach(model)
     assert len(sites(model, "attention")) == 4 and len(sites(model, "mlp")) == 18
@@ -226,14 +299,28 @@ def test_routers_and_fused_experts_named_on_purpose():
 
 def test_modules_to_save_by_ending_whole_name_and_not_at_all():
     model = Plain()
-    adapter = weft.attach(model, config("LoRA", targets="attention", modules_to_save=["head", "blocks.0.up"]))
-    assert set(adapter.selected) == {"head.weight", "head.bias", "blocks.0.up.weight", "blocks.0.up.bias"}
+    adapter = weft.attach(
+        model, config("LoRA", targets="attention", modules_to_save=["head", "blocks.0.up"])
+    )
+    assert set(adapter.selected) == {
+        "head.weight",
+        "head.bias",
+        "blocks.0.up.weight",
+        "blocks.0.up.bias",
+    }
     assert adapter.num_head_parameters == 7 * 3 + 3 + 6 * 10 + 10
-    assert not {"head", "blocks.0.up"} & {f.name for f in adapter.frozen}, "what is trained does not stay frozen"
+    assert not {"head", "blocks.0.up"} & {f.name for f in adapter.frozen}, (
+        "what is trained does not stay frozen"
+    )
     assert "head (" not in str(adapter.plan()).partition("stays frozen")[2]
-    with pytest.raises(weft.TargetError, match=r"modules_to_save=\['classifier'\] matches no module.*end in: .*head"):
+    with pytest.raises(
+        weft.TargetError,
+        match=r"modules_to_save=\['classifier'\] matches no module.*end in: .*head",
+    ):
         weft.attach(Plain(), config("LoRA", targets="mlp", modules_to_save=["classifier"]))
-    with pytest.raises(weft.TargetError, match=r"'head' is named by targets and by modules_to_save"):
+    with pytest.raises(
+        weft.TargetError, match=r"'head' is named by targets and by modules_to_save"
+    ):
         weft.attach(Plain(), config("LoRA", targets=["head"], modules_to_save=["head"]))
 
 
@@ -244,11 +331,17 @@ def test_both_sides_of_a_tied_pair_can_be_trained_together():
     model.head.weight = nn.Parameter(torch.randn(11, 9))
     model.other = nn.Embedding(11, 9)
     model.other.weight = model.head.weight
-    with pytest.raises(weft.TargetError, match=r"'head\.weight' is tied to 'other\.weight'.*Name both"):
+    with pytest.raises(
+        weft.TargetError, match=r"'head\.weight' is tied to 'other\.weight'.*Name both"
+    ):
         weft.attach(model, config("LoRA", targets=["layer"], modules_to_save=["head"]))
-    with pytest.raises(weft.TargetError, match=r"'other\.weight' is tied to 'head\.weight'.*Name both"):
+    with pytest.raises(
+        weft.TargetError, match=r"'other\.weight' is tied to 'head\.weight'.*Name both"
+    ):
         weft.attach(model, config("LoRA", targets=["layer"], modules_to_save=["other"]))
-    adapter = weft.attach(model, config("LoRA", targets=["layer"], modules_to_save=["head", "other"]))
+    adapter = weft.attach(
+        model, config("LoRA", targets=["layer"], modules_to_save=["head", "other"])
+    )
     assert model.head.weight is model.other.weight is next(iter(adapter.selected.values()))
     assert len(adapter.selected) == 1
     with weft.use(model, None):
@@ -258,7 +351,10 @@ def test_both_sides_of_a_tied_pair_can_be_trained_together():
 def test_a_weight_read_by_a_module_under_another_name_counts_as_tied():
     model = net()
     model.register_parameter("table", model.mid.weight)
-    with pytest.raises(weft.TargetError, match=r"'mid' and 'table' are tied: .* model\.table = torch\.nn\.Parameter"):
+    with pytest.raises(
+        weft.TargetError,
+        match=r"'mid' and 'table' are tied: .* model\.table = torch\.nn\.Parameter",
+    ):
         weft.attach(model, config("LoRA"))
 
 
@@ -273,10 +369,16 @@ class Wrapper(nn.Module):
         return next(self.children())(x)
 
 
-@pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize(
+    "part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+)
 def test_a_wrapped_layer_is_named_as_if_it_were_not_wrapped(part):
     model = net()
-    model.mid = torch.compile(model.mid, backend="eager") if part == "_orig_mod" else Wrapper(model.mid, part)
+    model.mid = (
+        torch.compile(model.mid, backend="eager")
+        if part == "_orig_mod"
+        else Wrapper(model.mid, part)
+    )
     inside = f"mid.{part}"
     for targets in (["mid"], "mid", r"m[i]d", r"mid(\..*)?", [inside], {"mid": {"r": 2}}):
         assert sites(model, targets) == [inside], targets

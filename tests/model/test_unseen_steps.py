@@ -1,4 +1,6 @@
-"""Tensors that move without a step of an optimiser that holds them, where a rule follows steps: an error, not silence."""
+"""Tensors that move without a step of an optimiser that holds them, where a rule follows steps: an
+error, not silence.
+"""
 
 import copy
 
@@ -11,11 +13,15 @@ from support import move
 
 
 class Masters(torch.optim.Optimizer):
-    """Steps copies of the tensors in float64 and writes the result back, past autograd's count of versions if `data`."""
+    """Steps copies of the tensors in float64 and writes the result back, past autograd's count of
+    versions if `data`.
+    """
 
     def __init__(self, tensors, data):
         self.tensors, self.data = list(tensors), data
-        self.inner = torch.optim.AdamW([t.detach().double().requires_grad_() for t in self.tensors], lr=0.05)
+        self.inner = torch.optim.AdamW(
+            [t.detach().double().requires_grad_() for t in self.tensors], lr=0.05
+        )
         super().__init__(self.inner.param_groups[0]["params"], {})
 
     def zero_grad(self, set_to_none=True):
@@ -49,7 +55,9 @@ def by_hand(tensors, data):
 @pytest.mark.parametrize("data", [False, True])
 @pytest.mark.parametrize("make", [Masters, by_hand])
 @pytest.mark.parametrize("method", ["AdaLoRA", "DyLoRA", "LoRAFA"])
-def test_steps_that_are_not_seen_are_an_error_in_the_third_forward_of_the_training(method, make, data):
+def test_steps_that_are_not_seen_are_an_error_in_the_third_forward_of_the_training(
+    method, make, data
+):
     model, adapter, x = fresh("mine", method=method, precondition=True)
     optimiser = make(adapter.parameters(), data)
     wanted = rf"tensors of adapter 'mine' have moved, and no optimiser .* {method} acts .* Give adapter\.parameters\(\) to"
@@ -74,7 +82,9 @@ def test_the_audit_sees_tensors_that_moved_while_no_step_was_counted(method):
         before = weft.snapshot(model, name)
         for _ in range(3):
             step(model, x, optimiser)
-        with pytest.raises(weft.AuditError, match=rf"adapter 'mine' have moved, and no optimiser .* {method} acts"):
+        with pytest.raises(
+            weft.AuditError, match=rf"adapter 'mine' have moved, and no optimiser .* {method} acts"
+        ):
             weft.audit(model, before, weft.snapshot(model, name), name)
     optimiser = torch.optim.SGD(adapter.parameters(), lr=0.1)
     before = weft.snapshot(model, "mine")
@@ -96,7 +106,9 @@ def test_what_depends_on_no_step_may_be_moved_by_anybody():
 
 
 def test_tensors_may_be_moved_by_hand_where_no_gradient_was_before():
-    """New starting values, a state that is put back, averages that are tried out, and batches left out after a backward."""
+    """New starting values, a state that is put back, averages that are tried out, and batches left
+    out after a backward.
+    """
     model, adapter, x = fresh()
     move(adapter)
     kept = copy.deepcopy(model.state_dict())

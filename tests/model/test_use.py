@@ -40,7 +40,12 @@ def test_adapters_of_every_method_live_side_by_side():
         adapters.append(awake(variant, name=f"a{i}", model=model, seed=i, r=2 + i))
     for i in [*reversed(range(len(VARIANTS))), *range(len(VARIANTS))]:
         with weft.use(model, f"a{i}"):
-            check_close(model(adapters[i].x), oracle_output(adapters[i], adapters[i].declared()), torch.float32, VARIANTS[i])
+            check_close(
+                model(adapters[i].x),
+                oracle_output(adapters[i], adapters[i].declared()),
+                torch.float32,
+                VARIANTS[i],
+            )
     assert list(weft.adapters(model)) == [f"a{i}" for i in range(len(VARIANTS))]
 
 
@@ -49,7 +54,11 @@ def test_use_puts_back_what_was_active_even_after_an_error():
     awake("VeRA", name="b", model=a.model)
     weft.use(a.model, "b")
     with_b = a.run()
-    with pytest.raises(ZeroDivisionError), weft.use(a.model, "default"), weft.use(a.model, [None] * 4):
+    with (
+        pytest.raises(ZeroDivisionError),
+        weft.use(a.model, "default"),
+        weft.use(a.model, [None] * 4),
+    ):
         raise ZeroDivisionError
     assert same_bits(a.run(), with_b)
 
@@ -68,7 +77,10 @@ def test_attaching_makes_the_new_adapter_active():
 def test_unknown_names_fail_before_any_compute(asked):
     a = awake("LoRA")
     a.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    with pytest.raises(weft.WeftError, match=r"no adapter is named ('defualt'|3) on this Net\. Nearest: \['default'\]"):
+    with pytest.raises(
+        weft.WeftError,
+        match=r"no adapter is named ('defualt'|3) on this Net\. Nearest: \['default'\]",
+    ):
         weft.use(a.model, asked)
 
 
@@ -76,7 +88,9 @@ def test_no_names_and_no_adapter_are_errors():
     a = awake("LoRA")
     with pytest.raises(weft.WeftError, match="give one name or None per row"):
         weft.use(a.model, [])
-    with pytest.raises(weft.WeftError, match=r"Net carries no adapter\. Attach one with weft\.attach"):
+    with pytest.raises(
+        weft.WeftError, match=r"Net carries no adapter\. Attach one with weft\.attach"
+    ):
         weft.use(net(), None)
 
 

@@ -1,4 +1,6 @@
-"""Triton's kernels against their torch forms: test_kernels.py runs this file under Triton's interpreter, or on a GPU."""
+"""Triton's kernels against their torch forms: test_kernels.py runs this file under Triton's
+interpreter, or on a GPU.
+"""
 
 import pytest
 import torch
@@ -15,12 +17,16 @@ def draw(*shape, dtype=torch.float32, seed=0):
 
 def close(found, wanted, dtype):
     assert found.shape == wanted.shape
-    gap = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30)
+    gap = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(
+        1e-30
+    )
     assert float(gap) <= RELATIVE[dtype], float(gap)
 
 
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
-@pytest.mark.parametrize(("rows", "tokens", "out", "r"), [(1, 70, 65, 3), (3, 1, 130, 16), (1, 1, 1, 1), (2, 17, 64, 70)])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "out", "r"), [(1, 70, 65, 3), (3, 1, 130, 16), (1, 1, 1, 1), (2, 17, 64, 70)]
+)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("sigma", [True, False], ids=["scaled", "unscaled"])
 @pytest.mark.parametrize("many", [True, False], ids=["many", "one"])
@@ -35,7 +41,9 @@ def test_compose_up(dtype, rows, tokens, out, r, bias, sigma, many):
     if m is not None:
         straight = value if b is None else value - b.double()
         value = value + (m.double()[which][:, None] - 1) * straight
-    found = kernels.compose_up(y, h, B if many else B[0], 0.7, m if many or m is None else m[0], b, index)
+    found = kernels.compose_up(
+        y, h, B if many else B[0], 0.7, m if many or m is None else m[0], b, index
+    )
     assert found is y
     close(found, value, dtype)
 
@@ -44,7 +52,11 @@ def test_compose_up(dtype, rows, tokens, out, r, bias, sigma, many):
 @pytest.mark.parametrize(("tokens", "out"), [(70, 65), (1, 130), (64, 64), (200, 3), (0, 5)])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 def test_compose_grad(dtype, tokens, out, bias):
-    g, y, sigma = draw(tokens, out, dtype=dtype), draw(tokens, out, dtype=dtype, seed=1), draw(out, seed=2)
+    g, y, sigma = (
+        draw(tokens, out, dtype=dtype),
+        draw(tokens, out, dtype=dtype, seed=1),
+        draw(out, seed=2),
+    )
     b = draw(out, dtype=dtype, seed=3) if bias else None
     scaled, sums = kernels.compose_grad(g, y, sigma, b)
     z = y.double() - (b.double() if bias else 0)
@@ -88,11 +100,15 @@ def test_a_mixed_batch_gives_the_same_with_and_without_kernels(bias, monkeypatch
             site.weft["second"].B.normal_()
     calls, found = [], []
     run = kernels.compose_up
-    monkeypatch.setattr(kernels, "compose_up", lambda *args: calls.append(len(args[0])) or run(*args))
+    monkeypatch.setattr(
+        kernels, "compose_up", lambda *args: calls.append(len(args[0])) or run(*args)
+    )
     names = ["second", "default", None, "second", "default"][: a.x.shape[0]]
     for off in ("1", "0"):
         monkeypatch.setenv("WEFT_TRITON", off)
         with torch.no_grad(), weft.use(a.model, names):
             found.append(a.run())
     close(found[0], found[1], torch.float32)
-    assert len(calls) >= 2 and max(calls) < a.x.shape[0]  # the kernel ran, on the adapters' rows alone
+    assert (
+        len(calls) >= 2 and max(calls) < a.x.shape[0]
+    )  # the kernel ran, on the adapters' rows alone

@@ -1,4 +1,6 @@
-"""The counter-based generator against published vectors, a second implementation, and frozen values."""
+"""The counter-based generator against published vectors, a second implementation, and frozen
+values.
+"""
 
 import math
 
@@ -17,8 +19,11 @@ ONES = 0xFFFFFFFF
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 WORD = st.integers(0, ONES)
 
@@ -56,22 +61,36 @@ def test_the_bands_in_which_it_is_computed_do_not_matter(monkeypatch):
 @pytest.mark.parametrize(("rows", "cols"), [(0, 5), (5, 0), (1, 1), (3, 4), (2, 5)])
 def test_any_shape(rows, cols):
     assert counter.bits(1, 0, rows, cols).shape == (rows, cols)
-    assert counter.uniform(1, 0, rows, cols, 0.5).shape == counter.normal(1, 0, rows, cols, 0.5).shape == (rows, cols)
+    assert (
+        counter.uniform(1, 0, rows, cols, 0.5).shape
+        == counter.normal(1, 0, rows, cols, 0.5).shape
+        == (rows, cols)
+    )
 
 
 @given(st.integers(0, 2**63 - 1), st.floats(1e-3, 1e3))
 def test_uniform_is_symmetric_bounded_never_zero_and_one_multiplication_from_its_bits(key, bound):
     found = counter.uniform(key, 1, 5, 7, bound)
-    assert found.dtype == torch.float32 and (found != 0).all() and (found.abs() <= bound * (1 + 1e-6)).all()
+    assert (
+        found.dtype == torch.float32
+        and (found != 0).all()
+        and (found.abs() <= bound * (1 + 1e-6)).all()
+    )
     step = torch.tensor(bound * 2.0**-24, dtype=torch.float32)
     for i, j in ((0, 0), (4, 6)):
-        odd = (oracle.philox((j // 4, i, 1, 0), (key & ONES, key >> 32))[j % 4] >> 8) * 2 + 1 - 2**24
+        odd = (
+            (oracle.philox((j // 4, i, 1, 0), (key & ONES, key >> 32))[j % 4] >> 8) * 2 + 1 - 2**24
+        )
         assert float(found[i, j]) == float(torch.tensor(float(odd), dtype=torch.float32) * step)
 
 
 def test_the_distributions_are_what_they_say():
     flat = counter.uniform(3, 0, 500, 401, 2.0).double()
-    assert abs(flat.mean()) < 0.01 and abs(flat.std() - 2 / math.sqrt(3)) < 0.01 and flat.abs().max() > 1.999
+    assert (
+        abs(flat.mean()) < 0.01
+        and abs(flat.std() - 2 / math.sqrt(3)) < 0.01
+        and flat.abs().max() > 1.999
+    )
     bell = counter.normal(3, 0, 500, 401, 0.7).double()
     assert abs(bell.mean()) < 0.01 and abs(bell.std() - 0.7) < 0.01 and bell.isfinite().all()
     for width, share in ((0.7, 0.6827), (1.4, 0.9545)):
@@ -79,22 +98,40 @@ def test_the_distributions_are_what_they_say():
 
 
 def test_frozen_values():
-    """These bits are in files. If this fails, adapters saved without their matrices can no longer be read."""
+    """These bits are in files. If this fails, adapters saved without their matrices can no longer
+    be read.
+    """
     assert counter.key_of(0, "layer", "A") == 0xA1A7707BB4CEDBF9
     assert [int(v) for v in counter.bits(0, 0, 1, 4)[0]] == list(KNOWN[0][2])
     assert [v.hex() for v in counter.uniform(7, 1, 2, 3, 0.25).flatten().tolist()] == [
-        "-0x1.4512800000000p-9", "-0x1.50249a0000000p-3", "-0x1.829e240000000p-4",
-        "-0x1.fe2cfa0000000p-3", "0x1.0e06f80000000p-5", "-0x1.6297ce0000000p-3"]
-    # The last bit of these may depend on the mathematics library, so they are never redrawn from a seed.
-    torch.testing.assert_close(counter.normal(7, 1, 1, 3, 0.25)[0], torch.tensor(
-        [-0.003108430188149214, -0.23683245480060577, -0.12309751659631729]))
+        "-0x1.4512800000000p-9",
+        "-0x1.50249a0000000p-3",
+        "-0x1.829e240000000p-4",
+        "-0x1.fe2cfa0000000p-3",
+        "0x1.0e06f80000000p-5",
+        "-0x1.6297ce0000000p-3",
+    ]
+    # The last bit of these may depend on the mathematics library, so they are never redrawn from a
+    # seed.
+    torch.testing.assert_close(
+        counter.normal(7, 1, 1, 3, 0.25)[0],
+        torch.tensor([-0.003108430188149214, -0.23683245480060577, -0.12309751659631729]),
+    )
 
 
 def test_the_default_dtype_and_device_do_not_matter():
-    wanted = [counter.uniform(1, 0, 3, 5, 0.3), counter.normal(1, 0, 3, 5, 0.3), *peft_projections(4, 3, 7, 5)]
+    wanted = [
+        counter.uniform(1, 0, 3, 5, 0.3),
+        counter.normal(1, 0, 3, 5, 0.3),
+        *peft_projections(4, 3, 7, 5),
+    ]
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
-        found = [counter.uniform(1, 0, 3, 5, 0.3), counter.normal(1, 0, 3, 5, 0.3), *peft_projections(4, 3, 7, 5)]
+        found = [
+            counter.uniform(1, 0, 3, 5, 0.3),
+            counter.normal(1, 0, 3, 5, 0.3),
+            *peft_projections(4, 3, 7, 5),
+        ]
         assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
         for draw in (counter.uniform, counter.normal):
             assert draw(1, 0, 3, 5, 0.3, "meta").dtype == torch.float32
@@ -103,18 +140,31 @@ def test_the_default_dtype_and_device_do_not_matter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_another_device_gives_the_same_bits():
     assert torch.equal(counter.bits(9, 1, 50, 33, "cuda").cpu(), counter.bits(9, 1, 50, 33))
-    assert same_bits(counter.uniform(9, 1, 50, 33, 0.3, "cuda").cpu(), counter.uniform(9, 1, 50, 33, 0.3))
+    assert same_bits(
+        counter.uniform(9, 1, 50, 33, 0.3, "cuda").cpu(), counter.uniform(9, 1, 50, 33, 0.3)
+    )
 
 
 def test_keys_of_different_parts_differ():
-    parts = [(0, "a", "A"), (1, "a", "A"), (0, "b", "A"), (0, "a", "B"), (0, "aA", ""), ("0a", "", "A")]
+    parts = [
+        (0, "a", "A"),
+        (1, "a", "A"),
+        (0, "b", "A"),
+        (0, "a", "B"),
+        (0, "aA", ""),
+        ("0a", "", "A"),
+    ]
     assert len({counter.key_of(*p) for p in parts}) == len(parts)
 
 
 def test_pefts_matrices_are_those_that_the_installed_peft_draws():
     peft = pytest.importorskip("peft")
     model = torch.nn.Sequential(torch.nn.Linear(7, 11), torch.nn.Linear(11, 5))
-    wrapped = peft.get_peft_model(model, peft.VeraConfig(r=3, target_modules=["0", "1"], projection_prng_key=17))
+    wrapped = peft.get_peft_model(
+        model, peft.VeraConfig(r=3, target_modules=["0", "1"], projection_prng_key=17)
+    )
     state = wrapped.base_model.model[0]
     A, B = peft_projections(17, 3, 11, 11)
-    assert same_bits(state.vera_A["default"].float(), A) and same_bits(state.vera_B["default"].float(), B)
+    assert same_bits(state.vera_A["default"].float(), A) and same_bits(
+        state.vera_B["default"].float(), B
+    )

@@ -40,9 +40,16 @@ def case(seed, lead, out, in_, r, method, dtype, bias=True, transposed=False):
         return t.requires_grad_(trains)
 
     x = draw(*lead, in_)
-    W = draw(in_, out, trains=False, scale=0.4).t() if transposed else draw(out, in_, trains=False, scale=0.4)
-    f = Factors(draw(r, in_, trains=method not in ("VeRA", "LoRAFA", "DVoRA")), draw(out, r, trains="VoRA" not in method),
-                s=0.7)
+    W = (
+        draw(in_, out, trains=False, scale=0.4).t()
+        if transposed
+        else draw(out, in_, trains=False, scale=0.4)
+    )
+    f = Factors(
+        draw(r, in_, trains=method not in ("VeRA", "LoRAFA", "DVoRA")),
+        draw(out, r, trains="VoRA" not in method),
+        s=0.7,
+    )
     if method in ("VeRA", "DVoRA"):
         f = replace(f, B=f.B.detach(), d=draw(r), b=draw(out), s=1.0)
     if method in ("DoRA", "DVoRA"):
@@ -58,7 +65,9 @@ def run(function, x, W, bias, f, upstream):
 
 
 def against_float64(x, W, bias, f):
-    upstream = torch.randn(*x.shape[:-1], W.shape[0], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream = torch.randn(
+        *x.shape[:-1], W.shape[0], generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     ours = run(factors.fused, x, W, bias, f, upstream)
     exact = replace(f, **{n: wide(t) for n, t in tensors(f).items()})
     wanted = run(definition, wide(x), wide(W), wide(bias), exact, upstream)
@@ -68,7 +77,11 @@ def against_float64(x, W, bias, f):
 
 def gap(found, wanted):
     assert found.shape == wanted.shape
-    return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)) if wanted.numel() else 0.0
+    return (
+        float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+        if wanted.numel()
+        else 0.0
+    )
 
 
 @pytest.fixture(params=PATHS, ids=["beside", "build", "back", "build-back"])
@@ -89,8 +102,16 @@ def test_every_path_is_the_equation(method, dtype, bias, transposed, path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9),
-       st.sampled_from(["LoRA", "DoRA", "VeRA", "DVoRA", "LoRAFA"]), st.booleans(), st.booleans(), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 5), max_size=3),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.sampled_from(["LoRA", "DoRA", "VeRA", "DVoRA", "LoRAFA"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_any_shape_is_the_equation(lead, out, in_, r, method, bias, transposed, seed):
     x, W, b, f = case(seed, lead, out, in_, r, method, torch.float64, bias, transposed)
     gaps = against_float64(x, W, b, f)
@@ -122,8 +143,11 @@ def test_the_output_is_not_asked_for_what_it_has_lost():
 def test_inputs_and_gradients_of_any_layout(stride, path):
     x, W, b, f = case(4, (6, 5), 9, 7, 2, "DoRA", torch.float32)
     base = torch.randn(6, 5, 14)
-    x = {"columns": base[..., ::2], "rows": torch.randn(5, 6, 7).transpose(0, 1),
-         "expanded": torch.randn(1, 5, 7).expand(6, 5, 7)}[stride].detach()
+    x = {
+        "columns": base[..., ::2],
+        "rows": torch.randn(5, 6, 7).transpose(0, 1),
+        "expanded": torch.randn(1, 5, 7).expand(6, 5, 7),
+    }[stride].detach()
     own = x.clone().requires_grad_()
     y, z = factors.fused(x.requires_grad_(), W, b, f), factors.fused(own, W, b, f)
     y.sum().backward()  # its gradient is an expanded one
@@ -141,15 +165,24 @@ def test_bfloat16_is_no_worse_than_the_plain_path(method, bias):
         if f.sigma is not None:
             with torch.no_grad():
                 f.sigma.mul_(0.1).add_(1)
-        f = replace(f, **{n: t.detach().float().requires_grad_(t.requires_grad) for n, t in tensors(f).items()})
-        upstream = torch.randn(64, 48, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        f = replace(
+            f,
+            **{
+                n: t.detach().float().requires_grad_(t.requires_grad) for n, t in tensors(f).items()
+            },
+        )
+        upstream = torch.randn(
+            64, 48, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         exact = {n: wide(t) for n, t in tensors(f).items()}
         wanted = run(definition, wide(x), wide(W), wide(b), replace(f, **exact), upstream)
         for found, function in ((ours, factors.fused), (plain, plainly)):
             for t in (x, *tensors(f).values()):
                 t.grad = None
             for name, value in run(function, x, W, b, f, upstream).items():
-                found[name] = found.get(name, 0.0) + float((value.double() - wanted[name]).norm() / wanted[name].norm())
+                found[name] = found.get(name, 0.0) + float(
+                    (value.double() - wanted[name]).norm() / wanted[name].norm()
+                )
     assert all(ours[name] <= 1.15 * plain[name] for name in ours), (ours, plain)
 
 
@@ -170,20 +203,28 @@ def test_a_small_update_survives_bfloat16():
         f.B.fill_(1e-4)
     W = torch.ones_like(W)
     moved = factors.fused(x, W, None, f) - torch.nn.functional.linear(x, W)
-    wanted = (f.s * (x.float() @ f.A.float().t()) @ f.B.float().t())
+    wanted = f.s * (x.float() @ f.A.float().t()) @ f.B.float().t()
     big = wanted.abs() > 1e-3 * (x.float() @ W.float().t()).abs().clamp_min(1e-2)
-    assert cost.build_forward(4000, 8, 8, 2, False) and cost.build_backward(4000, 8, 8, 2, False, True)
+    assert cost.build_forward(4000, 8, 8, 2, False) and cost.build_backward(
+        4000, 8, 8, 2, False, True
+    )
     assert bool(big.any()) and bool((moved.float()[big] != 0).any())
 
 
-@pytest.mark.parametrize(("method", "kept"), [("LoRA", "x h"), ("DoRA", "x h y"), ("VeRA", "h"), ("DVoRA", "h y"),
-                                              ("LoRAFA", "h")])
+@pytest.mark.parametrize(
+    ("method", "kept"),
+    [("LoRA", "x h"), ("DoRA", "x h y"), ("VeRA", "h"), ("DVoRA", "h y"), ("LoRAFA", "h")],
+)
 def test_what_is_kept_for_backward(method, kept, path):
-    """By storage, beyond the tensors that were there before and the small ones: only what the docstring says."""
+    """By storage, beyond the tensors that were there before and the small ones: only what the
+    docstring says.
+    """
     x, W, b, f = case(2, (50, 10), 40, 30, 2, method, torch.float32)
     before = {t.untyped_storage().data_ptr() for t in (W, b, *tensors(f).values())}
     found = {}
-    with saved_tensors_hooks(lambda t: found.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+    with saved_tensors_hooks(
+        lambda t: found.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+    ):
         y = factors.fused(x, W, b, f)
     sizes = {"x": x.numel(), "h": 500 * 2, "y": y.numel()}
     big = sorted(t.numel() for p, t in found.items() if p not in before and t.numel() > 40 * 2)
@@ -201,10 +242,16 @@ def test_the_cost_model_turns_where_the_counts_do():
     shape = {"out": 768, "in_": 768, "r": 16}
     builds = [cost.build_forward(t, **shape, scaled=False) for t in (1, 128, 700, 1024, 4096)]
     assert builds == sorted(builds) and not builds[1] and builds[-1]
-    back = [cost.build_backward(t, **shape, scaled=True, small_gradient=True) for t in (1, 128, 700, 1024, 4096)]
+    back = [
+        cost.build_backward(t, **shape, scaled=True, small_gradient=True)
+        for t in (1, 128, 700, 1024, 4096)
+    ]
     assert back == sorted(back) and not back[1] and back[-1]
-    # r multiply-adds a number: with a large r the pass counts for nothing, and the sides cross at tokens = in
-    assert not cost.build_forward(1000, 2000, 1024, 4096, False) and cost.build_forward(1048, 2000, 1024, 4096, False)
+    # r multiply-adds a number: with a large r the pass counts for nothing, and the sides cross at
+    # tokens = in
+    assert not cost.build_forward(1000, 2000, 1024, 4096, False) and cost.build_forward(
+        1048, 2000, 1024, 4096, False
+    )
 
 
 def _exact(W, A, B):
@@ -212,10 +259,20 @@ def _exact(W, A, B):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 6), st.sampled_from([0.0, 1e-6, 1.0, 1e6]), st.integers(0, 99))
+@given(
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 1e-6, 1.0, 1e6]),
+    st.integers(0, 99),
+)
 def test_the_norm_without_the_product_is_the_norm(out, in_, r, size, seed):
     g = torch.Generator().manual_seed(seed)
-    W, A, B = torch.randn(out, in_, generator=g), torch.randn(r, in_, generator=g), torch.randn(out, r, generator=g) * size
+    W, A, B = (
+        torch.randn(out, in_, generator=g),
+        torch.randn(r, in_, generator=g),
+        torch.randn(out, r, generator=g) * size,
+    )
     found = magnitude.updated_norm(W, magnitude.row_norm(W), A, B)
     rounding = 1e-6 * (B.abs() @ A.abs()).norm(dim=1)  # of B A itself in float32
     assert ((found - _exact(W, A, B)).abs() <= 1e-5 * _exact(W, A, B) + rounding).all()

@@ -12,12 +12,19 @@ from weft.ops import kernels
 
 
 def test_under_the_interpreter():
-    """Triton decides when it is imported whether it interprets; where there is a GPU the kernels run on it instead."""
+    """Triton decides when it is imported whether it interprets; where there is a GPU the kernels
+    run on it instead.
+    """
     pytest.importorskip("triton")
     where = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     checks = str(Path(__file__).with_name("kernel_checks.py"))
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", checks],
-                          env={**os.environ, **where}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", checks],
+        env={**os.environ, **where},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
 

@@ -33,7 +33,9 @@ def test_every_method_has_a_closed_form_and_no_other():
 @given(st.lists(st.tuples(few, few), min_size=1, max_size=4), few)
 def test_a_rule_trains_what_its_closed_form_says_on_maps_of_any_shape(name, shapes, r):
     with torch.device("meta"):
-        model = nn.ModuleDict({f"map{i}": nn.Linear(in_, out) for i, (out, in_) in enumerate(shapes)})
+        model = nn.ModuleDict(
+            {f"map{i}": nn.Linear(in_, out) for i, (out, in_) in enumerate(shapes)}
+        )
     config = ranked(name, r, list(model))
     adapter = weft.attach(model, config)
     assert adapter.num_parameters == FORMS[name].count(config, Sizes(maps=tuple(shapes)))
@@ -42,31 +44,54 @@ def test_a_rule_trains_what_its_closed_form_says_on_maps_of_any_shape(name, shap
 @st.composite
 def sizes_of_gpt2(draw):
     heads = draw(st.integers(1, 3))
-    return Sizes(layers=draw(st.integers(1, 3)), width=heads * 2 * draw(st.integers(1, 4)), inner=draw(st.integers(1, 40)),
-                 vocabulary=draw(st.integers(1, 50)), positions=draw(st.integers(1, 20)), classes=heads)
+    return Sizes(
+        layers=draw(st.integers(1, 3)),
+        width=heads * 2 * draw(st.integers(1, 4)),
+        inner=draw(st.integers(1, 40)),
+        vocabulary=draw(st.integers(1, 50)),
+        positions=draw(st.integers(1, 20)),
+        classes=heads,
+    )
 
 
 def small_gpt2(s):
     """`classes` is not used by any form of a GPT-2 and holds its number of heads."""
     with torch.device("meta"):
-        return gpt2(s.width, s.layers, s.positions, vocabulary=s.vocabulary, heads=s.classes, inner=s.inner)
+        return gpt2(
+            s.width, s.layers, s.positions, vocabulary=s.vocabulary, heads=s.classes, inner=s.inner
+        )
 
 
 @pytest.mark.parametrize("name", RANKED)
-@given(s=sizes_of_gpt2(), r=few, ends=st.sets(st.sampled_from(["q_proj", "v_proj", "attn.c_proj", "c_fc", "mlp.c_proj"]),
-                                            min_size=1))
+@given(
+    s=sizes_of_gpt2(),
+    r=few,
+    ends=st.sets(
+        st.sampled_from(["q_proj", "v_proj", "attn.c_proj", "c_fc", "mlp.c_proj"]), min_size=1
+    ),
+)
 def test_a_rule_trains_what_its_closed_form_says_on_a_gpt2(name, s, r, ends):
     config = ranked(name, r, sorted(ends))
     shapes = {"c_fc": (s.inner, s.width), "mlp.c_proj": (s.width, s.inner)}
     maps = tuple(shapes.get(end, (s.width, s.width)) for end in ends) * s.layers
-    assert weft.attach(small_gpt2(s), config).num_parameters == FORMS[name].count(config, Sizes(maps=maps))
+    assert weft.attach(small_gpt2(s), config).num_parameters == FORMS[name].count(
+        config, Sizes(maps=maps)
+    )
 
 
 def transformer_configs(name, s, data):
     """A configuration of a method that reads the whole transformer."""
-    fields = {"Full": {}, "BitFit": {}, "TopLayers": {"k": st.integers(1, s.layers)}, "Prefix": {"n": few},
-              "PreEmbed": {"l_p": few, "l_i": few}, "PreLayer": {"l_p": few, "l_i": few}}[name]
-    return METHODS[name](**{field: data.draw(values, label=field) for field, values in fields.items()})
+    fields = {
+        "Full": {},
+        "BitFit": {},
+        "TopLayers": {"k": st.integers(1, s.layers)},
+        "Prefix": {"n": few},
+        "PreEmbed": {"l_p": few, "l_i": few},
+        "PreLayer": {"l_p": few, "l_i": few},
+    }[name]
+    return METHODS[name](
+        **{field: data.draw(values, label=field) for field, values in fields.items()}
+    )
 
 
 @pytest.mark.parametrize("name", ["Full", "BitFit", "TopLayers", "Prefix", "PreEmbed", "PreLayer"])
@@ -93,10 +118,16 @@ def test_the_head_trains_what_its_closed_form_says(eighth, classes):
 
 
 MODELS = {
-    "GPT-2 medium": Sizes((), 24, 1024, 4096, 50257, 1024), "GPT-2 large": Sizes((), 36, 1280, 5120, 50257, 1024),
-    "GPT-3 175B": Sizes((), 96, 12288, 4 * 12288, 2 * 50257, 2048), "RoBERTa-base": Sizes((), 12, 768, 3072),
-    "RoBERTa-large": Sizes((), 24, 1024, 4096), "ViT-B/16": Sizes((), 12, 768, 3072), "ViT-L/16": Sizes((), 24, 1024, 4096),
-    "LLaMA-7B": Sizes((), 32, 4096, 11008), "LLaMA-13B": Sizes((), 40, 5120, 13824), "LLaMA2-7B": Sizes((), 32, 4096, 11008),
+    "GPT-2 medium": Sizes((), 24, 1024, 4096, 50257, 1024),
+    "GPT-2 large": Sizes((), 36, 1280, 5120, 50257, 1024),
+    "GPT-3 175B": Sizes((), 96, 12288, 4 * 12288, 2 * 50257, 2048),
+    "RoBERTa-base": Sizes((), 12, 768, 3072),
+    "RoBERTa-large": Sizes((), 24, 1024, 4096),
+    "ViT-B/16": Sizes((), 12, 768, 3072),
+    "ViT-L/16": Sizes((), 24, 1024, 4096),
+    "LLaMA-7B": Sizes((), 32, 4096, 11008),
+    "LLaMA-13B": Sizes((), 40, 5120, 13824),
+    "LLaMA2-7B": Sizes((), 32, 4096, 11008),
 }
 
 
@@ -116,17 +147,26 @@ def maps_of(s, targets, llama):
 @pytest.mark.shared
 def test_the_closed_forms_give_the_numbers_that_the_facts_have(shared):
     """This holds table, form and facts together without attaching."""
-    facts = {row["id"]: row for row in json.loads((shared / "facts" / "param_counts.json").read_text(encoding="utf-8"))}
+    facts = {
+        row["id"]: row
+        for row in json.loads((shared / "facts" / "param_counts.json").read_text(encoding="utf-8"))
+    }
     held = set()
     for row in (row for table in tables() for row in table.rows):
         name = row.methods[0]["method"] if len(row.methods) == 1 else None
         whole = name in ("Full", "BitFit", "Head")
-        if row.model not in MODELS or row.printed == "-" or (whole and not row.model.startswith("GPT")):
+        if (
+            row.model not in MODELS
+            or row.printed == "-"
+            or (whole and not row.model.startswith("GPT"))
+        ):
             continue
         s = MODELS[row.model]
         llama = row.model.startswith("LLaMA")
         sizes = dataclasses.replace(s, maps=maps_of(s, row.methods[0].get("targets"), llama))
-        found = FORMS[name].count(SimpleNamespace(**row.methods[0]), sizes) * (4 if row.unit == "bytes" else 1)
+        found = FORMS[name].count(SimpleNamespace(**row.methods[0]), sizes) * (
+            4 if row.unit == "bytes" else 1
+        )
         fact = facts[row.id]
         assert found == (fact["computed_trainable_params"] or fact["computed"]), (row.id, row.row)
         held.add(name)

@@ -13,10 +13,15 @@ from weft.papers.rebuild import Model, configurations
 
 
 def table(name, **changes):
-    """A table with some rows changed: id -> changed fields. Rows that are not named are left out where any is."""
+    """A table with some rows changed: id -> changed fields. Rows that are not named are left out
+    where any is.
+    """
     found = find(name, tables())
-    rows = [dataclasses.replace(row, **changes.get(f"r{row.id}", {})) for row in found.rows
-            if not changes or f"r{row.id}" in changes]
+    rows = [
+        dataclasses.replace(row, **changes.get(f"r{row.id}", {}))
+        for row in found.rows
+        if not changes or f"r{row.id}" in changes
+    ]
     return dataclasses.replace(found, rows=tuple(rows))
 
 
@@ -50,20 +55,28 @@ def test_another_printed_figure_makes_the_row_different():
 
 
 def test_another_configuration_makes_the_row_different():
-    wrong = one("vera-1", "021", methods=({"method": "LoRA", "r": 2, "targets": ["query", "value"]},))
+    wrong = one(
+        "vera-1", "021", methods=({"method": "LoRA", "r": 2, "targets": ["query", "value"]},)
+    )
     assert (wrong.status, wrong.computed) == ("different", 73_728)
 
 
 def test_a_reason_explains_the_count_that_it_was_written_for_and_no_other():
     assert one("vera-1", "039").status == "explained"
-    wrong = one("vera-1", "039", methods=({"method": "VeRA", "r": 17, "targets": ["query", "value"]},))
+    wrong = one(
+        "vera-1", "039", methods=({"method": "VeRA", "r": 17, "targets": ["query", "value"]},)
+    )
     assert (wrong.status, wrong.computed) == ("different", 49_968)
     assert "49,920" in wrong.reason
 
 
 def test_a_method_that_is_not_there_makes_the_row_different_and_says_so():
     wrong = one("vera-1", "021", methods=({"method": "Nothing", "r": 1},))
-    assert (wrong.status, wrong.computed, wrong.why) == ("different", None, "method not available: weft.Nothing")
+    assert (wrong.status, wrong.computed, wrong.why) == (
+        "different",
+        None,
+        "method not available: weft.Nothing",
+    )
 
 
 def test_a_configuration_that_does_not_fit_makes_the_row_different_and_leaves_the_others_alone():
@@ -98,7 +111,11 @@ def test_the_head_is_counted_apart():
 def test_gpt3_rows_of_the_vera_table_are_its_vectors_and_the_shared_pair():
     """What the reason of the explained rows claims, computed from the attached matrices."""
     model = Model(ARCHITECTURES["GPT-3 175B"])
-    rows = [row for row in find("vera-1", tables()).rows if row.model == "GPT-3 175B" and "VeRA" in row.row]
+    rows = [
+        row
+        for row in find("vera-1", tables()).rows
+        if row.model == "GPT-3 175B" and "VeRA" in row.row
+    ]
     assert len(rows) == 6
     for row in rows:
         [config] = configurations(row)
@@ -107,13 +124,19 @@ def test_gpt3_rows_of_the_vera_table_are_its_vectors_and_the_shared_pair():
         assert shared.A.is_meta and shared.B.is_meta
         assert len({id(site.shared) for site in adapter.sites.values()}) == 1
         stored = adapter.num_parameters + shared.A.numel() + shared.B.numel()
-        assert figure(row.printed, row.unit).reading(stored * (4 if row.unit == "bytes" else 1)) is not None, row.id
+        assert (
+            figure(row.printed, row.unit).reading(stored * (4 if row.unit == "bytes" else 1))
+            is not None
+        ), row.id
         weft.detach(model.root)
 
 
 @pytest.mark.shared
 def test_trained_numbers_and_differences_are_those_of_the_facts(shared):
-    facts = {row["id"]: row for row in json.loads((shared / "facts" / "param_counts.json").read_text(encoding="utf-8"))}
+    facts = {
+        row["id"]: row
+        for row in json.loads((shared / "facts" / "param_counts.json").read_text(encoding="utf-8"))
+    }
     results = rebuild([table("vera-2"), table("dora-2"), table("dora-4"), table("dora-5")])
     assert len(results) >= 20
     for result in results:

@@ -1,4 +1,6 @@
-"""The papers' image sets in the forms in which people have them, in full and with a few images a class."""
+"""The papers' image sets in the forms in which people have them, in full and with a few images a
+class.
+"""
 
 import io
 import json
@@ -24,10 +26,14 @@ def encoded(value, form="PNG"):
 
 
 def cifar(folder, train=3, test=2):
-    """Every image has its own red, a green second pixel in its first row, and a blue first pixel."""
+    """Every image has its own red, a green second pixel in its first row, and a blue first
+    pixel.
+    """
     place = folder / "cifar-100-binary"
     place.mkdir()
-    (place / "fine_label_names.txt").write_text("".join(f"class_{i:02d}\n" for i in range(100)) + "\n")
+    (place / "fine_label_names.txt").write_text(
+        "".join(f"class_{i:02d}\n" for i in range(100)) + "\n"
+    )
     for name, each, start in (("train", train, 0), ("test", test, 100)):
         rows = b""
         for label in range(100):
@@ -50,7 +56,9 @@ def food(folder):
     place = folder / "food-101"
     (place / "meta").mkdir(parents=True)
     for name, numbers in (("train", (1, 2, 3)), ("test", (4,))):
-        (place / "meta" / f"{name}.txt").write_text("".join(f"dish{i}/{n}\n" for i in range(101) for n in numbers))
+        (place / "meta" / f"{name}.txt").write_text(
+            "".join(f"dish{i}/{n}\n" for i in range(101) for n in numbers)
+        )
     for i in range(101):
         (place / "images" / f"dish{i}").mkdir(parents=True)
         for n in (1, 2, 3, 4):
@@ -65,8 +73,13 @@ def flowers(folder):
     numbers = list(range(1, 307))
     for n in numbers:
         (folder / "jpg" / f"image_{n:05d}.jpg").write_bytes(encoded(n, "JPEG"))
-    savemat(folder / "imagelabels.mat", {"labels": np.array([[(n - 1) % 102 + 1 for n in numbers]])})
-    savemat(folder / "setid.mat", {"trnid": [numbers[:102]], "valid": [numbers[102:204]], "tstid": [numbers[204:]]})
+    savemat(
+        folder / "imagelabels.mat", {"labels": np.array([[(n - 1) % 102 + 1 for n in numbers]])}
+    )
+    savemat(
+        folder / "setid.mat",
+        {"trnid": [numbers[:102]], "valid": [numbers[102:204]], "tstid": [numbers[204:]]},
+    )
     return folder
 
 
@@ -75,8 +88,16 @@ def parquet(path, labels, column="label", image="image", start=0):
     from pyarrow import parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({image: [{"bytes": encoded(start + i), "path": None} for i in range(len(labels))],
-                             column: labels, "coarse_label": [0] * len(labels)}), path)
+    pq.write_table(
+        pa.table(
+            {
+                image: [{"bytes": encoded(start + i), "path": None} for i in range(len(labels))],
+                column: labels,
+                "coarse_label": [0] * len(labels),
+            }
+        ),
+        path,
+    )
 
 
 def contents(split):
@@ -95,11 +116,17 @@ def test_cifar_100_binary_with_one_image_a_class(tmp_path):
     assert task.classes == tuple(f"class_{i:02d}" for i in range(100))
     image, label = task.splits["test"].items[31], task.splits["test"].labels[31]
     assert label == 15 and image.size == (32, 32)
-    assert [image.getpixel(at) for at in ((0, 0), (1, 0), (0, 1))] == [(101, 0, 15), (101, 9, 0), (101, 0, 0)]
+    assert [image.getpixel(at) for at in ((0, 0), (1, 0), (0, 1))] == [
+        (101, 0, 15),
+        (101, 9, 0),
+        (101, 0, 0),
+    ]
     assert not set(contents(task.splits["train"])) & set(contents(task.splits["validation"]))
     again = find_task(f"cifar100:{place}:per_class=1").load()
     assert contents(again.splits["train"]) == contents(task.splits["train"])
-    assert len({pixels[0] for pixels in contents(task.splits["train"])}) > 1  # not the first of every class
+    assert (
+        len({pixels[0] for pixels in contents(task.splits["train"])}) > 1
+    )  # not the first of every class
     assert "drawn by a fixed seed" in task.notes[-1]
 
 
@@ -141,9 +168,14 @@ def test_food101_as_torchvision_unpacks_it(tmp_path):
 
 def test_flowers102_uses_its_own_validation(tmp_path):
     task = find_task(f"flowers102:{flowers(tmp_path)}:per_class=1").load()
-    assert counts(task) == dict.fromkeys(SPLITS, (102, 102)) and "the validation part" in task.notes[-1]
+    assert (
+        counts(task) == dict.fromkeys(SPLITS, (102, 102))
+        and "the validation part" in task.notes[-1]
+    )
     assert task.splits["validation"].items[0].name.endswith("image_00103.jpg")
-    assert task.splits["validation"].labels[9] == 9  # classes 1 to 102 in the order of their numbers
+    assert (
+        task.splits["validation"].labels[9] == 9
+    )  # classes 1 to 102 in the order of their numbers
     assert counts(find_task(f"flowers102:{tmp_path}").load()) == dict.fromkeys(SPLITS, (102, 102))
     with pytest.raises(WeftError, match="'1' has 1 images, and 2 are needed"):
         find_task(f"flowers102:{tmp_path}:per_class=2").load()
@@ -155,8 +187,20 @@ def test_flowers102_uses_its_own_validation(tmp_path):
 def test_the_hubs_parquet_files(tmp_path):
     labels = [i % 100 for i in range(200)]
     parquet(tmp_path / "cifar100" / "train-00000-of-00002.parquet", labels, "fine_label", "img")
-    parquet(tmp_path / "cifar100" / "train-00001-of-00002.parquet", labels[:100], "fine_label", "img", 200)
-    parquet(tmp_path / "cifar100" / "test-00000-of-00001.parquet", labels[:100], "fine_label", "img", 300)
+    parquet(
+        tmp_path / "cifar100" / "train-00001-of-00002.parquet",
+        labels[:100],
+        "fine_label",
+        "img",
+        200,
+    )
+    parquet(
+        tmp_path / "cifar100" / "test-00000-of-00001.parquet",
+        labels[:100],
+        "fine_label",
+        "img",
+        300,
+    )
     task = find_task(f"cifar100:{tmp_path}:per_class=1").load()
     assert counts(task) == dict.fromkeys(SPLITS, (100, 100))
     assert contents(task.splits["test"])[3] == Image.open(io.BytesIO(encoded(303))).tobytes()
@@ -228,7 +272,11 @@ def test_a_split_too_large_to_keep_gives_the_same_pixels(tmp_path, monkeypatch):
     assert torch.equal(held.batch(rows)["pixel_values"], streamed.batch(rows)["pixel_values"])
     assert torch.equal(held.labels, streamed.labels)
     other = Split([*items[:-1], Stored("x", encoded(1000))], split.labels)
-    prints = {images.encode(s, c, None).fingerprint() for s in (split, other) for c in (config, ViTConfig(image_size=5))}
+    prints = {
+        images.encode(s, c, None).fingerprint()
+        for s in (split, other)
+        for c in (config, ViTConfig(image_size=5))
+    }
     assert len(prints) == 4 and streamed.fingerprint() in prints
 
 
@@ -245,12 +293,21 @@ def test_a_set_is_made_ready_for_a_model_with_a_head_for_its_classes(tmp_path):
     from weft.tasks.models import find_model, prepare
 
     class_folders(tmp_path / "data", 45, 4)
-    shape = ViTConfig(image_size=6, patch_size=3, hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
-                      intermediate_size=20)
+    shape = ViTConfig(
+        image_size=6,
+        patch_size=3,
+        hidden_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=20,
+    )
     ViTForImageClassification(shape).save_pretrained(tmp_path / "vit")
     task = find_task(f"resisc45:{tmp_path / 'data'}:per_class=1").load()
     prepared = prepare(task, find_model(str(tmp_path / "vit")), {"test": 50})
     rows = torch.tensor([0, 44])
     assert prepared.model(**prepared.splits["train"].batch(rows)).logits.shape == (2, 45)
-    assert prepared.splits["train"].labels[rows].tolist() == [0, 44] and len(prepared.splits["test"].labels) == 50
+    assert (
+        prepared.splits["train"].labels[rows].tolist() == [0, 44]
+        and len(prepared.splits["test"].labels) == 50
+    )
     assert any("drawn by a fixed seed" in note for note in prepared.notes)

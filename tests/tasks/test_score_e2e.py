@@ -1,4 +1,6 @@
-"""The E2E challenge's metrics: its scorer's golden scores, small cases worked out by hand, and what scores must satisfy."""
+"""The E2E challenge's metrics: its scorer's golden scores, small cases worked out by hand, and what
+scores must satisfy.
+"""
 
 import gzip
 import math
@@ -13,15 +15,32 @@ from weft.tasks.generation import references_only
 from weft.tasks.ngram_scores import bleu, nist
 from weft.tasks.scoring import score_files
 
-GOLDEN = {"example": ("example_outputs.txt.gz", "example_refs.txt.gz", (0.7203, 7.7889, 0.4801, 0.7910, 2.3039)),
-          "tgen": ("tgen_std_run0.txt.gz", "test_refs.txt.gz", (0.6616, 8.5446, 0.4504, 0.6914, 2.2312))}
-needs_java = pytest.mark.skipif(not captions.has_java(), reason="METEOR and Stanford's tokenizer need Java")
+GOLDEN = {
+    "example": (
+        "example_outputs.txt.gz",
+        "example_refs.txt.gz",
+        (0.7203, 7.7889, 0.4801, 0.7910, 2.3039),
+    ),
+    "tgen": ("tgen_std_run0.txt.gz", "test_refs.txt.gz", (0.6616, 8.5446, 0.4504, 0.6914, 2.2312)),
+}
+needs_java = pytest.mark.skipif(
+    not captions.has_java(), reason="METEOR and Stanford's tokenizer need Java"
+)
 
-OUTPUTS = ["The Mill is a cheap pub near Café Rouge.", "Aromi serves Chinese food by the riverside.",
-           "Alimentum is not family-friendly. It costs £20-25."]
-GROUPS = [["The Mill is a low-cost pub by Café Rouge.", "Near Café Rouge is The Mill, a cheap pub."],
-          ["Aromi serves Chinese food at the riverside."],
-          ["Alimentum isn't family friendly, and is £20-25.", "It costs £20-25 at Alimentum.", "Alimentum is not for kids."]]
+OUTPUTS = [
+    "The Mill is a cheap pub near Café Rouge.",
+    "Aromi serves Chinese food by the riverside.",
+    "Alimentum is not family-friendly. It costs £20-25.",
+]
+GROUPS = [
+    ["The Mill is a low-cost pub by Café Rouge.", "Near Café Rouge is The Mill, a cheap pub."],
+    ["Aromi serves Chinese food at the riverside."],
+    [
+        "Alimentum isn't family friendly, and is £20-25.",
+        "It costs £20-25 at Alimentum.",
+        "Alimentum is not for kids.",
+    ],
+]
 
 
 @pytest.fixture
@@ -64,39 +83,48 @@ def test_all_five_scores_are_the_official_scorers(shared, name):
 @needs_java
 def test_tokens_without_java_are_those_of_stanfords_tokenizer(shared):
     folder = shared / "data" / "datasets" / "E2E"
-    text = "\n".join(gzip.decompress(path.read_bytes()).decode() for path in sorted(folder.rglob("*.txt.gz")))
-    lines = list(dict.fromkeys(line.rpartition("||")[2].strip() for line in text.split("\n") if line.strip()))
+    text = "\n".join(
+        gzip.decompress(path.read_bytes()).decode() for path in sorted(folder.rglob("*.txt.gz"))
+    )
+    lines = list(
+        dict.fromkeys(line.rpartition("||")[2].strip() for line in text.split("\n") if line.strip())
+    )
     lines = lines[::4]
     assert len(lines) > 2000
     assert captions.tokenize(lines, java=True) == captions.tokenize(lines, java=False)
 
 
 def test_bleu_of_a_case_worked_out_by_hand():
-    # the cat sat on the mat | the cat sat on a mat: 5/6 words, 3/5 pairs, 2/4 triples, 1/3 fours; equal lengths
+    # the cat sat on the mat | the cat sat on a mat: 5/6 words, 3/5 pairs, 2/4 triples, 1/3 fours;
+    # equal lengths
     found = bleu(["The cat sat on the mat"], [["the cat sat on a mat"]])
     assert found == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
 
 
 def test_bleu_takes_the_closest_reference_length_and_the_shorter_of_two():
-    # 4 tokens against references of 5 and 3 tokens: 3 is as close and shorter, so there is no penalty
+    # 4 tokens against references of 5 and 3 tokens: 3 is as close and shorter, so there is no
+    # penalty
     assert bleu(["a b c d"], [["a b c d e", "x y z"]]) == pytest.approx(1.0)
     assert bleu(["a b c d"], [["a b c d e f"]]) == pytest.approx(math.exp(1 - 6 / 4))
 
 
 def test_bleu_of_short_and_empty_outputs_is_the_official_python_scorers():
-    # "a b" and "": 2 + 1 tokens (an empty output counts one), 3 - 2 pairs, 3 - 4 and 3 - 6 longer ones, taken as 1e-9
+    # "a b" and "": 2 + 1 tokens (an empty output counts one), 3 - 2 pairs, 3 - 4 and 3 - 6 longer
+    # ones, taken as 1e-9
     wanted = math.exp(1 - 6 / 3) * (2 / 3 * 1 / 1 * (1e-15 / 1e-9) ** 2) ** 0.25
     assert bleu(["a b", ""], [["a b c d"], ["e f"]]) == pytest.approx(wanted)
 
 
 def test_nist_of_a_case_worked_out_by_hand():
-    # References: "a b" and "a c", 4 words. info(a) = log2(4/2) = 1, info(b) = log2(4/1) = 2, info(a b) = log2(2/1) = 1.
-    # Output "a b" twice: words 1 + 2 (first) and 1 (second, b is not in its reference); pairs 1 of 2; no longer places.
+    # References: "a b" and "a c", 4 words. info(a) = log2(4/2) = 1, info(b) = log2(4/1) = 2, info(a
+    # b) = log2(2/1) = 1. Output "a b" twice: words 1 + 2 (first) and 1 (second, b is not in its
+    # reference); pairs 1 of 2; no longer places.
     assert nist(["a b", "a b"], [["a b"], ["a c"]]) == pytest.approx((1 + 2 + 1) / 4 + 1 / 2)
 
 
 def test_nist_clips_hits_against_all_references_together_and_compares_with_their_mean_length():
-    # a and b come from different references; nltk would take only one of the two. 2 words against a mean of 2.
+    # a and b come from different references; nltk would take only one of the two. 2 words against a
+    # mean of 2.
     found = nist(["a b"], [["a x", "y b"]])
     assert found == pytest.approx((math.log2(4) + math.log2(4)) / 2)
     short = nist(["a"], [["a x", "y b"]])
@@ -105,12 +133,18 @@ def test_nist_clips_hits_against_all_references_together_and_compares_with_their
 
 
 def test_rouge_l_and_cider_of_cases_worked_out_by_hand(without_java):
-    # Longest common subsequence of "the cat sat" and "the cat ran off": 2 words; P 2/3, R 2/4, beta 1.2
-    report = captions.caption_scores(["The cat sat.", "A dog."], [["the cat ran off"], ["a dog", "a big dog"]])
+    # Longest common subsequence of "the cat sat" and "the cat ran off": 2 words; P 2/3, R 2/4, beta
+    # 1.2
+    report = captions.caption_scores(
+        ["The cat sat.", "A dog."], [["the cat ran off"], ["a dog", "a big dog"]]
+    )
     precision, recall = 2 / 3, 2 / 4
     first = (1 + 1.44) * precision * recall / (recall + 1.44 * precision)
-    assert report.scores["ROUGE-L"] == pytest.approx((first + 1.0) / 2)  # best precision and best recall are taken apart
-    # Two segments of two words, nothing shared: cosine 1 for words and pairs, none of longer ones: 10 (1 + 1 + 0 + 0) / 4
+    assert report.scores["ROUGE-L"] == pytest.approx(
+        (first + 1.0) / 2
+    )  # best precision and best recall are taken apart
+    # Two segments of two words, nothing shared: cosine 1 for words and pairs, none of longer ones:
+    # so 10 (1 + 1 + 0 + 0) / 4.
     report = captions.caption_scores(["a dog", "my cat"], [["a dog"], ["my cat"]])
     assert report.scores["CIDEr"] == pytest.approx(5.0)
 
@@ -137,7 +171,9 @@ def test_the_order_of_references_and_of_segments_changes_nothing(without_java):
 
 
 def test_case_and_quotes_of_another_kind_are_read_as_stanfords_tokenizer_reads_them():
-    said = captions.tokenize(["It ’s the “Mill” – St. Mary 's pub, e.g. at £20.", "Don't go. 20- or 'Tis"], java=False)
+    said = captions.tokenize(
+        ["It ’s the “Mill” – St. Mary 's pub, e.g. at £20.", "Don't go. 20- or 'Tis"], java=False
+    )
     assert said[0] == "it 's the mill st. mary 's pub e.g. at # 20"
     assert said[1].startswith("do n't go 20 or")
 
@@ -188,13 +224,20 @@ def test_reference_files_of_all_forms_hold_the_same(tmp_path):
     assert e2e.read_outputs(outputs, e2e.read_references(table)[1]) == ["1", "3"]
 
 
-@pytest.mark.parametrize(("references", "outputs", "said"), [
-    ("a\n\nb\n", "x\n", "has 1 outputs, and .* has 2 references"),
-    ("a\nb\n", "x\ny\n\n", "has 3 outputs, and .* has 2 references.*last 1 of the outputs are empty"),
-    ("a\n\n\nb\n", "x\ny\n", "line 3: an empty line ends a segment"),
-    ("\n", "x\n", "no reference in it"),
-    ("name : X||a\nname : Y||\n", "x\ny\n", "line 2: .* is not MEANING"),
-])
+@pytest.mark.parametrize(
+    ("references", "outputs", "said"),
+    [
+        ("a\n\nb\n", "x\n", "has 1 outputs, and .* has 2 references"),
+        (
+            "a\nb\n",
+            "x\ny\n\n",
+            "has 3 outputs, and .* has 2 references.*last 1 of the outputs are empty",
+        ),
+        ("a\n\n\nb\n", "x\ny\n", "line 3: an empty line ends a segment"),
+        ("\n", "x\n", "no reference in it"),
+        ("name : X||a\nname : Y||\n", "x\ny\n", "line 2: .* is not MEANING"),
+    ],
+)
 def test_files_at_fault_are_refused(tmp_path, references, outputs, said):
     with pytest.raises(weft.WeftError, match=said):
         score_files("e2e", *write(tmp_path, references, outputs))

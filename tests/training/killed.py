@@ -1,11 +1,12 @@
-"""Trains runs in processes of their own, kills them with SIGKILL, and goes on: a program, so that it can fork before torch
-has made a thread.
+"""Trains runs in processes of their own, kills them with SIGKILL, and goes on: a program, so that
+it can fork before torch has made a thread.
 
     python killed.py FOLDER '[["LoRA", [3, 7]], ...]'      each method with the steps near which it is killed
     python killed.py FOLDER '[["LoRA", 20], ...]'          each with a number of kills, at any moment of a run
 
-Prints {"<method>": [digest without interruption, digest after all kills and resumptions, kills that hit]}; of the second
-form a list of digests, one for every run that came to its end, and how many of the kills left a checkpoint half-written.
+Prints {"<method>": [digest without interruption, digest after all kills and resumptions, kills that
+hit]}; of the second form a list of digests, one for every run that came to its end, and how many of
+the kills left a checkpoint half-written.
 """
 
 from __future__ import annotations
@@ -37,17 +38,28 @@ from weft.training.config import from_dict
 
 STEPS = 9
 FIELDS = {"r": 3, "dropout": 0.1, "k": 1, "skip_layers": 0, "warm_up": 4, "final": 2}
-os.fsync = lambda handle: None  # a killed process loses no page that it wrote; only a machine that fails does
-card.draw = lambda *a: False  # the picture is half of the time of so small a run, and has a test of its own
+os.fsync = lambda handle: (
+    None
+)  # a killed process loses no page that it wrote; only a machine that fails does
+card.draw = lambda *a: (
+    False
+)  # the picture is half of the time of so small a run, and has a test of its own
 
 
 def config(folder, method, out, every=2):
     known = set(METHODS[method].__dataclass_fields__)
     fields = {k: v for k, v in FIELDS.items() if k in known}
-    return from_dict({
-        "out": str(out), "model": {"path": str(folder / "model")}, "method": {"name": method, **fields},
-        "data": {"train": str(folder / "pairs.jsonl")}, "optim": {"lr": 1e-2, "weight_decay": 0.01},
-        "train": {"steps": STEPS, "batch": 2, "accumulate": 2, "device": "cpu"}, "save": {"every": every}})
+    return from_dict(
+        {
+            "out": str(out),
+            "model": {"path": str(folder / "model")},
+            "method": {"name": method, **fields},
+            "data": {"train": str(folder / "pairs.jsonl")},
+            "optim": {"lr": 1e-2, "weight_decay": 0.01},
+            "train": {"steps": STEPS, "batch": 2, "accumulate": 2, "device": "cpu"},
+            "save": {"every": every},
+        }
+    )
 
 
 def start(what, go_on=False):
@@ -75,7 +87,9 @@ def steps_logged(out):
 
 
 def kill_near(pid, out, step, chance):
-    """SIGKILL when `step` lines are in the log and a moment has passed; False where the run was faster."""
+    """SIGKILL when `step` lines are in the log and a moment has passed; False where the run was
+    faster.
+    """
     while steps_logged(out) < step:
         if os.waitpid(pid, os.WNOHANG)[0]:
             return False
@@ -86,19 +100,27 @@ def kill_near(pid, out, step, chance):
 
 
 def digest(out):
-    """Of all tensors and what the header says of them; the header's own order is drawn anew by every process."""
+    """Of all tensors and what the header says of them; the header's own order is drawn anew by
+    every process.
+    """
     tensors, metadata = files.read_tensors(Path(out) / "adapter" / "adapter_model.safetensors")
-    text = json.dumps([sorted(metadata.items()), {name: files.checksum(t) for name, t in sorted(tensors.items())}])
+    text = json.dumps(
+        [sorted(metadata.items()), {name: files.checksum(t) for name, t in sorted(tensors.items())}]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def case(folder, method, kills, chance):
-    whole, broken = (config(folder, method, folder / f"{method}-{kind}") for kind in ("whole", "broken"))
+    whole, broken = (
+        config(folder, method, folder / f"{method}-{kind}") for kind in ("whole", "broken")
+    )
     assert os.waitpid(start(whole), 0)[1] == 0, Path(whole.out).with_suffix(".log").read_text()
     hit = 0
     for place, step in enumerate(kills):
         hit += kill_near(start(broken, go_on=place > 0), broken.out, step, chance)
-    assert os.waitpid(start(broken, go_on=True), 0)[1] == 0, Path(broken.out).with_suffix(".log").read_text()
+    assert os.waitpid(start(broken, go_on=True), 0)[1] == 0, (
+        Path(broken.out).with_suffix(".log").read_text()
+    )
     return [digest(whole.out), digest(broken.out), hit]
 
 
@@ -114,7 +136,9 @@ def ended_by(pid, moment):
 
 
 def scattered(folder, method, kills, chance):
-    """Kills at moments that are drawn over the whole length of a run, from its first file to its last."""
+    """Kills at moments that are drawn over the whole length of a run, from its first file to its
+    last.
+    """
     whole = config(folder, method, folder / f"{method}-whole", every=1)
     began = time.monotonic()
     assert os.waitpid(start(whole), 0)[1] == 0, Path(whole.out).with_suffix(".log").read_text()
@@ -131,11 +155,16 @@ def scattered(folder, method, kills, chance):
         status = ended_by(pid, began + chance.random() * length if kills else float("inf"))
         if os.WIFSIGNALED(status):
             kills -= 1
-            half += any(not (path / "complete.json").is_file() for path in out.glob("checkpoints/checkpoint-*"))
+            half += any(
+                not (path / "complete.json").is_file()
+                for path in out.glob("checkpoints/checkpoint-*")
+            )
             continue
         assert status == 0, out.with_suffix(".log").read_text()
         if fresh:
-            length = min(length, time.monotonic() - began)  # of a machine that has less to do by now
+            length = min(
+                length, time.monotonic() - began
+            )  # of a machine that has less to do by now
         found.append(digest(broken.out))
         broken = None
     return [digest(whole.out), found, half]
@@ -153,8 +182,16 @@ def prepare(folder):
 
 def main(folder, cases):
     prepare(folder)
-    print(json.dumps({method: (scattered if isinstance(kills, int) else case)(folder, method, kills, random.Random(method))
-                      for method, kills in cases}))
+    print(
+        json.dumps(
+            {
+                method: (scattered if isinstance(kills, int) else case)(
+                    folder, method, kills, random.Random(method)
+                )
+                for method, kills in cases
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

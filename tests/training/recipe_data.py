@@ -1,4 +1,6 @@
-"""A tiny model of every architecture that a recipe names, and a little data for every task in the form that people have."""
+"""A tiny model of every architecture that a recipe names, and a little data for every task in the
+form that people have.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,36 @@ def models(folder):
     small = {k: v for k, v in tiny.WIDTH.items() if not k.startswith("max")}
     torch.manual_seed(0)
     made = {
-        "gpt2": t.GPT2LMHeadModel(t.GPT2Config(vocab_size=260, n_positions=1024, n_embd=16, n_layer=2, n_head=2,
-                                               bos_token_id=2, eos_token_id=2)),
+        "gpt2": t.GPT2LMHeadModel(
+            t.GPT2Config(
+                vocab_size=260,
+                n_positions=1024,
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                bos_token_id=2,
+                eos_token_id=2,
+            )
+        ),
         "llama": t.LlamaForCausalLM(t.LlamaConfig(**tiny.WIDTH, tie_word_embeddings=False)),
         "roberta": t.RobertaModel(t.RobertaConfig(**small, max_position_embeddings=520)),
-        "vit": t.ViTModel(t.ViTConfig(image_size=8, patch_size=4, hidden_size=16, intermediate_size=28, num_hidden_layers=2,
-                                      num_attention_heads=2))}
+        "vit": t.ViTModel(
+            t.ViTConfig(
+                image_size=8,
+                patch_size=4,
+                hidden_size=16,
+                intermediate_size=28,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+            )
+        ),
+    }
     for name, model in made.items():
         model.save_pretrained(folder / name)
         if name != "vit":
-            tiny.tokenizer(None if name == "roberta" else tiny.CHATML).save_pretrained(folder / name)
+            tiny.tokenizer(None if name == "roberta" else tiny.CHATML).save_pretrained(
+                folder / name
+            )
     t.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder / "vit")
     return folder
 
@@ -46,7 +68,11 @@ def e2e(place):
     """The challenge's own tables; several references a meaning in dev and test."""
     place.mkdir()
     rows = [f'"name[The {i}], eatType[pub]",The {i} is a pub.\n' for i in range(8)]
-    for name, held in (("trainset", rows), ("devset", [*rows[:2], rows[0]]), ("testset_w_refs", [*rows[2:4], rows[2]])):
+    for name, held in (
+        ("trainset", rows),
+        ("devset", [*rows[:2], rows[0]]),
+        ("testset_w_refs", [*rows[2:4], rows[2]]),
+    ):
         (place / f"{name}.csv").write_text("mr,ref\n" + "".join(held), encoding="utf-8")
     return place
 
@@ -56,34 +82,72 @@ def glue(place, name):
     known = SETS[name]
     place.mkdir()
     for split, size in (("train", 12), (known.dev[0], 6)):
-        rows = [] if name == "cola" else ["\t".join([*known.texts[0], "score" if name == "stsb" else "label"])]
+        rows = (
+            []
+            if name == "cola"
+            else ["\t".join([*known.texts[0], "score" if name == "stsb" else "label"])]
+        )
         for i in range(size):
-            label = f"{i % 6 * 0.9:.1f}" if name == "stsb" else known.classes[i % len(known.classes)]
+            label = (
+                f"{i % 6 * 0.9:.1f}" if name == "stsb" else known.classes[i % len(known.classes)]
+            )
             texts = [f"{split} {column} {i}" for column in known.texts[0]]
-            rows.append("\t".join(["src", str(i % 2), "*", *texts] if name == "cola" else [*texts, label]))
+            rows.append(
+                "\t".join(["src", str(i % 2), "*", *texts] if name == "cola" else [*texts, label])
+            )
         (place / f"{split}.tsv").write_text("\n".join(rows) + "\n")
     return place
 
 
 def commonsense(place):
     """LLM-Adapters' folder: the merged training file, and a test file of each set."""
-    asked = {"boolq": "false", "piqa": "solution2", "social_i_qa": "answer3", "hellaswag": "ending4",
-             "winogrande": "option1", "ARC-Easy": "answer4", "ARC-Challenge": "answer1", "openbookqa": "answer2"}
-    rows = {name: {"instruction": f"Say {answer}", "input": "", "output": f"the correct answer is {answer}",
-                   "answer": answer} for name, answer in asked.items()}
+    asked = {
+        "boolq": "false",
+        "piqa": "solution2",
+        "social_i_qa": "answer3",
+        "hellaswag": "ending4",
+        "winogrande": "option1",
+        "ARC-Easy": "answer4",
+        "ARC-Challenge": "answer1",
+        "openbookqa": "answer2",
+    }
+    rows = {
+        name: {
+            "instruction": f"Say {answer}",
+            "input": "",
+            "output": f"the correct answer is {answer}",
+            "answer": answer,
+        }
+        for name, answer in asked.items()
+    }
     for name, row in rows.items():
         (place / name).mkdir(parents=True)
         (place / name / "test.json").write_text(json.dumps([row]))
-    (place / "commonsense_170k.json").write_text(json.dumps([*rows.values()] * 151))  # of fewer nothing is held out
+    (place / "commonsense_170k.json").write_text(
+        json.dumps([*rows.values()] * 151)
+    )  # of fewer nothing is held out
     return place
 
 
 def wikisql(place):
     """The authors' questions and tables."""
     for split, count in (("train", 6), ("dev", 2), ("test", 2)):
-        lines(place / f"{split}.jsonl", [{"question": f"How many {i}?", "table_id": "t", "phase": 1, "sql": {
-            "sel": 1, "agg": 3, "conds": [[0, 0, f"{i}"]]}} for i in range(count)])
-        lines(place / f"{split}.tables.jsonl", [{"id": "t", "header": ["A", "B"], "types": ["text", "real"], "rows": []}])
+        lines(
+            place / f"{split}.jsonl",
+            [
+                {
+                    "question": f"How many {i}?",
+                    "table_id": "t",
+                    "phase": 1,
+                    "sql": {"sel": 1, "agg": 3, "conds": [[0, 0, f"{i}"]]},
+                }
+                for i in range(count)
+            ],
+        )
+        lines(
+            place / f"{split}.tables.jsonl",
+            [{"id": "t", "header": ["A", "B"], "types": ["text", "real"], "rows": []}],
+        )
     return place
 
 
@@ -91,9 +155,18 @@ def samsum(place):
     """The authors' files."""
     place.mkdir()
     for split, count in (("train", 6), ("val", 2), ("test", 2)):
-        (place / f"{split}.json").write_text(json.dumps([
-            {"id": str(i), "dialogue": f"Al: hi {i}\r\nBo: yo", "summary": f"Al and Bo greet {i} times."}
-            for i in range(count)]))
+        (place / f"{split}.json").write_text(
+            json.dumps(
+                [
+                    {
+                        "id": str(i),
+                        "dialogue": f"Al: hi {i}\r\nBo: yo",
+                        "summary": f"Al and Bo greet {i} times.",
+                    }
+                    for i in range(count)
+                ]
+            )
+        )
     return place
 
 
@@ -102,8 +175,11 @@ def cifar100(place):
     place.mkdir()
     (place / "fine_label_names.txt").write_text("".join(f"class_{i:02d}\n" for i in range(100)))
     for name, each in (("train", 3), ("test", 1)):
-        rows = b"".join(bytes([label // 5, label]) + bytes([2 * label + i]) * 3072
-                        for label in range(100) for i in range(each))
+        rows = b"".join(
+            bytes([label // 5, label]) + bytes([2 * label + i]) * 3072
+            for label in range(100)
+            for i in range(each)
+        )
         (place / f"{name}.bin").write_bytes(rows)
     return place
 
@@ -130,17 +206,36 @@ def task(folder, kind):
         elif name in CLASSES:
             image_folders(place, CLASSES[name])
         else:
-            {"e2e": e2e, "commonsense": commonsense, "wikisql": wikisql, "samsum": samsum, "cifar100": cifar100}[name](place)
+            {
+                "e2e": e2e,
+                "commonsense": commonsense,
+                "wikisql": wikisql,
+                "samsum": samsum,
+                "cifar100": cifar100,
+            }[name](place)
     return f"{kind}:{place}" + (":per_class=1" if name == "cifar100" or name in CLASSES else "")
 
 
 def alpaca(path):
     """Alpaca's file: one list of instruction, input and output, the second often empty."""
-    path.write_text(json.dumps([{"instruction": f"Add {i}.", "input": "to 2" if i % 2 else "", "output": f"{2 + i}."}
-                                for i in range(8)]))
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    "instruction": f"Add {i}.",
+                    "input": "to 2" if i % 2 else "",
+                    "output": f"{2 + i}.",
+                }
+                for i in range(8)
+            ]
+        )
+    )
     return path
 
 
 def questions(path):
     """MT-Bench's, as FastChat has them."""
-    return lines(path, [{"question_id": 81, "category": "writing", "turns": ["Write one line.", "And another."]}])
+    return lines(
+        path,
+        [{"question_id": 81, "category": "writing", "turns": ["Write one line.", "And another."]}],
+    )

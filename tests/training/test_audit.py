@@ -1,11 +1,23 @@
-"""The audit passes on a good run of every method and names what is wrong with each kind of bad one."""
+"""The audit passes on a good run of every method and names what is wrong with each kind of bad
+one.
+"""
 
 import pytest
 import torch
 from torch import nn
 
 import weft
-from support import KINDS, RULE_VARIANTS, SELECTIONS, VARIANTS, awake, config, inputs, net, same_bits
+from support import (
+    KINDS,
+    RULE_VARIANTS,
+    SELECTIONS,
+    VARIANTS,
+    awake,
+    config,
+    inputs,
+    net,
+    same_bits,
+)
 
 
 def train(model, x, parameters, steps=3, lr=1e-2, spoil=None, decay=0.0):
@@ -31,7 +43,9 @@ def test_a_good_run_passes(variant, kind):
     before = weft.snapshot(model)
     train(model, x, adapter.parameters())
     weft.audit(model, before, weft.snapshot(model))
-    assert all(not p._post_accumulate_grad_hooks for p in adapter.parameters()), "the audit must stop watching"
+    assert all(not p._post_accumulate_grad_hooks for p in adapter.parameters()), (
+        "the audit must stop watching"
+    )
 
 
 @pytest.mark.parametrize("variant", [v for v in RULE_VARIANTS if len(config(v).trained(3, 3)) > 1])
@@ -52,7 +66,11 @@ def test_a_tensor_that_is_not_in_the_optimiser(variant):
     with pytest.raises(weft.AuditError) as caught:
         weft.audit(model, before, weft.snapshot(model))
     assert str(caught.value).splitlines()[1:] == [
-        f"  {missing[0]}: it has a gradient but did not move (is it in the optimiser, and is the learning rate above 0?)"]
+        (
+            f"  {missing[0]}: it has a gradient but did not move (is it in the optimiser, and is the "
+            "learning rate above 0?)"
+        )
+    ]
 
 
 def test_a_learning_rate_of_zero():
@@ -104,8 +122,15 @@ def test_a_gradient_that_is_not_finite(value):
     model, x, adapter = fresh()
     before = weft.snapshot(model)
     adapter.sites["mid"].A.register_hook(lambda g: g.index_fill(0, torch.tensor([1]), value))
-    train(model, x, adapter.parameters(), spoil=lambda: adapter.sites["mid"].A.grad.nan_to_num_(0, 0, 0))
-    with pytest.raises(weft.AuditError, match=r"mid\.A: its gradient was NaN or infinite") as caught:
+    train(
+        model,
+        x,
+        adapter.parameters(),
+        spoil=lambda: adapter.sites["mid"].A.grad.nan_to_num_(0, 0, 0),
+    )
+    with pytest.raises(
+        weft.AuditError, match=r"mid\.A: its gradient was NaN or infinite"
+    ) as caught:
         weft.audit(model, before, weft.snapshot(model))
     assert "layer.A" not in str(caught.value)
 
@@ -143,7 +168,9 @@ def test_a_layer_that_is_never_called_even_if_weight_decay_moves_it():
     with pytest.raises(weft.AuditError) as caught:
         weft.audit(model, before, weft.snapshot(model))
     lines = str(caught.value).splitlines()[1:]
-    assert len(lines) == 3 and all("unused." in line and "no gradient reached it" in line for line in lines)
+    assert len(lines) == 3 and all(
+        "unused." in line and "no gradient reached it" in line for line in lines
+    )
 
 
 def test_an_adapter_that_is_not_active():
@@ -151,7 +178,9 @@ def test_an_adapter_that_is_not_active():
     weft.attach(model, config("DVoRA"), name="b")
     before = weft.snapshot(model, "default")
     train(model, x, weft.adapters(model)["b"].parameters())
-    with pytest.raises(weft.AuditError, match=r"layer\.A: no gradient reached it .*is the adapter the active one"):
+    with pytest.raises(
+        weft.AuditError, match=r"layer\.A: no gradient reached it .*is the adapter the active one"
+    ):
         weft.audit(model, before, weft.snapshot(model, "default"))
 
 
@@ -173,7 +202,10 @@ def test_batch_statistics_that_move_are_named_with_the_remedy():
     x = torch.randn(8, 7)
     before = weft.snapshot(model)
     train(model, x, adapter.parameters())
-    with pytest.raises(weft.AuditError, match=r"1\.running_mean: base tensor changed \(put BatchNorm layers .* eval"):
+    with pytest.raises(
+        weft.AuditError,
+        match=r"1\.running_mean: base tensor changed \(put BatchNorm layers .* eval",
+    ):
         weft.audit(model, before, weft.snapshot(model))
 
 
@@ -182,14 +214,18 @@ def test_many_problems_are_cut_and_counted():
     weft.attach(model, config("LoRA", targets="all-linear"))
     with pytest.raises(weft.AuditError) as caught:
         weft.audit(model, weft.snapshot(model), weft.snapshot(model))
-    assert len(str(caught.value).splitlines()) == 12 and str(caught.value).endswith("... and 30 more")
+    assert len(str(caught.value).splitlines()) == 12 and str(caught.value).endswith(
+        "... and 30 more"
+    )
 
 
 def test_a_snapshot_changes_nothing():
     a = awake("Full")
     output, state = a.run(), {k: v.clone() for k, v in a.model.state_dict().items()}
     weft.snapshot(a.model)
-    assert same_bits(a.run(), output) and all(same_bits(v, state[k]) for k, v in a.model.state_dict().items())
+    assert same_bits(a.run(), output) and all(
+        same_bits(v, state[k]) for k, v in a.model.state_dict().items()
+    )
 
 
 def copies(model):
@@ -233,17 +269,26 @@ def test_without_an_adapter_there_is_nothing_to_audit():
 @pytest.mark.parametrize("form", ["snapshots", "mappings"])
 def test_a_layer_that_has_lost_its_last_triplet_is_not_asked_to_move(form):
     """Its lam is 0, as at the start. A layer that has one left is asked as before."""
-    def picture():
-        return weft.snapshot(model) if form == "snapshots" else {k: v.clone() for k, v in model.state_dict().items()}
 
-    model, _, adapter = fresh("AdaLoRA", r=4, target_r=1, total_steps=4, warm_up=1, final=1, interval=1)
+    def picture():
+        return (
+            weft.snapshot(model)
+            if form == "snapshots"
+            else {k: v.clone() for k, v in model.state_dict().items()}
+        )
+
+    model, _, adapter = fresh(
+        "AdaLoRA", r=4, target_r=1, total_steps=4, warm_up=1, final=1, interval=1
+    )
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=0.05)
     for trained in ("mid", None):
         before = picture()
         for _ in range(4):
             optimiser.zero_grad()
             x = inputs("linear")
-            (model(x) if trained is None else model.mid(torch.tanh(model.layer(x).detach()))).pow(2).sum().backward()
+            (model(x) if trained is None else model.mid(torch.tanh(model.layer(x).detach()))).pow(
+                2
+            ).sum().backward()
             optimiser.step()
         assert adapter.ranks == {"layer": 0, "mid": 2}
         if trained is None:
@@ -257,4 +302,7 @@ def test_a_layer_that_has_lost_its_last_triplet_is_not_asked_to_move(form):
         optimiser.step()
     with pytest.raises(weft.AuditError) as caught:
         weft.audit(model, before, picture())
-    assert sorted(line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]) == ["mid.P", "mid.Q"]
+    assert sorted(line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]) == [
+        "mid.P",
+        "mid.Q",
+    ]

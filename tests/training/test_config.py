@@ -1,4 +1,6 @@
-"""The configuration of `weft train`: what cannot be meant is refused by name, before anything is loaded."""
+"""The configuration of `weft train`: what cannot be meant is refused by name, before anything is
+loaded.
+"""
 
 import re
 from dataclasses import fields
@@ -11,7 +13,11 @@ import weft
 from weft.cli import main
 from weft.training.config import RunConfig, dump, from_dict, read_config, to_dict
 
-SECTIONS = {name: hint for name, hint in get_type_hints(RunConfig).items() if hasattr(hint, "__dataclass_fields__")}
+SECTIONS = {
+    name: hint
+    for name, hint in get_type_hints(RunConfig).items()
+    if hasattr(hint, "__dataclass_fields__")
+}
 
 LEAST = "out: o\nmodel: {path: m}\nmethod: {name: LoRA}\ndata: {train: d.jsonl}\n"
 
@@ -24,8 +30,14 @@ def file(tmp_path):
 
 
 def test_defaults_overrides_and_the_resolved_file_say_the_same(file, tmp_path):
-    config = read_config(file, ["optim.lr=1e-3", "method.r=4", "optim.lr_factors.B=16", "log.report_to=[wandb]"])
-    assert (config.optim.lr, config.method, config.optim.lr_factors) == (1e-3, weft.LoRA(r=4), {"B": 16.0})
+    config = read_config(
+        file, ["optim.lr=1e-3", "method.r=4", "optim.lr_factors.B=16", "log.report_to=[wandb]"]
+    )
+    assert (config.optim.lr, config.method, config.optim.lr_factors) == (
+        1e-3,
+        weft.LoRA(r=4),
+        {"B": 16.0},
+    )
     assert config.log.report_to == ("wandb",) and config.train.batch == 8
     again = tmp_path / "again.yaml"
     again.write_text(dump(config))
@@ -33,31 +45,34 @@ def test_defaults_overrides_and_the_resolved_file_say_the_same(file, tmp_path):
     assert from_dict(to_dict(config)) == config
 
 
-@pytest.mark.parametrize(("setting", "said"), [
-    ("optim.learning_rat=1", "optim.learning_rat is not known"),
-    ("train.batchs=3", "Nearest: train.batch"),
-    ("modle={path: x}", "modle is not known. Nearest: model"),
-    ("optim.lr=abc", "optim.lr='abc': write a number"),
-    ("optim.lr=true", "optim.lr=True: write a number"),
-    ("optim.lr=0", "optim.lr=0.0: it must be above 0"),
-    ("train.steps=2.5", "train.steps=2.5: write a whole number"),
-    ("train=3", "train=3: write a mapping"),
-    ("log.report_to=wandb", "log.report_to='wandb': write a list"),
-    ("log.report_to=[wanb]", "'wanb' is not known. Nearest: wandb"),
-    ("method.rank=3", "method: LoRA has no field 'rank'"),
-    ("method.r=0", "method: LoRA(r=0)"),
-    ("method.name=LoRB", "Nearest: ['LoRA', 'LoRAFA']"),
-    ("method=LoRA", "method: write a mapping with a name"),
-    ("optim.lr_factors.C=2", "LoRA trains no tensor of that name. It trains A, B"),
-    ("optim.schedule=lineer", "Nearest: linear"),
-    ("eval.best=loss", "eval.best needs evaluation data"),
-    ("data.eval_share=1", "data.eval_share=1.0: it must be 0 or more and below 1"),
-    ("task=e2e", "task='e2e' brings its data"),
-    ("data.train=null", "data.train and task: give one of them"),
-    ("train.steps", "write KEY=VALUE"),
-    ("out.x=1", "'out' is a value and has no keys below it"),
-    ("optim.lr=[", "is no readable YAML"),
-])
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optim.learning_rat=1", "optim.learning_rat is not known"),
+        ("train.batchs=3", "Nearest: train.batch"),
+        ("modle={path: x}", "modle is not known. Nearest: model"),
+        ("optim.lr=abc", "optim.lr='abc': write a number"),
+        ("optim.lr=true", "optim.lr=True: write a number"),
+        ("optim.lr=0", "optim.lr=0.0: it must be above 0"),
+        ("train.steps=2.5", "train.steps=2.5: write a whole number"),
+        ("train=3", "train=3: write a mapping"),
+        ("log.report_to=wandb", "log.report_to='wandb': write a list"),
+        ("log.report_to=[wanb]", "'wanb' is not known. Nearest: wandb"),
+        ("method.rank=3", "method: LoRA has no field 'rank'"),
+        ("method.r=0", "method: LoRA(r=0)"),
+        ("method.name=LoRB", "Nearest: ['LoRA', 'LoRAFA']"),
+        ("method=LoRA", "method: write a mapping with a name"),
+        ("optim.lr_factors.C=2", "LoRA trains no tensor of that name. It trains A, B"),
+        ("optim.schedule=lineer", "Nearest: linear"),
+        ("eval.best=loss", "eval.best needs evaluation data"),
+        ("data.eval_share=1", "data.eval_share=1.0: it must be 0 or more and below 1"),
+        ("task=e2e", "task='e2e' brings its data"),
+        ("data.train=null", "data.train and task: give one of them"),
+        ("train.steps", "write KEY=VALUE"),
+        ("out.x=1", "'out' is a value and has no keys below it"),
+        ("optim.lr=[", "is no readable YAML"),
+    ],
+)
 def test_what_cannot_be_meant_is_one_line_and_status_2(file, capsys, setting, said):
     assert main(["train", str(file), "--set", setting]) == 2
     error = capsys.readouterr().err
@@ -105,5 +120,7 @@ def test_the_examples_are_valid_and_the_page_names_every_key_and_no_other():
     wanted = set()
     for section in fields(RunConfig):
         inner = SECTIONS.get(section.name)
-        wanted |= {section.name} if inner is None else {f"{section.name}.{f.name}" for f in fields(inner)}
+        wanted |= (
+            {section.name} if inner is None else {f"{section.name}.{f.name}" for f in fields(inner)}
+        )
     assert named - {"method.name"} == wanted - {"method"}

@@ -1,4 +1,6 @@
-"""lm-evaluation-harness asks our adapted model; a task of our own, from a file, so that nothing is fetched."""
+"""lm-evaluation-harness asks our adapted model; a task of our own, from a file, so that nothing is
+fetched.
+"""
 
 import json
 import sys
@@ -12,7 +14,11 @@ from weft.cli import main
 from weft.training import harness
 from weft.training.use import open_model
 
-QUESTIONS = [("ab", ["c", "zz", "q"], 0), ("one two", ["three", "x"], 1), ("say", ["yes", "no", "so"], 2)]
+QUESTIONS = [
+    ("ab", ["c", "zz", "q"], 0),
+    ("one two", ["three", "x"], 1),
+    ("say", ["yes", "no", "so"], 2),
+]
 TASK = """task: weft_tiny
 dataset_path: json
 dataset_kwargs:
@@ -39,8 +45,11 @@ def place(tmp_path_factory):
         for _, p in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 2)
     weft.save(model, folder / "adapter")
-    (folder / "data.jsonl").write_text("".join(json.dumps({"question": q, "choices": c, "label": n}) + "\n"
-                                               for q, c, n in QUESTIONS))
+    (folder / "data.jsonl").write_text(
+        "".join(
+            json.dumps({"question": q, "choices": c, "label": n}) + "\n" for q, c, n in QUESTIONS
+        )
+    )
     (folder / "tasks").mkdir()
     (folder / "tasks" / "weft_tiny.yaml").write_text(TASK.format(file=folder / "data.jsonl"))
     return folder
@@ -56,17 +65,33 @@ def likelihood(opened, question, choice):
 
 @pytest.mark.slow  # the harness reads thousands of files to know its tasks
 @pytest.mark.filterwarnings("ignore")  # the harness's own, and those of what it imports
-def test_the_harness_scores_the_adapted_model_as_its_likelihoods_say(place, tmp_path, monkeypatch, capsys):
+def test_the_harness_scores_the_adapted_model_as_its_likelihoods_say(
+    place, tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    words = ["eval", "--model", str(place / "lm"), "--lm-eval", "weft_tiny", "--lm-eval-path", str(place / "tasks"),
-             "--device", "cpu", "--json", str(tmp_path / "s.json")]
+    words = [
+        "eval",
+        "--model",
+        str(place / "lm"),
+        "--lm-eval",
+        "weft_tiny",
+        "--lm-eval-path",
+        str(place / "tasks"),
+        "--device",
+        "cpu",
+        "--json",
+        str(tmp_path / "s.json"),
+    ]
     seen = {}
     for adapter in (None, str(place / "adapter")):
         assert main([*words, *([] if adapter is None else ["--adapter", adapter])]) == 0
         opened = open_model(str(place / "lm"), adapter, device="cpu")
         with torch.no_grad():
-            best = [max(range(len(c)), key=lambda i, q=q, c=c: likelihood(opened, q, c[i])) for q, c, _ in QUESTIONS]
+            best = [
+                max(range(len(c)), key=lambda i, q=q, c=c: likelihood(opened, q, c[i]))
+                for q, c, _ in QUESTIONS
+            ]
         data = json.loads((tmp_path / "s.json").read_text())
         right = sum(b == n for b, (_, _, n) in zip(best, QUESTIONS, strict=True)) / len(QUESTIONS)
         assert data["scores"]["weft_tiny"]["acc,none"] == pytest.approx(right)
@@ -74,7 +99,9 @@ def test_the_harness_scores_the_adapted_model_as_its_likelihoods_say(place, tmp_
         seen[adapter] = best
     assert len({str(best) for best in seen.values()}) == 2  # the adapter changes what is likely
     assert "acc,none" in capsys.readouterr().out
-    assert main([*words[:4], "weft_tyni", *words[5:]]) == 2 and "weft_tiny" in capsys.readouterr().err
+    assert (
+        main([*words[:4], "weft_tyni", *words[5:]]) == 2 and "weft_tiny" in capsys.readouterr().err
+    )
 
 
 def test_without_the_package_the_command_names_it(place, monkeypatch, capsys):
@@ -84,11 +111,17 @@ def test_without_the_package_the_command_names_it(place, monkeypatch, capsys):
     assert "pip install 'weft[lm-eval]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("more", "told"), [
-    ([], "--task"), (["--task", "rte", "--lm-eval", "rte"], "not both"),
-    (["--lm-eval", "rte", "--outputs", "x"], "--outputs"),
-    (["--lm-eval", "rte", "--split", "test"], "--split"), (["--task", "rte", "--shots", "2"], "--shots"),
-    (["--lm-eval", "rte", "--shots", "-1"], "0 or more")])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ([], "--task"),
+        (["--task", "rte", "--lm-eval", "rte"], "not both"),
+        (["--lm-eval", "rte", "--outputs", "x"], "--outputs"),
+        (["--lm-eval", "rte", "--split", "test"], "--split"),
+        (["--task", "rte", "--shots", "2"], "--shots"),
+        (["--lm-eval", "rte", "--shots", "-1"], "0 or more"),
+    ],
+)
 def test_options_of_the_other_kind_are_refused(place, capsys, more, told):
     assert main(["eval", "--model", str(place / "lm"), *more]) == 2
     assert told in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""What goes wrong around a run: each is said by its name with its cure, and what was trained until then is kept."""
+"""What goes wrong around a run: each is said by its name with its cure, and what was trained until
+then is kept.
+"""
 
 import gc
 import json
@@ -36,9 +38,14 @@ def place(tmp_path_factory):
 
 
 def config(place, out, **changes):
-    plain = {"out": str(out), "model": {"path": str(place / "lm")}, "method": {"name": "LoRA", "r": 2},
-             "data": {"train": str(place / "pairs.jsonl")}, "optim": {"lr": 1e-2, "warm_up": 0},
-             "train": {"steps": 5, "batch": 4, "device": "cpu"}}
+    plain = {
+        "out": str(out),
+        "model": {"path": str(place / "lm")},
+        "method": {"name": "LoRA", "r": 2},
+        "data": {"train": str(place / "pairs.jsonl")},
+        "optim": {"lr": 1e-2, "warm_up": 0},
+        "train": {"steps": 5, "batch": 4, "device": "cpu"},
+    }
     for key, value in changes.items():
         section, _, name = key.partition("__")
         plain[section] = {**plain.get(section, {}), name: value} if name else value
@@ -57,12 +64,18 @@ def status(out):
     return json.loads((Path(out) / "run.json").read_text())["status"]
 
 
-def test_where_nothing_can_be_written_is_said_before_anything_is_loaded(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("weft.training.run.open_data", lambda config: pytest.fail("data was opened"))
+def test_where_nothing_can_be_written_is_said_before_anything_is_loaded(
+    place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "weft.training.run.open_data", lambda config: pytest.fail("data was opened")
+    )
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file is a file; give a directory"):
         train(config(place, tmp_path / "file" / "below"))
-    monkeypatch.setattr(os, "access", lambda *a: False)  # the tests may run as root, who may write anywhere
+    monkeypatch.setattr(
+        os, "access", lambda *a: False
+    )  # the tests may run as root, who may write anywhere
     with pytest.raises(ConfigError, match=r"nothing may be written into"):
         train(config(place, tmp_path / "new" / "run"))
     assert not (tmp_path / "new").exists()
@@ -78,17 +91,24 @@ def test_resume_where_no_run_is_begins_none(place, tmp_path):
 def test_a_second_process_in_the_same_directory_is_refused(place, tmp_path):
     from weft.training.run_dir import RunDir
 
-    with RunDir(tmp_path / "o").alone(), pytest.raises(ConfigError, match="another process is training there"):
+    with (
+        RunDir(tmp_path / "o").alone(),
+        pytest.raises(ConfigError, match="another process is training there"),
+    ):
         train(config(place, tmp_path / "o"), stream=StringIO())
     train(config(place, tmp_path / "o"), stream=StringIO())
 
 
 def test_a_warm_up_that_never_ends_is_refused(place, tmp_path):
     with pytest.raises(ConfigError, match=r"optim.warm_up=500 is all of the 9 steps or more"):
-        train(config(place, tmp_path / "o", optim__warm_up=500, train={"batch": 4, "device": "cpu"}))
+        train(
+            config(place, tmp_path / "o", optim__warm_up=500, train={"batch": 4, "device": "cpu"})
+        )
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system"
+)
 def test_a_full_disk_loses_nothing_and_says_so(place, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
@@ -98,16 +118,22 @@ def test_a_full_disk_loses_nothing_and_says_so(place, tmp_path):
     try:
         out = small / "run"
         what = config(place, out, train__steps=30, save__every=1)
-        with pytest.raises(WeftError, match=r"Make room there, and go on with --resume|could not be written"):
+        with pytest.raises(
+            WeftError, match=r"Make room there, and go on with --resume|could not be written"
+        ):
             train(what, stream=StringIO())
         held = newest(out / "checkpoints")
         assert held is not None and held[1] >= 1
-        subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-o", "remount,size=8m", str(small)], check=True, capture_output=True
+        )
         train(what, go_on=True, stream=StringIO())
         roomy = tmp_path / "roomy"
         train(config(place, roomy, train__steps=30, save__every=1), stream=StringIO())
         assert same(tensors(out), tensors(roomy))
-        steps = [row["step"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+        steps = [
+            row["step"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        ]
         assert steps == list(range(1, 31))
     finally:
         subprocess.run(["umount", str(small)], check=False, capture_output=True)
@@ -126,15 +152,27 @@ def test_ctrl_c_during_an_evaluation(place, tmp_path, monkeypatch, presses):
         return kept(self)
 
     monkeypatch.setattr(AdapterTrainer, "_answers", press)
-    more = {"data__eval": str(place / "pairs.jsonl"), "eval__every": 2, "eval__best": "loss", "save__every": 1}
+    more = {
+        "data__eval": str(place / "pairs.jsonl"),
+        "eval__every": 2,
+        "eval__best": "loss",
+        "save__every": 1,
+    }
     said, what = StringIO(), config(place, tmp_path / "o", **more)
     if presses == 1:
         done = train(what, stream=said)
-        assert not done.finished and done.step == 2 and "Stopping after this evaluation" in said.getvalue()
+        assert (
+            not done.finished
+            and done.step == 2
+            and "Stopping after this evaluation" in said.getvalue()
+        )
     else:
         with pytest.raises(KeyboardInterrupt):
             train(what, stream=said)
-        assert "the newest whole checkpoint is of step 1, and --resume goes on from there" in said.getvalue()
+        assert (
+            "the newest whole checkpoint is of step 1, and --resume goes on from there"
+            in said.getvalue()
+        )
     assert status(tmp_path / "o") == "interrupted"
     monkeypatch.undo()
     train(what, go_on=True, stream=StringIO())
@@ -143,37 +181,71 @@ def test_ctrl_c_during_an_evaluation(place, tmp_path, monkeypatch, presses):
 
 
 @pytest.mark.parametrize("always", [False, True])
-def test_a_metric_without_a_value_is_not_the_best_and_stops_nothing(place, tmp_path, monkeypatch, always):
+def test_a_metric_without_a_value_is_not_the_best_and_stops_nothing(
+    place, tmp_path, monkeypatch, always
+):
     from weft.training import losses
 
     scores = tmp_path / "scores.csv"
-    scores.write_text("sentence1,sentence2,label\n" + "".join(f"a {i},b {i},{i / 4}\n" for i in range(8)))
+    scores.write_text(
+        "sentence1,sentence2,label\n" + "".join(f"a {i},b {i},{i / 4}\n" for i in range(8))
+    )
     kept, seen = losses._scores, []
 
     def first_is_nan(names, predicted, labels):
         seen.append(1)
-        return {**kept(names, predicted, labels), **({"Pearson": float("nan")} if always or len(seen) == 1 else {})}
+        return {
+            **kept(names, predicted, labels),
+            **({"Pearson": float("nan")} if always or len(seen) == 1 else {}),
+        }
 
     monkeypatch.setattr(losses, "_scores", first_is_nan)
     said = StringIO()
-    what = config(place, tmp_path / "o", model={"path": str(place / "bert"), "kind": "regression"},
-                  method={"name": "LoRA", "r": 2, "targets": ["query"]},
-                  data={"train": str(scores), "eval": str(scores)}, eval__every=2, eval__best="Pearson")
+    what = config(
+        place,
+        tmp_path / "o",
+        model={"path": str(place / "bert"), "kind": "regression"},
+        method={"name": "LoRA", "r": 2, "targets": ["query"]},
+        data={"train": str(scores), "eval": str(scores)},
+        eval__every=2,
+        eval__best="Pearson",
+    )
     done = train(what, stream=said)
     assert "eval.best=Pearson has no value at step 2" in said.getvalue()
     assert ("had no value at any evaluation; the last adapter is kept" in said.getvalue()) == always
-    assert done.finished and (done.evaluation["step"] == 5 if always else done.evaluation["step"] > 2)
+    assert done.finished and (
+        done.evaluation["step"] == 5 if always else done.evaluation["step"] > 2
+    )
 
 
 @pytest.mark.parametrize("patience", [None, 1])
-def test_a_run_killed_while_it_wrote_its_result_is_finished_and_not_trained_further(place, tmp_path, patience):
+def test_a_run_killed_while_it_wrote_its_result_is_finished_and_not_trained_further(
+    place, tmp_path, patience
+):
     """Five steps of three an epoch: another step would be there to take."""
     flipped = tmp_path / "flipped.csv"
     tiny.labelled(tmp_path / "yes.csv", 8)
-    flipped.write_text((tmp_path / "yes.csv").read_text().replace(",yes", ",?").replace(",no", ",yes").replace(",?", ",no"))
-    more = {} if patience is None else {
-        "model__path": str(place / "bert"), "method__targets": ["query"], "data__train": str(tmp_path / "yes.csv"),
-        "data__eval": str(flipped), "eval__every": 1, "eval__best": "loss", "eval__patience": 1, "train__steps": 20}
+    flipped.write_text(
+        (tmp_path / "yes.csv")
+        .read_text()
+        .replace(",yes", ",?")
+        .replace(",no", ",yes")
+        .replace(",?", ",no")
+    )
+    more = (
+        {}
+        if patience is None
+        else {
+            "model__path": str(place / "bert"),
+            "method__targets": ["query"],
+            "data__train": str(tmp_path / "yes.csv"),
+            "data__eval": str(flipped),
+            "eval__every": 1,
+            "eval__best": "loss",
+            "eval__patience": 1,
+            "train__steps": 20,
+        }
+    )
     out = tmp_path / "o"
     done = train(config(place, out, **more), stream=StringIO())
     assert (done.step < 20) if patience else (done.step == 5)
@@ -189,9 +261,18 @@ def test_a_run_killed_while_it_wrote_its_result_is_finished_and_not_trained_furt
 def test_data_that_changed_meanwhile_is_named(place, tmp_path, capsys):
     data = Path(shutil.copy(place / "pairs.jsonl", tmp_path / "data.jsonl"))
     path = tmp_path / "c.yaml"
-    path.write_text(json.dumps({"out": str(tmp_path / "o"), "model": {"path": str(place / "lm")},
-                                "method": {"name": "LoRA", "r": 2}, "data": {"train": str(data)},
-                                "train": {"steps": 4, "batch": 4, "device": "cpu"}, "save": {"every": 2}}))
+    path.write_text(
+        json.dumps(
+            {
+                "out": str(tmp_path / "o"),
+                "model": {"path": str(place / "lm")},
+                "method": {"name": "LoRA", "r": 2},
+                "data": {"train": str(data)},
+                "train": {"steps": 4, "batch": 4, "device": "cpu"},
+                "save": {"every": 2},
+            }
+        )
+    )
     assert main(["train", str(path)]) == 0
     shutil.rmtree(tmp_path / "o" / "checkpoints" / "checkpoint-4")
     record = json.loads((tmp_path / "o" / "run.json").read_text())
@@ -201,15 +282,28 @@ def test_data_that_changed_meanwhile_is_named(place, tmp_path, capsys):
     assert "other values in the training data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("key", "said"), [("optim.learning_rate=1", "optim.learning_rate is not known"),
-                                           ("trian.steps=3", "trian is not known. Nearest: train"),
-                                           ("adapter.strat=x", "adapter.strat is not known. Nearest: adapter.start"),
-                                           ("data.columns={prompt: Frage}", "names the column 'Frage', and there is none"),
-                                           ("save.keep=0", "save.keep=0: it must be 1 or more")])
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("optim.learning_rate=1", "optim.learning_rate is not known"),
+        ("trian.steps=3", "trian is not known. Nearest: train"),
+        ("adapter.strat=x", "adapter.strat is not known. Nearest: adapter.start"),
+        ("data.columns={prompt: Frage}", "names the column 'Frage', and there is none"),
+        ("save.keep=0", "save.keep=0: it must be 1 or more"),
+    ],
+)
 def test_a_wrong_key_or_column_is_named(place, tmp_path, capsys, key, said):
     path = tmp_path / "c.yaml"
-    path.write_text(json.dumps({"out": str(tmp_path / "o"), "model": {"path": str(place / "lm")}, "method": {"name": "LoRA"},
-                                "data": {"train": str(place / "pairs.jsonl")}}))
+    path.write_text(
+        json.dumps(
+            {
+                "out": str(tmp_path / "o"),
+                "model": {"path": str(place / "lm")},
+                "method": {"name": "LoRA"},
+                "data": {"train": str(place / "pairs.jsonl")},
+            }
+        )
+    )
     assert main(["train", str(path), "--set", key]) in (1, 2)
     assert said in capsys.readouterr().err and not (tmp_path / "o").exists()
 

@@ -12,12 +12,18 @@ from weft.training.config import DataSection
 from weft.training.data import Samples, load_samples
 from weft.training.render import IGNORED, Renderer, classes_of, encode_labels, marked
 
-CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "a?"},
-        {"role": "assistant", "content": "b!"}]
-WITH_MASK = tiny.CHATML.replace("<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n",
-                                "<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
-                                "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
-                                "{% endif %}{{ '\\n' }}")
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo"},
+    {"role": "user", "content": "a?"},
+    {"role": "assistant", "content": "b!"},
+]
+WITH_MASK = tiny.CHATML.replace(
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n",
+    "<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
+    "{% endif %}{{ '\\n' }}",
+)
 END_OUTSIDE = WITH_MASK.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
 
 
@@ -34,7 +40,9 @@ def shown(tokenizer, row, kind, limit=128, **options):
 def test_the_loss_is_on_the_completion_and_its_end(tokenizer):
     row = {"prompt": "two plus two is", "completion": " four"}
     assert shown(tokenizer, row, "prompt") == "two plus two is⟦ four</s>⟧"
-    assert shown(tokenizer, row, "prompt", loss_on="all") == "t⟦wo plus two is four</s>⟧"  # the first predicts nothing
+    assert (
+        shown(tokenizer, row, "prompt", loss_on="all") == "t⟦wo plus two is four</s>⟧"
+    )  # the first predicts nothing
     assert shown(tokenizer, {"text": "once"}, "text") == "o⟦nce</s>⟧"
 
 
@@ -42,7 +50,9 @@ def test_a_tokenizers_own_start_and_end_stand_once():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny.tokenizer()
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     assert shown(tokenizer, {"prompt": "a", "completion": "b"}, "prompt") == "<s>a⟦b</s>⟧"
 
 
@@ -50,7 +60,8 @@ def test_a_tokenizers_own_start_and_end_stand_once():
 def test_assistant_turns_are_in_the_loss_with_what_ends_them(tokenizer, template):
     assert shown(tokenizer, {"messages": CHAT}, "messages", template=template) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n⟦yo<|im_end|>⟧\n"
-        "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n⟦b!<|im_end|>⟧\n")
+        "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n⟦b!<|im_end|>⟧\n"
+    )
 
 
 def test_the_whole_conversation_has_the_tokens_of_the_template(tokenizer):
@@ -62,25 +73,42 @@ def test_ends_that_are_cut_off_or_masked_are_counted(tokenizer):
     rows = [{"prompt": "p" * n, "completion": "c" * 4} for n in (2, 6, 9, 30)]
     encoded = Renderer(tokenizer, 12).encode(Samples("prompt", rows, "here"), "training")
     counts = encoded.counts  # lengths 7, 11, 14 and 35; of the last one only the prompt is left
-    assert (counts.samples, counts.cut, counts.end_cut, counts.end_masked, counts.empty) == (4, 2, 2, 0, 1)
+    assert (counts.samples, counts.cut, counts.end_cut, counts.end_masked, counts.empty) == (
+        4,
+        2,
+        2,
+        0,
+        1,
+    )
     assert len(encoded) == 3 and len(encoded.rows[2]["input_ids"]) == 12
-    assert "2 of 4 samples whose end-of-turn token was cut off" in " ".join(counts.notes("training"))
+    assert "2 of 4 samples whose end-of-turn token was cut off" in " ".join(
+        counts.notes("training")
+    )
 
 
 def test_if_that_is_all_of_them_it_is_an_error(tokenizer):
     rows = [{"prompt": "p", "completion": "long"}] * 3
-    with pytest.raises(WeftError, match=r"in none of the 3 samples .*3 cut off, 0 masked.*Raise data.max_length"):
+    with pytest.raises(
+        WeftError, match=r"in none of the 3 samples .*3 cut off, 0 masked.*Raise data.max_length"
+    ):
         Renderer(tokenizer, 4).encode(Samples("prompt", rows, "here"), "training")
     with pytest.raises(WeftError, match="none of the 3 samples has a token in the loss"):
         Renderer(tokenizer, 1).encode(Samples("prompt", rows, "here"), "training")
     with pytest.raises(WeftError, match=r"0 cut off, 1 masked.*generation"):
         shown(tokenizer, {"messages": CHAT}, "messages", template=END_OUTSIDE)
     with pytest.raises(WeftError, match=r"0 cut off, 1 masked"):
-        shown(tokenizer, {"messages": CHAT}, "messages", template=tiny.CHATML.replace("<|im_end|>", ""))
+        shown(
+            tokenizer,
+            {"messages": CHAT},
+            "messages",
+            template=tiny.CHATML.replace("<|im_end|>", ""),
+        )
 
 
 def test_a_template_that_renders_turns_otherwise_later_is_refused(tokenizer):
-    template = "{% for m in messages %}{{ messages|length }}{{ m['content'] }}<|im_end|>{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ messages|length }}{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
     with pytest.raises(WeftError, match="renders the conversation up to message 2 otherwise"):
         shown(tokenizer, {"messages": CHAT}, "messages", template=template)
     with pytest.raises(WeftError, match="the tokenizer has none"):
@@ -118,22 +146,33 @@ def load(tmp_path, rows, **fields):
 
 
 def test_formats_are_told_by_their_columns(tmp_path):
-    for row, wanted in (({"text": "a"}, "text"), ({"text": "a", "label": 1}, "label"), ({"messages": CHAT}, "messages"),
-                        ({"question": "q", "sentence": "s", "label": "x"}, "label")):
+    for row, wanted in (
+        ({"text": "a"}, "text"),
+        ({"text": "a", "label": 1}, "label"),
+        ({"messages": CHAT}, "messages"),
+        ({"question": "q", "sentence": "s", "label": "x"}, "label"),
+    ):
         assert load(tmp_path, [row])[0].format == wanted
     named = load(tmp_path, [{"q": "a", "a": "b"}], columns={"prompt": "q", "completion": "a"})[0]
     assert named.rows == [{"prompt": "a", "completion": "b"}]
 
 
-@pytest.mark.parametrize(("row", "fields", "said"), [
-    ({"x": 1}, {}, "no format follows"),
-    ({"prompt": "a", "completion": 3}, {}, r"sample 1: completion=3 is no text"),
-    ({"prompt": "a"}, {"format": "prompt"}, "needs the columns prompt, completion"),
-    ({"q": "a", "answer": "b"}, {"columns": {"prompt": "q", "completion": "anser"}}, r"Nearest: answer"),
-    ({"messages": [{"role": "asistant", "content": "x"}]}, {}, "Nearest: assistant"),
-    ({"messages": CHAT[:1]}, {}, "no message has the role assistant"),
-    ({"text": "a", "label": None}, {}, "label=None is no class"),
-])
+@pytest.mark.parametrize(
+    ("row", "fields", "said"),
+    [
+        ({"x": 1}, {}, "no format follows"),
+        ({"prompt": "a", "completion": 3}, {}, r"sample 1: completion=3 is no text"),
+        ({"prompt": "a"}, {"format": "prompt"}, "needs the columns prompt, completion"),
+        (
+            {"q": "a", "answer": "b"},
+            {"columns": {"prompt": "q", "completion": "anser"}},
+            r"Nearest: answer",
+        ),
+        ({"messages": [{"role": "asistant", "content": "x"}]}, {}, "Nearest: assistant"),
+        ({"messages": CHAT[:1]}, {}, "no message has the role assistant"),
+        ({"text": "a", "label": None}, {}, "label=None is no class"),
+    ],
+)
 def test_wrong_rows_are_named(tmp_path, row, fields, said):
     with pytest.raises(WeftError, match=said):
         load(tmp_path, [row], **fields)
@@ -150,9 +189,14 @@ def test_a_held_out_share_is_apart_and_the_same_every_time(tmp_path):
 
 
 def test_labels_become_places_among_the_classes(tokenizer):
-    samples = Samples("label", [{"texts": ("a",), "label": "10"}, {"texts": ("b", "c"), "label": 9}], "here")
+    samples = Samples(
+        "label", [{"texts": ("a",), "label": "10"}, {"texts": ("b", "c"), "label": 9}], "here"
+    )
     assert classes_of(samples) == ("9", "10")
-    assert [row["labels"] for row in encode_labels(samples, tokenizer, 9, ("9", "10")).rows] == [1, 0]
+    assert [row["labels"] for row in encode_labels(samples, tokenizer, 9, ("9", "10")).rows] == [
+        1,
+        0,
+    ]
     assert [row["labels"] for row in encode_labels(samples, tokenizer, 9, None).rows] == [10.0, 9.0]
     with pytest.raises(WeftError, match="sample 1: label '10' is none of the 1 classes"):
         encode_labels(samples, tokenizer, 9, ("9",))

@@ -1,4 +1,6 @@
-"""`adapter.start`: a run that begins with another run's adapter, and what does not fit is refused by its name."""
+"""`adapter.start`: a run that begins with another run's adapter, and what does not fit is refused
+by its name.
+"""
 
 import gc
 import json
@@ -21,7 +23,9 @@ def place(tmp_path_factory):
     tiny.encoder(folder / "bert")
     tiny.pairs(folder / "pairs.jsonl", 8)
     tiny.labelled(folder / "two.csv", 8)
-    (folder / "three.csv").write_text("text,label\n" + "".join(f"t {i},{'abc'[i % 3]}\n" for i in range(9)))
+    (folder / "three.csv").write_text(
+        "text,label\n" + "".join(f"t {i},{'abc'[i % 3]}\n" for i in range(9))
+    )
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
@@ -32,9 +36,14 @@ def place(tmp_path_factory):
 
 
 def config(place, out, data="three.csv", **changes):
-    plain = {"out": str(out), "model": {"path": str(place / ("lm" if data.endswith("jsonl") else "bert"))},
-             "method": {"name": "LoRA", "r": 2, "targets": ["query", "value"]}, "data": {"train": str(place / data)},
-             "optim": {"lr": 1e-2, "warm_up": 0}, "train": {"steps": 3, "batch": 4, "device": "cpu"}}
+    plain = {
+        "out": str(out),
+        "model": {"path": str(place / ("lm" if data.endswith("jsonl") else "bert"))},
+        "method": {"name": "LoRA", "r": 2, "targets": ["query", "value"]},
+        "data": {"train": str(place / data)},
+        "optim": {"lr": 1e-2, "warm_up": 0},
+        "train": {"steps": 3, "batch": 4, "device": "cpu"},
+    }
     for key, value in changes.items():
         section, _, name = key.partition("__")
         plain[section] = {**plain.get(section, {}), name: value} if name else value
@@ -44,7 +53,9 @@ def config(place, out, data="three.csv", **changes):
 def run(place, out, data="three.csv", **changes):
     said = StringIO()
     start = changes.pop("adapter__start", str(place / "first" / "adapter"))
-    return train(config(place, out, data, adapter__start=start, **changes), stream=said), said.getvalue()
+    return train(
+        config(place, out, data, adapter__start=start, **changes), stream=said
+    ), said.getvalue()
 
 
 def tensors(folder):
@@ -67,36 +78,65 @@ def before_the_first_step(monkeypatch):
 
 
 @pytest.mark.parametrize(("data", "head"), [("three.csv", "taken over"), ("two.csv", "new")])
-def test_the_run_begins_with_its_tensors_and_with_its_head_where_that_fits(place, tmp_path, monkeypatch, data, head):
+def test_the_run_begins_with_its_tensors_and_with_its_head_where_that_fits(
+    place, tmp_path, monkeypatch, data, head
+):
     seen = before_the_first_step(monkeypatch)
     done, said = run(place, tmp_path / "o", data)
     begun = tensors(place / "first" / "adapter")
     layers = {key for key in begun if "lora_" in key}
     assert len(layers) == 8
     for key in layers:
-        name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".A").replace(".lora_B.weight", ".B")
+        name = (
+            key.removeprefix("base_model.model.")
+            .replace(".lora_A.weight", ".A")
+            .replace(".lora_B.weight", ".B")
+        )
         assert torch.equal(seen[name], begun[key]) and bool(begun[key].any())
-        assert not torch.equal(dict(done.adapter.named_parameters())[name], begun[key])  # and goes on from there
+        assert not torch.equal(
+            dict(done.adapter.named_parameters())[name], begun[key]
+        )  # and goes on from there
     old = begun["base_model.model.classifier.weight"]
-    assert (seen["classifier.weight"].shape == old.shape and torch.equal(seen["classifier.weight"], old)) \
-        == (head == "taken over")
+    assert (
+        seen["classifier.weight"].shape == old.shape and torch.equal(seen["classifier.weight"], old)
+    ) == (head == "taken over")
     record = json.loads((tmp_path / "o" / "run.json").read_text())
-    assert record["started_from"]["head"] == head and record["identity"]["start"] == record["started_from"]["fingerprint"]
+    assert (
+        record["started_from"]["head"] == head
+        and record["identity"]["start"] == record["started_from"]["fingerprint"]
+    )
     assert f"Begins with the adapter {place / 'first' / 'adapter'}" in said
     assert ("the head is new" in said) == (head == "new")
     assert "Begins with the adapter" in (tmp_path / "o" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"method": {"name": "DoRA", "r": 2, "targets": ["query", "value"]}}, r"adapter of LoRA, and method.name is DoRA"),
-    ({"method__r": 3}, r"trained with method.r=2, and this run has 3. Give method.r=2"),
-    ({"method__alpha": 8.0}, r"method.alpha=2.0, and this run has 8.0"),
-    ({"method__targets": ["query"]}, r"value' is adapted there and not in this run; name it in method.targets"),
-    ({"method__targets": ["query", "value", "key"]}, r"key' is adapted in this run and not there; leave it out"),
-    ({"adapter__start": "nothing"}, r"adapter.start='nothing': 'nothing' does not exist"),
-    ({"data": "pairs.jsonl"}, r"adapter.start=.* (does not fit this run|on a base whose weights)|trained on a base"),
-])
-def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_begun(place, tmp_path, changes, said):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"method": {"name": "DoRA", "r": 2, "targets": ["query", "value"]}},
+            r"adapter of LoRA, and method.name is DoRA",
+        ),
+        ({"method__r": 3}, r"trained with method.r=2, and this run has 3. Give method.r=2"),
+        ({"method__alpha": 8.0}, r"method.alpha=2.0, and this run has 8.0"),
+        (
+            {"method__targets": ["query"]},
+            r"value' is adapted there and not in this run; name it in method.targets",
+        ),
+        (
+            {"method__targets": ["query", "value", "key"]},
+            r"key' is adapted in this run and not there; leave it out",
+        ),
+        ({"adapter__start": "nothing"}, r"adapter.start='nothing': 'nothing' does not exist"),
+        (
+            {"data": "pairs.jsonl"},
+            r"adapter.start=.* (does not fit this run|on a base whose weights)|trained on a base",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_begun(
+    place, tmp_path, changes, said
+):
     with pytest.raises(WeftError, match=said):
         run(place, tmp_path / "o", **{"method__r": 2, **changes})
     assert not (tmp_path / "o").exists()
@@ -126,7 +166,12 @@ def test_frozen_matrices_of_another_seed_are_refused(place, tmp_path):
     method = {"name": "VeRA", "r": 4, "targets": ["query"], "seed": 5}
     train(config(place, tmp_path / "a", method=method), stream=StringIO())
     with pytest.raises(ConfigError, match=r"method.seed=5, and this run has 6"):
-        run(place, tmp_path / "b", method={**method, "seed": 6}, adapter__start=str(tmp_path / "a" / "adapter"))
+        run(
+            place,
+            tmp_path / "b",
+            method={**method, "seed": 6},
+            adapter__start=str(tmp_path / "a" / "adapter"),
+        )
     run(place, tmp_path / "c", method=method, adapter__start=str(tmp_path / "a" / "adapter"))
 
 
@@ -141,13 +186,19 @@ def test_to_go_on_the_same_start_is_wanted_wherever_it_lies(place, tmp_path):
 
     killed()
     moved = shutil.copytree(place / "first" / "adapter", tmp_path / "moved")
-    train(config(place, out, adapter__start=str(moved), save__every=1), go_on=True, stream=StringIO())
+    train(
+        config(place, out, adapter__start=str(moved), save__every=1), go_on=True, stream=StringIO()
+    )
     again = tensors(out / "adapter")
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     killed()
     other = tmp_path / "other"
     train(config(place, other, train__seed=3), stream=StringIO())
     with pytest.raises(ConfigError, match="the adapter that it begins with"):
-        train(config(place, out, adapter__start=str(other / "adapter"), save__every=1), go_on=True, stream=StringIO())
+        train(
+            config(place, out, adapter__start=str(other / "adapter"), save__every=1),
+            go_on=True,
+            stream=StringIO(),
+        )
     with pytest.raises(ConfigError, match="the adapter that it begins with"):
         train(config(place, out, save__every=1), go_on=True, stream=StringIO())

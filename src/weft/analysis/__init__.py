@@ -1,4 +1,5 @@
-"""WHAT AN UPDATE DOES: magnitude and direction of the weights over the checkpoints of a run, and how the two go together.
+"""WHAT AN UPDATE DOES: magnitude and direction of the weights over the checkpoints of a run, and
+how the two go together.
 
 changes.py   delta M and delta D of one matrix, and of every matrix that an adapter changes
 series.py    which directories are the checkpoints of which run
@@ -14,4 +15,14 @@ from .changes import Change, change
 from .relate import Relation, relate
 from .series import Series, read_series
 
-__all__ = ["Analysis", "Change", "Relation", "Run", "Series", "analyze", "change", "read_series", "relate"]
+__all__ = [
+    "Analysis",
+    "Change",
+    "Relation",
+    "Run",
+    "Series",
+    "analyze",
+    "change",
+    "read_series",
+    "relate",
+]

@@ -1,4 +1,6 @@
-"""delta M and delta D of every matrix at every checkpoint of some runs, and how they go together."""
+"""delta M and delta D of every matrix at every checkpoint of some runs, and how they go
+together.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ EVERY = "all matrices"
 
 @dataclass(frozen=True)
 class Point:
-    """One matrix at one checkpoint. `role`: what it does in its block, for example "attention.query"."""
+    """One matrix at one checkpoint. `role`: what it does in its block, for example
+    "attention.query".
+    """
 
     module: str
     role: str
@@ -55,7 +59,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Runs over the same matrices. `left_out`: label -> matrices that this run changes and another does not."""
+    """Runs over the same matrices. `left_out`: label -> matrices that this run changes and another
+    does not.
+    """
 
     runs: tuple[Run, ...]
     matrices: tuple[str, ...]
@@ -66,34 +72,54 @@ class Analysis:
 def analyze(model: nn.Module, series: Sequence[Series], targets: Sequence[str] = ()) -> Analysis:
     """Measure `series` against the base `model`, which is as it was afterwards.
 
-    Each checkpoint is loaded, strictly, and its effective weights W' are held against W in float64, one matrix at a time.
-    Runs are compared over the matrices that all of them change. targets: module name endings; only these matrices.
+    Each checkpoint is loaded, strictly, and its effective weights W' are held against W in float64,
+    one matrix at a time. Runs are compared over the matrices that all of them change. targets:
+    module name endings; only these matrices.
 
-    Raises CheckpointError (a checkpoint does not fit the model), UnsupportedError (the method changes no weight matrix),
-    ConfigError (an ending that matches nothing, runs without a common matrix, one run of several methods).
+    Raises CheckpointError (a checkpoint does not fit the model), UnsupportedError (the method
+    changes no weight matrix), ConfigError (an ending that matches nothing, runs without a common
+    matrix, one run of several methods).
     """
     if not series:
         raise ConfigError("analyze: give a run or two.")
     measured = [_measured(model, one) for one in series]
     kept = _common(series, [set(steps[0]) for _, steps in measured], targets)
     matrices = tuple(name for name in measured[0][1][0] if name in kept)
-    left = {one.label: [name for name in steps[0] if name not in kept]
-            for one, (_, steps) in zip(series, measured, strict=True)}
-    runs = tuple(_run(one, config, steps, matrices) for one, (config, steps) in zip(series, measured, strict=True))
-    changes = [c for _, steps in measured for found in steps for name, c in found.items() if name in kept]
+    left = {
+        one.label: [name for name in steps[0] if name not in kept]
+        for one, (_, steps) in zip(series, measured, strict=True)
+    }
+    runs = tuple(
+        _run(one, config, steps, matrices)
+        for one, (config, steps) in zip(series, measured, strict=True)
+    )
+    changes = [
+        c for _, steps in measured for found in steps for name, c in found.items() if name in kept
+    ]
     notes = _notes(runs, left, bool(targets), max(c.undirected for c in changes))
-    return Analysis(runs, matrices, {label: names for label, names in left.items() if names}, tuple(notes))
+    return Analysis(
+        runs, matrices, {label: names for label, names in left.items() if names}, tuple(notes)
+    )
 
 
-def _notes(runs: Sequence[Run], left: Mapping[str, Sequence[str]], chosen: bool, undirected: int) -> Iterator[str]:
+def _notes(
+    runs: Sequence[Run], left: Mapping[str, Sequence[str]], chosen: bool, undirected: int
+) -> Iterator[str]:
     why = "not named by --targets" if chosen else "another run does not change them"
-    yield from (f"{len(names)} matrices of {label!r} are left out: {why}." for label, names in left.items() if names)
+    yield from (
+        f"{len(names)} matrices of {label!r} are left out: {why}."
+        for label, names in left.items()
+        if names
+    )
     if undirected:
         yield f"up to {undirected} rows of a matrix are 0 and have no direction; they count in delta M alone."
     for run in runs:
         if len(run.places) == 1:
-            yield (f"{run.label!r} has one checkpoint, so nothing is said over time (weft train writes one every "
-                   "save.every steps and keeps them all unless save.keep says how many).")
+            yield (
+                f"{run.label!r} has one checkpoint, so nothing is said over time (weft train "
+                "writes one every "
+                "save.every steps and keeps them all unless save.keep says how many)."
+            )
 
 
 def _measured(model: nn.Module, one: Series) -> tuple[Any, list[dict[str, Change]]]:
@@ -104,16 +130,22 @@ def _measured(model: nn.Module, one: Series) -> tuple[Any, list[dict[str, Change
         adapter = _loaded(model, path)
         try:
             if config is not None and type(adapter.config) is not type(config):
-                raise ConfigError(f"{one.label!r} holds adapters of {type(config).__name__} and, in {str(path)!r}, of "
-                                  f"{type(adapter.config).__name__}; give each run a label: LABEL=DIR.")
+                raise ConfigError(
+                    f"{one.label!r} holds adapters of {type(config).__name__} and, in "
+                    f"{str(path)!r}, of "
+                    f"{type(adapter.config).__name__}; give each run a label: LABEL=DIR."
+                )
             config = adapter.config
             steps.append(dict(changes_of(adapter)))
         finally:
             detach(model, NAME)
         if steps[0].keys() != steps[-1].keys():
             odd = sorted(steps[0].keys() ^ steps[-1].keys())
-            raise ConfigError(f"the checkpoints of {one.label!r} change different matrices: {odd[0]!r} is not in both "
-                              f"{str(one.places[0][1])!r} and {str(path)!r}. Give each run a label: LABEL=DIR.")
+            raise ConfigError(
+                f"the checkpoints of {one.label!r} change different matrices: {odd[0]!r} is not in "
+                "both "
+                f"{str(one.places[0][1])!r} and {str(path)!r}. Give each run a label: LABEL=DIR."
+            )
     return config, steps
 
 
@@ -121,45 +153,71 @@ def _loaded(model: nn.Module, path: Path) -> Any:
     try:
         return load(model, path, name=NAME)
     except CheckpointError as error:
-        raise CheckpointError(str(error).replace("\nload(..., strict=False) fills what fits and returns a report.",
-                                                 "\nGive the model that it was trained on.")) from error
+        raise CheckpointError(
+            str(error).replace(
+                "\nload(..., strict=False) fills what fits and returns a report.",
+                "\nGive the model that it was trained on.",
+            )
+        ) from error
 
 
-def _common(series: Sequence[Series], changed: Sequence[set[str]], targets: Sequence[str]) -> set[str]:
+def _common(
+    series: Sequence[Series], changed: Sequence[set[str]], targets: Sequence[str]
+) -> set[str]:
     """The matrices that all runs change, of those that `targets` name."""
     shared = set.intersection(*changed)
     if not shared:
-        raise ConfigError("the runs change no matrix in common: " + "; ".join(
-            f"{one.label!r} {sorted(names)[0]!r}" for one, names in zip(series, changed, strict=True)) + ", and others.")
+        raise ConfigError(
+            "the runs change no matrix in common: "
+            + "; ".join(
+                f"{one.label!r} {sorted(names)[0]!r}"
+                for one, names in zip(series, changed, strict=True)
+            )
+            + ", and others."
+        )
     for ending in targets:
         if not any(_ends(name, ending) for name in shared):
             have = sorted({name.rpartition(".")[2] for name in shared})
             near = get_close_matches(ending, have, n=2) or have[:5]
-            raise ConfigError(f"--targets {ending!r} is no ending of the {len(shared)} matrices that are changed. Nearest: "
-                              f"{near}.")
-    return {name for name in shared if not targets or any(_ends(name, ending) for ending in targets)}
+            raise ConfigError(
+                f"--targets {ending!r} is no ending of the {len(shared)} matrices that are "
+                "changed. Nearest: "
+                f"{near}."
+            )
+    return {
+        name for name in shared if not targets or any(_ends(name, ending) for ending in targets)
+    }
 
 
 def _ends(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
-def _run(one: Series, config: Any, steps: Sequence[Mapping[str, Change]], matrices: Sequence[str]) -> Run:
+def _run(
+    one: Series, config: Any, steps: Sequence[Mapping[str, Change]], matrices: Sequence[str]
+) -> Run:
     roles = roles_of(matrices)
-    points = tuple(Point(name, roles[name], step, found[name].delta_m, found[name].delta_d)
-                   for (step, _), found in zip(one.places, steps, strict=True) for name in matrices)
+    points = tuple(
+        Point(name, roles[name], step, found[name].delta_m, found[name].delta_d)
+        for (step, _), found in zip(one.places, steps, strict=True)
+        for name in matrices
+    )
     names = list(dict.fromkeys(roles.values()))
     groups = names if len(names) == 1 else [*names, EVERY]
     relations = {}
     for role in groups:
         held = [p for p in points if role in (p.role, EVERY)]
-        relations[role] = relate([p.module for p in held], [p.delta_d for p in held], [p.delta_m for p in held])
-    return Run(one.label, type(config).__name__, methods.to_json(config), one.places, points, relations)
+        relations[role] = relate(
+            [p.module for p in held], [p.delta_d for p in held], [p.delta_m for p in held]
+        )
+    return Run(
+        one.label, type(config).__name__, methods.to_json(config), one.places, points, relations
+    )
 
 
 def roles_of(modules: Sequence[str]) -> dict[str, str]:
-    """What each matrix is called in its block: the name behind the last number in it. Where no two matrices share a role,
-    they all have one.
+    """What each matrix is called in its block: the name behind the last number in it. Where no two
+    matrices share a role, they all have one.
     """
     found = {}
     for name in modules:

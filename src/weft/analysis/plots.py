@@ -1,4 +1,6 @@
-"""The picture of the paper: delta M over delta D, a panel a run and role, with the line of the pooled slope."""
+"""The picture of the paper: delta M over delta D, a panel a run and role, with the line of the
+pooled slope.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ MOST = 8  # rows of panels; a model with more roles is drawn as one
 
 
 def draw(found: Analysis, out: Path) -> str:
-    """Write the picture into the directory `out` and return its name. A dot's colour is its layer, its form the step."""
+    """Write the picture into the directory `out` and return its name. A dot's colour is its layer,
+    its form the step.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -38,7 +42,9 @@ def draw(found: Analysis, out: Path) -> str:
             bar.set_label("matrix, first to last in the model")
             bar.set_ticks([])
         temporary = out / f".{PICTURE}.tmp"
-        figure.savefig(temporary, format="png", metadata={"Software": None})  # no date: equal data give equal files
+        figure.savefig(
+            temporary, format="png", metadata={"Software": None}
+        )  # no date: equal data give equal files
         temporary.replace(out / PICTURE)
     return PICTURE
 
@@ -49,17 +55,37 @@ def _panel(axes: Any, run: Run, role: str) -> Any:
     shades = None
     for place, step in enumerate(run.steps):
         held = [p for p in points if p.step == step]
-        shades = axes.scatter([p.delta_d for p in held], [p.delta_m for p in held], marker=MARKS[place % len(MARKS)], s=26,
-                              c=[modules.index(p.module) / max(1, len(modules) - 1) for p in held], cmap="viridis",
-                              vmin=0, vmax=1, alpha=0.85, label=f"step {step}", linewidths=0)
+        shades = axes.scatter(
+            [p.delta_d for p in held],
+            [p.delta_m for p in held],
+            marker=MARKS[place % len(MARKS)],
+            s=26,
+            c=[modules.index(p.module) / max(1, len(modules) - 1) for p in held],
+            cmap="viridis",
+            vmin=0,
+            vmax=1,
+            alpha=0.85,
+            label=f"step {step}",
+            linewidths=0,
+        )
     pooled = run.relations[role][0]
     title = f"{run.label}: {role}"
     if pooled.r is not None and pooled.slope is not None:
         x, y = np.array([p.delta_d for p in points]), np.array([p.delta_m for p in points])
         ends = np.array([x.min(), x.max()])
-        axes.plot(ends, y.mean() + pooled.slope * (ends - x.mean()), color=GREY, linewidth=1.2, linestyle="--", zorder=1)
+        axes.plot(
+            ends,
+            y.mean() + pooled.slope * (ends - x.mean()),
+            color=GREY,
+            linewidth=1.2,
+            linestyle="--",
+            zorder=1,
+        )
         title += f"\npooled r = {pooled.r:+.2f}" + (
-            f" ({pooled.r_interval[0]:+.2f} to {pooled.r_interval[1]:+.2f})" if pooled.r_interval else "")
+            f" ({pooled.r_interval[0]:+.2f} to {pooled.r_interval[1]:+.2f})"
+            if pooled.r_interval
+            else ""
+        )
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("ΔD")
     axes.set_ylabel("ΔM")

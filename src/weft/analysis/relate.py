@@ -1,16 +1,17 @@
 """How delta M goes with delta D: Pearson's correlation, and the slope of delta M on delta D.
 
-Points are (delta D, delta M) of one matrix at one checkpoint. Pooled over both, as the paper draws them, a correlation
-mixes two things that may have opposite signs, so each is given for itself too:
+Points are (delta D, delta M) of one matrix at one checkpoint. Pooled over both, as the paper draws
+them, a correlation mixes two things that may have opposite signs, so each is given for itself too:
 
     pooled    all points
     between   one point a matrix, its mean over the checkpoints: do the matrices that turn more also grow more?
     within    each point less its matrix's mean: as a matrix turns further in time, does it grow further?
 
-Intervals, 95 %. The points of one matrix are no independent ones, so the pooled interval is a bootstrap that draws whole
-matrices (percentiles); below `FEWEST` matrices there is none. Between and within, r has Fisher's z interval with
-1/sqrt(df - 1) as its standard error and the slope Student's, df = matrices - 2 and points - matrices - 1 (repeated
-measures correlation; Bland and Altman 1995).
+Intervals, 95 %. The points of one matrix are no independent ones, so the pooled interval is a
+bootstrap that draws whole matrices (percentiles); below `FEWEST` matrices there is none. Between
+and within, r has Fisher's z interval with 1/sqrt(df - 1) as its standard error and the slope
+Student's, df = matrices - 2 and points - matrices - 1 (repeated measures correlation; Bland and
+Altman 1995).
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Relation:
 
     @property
     def sign(self) -> str:
-        """"positive" or "negative" where the interval of r lies on one side of 0, "unclear" where not, or "none"."""
+        """ "positive" or "negative" where the interval of r lies on one side of 0, "unclear" where
+        not, or "none".
+        """
         if self.r is None or self.r_interval is None:
             return "none"
         low, high = self.r_interval
@@ -55,25 +58,36 @@ class Relation:
 
 
 def relate(units: Sequence[str], d: Sequence[float], m: Sequence[float]) -> list[Relation]:
-    """The three levels for points given by their matrix, delta D and delta M. Raises ValueError for unequal lengths."""
+    """The three levels for points given by their matrix, delta D and delta M. Raises ValueError for
+    unequal lengths.
+    """
     if not len(units) == len(d) == len(m):
         raise ValueError(f"relate: {len(units)} names, {len(d)} delta D and {len(m)} delta M.")
     groups: dict[str, list[tuple[float, float]]] = {}
     for unit, point in zip(units, zip(d, m, strict=True), strict=True):
         groups.setdefault(unit, []).append(point)
-    ordered = sorted(map(sorted, groups.values()))  # names and order change nothing, not even what is drawn at random
+    ordered = sorted(
+        map(sorted, groups.values())
+    )  # names and order change nothing, not even what is drawn at random
     place = np.repeat(np.arange(len(ordered)), [len(group) for group in ordered])
-    x, y = np.array([point for group in ordered for point in group], dtype=np.float64).reshape(-1, 2).T
+    x, y = (
+        np.array([point for group in ordered for point in group], dtype=np.float64).reshape(-1, 2).T
+    )
     size = np.bincount(place, minlength=len(ordered))
     x_mean, y_mean = (np.bincount(place, t, len(ordered)) / size for t in (x, y))
     n, k = len(x), len(ordered)
-    return [_pooled(x, y, place, k), _simple("between", x_mean, y_mean, k - 2, k, k),
-            _simple("within", x - x_mean[place], y - y_mean[place], n - k - 1, n, k)]
+    return [
+        _pooled(x, y, place, k),
+        _simple("between", x_mean, y_mean, k - 2, k, k),
+        _simple("within", x - x_mean[place], y - y_mean[place], n - k - 1, n, k),
+    ]
 
 
 def _simple(level: str, x: np.ndarray, y: np.ndarray, df: int, n: int, k: int) -> Relation:
     if df < 1:
-        return Relation(level, n, k, why="one checkpoint" if level == "within" and n == k else "too few points")
+        return Relation(
+            level, n, k, why="one checkpoint" if level == "within" and n == k else "too few points"
+        )
     found = _fit(x, y)
     if found is None:
         return Relation(level, n, k, why="no spread")
@@ -84,7 +98,15 @@ def _simple(level: str, x: np.ndarray, y: np.ndarray, df: int, n: int, k: int) -
     z = math.atanh(max(-1 + 1e-15, min(1 - 1e-15, r)))
     error = math.sqrt(max(0.0, 1 - r * r) / df * _square(y) / _square(x))
     reach = float(stats.t.ppf(0.975, df)) * error
-    return Relation(level, n, k, r, (math.tanh(z - half), math.tanh(z + half)), slope, (slope - reach, slope + reach))
+    return Relation(
+        level,
+        n,
+        k,
+        r,
+        (math.tanh(z - half), math.tanh(z + half)),
+        slope,
+        (slope - reach, slope + reach),
+    )
 
 
 def _pooled(x: np.ndarray, y: np.ndarray, place: np.ndarray, k: int) -> Relation:
@@ -94,10 +116,20 @@ def _pooled(x: np.ndarray, y: np.ndarray, place: np.ndarray, k: int) -> Relation
     if found is None:
         return Relation("pooled", len(x), k, why="no spread")
     if k < FEWEST:
-        return Relation("pooled", len(x), k, found[0], None, found[1], None,
-                        f"no interval: fewer than {FEWEST} matrices to draw from")
+        return Relation(
+            "pooled",
+            len(x),
+            k,
+            found[0],
+            None,
+            found[1],
+            None,
+            f"no interval: fewer than {FEWEST} matrices to draw from",
+        )
     x, y = x - x.mean(), y - y.mean()
-    sums = np.stack([np.bincount(place, t, k) for t in (np.ones_like(x), x, y, x * x, x * y, y * y)], axis=1)
+    sums = np.stack(
+        [np.bincount(place, t, k) for t in (np.ones_like(x), x, y, x * x, x * y, y * y)], axis=1
+    )
     drawn = np.random.default_rng(SEED).multinomial(k, [1 / k] * k, size=DRAWS) @ sums
     n, sx, sy, sxx, sxy, syy = drawn.T
     sxx, sxy, syy = sxx - sx * sx / n, sxy - sx * sy / n, syy - sy * sy / n

@@ -11,7 +11,8 @@ from .analyze import Analysis, Run
 from .relate import LEVELS, Interval, Relation
 
 WIDTH = 80
-# What the paper prints (arXiv:2402.09353, section 3.2 and figure 2): VL-BART, query matrices, 24 points, no intervals.
+# What the paper prints (arXiv:2402.09353, section 3.2 and figure 2): VL-BART, query matrices, 24
+# points, no intervals.
 PRINTED = {"Full": -0.62, "LoRA": 0.83, "DoRA": -0.31}
 _LONGEST = 20  # a role's name in the tables
 _HEAD = f"{'':<{_LONGEST}} {'':<8}{'points':>6}{'r':>7}  {'95 % interval':<14}{'slope':>9}  sign"
@@ -19,9 +20,13 @@ _HEAD = f"{'':<{_LONGEST}} {'':<8}{'points':>6}{'r':>7}  {'95 % interval':<14}{'
 
 def as_text(found: Analysis, model: str) -> str:
     """What was measured, run by run."""
-    lines = _wrap(f"Magnitude and direction of {len(found.matrices)} matrices of {model}, against the base. Delta D: mean "
-                  "of 1 - cos of a row before and after; delta M: mean change of a row's length. r: correlation of the two "
-                  "over all points, between matrices (their means over time), and within a matrix over time.")
+    lines = _wrap(
+        f"Magnitude and direction of {len(found.matrices)} matrices of {model}, against the base. "
+        "Delta D: mean "
+        "of 1 - cos of a row before and after; delta M: mean change of a row's length. r: "
+        "correlation of the two "
+        "over all points, between matrices (their means over time), and within a matrix over time."
+    )
     for run in found.runs:
         lines += ["", *_changes(run), "", _HEAD, *_relations(run), *_paper(run)]
     for note in found.notes:
@@ -31,26 +36,41 @@ def as_text(found: Analysis, model: str) -> str:
 
 def as_json(found: Analysis, model: str) -> dict[str, Any]:
     """Plain JSON values."""
-    return {"schema": 1, "model": model, "matrices": list(found.matrices), "runs": [_run(run) for run in found.runs],
-            "left_out": {label: list(names) for label, names in found.left_out.items()}, "notes": list(found.notes)}
+    return {
+        "schema": 1,
+        "model": model,
+        "matrices": list(found.matrices),
+        "runs": [_run(run) for run in found.runs],
+        "left_out": {label: list(names) for label, names in found.left_out.items()},
+        "notes": list(found.notes),
+    }
 
 
 def _run(run: Run) -> dict[str, Any]:
-    return {"label": run.label, "method": run.method, "config": dict(run.config),
-            "checkpoints": [{"step": step, "path": str(path)} for step, path in run.places],
-            "points": [vars(point) for point in run.points],
-            "relations": [{"role": role, **vars(relation), "sign": relation.sign}
-                          for role, levels in run.relations.items() for relation in levels],
-            "paper_r": PRINTED.get(run.method)}
+    return {
+        "label": run.label,
+        "method": run.method,
+        "config": dict(run.config),
+        "checkpoints": [{"step": step, "path": str(path)} for step, path in run.places],
+        "points": [vars(point) for point in run.points],
+        "relations": [
+            {"role": role, **vars(relation), "sign": relation.sign}
+            for role, levels in run.relations.items()
+            for relation in levels
+        ],
+        "paper_r": PRINTED.get(run.method),
+    }
 
 
 def _changes(run: Run) -> list[str]:
     """Mean changes by role, at the first and the last checkpoint."""
     steps = list(dict.fromkeys([run.steps[0], run.steps[-1]]))
     count = f"{len(run.steps)} checkpoint{'s' * (len(run.steps) != 1)}"
-    lines = [*_wrap(f"{run.label} ({run.method}), {count}"),
-             f"{'':<{_LONGEST}}" + "".join(f"{f'step {step}':>27}" for step in steps),
-             f"{'mean over matrices':<{_LONGEST}}" + f"{'delta D':>15}{'delta M':>12}" * len(steps)]
+    lines = [
+        *_wrap(f"{run.label} ({run.method}), {count}"),
+        f"{'':<{_LONGEST}}" + "".join(f"{f'step {step}':>27}" for step in steps),
+        f"{'mean over matrices':<{_LONGEST}}" + f"{'delta D':>15}{'delta M':>12}" * len(steps),
+    ]
     for role in run.relations:
         cells = ""
         for step in steps:
@@ -65,7 +85,9 @@ def _relations(run: Run) -> list[str]:
     for role, levels in run.relations.items():
         for relation in levels:
             name = _short(role) if relation.level == LEVELS[0] else ""
-            lines.append(f"{name:<{_LONGEST}} {relation.level:<8}{relation.points:>6}{_values(relation)}".rstrip())
+            lines.append(
+                f"{name:<{_LONGEST}} {relation.level:<8}{relation.points:>6}{_values(relation)}".rstrip()
+            )
     return lines
 
 
@@ -91,9 +113,15 @@ def _paper(run: Run) -> Sequence[str]:
     for role, here in zip(run.relations, signs, strict=True):
         verdicts.setdefault(_verdict(here, sign), []).append(_short(role))
     seen = "; ".join(f"{verdict}: {', '.join(roles)}" for verdict, roles in verdicts.items())
-    return ["", *_wrap(f"The paper prints r = {printed:+.2f} for {_PAPERS_NAME[run.method]} (pooled; VL-BART, query "
-                       f"matrices, 24 points). Is its sign, {sign}, seen in the pooled rows here? "
-                       f"{seen[0].upper()}{seen[1:]}.")]
+    return [
+        "",
+        *_wrap(
+            f"The paper prints r = {printed:+.2f} for {_PAPERS_NAME[run.method]} (pooled; VL-BART, "
+            "query "
+            f"matrices, 24 points). Is its sign, {sign}, seen in the pooled rows here? "
+            f"{seen[0].upper()}{seen[1:]}."
+        ),
+    ]
 
 
 _PAPERS_NAME = {"Full": "full fine-tuning", "LoRA": "LoRA", "DoRA": "DoRA"}

@@ -18,7 +18,8 @@ LOOSE = "adapters"  # the label of directories that are given without one
 class Series:
     """The checkpoints of one run in order of time: (step, directory).
 
-    Steps are those in the names checkpoint-N; where a directory has no such name, all are numbered 1, 2, ...
+    Steps are those in the names checkpoint-N; where a directory has no such name, all are numbered
+    1, 2, ...
     """
 
     label: str
@@ -28,10 +29,12 @@ class Series:
 def read_series(words: Sequence[str]) -> list[Series]:
     """Runs from `DIR` and `LABEL=DIR`, in the order in which their labels first appear.
 
-    A directory of weft train (with checkpoints/ in it), or a directory of checkpoint-N folders, is a run of its own,
-    labelled by its name. Adapter directories of one label, or without any, are one run in the order given.
+    A directory of weft train (with checkpoints/ in it), or a directory of checkpoint-N folders, is
+    a run of its own, labelled by its name. Adapter directories of one label, or without any, are
+    one run in the order given.
 
-    Raises ConfigError: no such directory, no checkpoint in it, a directory twice, two runs of one label.
+    Raises ConfigError: no such directory, no checkpoint in it, a directory twice, two runs of one
+    label.
     """
     loose: dict[str, list[Path]] = {}
     found: dict[str, Series] = {}
@@ -41,8 +44,11 @@ def read_series(words: Sequence[str]) -> list[Series]:
         inside = _checkpoints(path)
         label = label or (_name(path) if inside else LOOSE)
         if label in found or (inside and label in loose):
-            raise ConfigError(f"--adapters {word!r}: there is a run labelled {label!r} already; give this one a label of "
-                              "its own, LABEL=DIR.")
+            raise ConfigError(
+                f"--adapters {word!r}: there is a run labelled {label!r} already; give this one a "
+                "label of "
+                "its own, LABEL=DIR."
+            )
         if inside:
             found[label] = Series(label, tuple(inside))
         else:
@@ -61,22 +67,33 @@ def _split(word: str) -> tuple[str, Path]:
         raise ConfigError(f"--adapters {word!r}: write LABEL=DIR, or a directory alone.")
     path = Path(place).expanduser()
     if not path.is_dir():
-        raise ConfigError(f"--adapters {word!r}: there is no directory {place!r}. Give a directory of weft train, or those "
-                          "that weft.save or peft wrote.")
+        raise ConfigError(
+            f"--adapters {word!r}: there is no directory {place!r}. Give a directory of weft "
+            "train, or those "
+            "that weft.save or peft wrote."
+        )
     return label, path
 
 
 def _checkpoints(path: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of the checkpoints of a run; none where `path` is an adapter's directory itself."""
+    """(step, directory) of the checkpoints of a run; none where `path` is an adapter's directory
+    itself.
+    """
     if (path / TENSORS).is_file():
         return []
     for folder in (path / "checkpoints", path):
-        numbered = [(int(match[1]), child) for child in (folder.iterdir() if folder.is_dir() else ())
-                    if (match := _NUMBERED.fullmatch(child.name)) and (child / TENSORS).is_file()]
+        numbered = [
+            (int(match[1]), child)
+            for child in (folder.iterdir() if folder.is_dir() else ())
+            if (match := _NUMBERED.fullmatch(child.name)) and (child / TENSORS).is_file()
+        ]
         if numbered:
             return sorted(numbered)
-    raise ConfigError(f"--adapters {str(path)!r}: it holds neither {TENSORS} nor folders checkpoint-N with one. It holds "
-                      f"{sorted(child.name for child in path.iterdir())[:6] or 'nothing'}.")
+    raise ConfigError(
+        f"--adapters {str(path)!r}: it holds neither {TENSORS} nor folders checkpoint-N with one. "
+        "It holds "
+        f"{sorted(child.name for child in path.iterdir())[:6] or 'nothing'}."
+    )
 
 
 def _name(path: Path) -> str:
@@ -85,13 +102,20 @@ def _name(path: Path) -> str:
 
 
 def _in_order(label: str, paths: Sequence[Path]) -> Series:
-    twice = [path for i, path in enumerate(paths) if path.resolve() in [p.resolve() for p in paths[:i]]]
+    twice = [
+        path for i, path in enumerate(paths) if path.resolve() in [p.resolve() for p in paths[:i]]
+    ]
     if twice:
         raise ConfigError(f"--adapters: {str(twice[0])!r} is there twice.")
-    numbers = [int(match[1]) for path in paths if (match := _NUMBERED.fullmatch(path.resolve().name))]
+    numbers = [
+        int(match[1]) for path in paths if (match := _NUMBERED.fullmatch(path.resolve().name))
+    ]
     if len(numbers) < len(paths):
         numbers = list(range(1, len(paths) + 1))
     if sorted(set(numbers)) != numbers:
-        raise ConfigError(f"--adapters: the checkpoints of {label!r} have the steps {numbers}; give those of one run, in "
-                          "order, or each run a label: LABEL=DIR.")
+        raise ConfigError(
+            f"--adapters: the checkpoints of {label!r} have the steps {numbers}; give those of one "
+            "run, in "
+            "order, or each run a label: LABEL=DIR."
+        )
     return Series(label, tuple(zip(numbers, paths, strict=True)))

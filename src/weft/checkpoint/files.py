@@ -1,4 +1,6 @@
-"""Files of a checkpoint: written beside their place, flushed, renamed; read with every byte accounted for."""
+"""Files of a checkpoint: written beside their place, flushed, renamed; read with every byte
+accounted for.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +25,44 @@ from ..errors import CheckpointError
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
-# The order in which safetensors lays out dtypes, and the names it gives them; both decide the size of its header.
-_DTYPES = {torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
-           torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
-           torch.int16: "I16", torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-           torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8",
-           torch.bool: "BOOL"}
+# The order in which safetensors lays out dtypes, and the names it gives them; both decide the size
+# of its header.
+_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _ORDER = {dtype: place for place, dtype in enumerate(_DTYPES)}
 
 
-def write(directory: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any]) -> None:
+def write(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    config: Mapping[str, Any],
+) -> None:
     """Both files of a checkpoint. Killed at any point, the directory holds a checkpoint that loads.
 
-    Both are made in a hidden folder of their own and renamed from there. The tensors' file is complete in itself: its
-    header repeats the configuration, and its rename is the moment at which the new checkpoint counts. Between the two
-    renames the new configuration still lies in the hidden folder, which is how a reader that finds header and
-    configuration at odds tells an interrupted save (`pending`) from an edited file.
+    Both are made in a hidden folder of their own and renamed from there. The tensors' file is
+    complete in itself: its header repeats the configuration, and its rename is the moment at which
+    the new checkpoint counts. Between the two renames the new configuration still lies in the
+    hidden folder, which is how a reader that finds header and configuration at odds tells an
+    interrupted save (`pending`) from an edited file.
     """
     plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
@@ -49,13 +73,17 @@ def write(directory: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         try:
             (hidden / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _save_tensors(hidden / TENSORS, plain, metadata)
-            shutil.copymode(hidden / CONFIG, hidden / TENSORS)  # safetensors makes files that only the owner may read
+            shutil.copymode(
+                hidden / CONFIG, hidden / TENSORS
+            )  # safetensors makes files that only the owner may read
             for made in (hidden / CONFIG, hidden / TENSORS, hidden, directory):
                 flush(made)
             complete = True
             os.replace(hidden / TENSORS, directory / TENSORS)
         except BaseException:
-            if not complete or (hidden / TENSORS).exists():  # else the rename came first, and a reader needs the folder
+            if (
+                not complete or (hidden / TENSORS).exists()
+            ):  # else the rename came first, and a reader needs the folder
                 shutil.rmtree(hidden, ignore_errors=True)
             raise
         os.replace(hidden / CONFIG, directory / CONFIG)
@@ -74,7 +102,9 @@ def pending(directory: Path, config: Mapping[str, Any]) -> bool:
 
 
 def replace(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill` write a temporary file beside `path`, flush it to the disk, and rename it over `path`."""
+    """Let `fill` write a temporary file beside `path`, flush it to the disk, and rename it over
+    `path`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         fill(temporary)
@@ -91,8 +121,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file ({error}). It may have been cut off; copy or save "
-                              "it again.") from None
+        raise CheckpointError(
+            f"{path} is no readable safetensors file ({error}). It may have been cut off; copy or "
+            "save "
+            "it again."
+        ) from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -102,21 +135,30 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no readable JSON: {error}.") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds {type(data).__name__}; an adapter's configuration is an object.")
+        raise CheckpointError(
+            f"{path} holds {type(data).__name__}; an adapter's configuration is an object."
+        )
     return data
 
 
 def find(path: str | Path) -> tuple[Path, Path | None]:
-    """The tensors' file and the configuration of a checkpoint directory. Raises CheckpointError, naming the cure."""
+    """The tensors' file and the configuration of a checkpoint directory. Raises CheckpointError,
+    naming the cure.
+    """
     directory = Path(path).expanduser()
     if not directory.exists():
-        raise CheckpointError(f"{str(path)!r} does not exist. Give the directory that weft.save or peft's "
-                              "save_pretrained wrote.")
+        raise CheckpointError(
+            f"{str(path)!r} does not exist. Give the directory that weft.save or peft's "
+            "save_pretrained wrote."
+        )
     if directory.is_file():
         if directory.name != TENSORS:
             _refuse_pickles(directory.parent, [directory.name])
-            raise CheckpointError(f"{str(path)!r} is a file. Give the directory that weft.save or peft's save_pretrained "
-                                  f"wrote, which holds {TENSORS}.")
+            raise CheckpointError(
+                f"{str(path)!r} is a file. Give the directory that weft.save or peft's "
+                "save_pretrained "
+                f"wrote, which holds {TENSORS}."
+            )
         directory = directory.parent
     tensors, config = directory / TENSORS, directory / CONFIG
     if tensors.is_file():
@@ -127,7 +169,9 @@ def find(path: str | Path) -> tuple[Path, Path | None]:
 
 
 def identity(path: Path) -> tuple[int, ...]:
-    """What changes where another file takes this one's place; the number alone is soon used again."""
+    """What changes where another file takes this one's place; the number alone is soon used
+    again.
+    """
     found = path.stat()
     return found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size
 
@@ -141,12 +185,18 @@ def checksum(t: Tensor) -> str:
 
 
 def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Bytes of the safetensors file that `write` makes of these, without making it (and without values)."""
+    """Bytes of the safetensors file that `write` makes of these, without making it (and without
+    values).
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for key, t in sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])):
         end = offset + t.numel() * t.element_size()
-        entries[key] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
+        entries[key] = {
+            "dtype": _DTYPES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     header = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-header // 8) * 8 + offset
@@ -154,7 +204,9 @@ def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """One save into a directory at a time, whoever else does; the system frees the lock of a killed one."""
+    """One save into a directory at a time, whoever else does; the system frees the lock of a killed
+    one.
+    """
     if sys.platform == "win32":
         yield
         return
@@ -181,9 +233,12 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def _refuse_pickles(directory: Path, names: list[str]) -> None:
     pickled = [name for name in names if name.endswith(_PICKLES)]
     if pickled:
-        raise CheckpointError(f"{directory} holds {pickled[0]}, a pickle, which can run any code and is never opened. "
-                              "Convert it where you trust it: load it in peft and save_pretrained(safe_serialization="
-                              f"True), which writes {TENSORS}.")
+        raise CheckpointError(
+            f"{directory} holds {pickled[0]}, a pickle, which can run any code and is never "
+            "opened. "
+            "Convert it where you trust it: load it in peft and save_pretrained(safe_serialization="
+            f"True), which writes {TENSORS}."
+        )
 
 
 def flush(path: Path) -> None:

@@ -16,7 +16,9 @@ from .load import read
 
 @dataclass(frozen=True)
 class Inspection:
-    """`rows` as in a plan; `readable_by_peft` says whether `PeftModel.from_pretrained` reads the directory."""
+    """`rows` as in a plan; `readable_by_peft` says whether `PeftModel.from_pretrained` reads the
+    directory.
+    """
 
     path: str
     method: str
@@ -37,16 +39,33 @@ class Inspection:
 
     def __str__(self) -> str:
         """At most 80 columns."""
-        fields = ", ".join(f"{k}={v}" for k, v in self.config.items() if k != "method" and v not in ([], None))
+        fields = ", ".join(
+            f"{k}={v}" for k, v in self.config.items() if k != "method" and v not in ([], None)
+        )
         kind = self.base.get("model_type") or self.base.get("library")
-        base = "not recorded" if not self.base else self.base["class"] + (f" ({kind})" if kind else "")
-        lines = [f"{self.method}, written by {self.writer}, in", *_pieces(self.path), *_wrap(fields),
-                 *_wrap(f"base: {base}"),
-                 *_wrap(f"{self.numbers:,} trained numbers, {size_text(self.nbytes)} on disk; every tensor checked"),
-                 f"  peft can read it: {'yes' if self.readable_by_peft else 'no'}"]
+        base = (
+            "not recorded" if not self.base else self.base["class"] + (f" ({kind})" if kind else "")
+        )
+        lines = [
+            f"{self.method}, written by {self.writer}, in",
+            *_pieces(self.path),
+            *_wrap(fields),
+            *_wrap(f"base: {base}"),
+            *_wrap(
+                f"{self.numbers:,} trained numbers, {size_text(self.nbytes)} on disk; every tensor "
+                "checked"
+            ),
+            f"  peft can read it: {'yes' if self.readable_by_peft else 'no'}",
+        ]
         ranks = [] if self.ranks is None else ranks_as_text(self.ranks)
-        return "\n".join([*lines, *rows_as_text(self.rows), *ranks,
-                          *(line for n in self.notes for line in _wrap(f"note: {n}"))])
+        return "\n".join(
+            [
+                *lines,
+                *rows_as_text(self.rows),
+                *ranks,
+                *(line for n in self.notes for line in _wrap(f"note: {n}")),
+            ]
+        )
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -57,13 +76,27 @@ def inspect(path: str | Path) -> Inspection:
     stored = read(path)
     refuse(path, stored.problems)
     size = files.find(path)[0].stat().st_size
-    return Inspection(str(path), type(stored.config).__name__, stored.writer, methods.to_json(stored.config), stored.base,
-                      _rows(stored), stored.numbers, size, stored.peft_reads_it, [*stored.mapped, *stored.notes],
-                      _ranks(stored))
+    return Inspection(
+        str(path),
+        type(stored.config).__name__,
+        stored.writer,
+        methods.to_json(stored.config),
+        stored.base,
+        _rows(stored),
+        stored.numbers,
+        size,
+        stored.peft_reads_it,
+        [*stored.mapped, *stored.notes],
+        _ranks(stored),
+    )
 
 
 def _ranks(stored: Stored) -> dict[str, int] | None:
-    told = {module: site.reached.count("1") for module, site in stored.sites.items() if site.reached is not None}
+    told = {
+        module: site.reached.count("1")
+        for module, site in stored.sites.items()
+        if site.reached is not None
+    }
     return told or None
 
 
@@ -71,10 +104,19 @@ def _rows(stored: Stored) -> list[Row]:
     rows = []
     for module, site in stored.sites.items():
         held = list(site.tensors.values())
-        rows.append(Row(module, site.kind or "linear", site.shape or _shape(site), sum(t.numel() for t in held),
-                        sum(t.numel() * t.element_size() for t in held)))
-    rows += [Row(name, "tensor", tuple(t.shape), t.numel(), t.numel() * t.element_size())
-             for name, t in stored.selected.items()]
+        rows.append(
+            Row(
+                module,
+                site.kind or "linear",
+                site.shape or _shape(site),
+                sum(t.numel() for t in held),
+                sum(t.numel() * t.element_size() for t in held),
+            )
+        )
+    rows += [
+        Row(name, "tensor", tuple(t.shape), t.numel(), t.numel() * t.element_size())
+        for name, t in stored.selected.items()
+    ]
     return rows
 
 
@@ -93,7 +135,9 @@ def _pieces(path: str) -> list[str]:
 
 
 def _wrap(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+    return textwrap.wrap(
+        text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+    )
 
 
 __all__ = ["Inspection", "inspect"]

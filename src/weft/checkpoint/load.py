@@ -1,4 +1,6 @@
-"""`weft.load`: every tensor of the file lands, every tensor of the adapter is filled, or an error names both sides."""
+"""`weft.load`: every tensor of the file lands, every tensor of the adapter is filled, or an error
+names both sides.
+"""
 
 from __future__ import annotations
 
@@ -23,24 +25,37 @@ from .content import LoadReport, Stored, refuse, report_extra
 from .placement import Placement
 from .save import NATIVE
 
-FROM_PEFT: dict[str, Any] = {codec.PEFT_TYPE: codec for codec in (peft_lora, peft_vera, peft_adalora, peft_prompt.PREFIX,
-                                                                      peft_prompt.PROMPT)}
+FROM_PEFT: dict[str, Any] = {
+    codec.PEFT_TYPE: codec
+    for codec in (peft_lora, peft_vera, peft_adalora, peft_prompt.PREFIX, peft_prompt.PROMPT)
+}
 
 
 @overload
-def load(model: nn.Module, path: str | Path, name: str = "default", strict: Literal[True] = True) -> Adapter: ...
+def load(
+    model: nn.Module, path: str | Path, name: str = "default", strict: Literal[True] = True
+) -> Adapter: ...
 @overload
-def load(model: nn.Module, path: str | Path, name: str = "default", *, strict: Literal[False]) -> LoadReport: ...
+def load(
+    model: nn.Module, path: str | Path, name: str = "default", *, strict: Literal[False]
+) -> LoadReport: ...
 @overload
-def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool = True) -> Adapter | LoadReport: ...
-def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool = True) -> Adapter | LoadReport:
-    """Attach the adapter saved in the directory `path`, by Weft or by peft, fill it and make it active.
+def load(
+    model: nn.Module, path: str | Path, name: str = "default", strict: bool = True
+) -> Adapter | LoadReport: ...
+def load(
+    model: nn.Module, path: str | Path, name: str = "default", strict: bool = True
+) -> Adapter | LoadReport:
+    """Attach the adapter saved in the directory `path`, by Weft or by peft, fill it and make it
+    active.
 
-    strict: anything that does not fit raises CheckpointError and leaves the model as it was; the handle is returned
-    (its `load_report` says which names were mapped). strict=False: what fits is filled, the rest keeps its starting
-    values, and the LoadReport (with `.adapter` and `.problems`) is returned.
+    strict: anything that does not fit raises CheckpointError and leaves the model as it was; the
+    handle is returned (its `load_report` says which names were mapped). strict=False: what fits is
+    filled, the rest keeps its starting values, and the LoadReport (with `.adapter` and `.problems`)
+    is returned.
 
-    Raises CheckpointError, UnsupportedError (a peft field or method that Weft does not carry), and what attach raises.
+    Raises CheckpointError, UnsupportedError (a peft field or method that Weft does not carry), and
+    what attach raises.
     """
     stored = read(path)
     root = unwrapped(model)
@@ -51,11 +66,18 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     if strict:
         refuse(path, plan.problems)
     elif not plan.rules and not plan.selected:
-        raise CheckpointError(f"{path} has nothing that fits this {type(root).__name__}:\n  " + "\n  ".join(plan.problems))
-    rules = {module: plan.rules[module] for module in plan.modules if module in plan.rules}  # in the model's order
+        raise CheckpointError(
+            f"{path} has nothing that fits this {type(root).__name__}:\n  "
+            + "\n  ".join(plan.problems)
+        )
+    rules = {
+        module: plan.rules[module] for module in plan.modules if module in plan.rules
+    }  # in the model's order
     weights = rules and not isinstance(plan.config, methods.Prompt)
     frozen, routed = targets.leftovers(root, rules) if weights else ([], [])
-    adapter = attach_resolved(model, plan.config, Parts(rules, list(plan.selected), frozen, routed), name, plan.shared)
+    adapter = attach_resolved(
+        model, plan.config, Parts(rules, list(plan.selected), frozen, routed), name, plan.shared
+    )
     try:
         _fill(adapter, plan)
         _check_fixed(adapter, stored, plan, path if strict else None)
@@ -69,7 +91,9 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
 
 
 def read(path: str | Path) -> Stored:
-    """Read a checkpoint without a model. Faults within the file are `problems`; an unreadable one raises."""
+    """Read a checkpoint without a model. Faults within the file are `problems`; an unreadable one
+    raises.
+    """
     while True:
         tensors_file, config_file = files.find(path)
         before = files.identity(tensors_file)
@@ -81,7 +105,8 @@ def read(path: str | Path) -> Stored:
         else:
             if files.identity(tensors_file) == before:
                 return stored
-        # It was saved anew meanwhile. The library opens the file more than once, so two files may have been mixed.
+        # It was saved anew meanwhile. The library opens the file more than once, so two files may
+        # have been mixed.
 
 
 def _read(tensors_file: Path, config_file: Path | None) -> Stored:
@@ -89,32 +114,49 @@ def _read(tensors_file: Path, config_file: Path | None) -> Stored:
     if header.is_ours(metadata):
         return _read_own(tensors_file, config_file, tensors, metadata)
     if config_file is None:
-        raise CheckpointError(f"{tensors_file.parent} has no {files.CONFIG}, which says what the tensors are.")
+        raise CheckpointError(
+            f"{tensors_file.parent} has no {files.CONFIG}, which says what the tensors are."
+        )
     config = files.read_config(config_file)
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind.startswith("WEFT_"):
-        raise CheckpointError(f"{tensors_file} has lost the header that Weft wrote into it; some tool has written the file "
-                              "anew without its metadata. Use the original.")
+        raise CheckpointError(
+            f"{tensors_file} has lost the header that Weft wrote into it; some tool has written "
+            "the file "
+            "anew without its metadata. Use the original."
+        )
     if not isinstance(kind, str) or kind not in FROM_PEFT:
-        raise UnsupportedError(f"{config_file} says peft_type={kind!r}; Weft reads {list(FROM_PEFT)}.")
+        raise UnsupportedError(
+            f"{config_file} says peft_type={kind!r}; Weft reads {list(FROM_PEFT)}."
+        )
     try:
         stored: Stored
         stored, rest = FROM_PEFT[kind].read(config, tensors)
     except (ConfigError, TypeError, ValueError, AttributeError, re.error) as error:
         raise CheckpointError(f"{config_file}: {error}") from None
     if not stored.sites:
-        stored.problems.append(f"the file holds no tensor of peft's {kind}; its names begin with {sorted(tensors)[:3]}")
+        stored.problems.append(
+            f"the file holds no tensor of peft's {kind}; its names begin with {sorted(tensors)[:3]}"
+        )
     peft_common.take_base_tensors(stored, rest, stored.config.modules_to_save)
-    report_extra(stored, rest, [key for site in stored.sites.values() for key in site.keys.values()])
+    report_extra(
+        stored, rest, [key for site in stored.sites.values() for key in site.keys.values()]
+    )
     return stored
 
 
-def _read_own(tensors_file: Path, config_file: Path | None, tensors: dict[str, Tensor],
-              metadata: Mapping[str, str]) -> Stored:
+def _read_own(
+    tensors_file: Path,
+    config_file: Path | None,
+    tensors: dict[str, Tensor],
+    metadata: Mapping[str, str],
+) -> Stored:
     stored, layout, manifest = header.read(tensors_file, metadata)
     header.check_tensors(stored, tensors, manifest, metadata["weft_checksums"])
     if config_file is None:
-        stored.notes.append(f"{files.CONFIG} is missing; the configuration in the tensors' file was used")
+        stored.notes.append(
+            f"{files.CONFIG} is missing; the configuration in the tensors' file was used"
+        )
     else:
         header.check_config(config_file, manifest["adapter_config"], stored)
     stored.peft_reads_it = layout != NATIVE
@@ -122,7 +164,9 @@ def _read_own(tensors_file: Path, config_file: Path | None, tensors: dict[str, T
         native.read(stored, tensors, manifest["selected"])
         return stored
     if layout not in FROM_PEFT:
-        raise CheckpointError(f"{tensors_file} has the layout {layout!r}, which this Weft does not know. Update weft.")
+        raise CheckpointError(
+            f"{tensors_file} has the layout {layout!r}, which this Weft does not know. Update weft."
+        )
     if isinstance(codec := FROM_PEFT[layout], peft_prompt.Codec):
         codec.fill(stored, tensors)
         report_extra(stored, tensors, [peft_prompt.KEY])
@@ -132,27 +176,43 @@ def _read_own(tensors_file: Path, config_file: Path | None, tensors: dict[str, T
         peft_vera.take_matrices(stored, tensors)
     bare = {key.removeprefix(peft_common.PREFIX): t for key, t in tensors.items()}
     for module, site in stored.sites.items():
-        keys = {t: FROM_PEFT[layout].key(module, t, site.kind) for t in site.rule.trained(*(site.shape or (1, 1)))}
-        peft_common.take_trained(stored, bare, module, {t: k.removeprefix(peft_common.PREFIX) for t, k in keys.items()})
+        keys = {
+            t: FROM_PEFT[layout].key(module, t, site.kind)
+            for t in site.rule.trained(*(site.shape or (1, 1)))
+        }
+        peft_common.take_trained(
+            stored, bare, module, {t: k.removeprefix(peft_common.PREFIX) for t, k in keys.items()}
+        )
     native.take_selected(stored, bare, "", manifest["selected"])
     stored.repeated = bare
     told = {key for site in stored.sites.values() for key in site.keys.values()}
     told |= {peft_common.PREFIX + name for name in manifest["selected"]}
-    stored.problems += [f"missing: {key!r} was saved with this adapter" for key in manifest["keys"]
-                        if key not in present and key not in told and not peft_vera.is_matrix(key)]
+    stored.problems += [
+        f"missing: {key!r} was saved with this adapter"
+        for key in manifest["keys"]
+        if key not in present and key not in told and not peft_vera.is_matrix(key)
+    ]
     return stored
 
 
-def _check_fixed(adapter: Adapter, stored: Stored, plan: Placement, path: str | Path | None) -> None:
+def _check_fixed(
+    adapter: Adapter, stored: Stored, plan: Placement, path: str | Path | None
+) -> None:
     """Frozen tensors that were drawn again are those of the saved adapter."""
     known, found = stored.checksums.get(header.FIXED), header.fixed_checksum(adapter)
     if known == found:
         return
     if len(adapter.sites) < len(stored.sites):
-        plan.notes.append("the frozen tensors of some layers alone cannot be held against the file's checksum of all")
+        plan.notes.append(
+            "the frozen tensors of some layers alone cannot be held against the file's checksum of "
+            "all"
+        )
         return
-    plan.problems.append(f"the frozen tensors drawn from seed {adapter.config.seed} have checksum {found}, and {known} was "
-                         "saved: they belong to layers of other names, so what was trained means nothing with them")
+    plan.problems.append(
+        f"the frozen tensors drawn from seed {adapter.config.seed} have checksum {found}, and "
+        f"{known} was "
+        "saved: they belong to layers of other names, so what was trained means nothing with them"
+    )
     if path is not None:
         refuse(path, plan.problems)
 

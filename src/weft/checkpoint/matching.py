@@ -16,7 +16,9 @@ _LEADING = re.compile(r"((module|base_model\.model)\.)+")
 
 @dataclass
 class Names:
-    """File name -> model name of every module that was found, what is missing, and what had to be mapped."""
+    """File name -> model name of every module that was found, what is missing, and what had to be
+    mapped.
+    """
 
     found: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -28,7 +30,9 @@ class Names:
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """torch.compile's, FSDP's or activation checkpointing's, around the module that has the tensors."""
+    """torch.compile's, FSDP's or activation checkpointing's, around the module that has the
+    tensors.
+    """
     return any(isinstance(module._modules.get(part), nn.Module) for part in WRAPPERS)
 
 
@@ -40,13 +44,19 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """The user's own class, where Weft (on an adapted layer) or FSDP has put a subclass in its place."""
-    return next(cls for cls in type(bare(model)).__mro__
-                if "_weft_base" not in vars(cls) and not cls.__name__.startswith("FSDP"))
+    """The user's own class, where Weft (on an adapted layer) or FSDP has put a subclass in its
+    place.
+    """
+    return next(
+        cls
+        for cls in type(bare(model)).__mro__
+        if "_weft_base" not in vars(cls) and not cls.__name__.startswith("FSDP")
+    )
 
 
 def match(wanted: Collection[str], have: Collection[str]) -> Names:
-    """Find every wanted name: as it is; else without wrappers; else without a `language_model.` nesting on either side.
+    """Find every wanted name: as it is; else without wrappers; else without a `language_model.`
+    nesting on either side.
 
     One rule serves all names: the first under which all are found, else the one that finds most.
     """
@@ -80,7 +90,9 @@ def _change(a: str, b: str) -> str:
     while left and right and left[-1] == right[-1]:
         left.pop()
         right.pop()
-    old, new = (re.sub(r"(^|\.)\d+(?=\.)", r"\1#", ".".join([*parts, "*"])) for parts in (left, right))
+    old, new = (
+        re.sub(r"(^|\.)\d+(?=\.)", r"\1#", ".".join([*parts, "*"])) for parts in (left, right)
+    )
     return f"{old} in the file is {new} in the model"
 
 
@@ -95,6 +107,8 @@ def _flattened(name: str) -> str:
 
 
 def _inner(name: str) -> str:
-    """The name within the nested model, for adapters that were saved from it or are loaded into it."""
+    """The name within the nested model, for adapters that were saved from it or are loaded into
+    it.
+    """
     parts = _unwrapped(name).split(".")
     return ".".join(parts[parts.index(NESTED) + 1 :]) if NESTED in parts else ".".join(parts)

@@ -1,4 +1,6 @@
-"""VeRA's A and B on loading: those of the file, or drawn again, and held against the checksum that was saved."""
+"""VeRA's A and B on loading: those of the file, or drawn again, and held against the checksum that
+was saved.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,17 @@ from .content import Stored
 Shapes = list[tuple[int, int]]  # (out, in) of each layer
 
 
-def place(stored: Stored, shapes: Mapping[str, tuple[int, int]], device: torch.device, state: State | None,
-          problems: list[str]) -> dict[Any, Projections]:
+def place(
+    stored: Stored,
+    shapes: Mapping[str, tuple[int, int]],
+    device: torch.device,
+    state: State | None,
+    problems: list[str],
+) -> dict[Any, Projections]:
     """The matrices of every share_key. `shapes` are those of the stored layers that the model has.
 
-    They are drawn for the layers of the file, be they in this model or not: the largest decides every number.
+    They are drawn for the layers of the file, be they in this model or not: the largest decides
+    every number.
     """
     groups: dict[Any, Shapes] = {}
     rules: dict[Any, Any] = {}
@@ -28,22 +36,43 @@ def place(stored: Stored, shapes: Mapping[str, tuple[int, int]], device: torch.d
         if key is not None and shape is not None:
             rules.setdefault(key, site.rule)
             groups.setdefault(key, []).append(shape)
-    unknown = stored.matrices is None and any(s.shape is None and m not in shapes for m, s in stored.sites.items())
+    unknown = stored.matrices is None and any(
+        s.shape is None and m not in shapes for m, s in stored.sites.items()
+    )
     if groups and unknown:
-        problems.append("VeRA's A and B were drawn again for the layers that the model has; had one of the others been "
-                        "larger, they would be other matrices")
-    found = {key: _matrices(stored, rules[key], groups[key], device, state, problems) for key in groups}
+        problems.append(
+            "VeRA's A and B were drawn again for the layers that the model has; had one of the "
+            "others been "
+            "larger, they would be other matrices"
+        )
+    found = {
+        key: _matrices(stored, rules[key], groups[key], device, state, problems) for key in groups
+    }
     return {key: shared for key, shared in found.items() if shared is not None}
 
 
-def _matrices(stored: Stored, rule: Any, shapes: Shapes, device: torch.device, state: State | None,
-              problems: list[str]) -> Projections | None:
+def _matrices(
+    stored: Stored,
+    rule: Any,
+    shapes: Shapes,
+    device: torch.device,
+    state: State | None,
+    problems: list[str],
+) -> Projections | None:
     out, in_ = max(o for o, _ in shapes), max(i for _, i in shapes)
     if stored.matrices is not None:
         A, B = stored.matrices
-        if not (A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] == rule.r and A.shape[1] >= in_ and B.shape[0] >= out):
-            problems.append(f"'base_model.vera_A' {list(A.shape)} and 'base_model.vera_B' {list(B.shape)} in the file, at "
-                            f"least [{rule.r}, {in_}] and [{out}, {rule.r}] expected")
+        if not (
+            A.ndim == B.ndim == 2
+            and A.shape[0] == B.shape[1] == rule.r
+            and A.shape[1] >= in_
+            and B.shape[0] >= out
+        ):
+            problems.append(
+                f"'base_model.vera_A' {list(A.shape)} and 'base_model.vera_B' {list(B.shape)} in "
+                "the file, at "
+                f"least [{rule.r}, {in_}] and [{out}, {rule.r}] expected"
+            )
             return None
         given = Projections(rule.r, A.shape[1], B.shape[0], rule.seed, "stored", stored=(A, B))
         _check(stored, rule, given, problems)
@@ -61,11 +90,27 @@ def _matrices(stored: Stored, rule: Any, shapes: Shapes, device: torch.device, s
 def _check(stored: Stored, rule: Any, shared: Projections, problems: list[str]) -> None:
     known, found = stored.checksums.get(header.shared_key(rule)), header.shared_checksum(shared)
     if known != found and stored.writer == "weft":
-        problems.append(f"VeRA's A and B (seed {rule.seed}, r={rule.r}) have checksum {found}, and {known} was saved: these "
-                        "are other matrices, so the vectors mean nothing with them")
+        problems.append(
+            f"VeRA's A and B (seed {rule.seed}, r={rule.r}) have checksum {found}, and {known} was "
+            "saved: these "
+            "are other matrices, so the vectors mean nothing with them"
+        )
 
 
 def _on_model(state: State | None, key: tuple[Any, ...]) -> Projections | None:
-    """The same matrices where an adapter on the model reads them already: they exist once a model."""
-    sites = [site for adapter in state.adapters.values() for site in adapter.sites.values()] if state else []
-    return next((s.shared for s in sites if isinstance(s.shared, Projections) and s.shared.pool_key() == key), None)
+    """The same matrices where an adapter on the model reads them already: they exist once a
+    model.
+    """
+    sites = (
+        [site for adapter in state.adapters.values() for site in adapter.sites.values()]
+        if state
+        else []
+    )
+    return next(
+        (
+            s.shared
+            for s in sites
+            if isinstance(s.shared, Projections) and s.shared.pool_key() == key
+        ),
+        None,
+    )

@@ -1,8 +1,9 @@
 """Weft's own layout, for what `peft` has no form for.
 
-All layers' tensors of one name, shape and dtype are stacked: "b.768.float32" [layers, 768]. A tensor of its own for
-each would spend about a hundred bytes of header on it, which for VeRA's vectors is a fair part of the file. Base
-tensors that were trained as copies keep their own names. The order of the layers is the manifest's.
+All layers' tensors of one name, shape and dtype are stacked: "b.768.float32" [layers, 768]. A
+tensor of its own for each would spend about a hundred bytes of header on it, which for VeRA's
+vectors is a fair part of the file. Base tensors that were trained as copies keep their own names.
+The order of the layers is the manifest's.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def read(stored: Stored, tensors: dict[str, Tensor], selected: Collection[str]) -> None:
-    """Fill `stored.sites` (which the manifest named) and `stored.selected`; `tensors` is emptied."""
+    """Fill `stored.sites` (which the manifest named) and `stored.selected`; `tensors` is
+    emptied.
+    """
     groups: dict[str, list[tuple[str, str]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for module, site in stored.sites.items():
@@ -51,13 +54,19 @@ def read(stored: Stored, tensors: dict[str, Tensor], selected: Collection[str]) 
     report_extra(stored, tensors, [*groups, *(_SELECTED + name for name in selected)])
 
 
-def take_selected(stored: Stored, tensors: dict[str, Tensor], prefix: str, names: Collection[str]) -> None:
-    """Base tensors trained as copies, under `prefix` + name. Full keeps integer tensors too; the model tells which."""
+def take_selected(
+    stored: Stored, tensors: dict[str, Tensor], prefix: str, names: Collection[str]
+) -> None:
+    """Base tensors trained as copies, under `prefix` + name. Full keeps integer tensors too; the
+    model tells which.
+    """
     for name in names:
         if prefix + name in tensors and not tensors[prefix + name].is_floating_point():
             stored.selected[name] = tensors.pop(prefix + name)
             continue
-        found = take(tensors, prefix + name, None, "a base tensor trained as a copy", stored.problems)
+        found = take(
+            tensors, prefix + name, None, "a base tensor trained as a copy", stored.problems
+        )
         if found is not None:
             stored.selected[name] = found
 

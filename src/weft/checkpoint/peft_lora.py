@@ -33,14 +33,34 @@ from .peft_common import (
 PEFT_TYPE = "LORA"
 _LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 _EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
-_PARTS = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B", "lora_magnitude_vector": "m"}
-_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})"
-                  r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?")  # a state_dict taken by hand has the adapter's name in it
-# Starts that leave the base as it was; the others (pissa, olora, ...) rewrite it, so the tensors mean another base.
+_PARTS = {
+    "lora_A": "A",
+    "lora_B": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "m",
+}
+_KEY = re.compile(
+    rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})"
+    r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
+)  # a state_dict taken by hand has the adapter's name in it
+# Starts that leave the base as it was; the others (pissa, olora, ...) rewrite it, so the tensors
+# mean another base.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-_CARRIED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-            "init_lora_weights", "eva_config", "ensure_weight_tying",
-            "megatron_core", "qalora_group_size")  # set in every file; they act through fields that are refused
+_CARRIED = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+    "eva_config",
+    "ensure_weight_tying",
+    "megatron_core",
+    "qalora_group_size",
+)  # set in every file; they act through fields that are refused
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -48,7 +68,10 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = adapter.config
     tensors: dict[str, Tensor] = {}
     for name, site in adapter.sites.items():
-        tensors |= {key(canonical(name), t, site.host.kind): value for t, value in trained_tensors(site).items()}
+        tensors |= {
+            key(canonical(name), t, site.host.kind): value
+            for t, value in trained_tensors(site).items()
+        }
     rules = {canonical(name): site.rule for name, site in adapter.sites.items()}
     return tensors, {**common_config(adapter), **fields(config, rules)}
 
@@ -64,10 +87,16 @@ def fields(config: Any, rules: Mapping[str, Any]) -> dict[str, Any]:
         if _alpha(rule, config.rslora) != alpha:
             alphas[f"^{re.escape(module)}"] = _alpha(rule, config.rslora)
     return {
-        "peft_type": PEFT_TYPE, "r": config.r, "lora_alpha": alpha,
-        "lora_dropout": config.dropout, "use_rslora": config.rslora, "use_dora": isinstance(config, DoRA),
-        "rank_pattern": ranks, "alpha_pattern": alphas,
-        "init_lora_weights": "gaussian" if config.init == "gaussian" else True}
+        "peft_type": PEFT_TYPE,
+        "r": config.r,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "use_dora": isinstance(config, DoRA),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
+    }
 
 
 def key(module: str, tensor: str, kind: str | None) -> str:
@@ -94,7 +123,8 @@ def _number(value: float) -> float:
 
 
 def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Stored, dict[str, Tensor]]:
-    """What peft saved, and the tensors that belong to no layer. Layers, ranks and scales come from keys and patterns.
+    """What peft saved, and the tensors that belong to no layer. Layers, ranks and scales come from
+    keys and patterns.
 
     Raises UnsupportedError for a field that cannot be carried.
     """
@@ -103,16 +133,27 @@ def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Stored,
     if start not in _PLAIN_STARTS:
         refuse_fields({"init_lora_weights": start}, (), "LoRA")
     method = DoRA if config.get("use_dora") else LoRA
-    stored = Stored(method(
-        r=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), dropout=float(config.get("lora_dropout") or 0.0),
-        init="gaussian" if start == "gaussian" else "kaiming", rslora=bool(config.get("use_rslora")),
-        targets=targets_of(config), modules_to_save=config.get("modules_to_save") or (), dtype=dtype_of(tensors)), "peft")
+    stored = Stored(
+        method(
+            r=config.get("r", 8),
+            alpha=float(config.get("lora_alpha", 8)),
+            dropout=float(config.get("lora_dropout") or 0.0),
+            init="gaussian" if start == "gaussian" else "kaiming",
+            rslora=bool(config.get("use_rslora")),
+            targets=targets_of(config),
+            modules_to_save=config.get("modules_to_save") or (),
+            dtype=dtype_of(tensors),
+        ),
+        "peft",
+    )
     rest = bare_keys(stored, tensors)
     spelled: dict[str, dict[str, str]] = {}
     for name in rest:
         if match := _KEY.fullmatch(name):
             spelled.setdefault(match["module"], {})[_PARTS[match["part"]]] = name
-            site = stored.sites.setdefault(match["module"], StoredSite(_rule(stored.config, match["module"], config)))
+            site = stored.sites.setdefault(
+                match["module"], StoredSite(_rule(stored.config, match["module"], config))
+            )
             if "embedding" in match["part"]:
                 site.kind = "embedding"
     for module, found in spelled.items():
@@ -128,7 +169,9 @@ def _rule(config: Any, module: str, peft: Mapping[str, Any]) -> Any:
     for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
         values = peft.get(pattern) or {}
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{pattern}={values!r}: an object of name patterns and numbers is expected.")
+            raise ConfigError(
+                f"{pattern}={values!r}: an object of name patterns and numbers is expected."
+            )
         fits = next((p for p in values if re.match(rf"(.*\.)?({p})$", module)), None)
         if fits is not None:
             changed[field] = values[fits] if field == "r" else float(values[fits])

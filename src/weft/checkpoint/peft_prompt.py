@@ -22,14 +22,27 @@ from .matching import bare
 from .peft_common import dtype_of, refuse_fields
 
 KEY = "prompt_embeddings"
-_CARRIED = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
-            # how peft started or made the tensor that the file holds
-            "encoder_hidden_size", "prefix_projection", "init_weights", "prompt_tuning_init", "prompt_tuning_init_text",
-            "tokenizer_name_or_path", "tokenizer_kwargs")
+_CARRIED = (
+    "num_virtual_tokens",
+    "token_dim",
+    "num_layers",
+    "num_attention_heads",
+    "num_transformer_submodules",
+    # how peft started or made the tensor that the file holds
+    "encoder_hidden_size",
+    "prefix_projection",
+    "init_weights",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+)
 
 
 def unlike_peft(root: nn.Module) -> str | None:
-    """Why this model would compute something else under peft than under Weft with the same tensors, or None."""
+    """Why this model would compute something else under peft than under Weft with the same tensors,
+    or None.
+    """
     model = bare(root)
     config = getattr(model, "config", None)
     entry = prompts.entry_of(model)
@@ -70,10 +83,16 @@ class Codec:
         site = next(iter(adapter.sites.values()))
         heads = self._heads(site)
         return {KEY: tensor.contiguous()}, {
-            "peft_type": self.PEFT_TYPE, "task_type": "CAUSAL_LM", "inference_mode": True,
-            "num_virtual_tokens": tensor.shape[0], "token_dim": site.shape[0], "num_transformer_submodules": 1,
-            "num_attention_heads": heads, "num_layers": len(adapter.sites) if self.method is Prefix else 1,
-            "base_model_name_or_path": getattr(root.config, "name_or_path", None) or None}
+            "peft_type": self.PEFT_TYPE,
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "num_virtual_tokens": tensor.shape[0],
+            "token_dim": site.shape[0],
+            "num_transformer_submodules": 1,
+            "num_attention_heads": heads,
+            "num_layers": len(adapter.sites) if self.method is Prefix else 1,
+            "base_model_name_or_path": getattr(root.config, "name_or_path", None) or None,
+        }
 
     @staticmethod
     def _heads(site: Any) -> int:
@@ -84,27 +103,42 @@ class Codec:
 
     def fill(self, stored: Stored, tensors: dict[str, Tensor]) -> None:
         """Cut the tensor of a file of ours into its layers, which the manifest names."""
-        names = [(site, name, shape) for site in stored.sites.values()
-                 for name, shape in site.rule.trained(*(site.shape or (0, 0))).items()]
+        names = [
+            (site, name, shape)
+            for site in stored.sites.values()
+            for name, shape in site.rule.trained(*(site.shape or (0, 0))).items()
+        ]
         wanted = (names[0][2][0], sum(shape[1] for _, _, shape in names))
         self._cut(take(tensors, KEY, wanted, f"{len(stored.sites)} layers", stored.problems), names)
 
-    def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Stored, dict[str, Tensor]]:
+    def read(
+        self, config: Mapping[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[Stored, dict[str, Tensor]]:
         """What peft saved. The model tells which modules its layers are, in order."""
         kind = self.PEFT_TYPE
         refuse_fields(config, _CARRIED, kind)
         task, parts = config.get("task_type"), config.get("num_transformer_submodules")
         if task not in ("CAUSAL_LM", None) or parts not in (1, None):
-            raise UnsupportedError(f"peft's {kind} for task_type={task!r} with num_transformer_submodules={parts!r} gives a "
-                                   "model other inputs than Weft does; Weft reads that of CAUSAL_LM.")
-        n, width, layers = (config.get(key) for key in ("num_virtual_tokens", "token_dim", "num_layers"))
+            raise UnsupportedError(
+                f"peft's {kind} for task_type={task!r} with num_transformer_submodules={parts!r} "
+                "gives a "
+                "model other inputs than Weft does; Weft reads that of CAUSAL_LM."
+            )
+        n, width, layers = (
+            config.get(key) for key in ("num_virtual_tokens", "token_dim", "num_layers")
+        )
         if self.method is PreEmbed:
             layers = 1
         if not all(type(value) is int and value > 0 for value in (n, width, layers)):
-            raise CheckpointError(f"peft's {kind} configuration must say num_virtual_tokens, token_dim and num_layers as "
-                                  f"whole numbers; it says {n!r}, {width!r} and {layers!r}.")
+            raise CheckpointError(
+                f"peft's {kind} configuration must say num_virtual_tokens, token_dim and "
+                "num_layers as "
+                f"whole numbers; it says {n!r}, {width!r} and {layers!r}."
+            )
         fields = {"n": n} if self.method is Prefix else {"l_p": n, "l_i": 0}
-        rule = self.method(**fields, dtype=dtype_of(tensors), modules_to_save=config.get("modules_to_save") or ())
+        rule = self.method(
+            **fields, dtype=dtype_of(tensors), modules_to_save=config.get("modules_to_save") or ()
+        )
         stored = Stored(rule, "peft", in_order=True)
         shape = (int(width or 0), int(width or 0))
         for i in range(int(layers or 0)):

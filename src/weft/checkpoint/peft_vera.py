@@ -35,29 +35,52 @@ _NAMES = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
 _PARTS = {name: tensor for tensor, name in _NAMES.items()}
 _KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})(\.[^.]+)?")
 _MATRIX = re.compile(r"((module|_orig_mod)\.)*base_model\.vera_(?P<which>[AB])(\.[^.]+)?")
-_CARRIED = ("r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights")
+_CARRIED = (
+    "r",
+    "projection_prng_key",
+    "save_projection",
+    "vera_dropout",
+    "d_initial",
+    "init_weights",
+)
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The layers' tensors and A and B by key, and adapter_config.json. Raises UnsupportedError for what peft lacks."""
+    """The layers' tensors and A and B by key, and adapter_config.json. Raises UnsupportedError for
+    what peft lacks.
+    """
     config = adapter.config
     tensors: dict[str, Tensor] = {}
     for name, site in adapter.sites.items():
         if site.host.kind == "embedding":
-            raise UnsupportedError(f"peft's VeRA has no form for the embedding {name!r}; save without projections=True.")
+            raise UnsupportedError(
+                f"peft's VeRA has no form for the embedding {name!r}; save without "
+                "projections=True."
+            )
         for field in ("r", "seed", "draw"):
             if getattr(site.rule, field) != getattr(config, field):
-                raise UnsupportedError(f"peft's VeRA has one {field} for all layers, and {name!r} has {field}="
-                                       f"{getattr(site.rule, field)!r}; save without projections=True.")
-        tensors |= {key(canonical(name), t, site.host.kind): value for t, value in trained_tensors(site).items()}
+                raise UnsupportedError(
+                    f"peft's VeRA has one {field} for all layers, and {name!r} has {field}="
+                    f"{getattr(site.rule, field)!r}; save without projections=True."
+                )
+        tensors |= {
+            key(canonical(name), t, site.host.kind): value
+            for t, value in trained_tensors(site).items()
+        }
         tensors |= _matrices(site.shared)
     return tensors, {**common_config(adapter), **fields(config, {})}
 
 
 def fields(config: VeRA, rules: Mapping[str, Any]) -> dict[str, Any]:
     """What adapter_config.json says of the method; all layers share its one rank and seed."""
-    return {"peft_type": PEFT_TYPE, "r": config.r, "projection_prng_key": config.seed, "save_projection": True,
-            "vera_dropout": config.dropout, "d_initial": config.d_init}
+    return {
+        "peft_type": PEFT_TYPE,
+        "r": config.r,
+        "projection_prng_key": config.seed,
+        "save_projection": True,
+        "vera_dropout": config.dropout,
+        "d_initial": config.d_init,
+    }
 
 
 def key(module: str, tensor: str, kind: str | None) -> str:
@@ -68,18 +91,34 @@ def key(module: str, tensor: str, kind: str | None) -> str:
 def _matrices(shared: Any) -> dict[str, Tensor]:
     """A and B in float32: drawn afresh where the model's dtype has rounded those in memory."""
     if shared.draw != "stored" and shared.A.dtype != torch.float32:
-        shared = Projections(shared.r, shared.max_in, shared.max_out, shared.seed, shared.draw, shared.A.device)
-    return {"base_model.vera_A": shared.A.detach().float(), "base_model.vera_B": shared.B.detach().float()}
+        shared = Projections(
+            shared.r, shared.max_in, shared.max_out, shared.seed, shared.draw, shared.A.device
+        )
+    return {
+        "base_model.vera_A": shared.A.detach().float(),
+        "base_model.vera_B": shared.B.detach().float(),
+    }
 
 
 def read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Stored, dict[str, Tensor]]:
-    """What peft saved, and the tensors that belong to no layer. Without matrices they are redrawn as peft drew them."""
+    """What peft saved, and the tensors that belong to no layer. Without matrices they are redrawn
+    as peft drew them.
+    """
     refuse_fields(config, _CARRIED, "VeRA")
     has_matrices = any(is_matrix(name) for name in tensors)
-    stored = Stored(VeRA(
-        r=config.get("r", 256), d_init=float(config.get("d_initial", 0.1)), dropout=float(config.get("vera_dropout") or 0.0),
-        seed=config.get("projection_prng_key", 0), draw="stored" if has_matrices else "peft", targets=targets_of(config),
-        modules_to_save=config.get("modules_to_save") or (), dtype=dtype_of(tensors)), "peft")
+    stored = Stored(
+        VeRA(
+            r=config.get("r", 256),
+            d_init=float(config.get("d_initial", 0.1)),
+            dropout=float(config.get("vera_dropout") or 0.0),
+            seed=config.get("projection_prng_key", 0),
+            draw="stored" if has_matrices else "peft",
+            targets=targets_of(config),
+            modules_to_save=config.get("modules_to_save") or (),
+            dtype=dtype_of(tensors),
+        ),
+        "peft",
+    )
     tensors = dict(tensors)
     if has_matrices or config.get("save_projection", True):
         take_matrices(stored, tensors)
@@ -103,7 +142,15 @@ def is_matrix(name: str) -> bool:
 def take_matrices(stored: Stored, tensors: dict[str, Tensor]) -> None:
     """Move A and B out of the tensors."""
     spelled = {m["which"]: name for name in tensors if (m := _MATRIX.fullmatch(name))}
-    A, B = (take(tensors, spelled.get(which, f"base_model.vera_{which}"), None, f"VeRA's {which}", stored.problems)
-            for which in "AB")
+    A, B = (
+        take(
+            tensors,
+            spelled.get(which, f"base_model.vera_{which}"),
+            None,
+            f"VeRA's {which}",
+            stored.problems,
+        )
+        for which in "AB"
+    )
     if A is not None and B is not None:
         stored.matrices = A.float(), B.float()

@@ -1,4 +1,6 @@
-"""The command `weft`: one file a command, thin. Libraries are imported by a command's `run`, not by its help."""
+"""The command `weft`: one file a command, thin. Libraries are imported by a command's `run`, not by
+its help.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,50 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import ConfigError, WeftError
 
-COMMANDS = ("compare", "train", "eval", "generate", "plan", "papers", "inspect", "merge", "export", "score", "judge",
-            "analyze", "doctor")
+COMMANDS = (
+    "compare",
+    "train",
+    "eval",
+    "generate",
+    "plan",
+    "papers",
+    "inspect",
+    "merge",
+    "export",
+    "score",
+    "judge",
+    "analyze",
+    "doctor",
+)
 DONE, FAILED, MISUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
-# Top-level modules and the extra that brings them; any other missing module is a defect and keeps its trace.
-EXTRAS = {**dict.fromkeys(("PIL", "accelerate", "datasets", "filelock", "matplotlib", "numpy", "optuna", "psutil", "pyarrow",
-                           "scipy", "sklearn", "sqlalchemy", "statsmodels", "tqdm", "transformers", "yaml"), "train"),
-          **dict.fromkeys(("nltk", "pycocoevalcap", "rouge_score", "sacrebleu"), "tasks"), "lm_eval": "lm-eval",
-          "psycopg": "postgres"}
+# Top-level modules and the extra that brings them; any other missing module is a defect and keeps
+# its trace.
+EXTRAS = {
+    **dict.fromkeys(
+        (
+            "PIL",
+            "accelerate",
+            "datasets",
+            "filelock",
+            "matplotlib",
+            "numpy",
+            "optuna",
+            "psutil",
+            "pyarrow",
+            "scipy",
+            "sklearn",
+            "sqlalchemy",
+            "statsmodels",
+            "tqdm",
+            "transformers",
+            "yaml",
+        ),
+        "train",
+    ),
+    **dict.fromkeys(("nltk", "pycocoevalcap", "rouge_score", "sacrebleu"), "tasks"),
+    "lm_eval": "lm-eval",
+    "psycopg": "postgres",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +70,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
+    """Run one command and return its exit status: 0 done, 1 failed, 2 bad arguments, 130
+    interrupted.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(words)
@@ -56,8 +96,13 @@ def _dispatch(words: list[str]) -> int:
 
 def _top(words: Sequence[str]) -> int:
     """`weft --help`, `weft --version`, and everything that is no command."""
-    parser = Parser(prog="weft", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    usage="weft COMMAND [options]", description=_commands() if _asks_help(words) else None)
+    parser = Parser(
+        prog="weft",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="weft COMMAND [options]",
+        description=_commands() if _asks_help(words) else None,
+    )
     parser.add_argument("--version", action="version", version=f"weft {__version__}")
     rest = parser.parse_known_args(list(words))[1]
     if not rest:
@@ -75,14 +120,26 @@ def _asks_help(words: Sequence[str]) -> bool:
 def _commands() -> str:
     texts = {name: importlib.import_module(f"{__name__}.{name}").HELP for name in COMMANDS}
     lines = [listed(name, text, 11) for name, text in texts.items()]
-    return "\n".join(["Parameter-efficient fine-tuning with the LoRA family.", "", "commands:", *lines, "",
-                      "weft COMMAND --help says more."])
+    return "\n".join(
+        [
+            "Parameter-efficient fine-tuning with the LoRA family.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "weft COMMAND --help says more.",
+        ]
+    )
 
 
 def listed(name: str, text: str, column: int) -> str:
-    """A name and what it is, at 80 columns; a word with hyphens stays whole, since it may be something to type."""
+    """A name and what it is, at 80 columns; a word with hyphens stays whole, since it may be
+    something to type.
+    """
     start = f"  {name}".ljust(column - 1) + " "
-    return textwrap.fill(text, 80, initial_indent=start, subsequent_indent=" " * column, break_on_hyphens=False)
+    return textwrap.fill(
+        text, 80, initial_indent=start, subsequent_indent=" " * column, break_on_hyphens=False
+    )
 
 
 def _unknown(rest: Sequence[str], options: Sequence[str]) -> str:
@@ -107,8 +164,14 @@ def _run(command: Any, args: argparse.Namespace, prog: str) -> int:
         module = (error.name or "").partition(".")[0]
         if module not in EXTRAS:
             raise
-        return _say(prog, f"{module} is needed and not installed: pip install 'weft[{EXTRAS[module]}]'", FAILED)
-    except BrokenPipeError:  # `weft ... | head`: the reader has seen enough; nothing may be written at exit either
+        return _say(
+            prog,
+            f"{module} is needed and not installed: pip install 'weft[{EXTRAS[module]}]'",
+            FAILED,
+        )
+    except (
+        BrokenPipeError
+    ):  # `weft ... | head`: the reader has seen enough; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED
     except OSError as error:

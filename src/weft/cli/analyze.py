@@ -13,13 +13,38 @@ TEXT, DATA = "analysis.txt", "analysis.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="the base: a name of weft compare --list, a directory, or a hub name")
-    add("--adapters", required=True, nargs="+", metavar="[LABEL=]DIR", help="runs of weft train, or adapter directories in "
-        "order of time; those of one label are one run")
-    add("--targets", metavar="NAME,NAME", help="only matrices with these name endings, for example query,value (default: "
-                                               "all that every run changes)")
-    add("--dtype", choices=DTYPES, default="auto", help="of the base's weights (default: as the base has them)")
-    add("--out", metavar="DIR", type=Path, help=f"write {TEXT}, {DATA} and the plot of the paper there")
+    add(
+        "--model",
+        required=True,
+        metavar="M",
+        help="the base: a name of weft compare --list, a directory, or a hub name",
+    )
+    add(
+        "--adapters",
+        required=True,
+        nargs="+",
+        metavar="[LABEL=]DIR",
+        help="runs of weft train, or adapter directories in "
+        "order of time; those of one label are one run",
+    )
+    add(
+        "--targets",
+        metavar="NAME,NAME",
+        help="only matrices with these name endings, for example query,value (default: "
+        "all that every run changes)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the base's weights (default: as the base has them)",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help=f"write {TEXT}, {DATA} and the plot of the paper there",
+    )
     add("--json", metavar="FILE", type=Path, help="write all points and correlations there")
 
 
@@ -44,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
     model, missing = opened(ref, first.base.get("class"), first.selected, args.dtype)
     check_recorded(model, missing, [one.places[0][1] for one in series])
     found = analyze(model, series, targets)
-    text, data = report.as_text(found, args.model), json.dumps(report.as_json(found, args.model), indent=1) + "\n"
+    text, data = (
+        report.as_text(found, args.model),
+        json.dumps(report.as_json(found, args.model), indent=1) + "\n",
+    )
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

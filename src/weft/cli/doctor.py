@@ -11,8 +11,20 @@ from pathlib import Path
 from typing import Any
 
 HELP = "versions, devices, which kernels run and why not"
-PACKAGES = ("torch", "safetensors", "transformers", "accelerate", "peft", "numpy", "scipy", "scikit-learn", "statsmodels",
-            "matplotlib", "pillow", "tqdm")
+PACKAGES = (
+    "torch",
+    "safetensors",
+    "transformers",
+    "accelerate",
+    "peft",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "statsmodels",
+    "matplotlib",
+    "pillow",
+    "tqdm",
+)
 
 
 WIDTH = 80
@@ -23,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 where Weft works here (a test layer is adapted, trained, merged and restored), 1 where it does not."""
+    """0 where Weft works here (a test layer is adapted, trained, merged and restored), 1 where it
+    does not.
+    """
     found = examine()
     for section, entries in found.items():
         if isinstance(entries, dict):
@@ -35,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
         text = json.dumps({"schema": 1, **found}, indent=1) + "\n"
         replace(args.json, lambda path: path.write_text(text, encoding="utf-8"))
-    return 1 if any(str(result).startswith("failed") for result in found["self-test"].values()) else 0
+    return (
+        1 if any(str(result).startswith("failed") for result in found["self-test"].values()) else 0
+    )
 
 
 def examine() -> dict[str, Any]:
@@ -43,9 +59,18 @@ def examine() -> dict[str, Any]:
 
     from .. import __version__
 
-    versions = {"weft": __version__, "python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    versions = {
+        "weft": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+    }
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads", "cuda": _cuda()}
-    return {"versions": versions, "devices": devices, "kernels": _kernels(), "self-test": _self_test()}
+    return {
+        "versions": versions,
+        "devices": devices,
+        "kernels": _kernels(),
+        "self-test": _self_test(),
+    }
 
 
 def _kernels() -> dict[str, str]:
@@ -57,8 +82,12 @@ def _kernels() -> dict[str, str]:
     x, device = torch.zeros(1, 1), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plain, torch_form = paths.why_plain(x, x, None), kernels.why_not(device, torch.float32)
     return {
-        "layers": "one fused function each (LoRA, VeRA and their kin)" if plain is None else f"plain definitions: {plain}",
-        "Triton": f"runs on {device.type}" if torch_form is None else f"its torch forms run: {torch_form}",
+        "layers": "one fused function each (LoRA, VeRA and their kin)"
+        if plain is None
+        else f"plain definitions: {plain}",
+        "Triton": f"runs on {device.type}"
+        if torch_form is None
+        else f"its torch forms run: {torch_form}",
         "torch.compile": "supported, without graph breaks; it compiles the plain definitions",
     }
 
@@ -67,7 +96,9 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed" + ("" if package in ("torch", "safetensors") else ": pip install 'weft[all]'")
+        return "not installed" + (
+            "" if package in ("torch", "safetensors") else ": pip install 'weft[all]'"
+        )
 
 
 def _cuda() -> str:
@@ -81,7 +112,9 @@ def _cuda() -> str:
 
 
 def _self_test() -> dict[str, str]:
-    """Every method on a small model: attach, one backward, merge and unmerge (or a refusal), detach; the base is back."""
+    """Every method on a small model: attach, one backward, merge and unmerge (or a refusal),
+    detach; the base is back.
+    """
     from .. import methods
 
     return {name: _tried(method) for name, method in methods.METHODS.items()}
@@ -98,7 +131,7 @@ def _tried(method: Any) -> str:
     config = method()
     if isinstance(config, Prompt) and _version("transformers").startswith("not installed"):
         return "not tried: it needs a model of transformers, which is not installed"
-    model, x = (_tiny_transformer() if isinstance(config, Prompt) else _two_blocks())
+    model, x = _tiny_transformer() if isinstance(config, Prompt) else _two_blocks()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
         adapter = attach(model, config)
@@ -120,15 +153,22 @@ def _tried(method: Any) -> str:
 
 
 def _two_blocks() -> tuple[Any, Any]:
-    """What the methods look for in a transformer's block: an attention and an MLP with their output maps."""
+    """What the methods look for in a transformer's block: an attention and an MLP with their output
+    maps.
+    """
     import torch
 
     linear = torch.nn.Linear
 
     class Block(torch.nn.ModuleDict):
         def __init__(self) -> None:
-            super().__init__({"attention": torch.nn.ModuleDict({"output": linear(5, 5)}), "up": linear(5, 7),
-                              "down": linear(7, 5)})
+            super().__init__(
+                {
+                    "attention": torch.nn.ModuleDict({"output": linear(5, 5)}),
+                    "up": linear(5, 7),
+                    "down": linear(7, 5),
+                }
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             own: Any = self
@@ -155,8 +195,15 @@ def _tiny_transformer() -> tuple[Any, Any]:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            config = transformers.GPT2Config(vocab_size=7, n_embd=6, n_layer=2, n_head=2, n_positions=64, bos_token_id=None,
-                                             eos_token_id=None)
+            config = transformers.GPT2Config(
+                vocab_size=7,
+                n_embd=6,
+                n_layer=2,
+                n_head=2,
+                n_positions=64,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
             self.body = transformers.GPT2Model(config)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""`weft eval`: a task's scores of a model, with an adapter or without; by Weft's own protocol or by lm-eval's."""
+"""`weft eval`: a task's scores of a model, with an adapter or without; by Weft's own protocol or by
+lm-eval's.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,61 @@ HELP = "score a model, with an adapter or without, on a task"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="the base: a name of weft compare --list, a directory, or a hub name")
-    add("--adapter", metavar="DIR", help="what weft train, weft.save or peft wrote (default: the base alone)")
-    add("--task", metavar="T", help="a task of weft compare --list, or e2e, samsum, wikisql, commonsense")
-    add("--lm-eval", metavar="T,T", help="in place of --task: tasks of lm-evaluation-harness, for example arc_easy,piqa, by "
-                                         "log-likelihood (needs the package lm-eval)")
-    add("--lm-eval-path", metavar="DIR", type=Path, help="with --lm-eval: a folder with task files of your own")
-    add("--shots", type=int, metavar="N", help="with --lm-eval: examples in the prompt (default: the task's own)")
+    add(
+        "--model",
+        required=True,
+        metavar="M",
+        help="the base: a name of weft compare --list, a directory, or a hub name",
+    )
+    add(
+        "--adapter",
+        metavar="DIR",
+        help="what weft train, weft.save or peft wrote (default: the base alone)",
+    )
+    add(
+        "--task",
+        metavar="T",
+        help="a task of weft compare --list, or e2e, samsum, wikisql, commonsense",
+    )
+    add(
+        "--lm-eval",
+        metavar="T,T",
+        help="in place of --task: tasks of lm-evaluation-harness, for example arc_easy,piqa, by "
+        "log-likelihood (needs the package lm-eval)",
+    )
+    add(
+        "--lm-eval-path",
+        metavar="DIR",
+        type=Path,
+        help="with --lm-eval: a folder with task files of your own",
+    )
+    add(
+        "--shots",
+        type=int,
+        metavar="N",
+        help="with --lm-eval: examples in the prompt (default: the task's own)",
+    )
     add("--split", metavar="NAME", help="with --task: test (default) or validation")
     add("--limit", type=int, metavar="N", help="the first N examples (of each task)")
     add("--batch", type=int, default=8, metavar="N", help="examples at a time (default: 8)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base's weights")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): CUDA where there is one")
-    add("--outputs", metavar="FILE", type=Path, help="write the generated answers there, one JSON object a line")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the base's weights",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto (default): CUDA where there is one",
+    )
+    add(
+        "--outputs",
+        metavar="FILE",
+        type=Path,
+        help="write the generated answers there, one JSON object a line",
+    )
     add("--json", metavar="FILE", type=Path, help="write the scores there too")
 
 
@@ -49,14 +93,29 @@ def run(args: argparse.Namespace) -> int:
         found = evaluate(open_model(args.model, args.adapter, args.dtype, args.device), *what)
     print(f"{found.task}, {found.split}: {found.examples} examples")
     for name, score in found.report.scores.items():
-        print(f"  {name:<12} " + (f"{score:.4f}" if score is not None else f"missing: {found.report.reasons.get(name, '')}"))
+        print(
+            f"  {name:<12} "
+            + (
+                f"{score:.4f}"
+                if score is not None
+                else f"missing: {found.report.reasons.get(name, '')}"
+            )
+        )
     for note in found.report.notes:
         print(note)
-    data = {"schema": 1, "task": found.task, "split": found.split, "examples": found.examples,
-            "scores": found.report.scores, "reasons": found.report.reasons}
+    data = {
+        "schema": 1,
+        "task": found.task,
+        "split": found.split,
+        "examples": found.examples,
+        "scores": found.report.scores,
+        "reasons": found.report.reasons,
+    }
     _write(args.json, data)
     if args.outputs is not None:
-        lines = "".join(json.dumps({"output": text}, ensure_ascii=False) + "\n" for text in found.outputs or ())
+        lines = "".join(
+            json.dumps({"output": text}, ensure_ascii=False) + "\n" for text in found.outputs or ()
+        )
         replace(args.outputs, lambda path: path.write_text(lines, encoding="utf-8"))
     return 0
 
@@ -66,7 +125,11 @@ def _check(args: argparse.Namespace) -> None:
 
     if (args.task is None) == (args.lm_eval is None):
         raise ConfigError("give --task T, or --lm-eval T,T, and not both.")
-    other, idle = ("--task", ("split", "outputs")) if args.task is None else ("--lm-eval", ("lm_eval_path", "shots"))
+    other, idle = (
+        ("--task", ("split", "outputs"))
+        if args.task is None
+        else ("--lm-eval", ("lm_eval_path", "shots"))
+    )
     for name in idle:
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} does nothing without {other}.")
@@ -84,11 +147,23 @@ def _harness(args: argparse.Namespace) -> int:
     found = score(opened, names, index, args.shots, args.limit, args.batch)
     print(f"lm-eval {found.release}, log-likelihood")
     for task, scores in found.scores.items():
-        print(f"{task}: {found.examples.get(task, '?')} examples, {found.shots.get(task, '?')} in the prompt")
+        print(
+            f"{task}: {found.examples.get(task, '?')} examples, {found.shots.get(task, '?')} in "
+            "the prompt"
+        )
         for name, value in scores.items():
             print(f"  {name:<16} {value:.4f}")
-    _write(args.json, {"schema": 1, "lm_eval": found.release, "scores": found.scores, "versions": found.versions,
-                       "shots": found.shots, "examples": found.examples})
+    _write(
+        args.json,
+        {
+            "schema": 1,
+            "lm_eval": found.release,
+            "scores": found.scores,
+            "versions": found.versions,
+            "shots": found.shots,
+            "examples": found.examples,
+        },
+    )
     return 0
 
 
@@ -96,4 +171,6 @@ def _write(place: Path | None, data: dict[str, Any]) -> None:
     from ..checkpoint.files import replace
 
     if place is not None:
-        replace(place, lambda path: path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
+        replace(
+            place, lambda path: path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        )

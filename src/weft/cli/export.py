@@ -11,8 +11,18 @@ WIDTH = 80
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--adapter", required=True, metavar="DIR", help="what weft.save or peft's save_pretrained wrote")
-    add("--to", required=True, choices=("lora", "peft"), help="lora: plain LoRA; peft: whatever form peft reads")
+    add(
+        "--adapter",
+        required=True,
+        metavar="DIR",
+        help="what weft.save or peft's save_pretrained wrote",
+    )
+    add(
+        "--to",
+        required=True,
+        choices=("lora", "peft"),
+        help="lora: plain LoRA; peft: whatever form peft reads",
+    )
     add("--out", required=True, metavar="DIR", type=Path, help="a new directory for the result")
 
 
@@ -22,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoint import export
 
     found = export(args.adapter, args.to, args.out)
-    print("\n".join(textwrap.fill(line, WIDTH, break_on_hyphens=False) for line in str(found).splitlines()))
+    print(
+        "\n".join(
+            textwrap.fill(line, WIDTH, break_on_hyphens=False) for line in str(found).splitlines()
+        )
+    )
     print(f"{args.out}:\nreadable by weft.load and by PeftModel.from_pretrained")
     return 0

@@ -9,16 +9,50 @@ HELP = "continue a prompt with a model, with an adapter or without"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="the base: a name of weft compare --list, a directory, or a hub name")
-    add("--adapter", metavar="DIR", help="what weft train, weft.save or peft wrote (default: the base alone)")
-    add("--prompt", required=True, action="append", metavar="TEXT", help="what to continue; may be given again")
-    add("--chat", action="store_true", help="the prompt is a user's message for the tokenizer's chat template")
+    add(
+        "--model",
+        required=True,
+        metavar="M",
+        help="the base: a name of weft compare --list, a directory, or a hub name",
+    )
+    add(
+        "--adapter",
+        metavar="DIR",
+        help="what weft train, weft.save or peft wrote (default: the base alone)",
+    )
+    add(
+        "--prompt",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="what to continue; may be given again",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's message for the tokenizer's chat template",
+    )
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of model.generate, for example "
-                                                                        "num_beams=4, or do_sample=True")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another setting of model.generate, for example num_beams=4, or do_sample=True",
+    )
     add("--seed", type=int, default=0, metavar="N", help="for do_sample=True (default: 0)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base's weights")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): CUDA where there is one")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the base's weights",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto (default): CUDA where there is one",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,9 @@ HELP = "what an adapter directory holds, every tensor checked"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="what weft.save or peft's save_pretrained wrote")
+    parser.add_argument(
+        "directory", metavar="DIR", help="what weft.save or peft's save_pretrained wrote"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write it there too")
 
 

@@ -1,4 +1,6 @@
-"""`weft judge`: MT-Bench, answers by a model and their grades by a judge model behind an address."""
+"""`weft judge`: MT-Bench, answers by a model and their grades by a judge model behind an
+address.
+"""
 
 from __future__ import annotations
 
@@ -11,43 +13,126 @@ from typing import Any
 
 HELP = "MT-Bench: answer its questions with a model, and have a judge model grade the answers"
 # Options that do nothing without another one, by that one.
-ANSWERING = ("adapter", "set", "max_new_tokens", "seed", "chat_template", "batch", "dtype", "device")
-JUDGING = ("judge", "key_env", "prompts", "references", "judge_set", "tries", "timeout", "again", "json")
-KEY, ANSWERS, JUDGMENTS, ATTEMPTS = "OPENAI_API_KEY", "answers.jsonl", "judgments.jsonl", "attempts.jsonl"
+ANSWERING = (
+    "adapter",
+    "set",
+    "max_new_tokens",
+    "seed",
+    "chat_template",
+    "batch",
+    "dtype",
+    "device",
+)
+JUDGING = (
+    "judge",
+    "key_env",
+    "prompts",
+    "references",
+    "judge_set",
+    "tries",
+    "timeout",
+    "again",
+    "json",
+)
+KEY, ANSWERS, JUDGMENTS, ATTEMPTS = (
+    "OPENAI_API_KEY",
+    "answers.jsonl",
+    "judgments.jsonl",
+    "attempts.jsonl",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--questions", required=True, metavar="FILE", type=Path, help="FastChat's question.jsonl (.gz too)")
-    add("--out", metavar="DIR", type=Path, default=Path("weft-judge"),
-        help="where answers, judgments and failed attempts are kept, and gone on from (default: weft-judge)")
+    add(
+        "--questions",
+        required=True,
+        metavar="FILE",
+        type=Path,
+        help="FastChat's question.jsonl (.gz too)",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("weft-judge"),
+        help="where answers, judgments and failed attempts are kept, and gone on from (default: "
+        "weft-judge)",
+    )
     add("--limit", type=int, metavar="N", help="the first N questions")
-    add("--model", metavar="M", help="answer with this base: a name of weft compare --list, a directory, or a hub name "
-                                     "(default: the answers in --out)")
-    add("--adapter", metavar="DIR", help="what weft train, weft.save or peft wrote (default: the base alone)")
+    add(
+        "--model",
+        metavar="M",
+        help="answer with this base: a name of weft compare --list, a directory, or a hub name "
+        "(default: the answers in --out)",
+    )
+    add(
+        "--adapter",
+        metavar="DIR",
+        help="what weft train, weft.save or peft wrote (default: the base alone)",
+    )
     add("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 1024)")
-    add("--set", action="append", metavar="KEY=VALUE", help="another setting of model.generate (default: MT-Bench's "
-                                                            "temperature of the category)")
+    add(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="another setting of model.generate (default: MT-Bench's temperature of the category)",
+    )
     add("--seed", type=int, metavar="N", help="of what is sampled (default: 0)")
     add("--chat-template", metavar="FILE", help="in place of the tokenizer's own")
     add("--batch", type=int, metavar="N", help="questions at a time (default: 8)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the base's weights")
     add("--device", choices=("auto", "cpu", "cuda"), help="auto (default): CUDA where there is one")
-    add("--url", metavar="URL", help="an OpenAI-compatible endpoint, up to its /v1 (default: answer only)")
+    add(
+        "--url",
+        metavar="URL",
+        help="an OpenAI-compatible endpoint, up to its /v1 (default: answer only)",
+    )
     add("--judge", metavar="NAME", help="the judge model's name there; needed with --url")
-    add("--key-env", metavar="NAME", help=f"the environment variable that holds the key (default: {KEY}, if it is set)")
-    add("--references", metavar="FILE", type=Path, help="a reference model's answers, in place of the questions' references")
-    add("--prompts", metavar="FILE", type=Path, help="FastChat's judge_prompts.jsonl (default: Weft's own prompts)")
-    add("--judge-set", action="append", metavar="KEY=VALUE", help="another field of the request; None leaves one out "
-                                                                  "(default: temperature=0, max_tokens=2048)")
+    add(
+        "--key-env",
+        metavar="NAME",
+        help=f"the environment variable that holds the key (default: {KEY}, if it is set)",
+    )
+    add(
+        "--references",
+        metavar="FILE",
+        type=Path,
+        help="a reference model's answers, in place of the questions' references",
+    )
+    add(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help="FastChat's judge_prompts.jsonl (default: Weft's own prompts)",
+    )
+    add(
+        "--judge-set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="another field of the request; None leaves one out "
+        "(default: temperature=0, max_tokens=2048)",
+    )
     add("--tries", type=int, metavar="N", help="requests a question before it is left (default: 6)")
-    add("--timeout", type=float, metavar="SECONDS", help="until an answer must be whole (default: 120)")
-    add("--again", action="store_true", default=None, help="ask once more where the judge's text had no grade")
+    add(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="until an answer must be whole (default: 120)",
+    )
+    add(
+        "--again",
+        action="store_true",
+        default=None,
+        help="ask once more where the judge's text had no grade",
+    )
     add("--json", metavar="FILE", type=Path, help="write the scores there too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: every answer asked for is there and graded; 1: some have no grade; 130: interrupted, all until then is kept."""
+    """0: every answer asked for is there and graded; 1: some have no grade; 130: interrupted, all
+    until then is kept.
+    """
     from ..tasks.journal import Journal
     from ..tasks.mt_bench import read_answers, read_questions
 
@@ -62,11 +147,17 @@ def run(args: argparse.Namespace) -> int:
                 _answer(args, questions, kept, settings)
             answers = read_answers(kept.rows, str(kept.path))
         if judge is None:
-            print(f"{len(answers)} questions are answered in {args.out / ANSWERS}. Have them judged with --url and --judge.")
+            print(
+                f"{len(answers)} questions are answered in {args.out / ANSWERS}. Have them judged "
+                "with --url and --judge."
+            )
             return 0
         return _judge(args, questions, answers, judge)
     except KeyboardInterrupt:
-        _tell(f"\nInterrupted. What was answered and judged is kept in {args.out}; the same command goes on.")
+        _tell(
+            f"\nInterrupted. What was answered and judged is kept in {args.out}; the same command "
+            "goes on."
+        )
         return 130
 
 
@@ -74,7 +165,9 @@ def _check(args: argparse.Namespace) -> None:
     from ..errors import ConfigError
 
     if args.model is None and args.url is None:
-        raise ConfigError("say what to do: --model M to answer, --url URL --judge NAME to judge, or both.")
+        raise ConfigError(
+            "say what to do: --model M to answer, --url URL --judge NAME to judge, or both."
+        )
     for needed, options in (("model", ANSWERING), ("url", JUDGING)):
         idle = [name for name in options if getattr(args, name) is not None]
         if getattr(args, needed) is None and idle:
@@ -82,7 +175,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.url is not None and args.judge is None:
         raise ConfigError("--url needs --judge NAME, the judge model's name there.")
     for name in ("limit", "max_new_tokens", "batch", "tries", "timeout"):
-        if getattr(args, name) is not None and not getattr(args, name) >= (1e-3 if name == "timeout" else 1):
+        if getattr(args, name) is not None and not getattr(args, name) >= (
+            1e-3 if name == "timeout" else 1
+        ):
             raise ConfigError(f"--{name.replace('_', '-')} is a number, 1 or more.")
     for path in (args.questions, args.references, args.prompts):
         if path is not None and not path.is_file():
@@ -90,8 +185,11 @@ def _check(args: argparse.Namespace) -> None:
     if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ConfigError(f"--json {args.json}: give a file in a folder that exists.")
     if args.model is None and not (args.out / ANSWERS).is_file():
-        raise ConfigError(f"{args.out / ANSWERS} is not there. Give --model M to have the questions answered, or put "
-                          "answers in FastChat's form there.")
+        raise ConfigError(
+            f"{args.out / ANSWERS} is not there. Give --model M to have the questions answered, or "
+            "put "
+            "answers in FastChat's form there."
+        )
 
 
 def _settings(texts: list[str] | None, most: int | None) -> dict[str, Any]:
@@ -99,10 +197,18 @@ def _settings(texts: list[str] | None, most: int | None) -> dict[str, Any]:
     from ..training.use import check_settings
     from .plan import setting
 
-    given = {**dict(setting(text) for text in texts or ()), **({} if most is None else {"max_new_tokens": most})}
+    given = {
+        **dict(setting(text) for text in texts or ()),
+        **({} if most is None else {"max_new_tokens": most}),
+    }
     check_settings(given)
-    if {"do_sample", "temperature"} <= set(given) and bool(given["do_sample"]) != bool(given["temperature"]):
-        raise ConfigError("--set do_sample and --set temperature contradict each other; a temperature above 0 samples.")
+    if {"do_sample", "temperature"} <= set(given) and bool(given["do_sample"]) != bool(
+        given["temperature"]
+    ):
+        raise ConfigError(
+            "--set do_sample and --set temperature contradict each other; a temperature above 0 "
+            "samples."
+        )
     return given
 
 
@@ -120,11 +226,19 @@ def _endpoint(args: argparse.Namespace) -> Any:
     if args.key_env is not None and name not in os.environ:
         raise ConfigError(f"--key-env {name}: there is no such environment variable.")
     usual = Patience()
-    return Endpoint(args.url, args.judge, os.environ.get(name) or None, name, fields,
-                    Patience(args.tries or usual.tries, args.timeout or usual.timeout))
+    return Endpoint(
+        args.url,
+        args.judge,
+        os.environ.get(name) or None,
+        name,
+        fields,
+        Patience(args.tries or usual.tries, args.timeout or usual.timeout),
+    )
 
 
-def _answer(args: argparse.Namespace, questions: list[Any], kept: Any, settings: dict[str, Any]) -> None:
+def _answer(
+    args: argparse.Namespace, questions: list[Any], kept: Any, settings: dict[str, Any]
+) -> None:
     from ..training.two_turns import answer_all, check_kept, maker, read_template
     from ..training.use import open_model
 
@@ -133,11 +247,15 @@ def _answer(args: argparse.Namespace, questions: list[Any], kept: Any, settings:
     check_kept(kept, made_by, questions)
     if {question.id for question in questions} <= {row["question_id"] for row in kept.rows}:
         return
-    opened = open_model(args.model, args.adapter, args.dtype or "auto", args.device or "auto", template)
+    opened = open_model(
+        args.model, args.adapter, args.dtype or "auto", args.device or "auto", template
+    )
     answer_all(opened, questions, kept, made_by, args.batch or 8, _tell)
 
 
-def _judge(args: argparse.Namespace, questions: list[Any], answers: dict[Any, Any], judge: Any) -> int:
+def _judge(
+    args: argparse.Namespace, questions: list[Any], answers: dict[Any, Any], judge: Any
+) -> int:
     from ..checkpoint.files import replace
     from ..tasks.journal import Journal
     from ..tasks.mt_bench import OURS, asks, judge_all, read_prompts, summary
@@ -148,16 +266,37 @@ def _judge(args: argparse.Namespace, questions: list[Any], answers: dict[Any, An
     with Journal(args.out / JUDGMENTS) as judgments, Journal(args.out / ATTEMPTS) as attempts:
         outcome = judge_all(wanted, judge, judgments, attempts, again=bool(args.again), told=_tell)
     report, counts = summary(wanted, outcome)
-    print(f"mt-bench, judged by {args.judge}: {counts['graded']} of {counts['answers']} answers have a grade")
+    print(
+        f"mt-bench, judged by {args.judge}: {counts['graded']} of {counts['answers']} answers have "
+        "a grade"
+    )
     print(as_text(report))
     if args.json is not None:
-        data = {"schema": 1, "task": "mt-bench", "judge": args.judge, "prompts": "weft" if args.prompts is None else "file",
-                "scores": report.scores, "reasons": report.reasons, "notes": report.notes, "counts": counts}
-        replace(args.json, lambda path: path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
+        data = {
+            "schema": 1,
+            "task": "mt-bench",
+            "judge": args.judge,
+            "prompts": "weft" if args.prompts is None else "file",
+            "scores": report.scores,
+            "reasons": report.reasons,
+            "notes": report.notes,
+            "counts": counts,
+        }
+        replace(
+            args.json,
+            lambda path: path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"),
+        )
     if counts["graded"] == counts["answers"]:
         return 0
-    cure = " --again asks once more where the judge's text had no grade." if counts["unparsable"] else ""
-    _tell(f"Not every answer has a grade. What is judged is kept in {args.out}; the same command goes on.{cure}")
+    cure = (
+        " --again asks once more where the judge's text had no grade."
+        if counts["unparsable"]
+        else ""
+    )
+    _tell(
+        f"Not every answer has a grade. What is judged is kept in {args.out}; the same command "
+        f"goes on.{cure}"
+    )
     return 1
 
 

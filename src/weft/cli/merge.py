@@ -18,12 +18,38 @@ WIDTH = 80
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="the base: a name of weft compare --list, a directory, or a hub name")
-    add("--adapter", required=True, metavar="DIR", help="what weft.save or peft's save_pretrained wrote")
-    add("--out", required=True, metavar="DIR", type=Path, help="a new directory for the merged model")
-    add("--dtype", choices=DTYPES, default="auto", help="of the merged weights (default: as the base has them)")
+    add(
+        "--model",
+        required=True,
+        metavar="M",
+        help="the base: a name of weft compare --list, a directory, or a hub name",
+    )
+    add(
+        "--adapter",
+        required=True,
+        metavar="DIR",
+        help="what weft.save or peft's save_pretrained wrote",
+    )
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        type=Path,
+        help="a new directory for the merged model",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the merged weights (default: as the base has them)",
+    )
     add("--no-verify", action="store_true", help="do not compare outputs before and after")
-    add("--tolerance", type=float, metavar="X", help="largest relative change of the outputs (default: by dtype)")
+    add(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="largest relative change of the outputs (default: by dtype)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     stored = read(args.adapter)
     model: Any = model_for(ref, stored.base.get("class"), stored.selected, args.dtype)
     load(model, args.adapter)
-    report = merge(model, verify=None if args.no_verify else dummy_inputs(model), tolerance=args.tolerance)
+    report = merge(
+        model, verify=None if args.no_verify else dummy_inputs(model), tolerance=args.tolerance
+    )
     detach(model, keep_merged=True)
     _write(model, args.out, Path(ref.source))
     print(textwrap.fill(str(report), WIDTH))
@@ -50,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(model: Any, out: Path, source: Path) -> None:
-    """The whole directory under a temporary name, then renamed: there is a finished model or none."""
+    """The whole directory under a temporary name, then renamed: there is a finished model or
+    none.
+    """
     temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(temporary)
@@ -65,5 +95,7 @@ def _write(model: Any, out: Path, source: Path) -> None:
 
 
 def _belongs(file: Path) -> bool:
-    """Tokenizer, processor and generation files go along; weights and read-mes of the base do not."""
+    """Tokenizer, processor and generation files go along; weights and read-mes of the base do
+    not.
+    """
     return file.suffix in (".json", ".txt", ".model", ".jinja") and "safetensors" not in file.name

@@ -14,15 +14,39 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="a config.json or a directory with one, a name of weft compare "
-                                                    "--list, or a hub name")
+    add(
+        "--model",
+        required=True,
+        metavar="M",
+        help="a config.json or a directory with one, a name of weft compare --list, or a hub name",
+    )
     add("--method", required=True, metavar="NAME", help="for example dora")
     add("--r", type=int, help="rank")
     add("--alpha", type=float, help="scale of the update: alpha / r")
-    add("--targets", metavar="T,T", help="all-linear (default), attention, mlp, name endings, or a regular expression")
-    add("--set", metavar="FIELD=VALUE", action="append", default=[], help="any other field of the method")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the base's weights, for the estimate (default: bfloat16)")
-    add("--batch", type=int, metavar="N", help="with --tokens: count the activations of a batch of N rows too")
+    add(
+        "--targets",
+        metavar="T,T",
+        help="all-linear (default), attention, mlp, name endings, or a regular expression",
+    )
+    add(
+        "--set",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="any other field of the method",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of the base's weights, for the estimate (default: bfloat16)",
+    )
+    add(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="with --tokens: count the activations of a batch of N rows too",
+    )
     add("--tokens", type=int, metavar="N", help="tokens a row")
     add("--json", metavar="FILE", type=Path, help="write the plan there too")
 
@@ -31,7 +55,11 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import ConfigError
 
     config = _config(args)
-    if (args.batch is None) != (args.tokens is None) or (args.batch or 1) < 1 or (args.tokens or 1) < 1:
+    if (
+        (args.batch is None) != (args.tokens is None)
+        or (args.batch or 1) < 1
+        or (args.tokens or 1) < 1
+    ):
         raise ConfigError("--batch and --tokens are given together, each 1 or more.")
     import torch
 
@@ -51,8 +79,18 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         from ..checkpoint.files import replace
 
-        data = {"schema": 1, "model": args.model, **plan.to_json(), "file_bytes": adapter.nbytes,
-                "memory": {**vars(memory), "total": memory.total, "dtype": args.dtype, "optimiser_kind": "AdamW"}}
+        data = {
+            "schema": 1,
+            "model": args.model,
+            **plan.to_json(),
+            "file_bytes": adapter.nbytes,
+            "memory": {
+                **vars(memory),
+                "total": memory.total,
+                "dtype": args.dtype,
+                "optimiser_kind": "AdamW",
+            },
+        }
         text = json.dumps(data, indent=1) + "\n"
         replace(args.json, lambda path: path.write_text(text, encoding="utf-8"))
     return 0
@@ -62,7 +100,9 @@ def _config(args: argparse.Namespace) -> Any:
     """The method's configuration from the options. Raises ConfigError: unknown method or field."""
     from .. import methods
 
-    fields: dict[str, Any] = {name: value for name in ("r", "alpha") if (value := getattr(args, name)) is not None}
+    fields: dict[str, Any] = {
+        name: value for name in ("r", "alpha") if (value := getattr(args, name)) is not None
+    }
     if args.targets is not None:
         fields["targets"] = targets_of(args.targets)
     for text in args.set:
@@ -104,16 +144,36 @@ def _inputs(model: Any, args: argparse.Namespace) -> Any:
     if getattr(model, "main_input_name", "") != "input_ids":
         raise ConfigError(f"--tokens: {type(model).__name__} does not read tokens.")
     ids = torch.zeros(args.batch, args.tokens, dtype=torch.int64, device="meta")
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+    return {
+        "input_ids": ids,
+        **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}),
+    }
 
 
 def _memory_text(memory: Any, args: argparse.Namespace, size: Any) -> str:
-    parts = [("base weights", memory.base, args.dtype), ("adapter", memory.trained, "with shared matrices"),
-             ("gradients", memory.gradients, ""), ("AdamW state", memory.optimiser, "two moments")]
+    parts = [
+        ("base weights", memory.base, args.dtype),
+        ("adapter", memory.trained, "with shared matrices"),
+        ("gradients", memory.gradients, ""),
+        ("AdamW state", memory.optimiser, "two moments"),
+    ]
     if memory.activations is not None:
-        parts.append(("activations", memory.activations, f"{args.batch} x {args.tokens} tokens, no checkpointing"))
-    parts.append(("in all", memory.total, "and temporaries" if memory.activations is not None else
-                  "and activations, which --batch and --tokens count"))
+        parts.append(
+            (
+                "activations",
+                memory.activations,
+                f"{args.batch} x {args.tokens} tokens, no checkpointing",
+            )
+        )
+    parts.append(
+        (
+            "in all",
+            memory.total,
+            "and temporaries"
+            if memory.activations is not None
+            else "and activations, which --batch and --tokens count",
+        )
+    )
     lines = ["memory of a training step:"]
     lines += [f"  {name:<13}{size(value):>11}  {note}".rstrip() for name, value, note in parts]
     return "\n".join(lines)

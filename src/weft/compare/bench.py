@@ -1,4 +1,6 @@
-"""One model and one task, opened: runs a training run or a measurement and returns plain JSON values."""
+"""One model and one task, opened: runs a training run or a measurement and returns plain JSON
+values.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from . import measure
 from .budgets import lowest_rank, nearest_rank
 from .plan import RunSpec
 
-SMALL = 20_000_000  # parameters; below it two single-threaded runs side by side beat one run on two threads
+# parameters; below it two single-threaded runs side by side beat one run on two threads
+SMALL = 20_000_000
 TINY = 1_000_000  # below it a GPU only waits for the next kernel
 
 
@@ -51,13 +54,22 @@ class Bench:
         """Facts that the planning needs: fingerprints, head, sizes, notes."""
         facts = self.task.facts()
         return {
-            "context": {"device": self.device.type, "weft": __version__, "torch": torch.__version__, **facts.fingerprints},
+            "context": {
+                "device": self.device.type,
+                "weft": __version__,
+                "torch": torch.__version__,
+                **facts.fingerprints,
+            },
             "head": list(self.head),
             "narrowest": self._narrowest(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine() + " CPU",
+            "device": torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else platform.machine() + " CPU",
             **{name: getattr(facts, name) for name in ("kind", "metric", "chosen_by", "lowest")},
-            "sizes": dict(facts.sizes), "classes": list(facts.classes), "notes": list(facts.notes),
+            "sizes": dict(facts.sizes),
+            "classes": list(facts.classes),
+            "notes": list(facts.notes),
         }
 
     def _narrowest(self) -> int:
@@ -69,11 +81,22 @@ class Bench:
             detach(self.model)
 
     def run(self, spec: RunSpec, save_to: Path | None = None) -> dict[str, Any]:
-        """Train and score. A run whose audit fails or whose loss diverges is a result too, with its reason."""
+        """Train and score. A run whose audit fails or whose loss diverges is a result too, with its
+        reason.
+        """
         started = time.perf_counter()
-        head_lr = spec.head_lr if self.head else spec.lr  # a head that is not new is a tensor like the others
-        recipe = Recipe(steps=spec.steps, batch=spec.batch, lr=spec.lr, head_lr=head_lr, seed=spec.seed,
-                        warm_up=spec.warm_up, weight_decay=spec.weight_decay)
+        head_lr = (
+            spec.head_lr if self.head else spec.lr
+        )  # a head that is not new is a tensor like the others
+        recipe = Recipe(
+            steps=spec.steps,
+            batch=spec.batch,
+            lr=spec.lr,
+            head_lr=head_lr,
+            seed=spec.seed,
+            warm_up=spec.warm_up,
+            weight_decay=spec.weight_decay,
+        )
         result: dict[str, Any] = {"schema": 1, "spec": asdict(spec)}
         adapter = self.attach_new(spec.config, spec.seed)
         try:
@@ -87,13 +110,18 @@ class Bench:
                 result["bytes"] = _saved_bytes(adapter, save_to)
             result["status"] = "finished"
         except (AuditError, DivergedError) as error:
-            result |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+            result |= {
+                "status": "failed",
+                "reason": f"{type(error).__name__}: {' '.join(str(error).split())}",
+            }
         finally:
             detach(self.model)
         return result | {"seconds": time.perf_counter() - started}
 
     def _own(self, adapter: Adapter) -> int:
-        """Trained numbers of the method itself: without those of a new head, which every method trains."""
+        """Trained numbers of the method itself: without those of a new head, which every method
+        trains.
+        """
         return adapter.num_parameters - (adapter.num_head_parameters if self.head else 0)
 
     def attach_new(self, config: Mapping[str, Any], seed: int) -> Adapter:
@@ -101,10 +129,14 @@ class Bench:
         renew(self.model, self.head, seed)
         return attach(self.model, methods.from_json(dict(config)))
 
-    def ranks(self, configs: Mapping[str, Mapping[str, Any]], target: int | None, most: int) -> dict[str, Any]:
-        """By label the rank whose trained numbers come nearest to `target`, and their number: {"target", "rows"}.
+    def ranks(
+        self, configs: Mapping[str, Mapping[str, Any]], target: int | None, most: int
+    ) -> dict[str, Any]:
+        """By label the rank whose trained numbers come nearest to `target`, and their number:
+        {"target", "rows"}.
 
-        target=None means the number of the first, which keeps its rank, and must be one that can be attached.
+        target=None means the number of the first, which keeps its rank, and must be one that can be
+        attached.
         """
         rows: dict[str, dict[str, Any]] = {}
         for label, config in configs.items():
@@ -122,7 +154,9 @@ class Bench:
         rank = config.get("r")
         if rank is not None and target is not None:
             low = lowest_rank(methods.from_json(dict(config)))
-            rank = nearest_rank(cache(lambda r: self._count({**config, "r": r})), target, low, max(low, most))
+            rank = nearest_rank(
+                cache(lambda r: self._count({**config, "r": r})), target, low, max(low, most)
+            )
             config = {**config, "r": rank}
         return {"r": rank, "trainable": self._count(config)}
 
@@ -144,10 +178,15 @@ class Bench:
 
 
 def _tested(task: OpenTask) -> dict[str, Any]:
-    """The test split's score; which examples are right, where that makes the score; all metrics, where there are several."""
+    """The test split's score; which examples are right, where that makes the score; all metrics,
+    where there are several.
+    """
     found = task.test()
     several = {"scores": dict(found.scores), "reasons": dict(found.reasons)} if found.scores else {}
-    return {"test": {**asdict(found.score), **several}, **({"right": found.right} if found.right is not None else {})}
+    return {
+        "test": {**asdict(found.score), **several},
+        **({"right": found.right} if found.right is not None else {}),
+    }
 
 
 def _saved_bytes(adapter: Adapter, path: Path) -> int:
@@ -167,8 +206,12 @@ def open_bench(opening: Opening) -> Bench:
 
 
 def choose_device(asked: str, parameters: int) -> torch.device:
-    """"auto" is CUDA where there is one and the model is worth it. Raises WeftError for a device that is not there."""
+    """ "auto" is CUDA where there is one and the model is worth it. Raises WeftError for a device
+    that is not there.
+    """
     there = torch.cuda.is_available()
     if asked == "cuda" and not there:
         raise WeftError("--device cuda: torch sees no CUDA device here. See `weft doctor`.")
-    return torch.device("cuda" if asked == "cuda" or (asked == "auto" and there and parameters >= TINY) else "cpu")
+    return torch.device(
+        "cuda" if asked == "cuda" or (asked == "auto" and there and parameters >= TINY) else "cpu"
+    )

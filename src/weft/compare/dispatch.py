@@ -11,12 +11,16 @@ from ..errors import WeftError
 from .pool import Pool, Worker
 
 ATTEMPTS = 2  # an order whose worker dies is tried once more
-POLL = 1.0  # seconds after which it is asked anew what there is to do, since others may work on it too
+POLL = (
+    1.0  # seconds after which it is asked anew what there is to do, since others may work on it too
+)
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is told to do; `key` names the result, and no two orders of one key run at a time."""
+    """What a worker is told to do; `key` names the result, and no two orders of one key run at a
+    time.
+    """
 
     key: str
     message: Mapping[str, Any]
@@ -26,8 +30,9 @@ class Order:
 class Jobs:
     """What a crew works on. `orders` gives those that may start now; `finished` gets their results.
 
-    `take` claims an order from others who have the same ones, False where they were faster, and `elsewhere` says whether
-    they still have some. `attempts`: how often a crew hands out an order whose worker dies before that is its result.
+    `take` claims an order from others who have the same ones, False where they were faster, and
+    `elsewhere` says whether they still have some. `attempts`: how often a crew hands out an order
+    whose worker dies before that is its result.
     """
 
     orders: Callable[[], Sequence[Order]]
@@ -39,7 +44,9 @@ class Jobs:
 
 @dataclass
 class Crew:
-    """The workers of one comparison. `opening` is what every worker opens; `size` is how many there should be."""
+    """The workers of one comparison. `opening` is what every worker opens; `size` is how many there
+    should be.
+    """
 
     pool: Pool
     opening: Mapping[str, Any]
@@ -47,21 +54,27 @@ class Crew:
     description: dict[str, Any] = field(default_factory=dict)
 
     def open_first(self) -> dict[str, Any]:
-        """Start one worker and return what it found. Raises WeftError with the reason why it could not open."""
+        """Start one worker and return what it found. Raises WeftError with the reason why it could
+        not open.
+        """
         self.pool.add(self.opening)
         while not self.description:
             self._opened(*self.pool.wait())
         return self.description
 
     def work(self, jobs: Jobs) -> None:
-        """Hand out orders until there are none, here or elsewhere; every result makes its order go away.
+        """Hand out orders until there are none, here or elsewhere; every result makes its order go
+        away.
 
-        A result is what the worker answered, or {"status": "failed", "reason": ..., "lost": True} where there is no answer.
+        A result is what the worker answered, or {"status": "failed", "reason": ..., "lost": True}
+        where there is no answer.
         """
         deaths: Counter[str] = Counter()
         while True:
             waiting = jobs.orders()
-            for _ in range(min(self.size, len(waiting) + len(self._running())) - len(self.pool.workers)):
+            for _ in range(
+                min(self.size, len(waiting) + len(self._running())) - len(self.pool.workers)
+            ):
                 self.pool.add(self.opening)
             self._hand_out(waiting, jobs)
             if not waiting and not self._running() and not jobs.elsewhere():
@@ -83,7 +96,9 @@ class Crew:
                     continue
                 tried = f" (tried {jobs.attempts} times)" if jobs.attempts > 1 else ""
                 message = {"error": message["died"] + tried}
-            jobs.finished(order, message["answer"] if "answer" in message else _lost(message["error"]))
+            jobs.finished(
+                order, message["answer"] if "answer" in message else _lost(message["error"])
+            )
 
     def shrink(self) -> None:
         """One worker stays, and no other process of ours takes time from it."""
@@ -103,26 +118,36 @@ class Crew:
                 worker.send(order.message)
 
     def _running(self) -> set[str]:
-        return {worker.job.key for worker in self.pool.workers.values() if isinstance(worker.job, Order)}
+        return {
+            worker.job.key for worker in self.pool.workers.values() if isinstance(worker.job, Order)
+        }
 
     def _replace(self, worker: Worker) -> None:
         self.pool.remove(worker.number)
         self.pool.add(self.opening)
 
     def _opened(self, worker: Worker, message: Mapping[str, Any]) -> None:
-        """A worker is ready, or cannot be: then the others go on without it, if there are others."""
+        """A worker is ready, or cannot be: then the others go on without it, if there are
+        others.
+        """
         if "answer" in message:
             worker.job = None
             self.description = self.description or dict(message["answer"])
             if message["answer"]["context"] != self.description["context"]:
-                raise WeftError("the model or the data changed while the comparison was running: "
-                                f"{message['answer']['context']} is not {self.description['context']}.")
+                raise WeftError(
+                    "the model or the data changed while the comparison was running: "
+                    f"{message['answer']['context']} is not {self.description['context']}."
+                )
             return
         self.pool.remove(worker.number)
         self.size = max(1, len(self.pool.workers))
         if not self.pool.workers:
             reason = message.get("died") or message["error"]
-            raise WeftError(reason if message.get("expected") else f"no worker process could be started: {reason}")
+            raise WeftError(
+                reason
+                if message.get("expected")
+                else f"no worker process could be started: {reason}"
+            )
 
 
 def _lost(reason: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from ..errors import ConfigError
 
 DEFAULT = ("full", "head", "bitfit", "lora", "vera", "dora", "dvora")
 
-# Peak rates tried for a method on the embedded task; the grid grows by itself where the best lies at its edge.
+# Peak rates tried for a method on the embedded task; the grid grows by itself where the best lies
+# at its edge.
 LRS = {
     "Full": (1e-3, 3e-3, 1e-2),
     "Head": (1e-2, 3e-2, 1e-1),
@@ -39,9 +40,11 @@ GROW = 3  # times that a grid may grow
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table: its name, its configuration (without head and seed), and the rates to try.
+    """One row of the table: its name, its configuration (without head and seed), and the rates to
+    try.
 
-    `steps` are those of its runs where they are its own; `refused` says why nothing of it can be trained.
+    `steps` are those of its runs where they are its own; `refused` says why nothing of it can be
+    trained.
     """
 
     label: str
@@ -57,7 +60,9 @@ class Entry:
         return type(self.config).__name__
 
     def with_head(self, head: Sequence[str], seed: int) -> Any:
-        """The configuration of a run: the new head is trained in full beside the method, with the run's seed."""
+        """The configuration of a run: the new head is trained in full beside the method, with the
+        run's seed.
+        """
         fields = {"modules_to_save": tuple(head)}
         if hasattr(self.config, "seed"):
             return replace(self.config, **fields, seed=seed)
@@ -65,11 +70,15 @@ class Entry:
 
 
 def parse_methods(text: str) -> list[Entry]:
-    """`lora,vera:r=64,dora:r=4:alpha=8` as entries. Raises ConfigError: unknown names and fields, rows named alike."""
+    """`lora,vera:r=64,dora:r=4:alpha=8` as entries. Raises ConfigError: unknown names and fields,
+    rows named alike.
+    """
     entries: list[Entry] = []
     for part in (p.strip() for p in split(text, ",")):
         if not part:
-            raise ConfigError(f"--methods {text!r}: a name is missing between two commas. Methods: {_names()}.")
+            raise ConfigError(
+                f"--methods {text!r}: a name is missing between two commas. Methods: {_names()}."
+            )
         name, *settings = split(part, ":")
         fields = dict(_setting(setting, part) for setting in settings)
         for own in ("modules_to_save", "seed"):
@@ -80,7 +89,9 @@ def parse_methods(text: str) -> list[Entry]:
         label = " ".join([cls.__name__, *(f"{key}={value}" for key, value in fields.items())])
         if any(entry.label == label for entry in entries):
             raise ConfigError(f"--methods {text!r}: {label!r} is there twice.")
-        entries.append(Entry(label, config, LRS.get(cls.__name__, OTHER_LRS), given=frozenset(fields)))
+        entries.append(
+            Entry(label, config, LRS.get(cls.__name__, OTHER_LRS), given=frozenset(fields))
+        )
     return entries
 
 
@@ -99,7 +110,9 @@ def split(text: str, mark: str) -> list[str]:
 def _setting(text: str, part: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key or not value:
-        raise ConfigError(f"--methods {part!r}: write fields as name=value, for example lora:r=4:alpha=8.")
+        raise ConfigError(
+            f"--methods {part!r}: write fields as name=value, for example lora:r=4:alpha=8."
+        )
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -111,15 +124,19 @@ def _names() -> str:
 
 
 def with_lrs(entries: Sequence[Entry], overrides: Sequence[str]) -> list[Entry]:
-    """Apply `--lr METHOD=RATE,RATE` options: exactly these rates, without growing. Raises ConfigError."""
+    """Apply `--lr METHOD=RATE,RATE` options: exactly these rates, without growing. Raises
+    ConfigError.
+    """
     given: dict[str, tuple[float, ...]] = {}
     known = {name.lower(): name for e in entries for name in (e.method, e.label)}
     for text in overrides:
         name, equals, rates = text.rpartition("=")
         if not equals or name.lower() not in known:
             near = get_close_matches(name.lower(), known, n=2) or sorted(known)
-            raise ConfigError(f"--lr {text!r}: write METHOD=RATE,RATE with a method of this comparison. "
-                              f"Nearest: {near}.")
+            raise ConfigError(
+                f"--lr {text!r}: write METHOD=RATE,RATE with a method of this comparison. "
+                f"Nearest: {near}."
+            )
         given[known[name.lower()]] = _rates(text, rates)
     out = []
     for entry in entries:
@@ -141,14 +158,17 @@ def _rates(text: str, rates: str) -> tuple[float, ...]:
 def fit(entries: Sequence[Entry], narrowest: int) -> tuple[list[Entry], list[str]]:
     """Entries for a model whose narrowest adapted layer has this many inputs, and notes.
 
-    VeRA's default rank of 256 makes no sense on layers narrower than that: its random rows could not be independent.
-    A rank that was asked for stays.
+    VeRA's default rank of 256 makes no sense on layers narrower than that: its random rows could
+    not be independent. A rank that was asked for stays.
     """
     out, notes = [], []
     for entry in entries:
         default = entry.label == entry.method and entry.method in ("VeRA", "DVoRA")
         if default and entry.config.r > narrowest:
-            notes.append(f"{entry.label}: r={narrowest} (the narrowest adapted layer) in place of {entry.config.r}.")
+            notes.append(
+                f"{entry.label}: r={narrowest} (the narrowest adapted layer) in place of "
+                f"{entry.config.r}."
+            )
             entry = replace(entry, config=replace(entry.config, r=narrowest))
         out.append(entry)
     return out, notes
@@ -163,7 +183,9 @@ def rate(value: float) -> str:
 
 
 def grown(lrs: Sequence[float], best: float) -> float | None:
-    """The next rate beyond the edge that `best` lies on, by the grid's 1, 3, 10 rhythm; None inside the grid."""
+    """The next rate beyond the edge that `best` lies on, by the grid's 1, 3, 10 rhythm; None inside
+    the grid.
+    """
     if best == min(lrs):
         return _neighbour(best, -1)
     return _neighbour(best, 1) if best == max(lrs) else None

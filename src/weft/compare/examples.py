@@ -1,8 +1,8 @@
 """How far a method is behind on the test examples, paired: both answered the same ones.
 
-The t-test over seeds asks what other seeds would give on these examples; this asks what these runs would give on other
-examples of their kind. One cannot stand for the other, so both are said, and a row that either finds worse is not
-recommended.
+The t-test over seeds asks what other seeds would give on these examples; this asks what these runs
+would give on other examples of their kind. One cannot stand for the other, so both are said, and a
+row that either finds worse is not recommended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Gap:
-    """Share of the examples by which the other answers fewer right; `interval` is of 95 %, by the bootstrap."""
+    """Share of the examples by which the other answers fewer right; `interval` is of 95 %, by the
+    bootstrap.
+    """
 
     mean: float
     interval: tuple[float, float]
@@ -27,9 +29,11 @@ class Gap:
 
 
 def gap(best: Sequence[str], other: Sequence[str]) -> Gap | None:
-    """From answers by seed, "1" right and "0" wrong, in the order of the examples; None where they are not the same ones.
+    """From answers by seed, "1" right and "0" wrong, in the order of the examples; None where they
+    are not the same ones.
 
-    An example counts with its mean over the seeds; examples are drawn with replacement and keep all their answers.
+    An example counts with its mean over the seeds; examples are drawn with replacement and keep all
+    their answers.
     """
     lengths = {len(answers) for answers in (*best, *other)}
     if len(lengths) != 1 or min(lengths) < 2 or len(best) != len(other):
@@ -40,8 +44,15 @@ def gap(best: Sequence[str], other: Sequence[str]) -> Gap | None:
         return Gap(mean, (mean, mean), len(behind))
     from scipy import stats
 
-    found = stats.bootstrap((behind,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, batch=BATCH,
-                            method="percentile", random_state=np.random.default_rng(0)).confidence_interval
+    found = stats.bootstrap(
+        (behind,),
+        np.mean,
+        confidence_level=CONFIDENCE,
+        n_resamples=RESAMPLES,
+        batch=BATCH,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
     return Gap(mean, (float(found.low), float(found.high)), len(behind))
 
 

@@ -1,4 +1,6 @@
-"""Locks that all processes of one comparison share, and that the system takes back when their holder dies."""
+"""Locks that all processes of one comparison share, and that the system takes back when their
+holder dies.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def file_lock(folder: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def postgres_lock(engine: Any, name: str) -> Iterator[None]:
-    """Among the sessions of one database: an advisory lock, which PostgreSQL frees with the connection."""
+    """Among the sessions of one database: an advisory lock, which PostgreSQL frees with the
+    connection.
+    """
     from sqlalchemy import text
 
     number = {"number": int.from_bytes(sha256(name.encode()).digest()[:8], "big", signed=True)}

@@ -1,4 +1,6 @@
-"""The report as one HTML page that needs nothing else: its pictures and its style are in it, and nothing is fetched."""
+"""The report as one HTML page that needs nothing else: its pictures and its style are in it, and
+nothing is fetched.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,27 @@ def page(heading: str, sections: Sequence[Section], pictures: Mapping[str, bytes
         body.append(f"<section>\n<h2>{escape(section.title)}</h2>")
         body += _parts(section.parts, pictures)
         body.append("</section>")
-    return "\n".join(["<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
-                      '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                      f"<title>{escape(heading)}</title>", f"<style>\n{STYLE}\n</style>", "</head>", "<body>", "<main>",
-                      *body, "</main>", "</body>", "</html>"]) + "\n"
+    return (
+        "\n".join(
+            [
+                "<!doctype html>",
+                '<html lang="en">',
+                "<head>",
+                '<meta charset="utf-8">',
+                '<meta name="viewport" content="width=device-width, initial-scale=1">',
+                f"<title>{escape(heading)}</title>",
+                f"<style>\n{STYLE}\n</style>",
+                "</head>",
+                "<body>",
+                "<main>",
+                *body,
+                "</main>",
+                "</body>",
+                "</html>",
+            ]
+        )
+        + "\n"
+    )
 
 
 def _parts(parts: Sequence[Part], pictures: Mapping[str, bytes]) -> list[str]:
@@ -56,29 +75,48 @@ def _part(part: Part, pictures: Mapping[str, bytes]) -> str:
         return _table(part, "table")
     if isinstance(part, Picture):
         data = b64encode(pictures[part.file]).decode("ascii")
-        return (f'<figure><img alt="{escape(part.caption)}" src="data:image/png;base64,{data}">\n'
-                f"<figcaption>{escape(part.caption)}</figcaption></figure>")
+        return (
+            f'<figure><img alt="{escape(part.caption)}" src="data:image/png;base64,{data}">\n'
+            f"<figcaption>{escape(part.caption)}</figcaption></figure>"
+        )
     if isinstance(part, Items):
         return "\n".join(["<ul>", *(f"<li>{escape(line)}</li>" for line in part.lines), "</ul>"])
     if isinstance(part, Code):
         return f"<pre><code>{escape(part.text)}</code></pre>"
     if isinstance(part, Fold):
         opened = " open" if part.open else ""
-        return (f"<details{opened}><summary>{escape(part.title)}</summary>\n{_table(part.table, part.title)}\n</details>")
+        return f"<details{opened}><summary>{escape(part.title)}</summary>\n{_table(part.table, part.title)}\n</details>"
     return f"<p>{escape(part)}</p>"
 
 
 def _table(table: Table, name: str) -> str:
-    """In a box that scrolls by itself where it is wider than the page; the keyboard can reach it."""
-    head = "".join(f'<th scope="col"{_words(table, place)}>{escape(cell)}</th>' for place, cell in enumerate(table.header))
+    """In a box that scrolls by itself where it is wider than the page; the keyboard can reach
+    it.
+    """
+    head = "".join(
+        f'<th scope="col"{_words(table, place)}>{escape(cell)}</th>'
+        for place, cell in enumerate(table.header)
+    )
     rows = []
     for number, row in enumerate(table.rows):
         cells = [f'<th scope="row" class="words">{escape(row[0])}</th>']
-        cells += [f"<td{_words(table, place)}>{escape(cell)}</td>" for place, cell in enumerate(row) if place]
+        cells += [
+            f"<td{_words(table, place)}>{escape(cell)}</td>"
+            for place, cell in enumerate(row)
+            if place
+        ]
         strong = ' class="strong"' if number in table.strong else ""
         rows.append(f"<tr{strong}>{''.join(cells)}</tr>")
-    return "\n".join([f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name)}"><table>',
-                      f"<thead><tr>{head}</tr></thead>", "<tbody>", *rows, "</tbody>", "</table></div>"])
+    return "\n".join(
+        [
+            f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name)}"><table>',
+            f"<thead><tr>{head}</tr></thead>",
+            "<tbody>",
+            *rows,
+            "</tbody>",
+            "</table></div>",
+        ]
+    )
 
 
 def _words(table: Table, place: int) -> str:

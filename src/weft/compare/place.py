@@ -1,4 +1,6 @@
-"""Where the study of a comparison is: a SQLite file in the output directory, or a PostgreSQL database."""
+"""Where the study of a comparison is: a SQLite file in the output directory, or a PostgreSQL
+database.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ FILE, NAME = "study.db", "weft-compare"
 LOCK = "study"
 WAIT = 60.0  # seconds that one process waits for another's write to a SQLite file
 DRIVER = "postgresql+psycopg"
-# Times are compared in the database's clock, and so in one zone. Of a machine that is cut off, PostgreSQL learns within
-# two minutes and frees its locks; without these settings the kernel's default is two hours.
+# Times are compared in the database's clock, and so in one zone. Of a machine that is cut off,
+# PostgreSQL learns within two minutes and frees its locks; without these settings the kernel's
+# default is two hours.
 SESSION = "-c timezone=utc -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=15 -c tcp_keepalives_count=6"
 
 
@@ -47,13 +50,19 @@ class Place:
             return self.url, {"pool_pre_ping": True, "connect_args": {"options": SESSION}}
         from sqlalchemy.pool import NullPool
 
-        def connect() -> sqlite3.Connection:  # a path in the URL would have to be spelt otherwise where it has ? or %
+        def connect() -> (
+            sqlite3.Connection
+        ):  # a path in the URL would have to be spelt otherwise where it has ? or %
             return sqlite3.connect(self.file, timeout=WAIT, check_same_thread=False)
 
         return "sqlite:///study.db", {"creator": connect, "poolclass": NullPool}
 
     def lock(self, engine: Any, what: str = LOCK) -> AbstractContextManager[None]:
-        return file_lock(self.out, what) if self.url is None else postgres_lock(engine, f"{self.name} {what}")
+        return (
+            file_lock(self.out, what)
+            if self.url is None
+            else postgres_lock(engine, f"{self.name} {what}")
+        )
 
 
 def parse_study(text: str) -> tuple[str, str]:
@@ -67,8 +76,11 @@ def parse_study(text: str) -> tuple[str, str]:
     except ArgumentError:
         read = None
     if read is None or read.drivername not in ("postgresql", DRIVER) or not read.database:
-        raise ConfigError(f"--study: write {DRIVER}://user:password@host/database, or the same with #NAME for one of "
-                          "several studies in a database. Without --study the study is a file in --out.")
+        raise ConfigError(
+            f"--study: write {DRIVER}://user:password@host/database, or the same with #NAME for "
+            "one of "
+            "several studies in a database. Without --study the study is a file in --out."
+        )
     import psycopg  # noqa: F401 - so that a missing driver is told now
 
     return read.set(drivername=DRIVER).render_as_string(hide_password=False), name or NAME
@@ -83,6 +95,12 @@ def reached(place: Place) -> Iterator[None]:
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:
-        cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+        cause = (
+            error.__cause__
+            if isinstance(error, StorageInternalError) and error.__cause__
+            else error
+        )
         said = " ".join(str(getattr(cause, "orig", None) or cause).split())
-        raise WeftError(f"the study {place} cannot be used: {said}. What had finished is in it.") from None
+        raise WeftError(
+            f"the study {place} cannot be used: {said}. What had finished is in it."
+        ) from None

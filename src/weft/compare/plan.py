@@ -1,7 +1,9 @@
-"""Which runs are still to be done: a function of what was asked and of what has finished, and of nothing else.
+"""Which runs are still to be done: a function of what was asked and of what has finished, and of
+nothing else.
 
-First every method's learning rates are tried with tuning seeds and scored on the validation split. Then the best rate
-is trained with the test seeds and scored once on the test split. A tuning run never sees the test split.
+First every method's learning rates are tried with tuning seeds and scored on the validation split.
+Then the best rate is trained with the test seeds and scored once on the test split. A tuning run
+never sees the test split.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was asked, resolved against the model: `context` holds fingerprints of model, splits and versions."""
+    """What was asked, resolved against the model: `context` holds fingerprints of model, splits and
+    versions.
+    """
 
     entries: Sequence[Entry]
     head: tuple[str, ...]
@@ -60,8 +64,18 @@ class Sweep:
 
     def spec(self, entry: Entry, lr: float, seed: int, purpose: str) -> RunSpec:
         config = methods.to_json(entry.with_head(self.head, seed))
-        return RunSpec(entry.label, config, lr, self.head_lr, seed, entry.steps or self.steps, self.batch, purpose,
-                       self.warm_up, self.weight_decay)
+        return RunSpec(
+            entry.label,
+            config,
+            lr,
+            self.head_lr,
+            seed,
+            entry.steps or self.steps,
+            self.batch,
+            purpose,
+            self.warm_up,
+            self.weight_decay,
+        )
 
     def key(self, spec: RunSpec) -> str:
         return spec.key(self.context)
@@ -69,10 +83,14 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Where a method's tuning stands. `lr` is None while runs are missing, or where every rate failed (`failed`)."""
+    """Where a method's tuning stands. `lr` is None while runs are missing, or where every rate
+    failed (`failed`).
+    """
 
     tried: tuple[float, ...]
-    scores: Mapping[float, tuple[float, float]]  # rate -> mean validation score and loss, of rates that did not fail
+    scores: Mapping[
+        float, tuple[float, float]
+    ]  # rate -> mean validation score and loss, of rates that did not fail
     missing: tuple[RunSpec, ...] = ()
     lr: float | None = None
     edge: bool = False
@@ -80,7 +98,8 @@ class Tuned:
 
 
 def tune(sweep: Sweep, entry: Entry, done: Results) -> Tuned:
-    """Choose the rate with the best mean validation score (then the lower loss), growing the grid at its edges.
+    """Choose the rate with the best mean validation score (then the lower loss), growing the grid
+    at its edges.
 
     The best score is the highest, or the lowest where `sweep.chosen_by` says so.
     """
@@ -90,18 +109,31 @@ def tune(sweep: Sweep, entry: Entry, done: Results) -> Tuned:
     tried = tuple(sorted(entry.lrs))
     for turn in range(GROW + 1):
         specs = {lr: [sweep.spec(entry, lr, seed, "tune") for seed in TUNING_SEEDS] for lr in tried}
-        missing = tuple(s for place in range(len(TUNING_SEEDS)) for lr in tried
-                        for s in (specs[lr][place],) if sweep.key(s) not in done)
+        missing = tuple(
+            s
+            for place in range(len(TUNING_SEEDS))
+            for lr in tried
+            for s in (specs[lr][place],)
+            if sweep.key(s) not in done
+        )
         if missing:
             return Tuned(tried, {}, missing)
         runs = {lr: [done[sweep.key(s)] for s in specs[lr]] for lr in tried}
         lost = next((run["reason"] for of in runs.values() for run in of if run.get("lost")), None)
         if lost is not None:  # a rate chosen among the others would not be the best of the grid
             return Tuned(tried, {}, failed=f"a tuning run was lost: {lost}")
-        scores = {lr: _mean(of) for lr, of in runs.items() if all(run["status"] == "finished" for run in of)}
+        scores = {
+            lr: _mean(of)
+            for lr, of in runs.items()
+            if all(run["status"] == "finished" for run in of)
+        }
         if not scores:
-            reason = next(run["reason"] for of in runs.values() for run in of if run["status"] != "finished")
-            return Tuned(tried, scores, failed=f"every learning rate failed, the first with: {reason}")
+            reason = next(
+                run["reason"] for of in runs.values() for run in of if run["status"] != "finished"
+            )
+            return Tuned(
+                tried, scores, failed=f"every learning rate failed, the first with: {reason}"
+            )
         best = max(scores, key=lambda lr: (sign * scores[lr][0], -scores[lr][1]))
         beyond = grown(tried, best) if entry.grows else None
         if beyond is None or turn == GROW:
@@ -113,7 +145,9 @@ def tune(sweep: Sweep, entry: Entry, done: Results) -> Tuned:
 
 def _mean(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     n = len(runs)
-    return sum(r["validation"]["score"] for r in runs) / n, sum(r["validation"]["loss"] for r in runs) / n
+    return sum(r["validation"]["score"] for r in runs) / n, sum(
+        r["validation"]["loss"] for r in runs
+    ) / n
 
 
 def finals(sweep: Sweep, entry: Entry, lr: float) -> list[RunSpec]:
@@ -122,7 +156,9 @@ def finals(sweep: Sweep, entry: Entry, lr: float) -> list[RunSpec]:
 
 
 def missing(sweep: Sweep, done: Results) -> list[RunSpec]:
-    """The runs that can start now, the methods taking turns so that the time left can be told early."""
+    """The runs that can start now, the methods taking turns so that the time left can be told
+    early.
+    """
     waiting: list[list[RunSpec]] = []
     for entry in sweep.entries:
         tuned = tune(sweep, entry, done)

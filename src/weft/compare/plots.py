@@ -1,4 +1,6 @@
-"""The pictures of a comparison: the score against what a method costs, its learning rates, and the training curves."""
+"""The pictures of a comparison: the score against what a method costs, its learning rates, and the
+training curves.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,19 @@ import numpy as np
 from .labels import label_ends, label_points
 from .results import Comparison, Row
 
-SCORES, STEP_TIME, MEMORY, RATES, CURVES = "scores.png", "step-time.png", "memory.png", "learning-rates.png", "curves.png"
-SIZE, DPI = (6.4, 4.0), 187.5  # small, so that the letters can be read where the picture is as wide as a phone
-# Okabe and Ito's colours, which colour-blind readers can tell apart; line styles take over where they run out.
+SCORES, STEP_TIME, MEMORY, RATES, CURVES = (
+    "scores.png",
+    "step-time.png",
+    "memory.png",
+    "learning-rates.png",
+    "curves.png",
+)
+SIZE, DPI = (
+    (6.4, 4.0),
+    187.5,
+)  # small, so that the letters can be read where the picture is as wide as a phone
+# Okabe and Ito's colours, which colour-blind readers can tell apart; line styles take over where
+# they run out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 GREY = "#666666"
@@ -22,8 +34,8 @@ Paint = Callable[[Any, Comparison, Sequence[Row]], None]
 
 
 def draw(found: Comparison, out: Path) -> list[str]:
-    """Write the pictures into `out` and return their names; a picture has the rows that have what it shows, and one
-    that would be empty is not written (nor kept from an earlier time).
+    """Write the pictures into `out` and return their names; a picture has the rows that have what
+    it shows, and one that would be empty is not written (nor kept from an earlier time).
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -48,13 +60,19 @@ def _pictures(found: Comparison) -> list[tuple[str, Paint, list[Row]]]:
         (SCORES, _scores, scored),
         (STEP_TIME, _step_time, [row for row in scored if "step_ratio" in row.cost]),
         (MEMORY, _memory, [row for row in scored if "peak_bytes" in row.cost]),
-        (RATES, _rates, [row for row in found.rows if any(score is not None for score in row.tried.values())]),
+        (
+            RATES,
+            _rates,
+            [row for row in found.rows if any(score is not None for score in row.tried.values())],
+        ),
         (CURVES, _curves, [row for row in scored if row.curves]),
     ]
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Whole or not at all, like every file of a comparison; no date, so that equal data give equal files."""
+    """Whole or not at all, like every file of a comparison; no date, so that equal data give equal
+    files.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", metadata={"Software": None})
     temporary.replace(path)
@@ -63,7 +81,10 @@ def _save(figure: Any, path: Path) -> None:
 def _look(found: Comparison, row: Row) -> dict[str, Any]:
     """The same colour and line for a row in all pictures."""
     place = [other.label for other in found.rows].index(row.label)
-    return {"color": COLOURS[place % len(COLOURS)], "linestyle": STYLES[place // len(COLOURS) % len(STYLES)]}
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "linestyle": STYLES[place // len(COLOURS) % len(STYLES)],
+    }
 
 
 def _scores(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
@@ -71,8 +92,16 @@ def _scores(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
     for row in rows:
         if not row.trainable:
             axes.axhline(_percent(row.mean), color=GREY, linewidth=1, linestyle="--", zorder=1)
-            axes.annotate(f"{row.label} (nothing but the head)", (1, _percent(row.mean)), (-2, 3), color=GREY,
-                          ha="right", fontsize=9, xycoords=("axes fraction", "data"), textcoords="offset points")
+            axes.annotate(
+                f"{row.label} (nothing but the head)",
+                (1, _percent(row.mean)),
+                (-2, 3),
+                color=GREY,
+                ha="right",
+                fontsize=9,
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+            )
     points = [(row, float(row.trainable)) for row in rows if row.trainable]
     axes.set_xlabel("trainable parameters" + (", without the head" if found.head else ""))
     _against(axes, found, points, _parameter_axis)
@@ -88,18 +117,35 @@ def _memory(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
     _against(axes, found, [(row, row.cost["peak_bytes"] / 2**20) for row in rows], _plain_axis)
 
 
-def _against(axes: Any, found: Comparison, points: Sequence[tuple[Row, float]], scale: Callable[[Any], None]) -> None:
+def _against(
+    axes: Any, found: Comparison, points: Sequence[tuple[Row, float]], scale: Callable[[Any], None]
+) -> None:
     """Mean test scores with their intervals over a cost of the method."""
     for row, x in points:
-        axes.errorbar(x, _percent(row.mean), yerr=_half(row), fmt="o", capsize=4, markersize=6,
-                      color=_look(found, row)["color"], zorder=3)
+        axes.errorbar(
+            x,
+            _percent(row.mean),
+            yerr=_half(row),
+            fmt="o",
+            capsize=4,
+            markersize=6,
+            color=_look(found, row)["color"],
+            zorder=3,
+        )
     if points:
         scale(axes)
     axes.set_ylabel(f"{found.metric} on the test split" + (", %" if found.scored_by.unit else ""))
-    _title(axes, found, "mean" + (f" and 95 % t-interval over {found.seeds} seeds" if found.seeds > 1 else
-                                  " of one seed"))
-    label_points(axes, [(x, _percent(row.mean), row.label, _look(found, row)["color"]) for row, x in points],
-                 [_half(row) or 0.0 for row, _ in points])
+    _title(
+        axes,
+        found,
+        "mean"
+        + (f" and 95 % t-interval over {found.seeds} seeds" if found.seeds > 1 else " of one seed"),
+    )
+    label_points(
+        axes,
+        [(x, _percent(row.mean), row.label, _look(found, row)["color"]) for row, x in points],
+        [_half(row) or 0.0 for row, _ in points],
+    )
 
 
 def _title(axes: Any, found: Comparison, what: str) -> None:
@@ -112,7 +158,9 @@ def _plain_axis(axes: Any) -> None:
 
 
 def _parameter_axis(axes: Any) -> None:
-    """Logarithmic, with 2k, 5k, 10k for 2,000 and so on; 2 and 5 are labelled where the range is short."""
+    """Logarithmic, with 2k, 5k, 10k for 2,000 and so on; 2 and 5 are labelled where the range is
+    short.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
@@ -134,24 +182,49 @@ def short_count(value: float) -> str:
 
 
 def _rates(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
-    """Mean validation score of every rate tried; the chosen one is ringed, a failed one is a cross at the worst."""
+    """Mean validation score of every rate tried; the chosen one is ringed, a failed one is a cross
+    at the worst.
+    """
     factor = found.chosen_by.factor
     held = [factor * score for row in rows for score in row.tried.values() if score is not None]
     worst = max(held) if found.chosen_by.lowest else min(held)
     for row in rows:
         look = _look(found, row)
         there = sorted((lr, factor * score) for lr, score in row.tried.items() if score is not None)
-        axes.plot(*zip(*there, strict=True), marker="o", markersize=4, linewidth=1.4, label=row.label, **look)
+        axes.plot(
+            *zip(*there, strict=True),
+            marker="o",
+            markersize=4,
+            linewidth=1.4,
+            label=row.label,
+            **look,
+        )
         chosen = [point for point in there if point[0] == row.lr]
         failed = [lr for lr, score in row.tried.items() if score is None]
-        axes.plot([x for x, _ in chosen], [y for _, y in chosen], marker="o", markersize=11, fillstyle="none",
-                  linestyle="none", color=look["color"])
-        axes.plot(failed, [worst] * len(failed), marker="x", markersize=8, linestyle="none", color=look["color"])
+        axes.plot(
+            [x for x, _ in chosen],
+            [y for _, y in chosen],
+            marker="o",
+            markersize=11,
+            fillstyle="none",
+            linestyle="none",
+            color=look["color"],
+        )
+        axes.plot(
+            failed,
+            [worst] * len(failed),
+            marker="x",
+            markersize=8,
+            linestyle="none",
+            color=look["color"],
+        )
     axes.set_xscale("log")
     axes.set_xlabel("peak learning rate (ringed: chosen; cross: training failed)")
     unit = " (lower is better)" if found.chosen_by.lowest else ", %" if found.chosen_by.unit else ""
     axes.set_ylabel(f"{found.chosen_by.metric} on validation{unit}")
-    _title(axes, found, f"validation {'loss' if found.chosen_by.lowest else 'score'} by learning rate")
+    _title(
+        axes, found, f"validation {'loss' if found.chosen_by.lowest else 'score'} by learning rate"
+    )
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
 
 
@@ -167,7 +240,9 @@ def _curves(axes: Any, found: Comparison, rows: Sequence[Row]) -> None:
         look = _look(found, row)
         axes.plot(steps, smooth.mean(axis=0), linewidth=1.6, **look)
         if len(smooth) > 1:
-            axes.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=look["color"], alpha=0.12, lw=0)
+            axes.fill_between(
+                steps, smooth.min(axis=0), smooth.max(axis=0), color=look["color"], alpha=0.12, lw=0
+            )
         ends.append((float(steps[-1]), float(smooth.mean(axis=0)[-1]), row.label, look["color"]))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(LogFormatter())  # plain numbers

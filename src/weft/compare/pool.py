@@ -25,29 +25,53 @@ class WorkerDied(WeftError):
 class Worker:
     """One process; at most one order at a time. Its answers arrive in the pool's queue."""
 
-    def __init__(self, number: int, log: Path, arrived: queue.Queue[tuple[int, dict[str, Any]]], gpu: str | None) -> None:
+    def __init__(
+        self,
+        number: int,
+        log: Path,
+        arrived: queue.Queue[tuple[int, dict[str, Any]]],
+        gpu: str | None,
+    ) -> None:
         self.number, self.gpu = number, gpu
         self.job: Any = None
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
-        # numpy's and torch's own thread pools would fight over the cores; bench.py raises torch's where it pays
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-                       "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        # numpy's and torch's own thread pools would fight over the cores; bench.py raises torch's
+        # where it pays
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         root = str(Path(weft.__file__).resolve().parent.parent)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (root, os.environ.get("PYTHONPATH")))
+        )
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "weft.compare.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=errors, env=environment, start_new_session=True, text=True, encoding="utf-8")
+                [sys.executable, "-m", "weft.compare.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                start_new_session=True,
+                text=True,
+                encoding="utf-8",
+            )
         self._listener = threading.Thread(target=self._listen, args=(arrived,), daemon=True)
         self._listener.start()
 
     def _listen(self, arrived: queue.Queue[tuple[int, dict[str, Any]]]) -> None:
         if self.process.stdout is not None:
             for line in self.process.stdout:
-                if line.endswith("\n"):  # a worker that is killed while it answers leaves half a line
+                if line.endswith(
+                    "\n"
+                ):  # a worker that is killed while it answers leaves half a line
                     arrived.put((self.number, json.loads(line)))
         code = self.process.wait()
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
@@ -76,7 +100,9 @@ class Pool:
     """Workers by number, and the queue in which their answers arrive. Stops them all on leaving."""
 
     def __init__(self, logs: Path, gpus: Sequence[str] = ()) -> None:
-        """`gpus`: as CUDA_VISIBLE_DEVICES writes them; each worker sees one of them, or with none what we see."""
+        """`gpus`: as CUDA_VISIBLE_DEVICES writes them; each worker sees one of them, or with none
+        what we see.
+        """
         self.logs, self.gpus = logs, gpus
         self.workers: dict[int, Worker] = {}
         self._arrived: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()

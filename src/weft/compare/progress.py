@@ -8,7 +8,9 @@ from typing import Any, TextIO
 
 
 class Progress:
-    """Counts finished work on `stream`. In a terminal a bar with the time left, in a log file plain lines."""
+    """Counts finished work on `stream`. In a terminal a bar with the time left, in a log file plain
+    lines.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -19,20 +21,33 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def start(self, done: int, total: int) -> None:
-        """`done` of `total` are there already, and say nothing about the time that the others take."""
+        """`done` of `total` are there already, and say nothing about the time that the others
+        take.
+        """
         self._done = self._started_at = done
         self._started = time.monotonic()
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, file=self._stream, dynamic_ncols=True, smoothing=0.1,
-                             leave=False, bar_format="{n_fmt}/{total_fmt} |{bar:16}| {remaining} left  {desc}")
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                file=self._stream,
+                dynamic_ncols=True,
+                smoothing=0.1,
+                leave=False,
+                bar_format="{n_fmt}/{total_fmt} |{bar:16}| {remaining} left  {desc}",
+            )
 
     def step(self, done: int, total: int, what: str) -> None:
         """`what` has just finished; the total may have grown."""

@@ -22,7 +22,9 @@ FEWEST = {"steps": AUDIT_AFTER, "batch": 1, **dict.fromkeys(SPLITS, 1)}
 
 @dataclass(frozen=True)
 class Budget:
-    """What is equal, steps of a run, examples of a step, and the most examples of a split that are used (None: all)."""
+    """What is equal, steps of a run, examples of a step, and the most examples of a split that are
+    used (None: all).
+    """
 
     equal: Equal = field(default_factory=Equal)
     steps: int = 150
@@ -52,7 +54,9 @@ class Request:
     workers: int | None = None
     out: Path = Path(OUT)
     resume: bool = False
-    study: tuple[str, str] | None = None  # URL and name of a study in a database; None: a file in `out`
+    study: tuple[str, str] | None = (
+        None  # URL and name of a study in a database; None: a file in `out`
+    )
     retry: bool = False
 
     @property
@@ -63,22 +67,37 @@ class Request:
         check(self.budget.equal, self.entries)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for --resume. Methods, rates and seeds may be added to a comparison."""
+        """What must be the same for --resume. Methods, rates and seeds may be added to a
+        comparison.
+        """
         budget = {name: getattr(self.budget, name) for name in FEWEST}
         test = str(self.task.test) if self.task.test is not None else None
-        return {"model": self.model.name, "task": self.task.name, "--test": test, "--budget": str(self.budget.equal),
-                **{f"--budget {name}": value for name, value in budget.items()}, "--head-lr": self.head_lr,
-                "--warm-up": self.warm_up, "--weight-decay": self.weight_decay}
+        return {
+            "model": self.model.name,
+            "task": self.task.name,
+            "--test": test,
+            "--budget": str(self.budget.equal),
+            **{f"--budget {name}": value for name, value in budget.items()},
+            "--head-lr": self.head_lr,
+            "--warm-up": self.warm_up,
+            "--weight-decay": self.weight_decay,
+        }
 
 
 def default_request(**changes: Any) -> Request:
     """The comparison of `weft compare` without arguments, with some fields changed."""
-    given = {"model": find_model(MODEL), "task": find_task(TASK), "entries": parse_methods(",".join(DEFAULT))}
+    given = {
+        "model": find_model(MODEL),
+        "task": find_task(TASK),
+        "entries": parse_methods(",".join(DEFAULT)),
+    }
     return Request(**{**given, **changes})
 
 
 def parse_budget(text: str) -> Budget:
-    """`steps=150,batch=20`, `parameters=5000,train=500`, `seconds=20`. Raises ConfigError with what is allowed."""
+    """`steps=150,batch=20`, `parameters=5000,train=500`, `seconds=20`. Raises ConfigError with what
+    is allowed.
+    """
     given: dict[str, str | None] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
@@ -90,9 +109,15 @@ def parse_budget(text: str) -> Budget:
             raise ConfigError(f"--budget {text!r}: {name!r} is there twice.")
         given[name] = value if equals else None
     if SECONDS in given and given.keys() & {STEPS, PARAMETERS}:
-        raise ConfigError(f"--budget {text!r}: seconds decides how many steps there are. Give steps, parameters or seconds.")
-    whole = {name: _whole(text, name, value) for name, value in given.items()
-             if name in FEWEST and not (name == STEPS and value is None)}
+        raise ConfigError(
+            f"--budget {text!r}: seconds decides how many steps there are. Give steps, parameters "
+            "or seconds."
+        )
+    whole = {
+        name: _whole(text, name, value)
+        for name, value in given.items()
+        if name in FEWEST and not (name == STEPS and value is None)
+    }
     return Budget(equal=_equal(text, given), **whole)
 
 
@@ -106,7 +131,9 @@ def _equal(text: str, given: Mapping[str, str | None]) -> Equal:
         except ValueError:
             seconds = 0.0
         if not 0 < seconds < float("inf"):
-            raise ConfigError(f"--budget {text!r}: seconds must be a number above 0, for example seconds=20.")
+            raise ConfigError(
+                f"--budget {text!r}: seconds must be a number above 0, for example seconds=20."
+            )
         return Equal(SECONDS, seconds)
     return Equal()
 

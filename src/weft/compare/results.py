@@ -18,7 +18,9 @@ from .statistics import Ranking, rank, t_interval
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run: `validation` and `test` are scores, None where it failed before; `reason` says why it did."""
+    """One training run: `validation` and `test` are scores, None where it failed before; `reason`
+    says why it did.
+    """
 
     purpose: str
     lr: float
@@ -30,7 +32,9 @@ class Run:
     reason: str | None
     attempts: int = 1
     earlier: Sequence[str] = ()  # why attempts before the last failed
-    scores: Mapping[str, float | None] = field(default_factory=dict)  # of the test, where the task has several metrics
+    scores: Mapping[str, float | None] = field(
+        default_factory=dict
+    )  # of the test, where the task has several metrics
 
     @property
     def status(self) -> str:
@@ -39,11 +43,15 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One method. `scores` has one entry a seed, None where that run failed; `trainable` is without the head."""
+    """One method. `scores` has one entry a seed, None where that run failed; `trainable` is without
+    the head.
+    """
 
     label: str
     config: Mapping[str, Any]
-    tried: Mapping[float, float | None]  # learning rate -> mean validation score, None where a run of it failed
+    tried: Mapping[
+        float, float | None
+    ]  # learning rate -> mean validation score, None where a run of it failed
     lr: float | None = None
     scores: Sequence[float | None] = ()
     curves: Sequence[Sequence[float]] = ()  # training loss of every step, by seed
@@ -51,7 +59,9 @@ class Row:
     head_trainable: int | None = None
     nbytes: int | None = None
     cost: Mapping[str, Any] = field(default_factory=dict)  # what bench.measure returned
-    right: Sequence[str] = ()  # by seed, "1" or "0" for every test example, where the score is their mean
+    right: Sequence[
+        str
+    ] = ()  # by seed, "1" or "0" for every test example, where the score is their mean
     steps: int | None = None  # of each of its runs
     runs: Sequence[Run] = ()
     adapter: str | None = None  # where the first seed's adapter is
@@ -69,7 +79,9 @@ class Row:
 
     @property
     def metrics(self) -> dict[str, list[float | None]]:
-        """All metrics of the test by name, with a score a seed; empty where there is none but the one in the table."""
+        """All metrics of the test by name, with a score a seed; empty where there is none but the
+        one in the table.
+        """
         final = [run.scores for run in self.runs if run.purpose == "final"]
         names = dict.fromkeys(name for scores in final for name in scores)
         return {name: [scores.get(name) for scores in final] for name in names}
@@ -91,7 +103,9 @@ class Comparison:
     model: str
     rows: Sequence[Row]
     seeds: int
-    settings: Mapping[str, Any]  # budget, steps (None: each row has its own), batch, head_lr; parameters or seconds
+    settings: Mapping[
+        str, Any
+    ]  # budget, steps (None: each row has its own), batch, head_lr; parameters or seconds
     sizes: Mapping[str, int]  # examples by split
     classes: Sequence[str]
     head: Sequence[str]
@@ -109,7 +123,9 @@ class Comparison:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of all metrics of the test; empty where there is none but the one in the table."""
+        """The names of all metrics of the test; empty where there is none but the one in the
+        table.
+        """
         return list(dict.fromkeys(name for row in self.rows for name in row.metrics))
 
     @property
@@ -120,27 +136,37 @@ class Comparison:
     @property
     def head_trainable(self) -> int | None:
         """Numbers of the head, which every row trains beside its method."""
-        return next((row.head_trainable for row in self.rows if row.head_trainable is not None), None)
+        return next(
+            (row.head_trainable for row in self.rows if row.head_trainable is not None), None
+        )
 
     def ranking(self) -> Ranking | None:
-        """Over the rows that have a score for every seed; None where there are too few seeds or rows."""
+        """Over the rows that have a score for every seed; None where there are too few seeds or
+        rows.
+        """
         return self._ranking
 
     @cached_property
     def _ranking(self) -> Ranking | None:
         scored = {row.label: row for row in self.rows if row.complete and row.nbytes is not None}
-        answers = {label: row.right for label, row in scored.items() if len(row.right) == self.seeds}
+        answers = {
+            label: row.right for label, row in scored.items() if len(row.right) == self.seeds
+        }
         alike = len({len(seed) for right in answers.values() for seed in right}) == 1
-        return rank({label: row.complete or [] for label, row in scored.items()},
-                    {label: (row.trainable or 0, row.nbytes or 0) for label, row in scored.items()},
-                    {label: list(shares(right)) for label, right in answers.items()} if alike else None)
+        return rank(
+            {label: row.complete or [] for label, row in scored.items()},
+            {label: (row.trainable or 0, row.nbytes or 0) for label, row in scored.items()},
+            {label: list(shares(right)) for label, right in answers.items()} if alike else None,
+        )
 
     @property
     def budget(self) -> str:
         """What is equal for all rows, in words."""
         batch = min(self.settings["batch"], self.sizes["train"])
         if self.settings["budget"] == SECONDS:
-            return f"budget: equal wall-clock, {self.settings['seconds']:g} s a run, steps of {batch}"
+            return (
+                f"budget: equal wall-clock, {self.settings['seconds']:g} s a run, steps of {batch}"
+            )
         steps = f"{self.settings['steps']} steps of {batch}"
         if self.settings["budget"] == PARAMETERS:
             return f"budget: equal trainable parameters, about {self.settings['parameters']:,}, and {steps}"
@@ -148,46 +174,85 @@ class Comparison:
 
     @cached_property
     def gaps(self) -> dict[str, Gap]:
-        """How far rows are behind the one with the highest mean on the test examples, where that can be said."""
+        """How far rows are behind the one with the highest mean on the test examples, where that
+        can be said.
+        """
         scored = [row for row in self.rows if row.complete and len(row.right) == self.seeds]
         ranking = self.ranking()
-        name = ranking.best if ranking else max(scored, key=lambda row: row.mean or 0.0).label if scored else None
+        name = (
+            ranking.best
+            if ranking
+            else max(scored, key=lambda row: row.mean or 0.0).label
+            if scored
+            else None
+        )
         best = next((row for row in scored if row.label == name), None)
-        found = {row.label: gap(best.right, row.right) for row in scored if row is not best} if best else {}
+        found = (
+            {row.label: gap(best.right, row.right) for row in scored if row is not best}
+            if best
+            else {}
+        )
         return {label: behind for label, behind in found.items() if behind is not None}
 
     def row(self, label: str) -> Row:
         return next(row for row in self.rows if row.label == label)
 
 
-def row_of(sweep: Sweep, entry: Entry, done: Results, cost: Mapping[str, Any] | None, adapter: str | None
-           ) -> Row:
-    """The row of one method. Every run that it needs is in `done`; `cost` is None where it was not measured."""
+def row_of(
+    sweep: Sweep, entry: Entry, done: Results, cost: Mapping[str, Any] | None, adapter: str | None
+) -> Row:
+    """The row of one method. Every run that it needs is in `done`; `cost` is None where it was not
+    measured.
+    """
     tuned = tune(sweep, entry, done)
     tried = {lr: tuned.scores[lr][0] if lr in tuned.scores else None for lr in tuned.tried}
     spec = sweep.spec(entry, 0.0, 0, "final")
     config, steps, ran = spec.config, spec.steps, runs_of(sweep, entry, done)
     if tuned.lr is None:
-        return Row(label=entry.label, config=config, tried=tried, scores=[None] * sweep.seeds, reason=tuned.failed,
-                   steps=None if entry.refused else steps, runs=ran)
+        return Row(
+            label=entry.label,
+            config=config,
+            tried=tried,
+            scores=[None] * sweep.seeds,
+            reason=tuned.failed,
+            steps=None if entry.refused else steps,
+            runs=ran,
+        )
     runs = [done[sweep.key(spec)] for spec in finals(sweep, entry, tuned.lr)]
     first = next((run for run in runs if "trainable" in run), {})
-    failed = next((f"seed {seed}: {run['reason']}" for seed, run in enumerate(runs) if run["status"] != "finished"),
-                  None)
+    failed = next(
+        (
+            f"seed {seed}: {run['reason']}"
+            for seed, run in enumerate(runs)
+            if run["status"] != "finished"
+        ),
+        None,
+    )
     if failed is None and cost is not None and cost.get("status") == "failed":
         failed = f"it could not be measured: {cost['reason']}"
-    return Row(label=entry.label, config=config, tried=tried, lr=tuned.lr,
-               scores=[run["test"]["score"] if run["status"] == "finished" else None for run in runs],
-               curves=[run["losses"] for run in runs if run["status"] == "finished"],
-               trainable=first.get("trainable"), head_trainable=first.get("head_trainable"),
-               nbytes=runs[0].get("bytes"), cost=cost if cost and "status" not in cost else {},
-               steps=steps, runs=ran,
-               right=[run["right"] for run in runs if "right" in run],
-               adapter=adapter if runs[0]["status"] == "finished" else None, reason=failed)
+    return Row(
+        label=entry.label,
+        config=config,
+        tried=tried,
+        lr=tuned.lr,
+        scores=[run["test"]["score"] if run["status"] == "finished" else None for run in runs],
+        curves=[run["losses"] for run in runs if run["status"] == "finished"],
+        trainable=first.get("trainable"),
+        head_trainable=first.get("head_trainable"),
+        nbytes=runs[0].get("bytes"),
+        cost=cost if cost and "status" not in cost else {},
+        steps=steps,
+        runs=ran,
+        right=[run["right"] for run in runs if "right" in run],
+        adapter=adapter if runs[0]["status"] == "finished" else None,
+        reason=failed,
+    )
 
 
 def runs_of(sweep: Sweep, entry: Entry, done: Results) -> list[Run]:
-    """Every run of a row: those that chose its rate, then those that were scored on the test split."""
+    """Every run of a row: those that chose its rate, then those that were scored on the test
+    split.
+    """
     tuned = tune(sweep, entry, done)
     specs = [sweep.spec(entry, lr, seed, "tune") for lr in tuned.tried for seed in TUNING_SEEDS]
     specs += finals(sweep, entry, tuned.lr) if tuned.lr is not None else []
@@ -195,29 +260,51 @@ def runs_of(sweep: Sweep, entry: Entry, done: Results) -> list[Run]:
 
 
 def _run(spec: RunSpec, result: Mapping[str, Any]) -> Run:
-    return Run(purpose=spec.purpose, lr=spec.lr, seed=spec.seed, steps=spec.steps,
-               validation=result.get("validation", {}).get("score"), test=result.get("test", {}).get("score"),
-               seconds=result.get("seconds"), reason=result.get("reason"), attempts=result.get("attempts", 1),
-               earlier=tuple(result.get("earlier", ())), scores=result.get("test", {}).get("scores", {}))
+    return Run(
+        purpose=spec.purpose,
+        lr=spec.lr,
+        seed=spec.seed,
+        steps=spec.steps,
+        validation=result.get("validation", {}).get("score"),
+        test=result.get("test", {}).get("score"),
+        seconds=result.get("seconds"),
+        reason=result.get("reason"),
+        attempts=result.get("attempts", 1),
+        earlier=tuple(result.get("earlier", ())),
+        scores=result.get("test", {}).get("scores", {}),
+    )
 
 
 def notes_of(sweep: Sweep, done: Results) -> list[str]:
-    """A best rate at the edge of its grid, rates whose runs failed, and runs that finished at a later attempt."""
+    """A best rate at the edge of its grid, rates whose runs failed, and runs that finished at a
+    later attempt.
+    """
     notes = []
     for entry in sweep.entries:
         tuned = tune(sweep, entry, done)
         if tuned.edge and tuned.lr is not None:
-            notes.append(f"{entry.label}: the best learning rate, {rate(tuned.lr)}, is at the edge of those tried "
-                         f"({', '.join(rate(lr) for lr in tuned.tried)}); a better one may lie beyond.")
+            notes.append(
+                f"{entry.label}: the best learning rate, {rate(tuned.lr)}, is at the edge of those "
+                "tried "
+                f"({', '.join(rate(lr) for lr in tuned.tried)}); a better one may lie beyond."
+            )
         lost = [rate(lr) for lr in tuned.tried if lr not in tuned.scores]
         if lost and tuned.lr is not None:
             reason = next(run.reason for run in runs_of(sweep, entry, done) if run.reason)
-            notes.append(f"{entry.label}: training failed with the learning rate{'s' * (len(lost) > 1)} "
-                         f"{', '.join(lost)}: {' '.join(reason.split()).rstrip('.')}.")
+            notes.append(
+                f"{entry.label}: training failed with the learning rate{'s' * (len(lost) > 1)} "
+                f"{', '.join(lost)}: {' '.join(reason.split()).rstrip('.')}."
+            )
         later = [run for run in runs_of(sweep, entry, done) if run.reason is None and run.earlier]
         if later:
-            notes.append(f"{entry.label}: {len(later)} run{'s' * (len(later) > 1)} finished at a later attempt; the first "
-                         f"failed: {' '.join(later[0].earlier[0].split()).rstrip('.')}.")
-    reasons = dict.fromkeys(f"{name} is missing: {' '.join(why.split()).rstrip('.')}." for run in done.values()
-                            for name, why in run.get("test", {}).get("reasons", {}).items())
+            notes.append(
+                f"{entry.label}: {len(later)} run{'s' * (len(later) > 1)} finished at a later "
+                "attempt; the first "
+                f"failed: {' '.join(later[0].earlier[0].split()).rstrip('.')}."
+            )
+    reasons = dict.fromkeys(
+        f"{name} is missing: {' '.join(why.split()).rstrip('.')}."
+        for run in done.values()
+        for name, why in run.get("test", {}).get("reasons", {}).items()
+    )
     return [*notes, *reasons]

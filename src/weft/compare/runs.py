@@ -1,4 +1,6 @@
-"""The runs of a sweep as jobs for a crew: those that nobody has, until all are done here or elsewhere."""
+"""The runs of a sweep as jobs for a crew: those that nobody has, until all are done here or
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Runs:
         """Do what is missing. Returns every run's result by key."""
         self._state = self.study.refresh()
         self.shown.start(*self._progress())
-        crew.work(Jobs(self._orders, self._finished, self._take, self._elsewhere, attempts=1))  # the study counts them
+        crew.work(
+            Jobs(self._orders, self._finished, self._take, self._elsewhere, attempts=1)
+        )  # the study counts them
         return self._state.done
 
     def _orders(self) -> list[Order]:
@@ -41,9 +45,17 @@ class Runs:
             self._tell(key, self._state.done[key])
         for key in self._state.again.keys() - before.again.keys():
             result = self._state.again[key]
-            self.shown.say(f"{name(result['spec'])} failed and is tried once more: {result['reason']}")
-        return [Order(self.sweep.key(spec), {"do": "run", "spec": asdict(spec), "save_to": self._save_to(spec)})
-                for spec in missing(self.sweep, self._state.done) if self.sweep.key(spec) not in self._state.busy]
+            self.shown.say(
+                f"{name(result['spec'])} failed and is tried once more: {result['reason']}"
+            )
+        return [
+            Order(
+                self.sweep.key(spec),
+                {"do": "run", "spec": asdict(spec), "save_to": self._save_to(spec)},
+            )
+            for spec in missing(self.sweep, self._state.done)
+            if self.sweep.key(spec) not in self._state.busy
+        ]
 
     def _take(self, order: Order) -> bool:
         return self.study.claim(RunSpec(**order.message["spec"]), order.key)
@@ -51,14 +63,27 @@ class Runs:
     def _finished(self, order: Order, result: dict[str, Any]) -> None:
         if order.message["save_to"]:
             folder = Path(order.message["save_to"])
-            result = {**result, "adapter": {"name": folder.name, "host": platform.node(), "folder": str(folder.resolve())}}
+            result = {
+                **result,
+                "adapter": {
+                    "name": folder.name,
+                    "host": platform.node(),
+                    "folder": str(folder.resolve()),
+                },
+            }
         self._mine.add(order.key)
         if not self.study.finish(order.key, result):
-            self.shown.say(f"{name(order.message['spec'])}: no sign of life from here reached the study for so long that "
-                           "the run was given to others; what it found here is dropped.")
+            self.shown.say(
+                f"{name(order.message['spec'])}: no sign of life from here reached the study for "
+                "so long that "
+                "the run was given to others; what it found here is dropped."
+            )
 
     def _elsewhere(self) -> bool:
-        return any(self.sweep.key(spec) in self._state.busy for spec in missing(self.sweep, self._state.done))
+        return any(
+            self.sweep.key(spec) in self._state.busy
+            for spec in missing(self.sweep, self._state.done)
+        )
 
     def _tell(self, key: str, result: Mapping[str, Any]) -> None:
         where = "" if key in self._mine else " (elsewhere)"
@@ -83,11 +108,15 @@ def outcome(sweep: Sweep, result: Mapping[str, Any]) -> str:
     spec = result["spec"]
     if result["status"] != "finished":
         return f"{name(spec)} failed: {result['reason']}"
-    split, scale = ("test", sweep.scored_by) if spec["purpose"] == "final" else ("validation", sweep.chosen_by)
+    split, scale = (
+        ("test", sweep.scored_by) if spec["purpose"] == "final" else ("validation", sweep.chosen_by)
+    )
     return f"{name(spec)} {split} {scale.told(result[split]['score'])}"
 
 
-def adapter_of(sweep: Sweep, entry: Entry, done: Results, out: Path) -> tuple[str | None, str | None]:
+def adapter_of(
+    sweep: Sweep, entry: Entry, done: Results, out: Path
+) -> tuple[str | None, str | None]:
     """The folder of the first seed's adapter, or in words where else it is."""
     lr = tune(sweep, entry, done).lr
     saved = done[sweep.key(finals(sweep, entry, lr)[0])].get("adapter") if lr is not None else None
@@ -96,5 +125,8 @@ def adapter_of(sweep: Sweep, entry: Entry, done: Results, out: Path) -> tuple[st
     folder = out / ADAPTERS / saved["name"]
     if folder.is_dir():
         return str(folder), None
-    return None, (f"{entry.label}: the adapter of its first seed is not here; it was written to {saved['folder']} on "
-                  f"{saved['host']}.")
+    return None, (
+        f"{entry.label}: the adapter of its first seed is not here; it was written to "
+        f"{saved['folder']} on "
+        f"{saved['host']}."
+    )

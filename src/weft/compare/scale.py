@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_POINTS = ("BLEU", "ROUGE")  # hundredths of them are called by the metric's own name; others are percentages
+_POINTS = (
+    "BLEU",
+    "ROUGE",
+)  # hundredths of them are called by the metric's own name; others are percentages
 _SHORT = {"logical-form accuracy": "form accuracy"}  # where there is little room
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Of one split. Scores are fractions of 1 and shown times 100; a loss is shown as it is, and the `lowest` is best."""
+    """Of one split. Scores are fractions of 1 and shown times 100; a loss is shown as it is, and
+    the `lowest` is best.
+    """
 
     metric: str = "accuracy"
     lowest: bool = False

@@ -1,10 +1,12 @@
 """Intervals, paired tests and the recommendation.
 
-The rows are paired: with one seed, every method starts from the same head and sees the same batches. Each method is
-tested against the one with the highest mean (one-sided paired t-test: is it worse?), with Holm's correction over these
-tests. Where it is known which test examples a method answers right, the same test is made over the examples: few seeds see
-large gaps only, and many examples see more. The recommended method is the smallest that neither finds worse. That is weaker
-than "as good": it can also mean that there was too little to see a gap, so the bound on the gap is always said beside it.
+The rows are paired: with one seed, every method starts from the same head and sees the same
+batches. Each method is tested against the one with the highest mean (one-sided paired t-test: is it
+worse?), with Holm's correction over these tests. Where it is known which test examples a method
+answers right, the same test is made over the examples: few seeds see large gaps only, and many
+examples see more. The recommended method is the smallest that neither finds worse. That is weaker
+than "as good": it can also mean that there was too little to see a gap, so the bound on the gap is
+always said beside it.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ GAP = 0.01  # the gap that the advice on more seeds is about
 
 @dataclass(frozen=True)
 class Ranking:
-    """`p` holds the Holm-corrected p-value of "worse than `best`" over the seeds for every other row; `on_examples` that
-    over the test examples, for the rows whose answers are known.
+    """`p` holds the Holm-corrected p-value of "worse than `best`" over the seeds for every other
+    row; `on_examples` that over the test examples, for the rows whose answers are known.
     """
 
     best: str
@@ -51,9 +53,9 @@ def t_interval(scores: Sequence[float]) -> tuple[float, float] | None:
 def worse(best: Sequence[float], other: Sequence[float]) -> float:
     """One-sided p-value of the paired t-test of "other is worse than best".
 
-    Where all differences are the same the t-statistic has no spread to divide by, and scipy gives nan or what rounding
-    left. Its limits are taken: 1 if there is no difference or other is better, 0 if other is worse by the same amount with
-    every seed.
+    Where all differences are the same the t-statistic has no spread to divide by, and scipy gives
+    nan or what rounding left. Its limits are taken: 1 if there is no difference or other is better,
+    0 if other is worse by the same amount with every seed.
     """
     gaps = [a - b for a, b in zip(best, other, strict=True)]
     if max(gaps) - min(gaps) <= SAME:
@@ -72,12 +74,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(list(p_values), alpha=ALPHA, method="holm")[1]]
 
 
-def rank(scores: Mapping[str, Sequence[float]], sizes: Mapping[str, tuple[int, int]],
-         answers: Mapping[str, Sequence[float]] | None = None) -> Ranking | None:
-    """The best row, who is worse, and the smallest row that is not; None below three seeds or two rows.
+def rank(
+    scores: Mapping[str, Sequence[float]],
+    sizes: Mapping[str, tuple[int, int]],
+    answers: Mapping[str, Sequence[float]] | None = None,
+) -> Ranking | None:
+    """The best row, who is worse, and the smallest row that is not; None below three seeds or two
+    rows.
 
-    sizes: (trained numbers of the method, bytes on disk) by row. Ties of the mean go to the smaller row.
-    answers: of rows that it is known of, the share of the seeds that were right, for every test example.
+    sizes: (trained numbers of the method, bytes on disk) by row. Ties of the mean go to the smaller
+    row. answers: of rows that it is known of, the share of the seeds that were right, for every
+    test example.
     """
     if len(scores) < 2 or min(len(s) for s in scores.values()) < MIN_SEEDS:
         return None
@@ -90,7 +97,9 @@ def rank(scores: Mapping[str, Sequence[float]], sizes: Mapping[str, tuple[int, i
 
 def _worse_than(best: str, paired: Mapping[str, Sequence[float]]) -> dict[str, float]:
     others = [row for row in paired if row != best and best in paired]
-    return dict(zip(others, holm([worse(paired[best], paired[row]) for row in others]), strict=True))
+    return dict(
+        zip(others, holm([worse(paired[best], paired[row]) for row in others]), strict=True)
+    )
 
 
 def gap_bound(best: Sequence[float], other: Sequence[float]) -> float:
@@ -101,11 +110,14 @@ def gap_bound(best: Sequence[float], other: Sequence[float]) -> float:
     return max(0.0, float(DescrStatsW(gaps).tconfint_mean(alpha=ALPHA, alternative="smaller")[1]))
 
 
-def seeds_needed(best: Sequence[float], other: Sequence[float], tests: int, gap: float = GAP) -> int | None:
-    """About how many seeds would show a gap of `gap` with 80 % power at alpha / tests; None where it cannot be told.
+def seeds_needed(
+    best: Sequence[float], other: Sequence[float], tests: int, gap: float = GAP
+) -> int | None:
+    """About how many seeds would show a gap of `gap` with 80 % power at alpha / tests; None where
+    it cannot be told.
 
-    101 stands for more than 100. The power of every number is asked for, and not statsmodels' `solve_power`, which finds a
-    fraction of a seed and gives up where few are enough.
+    101 stands for more than 100. The power of every number is asked for, and not statsmodels'
+    `solve_power`, which finds a fraction of a seed and gives up where few are enough.
     """
     spread = stdev([a - b for a, b in zip(best, other, strict=True)])
     if spread <= SAME:

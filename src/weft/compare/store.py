@@ -1,4 +1,6 @@
-"""The directory of a comparison: what may be in it, and files that are written whole or not at all."""
+"""The directory of a comparison: what may be in it, and files that are written whole or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,17 @@ from .study import Study
 
 SCHEMA = 1
 LOGS, ADAPTERS, LINK, MEASURING = "logs", "adapters", "study.txt", "measure"
-FREE = {LOGS, f"{LOCK}.lock", f"{MEASURING}.lock"}  # a comparison that never got further leaves no more than these
+FREE = {
+    LOGS,
+    f"{LOCK}.lock",
+    f"{MEASURING}.lock",
+}  # a comparison that never got further leaves no more than these
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Under a temporary name, flushed to the disk, then renamed: after a crash the old file or the new one is there."""
+    """Under a temporary name, flushed to the disk, then renamed: after a crash the old file or the
+    new one is there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -30,23 +38,41 @@ def check(place: Place, resume: bool) -> None:
     if there <= FREE:
         return
     if place.url is None and LINK in there:
-        raise ConfigError(f"--out {str(out)!r} belongs to the study {_link(out)}. Add --study, or give another --out.")
+        raise ConfigError(
+            f"--out {str(out)!r} belongs to the study {_link(out)}. Add --study, or give another "
+            "--out."
+        )
     if place.url is not None and FILE in there:
-        raise ConfigError(f"--out {str(out)!r} holds a comparison with a study of its own. Give another --out with --study.")
+        raise ConfigError(
+            f"--out {str(out)!r} holds a comparison with a study of its own. Give another --out "
+            "with --study."
+        )
     if LINK in there and _link(out) != str(place):
-        raise ConfigError(f"--out {str(out)!r} belongs to the study {_link(out)}, and this is {place}. Give another --out.")
+        raise ConfigError(
+            f"--out {str(out)!r} belongs to the study {_link(out)}, and this is {place}. Give "
+            "another --out."
+        )
     if "sweep.json" in there:
-        raise ConfigError(f"--out {str(out)!r} holds a comparison of an earlier Weft, which kept its runs otherwise. "
-                          "Give a new directory.")
+        raise ConfigError(
+            f"--out {str(out)!r} holds a comparison of an earlier Weft, which kept its runs "
+            "otherwise. "
+            "Give a new directory."
+        )
     if not there & {FILE, LINK}:
-        raise ConfigError(f"--out {str(out)!r} is not empty and holds no comparison. Give a new directory.")
+        raise ConfigError(
+            f"--out {str(out)!r} is not empty and holds no comparison. Give a new directory."
+        )
     if not resume:
-        raise ConfigError(f"--out {str(out)!r} holds {_kept(place)}. Add --resume to go on from them, "
-                          "or give another --out.")
+        raise ConfigError(
+            f"--out {str(out)!r} holds {_kept(place)}. Add --resume to go on from them, "
+            "or give another --out."
+        )
 
 
 def prepare(place: Place) -> None:
-    """The directory, with a word on its study where that is elsewhere, and without half-written files of dead processes."""
+    """The directory, with a word on its study where that is elsewhere, and without half-written
+    files of dead processes.
+    """
     import psutil
 
     place.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
-"""A worker process of `weft compare`: opens a bench and does what it is told, one JSON line for another.
+"""A worker process of `weft compare`: opens a bench and does what it is told, one JSON line for
+another.
 
-A process of our own rather than multiprocessing: nothing is pickled, nothing depends on how the caller's main module
-was started, Ctrl-C in the terminal does not reach it, and it ends by itself when its caller is gone, even when killed.
+A process of our own rather than multiprocessing: nothing is pickled, nothing depends on how the
+caller's main module was started, Ctrl-C in the terminal does not reach it, and it ends by itself
+when its caller is gone, even when killed.
 """
 
 from __future__ import annotations
@@ -38,9 +40,17 @@ def main() -> None:
             _reply(replies, {"answer": answer})
         except WeftError as error:
             _reply(replies, {"error": str(error), "expected": True})
-        except Exception as error:  # anything else is this run's failure, told with its trace in the log
+        except (
+            Exception
+        ) as error:  # anything else is this run's failure, told with its trace in the log
             traceback.print_exc()
-            _reply(replies, {"error": f"{type(error).__name__}: {' '.join(str(error).split())}", "expected": False})
+            _reply(
+                replies,
+                {
+                    "error": f"{type(error).__name__}: {' '.join(str(error).split())}",
+                    "expected": False,
+                },
+            )
 
 
 def _listen(lines: TextIO, orders: queue.Queue[dict[str, Any]]) -> None:

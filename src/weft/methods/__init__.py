@@ -20,13 +20,31 @@ from .selective import BitFit, Full, Head, TopLayers
 from .vera import VeRA
 
 METHODS: dict[str, type[Any]] = {
-    method.__name__: method for method in (Full, Head, BitFit, LoRA, VeRA, DoRA, DVoRA, TopLayers, Bottleneck,
-                                           LoRAFA, AdaLoRA, DyLoRA, Prefix, PreEmbed, PreLayer)
+    method.__name__: method
+    for method in (
+        Full,
+        Head,
+        BitFit,
+        LoRA,
+        VeRA,
+        DoRA,
+        DVoRA,
+        TopLayers,
+        Bottleneck,
+        LoRAFA,
+        AdaLoRA,
+        DyLoRA,
+        Prefix,
+        PreEmbed,
+        PreLayer,
+    )
 }
 
 
 def by_name(name: str) -> type[Any]:
-    """The configuration class of a method, by its name in any case; ConfigError names the nearest."""
+    """The configuration class of a method, by its name in any case; ConfigError names the
+    nearest.
+    """
     folded = {known.lower(): known for known in METHODS}
     if name.lower() in folded:
         return METHODS[folded[name.lower()]]
@@ -43,8 +61,10 @@ def replace(rule: Any, overrides: dict[str, Any]) -> Any:
     for field in overrides:
         if field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
-            raise ConfigError(f"targets: {type(rule).__name__} has no field {field!r} to override per layer. "
-                              f"Nearest: {near}.")
+            raise ConfigError(
+                f"targets: {type(rule).__name__} has no field {field!r} to override per layer. "
+                f"Nearest: {near}."
+            )
     return type(rule)(**{**values, **overrides})
 
 
@@ -62,7 +82,10 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(data: Any) -> Any:
     """The configuration that `to_json` wrote; unknown fields and methods are refused by name."""
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
-        raise ConfigError('a configuration in JSON is an object with a "method" field, for example {"method": "LoRA"}.')
+        raise ConfigError(
+            'a configuration in JSON is an object with a "method" field, for example {"method": '
+            '"LoRA"}.'
+        )
     cls = by_name(data["method"])
     known = {f.name for f in fields(cls)}
     for field in data:
@@ -72,6 +95,28 @@ def from_json(data: Any) -> Any:
     return cls(**{k: v for k, v in data.items() if k != "method"})
 
 
-__all__ = ["METHODS", "Prompt", "Rule", "Selection", "by_name", "from_json", "replace", "to_json",
-           "LoRA", "VeRA", "DoRA", "DVoRA", "LoRAFA", "AdaLoRA", "DyLoRA",
-           "Bottleneck", "Prefix", "PreEmbed", "PreLayer", "Full", "Head", "BitFit", "TopLayers"]
+__all__ = [
+    "METHODS",
+    "Prompt",
+    "Rule",
+    "Selection",
+    "by_name",
+    "from_json",
+    "replace",
+    "to_json",
+    "LoRA",
+    "VeRA",
+    "DoRA",
+    "DVoRA",
+    "LoRAFA",
+    "AdaLoRA",
+    "DyLoRA",
+    "Bottleneck",
+    "Prefix",
+    "PreEmbed",
+    "PreLayer",
+    "Full",
+    "Head",
+    "BitFit",
+    "TopLayers",
+]

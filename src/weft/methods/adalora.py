@@ -1,28 +1,33 @@
-"""AdaLoRA: a trained singular value decomposition whose budget of triplets moves to the layers that need it.
+"""AdaLoRA: a trained singular value decomposition whose budget of triplets moves to the layers that
+need it.
 
     W' = W + s P diag(lam) Q              y = x W'ᵀ + bias,   s = alpha / r
 
     P [out, r]   trained, Gaussian with standard deviation 0.02         lam [r, 1]   trained, starts at 0, so W' = W
     Q [r, in]    trained, Gaussian with standard deviation 0.02
 
-After step t of `total_steps` T, while t < T - t_f (t_i = warm_up, t_f = final), every number w with gradient g has
+After step t of `total_steps` T, while t < T - t_f (t_i = warm_up, t_f = final), every number w with
+gradient g has
 
     I = |w g|,   mean I' = beta1 I' + (1 - beta1) I,   spread U' = beta2 U' + (1 - beta2) |I - I'|,   score = I' U'
 
-and triplet i of a layer the score of lam_i plus the mean of those of P[:, i] and of Q[i]. When t is a multiple of
-`interval`, all but the b(t) best triplets of all layers get lam = 0. They keep their vectors and can return.
+and triplet i of a layer the score of lam_i plus the mean of those of P[:, i] and of Q[i]. When t is
+a multiple of `interval`, all but the b(t) best triplets of all layers get lam = 0. They keep their
+vectors and can return.
 
     b(t) = b_0 for t <= t_i,   b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))³ rounded down,   b_T from T - t_f on
 
-with b_0 and b_T the sums of r and target_r over the layers; from T - t_f on the choice is final and held.
-The orthogonality loss gamma · mean(‖PᵀP - I‖_F, ‖QQᵀ - I‖_F over all layers) enters as its gradient, just before the step.
-Trained numbers per layer: r (out + in + 1), all of them to the end; `adapter.ranks` has what is in force.
-warm_up and final are steps, or (as fractions below 1) shares of T. T may be left to the trainer (`adapter.plan_steps`).
-Source: arXiv:2303.10512, equations 2 to 12, algorithm 1. Differs from the paper, as the authors' code and peft do: the
-norms of the loss are not squared, and are averaged; I takes w after the step. s stays alpha / r for the initial r, so
-that pruning changes nothing but the triplet pruned. Differs from peft (0.21.2): it divides by r + 1e-5
-(this r a parameter, which an optimiser of all its trainable ones moves and no file holds), prunes all that tie with the
-best pruned triplet (here exactly b(t) stay), and must be called by the user after every step.
+with b_0 and b_T the sums of r and target_r over the layers; from T - t_f on the choice is final and
+held. The orthogonality loss gamma · mean(‖PᵀP - I‖_F, ‖QQᵀ - I‖_F over all layers) enters as its
+gradient, just before the step. Trained numbers per layer: r (out + in + 1), all of them to the end;
+`adapter.ranks` has what is in force. warm_up and final are steps, or (as fractions below 1) shares
+of T. T may be left to the trainer (`adapter.plan_steps`). Source: arXiv:2303.10512, equations 2 to
+12, algorithm 1. Differs from the paper, as the authors' code and peft do: the norms of the loss are
+not squared, and are averaged; I takes w after the step. s stays alpha / r for the initial r, so
+that pruning changes nothing but the triplet pruned. Differs from peft (0.21.2): it divides by r +
+1e-5 (this r a parameter, which an optimiser of all its trainable ones moves and no file holds),
+prunes all that tie with the best pruned triplet (here exactly b(t) stay), and must be called by the
+user after every step.
 """
 
 from __future__ import annotations
@@ -47,7 +52,9 @@ _SCHEDULE = {"total_steps", "warm_up", "final", "interval", "beta1", "beta2"}
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA:
-    """See the module's equation. target_r=None means two thirds of r; alpha=None means alpha = r, that is s = 1."""
+    """See the module's equation. target_r=None means two thirds of r; alpha=None means alpha = r,
+    that is s = 1.
+    """
 
     r: int = 12
     target_r: int | None = None
@@ -72,12 +79,19 @@ class AdaLoRA:
         check_rank(self)
         for name, low in (("target_r", 1), ("total_steps", 1), ("interval", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-                raise self._wrong(f"{name}={value!r}", f"{name} must be a whole number, {low} or more.")
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < low
+            ):
+                raise self._wrong(
+                    f"{name}={value!r}", f"{name} must be a whole number, {low} or more."
+                )
         if self.interval is None:
             raise self._wrong("interval=None", "interval must be a whole number, 1 or more.")
         if self.target_r is not None and self.target_r > self.r:
-            raise self._wrong(f"r={self.r}, target_r={self.target_r}", "the budget only falls: target_r is r or less.")
+            raise self._wrong(
+                f"r={self.r}, target_r={self.target_r}",
+                "the budget only falls: target_r is r or less.",
+            )
         if self.alpha is not None:
             check_number(self, "alpha", low=0.0, open_low=True)
         for name in ("beta1", "beta2"):
@@ -91,19 +105,29 @@ class AdaLoRA:
             check_number(self, name, low=0.0)
             value = getattr(self, name)
             if value >= 1 and value != int(value):
-                raise self._wrong(f"{name}={value!r}", f"{name} is a number of steps, or a share of them below 1.")
+                raise self._wrong(
+                    f"{name}={value!r}", f"{name} is a number of steps, or a share of them below 1."
+                )
         shares = [v for v in (self.warm_up, self.final) if v < 1]
         if self.total_steps is not None and sum(self.phases) >= self.total_steps:
-            raise self._wrong(f"total_steps={self.total_steps}, warm_up={self.warm_up}, final={self.final}",
-                              "no step is left between them in which the budget could fall.")
+            raise self._wrong(
+                f"total_steps={self.total_steps}, warm_up={self.warm_up}, final={self.final}",
+                "no step is left between them in which the budget could fall.",
+            )
         if sum(shares) >= 1:
-            raise self._wrong(f"warm_up={self.warm_up}, final={self.final}", "together they are all steps or more.")
+            raise self._wrong(
+                f"warm_up={self.warm_up}, final={self.final}",
+                "together they are all steps or more.",
+            )
         if isinstance(self.targets, Overrides):
             for pattern, fields in self.targets.entries:
                 for field, _ in fields:
                     if field in _SCHEDULE:
-                        raise self._wrong(f"targets={{{pattern!r}: ...}}", f"{field} is one for all layers, which share a "
-                                                                           "budget; set it on the configuration itself.")
+                        raise self._wrong(
+                            f"targets={{{pattern!r}: ...}}",
+                            f"{field} is one for all layers, which share a "
+                            "budget; set it on the configuration itself.",
+                        )
 
     def _wrong(self, what: str, why: str) -> ConfigError:
         return ConfigError(f"{type(self).__name__}({what}): {why}")
@@ -120,16 +144,27 @@ class AdaLoRA:
 
     @property
     def phases(self) -> tuple[int, int]:
-        """Steps of the warm-up, in which the budget is b_0, and of the final phase, in which the choice is held."""
-        warm_up, final = (int(v) if v >= 1 else round(v * (self.total_steps or 0)) for v in (self.warm_up, self.final))
+        """Steps of the warm-up, in which the budget is b_0, and of the final phase, in which the
+        choice is held.
+        """
+        warm_up, final = (
+            int(v) if v >= 1 else round(v * (self.total_steps or 0))
+            for v in (self.warm_up, self.final)
+        )
         return warm_up, final
 
     def budget(self, step: int, first: int, last: int) -> int:
-        """b(t) for `first` triplets at the start and `last` at the end. Raises ConfigError without total_steps."""
+        """b(t) for `first` triplets at the start and `last` at the end. Raises ConfigError without
+        total_steps.
+        """
         if self.total_steps is None:
-            raise self._wrong("total_steps=None", "the budget falls over a number of steps that nobody has said. "
-                              "Write weft.AdaLoRA(total_steps=N), or call adapter.plan_steps(N) before the first optimiser "
-                              "step, as Weft's trainer does.")
+            raise self._wrong(
+                "total_steps=None",
+                "the budget falls over a number of steps that nobody has said. "
+                "Write weft.AdaLoRA(total_steps=N), or call adapter.plan_steps(N) before the first "
+                "optimiser "
+                "step, as Weft's trainer does.",
+            )
         start, end = self._span()
         if step <= start:
             return first
@@ -151,7 +186,9 @@ class AdaLoRA:
         return low_rank.up(h * p.lam.to(dtype)[:, 0], p.P.to(dtype), self.scale)
 
     def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
-        return Factors(p.Q, p.P, d=p.lam[:, 0], s=self.scale, dropout=self.dropout if p.training else 0.0)
+        return Factors(
+            p.Q, p.P, d=p.lam[:, 0], s=self.scale, dropout=self.dropout if p.training else 0.0
+        )
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
         W = wide(W)
@@ -165,17 +202,26 @@ class AdaLoRA:
 
     def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
         device = host.weight().device
-        return {"P": draw.normal("P", (host.out_features, self.r), 0.02, device),
-                "lam": torch.zeros(self.r, 1, dtype=torch.float32, device=device),
-                "Q": draw.normal("Q", (self.r, host.in_features), 0.02, device)}
+        return {
+            "P": draw.normal("P", (host.out_features, self.r), 0.02, device),
+            "lam": torch.zeros(self.r, 1, dtype=torch.float32, device=device),
+            "Q": draw.normal("Q", (self.r, host.in_features), 0.02, device),
+        }
 
     def state(self, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
-        """`step`, `kept` [r] (the last choice), and for every trained tensor its mean and spread of sensitivity."""
+        """`step`, `kept` [r] (the last choice), and for every trained tensor its mean and spread of
+        sensitivity.
+        """
         trained = self.trained(*shape).items()
-        return {"step": torch.zeros((), dtype=torch.int64, device=device),
-                "kept": torch.ones(self.r, dtype=torch.bool, device=device),
-                **{f"{name}_{what}": torch.zeros(size, dtype=torch.float32, device=device)
-                   for name, size in trained for what in ("mean", "spread")}}
+        return {
+            "step": torch.zeros((), dtype=torch.int64, device=device),
+            "kept": torch.ones(self.r, dtype=torch.bool, device=device),
+            **{
+                f"{name}_{what}": torch.zeros(size, dtype=torch.float32, device=device)
+                for name, size in trained
+                for what in ("mean", "spread")
+            },
+        }
 
     def rank(self, p: Params) -> int:
         """Triplets kept by the last choice; r on the meta device, where nothing has been chosen."""
@@ -189,16 +235,22 @@ class AdaLoRA:
         p.kept.copy_(torch.tensor([mark == "1" for mark in text]))
 
     def still(self, p: Params) -> tuple[str, ...]:
-        """All of a layer that has lost its last triplet: lam is 0 again, as at the start, and P and Q have no gradient."""
+        """All of a layer that has lost its last triplet: lam is 0 again, as at the start, and P and
+        Q have no gradient.
+        """
         return () if p.kept.any() else _TENSORS
 
     def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
-        self.budget(0, 0, 0)  # now, and not after a step has been taken that no schedule has counted
+        self.budget(
+            0, 0, 0
+        )  # now, and not after a step has been taken that no schedule has counted
         for p in sites.values():
             gamma = scale * p.rule.orthogonality / (2 * len(sites))
             for tensor, wide_side in ((p.P, False), (p.Q, True)):
                 if tensor.requires_grad and gamma:
-                    gradient = (gamma * _skewness_gradient(wide(tensor), wide_side)).to(tensor.dtype)
+                    gradient = (gamma * _skewness_gradient(wide(tensor), wide_side)).to(
+                        tensor.dtype
+                    )
                     tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
 
     def after_step(self, sites: Mapping[str, Any]) -> None:
@@ -218,7 +270,9 @@ class AdaLoRA:
         """Mean and spread of the sensitivity |w g|, smoothed."""
         for p in sites.values():
             for name in _TENSORS:
-                w, mean, spread = (getattr(p, key) for key in (name, f"{name}_mean", f"{name}_spread"))
+                w, mean, spread = (
+                    getattr(p, key) for key in (name, f"{name}_mean", f"{name}_spread")
+                )
                 now = torch.zeros_like(w) if w.grad is None else (w.detach() * w.grad).abs()
                 mean.copy_(self.beta1 * mean + (1 - self.beta1) * now)
                 spread.copy_(self.beta2 * spread + (1 - self.beta2) * (now - mean).abs())
@@ -231,7 +285,9 @@ class AdaLoRA:
 
 
 def _choose(sites: Mapping[str, Any], budget: int) -> None:
-    """Mark the `budget` best triplets of all layers as kept; of equal ones those of earlier layers."""
+    """Mark the `budget` best triplets of all layers as kept; of equal ones those of earlier
+    layers.
+    """
     scores = [_scores(p).cpu() for p in sites.values()]
     best = torch.sort(torch.cat(scores), descending=True, stable=True).indices[:budget]
     kept = torch.zeros(sum(map(len, scores)), dtype=torch.bool)

@@ -1,15 +1,18 @@
-"""What a method is: the protocols that the rest of the library speaks, and the checks configurations share.
+"""What a method is: the protocols that the rest of the library speaks, and the checks
+configurations share.
 
 A configuration is a frozen dataclass, and the configuration *is* the method. There are three kinds:
 
-* a `Rule` turns one frozen weight W [out, in] into an effective weight W' with few trained numbers (LoRA, VeRA,
-  DoRA, DVoRA); an `UpdateRule` is a rule of the form W' = W + delta, which DoRA can wrap; a rule that is no change of
-  weights (Bottleneck) has `mergeable = False`, and its `effective_weight` raises UnsupportedError;
-* a `Prompt` adds positions that the tokens attend to, and changes neither a weight nor a layer's map (Prefix, PreEmbed,
-  PreLayer);
+* a `Rule` turns one frozen weight W [out, in] into an effective weight W' with few trained numbers
+  (LoRA, VeRA, DoRA, DVoRA); an `UpdateRule` is a rule of the form W' = W + delta, which DoRA can
+  wrap; a rule that is no change of weights (Bottleneck) has `mergeable = False`, and its
+  `effective_weight` raises UnsupportedError;
+* a `Prompt` adds positions that the tokens attend to, and changes neither a weight nor a layer's
+  map (Prefix, PreEmbed, PreLayer);
 * a `Selection` trains tensors that the model already has (Full, Head, BitFit).
 
-Tensors reach a rule as attributes of `p` (`p.A`, `p.B`, ...), so a rule can be read and tested without any model.
+Tensors reach a rule as attributes of `p` (`p.A`, `p.B`, ...), so a rule can be read and tested
+without any model.
 """
 
 from __future__ import annotations
@@ -28,23 +31,32 @@ from ..ops.derived import Derived
 from ..ops.factors import Factors
 from .facts import TensorFact
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16,
-          "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 Shape = tuple[int, ...]
 
 
 class Shared(nn.Module):
-    """Frozen tensors that every layer of an adapter reads; redrawn from their seed, never trained."""
+    """Frozen tensors that every layer of an adapter reads; redrawn from their seed, never
+    trained.
+    """
 
     def pool_key(self) -> tuple[Any, ...] | None:
-        """(share_key, max_out, max_in, device) if another adapter may read the same tensors, else None."""
+        """(share_key, max_out, max_in, device) if another adapter may read the same tensors, else
+        None.
+        """
         return None
 
 
 class Params(Protocol):
-    """The tensors of one adapted layer, by attribute; `shape` is its (out, in), `training` switches dropout, `derived`
-    keeps what is computed from them, `written` says that the layer's output may be written to.
+    """The tensors of one adapted layer, by attribute; `shape` is its (out, in), `training` switches
+    dropout, `derived` keeps what is computed from them, `written` says that the layer's output may
+    be written to.
     """
 
     shape: tuple[int, int]
@@ -58,7 +70,8 @@ class Params(Protocol):
 class Host(Protocol):
     """One view over Linear, Conv1D and Embedding: all that a rule may know of the layer it adapts.
 
-    A rule with `norm_hosts = True` also gets layer norms, of kind "norm", which have no weight matrix.
+    A rule with `norm_hosts = True` also gets layer norms, of kind "norm", which have no weight
+    matrix.
     """
 
     @property
@@ -74,29 +87,41 @@ class Host(Protocol):
     def weight(self) -> Tensor:
         """W as [out, in], a view without a copy."""
         ...
+
     def run(self, x: Tensor) -> Tensor:
         """The layer's own output for another input."""
         ...
-    def project(self, x: Tensor, A: Tensor, dropout: float, training: bool, dtype: torch.dtype | None = None) -> Tensor:
-        """x Aᵀ [..., r] for A [r, in], with dropout on x; x holds ids where the layer is an embedding.
 
-        A tensor that trains is given as it is, with the `dtype` to compute in: cast where no gradient is recorded (as in
-        a forward that is recomputed later) it would not show that it trains, and dropout would draw another mask.
+    def project(
+        self, x: Tensor, A: Tensor, dropout: float, training: bool, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """x Aᵀ [..., r] for A [r, in], with dropout on x; x holds ids where the layer is an
+        embedding.
+
+        A tensor that trains is given as it is, with the `dtype` to compute in: cast where no
+        gradient is recorded (as in a forward that is recomputed later) it would not show that it
+        trains, and dropout would draw another mask.
         """
         ...
 
 
 class Draw:
-    """Starting values of one layer's tensors: a function of the seed and the tensor's name, of nothing else."""
+    """Starting values of one layer's tensors: a function of the seed and the tensor's name, of
+    nothing else.
+    """
 
     def __init__(self, seed: int, site: str) -> None:
         self.seed, self.site = seed, site
 
     def normal(self, tensor: str, shape: Shape, std: float, device: torch.device) -> Tensor:
-        return counter.normal(counter.key_of(self.seed, self.site, tensor), 0, shape[0], shape[1], std, device)
+        return counter.normal(
+            counter.key_of(self.seed, self.site, tensor), 0, shape[0], shape[1], std, device
+        )
 
     def uniform(self, tensor: str, shape: Shape, bound: float, device: torch.device) -> Tensor:
-        return counter.uniform(counter.key_of(self.seed, self.site, tensor), 0, shape[0], shape[1], bound, device)
+        return counter.uniform(
+            counter.key_of(self.seed, self.site, tensor), 0, shape[0], shape[1], bound, device
+        )
 
 
 @runtime_checkable
@@ -110,22 +135,31 @@ class Rule(Protocol):
     mergeable: ClassVar[bool]
 
     def trained(self, out: int, in_: int) -> dict[str, Shape]:
-        """Name and shape of every trained tensor of one layer, in the order in which they are written."""
+        """Name and shape of every trained tensor of one layer, in the order in which they are
+        written.
+        """
         ...
+
     def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
         """Starting values, float32, on the weight's device; W' must equal W."""
         ...
+
     def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
         """The frozen tensors shared by layers of these (out, in) shapes, or None."""
         ...
+
     def share_key(self) -> tuple[Any, ...] | None:
         """Layers with equal keys share; None where there is nothing to share."""
         ...
+
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
         """W' [out, in] in float32, or in float64 where W is float64."""
         ...
+
     def forward(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
-        """The layer's output with the adapter, from its input x and its own output y = W x + bias."""
+        """The layer's output with the adapter, from its input x and its own output y = W x +
+        bias.
+        """
         ...
 
 
@@ -140,6 +174,7 @@ class UpdateRule(Rule, Protocol):
     def delta(self, p: Params, dtype: torch.dtype = torch.float32) -> Tensor:
         """[out, in], computed in `dtype`: float32, or float64 where W is."""
         ...
+
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
         """x deltaᵀ [..., out] in `dtype`, without building delta."""
         ...
@@ -147,11 +182,13 @@ class UpdateRule(Rule, Protocol):
 
 @runtime_checkable
 class Factored(Protocol):
-    """A rule whose W' has the form of ops/factors.py: one fused function computes its layers, which join mixed batches."""
+    """A rule whose W' has the form of ops/factors.py: one fused function computes its layers, which
+    join mixed batches.
+    """
 
     def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
-        """The layer's tensors as they are, of which `forward` computes the same output; `x`, where it is given, is the input
-        to come, for a rule that needs W for more than its output.
+        """The layer's tensors as they are, of which `forward` computes the same output; `x`, where
+        it is given, is the input to come, for a rule that needs W for more than its output.
         """
         ...
 
@@ -160,45 +197,63 @@ class Factored(Protocol):
 class Fixed(Protocol):
     """A rule with frozen tensors of each layer's own, which no file holds: they are drawn again."""
 
-    def fixed(self, kind: str, shape: tuple[int, int], draw: Draw, device: torch.device) -> dict[str, Tensor]:
-        """Name and float32 value: a function of the arguments with the same bits on every device and version."""
+    def fixed(
+        self, kind: str, shape: tuple[int, int], draw: Draw, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Name and float32 value: a function of the arguments with the same bits on every device
+        and version.
+        """
         ...
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A rule that carries more from step to step than its trained tensors. The tensors are buffers of the layer: in the
-    model's state_dict, so that a resumed run goes on bit for bit.
+    """A rule that carries more from step to step than its trained tensors. The tensors are buffers
+    of the layer: in the model's state_dict, so that a resumed run goes on bit for bit.
     """
 
     def state(self, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
         """Names and starting values; `step` among them counts the optimiser's steps."""
         ...
+
     def reached(self, p: Params) -> str | None:
-        """What an adapter's file must tell of it, beside the tensors, in a short text; None where there is nothing."""
+        """What an adapter's file must tell of it, beside the tensors, in a short text; None where
+        there is nothing.
+        """
         ...
+
     def restore(self, p: Params, text: str) -> None:
         """Put back what `reached` told."""
         ...
+
     def still(self, p: Params) -> tuple[str, ...]:
-        """Trained tensors that the rule itself keeps where they started, so that the audit does not ask them to move."""
+        """Trained tensors that the rule itself keeps where they started, so that the audit does not
+        ask them to move.
+        """
         ...
 
 
 @runtime_checkable
 class Stepped(Protocol):
-    """A rule that acts around every optimiser step that takes place (model/stepping.py calls it, without gradients).
+    """A rule that acts around every optimiser step that takes place (model/stepping.py calls it,
+    without gradients).
 
     It is called on the adapter's configuration, with all its layers' tensors by module name.
     """
 
     @property
     def follows_steps(self) -> bool:
-        """With these values of its fields it does act; then tensors that move without a step are an error."""
+        """With these values of its fields it does act; then tensors that move without a step are an
+        error.
+        """
         ...
+
     def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
-        """Gradients are there, `scale` times too large; `again` in the same step where a closure has made new ones."""
+        """Gradients are there, `scale` times too large; `again` in the same step where a closure
+        has made new ones.
+        """
         ...
+
     def after_step(self, sites: Mapping[str, Any]) -> None:
         """The tensors have moved; the gradients are still there, at their own size."""
         ...
@@ -206,7 +261,9 @@ class Stepped(Protocol):
 
 @runtime_checkable
 class Nested(Protocol):
-    """A rule that has trained every smaller rank too: the first part of its tensors is an adapter."""
+    """A rule that has trained every smaller rank too: the first part of its tensors is an
+    adapter.
+    """
 
     def shortened(self, r: int) -> Any:
         """The rule of rank `r`, or itself where it has no more than that."""
@@ -215,12 +272,14 @@ class Nested(Protocol):
 
 @runtime_checkable
 class Prompt(Protocol):
-    """Trained vectors at virtual positions. Its places in a model are found by structure (model/prompts.py).
+    """Trained vectors at virtual positions. Its places in a model are found by structure
+    (model/prompts.py).
 
-    `at`: what it hangs on, "attention" (keys and values of every self-attention; it then has `keys_values`), "embeddings"
-    (the model's input) or "block" (the input of every block; for both, tensors `before` and `after`). `trained` and
-    `start` are those of a Rule; (out, in) are the widths of keys and values, or twice the width of the states.
-    `by_row`: rows of one batch may use different ones. `starts_at_base`: whether step 0 leaves the output as it was.
+    `at`: what it hangs on, "attention" (keys and values of every self-attention; it then has
+    `keys_values`), "embeddings" (the model's input) or "block" (the input of every block; for both,
+    tensors `before` and `after`). `trained` and `start` are those of a Rule; (out, in) are the
+    widths of keys and values, or twice the width of the states. `by_row`: rows of one batch may use
+    different ones. `starts_at_base`: whether step 0 leaves the output as it was.
     """
 
     modules_to_save: tuple[str, ...]
@@ -236,6 +295,7 @@ class Prompt(Protocol):
     def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
         """As of a Rule; what is shared may hold parameters, which then train."""
         ...
+
     def share_key(self) -> tuple[Any, ...] | None: ...
 
 
@@ -246,6 +306,7 @@ class Reparameterised(Protocol):
     def finished(self) -> Any:
         """The configuration that a file says."""
         ...
+
     def finished_tensors(self, p: Params) -> dict[str, Tensor]:
         """The tensors of one layer that a file holds, by the names of that configuration."""
         ...
@@ -284,31 +345,51 @@ def check_rank(config: Any) -> None:
 def check_count(config: Any, field: str, low: int) -> None:
     value = getattr(config, field)
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{type(config).__name__}({field}={value!r}): {field} must be a whole number, {low} or more.")
+        raise ConfigError(
+            f"{type(config).__name__}({field}={value!r}): {field} must be a whole number, {low} or "
+            "more."
+        )
 
 
-def check_number(config: Any, field: str, *, low: float, high: float = math.inf, open_low: bool = False,
-                 open_high: bool = False) -> None:
+def check_number(
+    config: Any,
+    field: str,
+    *,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
     """Refuse a field that is no finite number in the range, naming the range."""
     value, name = getattr(config, field), type(config).__name__
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if ok and (low < value if open_low else low <= value) and (value < high if open_high else value <= high):
+    if (
+        ok
+        and (low < value if open_low else low <= value)
+        and (value < high if open_high else value <= high)
+    ):
         return
     left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
-    raise ConfigError(f"{name}({field}={value!r}): {field} must be a number in {left}{low}, {high}{right}.")
+    raise ConfigError(
+        f"{name}({field}={value!r}): {field} must be a number in {left}{low}, {high}{right}."
+    )
 
 
 def check_choice(config: Any, field: str, allowed: Sequence[str]) -> None:
     value = getattr(config, field)
     if value not in allowed:
-        raise ConfigError(f"{type(config).__name__}({field}={value!r}): {field} must be one of {list(allowed)}.")
+        raise ConfigError(
+            f"{type(config).__name__}({field}={value!r}): {field} must be one of {list(allowed)}."
+        )
 
 
 def check_common(config: Any) -> None:
-    """The fields every rule has: seed, dtype, modules_to_save, and targets as far as they need no model; and dropout where
-    there is any.
+    """The fields every rule has: seed, dtype, modules_to_save, and targets as far as they need no
+    model; and dropout where there is any.
     """
-    from .target_spec import normalise  # here, so that a configuration module can be read from the top
+    from .target_spec import (
+        normalise,
+    )  # here, so that a configuration module can be read from the top
 
     if hasattr(config, "dropout"):
         check_number(config, "dropout", low=0.0, high=1.0, open_high=True)
@@ -319,8 +400,15 @@ def check_common(config: Any) -> None:
 
 def check_tensors(config: Any) -> None:
     """The fields that say how tensors are drawn and held: seed and dtype, which becomes a name."""
-    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or not 0 <= config.seed < 2**63:
-        raise ConfigError(f"{type(config).__name__}(seed={config.seed!r}): seed must be a whole number from 0 to 2**63-1.")
+    if (
+        isinstance(config.seed, bool)
+        or not isinstance(config.seed, int)
+        or not 0 <= config.seed < 2**63
+    ):
+        raise ConfigError(
+            f"{type(config).__name__}(seed={config.seed!r}): seed must be a whole number from 0 to "
+            "2**63-1."
+        )
     if isinstance(config.dtype, torch.dtype):
         object.__setattr__(config, "dtype", str(config.dtype).removeprefix("torch."))
     check_choice(config, "dtype", list(DTYPES))
@@ -328,7 +416,14 @@ def check_tensors(config: Any) -> None:
 
 def check_modules(config: Any) -> None:
     value = config.modules_to_save
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) and v for v in value):
-        raise ConfigError(f"{type(config).__name__}(modules_to_save={value!r}): write a list of module name endings, "
-                          'for example ["classifier"].')
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or not all(isinstance(v, str) and v for v in value)
+    ):
+        raise ConfigError(
+            f"{type(config).__name__}(modules_to_save={value!r}): write a list of module name "
+            "endings, "
+            'for example ["classifier"].'
+        )
     object.__setattr__(config, "modules_to_save", tuple(value))

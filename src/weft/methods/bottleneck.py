@@ -1,4 +1,5 @@
-"""Bottleneck adapters: a small network with a nonlinearity beside or behind a frozen layer, six presets of one equation.
+"""Bottleneck adapters: a small network with a nonlinearity beside or behind a frozen layer, six
+presets of one equation.
 
     y' = y + s (W_up phi(W_down h + b_down) + b_up)      y = the layer's own output
     h  = y (place="series") or the layer's input x (place="parallel"), through a LayerNorm of its own if layer_norm
@@ -14,19 +15,22 @@
     series    mlp-output                     tanh   no                2 d r a layer
     parallel  mlp-output, h = x              tanh   no                r (in + out) a layer
 
-A preset gives defaults to the fields that are not given, and nothing else: every field may be given beside it. Targets are
-found by structure and stand before the residual sum. "block-output" is the layer norm behind the MLP in post-norm models
-(BERT): there y = LN(s) and y' = LN(s + a(y)), with the same frozen norm again; in pre-norm models it is the MLP's output
-map. "attention-output" is every attention, a decoder's cross-attention too. `skip_layers` counts from the input of every
+A preset gives defaults to the fields that are not given, and nothing else: every field may be given
+beside it. Targets are found by structure and stand before the residual sum. "block-output" is the
+layer norm behind the MLP in post-norm models (BERT): there y = LN(s) and y' = LN(s + a(y)), with
+the same frozen norm again; in pre-norm models it is the MLP's output map. "attention-output" is
+every attention, a decoder's cross-attention too. `skip_layers` counts from the input of every
 stack, of encoder and decoder both.
 
-Not mergeable: the nonlinearity cannot be folded into a weight. Dropout acts on phi's output. Dtype: float32 unless asked.
-Sources: Houlsby arXiv:1902.00751; Lin arXiv:2004.03829; Pfeiffer arXiv:2005.00247; AdapterDrop arXiv:2010.11918; series and
-parallel as in LLM-Adapters arXiv:2304.01933 (LLaMA's rows: targets=["up_proj", "down_proj"]). He et al. scale parallel by 4.
-Differs from them: the originals start `up` at small random numbers (standard deviation 0.01 or 0.02), so only near the base;
-Houlsby trains the model's LayerNorms too, which the counts of arXiv:2106.09685 leave out; Lin's code reads the block's
-output after the residual sum, here it is the MLP's before it. Differs from the package `adapters`: that drops out after
-`up`, its Pfeiffer on a pre-norm model reads the sum of residual and MLP output (original_ln_before), and its parallel
+Not mergeable: the nonlinearity cannot be folded into a weight. Dropout acts on phi's output. Dtype:
+float32 unless asked. Sources: Houlsby arXiv:1902.00751; Lin arXiv:2004.03829; Pfeiffer
+arXiv:2005.00247; AdapterDrop arXiv:2010.11918; series and parallel as in LLM-Adapters
+arXiv:2304.01933 (LLaMA's rows: targets=["up_proj", "down_proj"]). He et al. scale parallel by 4.
+Differs from them: the originals start `up` at small random numbers (standard deviation 0.01 or
+0.02), so only near the base; Houlsby trains the model's LayerNorms too, which the counts of
+arXiv:2106.09685 leave out; Lin's code reads the block's output after the residual sum, here it is
+the MLP's before it. Differs from the package `adapters`: that drops out after `up`, its Pfeiffer on
+a pre-norm model reads the sum of residual and MLP output (original_ln_before), and its parallel
 adapter spans the whole MLP. All else is held equal to it by tests.
 """
 
@@ -56,10 +60,22 @@ from .base import (
     check_rank,
 )
 
-NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "tanh": torch.tanh}
+NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
 
-_PLAIN = {"targets": "mlp-output", "place": "series", "nonlinearity": "relu", "bias": True, "layer_norm": False,
-          "scale": 1.0, "skip_layers": 0}
+_PLAIN = {
+    "targets": "mlp-output",
+    "place": "series",
+    "nonlinearity": "relu",
+    "bias": True,
+    "layer_norm": False,
+    "scale": 1.0,
+    "skip_layers": 0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "houlsby": {**_PLAIN, "targets": ("attention-output", "mlp-output"), "nonlinearity": "swish"},
     "lin": {**_PLAIN, "layer_norm": True},
@@ -72,7 +88,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck:
-    """See the module's equation. A field that is None takes the preset's value, and holds it from then on."""
+    """See the module's equation. A field that is None takes the preset's value, and holds it from
+    then on.
+    """
 
     preset: str = "houlsby"
     r: int = 64
@@ -89,9 +107,14 @@ class Bottleneck:
     dtype: str = "float32"
 
     mergeable: ClassVar[bool] = False
-    not_mergeable: ClassVar[str] = "a nonlinearity stands between its two maps, and no weight can hold it"
+    not_mergeable: ClassVar[str] = (
+        "a nonlinearity stands between its two maps, and no weight can hold it"
+    )
     norm_hosts: ClassVar[bool] = True
-    whole: ClassVar[tuple[str, ...]] = ("preset", "skip_layers")  # fields of the whole model, not of one layer
+    whole: ClassVar[tuple[str, ...]] = (
+        "preset",
+        "skip_layers",
+    )  # fields of the whole model, not of one layer
 
     def __post_init__(self) -> None:
         check_rank(self)
@@ -104,7 +127,9 @@ class Bottleneck:
         check_number(self, "scale", low=0.0, open_low=True)
         for field in ("bias", "layer_norm"):
             if not isinstance(getattr(self, field), bool):
-                raise ConfigError(f"Bottleneck({field}={getattr(self, field)!r}): {field} must be True or False.")
+                raise ConfigError(
+                    f"Bottleneck({field}={getattr(self, field)!r}): {field} must be True or False."
+                )
         check_count(self, "skip_layers", 0)
         check_common(self)
 
@@ -115,13 +140,19 @@ class Bottleneck:
         return y + update.to(y.dtype)
 
     def _update(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
-        """s (W_up phi(W_down h + b_down) + b_up) [..., out]; x holds ids where the layer is an embedding."""
+        """s (W_up phi(W_down h + b_down) + b_up) [..., out]; x holds ids where the layer is an
+        embedding.
+        """
         parallel, dtype = self.place == "parallel", y.dtype
         h = x if parallel else y
         if self.layer_norm:
             h = F.layer_norm(h.to(dtype), h.shape[-1:], p.gain.to(dtype), p.shift.to(dtype))
         down = p.down.to(dtype)
-        z = host.project(h if host.kind == "embedding" else h.to(dtype), down, 0.0, False) if parallel else F.linear(h, down)
+        z = (
+            host.project(h if host.kind == "embedding" else h.to(dtype), down, 0.0, False)
+            if parallel
+            else F.linear(h, down)
+        )
         z = NONLINEARITIES[str(self.nonlinearity)](z + p.b_down.to(dtype) if self.bias else z)
         if self.dropout and p.training:
             z = F.dropout(z, self.dropout)
@@ -146,8 +177,11 @@ class Bottleneck:
     def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
         device, ids = host.weight().device, self.place == "parallel" and host.kind == "embedding"
         if ids and self.layer_norm:
-            raise TargetError('Bottleneck(place="parallel", layer_norm=True): an embedding reads ids, which no LayerNorm '
-                              "takes. Leave the embedding or the LayerNorm out.")
+            raise TargetError(
+                'Bottleneck(place="parallel", layer_norm=True): an embedding reads ids, which no '
+                "LayerNorm "
+                "takes. Leave the embedding or the LayerNorm out."
+            )
         tensors: dict[str, Tensor] = {}
         for name, shape in self.trained(host.out_features, host.in_features).items():
             if name == "down":

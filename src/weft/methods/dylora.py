@@ -6,16 +6,18 @@
     A [r, in]   trained, Gaussian (standard deviation 1/r) or Kaiming-uniform, as in LoRA
     B [out, r]  trained, starts at 0, so W' = W at step 0
 
-Trained numbers per layer: r (in + out). b is a function of the seed and of the number of optimiser steps taken, so
-micro-batches, recomputation, processes and a resumed run see the same b, and no random generator is touched; all layers
-of equal rank draw the same b. last_only=True moves only the b-th row of A and column of B in that step (the paper's
-frozen variant), whatever momentum or decay the optimiser would give the others; without it the first b have gradients and
-the optimiser's momentum may move the others on, as in the authors' code.
-`adapter.truncate(b)` takes the first b ranks, as does loading and truncating; that adapter is the LoRA of A[:b], B[:, :b]
-and alpha. In training the b ranks are chosen by factors of x Aᵀ (s_b, and 0 beyond b), not by slicing: a model is
-compiled once, whatever b comes, and the products cost those of rank r.
-Source: arXiv:2210.07558, algorithm 1. alpha=None means that every s_b is 1. Raises ConfigError for values that cannot be
-meant. Differs from the paper: b is uniform (as in its experiments); no other distribution is offered.
+Trained numbers per layer: r (in + out). b is a function of the seed and of the number of optimiser
+steps taken, so micro-batches, recomputation, processes and a resumed run see the same b, and no
+random generator is touched; all layers of equal rank draw the same b. last_only=True moves only the
+b-th row of A and column of B in that step (the paper's frozen variant), whatever momentum or decay
+the optimiser would give the others; without it the first b have gradients and the optimiser's
+momentum may move the others on, as in the authors' code. `adapter.truncate(b)` takes the first b
+ranks, as does loading and truncating; that adapter is the LoRA of A[:b], B[:, :b] and alpha. In
+training the b ranks are chosen by factors of x Aᵀ (s_b, and 0 beyond b), not by slicing: a model is
+compiled once, whatever b comes, and the products cost those of rank r. Source: arXiv:2210.07558,
+algorithm 1. alpha=None means that every s_b is 1. Raises ConfigError for values that cannot be
+meant. Differs from the paper: b is uniform (as in its experiments); no other distribution is
+offered.
 """
 
 from __future__ import annotations
@@ -66,12 +68,18 @@ class DyLoRA:
         check_rank(self)
         low: Any = self.r_min
         if isinstance(low, bool) or not isinstance(low, int) or not 1 <= low <= self.r:
-            raise ConfigError(f"{type(self).__name__}(r={self.r}, r_min={low!r}): r_min must be a whole number from 1 to r.")
+            raise ConfigError(
+                f"{type(self).__name__}(r={self.r}, r_min={low!r}): r_min must be a whole number "
+                "from 1 to r."
+            )
         if self.alpha is not None:
             check_number(self, "alpha", low=0.0, open_low=True)
         check_choice(self, "init", ("gaussian", "kaiming"))
         if not isinstance(self.last_only, bool):
-            raise ConfigError(f"{type(self).__name__}(last_only={self.last_only!r}): last_only must be True or False.")
+            raise ConfigError(
+                f"{type(self).__name__}(last_only={self.last_only!r}): last_only must be True or "
+                "False."
+            )
         check_common(self)
 
     @property
@@ -81,7 +89,9 @@ class DyLoRA:
 
     @property
     def audit_after(self) -> int:
-        """Steps after which both A and B have moved: last_only moves A only where one b has come twice."""
+        """Steps after which both A and B have moved: last_only moves A only where one b has come
+        twice.
+        """
         return self.r - self.r_min + 3 if self.last_only else 0
 
     def rank_at(self, step: int) -> int:
@@ -109,7 +119,9 @@ class DyLoRA:
         return Factors(p.A, p.B, s=self.scale)
 
     def _scales(self, b: Tensor, dtype: torch.dtype) -> Tensor:
-        """[r]: s_b for the first b ranks, 0 beyond; b is a tensor, so that no compiled graph depends on its value."""
+        """[r]: s_b for the first b ranks, 0 beyond; b is a tensor, so that no compiled graph
+        depends on its value.
+        """
         scale = torch.ones_like(b, dtype=dtype) if self.alpha is None else self.alpha / b.to(dtype)
         return torch.where(torch.arange(self.r, device=b.device) < b, scale, 0.0)
 
@@ -128,8 +140,10 @@ class DyLoRA:
 
     def state(self, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
         """`step`, and the rank `b` of the step to come."""
-        return {"step": torch.zeros((), dtype=torch.int64, device=device),
-                "b": torch.full((), self.rank_at(0), dtype=torch.int64, device=device)}
+        return {
+            "step": torch.zeros((), dtype=torch.int64, device=device),
+            "b": torch.full((), self.rank_at(0), dtype=torch.int64, device=device),
+        }
 
     def reached(self, p: Params) -> str | None:
         return None

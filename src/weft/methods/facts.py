@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TensorFact:
-    """One parameter of the model. `is_bias`: a bias vector or a normalisation's shift; `in_head`: of the output head.
+    """One parameter of the model. `is_bias`: a bias vector or a normalisation's shift; `in_head`:
+    of the output head.
 
-    `block`: the place, from 0, of the tensor's block in the stack before the output, which has `blocks` blocks; None
-    outside that stack. `final_norm`: of the normalisation behind that stack.
+    `block`: the place, from 0, of the tensor's block in the stack before the output, which has
+    `blocks` blocks; None outside that stack. `final_norm`: of the normalisation behind that stack.
     """
 
     name: str

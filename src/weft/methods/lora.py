@@ -6,10 +6,10 @@
                 or Kaiming-uniform with bound 1/sqrt(in) (init="kaiming", as the authors' code has it)
     B [out, r]  trained, starts at 0, so W' = W at step 0
 
-Trained numbers per layer: r (in + out). Dropout acts on x of the low-rank branch only. On an embedding the
-start is reversed as in the authors' code: A is 0 and B is Gaussian with standard deviation 1 (init="kaiming") or 1/r.
-Dtype: float32 unless asked. Raises ConfigError for values that cannot be meant.
-Source: arXiv:2106.09685, section 4.1; rslora: arXiv:2312.03732, theorem 3.2.
+Trained numbers per layer: r (in + out). Dropout acts on x of the low-rank branch only. On an
+embedding the start is reversed as in the authors' code: A is 0 and B is Gaussian with standard
+deviation 1 (init="kaiming") or 1/r. Dtype: float32 unless asked. Raises ConfigError for values that
+cannot be meant. Source: arXiv:2106.09685, section 4.1; rslora: arXiv:2312.03732, theorem 3.2.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from .base import (
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """See the module's equation. alpha=None means alpha = r, that is s = 1 whatever r a layer has."""
+    """See the module's equation. alpha=None means alpha = r, that is s = 1 whatever r a layer
+    has.
+    """
 
     r: int = 8
     alpha: float | None = None

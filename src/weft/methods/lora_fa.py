@@ -1,18 +1,20 @@
-"""LoRA-FA: LoRA with A frozen at its random start, so that only B trains and no input has to be kept.
+"""LoRA-FA: LoRA with A frozen at its random start, so that only B trains and no input has to be
+kept.
 
     W' = W + s B A              y = x W'ᵀ + bias,   s = alpha / r   (rslora: s = alpha / sqrt(r))
 
     A [r, in]   frozen, Kaiming-uniform with bound 1/sqrt(in) (1 on an embedding, whose input is one-hot), from `seed`
     B [out, r]  trained, starts at 0, so W' = W at step 0
 
-Trained numbers per layer: r out. B's gradient needs only h = x Aᵀ, r numbers a token, and that is all that is kept for
-backward, also with dropout (ops/frozen.py). A is in no file: its bits are a function of the seed and of the layer's name,
-the same everywhere, and a checksum in the file is held against them on loading.
-precondition=True multiplies B's gradient by (1/s)² (A Aᵀ)⁻¹ before every optimiser step, which is then the step on B
-whose change of W' comes nearest to that of full fine-tuning (the later version of the method, which peft's
-LoraFAOptimizer implements; it adds 1e-8 to the diagonal of A Aᵀ, and so does this).
-Source: arXiv:2308.03303, section 3. Differs from the paper: A is uniform as in LoRA's code, not Gaussian, since no
-library reproduces Gaussian bits everywhere.
+Trained numbers per layer: r out. B's gradient needs only h = x Aᵀ, r numbers a token, and that is
+all that is kept for backward, also with dropout (ops/frozen.py). A is in no file: its bits are a
+function of the seed and of the layer's name, the same everywhere, and a checksum in the file is
+held against them on loading. precondition=True multiplies B's gradient by (1/s)² (A Aᵀ)⁻¹ before
+every optimiser step, which is then the step on B whose change of W' comes nearest to that of full
+fine-tuning (the later version of the method, which peft's LoraFAOptimizer implements; it adds 1e-8
+to the diagonal of A Aᵀ, and so does this). Source: arXiv:2308.03303, section 3. Differs from the
+paper: A is uniform as in LoRA's code, not Gaussian, since no library reproduces Gaussian bits
+everywhere.
 """
 
 from __future__ import annotations
@@ -29,14 +31,24 @@ from ..ops import low_rank
 from ..ops.factors import Factors
 from .base import Draw, Host, Params, Shape, Shared, check_common, check_number, check_rank, wide
 
-# What wrappers and nestings put into a layer's name; A does not depend on it, so an adapter finds its A in either form.
-_NESTING = {"module", "base_model", "model", "language_model", "_orig_mod", "_fsdp_wrapped_module",
-            "_checkpoint_wrapped_module"}
+# What wrappers and nestings put into a layer's name; A does not depend on it, so an adapter finds
+# its A in either form.
+_NESTING = {
+    "module",
+    "base_model",
+    "model",
+    "language_model",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFA:
-    """See the module's equation. alpha=None means alpha = r, that is s = 1 whatever r a layer has."""
+    """See the module's equation. alpha=None means alpha = r, that is s = 1 whatever r a layer
+    has.
+    """
 
     r: int = 8
     alpha: float | None = None
@@ -84,9 +96,15 @@ class LoRAFA:
         return {"B": (out, self.r)}
 
     def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
-        return {"B": torch.zeros(host.out_features, self.r, dtype=torch.float32, device=host.weight().device)}
+        return {
+            "B": torch.zeros(
+                host.out_features, self.r, dtype=torch.float32, device=host.weight().device
+            )
+        }
 
-    def fixed(self, kind: str, shape: tuple[int, int], draw: Draw, device: torch.device) -> dict[str, Tensor]:
+    def fixed(
+        self, kind: str, shape: tuple[int, int], draw: Draw, device: torch.device
+    ) -> dict[str, Tensor]:
         place = ".".join(part for part in draw.site.split(".") if part not in _NESTING)
         bound = 1.0 if kind == "embedding" else 1 / math.sqrt(shape[1])
         return {"A": Draw(draw.seed, place).uniform("A", (self.r, shape[1]), bound, device)}

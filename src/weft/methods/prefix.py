@@ -1,38 +1,45 @@
-"""The prompt family: trained vectors at virtual positions, which every real token can attend to; no weight changes.
+"""The prompt family: trained vectors at virtual positions, which every real token can attend to; no
+weight changes.
 
     Prefix     attention over [P_K; K] and [P_V; V]     keys, values [n, kv heads * head width]   trained, each attention
     PreEmbed   input embeddings [before; prompt; after] before [l_p, d], after [l_i, d]           trained, once
     PreLayer   the same, and the state of these positions at the input of every block is trained: before, after, each block
 
-Trained numbers: Prefix 2 n (kv width) a self-attention, so 2 n d L in a GPT-2; PreEmbed d (l_p + l_i); PreLayer
-L d (l_p + l_i). A softmax over more positions is another softmax, so **no start leaves the output as it was**: all tensors
-start Gaussian with standard deviation `std` (0.02, the width at which GPT-2 and BERT start their embeddings).
+Trained numbers: Prefix 2 n (kv width) a self-attention, so 2 n d L in a GPT-2; PreEmbed d (l_p +
+l_i); PreLayer L d (l_p + l_i). A softmax over more positions is another softmax, so **no start
+leaves the output as it was**: all tensors start Gaussian with standard deviation `std` (0.02, the
+width at which GPT-2 and BERT start their embeddings).
 
-Prefix, hidden=h: the paper's reparameterisation. In place of the keys and values an embedding E [n, kv width] trains,
-and one MLP: [P_K, P_V] of a layer = up_layer tanh(down E + b_down) + b_layer, with `down` shared by all layers. A file
-holds the keys and values that come out, and no MLP; loaded, they train on directly.
+Prefix, hidden=h: the paper's reparameterisation. In place of the keys and values an embedding E [n,
+kv width] trains, and one MLP: [P_K, P_V] of a layer = up_layer tanh(down E + b_down) + b_layer,
+with `down` shared by all layers. A file holds the keys and values that come out, and no MLP;
+loaded, they train on directly.
 
-Prefix, positions="shifted": real tokens count their positions from n on, as they do in the papers' code and in peft, where
-the prefix lies in the key-value cache. "kept": they count from 0. Models without position ids (T5, ViT) and encoders
-(BERT) have nothing to shift.
+Prefix, positions="shifted": real tokens count their positions from n on, as they do in the papers'
+code and in peft, where the prefix lies in the key-value cache. "kept": they count from 0. Models
+without position ids (T5, ViT) and encoders (BERT) have nothing to shift.
 
-Where PreEmbed and PreLayer put them. In a decoder: `before` before the first column, `after` behind the prompt, that is
-behind the last real token of each row; in training before the first label that is not -100 (of a model that generates:
-the labels of a token classifier say nothing of the prompt). They take up positions, and
-what the user sees has the shape it always has: the logits at the prompt's last token, which predict the first token of
-the answer, are those of the last `after`. In an encoder (BERT, ViT) they stand behind the embedding module and have no
-position embedding; attention there knows no order, so before and after are the same, real tokens keep their positions, and
-each answers for itself; a pooler reads real tokens only. Encoders whose tokens look back only (CLIP's text) are refused.
-The state after the last block is not replaced: no real token reads it. Where nothing stands behind the prompt (a classifier
-on the last token), the `after` of all blocks but the last is read by nobody, gets no gradient, and the audit says so.
+Where PreEmbed and PreLayer put them. In a decoder: `before` before the first column, `after` behind
+the prompt, that is behind the last real token of each row; in training before the first label that
+is not -100 (of a model that generates: the labels of a token classifier say nothing of the prompt).
+They take up positions, and what the user sees has the shape it always has: the logits at the
+prompt's last token, which predict the first token of the answer, are those of the last `after`. In
+an encoder (BERT, ViT) they stand behind the embedding module and have no position embedding;
+attention there knows no order, so before and after are the same, real tokens keep their positions,
+and each answers for itself; a pooler reads real tokens only. Encoders whose tokens look back only
+(CLIP's text) are refused. The state after the last block is not replaced: no real token reads it.
+Where nothing stands behind the prompt (a classifier on the last token), the `after` of all blocks
+but the last is read by nobody, gets no gradient, and the audit says so.
 
-Not mergeable, and no export to LoRA: they are no change of weights. Rows of one batch may mix prefixes, not virtual tokens.
-Dtype: float32 unless asked. Raises ConfigError for values that cannot be meant; at attach TargetError where a model's
-attention does not go through transformers' AttentionInterface, or its embeddings are not within reach.
-A prefix is seen by every token, in layers with a sliding window too; virtual tokens are tokens, and fall out of it: left
-padding stands between them and the prompt, so there, and nowhere else, it changes what a row sees.
-Sources: Prefix arXiv:2101.00190, equation 3 and section 4.3; PreEmbed and PreLayer arXiv:2106.09685, section 5.1 (after
-arXiv:2104.08691). Differs from them: Li and Liang start from the activations of real words. Cross-attention gets no prefix.
+Not mergeable, and no export to LoRA: they are no change of weights. Rows of one batch may mix
+prefixes, not virtual tokens. Dtype: float32 unless asked. Raises ConfigError for values that cannot
+be meant; at attach TargetError where a model's attention does not go through transformers'
+AttentionInterface, or its embeddings are not within reach. A prefix is seen by every token, in
+layers with a sliding window too; virtual tokens are tokens, and fall out of it: left padding stands
+between them and the prompt, so there, and nowhere else, it changes what a row sees. Sources: Prefix
+arXiv:2101.00190, equation 3 and section 4.3; PreEmbed and PreLayer arXiv:2106.09685, section 5.1
+(after arXiv:2104.08691). Differs from them: Li and Liang start from the activations of real words.
+Cross-attention gets no prefix.
 """
 
 from __future__ import annotations
@@ -64,7 +71,9 @@ from .base import (
 
 
 class Trunk(Shared):
-    """What all layers share of a reparameterised prefix: E [n, width], down [hidden, width] and b_down [hidden], trained."""
+    """What all layers share of a reparameterised prefix: E [n, width], down [hidden, width] and
+    b_down [hidden], trained.
+    """
 
     def __init__(self, n: int, width: int, hidden: int, seed: int, device: torch.device) -> None:
         super().__init__()
@@ -91,7 +100,9 @@ class Prefix:
     dtype: str = "float32"
 
     mergeable: ClassVar[bool] = False
-    not_mergeable: ClassVar[str] = "its keys and values stand beside those of the tokens, and no weight can hold them"
+    not_mergeable: ClassVar[str] = (
+        "its keys and values stand beside those of the tokens, and no weight can hold them"
+    )
     starts_at_base: ClassVar[bool] = False
     at: ClassVar[str] = "attention"
     by_row: ClassVar[bool] = True
@@ -117,8 +128,10 @@ class Prefix:
         if self.hidden is None:
             return _gaussian(self, host, draw)
         shape, device = (host.out_features + host.in_features, self.hidden), host.device
-        return {"up": draw.uniform("up", shape, 1 / math.sqrt(self.hidden), device),
-                "b_up": torch.zeros(shape[0], dtype=torch.float32, device=device)}
+        return {
+            "up": draw.uniform("up", shape, 1 / math.sqrt(self.hidden), device),
+            "b_up": torch.zeros(shape[0], dtype=torch.float32, device=device),
+        }
 
     def keys_values(self, p: Params) -> tuple[Tensor, Tensor]:
         """P_K [n, width of the keys] and P_V [n, width of the values]."""
@@ -130,7 +143,9 @@ class Prefix:
     def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
         if self.hidden is None:
             return None
-        return Trunk(self.n, max(out for out, _ in shapes), self.hidden, self.seed, device).to(DTYPES[self.dtype])
+        return Trunk(self.n, max(out for out, _ in shapes), self.hidden, self.seed, device).to(
+            DTYPES[self.dtype]
+        )
 
     def share_key(self) -> tuple[Any, ...] | None:
         return None if self.hidden is None else ("trunk", self.n, self.hidden, self.seed)
@@ -165,7 +180,11 @@ class VirtualTokens:
         _check(self)
 
     def trained(self, out: int, in_: int) -> dict[str, Shape]:
-        return {name: (length, out) for name, length in (("before", self.l_p), ("after", self.l_i)) if length}
+        return {
+            name: (length, out)
+            for name, length in (("before", self.l_p), ("after", self.l_i))
+            if length
+        }
 
     def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
         return _gaussian(self, host, draw)
@@ -195,7 +214,9 @@ class PreLayer(VirtualTokens):
 
 def _gaussian(config: Any, host: Host, draw: Draw) -> dict[str, Tensor]:
     shapes = config.trained(host.out_features, host.in_features)
-    return {name: draw.normal(name, shape, config.std, host.device) for name, shape in shapes.items()}
+    return {
+        name: draw.normal(name, shape, config.std, host.device) for name, shape in shapes.items()
+    }
 
 
 def _check(config: Any) -> None:
@@ -208,4 +229,7 @@ def _check_lengths(config: Any) -> None:
     check_count(config, "l_p", 0)
     check_count(config, "l_i", 0)
     if config.l_p + config.l_i == 0:
-        raise ConfigError(f"{type(config).__name__}(l_p=0, l_i=0): there is nothing to train. Give at least one position.")
+        raise ConfigError(
+            f"{type(config).__name__}(l_p=0, l_i=0): there is nothing to train. Give at least one "
+            "position."
+        )

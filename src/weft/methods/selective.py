@@ -5,11 +5,12 @@
     Head       the output head only: d C + C numbers for a linear classifier
     BitFit     every bias vector, LayerNorm's shift included, starting from its pretrained value
 
-No inference cost and nothing to compute differently: the trained copy takes the tensor's place, and the pretrained
-value is kept beside it so that switching off and detaching are exact (one more copy of the selected tensors in memory).
-The papers count the head apart: Full trains it and `num_head_parameters` says its share; the others leave it alone, and a
-new head trains beside them with `modules_to_save`.
-Sources: BitFit arXiv:2106.10199; the baselines of arXiv:2106.09685, section 5.1 (the head is counted apart).
+No inference cost and nothing to compute differently: the trained copy takes the tensor's place, and
+the pretrained value is kept beside it so that switching off and detaching are exact (one more copy
+of the selected tensors in memory). The papers count the head apart: Full trains it and
+`num_head_parameters` says its share; the others leave it alone, and a new head trains beside them
+with `modules_to_save`. Sources: BitFit arXiv:2106.10199; the baselines of arXiv:2106.09685, section
+5.1 (the head is counted apart).
 """
 
 from __future__ import annotations
@@ -39,19 +40,22 @@ class Full:
 
 @dataclass(frozen=True, kw_only=True)
 class TopLayers:
-    """The last k blocks before the output, with the normalisation behind them where the model has one (a post-norm model
-    ends each block in its own). Embeddings, poolers and the head stay.
+    """The last k blocks before the output, with the normalisation behind them where the model has
+    one (a post-norm model ends each block in its own). Embeddings, poolers and the head stay.
 
-    The blocks are those of one stack: of encoder and decoder the decoder's, of several towers the one registered last; the
-    plan lists them. A model without repeated blocks counts its own children that hold parameters, the head apart.
-    Raises TargetError at attach where k is more than the blocks there are.
-    Source: the baseline FT^Top2 of arXiv:2106.09685, table 3; the prefix-tuning authors' code, option finetune-top.
+    The blocks are those of one stack: of encoder and decoder the decoder's, of several towers the
+    one registered last; the plan lists them. A model without repeated blocks counts its own
+    children that hold parameters, the head apart. Raises TargetError at attach where k is more than
+    the blocks there are. Source: the baseline FT^Top2 of arXiv:2106.09685, table 3; the
+    prefix-tuning authors' code, option finetune-top.
     """
 
     k: int = 2
     modules_to_save: tuple[str, ...] = ()
     mergeable: ClassVar[bool] = True
-    nothing: ClassVar[str] = "it has neither repeated blocks nor children with parameters beside its head"
+    nothing: ClassVar[str] = (
+        "it has neither repeated blocks nor children with parameters beside its head"
+    )
 
     def __post_init__(self) -> None:
         check_count(self, "k", 1)
@@ -59,7 +63,10 @@ class TopLayers:
 
     def picks(self, fact: TensorFact) -> bool:
         if fact.blocks and self.k > fact.blocks:
-            raise TargetError(f"TopLayers(k={self.k}): the model has {fact.blocks} blocks. Take fewer, or weft.Full().")
+            raise TargetError(
+                f"TopLayers(k={self.k}): the model has {fact.blocks} blocks. Take fewer, or "
+                "weft.Full()."
+            )
         return fact.final_norm or (fact.block is not None and fact.block >= fact.blocks - self.k)
 
 
@@ -69,7 +76,9 @@ class Head:
 
     modules_to_save: tuple[str, ...] = ()
     mergeable: ClassVar[bool] = True
-    nothing: ClassVar[str] = "no output head of its own was found (a head tied to the embedding is not one)"
+    nothing: ClassVar[str] = (
+        "no output head of its own was found (a head tied to the embedding is not one)"
+    )
 
     def __post_init__(self) -> None:
         check_modules(self)
@@ -80,7 +89,9 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit:
-    """All existing bias vectors. A new head is trained with `modules_to_save`, as with every other method."""
+    """All existing bias vectors. A new head is trained with `modules_to_save`, as with every other
+    method.
+    """
 
     modules_to_save: tuple[str, ...] = ()
     mergeable: ClassVar[bool] = True

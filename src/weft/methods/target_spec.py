@@ -7,7 +7,8 @@ A *pattern* is one of
     "block-output"       in post-norm models the layer norm behind the MLP, else the same as "mlp-output"
     "q_proj"       letters, digits, '_' and '.': the ending of a module's name, cut at a dot
     other text     a regular expression that must match a module's whole name
-and `targets` is a pattern, a list of patterns, or a dict of patterns to the fields they override: {"q_proj": {"r": 32}}.
+and `targets` is a pattern, a list of patterns, or a dict of patterns to the fields they override:
+{"q_proj": {"r": 32}}.
 """
 
 from __future__ import annotations
@@ -21,14 +22,20 @@ import torch
 
 from ..errors import ConfigError
 
-ROLES = ("attention-output", "mlp-output", "block-output")  # one module a block; model/roles.py finds them
+ROLES = (
+    "attention-output",
+    "mlp-output",
+    "block-output",
+)  # one module a block; model/roles.py finds them
 KEYWORDS = ("all-linear", "attention", "mlp", *ROLES)
 _ENDING = re.compile(r"[A-Za-z0-9_.]+")
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """Patterns with the fields they change, in order; where two match a layer, the later one wins field by field."""
+    """Patterns with the fields they change, in order; where two match a layer, the later one wins
+    field by field.
+    """
 
     entries: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
@@ -39,7 +46,9 @@ def is_ending(pattern: str) -> bool:
 
 
 def normalise(targets: Any) -> str | tuple[str, ...] | Overrides:
-    """The immutable form. Raises ConfigError: another type, an empty list, a broken regular expression."""
+    """The immutable form. Raises ConfigError: another type, an empty list, a broken regular
+    expression.
+    """
     if isinstance(targets, Overrides):
         return targets
     if isinstance(targets, str):
@@ -47,16 +56,28 @@ def normalise(targets: Any) -> str | tuple[str, ...] | Overrides:
     if isinstance(targets, Mapping) and targets:
         entries = []
         for pattern, fields in targets.items():
-            if not isinstance(fields, Mapping) or not all(isinstance(field, str) for field in fields):
-                raise ConfigError(f"targets={{{pattern!r}: {fields!r}}}: write the fields to override as a dict, for "
-                                  'example {"q_proj": {"r": 32}}; {} overrides nothing.')
-            entries.append((_checked(pattern), tuple((field, _plain(value)) for field, value in fields.items())))
+            if not isinstance(fields, Mapping) or not all(
+                isinstance(field, str) for field in fields
+            ):
+                raise ConfigError(
+                    f"targets={{{pattern!r}: {fields!r}}}: write the fields to override as a dict, "
+                    "for "
+                    'example {"q_proj": {"r": 32}}; {} overrides nothing.'
+                )
+            entries.append(
+                (
+                    _checked(pattern),
+                    tuple((field, _plain(value)) for field, value in fields.items()),
+                )
+            )
         return Overrides(tuple(entries))
     if isinstance(targets, Sequence | set | frozenset) and targets:
         ordered = targets if isinstance(targets, Sequence) else sorted(targets, key=str)
         return tuple(_checked(pattern) for pattern in ordered)
-    raise ConfigError(f"targets={targets!r}: write one of {list(KEYWORDS)}, a list of name endings such as "
-                      '["q_proj", "v_proj"], a regular expression, or a dict of these to overridden fields.')
+    raise ConfigError(
+        f"targets={targets!r}: write one of {list(KEYWORDS)}, a list of name endings such as "
+        '["q_proj", "v_proj"], a regular expression, or a dict of these to overridden fields.'
+    )
 
 
 def patterns(targets: str | tuple[str, ...] | Overrides) -> list[tuple[str, dict[str, Any]]]:
@@ -80,8 +101,11 @@ def _plain(value: Any) -> Any:
 
 def _checked(pattern: Any) -> str:
     if not isinstance(pattern, str) or not pattern:
-        raise ConfigError(f"targets: {pattern!r} is no pattern; write a name ending, a regular expression, or one of "
-                          f"{list(KEYWORDS)}.")
+        raise ConfigError(
+            f"targets: {pattern!r} is no pattern; write a name ending, a regular expression, or "
+            "one of "
+            f"{list(KEYWORDS)}."
+        )
     try:
         re.compile(pattern)
     except re.error as error:

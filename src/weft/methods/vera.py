@@ -5,12 +5,13 @@
     A [r, in]   frozen, drawn once from `seed`, sliced from [r, max in]      d [r]    trained, starts at d_init
     B [out, r]  frozen, drawn once from `seed`, sliced from [max out, r]     b [out]  trained, starts at 0
 
-b = 0 makes W' = W at step 0. Trained numbers per layer: out + r; there is no alpha, b and d carry the scale. A and B
-are Kaiming-uniform (bound sqrt(6 / fan_in), as in the paper's runs). `d_init` is 0.1, the value of the paper's
-runs; its ablation (table 7) finds 1.0, the value that summaries of the method quote, clearly worse (MRPC 70.3, RTE 60.3).
-Raises ConfigError for values that cannot be meant. Source: arXiv:2310.11454, equation 2 and section 3.
-Differs from the paper: A and B come from our own counter-based generator, whose bits no library version changes
-(`draw="peft"` redraws peft's matrices instead, `draw="stored"` keeps matrices read from a file).
+b = 0 makes W' = W at step 0. Trained numbers per layer: out + r; there is no alpha, b and d carry
+the scale. A and B are Kaiming-uniform (bound sqrt(6 / fan_in), as in the paper's runs). `d_init` is
+0.1, the value of the paper's runs; its ablation (table 7) finds 1.0, the value that summaries of
+the method quote, clearly worse (MRPC 70.3, RTE 60.3). Raises ConfigError for values that cannot be
+meant. Source: arXiv:2310.11454, equation 2 and section 3. Differs from the paper: A and B come from
+our own counter-based generator, whose bits no library version changes (`draw="peft"` redraws peft's
+matrices instead, `draw="stored"` keeps matrices read from a file).
 """
 
 from __future__ import annotations
@@ -59,14 +60,19 @@ class VeRA:
         check_rank(self)
         check_number(self, "d_init", low=float("-inf"), open_low=True)
         if self.d_init == 0:
-            raise ConfigError(f"{type(self).__name__}(d_init=0): with d and b both 0 no gradient reaches either, ever. "
-                              "The paper's runs start at 0.1.")
+            raise ConfigError(
+                f"{type(self).__name__}(d_init=0): with d and b both 0 no gradient reaches either, "
+                "ever. "
+                "The paper's runs start at 0.1."
+            )
         check_choice(self, "draw", ("weft", "peft", "stored"))
         check_common(self)
 
     def delta(self, p: Params, dtype: torch.dtype = torch.float32) -> Tensor:
         A, B = self._frozen(p)
-        product: Tensor = (p.b.to(dtype)[:, None] * B.to(dtype)) @ (p.d.to(dtype)[:, None] * A.to(dtype))
+        product: Tensor = (p.b.to(dtype)[:, None] * B.to(dtype)) @ (
+            p.d.to(dtype)[:, None] * A.to(dtype)
+        )
         return product
 
     def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
@@ -77,7 +83,9 @@ class VeRA:
 
     def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
         A, B = self._frozen(p)
-        return Factors(A, B, d=p.d, b=p.b, dropout=self.dropout if p.training else 0.0, share=p.shared.project)
+        return Factors(
+            A, B, d=p.d, b=p.b, dropout=self.dropout if p.training else 0.0, share=p.shared.project
+        )
 
     def effective_weight(self, W: Tensor, p: Params) -> Tensor:
         W = wide(W)

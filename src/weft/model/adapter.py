@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Selected:
-    """A base tensor that an adapter trains as a copy. `holders` are all the places where the model reads it."""
+    """A base tensor that an adapter trains as a copy. `holders` are all the places where the model
+    reads it.
+    """
 
     original: nn.Parameter
     trained: nn.Parameter
@@ -34,7 +36,8 @@ class Selected:
         return [module for module, name in self.holders if name == "weight"]
 
     def install(self, parameter: nn.Parameter) -> None:
-        """Put the original or the trained tensor where the model reads it, in the device and dtype that the model has now.
+        """Put the original or the trained tensor where the model reads it, in the device and dtype
+        that the model has now.
 
         `model.to(...)` reaches only the one of the two that is installed.
         """
@@ -43,7 +46,9 @@ class Selected:
             if live is not None and live is not parameter and not live.is_meta:
                 carrier = nn.Module()
                 carrier.register_parameter("tensor", parameter)
-                carrier.to(live.device, live.dtype if live.is_floating_point() else None)  # takes the gradient along
+                carrier.to(
+                    live.device, live.dtype if live.is_floating_point() else None
+                )  # takes the gradient along
             module._parameters[name] = parameter
 
 
@@ -66,8 +71,9 @@ def bind_disk(disk: Disk) -> None:
 class Adapter:
     """An adapter attached to `model` under `name`.
 
-    `sites` maps module names to the adapted layers' tensors, `selected_tensors` maps full tensor names to base tensors
-    trained as copies (Full, Head, BitFit, and `modules_to_save`), `frozen` lists what stays frozen and why.
+    `sites` maps module names to the adapted layers' tensors, `selected_tensors` maps full tensor
+    names to base tensors trained as copies (Full, Head, BitFit, and `modules_to_save`), `frozen`
+    lists what stays frozen and why.
     """
 
     name: str
@@ -92,12 +98,18 @@ class Adapter:
     @property
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Trained tensors that all layers share: "shared.<tensor>"; none for most methods."""
-        modules = {id(site.shared): site.shared for site in self.sites.values() if site.shared is not None}
-        return {f"shared.{name}": p for module in modules.values() for name, p in module.named_parameters()}
+        modules = {
+            id(site.shared): site.shared for site in self.sites.values() if site.shared is not None
+        }
+        return {
+            f"shared.{name}": p
+            for module in modules.values()
+            for name, p in module.named_parameters()
+        }
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every declared tensor: "<module>.<tensor>" for sites, the base tensor's own name for selected ones, and
-        "shared.<tensor>" for what all layers share.
+        """Every declared tensor: "<module>.<tensor>" for sites, the base tensor's own name for
+        selected ones, and "shared.<tensor>" for what all layers share.
         """
         for module, site in self.sites.items():
             for tensor, parameter in site.trainable().items():
@@ -116,7 +128,9 @@ class Adapter:
 
     @property
     def num_head_parameters(self) -> int:
-        """Those of them that belong to the head or to `modules_to_save`; the papers count these apart."""
+        """Those of them that belong to the head or to `modules_to_save`; the papers count these
+        apart.
+        """
         return sum(s.trained.numel() for s in self.selected_tensors.values() if s.head)
 
     @property
@@ -130,19 +144,29 @@ class Adapter:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps that an adapter of a rule with a schedule has been through; 0 for others."""
-        counts = [int(site.get_buffer("step")) for site in self.sites.values() if "step" in site.state_names]
+        """Optimiser steps that an adapter of a rule with a schedule has been through; 0 for
+        others.
+        """
+        counts = [
+            int(site.get_buffer("step"))
+            for site in self.sites.values()
+            if "step" in site.state_names
+        ]
         return max(counts, default=0)
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Module -> rank in force; where a method moves rank between layers, what it has reached."""
+        """Module -> rank in force; where a method moves rank between layers, what it has
+        reached.
+        """
         return {module: site.rank for module, site in self.sites.items() if site.rank is not None}
 
     def plan_steps(self, total: int) -> None:
-        """Tell a method with a schedule how many optimiser steps will be taken, where its configuration leaves that open.
+        """Tell a method with a schedule how many optimiser steps will be taken, where its
+        configuration leaves that open.
 
-        Weft's trainer calls it. Raises ConfigError where the schedule does not fit into so many steps.
+        Weft's trainer calls it. Raises ConfigError where the schedule does not fit into so many
+        steps.
         """
         if getattr(self.config, "total_steps", total) is None:
             config = replace(self.config, total_steps=total)
@@ -151,17 +175,23 @@ class Adapter:
             self.config = config
 
     def truncate(self, r: int) -> None:
-        """Keep the first `r` ranks of every layer and drop the rest, where a method has trained nested ranks.
+        """Keep the first `r` ranks of every layer and drop the rest, where a method has trained
+        nested ranks.
 
-        The tensors are new ones, which an optimiser made before does not hold. Raises ConfigError (no such rank),
-        UnsupportedError (the method's ranks are not nested), MergeError (merged).
+        The tensors are new ones, which an optimiser made before does not hold. Raises ConfigError
+        (no such rank), UnsupportedError (the method's ranks are not nested), MergeError (merged).
         """
         state = find_state(self.model)
         if state is not None and state.merged is not None and state.merged.name == self.name:
-            raise MergeError(f"adapter {self.name!r} is merged; call weft.unmerge(model) before truncating it.")
+            raise MergeError(
+                f"adapter {self.name!r} is merged; call weft.unmerge(model) before truncating it."
+            )
         if not isinstance(self.config, Nested):
-            raise UnsupportedError(f"the ranks of {type(self.config).__name__} are not trained to be nested, so the first "
-                                   f"{r} of them are no adapter.")
+            raise UnsupportedError(
+                f"the ranks of {type(self.config).__name__} are not trained to be nested, so the "
+                "first "
+                f"{r} of them are no adapter."
+            )
         most = max(self.ranks.values())
         if type(r) is not int or not 1 <= r <= most:
             raise ConfigError(f"truncate({r!r}): adapter {self.name!r} has the ranks 1 to {most}.")
@@ -171,21 +201,34 @@ class Adapter:
         self.config = self.config.shortened(r)
 
     def training_state(self) -> dict[str, Tensor]:
-        """What a run that goes on bit for bit needs beside tensors and optimiser: copies of the buffers that
-        `model.state_dict()` has too. Empty for most methods.
+        """What a run that goes on bit for bit needs beside tensors and optimiser: copies of the
+        buffers that `model.state_dict()` has too. Empty for most methods.
         """
-        return {f"{module}.{name}": site.get_buffer(name).detach().clone()
-                for module, site in self.sites.items() for name in site.state_names}
+        return {
+            f"{module}.{name}": site.get_buffer(name).detach().clone()
+            for module, site in self.sites.items()
+            for name in site.state_names
+        }
 
     @torch.no_grad()
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `training_state` gave. Raises CheckpointError where names or shapes differ."""
-        live = {f"{module}.{name}": site.get_buffer(name)
-                for module, site in self.sites.items() for name in site.state_names}
-        odd = sorted(live.keys() ^ state.keys()) or [n for n, t in live.items() if t.shape != state[n].shape]
+        """Put back what `training_state` gave. Raises CheckpointError where names or shapes
+        differ.
+        """
+        live = {
+            f"{module}.{name}": site.get_buffer(name)
+            for module, site in self.sites.items()
+            for name in site.state_names
+        }
+        odd = sorted(live.keys() ^ state.keys()) or [
+            n for n, t in live.items() if t.shape != state[n].shape
+        ]
         if odd:
-            raise CheckpointError(f"the training state does not fit adapter {self.name!r}: {odd[:8]} are on one side only "
-                                  "or of another shape.")
+            raise CheckpointError(
+                f"the training state does not fit adapter {self.name!r}: {odd[:8]} are on one side "
+                "only "
+                "or of another shape."
+            )
         for name, t in live.items():
             t.copy_(state[name])
 
@@ -205,5 +248,3 @@ class Adapter:
         if not _disk:
             raise WeftError("import weft, not weft.model alone, to save adapters.")
         return _disk[0]
-
-

@@ -27,7 +27,9 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class Parts:
-    """Where an adapter goes: a rule for each module, base tensors trained as copies, and what stays frozen and why."""
+    """Where an adapter goes: a rule for each module, base tensors trained as copies, and what stays
+    frozen and why.
+    """
 
     rules: Mapping[str, Any]
     selected: Sequence[str] = ()
@@ -36,18 +38,21 @@ class Parts:
 
 
 def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
-    """Attach `config` to `model` in place, freeze the base, make the adapter active, and return its handle.
+    """Attach `config` to `model` in place, freeze the base, make the adapter active, and return its
+    handle.
 
-    No wrapper is made and no base parameter is renamed. The output is unchanged until the adapter is trained, but for
-    the methods that say `starts_at_base = False` (Prefix, PreEmbed, PreLayer).
+    No wrapper is made and no base parameter is renamed. The output is unchanged until the adapter
+    is trained, but for the methods that say `starts_at_base = False` (Prefix, PreEmbed, PreLayer).
     A failed attach leaves the model as it was. Adapters share a model under different names.
 
-    Raises ConfigError (not a Weft configuration, bad name), TargetError (the targets do not fit the model),
-    WeftError (the name is taken), MergeError (an adapter is merged).
+    Raises ConfigError (not a Weft configuration, bad name), TargetError (the targets do not fit the
+    model), WeftError (the name is taken), MergeError (an adapter is merged).
     """
     if type(config) not in methods.METHODS.values():
-        raise ConfigError(f"attach(config={config!r}): write a Weft configuration, for example weft.LoRA(r=8). "
-                          f"Methods: {list(methods.METHODS)}.")
+        raise ConfigError(
+            f"attach(config={config!r}): write a Weft configuration, for example weft.LoRA(r=8). "
+            f"Methods: {list(methods.METHODS)}."
+        )
     return attach_resolved(model, config, parts_of(unwrapped(model), config), name)
 
 
@@ -55,7 +60,10 @@ def parts_of(root: nn.Module, config: Any) -> Parts:
     """Resolve a configuration against a model, before anything is touched."""
     for tensor, parameter in root.named_parameters():
         if nn.parameter.is_lazy(parameter):
-            raise TargetError(f"{tensor!r} has no shape before the model's first forward. Run the model once, then attach.")
+            raise TargetError(
+                f"{tensor!r} has no shape before the model's first forward. Run the model once, "
+                "then attach."
+            )
     saved = tensors_of_modules(root, config.modules_to_save)
     if isinstance(config, methods.Prompt):
         found_places, without = prompts.places(root, config.at)
@@ -69,14 +77,23 @@ def parts_of(root: nn.Module, config: Any) -> Parts:
         if config.targets in KEYWORDS:  # "all-linear" means all that are not trained in full
             rules.pop(module, None)
         if module in rules:
-            raise TargetError(f"{module!r} is named by targets and by modules_to_save={list(config.modules_to_save)}: "
-                              "a layer is adapted or trained in full. Take it out of one of the two.")
+            raise TargetError(
+                f"{module!r} is named by targets and by "
+                f"modules_to_save={list(config.modules_to_save)}: "
+                "a layer is adapted or trained in full. Take it out of one of the two."
+            )
     return Parts(rules, saved, found.frozen, found.routed)
 
 
-def attach_resolved(model: nn.Module, config: Any, parts: Parts, name: str = "default",
-                    shared: Mapping[Any, Shared] | None = None) -> Adapter:
-    """Attach exactly these parts. `shared` gives frozen tensors read from a file, by the rules' share_key.
+def attach_resolved(
+    model: nn.Module,
+    config: Any,
+    parts: Parts,
+    name: str = "default",
+    shared: Mapping[Any, Shared] | None = None,
+) -> Adapter:
+    """Attach exactly these parts. `shared` gives frozen tensors read from a file, by the rules'
+    share_key.
 
     Everything that can fail happens before the model is touched.
     """
@@ -86,7 +103,14 @@ def attach_resolved(model: nn.Module, config: Any, parts: Parts, name: str = "de
     with base_only(state):
         modules = dict(root.named_modules())
         _check_ownership(modules, parts.rules, state)
-        _check_tied(root, {name: rule for name, rule in parts.rules.items() if not isinstance(rule, methods.Prompt)})
+        _check_tied(
+            root,
+            {
+                name: rule
+                for name, rule in parts.rules.items()
+                if not isinstance(rule, methods.Prompt)
+            },
+        )
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
@@ -101,18 +125,22 @@ def attach_resolved(model: nn.Module, config: Any, parts: Parts, name: str = "de
 def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -> None:
     """Take an adapter off: the model has the modules, keys, flags and outputs that it had before.
 
-    Where it was the active adapter, the base is active afterwards. keep_merged=True drops a merged adapter and leaves
-    its effective weights in the model for good.
-    Raises WeftError (no such adapter), MergeError (it is merged and keep_merged was not given).
+    Where it was the active adapter, the base is active afterwards. keep_merged=True drops a merged
+    adapter and leaves its effective weights in the model for good. Raises WeftError (no such
+    adapter), MergeError (it is merged and keep_merged was not given).
     """
     state = state_of(model)
     adapter = state.adapter(name)
     if state.merged is not None:
         if state.merged.name != name or not keep_merged:
-            raise MergeError(f"adapter {state.merged.name!r} is merged. Call weft.unmerge(model) first, or "
-                             f"weft.detach(model, {state.merged.name!r}, keep_merged=True) to keep its weights.")
+            raise MergeError(
+                f"adapter {state.merged.name!r} is merged. Call weft.unmerge(model) first, or "
+                f"weft.detach(model, {state.merged.name!r}, keep_merged=True) to keep its weights."
+            )
         state.merged, state.switch.base_weights = None, {}
-    if state.switch.active is not None and (isinstance(state.switch.active, Rows) or state.switch.active == name):
+    if state.switch.active is not None and (
+        isinstance(state.switch.active, Rows) or state.switch.active == name
+    ):
         activate(state, None)
     if isinstance(adapter.config, methods.Prompt):
         prompts.uninstall(state, adapter)
@@ -139,31 +167,50 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 def _check_name(state: State | None, name: str) -> None:
     known: Any = name
     if not isinstance(known, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
-        raise ConfigError(f"adapter name {name!r}: use letters, digits, '_' and '-', and no attribute of nn.ModuleDict.")
+        raise ConfigError(
+            f"adapter name {name!r}: use letters, digits, '_' and '-', and no attribute of "
+            "nn.ModuleDict."
+        )
     if state is None:
         return
     if state.merged is not None:
-        raise MergeError(f"adapter {state.merged.name!r} is merged; call weft.unmerge(model) before attaching another.")
+        raise MergeError(
+            f"adapter {state.merged.name!r} is merged; call weft.unmerge(model) before attaching "
+            "another."
+        )
     if name in state.adapters:
-        raise WeftError(f"adapter {name!r} is already attached (have: {list(state.adapters)}). Choose another name, or "
-                        f"weft.detach(model, {name!r}) first.")
+        raise WeftError(
+            f"adapter {name!r} is already attached (have: {list(state.adapters)}). Choose another "
+            "name, or "
+            f"weft.detach(model, {name!r}) first."
+        )
 
 
-def _check_ownership(modules: Mapping[str, nn.Module], rules: Mapping[str, Any], state: State | None) -> None:
+def _check_ownership(
+    modules: Mapping[str, nn.Module], rules: Mapping[str, Any], state: State | None
+) -> None:
     mine = None if state is None else state.switch
     for name, module in modules.items():
         if is_adapted(module) and switch_of(module) is not mine:
-            raise WeftError(f"{name!r} carries an adapter that was attached through another root module. Use that "
-                            "module, or detach it first.")
+            raise WeftError(
+                f"{name!r} carries an adapter that was attached through another root module. Use "
+                "that "
+                "module, or detach it first."
+            )
     for name in rules:
         if name not in modules:
             raise TargetError(f"the model has no module {name!r}.")
         if not is_adapted(modules[name]) and hasattr(modules[name], CHILD):
-            raise TargetError(f"{name!r} has an attribute {CHILD!r} of its own, where Weft would keep its adapters.")
+            raise TargetError(
+                f"{name!r} has an attribute {CHILD!r} of its own, where Weft would keep its "
+                "adapters."
+            )
 
 
 def _check_tied(root: nn.Module, rules: Mapping[str, Any]) -> None:
-    """Adapting one of two modules that read one Parameter would say one thing unmerged and another merged."""
+    """Adapting one of two modules that read one Parameter would say one thing unmerged and another
+    merged.
+    """
     readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in base_modules(root):
         for tensor, parameter in module._parameters.items():
@@ -175,24 +222,39 @@ def _check_tied(root: nn.Module, rules: Mapping[str, Any]) -> None:
                 continue
             full = f"{other}.{tensor}".lstrip(".")
             reader = other if other and tensor == "weight" else full
-            raise TargetError(f"{name!r} and {reader!r} are tied: they read one weight, so adapting one side would "
-                              f"merge into both. Give {reader!r} its own copy first: model.{full} = torch.nn."
-                              f"Parameter(model.{full}.detach().clone()) and config.tie_word_embeddings = False.")
+            raise TargetError(
+                f"{name!r} and {reader!r} are tied: they read one weight, so adapting one side "
+                "would "
+                f"merge into both. Give {reader!r} its own copy first: model.{full} = torch.nn."
+                f"Parameter(model.{full}.detach().clone()) and config.tie_word_embeddings = False."
+            )
 
 
-def _build_sites(root: nn.Module, modules: Mapping[str, nn.Module], rules: Mapping[str, Any], state: State | None,
-                 given: Mapping[Any, Shared]) -> dict[str, Site]:
+def _build_sites(
+    root: nn.Module,
+    modules: Mapping[str, nn.Module],
+    rules: Mapping[str, Any],
+    state: State | None,
+    given: Mapping[Any, Shared],
+) -> dict[str, Site]:
     views: dict[str, Any] = dict(prompts.hosts_of(root, rules))
     views |= {name: hosts.view(modules[name]) for name in rules if name not in views}
     for name, rule in rules.items():
         if views[name].kind == "norm" and not getattr(rule, "norm_hosts", False):
-            raise TargetError(f"{name!r} is a layer norm ({type(modules[name]).__name__}), and {type(rule).__name__} adapts "
-                              'weight matrices. Target "mlp-output", or another linear layer.')
+            raise TargetError(
+                f"{name!r} is a layer norm ({type(modules[name]).__name__}), and "
+                f"{type(rule).__name__} adapts "
+                'weight matrices. Target "mlp-output", or another linear layer.'
+            )
     groups: dict[Any, list[tuple[int, int]]] = {}
     for name, rule in rules.items():
-        groups.setdefault(rule.share_key(), []).append((views[name].out_features, views[name].in_features))
+        groups.setdefault(rule.share_key(), []).append(
+            (views[name].out_features, views[name].in_features)
+        )
     pool = _pool(state)
-    written = any(getattr(module, "inplace", False) is True for module in root.modules())  # nn.ReLU(inplace=True)
+    written = any(
+        getattr(module, "inplace", False) is True for module in root.modules()
+    )  # nn.ReLU(inplace=True)
     sites = {}
     for name, rule in rules.items():
         key, device = rule.share_key(), views[name].device
@@ -211,13 +273,24 @@ def _build_sites(root: nn.Module, modules: Mapping[str, nn.Module], rules: Mappi
 
 
 def _pool(state: State | None) -> dict[Any, Any]:
-    """The shared tensors of adapters already on the model, so that equal ones exist once a model."""
-    sites = [site for adapter in state.adapters.values() for site in adapter.sites.values()] if state else []
-    return {site.shared.pool_key(): site.shared for site in sites
-            if site.shared is not None and site.shared.pool_key() is not None}
+    """The shared tensors of adapters already on the model, so that equal ones exist once a
+    model.
+    """
+    sites = (
+        [site for adapter in state.adapters.values() for site in adapter.sites.values()]
+        if state
+        else []
+    )
+    return {
+        site.shared.pool_key(): site.shared
+        for site in sites
+        if site.shared is not None and site.shared.pool_key() is not None
+    }
 
 
-def _install(root: nn.Module, state: State, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+def _install(
+    root: nn.Module, state: State, adapter: Adapter, modules: Mapping[str, nn.Module]
+) -> None:
     if not state.adapters:
         state.required_grad = {name: p.requires_grad for name, p in root.named_parameters()}
         for parameter in root.parameters():

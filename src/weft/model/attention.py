@@ -1,10 +1,12 @@
-"""Trained keys and values before those of the tokens, in attention that goes through transformers' AttentionInterface.
+"""Trained keys and values before those of the tokens, in attention that goes through transformers'
+AttentionInterface.
 
-An attention module asks that interface for the function that its config names ("sdpa", "eager"). We register a function
-"weft_sdpa" (and one for masks, the same as for "sdpa"), which puts the active prefix before the keys and values, widens the
-mask, and calls what the model would have called; and write its name into the config for as long as a prefix is attached.
-Nothing is in the key-value cache, so any kind of cache works, and none. transformers is never imported here: a model
-whose module asks for the interface has done that.
+An attention module asks that interface for the function that its config names ("sdpa", "eager"). We
+register a function "weft_sdpa" (and one for masks, the same as for "sdpa"), which puts the active
+prefix before the keys and values, widens the mask, and calls what the model would have called; and
+write its name into the config for as long as a prefix is attached. Nothing is in the key-value
+cache, so any kind of cache works, and none. transformers is never imported here: a model whose
+module asks for the interface has done that.
 """
 
 from __future__ import annotations
@@ -37,9 +39,13 @@ def why_not(module: nn.Module) -> str | None:
     name = own_name(module)
     if name not in KNOWN:
         return f'its attention is {name!r}, and Weft extends {list(KNOWN)}: model.set_attn_implementation("sdpa")'
-    if name == "eager" and (getattr(module, "reorder_and_upcast_attn", False) or not callable(_eager(module))):
-        return 'its "eager" attention is not a function that could be called with a prefix: ' \
-               'model.set_attn_implementation("sdpa")'
+    if name == "eager" and (
+        getattr(module, "reorder_and_upcast_attn", False) or not callable(_eager(module))
+    ):
+        return (
+            'its "eager" attention is not a function that could be called with a prefix: '
+            'model.set_attn_implementation("sdpa")'
+        )
     return None
 
 
@@ -55,7 +61,9 @@ def register() -> None:
     masks: Any = sys.modules["transformers.masking_utils"]
     for name in KNOWN:
         interface.register(_OURS + name, _FUNCTIONS[name])
-        masks.AttentionMaskInterface.register(_OURS + name, masks.ALL_MASK_ATTENTION_FUNCTIONS[name])
+        masks.AttentionMaskInterface.register(
+            _OURS + name, masks.ALL_MASK_ATTENTION_FUNCTIONS[name]
+        )
 
 
 def claim(modules: Iterable[nn.Module]) -> None:
@@ -78,15 +86,22 @@ def release(modules: Iterable[nn.Module], still: Iterable[nn.Module]) -> None:
 
 
 def check(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """A forward pre-hook: the active prefix must not be left out because somebody has changed the config."""
+    """A forward pre-hook: the active prefix must not be left out because somebody has changed the
+    config.
+    """
     switch = switch_of(module)
     if switch is None:
         return
     names = switch.active.groups if isinstance(switch.active, Rows) else (switch.active,)
     name: Any = getattr(module, "config")._attn_implementation  # noqa: B009 - mypy takes the attribute for a Tensor
-    if not str(name).startswith(_OURS) and any(n is not None and n in sites_of(module) for n in names):
-        raise WeftError(f"the model's attention was set to {name!r} after an adapter with keys and values was attached, "
-                        "which would leave it out. Detach the adapter, set it, and attach it again.")
+    if not str(name).startswith(_OURS) and any(
+        n is not None and n in sites_of(module) for n in names
+    ):
+        raise WeftError(
+            f"the model's attention was set to {name!r} after an adapter with keys and values was "
+            "attached, "
+            "which would leave it out. Detach the adapter, set it, and attach it again."
+        )
 
 
 def _configs(modules: Iterable[nn.Module]) -> list[Any]:
@@ -112,14 +127,23 @@ def _own(module: nn.Module, name: str) -> Callable[..., Any]:
     return found
 
 
-_interfaces: dict[type[nn.Module], tuple[Any, Any]] = {}  # by class; filled at attach, so that tracing finds it there
+_interfaces: dict[
+    type[nn.Module], tuple[Any, Any]
+] = {}  # by class; filled at attach, so that tracing finds it there
 
 
 def _over(name: str) -> Callable[..., Any]:
     """The attention function `name`, with the active prefix before its keys and values."""
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                  *args: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         run = _own(module, name)
         found = _prefix(module, key, value)
         if found is None:
@@ -131,8 +155,18 @@ def _over(name: str) -> Callable[..., Any]:
         mask = _widened(mask, rows, query, key, keys.shape[2], name)
         if kwargs.get("position_bias") is not None:
             bias = kwargs["position_bias"]
-            kwargs["position_bias"] = torch.cat([bias.new_zeros(*bias.shape[:-1], keys.shape[2]), bias], dim=-1)
-        return run(module, query, torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2), mask, *args, **kwargs)
+            kwargs["position_bias"] = torch.cat(
+                [bias.new_zeros(*bias.shape[:-1], keys.shape[2]), bias], dim=-1
+            )
+        return run(
+            module,
+            query,
+            torch.cat([keys, key], dim=2),
+            torch.cat([values, value], dim=2),
+            mask,
+            *args,
+            **kwargs,
+        )
 
     return attention
 
@@ -140,9 +174,11 @@ def _over(name: str) -> Callable[..., Any]:
 _FUNCTIONS = {name: _over(name) for name in KNOWN}
 
 
-def _prefix(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Keys and values [rows, kv heads, n, width] of the active prefix, and where rows have different ones, which of the
-    n positions each row has [rows, n]. None where none is active here.
+def _prefix(
+    module: nn.Module, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Keys and values [rows, kv heads, n, width] of the active prefix, and where rows have
+    different ones, which of the n positions each row has [rows, n]. None where none is active here.
     """
     switch = switch_of(module)
     if switch is None:
@@ -162,13 +198,18 @@ def _of(site: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     for held, like in zip(site.rule.keys_values(site), (key, value), strict=True):
         heads, width = like.shape[1], like.shape[-1]
         if held.shape[1] != heads * width:
-            raise WeftError(f"the attention works on {heads} heads of width {width} for keys and values, and the adapter's "
-                            f"are {held.shape[1]} wide: this model's attention cannot be extended.")
+            raise WeftError(
+                f"the attention works on {heads} heads of width {width} for keys and values, and "
+                "the adapter's "
+                f"are {held.shape[1]} wide: this model's attention cannot be extended."
+            )
         parts.append(held.to(like.dtype).view(-1, heads, width).transpose(0, 1)[None])
     return parts[0], parts[1]
 
 
-def _by_row(rows: Rows, sites: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def _by_row(
+    rows: Rows, sites: Any, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     names = [name for name in rows.groups if name in sites]
     if not names:
         return None
@@ -180,22 +221,32 @@ def _by_row(rows: Rows, sites: Any, key: Tensor, value: Tensor) -> tuple[Tensor,
     for name in names:
         index = rows.index(name, key.shape[0], key.device)
         own = sites[name].rule.n
-        k, v = (torch.nn.functional.pad(t, (0, 0, 0, n - own)).expand(len(index), -1, -1, -1)
-                for t in _of(sites[name], key, value))
+        k, v = (
+            torch.nn.functional.pad(t, (0, 0, 0, n - own)).expand(len(index), -1, -1, -1)
+            for t in _of(sites[name], key, value)
+        )
         keys, values = keys.index_copy(0, index, k), values.index_copy(0, index, v)
         has[index, :own] = True
     return keys, values, has
 
 
-def _mask(mask: Tensor | None, name: str, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+def _mask(
+    mask: Tensor | None, name: str, query: Tensor, key: Tensor, causal: bool
+) -> Tensor | None:
     """The mask as a tensor where sdpa would have made a causal one by itself."""
     if mask is not None or name != "sdpa" or not causal or query.shape[2] == 1:
         return mask
-    return torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
+    return torch.ones(
+        1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=key.device
+    ).tril()
 
 
-def _widened(mask: Tensor | None, rows: Tensor | None, query: Tensor, key: Tensor, n: int, name: str) -> Tensor | None:
-    """The mask [.., .., queries, n + keys]: all see the prefix, or only those rows that have one."""
+def _widened(
+    mask: Tensor | None, rows: Tensor | None, query: Tensor, key: Tensor, n: int, name: str
+) -> Tensor | None:
+    """The mask [.., .., queries, n + keys]: all see the prefix, or only those rows that have
+    one.
+    """
     if mask is None and rows is None:
         return None
     if mask is None:
@@ -209,5 +260,7 @@ def _widened(mask: Tensor | None, rows: Tensor | None, query: Tensor, key: Tenso
         mask = mask.expand(rows.shape[0], -1, -1, -1)
     if mask.dtype != torch.bool:
         least = torch.finfo(mask.dtype).min
-        extra = torch.zeros(extra.shape, dtype=mask.dtype, device=key.device).masked_fill(~extra, least)
+        extra = torch.zeros(extra.shape, dtype=mask.dtype, device=key.device).masked_fill(
+            ~extra, least
+        )
     return torch.cat([extra.expand(mask.shape[0], mask.shape[1], mask.shape[2], n), mask], dim=-1)

@@ -1,7 +1,9 @@
-"""Parents that read a layer's weight instead of calling the layer, which would leave its adapter out without a word.
+"""Parents that read a layer's weight instead of calling the layer, which would leave its adapter
+out without a word.
 
-In eval mode without gradients nn.TransformerEncoderLayer hands the weights of its linear layers to one fused kernel.
-torch leaves that path alone where a module inside has a forward hook; so each such parent gets one that does nothing.
+In eval mode without gradients nn.TransformerEncoderLayer hands the weights of its linear layers to
+one fused kernel. torch leaves that path alone where a module inside has a forward hook; so each
+such parent gets one that does nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Where virtual tokens stand among the real ones of one forward: columns, masks and position ids."""
+"""Where virtual tokens stand among the real ones of one forward: columns, masks and position
+ids.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One forward with virtual tokens: `before` of them in front, `after` of them behind column `end` of the input.
+    """One forward with virtual tokens: `before` of them in front, `after` of them behind column
+    `end` of the input.
 
-    `end` is one number, or one a row [rows, 1]. `length` is the input's. `answers`: the last one behind the prompt predicts
-    what comes next, as in a decoder; in an encoder every token answers for itself.
+    `end` is one number, or one a row [rows, 1]. `length` is the input's. `answers`: the last one
+    behind the prompt predicts what comes next, as in a decoder; in an encoder every token answers
+    for itself.
     """
 
     before: int
@@ -44,20 +48,35 @@ class Frame:
         return torch.cat([first.expand(behind.shape[0], -1), behind], dim=1)
 
     def seen(self) -> Tensor:
-        """[1 or rows, length]: the column whose state answers for a real token; for the prompt's last token, the last
-        one behind the prompt, since that is what comes before the next token.
+        """[1 or rows, length]: the column whose state answers for a real token; for the prompt's
+        last token, the last one behind the prompt, since that is what comes before the next token.
         """
         t = torch.arange(self.length, device=self.device)[None]
         real = self.real()
-        return torch.where(t == self.end - 1, real + self.after, real) if self.after and self.answers else real
+        return (
+            torch.where(t == self.end - 1, real + self.after, real)
+            if self.after and self.answers
+            else real
+        )
 
     def extend(self, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """x [rows, length, ...] with the virtual tokens' values, [before, ...] and [after, ...] or one a row, in place."""
+        """x [rows, length, ...] with the virtual tokens' values, [before, ...] and [after, ...] or
+        one a row, in place.
+        """
         rows = x.shape[0]
-        parts = [first if first.dim() == x.dim() else first[None].expand(rows, *first.shape) for first in (before, after)]
+        parts = [
+            first if first.dim() == x.dim() else first[None].expand(rows, *first.shape)
+            for first in (before, after)
+        ]
         virtual, real = self.virtual(), self.real()
-        places = torch.cat([virtual[:, : self.before].expand(real.shape[0], -1), real,
-                            virtual[:, self.before :].expand(real.shape[0], -1)], dim=1)
+        places = torch.cat(
+            [
+                virtual[:, : self.before].expand(real.shape[0], -1),
+                real,
+                virtual[:, self.before :].expand(real.shape[0], -1),
+            ],
+            dim=1,
+        )
         order = places.argsort(dim=1).expand(rows, -1)
         return take(torch.cat([parts[0].to(x.dtype), x, parts[1].to(x.dtype)], dim=1), order)
 
@@ -65,12 +84,18 @@ class Frame:
         return self.extend(mask, mask.new_ones(self.before), mask.new_ones(self.after))
 
     def positions(self, given: Tensor, mask: Tensor | None) -> Tensor:
-        """Position ids [1 or rows, length] of the real tokens, with those of the virtual ones among them. Behind the prompt
-        they go on from the last real token before `end`, or, where there is none, lead up to the first one behind it.
+        """Position ids [1 or rows, length] of the real tokens, with those of the virtual ones among
+        them. Behind the prompt they go on from the last real token before `end`, or, where there is
+        none, lead up to the first one behind it.
         """
-        t, end = torch.arange(self.length, device=self.device)[None], torch.as_tensor(self.end, device=self.device)
+        t, end = (
+            torch.arange(self.length, device=self.device)[None],
+            torch.as_tensor(self.end, device=self.device),
+        )
         given = given.expand(max(given.shape[0], end.shape[0] if end.dim() else 1), -1)
-        before = (t < end) & (mask.bool() if mask is not None else torch.ones_like(t, dtype=torch.bool))
+        before = (t < end) & (
+            mask.bool() if mask is not None else torch.ones_like(t, dtype=torch.bool)
+        )
         next_ = end.reshape(-1, 1).expand(given.shape[0], -1).clamp(max=self.length - 1)
         last = given.masked_fill(~before, -1).amax(dim=1, keepdim=True)
         start = torch.where(before.any(dim=1, keepdim=True), last, given.gather(1, next_) - 1)

@@ -1,8 +1,9 @@
-"""One view over the layers that can be adapted: nn.Linear, GPT-2's Conv1D, nn.Embedding; and layer norms.
+"""One view over the layers that can be adapted: nn.Linear, GPT-2's Conv1D, nn.Embedding; and layer
+norms.
 
-All are linear maps W [out, in]. Conv1D stores W transposed; an embedding is the map of one-hot vectors, so its table
-[num, dim] is W transposed too, with out = dim and in = num. A norm is no linear map: it hosts rules that compute
-something beside a layer and turn no weight.
+All are linear maps W [out, in]. Conv1D stores W transposed; an embedding is the map of one-hot
+vectors, so its table [num, dim] is W transposed too, with out = dim and in = num. A norm is no
+linear map: it hosts rules that compute something beside a layer and turn no weight.
 """
 
 from __future__ import annotations
@@ -18,32 +19,42 @@ from torch.nn.utils import parametrize
 from ..methods.base import DTYPES
 from ..ops import low_rank
 
-INNER_FORWARD = "_weft_inner_forward"  # a forward that was on the instance (accelerate's hooks) when we came
+INNER_FORWARD = (
+    "_weft_inner_forward"  # a forward that was on the instance (accelerate's hooks) when we came
+)
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """What a layer computes by itself, adapted or not."""
     inner = module.__dict__.get(INNER_FORWARD)
     base = getattr(type(module), "_weft_base", type(module))
-    y: Tensor = inner(*args, **kwargs) if inner is not None else base.forward(module, *args, **kwargs)
+    y: Tensor = (
+        inner(*args, **kwargs) if inner is not None else base.forward(module, *args, **kwargs)
+    )
     return y
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, without importing transformers: if nobody imported it, no module can be one."""
+    """transformers' Conv1D, without importing transformers: if nobody imported it, no module can be
+    one.
+    """
     library = sys.modules.get("transformers.pytorch_utils")
     return library is not None and isinstance(module, library.Conv1D)
 
 
 def host_kind(module: nn.Module) -> str | None:
-    """"linear", "conv1d", "embedding" or "norm"; None where the module is nothing that Weft can adapt."""
+    """ "linear", "conv1d", "embedding" or "norm"; None where the module is nothing that Weft can
+    adapt.
+    """
     if why_not(module) is not None:
         return None
     return shape_kind(module) or ("norm" if is_norm(module) else None)
 
 
 def is_norm(module: nn.Module, width: int | None = None) -> bool:
-    """A layer norm or RMS norm with a gain, of torch or of a model's own; of this width, where one is given."""
+    """A layer norm or RMS norm with a gain, of torch or of a model's own; of this width, where one
+    is given.
+    """
     name, weight = type(module).__name__.lower(), module._parameters.get("weight")
     if "norm" not in name or any(other in name for other in ("batch", "group", "instance")):
         return False
@@ -65,7 +76,9 @@ def shape_kind(module: nn.Module) -> str | None:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """The reason why a layer that looks like a linear map cannot be adapted; None where it can, or is no such layer."""
+    """The reason why a layer that looks like a linear map cannot be adapted; None where it can, or
+    is no such layer.
+    """
     kind = shape_kind(module)
     if kind is None:
         return None
@@ -81,7 +94,9 @@ def why_not(module: nn.Module) -> str | None:
     if weight.ndim != 2:
         return f"its weight has {weight.ndim} dimensions"
     if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "MultiheadAttention reads its weight and never calls it, so an adapter would do nothing"
+        return (
+            "MultiheadAttention reads its weight and never calls it, so an adapter would do nothing"
+        )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rewrites its weight in every forward"
     if not _computes_its_map(module, kind):
@@ -95,9 +110,11 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 
 
 def _computes_its_map(module: nn.Module, kind: str) -> bool:
-    """False where a subclass has a forward of its own (a scaled embedding, shifted positions) and it is another map.
+    """False where a subclass has a forward of its own (a scaled embedding, shifted positions) and
+    it is another map.
 
-    Such a layer is asked: one input, held against W x + bias. On the meta device nothing can be asked.
+    Such a layer is asked: one input, held against W x + bias. On the meta device nothing can be
+    asked.
     """
     cls = getattr(type(module), "_weft_base", type(module))
     plain = _PLAIN[kind] if kind in _PLAIN else sys.modules["transformers.pytorch_utils"].Conv1D
@@ -115,7 +132,9 @@ def _computes_its_map(module: nn.Module, kind: str) -> bool:
     try:
         with torch.no_grad():
             found = cls.forward(module, x)
-    except Exception:  # it wants other arguments, or fails on them: whatever it is, it is not asked as a plain layer is
+    # it wants other arguments, or fails on them: whatever it is, it is not asked as a plain layer
+    # is
+    except Exception:
         return False
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return False
@@ -157,13 +176,18 @@ class HostView:
 
     @property
     def why_plain(self) -> str | None:
-        """Why nobody but the layer itself may compute W x + bias; None where its class is known to do just that."""
+        """Why nobody but the layer itself may compute W x + bias; None where its class is known to
+        do just that.
+        """
         cls = getattr(type(self.module), "_weft_base", type(self.module))
         if INNER_FORWARD in self.module.__dict__:
             return "another library has put its own forward on the layer"
         if self.kind == "linear" and cls.forward is nn.Linear.forward:
             return None
-        if self.kind == "conv1d" and cls.forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward:
+        if (
+            self.kind == "conv1d"
+            and cls.forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
+        ):
             return None
         return f"{cls.__name__} has a forward of its own"
 
@@ -173,12 +197,16 @@ class HostView:
         bias: Tensor | None = getattr(self.module, "bias", None)
         return bias
 
-    def project(self, x: Tensor, A: Tensor, dropout: float, training: bool, dtype: torch.dtype | None = None) -> Tensor:
-        """x Aᵀ [..., r] for A [r, in], in `dtype` (A's own if None); x [..., in], or ids [...] where the layer is an
-        embedding.
+    def project(
+        self, x: Tensor, A: Tensor, dropout: float, training: bool, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """x Aᵀ [..., r] for A [r, in], in `dtype` (A's own if None); x [..., in], or ids [...]
+        where the layer is an embedding.
         """
         if isinstance(self.module, nn.Embedding):
-            return low_rank.down_index(x, A.to(dtype or A.dtype), dropout, training, self.module.padding_idx)
+            return low_rank.down_index(
+                x, A.to(dtype or A.dtype), dropout, training, self.module.padding_idx
+            )
         return low_rank.down(x, A, dropout, training, dtype)
 
 

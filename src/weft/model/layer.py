@@ -1,6 +1,8 @@
-"""An adapted layer: the user's own module, its class swapped for a subclass whose forward adds the active adapters.
+"""An adapted layer: the user's own module, its class swapped for a subclass whose forward adds the
+active adapters.
 
-The layer stays where it is, stays an instance of its class and keeps its parameters; `restore` gives the class back.
+The layer stays where it is, stays an instance of its class and keeps its parameters; `restore`
+gives the class back.
 """
 
 from __future__ import annotations
@@ -25,11 +27,15 @@ if TYPE_CHECKING:
 CHILD = "weft"
 _SWITCH = "_weft_switch"
 _HOOKS = "_weft_hooks"
-_classes: dict[type[nn.Module], type[nn.Module]] = {}  # the layer's own class -> the one that runs its adapters too
+_classes: dict[
+    type[nn.Module], type[nn.Module]
+] = {}  # the layer's own class -> the one that runs its adapters too
 
 
 class Site(nn.Module):
-    """One adapter's tensors on one layer; what a rule reads as `p`. `shape` is the weight's (out, in)."""
+    """One adapter's tensors on one layer; what a rule reads as `p`. `shape` is the weight's (out,
+    in).
+    """
 
     def __init__(self, rule: Any, host: Any, shared: Shared | None) -> None:
         super().__init__()
@@ -38,11 +44,14 @@ class Site(nn.Module):
         self.names = tuple(rule.trained(*self.shape))
         self.derived = Derived()
         self.written = False  # something in the model may write to this layer's output
-        self.watch: Watch | None = None  # of the first layer of an adapter whose rule follows the optimiser's steps
+        self.watch: Watch | None = (
+            None  # of the first layer of an adapter whose rule follows the optimiser's steps
+        )
 
     def start(self, draw: Draw) -> None:
-        """Create the trained tensors at their starting values, on the device of the layer's weight, and what the rule
-        keeps beside them: frozen tensors that are never saved, and state that the model's state_dict holds.
+        """Create the trained tensors at their starting values, on the device of the layer's weight,
+        and what the rule keeps beside them: frozen tensors that are never saved, and state that the
+        model's state_dict holds.
         """
         self.draw, device = draw, self.host.device
         with torch.no_grad():
@@ -63,10 +72,15 @@ class Site(nn.Module):
         return self.rule.fixed(self.host.kind, self.shape, self.draw, device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """A cast to bfloat16 and back would lose bits of the frozen tensors for ever, so they are drawn again."""
+        """A cast to bfloat16 and back would lose bits of the frozen tensors for ever, so they are
+        drawn again.
+        """
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        moved = next((b for name, b in self._buffers.items() if b is not None and b is not before[name]), None)
+        moved = next(
+            (b for name, b in self._buffers.items() if b is not None and b is not before[name]),
+            None,
+        )
         for name, value in self.fixed(moved.device).items() if moved is not None else ():
             self._buffers[name] = value.to(self.get_buffer(name).dtype)
         return self
@@ -83,13 +97,17 @@ class Site(nn.Module):
         return found
 
     def take(self, rule: Any) -> None:
-        """Become the layer of a rule of smaller rank, whose tensors are the first part of these in every dimension."""
+        """Become the layer of a rule of smaller rank, whose tensors are the first part of these in
+        every dimension.
+        """
         with torch.no_grad():
             for name, shape in rule.trained(*self.shape).items():
                 old = self.get_parameter(name)
                 first = old.detach()[tuple(slice(n) for n in shape)].clone()
                 self.register_parameter(name, nn.Parameter(first, requires_grad=old.requires_grad))
-            for name, value in (rule.state(self.shape, old.device) if self.state_names else {}).items():
+            for name, value in (
+                rule.state(self.shape, old.device) if self.state_names else {}
+            ).items():
                 value = value if name != "step" else self.get_buffer(name)
                 self.register_buffer(name, value)
         self.rule = rule
@@ -99,7 +117,9 @@ class Site(nn.Module):
         return self.seen(self.rule.forward(x, y, self.host, self))
 
     def seen(self, out: Tensor) -> Tensor:
-        """The output, once the watch over the optimiser's steps, if there is one, has looked at it."""
+        """The output, once the watch over the optimiser's steps, if there is one, has looked at
+        it.
+        """
         if self.watch is not None and self.training and not torch.compiler.is_compiling():
             self.watch.look(self, out)
         return out
@@ -115,14 +135,18 @@ class Site(nn.Module):
         return self.seen(factors.fused(x, self.host.weight(), self.host.bias, self.factors(x)))
 
     def factors(self, x: Tensor | None = None) -> Factors:
-        """The layer's tensors in the form that all methods of the family have in common, for an input to come."""
+        """The layer's tensors in the form that all methods of the family have in common, for an
+        input to come.
+        """
         rule: Any = self.rule
         found: Factors = rule.factors(self.host, self, x)
         return found
 
     def joins(self, x: Tensor) -> bool:
         """The site can be computed together with others, each on rows of its own."""
-        return self.why_plain(x) is None and not (self.training and getattr(self.rule, "dropout", None))
+        return self.why_plain(x) is None and not (
+            self.training and getattr(self.rule, "dropout", None)
+        )
 
 
 def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -148,15 +172,23 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    # The subclass is made at run time, so a copy or a pickle names the base class and makes it anew.
+    # The subclass is made at run time, so a copy or a pickle names the base class and makes it
+    # anew.
     return _blank, (type(self)._weft_base,), self.__dict__  # type: ignore[attr-defined]
 
 
 def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _classes:
-        body = {"_weft_base": base, "forward": adapted_forward, "__reduce_ex__": _reduce,
-                "__module__": base.__module__, "__doc__": base.__doc__}
-        _classes[base] = types.new_class(f"Adapted{base.__name__}", (base,), exec_body=lambda names: names.update(body))
+        body = {
+            "_weft_base": base,
+            "forward": adapted_forward,
+            "__reduce_ex__": _reduce,
+            "__module__": base.__module__,
+            "__doc__": base.__doc__,
+        }
+        _classes[base] = types.new_class(
+            f"Adapted{base.__name__}", (base,), exec_body=lambda names: names.update(body)
+        )
     return _classes[base]
 
 
@@ -167,16 +199,22 @@ def is_adapted(module: nn.Module) -> bool:
 def adapt(module: nn.Module, switch: Switch) -> None:
     """Swap the class and add the container of sites; nothing else of the layer changes."""
     module.__dict__[_SWITCH] = switch
-    if "forward" in module.__dict__:  # accelerate's device hooks put a forward on the instance; keep it inside ours
+    if (
+        "forward" in module.__dict__
+    ):  # accelerate's device hooks put a forward on the instance; keep it inside ours
         module.__dict__[INNER_FORWARD] = module.__dict__.pop("forward")
     module.__class__ = _adapted_class(type(module))
     module.add_module(CHILD, nn.ModuleDict())
 
 
 def adopt(module: nn.Module, switch: Switch, before: Any = None) -> None:
-    """Add the container of sites to a module that keeps its class and its forward; `before` hooks its input."""
+    """Add the container of sites to a module that keeps its class and its forward; `before` hooks
+    its input.
+    """
     module.__dict__[_SWITCH] = switch
-    module.__dict__[_HOOKS] = [module.register_forward_pre_hook(before, with_kwargs=True)] if before is not None else []
+    module.__dict__[_HOOKS] = (
+        [module.register_forward_pre_hook(before, with_kwargs=True)] if before is not None else []
+    )
     module.add_module(CHILD, nn.ModuleDict())
 
 

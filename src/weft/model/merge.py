@@ -18,8 +18,9 @@ from .layer import Site, is_adapted, sites_of, switch_of
 from .state import State, state_of
 from .switch import activate
 
-# Largest relative change of the output that a merge may cause, by the dtype of the merged weights. A merge rounds W'
-# once; what a deep model makes of that rounding is some ten to a hundred units in the last place.
+# Largest relative change of the output that a merge may cause, by the dtype of the merged weights.
+# A merge rounds W' once; what a deep model makes of that rounding is some ten to a hundred units in
+# the last place.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
@@ -37,9 +38,9 @@ class Merged:
 class MergeReport:
     """What a merge measured.
 
-    rounding: largest ‖cast(W') - W'‖ / ‖W'‖ over the merged weights. change: largest ‖W' - W‖ / ‖W‖.
-    With `verify`: output_error is max |merged - attached| / max |attached| over all outputs, effect is the same for
-    attached against base, and tolerance is what output_error was held to.
+    rounding: largest ‖cast(W') - W'‖ / ‖W'‖ over the merged weights. change: largest ‖W' - W‖ /
+    ‖W‖. With `verify`: output_error is max |merged - attached| / max |attached| over all outputs,
+    effect is the same for attached against base, and tolerance is what output_error was held to.
     """
 
     name: str
@@ -51,25 +52,35 @@ class MergeReport:
     tolerance: float | None = None
 
     def __str__(self) -> str:
-        text = f"merged {self.name!r} into {self.weights} weights: changed by up to {self.change:.2e}, rounded by " \
-               f"{self.rounding:.1e} (relative)"
+        text = (
+            f"merged {self.name!r} into {self.weights} weights: changed by up to "
+            f"{self.change:.2e}, rounded by "
+            f"{self.rounding:.1e} (relative)"
+        )
         if self.output_error is None:
             return text + "; outputs not verified"
-        return text + f"; outputs differ by {self.output_error:.1e} (allowed {self.tolerance:.0e}), while the adapter " \
-                      f"moves them by {self.effect:.1e}"
+        return (
+            text
+            + f"; outputs differ by {self.output_error:.1e} (allowed {self.tolerance:.0e}), while "
+            "the adapter "
+            f"moves them by {self.effect:.1e}"
+        )
 
 
-def merge(model: nn.Module, name: str = "default", verify: Any = None,
-          tolerance: float | None = None) -> MergeReport:
-    """W <- W' for every weight of the adapter: computed in float32 (or float64), cast once to the weight's dtype.
+def merge(
+    model: nn.Module, name: str = "default", verify: Any = None, tolerance: float | None = None
+) -> MergeReport:
+    """W <- W' for every weight of the adapter: computed in float32 (or float64), cast once to the
+    weight's dtype.
 
-    verify: inputs for the model (a tensor, a tuple of arguments, or a dict of keyword arguments). The outputs with the
-    adapter attached and merged are compared in eval mode; if they differ by more than `tolerance` (relative; by dtype
-    if None) the base is put back and MergeError is raised.
-    The base's bits are kept, so `unmerge` is exact; that costs one copy of the merged weights.
+    verify: inputs for the model (a tensor, a tuple of arguments, or a dict of keyword arguments).
+    The outputs with the adapter attached and merged are compared in eval mode; if they differ by
+    more than `tolerance` (relative; by dtype if None) the base is put back and MergeError is
+    raised. The base's bits are kept, so `unmerge` is exact; that costs one copy of the merged
+    weights.
 
-    Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed), UnsupportedError (the
-    method cannot be merged).
+    Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed),
+    UnsupportedError (the method cannot be merged).
     """
     state = state_of(model)
     adapter = state.adapter(name)
@@ -110,16 +121,21 @@ def unmerge(model: nn.Module) -> None:
 def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
     """W' [out, in] of one adapted layer in float32 (float64 where the weight is), detached.
 
-    Raises WeftError (the layer carries no such adapter), UnsupportedError (it is no change of weights).
+    Raises WeftError (the layer carries no such adapter), UnsupportedError (it is no change of
+    weights).
     """
     switch = switch_of(layer)
     site = sites_of(layer)[name] if switch is not None and name in sites_of(layer) else None
     if switch is None or not isinstance(site, Site):
         have = list(sites_of(layer)) if is_adapted(layer) else []
-        raise WeftError(f"this {type(layer).__name__} carries no adapter {name!r} (it has: {have}).")
+        raise WeftError(
+            f"this {type(layer).__name__} carries no adapter {name!r} (it has: {have})."
+        )
     if not hasattr(site.rule, "effective_weight"):
         method = type(site.rule)
-        raise UnsupportedError(f"{method.__name__} has no effective weight: {method.not_mergeable}.")
+        raise UnsupportedError(
+            f"{method.__name__} has no effective weight: {method.not_mergeable}."
+        )
     own = switch.base_weights.get(layer)
     if own is None:
         return _effective(site, site.host.weight())
@@ -135,12 +151,17 @@ def _effective(site: Site, W: Tensor) -> Tensor:
 
 def _check_mergeable(state: State, adapter: Adapter) -> None:
     if state.merged is not None:
-        raise MergeError(f"adapter {state.merged.name!r} is already merged; call weft.unmerge(model) before merging "
-                         f"{adapter.name!r}.")
+        raise MergeError(
+            f"adapter {state.merged.name!r} is already merged; call weft.unmerge(model) before "
+            "merging "
+            f"{adapter.name!r}."
+        )
     if not adapter.config.mergeable:
         why = getattr(adapter.config, "not_mergeable", "")
-        raise UnsupportedError(f"{type(adapter.config).__name__} is not a change of weights, so it cannot be merged"
-                               f"{': ' + why if why else ''}.")
+        raise UnsupportedError(
+            f"{type(adapter.config).__name__} is not a change of weights, so it cannot be merged"
+            f"{': ' + why if why else ''}."
+        )
     for name, parameter in adapter.named_parameters():
         if parameter.is_meta:
             raise MergeError(f"{name!r} is on the meta device and has no values to merge.")
@@ -184,17 +205,28 @@ def _relative(difference: Tensor, of: Tensor) -> float:
     return float(torch.linalg.vector_norm(difference.double())) / size if size else 0.0
 
 
-def _verified(state: State, report: MergeReport, base: list[Tensor], before: list[Tensor], after: list[Tensor],
-              tolerance: float | None) -> MergeReport:
+def _verified(
+    state: State,
+    report: MergeReport,
+    base: list[Tensor],
+    before: list[Tensor],
+    after: list[Tensor],
+    tolerance: float | None,
+) -> MergeReport:
     if tolerance is None:
         dtypes = {p.dtype for p, _ in state.merged.backups} if state.merged else set()
         tolerance = max(TOLERANCE.get(d, 1e-1) for d in dtypes)
     error, effect = _distance(after, before), _distance(before, base)
     if not error <= tolerance:  # written so that NaN is refused too
         unmerge(state.root)
-        raise MergeError(f"merging {report.name!r} changed the outputs by {error:.2e} (relative; allowed {tolerance:.0e}), "
-                         "so the base was put back. Pass tolerance= to allow more, or merge in a wider dtype.")
-    return MergeReport(report.name, report.weights, report.rounding, report.change, error, effect, tolerance)
+        raise MergeError(
+            f"merging {report.name!r} changed the outputs by {error:.2e} (relative; allowed "
+            f"{tolerance:.0e}), "
+            "so the base was put back. Pass tolerance= to allow more, or merge in a wider dtype."
+        )
+    return MergeReport(
+        report.name, report.weights, report.rounding, report.change, error, effect, tolerance
+    )
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
@@ -207,7 +239,9 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
-    """All floating outputs of the model for `inputs` in eval mode, as float64; empty where there are no inputs."""
+    """All floating outputs of the model for `inputs` in eval mode, as float64; empty where there
+    are no inputs.
+    """
     if inputs is None:
         return []
     if state.merged is None:

@@ -18,10 +18,15 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def reference_asked() -> bool:
-    """WEFT_REFERENCE=1 runs everything on the plain definitions. Raises ConfigError for any value but 1, 0 and nothing."""
+    """WEFT_REFERENCE=1 runs everything on the plain definitions. Raises ConfigError for any value
+    but 1, 0 and nothing.
+    """
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "0", "1"):
-        raise ConfigError(f"{VARIABLE}={value!r}: write 1 for the plain definitions, 0 or nothing for the fast paths.")
+        raise ConfigError(
+            f"{VARIABLE}={value!r}: write 1 for the plain definitions, 0 or nothing for the fast "
+            "paths."
+        )
     return value == "1"
 
 
@@ -33,7 +38,9 @@ def note(reason: str) -> None:
 
 
 def why_plain(x: Tensor, W: Tensor, bias: Tensor | None) -> str | None:
-    """The reason why W x + bias with its update has to be computed by the plain definition; None where it need not."""
+    """The reason why W x + bias with its update has to be computed by the plain definition; None
+    where it need not.
+    """
     if torch.compiler.is_compiling():
         return "torch.compile fuses the plain definition itself"
     if reference_asked():
@@ -44,8 +51,15 @@ def why_plain(x: Tensor, W: Tensor, bias: Tensor | None) -> str | None:
         return "the layer's own weight or bias trains too"
     if x.dtype != W.dtype or x.device != W.device or not x.is_floating_point() or x.is_meta:
         return "input and weight differ in dtype or device"
-    if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != W.dtype:
+    if (
+        torch.is_autocast_enabled(x.device.type)
+        and torch.get_autocast_dtype(x.device.type) != W.dtype
+    ):
         return "autocast computes in another dtype than the weight's"
-    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
+    if (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.jit.is_tracing()
+    ):  # type: ignore[no-untyped-call, attr-defined]
         return "a transform of torch.func, forward-mode differentiation or a trace is at work"
     return None

@@ -54,31 +54,53 @@ class Plan:
         return sum(row.nbytes for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        return {"method": self.method, "trainable": self.trainable, "nbytes": self.nbytes,
-                "base_parameters": self.base_parameters, "rows": [vars(r) for r in self.rows],
-                "frozen": [vars(f) for f in self.frozen], **({} if self.ranks is None else {"ranks": self.ranks})}
+        return {
+            "method": self.method,
+            "trainable": self.trainable,
+            "nbytes": self.nbytes,
+            "base_parameters": self.base_parameters,
+            "rows": [vars(r) for r in self.rows],
+            "frozen": [vars(f) for f in self.frozen],
+            **({} if self.ranks is None else {"ranks": self.ranks}),
+        }
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.base_parameters, 1)
-        head = f"{self.method}: {self.trainable:,} trained numbers ({share:.4g} % of {self.base_parameters:,}), " \
-               f"{size_text(self.nbytes)}"
+        head = (
+            f"{self.method}: {self.trainable:,} trained numbers ({share:.4g} % of "
+            f"{self.base_parameters:,}), "
+            f"{size_text(self.nbytes)}"
+        )
         lines = [head, *rows_as_text(self.rows)]
         if self.ranks is not None:
             lines += ranks_as_text(self.ranks)
         if self.frozen:
             lines.append("stays frozen:")
         for pattern, cold in _folded(self.frozen):
-            lines += _wrapped(f"{pattern} ({cold[0].kind} {_shape(cold[0].shape)}, x{len(cold)})", cold[0].reason)
+            lines += _wrapped(
+                f"{pattern} ({cold[0].kind} {_shape(cold[0].shape)}, x{len(cold)})", cold[0].reason
+            )
         return "\n".join(lines)
 
 
 def rows_as_text(rows: list[Row]) -> list[str]:
-    """A table of at most 80 columns; layers that differ only in the numbers of their names share a line."""
+    """A table of at most 80 columns; layers that differ only in the numbers of their names share a
+    line.
+    """
     table: list[tuple[str, ...]] = [("layer", "kind", "shape", "x", "trained", "bytes")]
     for pattern, group in _folded(rows):
         first = group[0]
         trained, held = sum(r.trainable for r in group), sum(r.nbytes for r in group)
-        table.append((pattern, first.kind, _shape(first.shape), str(len(group)), f"{trained:,}", size_text(held)))
+        table.append(
+            (
+                pattern,
+                first.kind,
+                _shape(first.shape),
+                str(len(group)),
+                f"{trained:,}",
+                size_text(held),
+            )
+        )
     return _columns(table)
 
 
@@ -86,16 +108,28 @@ def ranks_as_text(ranks: Mapping[str, int]) -> list[str]:
     """The ranks in force: layers of equal names and ranks share a line."""
     rows = [Row(name, str(r), (r,), 0, 0) for name, r in ranks.items()]
     groups = [(pattern, group[0].kind) for pattern, group in _folded(rows)]
-    return [f"ranks in force, {sum(ranks.values())} in all:", *(line for name, r in groups for line in _wrapped(name, r))]
+    return [
+        f"ranks in force, {sum(ranks.values())} in all:",
+        *(line for name, r in groups for line in _wrapped(name, r)),
+    ]
 
 
 def plan_of(adapter: Adapter) -> Plan:
     """The plan of an attached adapter."""
-    rows = [Row(name, site.host.kind, site.shape, sum(p.numel() for p in site.trainable().values()),
-                sum(p.numel() * p.element_size() for p in site.trainable().values()))
-            for name, site in adapter.sites.items()]
-    rows += [Row(name, "tensor", tuple(p.shape), p.numel(), p.numel() * p.element_size())
-             for name, p in (*adapter.shared_parameters.items(), *adapter.selected.items())]
+    rows = [
+        Row(
+            name,
+            site.host.kind,
+            site.shape,
+            sum(p.numel() for p in site.trainable().values()),
+            sum(p.numel() * p.element_size() for p in site.trainable().values()),
+        )
+        for name, site in adapter.sites.items()
+    ]
+    rows += [
+        Row(name, "tensor", tuple(p.shape), p.numel(), p.numel() * p.element_size())
+        for name, p in (*adapter.shared_parameters.items(), *adapter.selected.items())
+    ]
     frozen = [Frozen(f.name, f.kind, tuple(f.shape), f.reason) for f in adapter.frozen]
     ours = {id(p) for site in adapter.sites.values() for p in site.parameters()}
     others = {id(p) for a in _siblings(adapter) for s in a.sites.values() for p in s.parameters()}
@@ -111,7 +145,9 @@ def _siblings(adapter: Adapter) -> Iterable[Adapter]:
 
 
 def _folded(rows: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Rows that differ only in the numbers of their names, with those numbers as a range: layers.{0..11}.q_proj."""
+    """Rows that differ only in the numbers of their names, with those numbers as a range:
+    layers.{0..11}.q_proj.
+    """
     groups: dict[Any, list[Any]] = {}
     for row in rows:
         key = (re.sub(r"\d+", "#", row.name), row.kind, row.shape, getattr(row, "reason", None))
@@ -124,8 +160,13 @@ def _ranges(pattern: str, numbers: list[list[str]]) -> str:
     for place in zip(*numbers, strict=True):
         distinct = sorted({int(n) for n in place})
         run = distinct == list(range(distinct[0], distinct[-1] + 1))
-        text = str(distinct[0]) if len(distinct) == 1 else \
-            "{" + (f"{distinct[0]}..{distinct[-1]}" if run else ",".join(map(str, distinct))) + "}"
+        text = (
+            str(distinct[0])
+            if len(distinct) == 1
+            else "{"
+            + (f"{distinct[0]}..{distinct[-1]}" if run else ",".join(map(str, distinct)))
+            + "}"
+        )
         pattern = pattern.replace("#", text, 1)
     return pattern
 
@@ -137,14 +178,19 @@ def _columns(table: list[tuple[str, ...]]) -> list[str]:
     lines = []
     for row in table:
         first, *more = _broken(row[0], name)
-        rest = [row[1].ljust(widths[1]), *(c.rjust(w) for c, w in zip(row[2:], widths[2:], strict=True))]
+        rest = [
+            row[1].ljust(widths[1]),
+            *(c.rjust(w) for c, w in zip(row[2:], widths[2:], strict=True)),
+        ]
         lines.append("  ".join([first.ljust(name), *rest]).rstrip())
         lines += ["  " + part for part in more]
     return lines
 
 
 def _broken(name: str, width: int) -> list[str]:
-    """A name in pieces of at most `width`, cut after a dot where there is one (the dots of a range are none)."""
+    """A name in pieces of at most `width`, cut after a dot where there is one (the dots of a range
+    are none).
+    """
     pieces = []
     while len(name) > width:
         cut = max((m.end() for m in re.finditer(r"\.(?![.\d]*})", name[:width])), default=width)
@@ -160,8 +206,12 @@ def _wrapped(what: str, why: str) -> list[str]:
         return [line]
     import textwrap
 
-    return [*textwrap.wrap(f"{what}:", WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False),
-            *textwrap.wrap(why, WIDTH, initial_indent="    ", subsequent_indent="    ")]
+    return [
+        *textwrap.wrap(
+            f"{what}:", WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+        ),
+        *textwrap.wrap(why, WIDTH, initial_indent="    ", subsequent_indent="    "),
+    ]
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -1,13 +1,14 @@
 """The parts of a transformer's blocks that adapters hang on, found by structure.
 
-A block's attention ends in one linear map and so does its MLP: the last that the part registers with as many outputs as
-the block is wide. Both maps stand before their residual sum. Where the MLP is a mixture of experts there is no such map,
-and the block says why.
+A block's attention ends in one linear map and so does its MLP: the last that the part registers
+with as many outputs as the block is wide. Both maps stand before their residual sum. Where the MLP
+is a mixture of experts there is no such map, and the block says why.
 
-A block is post-norm (BERT, BART) where the layer norm stands behind the residual sum, and pre-norm (GPT-2, Llama, ViT,
-T5) where it stands before attention and MLP. The order of the sum is code and not structure, so it is told by three signs:
-torch's own flag `norm_first`; a norm of the block's width in one submodule with the MLP's output map (BERT's `output`);
-and the norm that a pre-norm stack needs behind its last block and a post-norm stack has not.
+A block is post-norm (BERT, BART) where the layer norm stands behind the residual sum, and pre-norm
+(GPT-2, Llama, ViT, T5) where it stands before attention and MLP. The order of the sum is code and
+not structure, so it is told by three signs: torch's own flag `norm_first`; a norm of the block's
+width in one submodule with the MLP's output map (BERT's `output`); and the norm that a pre-norm
+stack needs behind its last block and a post-norm stack has not.
 """
 
 from __future__ import annotations
@@ -18,15 +19,24 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from .hosts import is_norm, shape_kind
-from .structure import attention_modules, base_modules, block_names, expert_modules, head_modules, within
+from .structure import (
+    attention_modules,
+    base_modules,
+    block_names,
+    expert_modules,
+    head_modules,
+    within,
+)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One repeated block. `stack` is the list it is in, `index` its place there, counted from the input.
+    """One repeated block. `stack` is the list it is in, `index` its place there, counted from the
+    input.
 
-    `attention_outputs`: one a attention module, so two in a decoder with cross-attention. `mlp_norm`: the layer norm behind
-    the MLP's residual sum, of a post-norm block only. `missing`: why a part is not there, by role.
+    `attention_outputs`: one a attention module, so two in a decoder with cross-attention.
+    `mlp_norm`: the layer norm behind the MLP's residual sum, of a post-norm block only. `missing`:
+    why a part is not there, by role.
     """
 
     name: str
@@ -47,7 +57,9 @@ class Block:
 
     def why_not(self, role: str) -> str:
         """Why the block has no module of a role."""
-        return dict(self.missing).get("attention-output" if role == "attention-output" else "mlp-output", "")
+        return dict(self.missing).get(
+            "attention-output" if role == "attention-output" else "mlp-output", ""
+        )
 
 
 def blocks(root: nn.Module) -> list[Block]:
@@ -61,12 +73,18 @@ def blocks(root: nn.Module) -> list[Block]:
         block = _block(root, name, stack, index)
         if stack not in ends:
             ends[stack] = _norm_behind(root, stack)
-        found.append(block if block.mlp_norm else replace(block, mlp_norm=_last_norm(root, block, ends[stack])))
+        found.append(
+            block
+            if block.mlp_norm
+            else replace(block, mlp_norm=_last_norm(root, block, ends[stack]))
+        )
     return found
 
 
 def final_norm(root: nn.Module, stack: str) -> str | None:
-    """The normalisation that follows a stack, outside any block; None where each block ends in a norm of its own."""
+    """The normalisation that follows a stack, outside any block; None where each block ends in a
+    norm of its own.
+    """
     first = next((block for block in blocks(root) if block.stack == stack), None)
     if first is None or (first.mlp_norm is not None and _flag(root, first) is None):
         return None
@@ -74,9 +92,11 @@ def final_norm(root: nn.Module, stack: str) -> str | None:
 
 
 def last_stack(root: nn.Module) -> str | None:
-    """The stack before the output: of several (encoder and decoder, two towers) the one that is registered last.
+    """The stack before the output: of several (encoder and decoder, two towers) the one that is
+    registered last.
 
-    Blocks inside the output head are none of the model's; nor are lists without attention beside those that have it.
+    Blocks inside the output head are none of the model's; nor are lists without attention beside
+    those that have it.
     """
     heads = head_modules(root)
     found = [block for block in blocks(root) if not within(block.name, heads)]
@@ -94,22 +114,38 @@ def _block(root: nn.Module, name: str, stack: str, index: int) -> Block:
     entry = next((names[0] for names in of_attention.values() if names), next(iter(maps), None))
     width = maps[entry][1] if entry is not None else 0
     outputs = [last for names in of_attention.values() if (last := _last(maps, names, width))]
-    missing = {} if outputs else {"attention-output": "it has no attention that ends in a linear map of its width"}
+    missing = (
+        {}
+        if outputs
+        else {"attention-output": "it has no attention that ends in a linear map of its width"}
+    )
     mlp_output = _last(maps, [n for n in maps if not within(n, attentions)], width)
     experts = expert_modules(block)
     if experts:
         place, count = next(iter(experts.items()))
         mlp_output = None
-        missing["mlp-output"] = f"its MLP is a mixture of {count} experts ({place!r}), which has no single output map"
+        missing["mlp-output"] = (
+            f"its MLP is a mixture of {count} experts ({place!r}), which has no single output map"
+        )
     elif mlp_output is None:
-        missing["mlp-output"] = "outside its attention it has no linear map with as many outputs as the block is wide"
+        missing["mlp-output"] = (
+            "outside its attention it has no linear map with as many outputs as the block is wide"
+        )
     beside = _norm_beside(inside, mlp_output, width)
 
     def full(part: str | None) -> str | None:
         return None if part is None else f"{name}.{part}"
 
-    return Block(name, stack, index, width, tuple(f"{name}.{part}" for part in outputs), full(mlp_output), full(beside),
-                 tuple(missing.items()))
+    return Block(
+        name,
+        stack,
+        index,
+        width,
+        tuple(f"{name}.{part}" for part in outputs),
+        full(mlp_output),
+        full(beside),
+        tuple(missing.items()),
+    )
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
@@ -134,7 +170,9 @@ def _norm_beside(inside: dict[str, nn.Module], mlp_output: str | None, width: in
     parent = mlp_output.rpartition(".")[0] if mlp_output else ""
     if not parent:
         return None
-    return next((n for n, m in inside.items() if n.rpartition(".")[0] == parent and is_norm(m, width)), None)
+    return next(
+        (n for n, m in inside.items() if n.rpartition(".")[0] == parent and is_norm(m, width)), None
+    )
 
 
 def _last_norm(root: nn.Module, block: Block, behind: str | None) -> str | None:
@@ -144,7 +182,11 @@ def _last_norm(root: nn.Module, block: Block, behind: str | None) -> str | None:
         return None
     module = root.get_submodule(block.name)
     attentions = attention_modules(module)
-    norms = [n for n, m in base_modules(module) if n and is_norm(m, block.width) and not within(n, attentions)]
+    norms = [
+        n
+        for n, m in base_modules(module)
+        if n and is_norm(m, block.width) and not within(n, attentions)
+    ]
     return f"{block.name}.{norms[-1]}" if norms else None
 
 
@@ -155,8 +197,8 @@ def _flag(root: nn.Module, block: Block) -> bool | None:
 
 
 def _norm_behind(root: nn.Module, stack: str) -> str | None:
-    """The norm registered after a stack in the same module, or named as final; looked for further out where the module
-    holds nothing but the stack.
+    """The norm registered after a stack in the same module, or named as final; looked for further
+    out where the module holds nothing but the stack.
     """
     if not stack:  # the model is the list of blocks itself
         return None
@@ -165,9 +207,13 @@ def _norm_behind(root: nn.Module, stack: str) -> str | None:
     children = list(module.named_children())
     labels = [label for label, _ in children]
     for place, (label, child) in enumerate(children):
-        behind = "final" in label or (place > labels.index(own) and "embed" not in label)  # BART: layernorm_embedding
+        behind = "final" in label or (
+            place > labels.index(own) and "embed" not in label
+        )  # BART: layernorm_embedding
         if behind and is_norm(child):
             return f"{parent}.{label}".lstrip(".")
-    if parent and all(next(child.parameters(), None) is None for label, child in children if label != own):
+    if parent and all(
+        next(child.parameters(), None) is None for label, child in children if label != own
+    ):
         return _norm_behind(root, parent)
     return None

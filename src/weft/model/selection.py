@@ -15,7 +15,9 @@ from .structure import base_modules, base_parameters, expert_modules, head_modul
 
 
 def tensor_facts(root: nn.Module) -> list[TensorFact]:
-    """Every parameter once; one that is tied goes by its first name, so a head tied to the embedding is no head."""
+    """Every parameter once; one that is tied goes by its first name, so a head tied to the
+    embedding is no head.
+    """
     heads, experts = head_modules(root), list(expert_modules(root))
     places, norm = _places(root, heads)
     facts = []
@@ -24,8 +26,17 @@ def tensor_facts(root: nn.Module) -> list[TensorFact]:
         vectors = p.ndim == 1 or (p.ndim == 2 and within(name, experts))
         is_bias = vectors and name.rpartition(".")[2].endswith("bias")
         block = next((index for place, index in places.items() if within(name, [place])), None)
-        facts.append(TensorFact(name, tuple(p.shape), is_bias, within(name, heads), block, len(places),
-                                norm is not None and within(name, [norm])))
+        facts.append(
+            TensorFact(
+                name,
+                tuple(p.shape),
+                is_bias,
+                within(name, heads),
+                block,
+                len(places),
+                norm is not None and within(name, [norm]),
+            )
+        )
     return facts
 
 
@@ -33,9 +44,14 @@ def _places(root: nn.Module, heads: list[str]) -> tuple[dict[str, int], str | No
     """The blocks before the output by name, and the norm behind them."""
     stack = last_stack(root)
     if stack is not None:
-        return {block.name: block.index for block in blocks(root) if block.stack == stack}, final_norm(root, stack)
-    children = [name for name, child in root.named_children()
-                if not within(name, heads) and next(child.parameters(), None) is not None]
+        return {
+            block.name: block.index for block in blocks(root) if block.stack == stack
+        }, final_norm(root, stack)
+    children = [
+        name
+        for name, child in root.named_children()
+        if not within(name, heads) and next(child.parameters(), None) is not None
+    ]
     return {name: index for index, name in enumerate(children)}, None
 
 
@@ -51,10 +67,14 @@ def tensors_of_modules(root: nn.Module, endings: Sequence[str]) -> list[str]:
         names = [n for n in modules if n == ending or n.endswith("." + ending)]
         tensors = [t for t in parameters if within(t, names)]
         if not tensors:
-            have = sorted({n.rpartition(".")[2] for n in modules if not n.rpartition(".")[2].isdigit()})
-            raise TargetError(f"modules_to_save=[{ending!r}] matches "
-                              f"{'no module' if not names else f'{names}, which hold no parameter'}. "
-                              f"The model's modules end in: {', '.join(have)}.")
+            have = sorted(
+                {n.rpartition(".")[2] for n in modules if not n.rpartition(".")[2].isdigit()}
+            )
+            raise TargetError(
+                f"modules_to_save=[{ending!r}] matches "
+                f"{'no module' if not names else f'{names}, which hold no parameter'}. "
+                f"The model's modules end in: {', '.join(have)}."
+            )
         found.extend(tensors)
     return list(dict.fromkeys(found))
 
@@ -64,20 +84,29 @@ def tensors_picked(root: nn.Module, config: Selection) -> list[str]:
     facts = tensor_facts(root)
     names = [fact.name for fact in facts if config.picks(fact)]
     if not names and not config.modules_to_save:
-        raise TargetError(f"{type(config).__name__} selects none of the {len(facts)} tensors of {type(root).__name__}: "
-                          f"{config.nothing}.")
+        raise TargetError(
+            f"{type(config).__name__} selects none of the {len(facts)} tensors of "
+            f"{type(root).__name__}: "
+            f"{config.nothing}."
+        )
     return names
 
 
-def select(root: nn.Module, names: Sequence[str], modules_to_save: Sequence[str]) -> dict[str, Selected]:
-    """A trained copy of each named base tensor, and every place where the model reads the tensor."""
+def select(
+    root: nn.Module, names: Sequence[str], modules_to_save: Sequence[str]
+) -> dict[str, Selected]:
+    """A trained copy of each named base tensor, and every place where the model reads the
+    tensor.
+    """
     if not names:
         return {}
     readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in root.named_modules():
         for tensor, parameter in module._parameters.items():
             if parameter is not None:
-                readers.setdefault(id(parameter), []).append((f"{prefix}.{tensor}".lstrip("."), module, tensor))
+                readers.setdefault(id(parameter), []).append(
+                    (f"{prefix}.{tensor}".lstrip("."), module, tensor)
+                )
     saved = set(tensors_of_modules(root, modules_to_save))
     head = saved | {fact.name for fact in tensor_facts(root) if fact.in_head}
     built: dict[str, Selected] = {}
@@ -99,6 +128,10 @@ def _check_tied(name: str, readers: Sequence[str], asked: Collection[str]) -> No
     """Training one reader of a tied tensor trains the others; that must have been asked for."""
     for other in readers:
         if other not in asked:
-            raise TargetError(f"modules_to_save: {name!r} is tied to {other!r}, so training one trains both. Name both, "
-                              f"or give one its own copy first: model.{name} = torch.nn.Parameter(model.{name}.detach()"
-                              ".clone()) and config.tie_word_embeddings = False.")
+            raise TargetError(
+                f"modules_to_save: {name!r} is tied to {other!r}, so training one trains both. "
+                "Name both, "
+                f"or give one its own copy first: model.{name} = "
+                f"torch.nn.Parameter(model.{name}.detach()"
+                ".clone()) and config.tie_word_embeddings = False."
+            )

@@ -27,14 +27,18 @@ _FORGOTTEN = "another adapter, too many switches ago"
 
 
 def recomputed() -> int | None:
-    """When the forward ran that this backward belongs to, in autograd's count of nodes; None where no backward runs."""
+    """When the forward ran that this backward belongs to, in autograd's count of nodes; None where
+    no backward runs.
+    """
     node: Any = torch._C._current_autograd_node()
     # Autograd numbers its nodes as it makes them, so the node that asks tells when its forward ran.
     return None if node is None else int(node._sequence_nr())
 
 
 class Rows:
-    """One adapter name (or None for the base) per row of the batch, grouped: each adapter runs once on its rows."""
+    """One adapter name (or None for the base) per row of the batch, grouped: each adapter runs once
+    on its rows.
+    """
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = tuple(names)
@@ -42,29 +46,42 @@ class Rows:
         self.groups = {n: [i for i, m in enumerate(names) if m == n] for n in distinct}
 
     def index(self, name: str, rows: int, device: torch.device) -> Tensor:
-        """The rows of the layer's first dimension that belong to `name`; each batch row may span several."""
+        """The rows of the layer's first dimension that belong to `name`; each batch row may span
+        several.
+        """
         span = rows // len(self.names)
         first = torch.tensor(self.groups[name], device=device)[:, None] * span
         return (first + torch.arange(span, device=device)).reshape(-1)
 
     def check(self, x: Tensor, feature_dims: int) -> None:
-        """The first dimension must be the batch, or batch x tokens flattened: anything else would mix up rows."""
+        """The first dimension must be the batch, or batch x tokens flattened: anything else would
+        mix up rows.
+        """
         n, have = len(self.names), x.shape[0] if x.dim() > feature_dims else 0
         # Ids in one dimension are as likely positions as tokens, so those must be the batch itself.
         flat = feature_dims > 0 and x.dim() == feature_dims + 1 and have % n == 0
         if have != n and not flat:
-            raise WeftError(f"weft.use was given {n} names, one per row, but a layer received an input of shape "
-                            f"{tuple(x.shape)}, whose first dimension is not these rows. Give one name per row of the "
-                            "batch; with k beams repeat each name k times.")
+            raise WeftError(
+                f"weft.use was given {n} names, one per row, but a layer received an input of "
+                "shape "
+                f"{tuple(x.shape)}, whose first dimension is not these rows. Give one name per row "
+                "of the "
+                "batch; with k beams repeat each name k times."
+            )
 
 
 class Switch:
-    """What every adapted layer of a model shares: which adapter, or which adapter a row, is active."""
+    """What every adapted layer of a model shares: which adapter, or which adapter a row, is
+    active.
+    """
 
     def __init__(self) -> None:
         self.active: str | Rows | None = None
-        self.base_weights: dict[nn.Module, Tensor] = {}  # layer -> its own weight, while another stands in its place
-        # What became active when, in autograd's own count of the nodes it has made; each thread has a count of its own.
+        self.base_weights: dict[
+            nn.Module, Tensor
+        ] = {}  # layer -> its own weight, while another stands in its place
+        # What became active when, in autograd's own count of the nodes it has made; each thread has
+        # a count of its own.
         self._turns: deque[tuple[int, str | Rows | None]] = deque([(0, None)], _MEMORY)
         self._thread = threading.get_ident()
 
@@ -106,8 +123,12 @@ class Switch:
         together = [name for name in here if sites[name].joins(x)]
         out = y
         if together:
-            parts = [mixed.Part(sites[name].factors(), tuple(rows.groups[name])) for name in together]
-            out = mixed.apply(x, y, sites[together[0]].host.bias, parts, len(rows.names)).view(y.shape)
+            parts = [
+                mixed.Part(sites[name].factors(), tuple(rows.groups[name])) for name in together
+            ]
+            out = mixed.apply(x, y, sites[together[0]].host.bias, parts, len(rows.names)).view(
+                y.shape
+            )
             for name in together:
                 sites[name].seen(out)
         for name in here:
@@ -117,7 +138,9 @@ class Switch:
         return out
 
     def _guard_recompute(self) -> None:
-        """Gradient checkpointing runs the forward again inside backward: it must be the same adapter's forward."""
+        """Gradient checkpointing runs the forward again inside backward: it must be the same
+        adapter's forward.
+        """
         if torch.compiler.is_compiling():
             return
         made = recomputed()
@@ -126,11 +149,14 @@ class Switch:
             return
         if not torch.is_grad_enabled():
             return
-        then = next((active for since, active in reversed(self._turns) if since <= made), _FORGOTTEN)
+        then = next(
+            (active for since, active in reversed(self._turns) if since <= made), _FORGOTTEN
+        )
         if then is not self.active and then != self.active:
-            raise WeftError(f"backward recomputes the forward under {describe(self.active)}, but the forward "
-                            f"ran under {describe(then)}. Call backward() inside the same `with weft.use(...)`.")
-
+            raise WeftError(
+                f"backward recomputes the forward under {describe(self.active)}, but the forward "
+                f"ran under {describe(then)}. Call backward() inside the same `with weft.use(...)`."
+            )
 
     def _follow_thread(self) -> None:
         if self._thread != threading.get_ident():
@@ -146,7 +172,9 @@ class State:
         self.switch = Switch()
         self.adapters: dict[str, Adapter] = {}
         self.merged: Merged | None = None
-        self.required_grad: dict[str, bool] = {}  # of the base's parameters, before the first attach
+        self.required_grad: dict[
+            str, bool
+        ] = {}  # of the base's parameters, before the first attach
         self.row_check: RemovableHandle | None = None
         self.fast_paths = FastPaths()
         self.gate: Gate | None = None  # where virtual tokens enter the model
@@ -155,7 +183,9 @@ class State:
         """The adapter of that name; WeftError lists those that exist."""
         if name not in self.adapters:
             near = get_close_matches(str(name), self.adapters, n=2) or list(self.adapters)
-            raise WeftError(f"no adapter is named {name!r} on this {type(self.root).__name__}. Nearest: {near}.")
+            raise WeftError(
+                f"no adapter is named {name!r} on this {type(self.root).__name__}. Nearest: {near}."
+            )
         return self.adapters[name]
 
 
@@ -183,6 +213,9 @@ def find_state(model: nn.Module) -> State | None:
 def state_of(model: nn.Module) -> State:
     state = find_state(model)
     if state is None:
-        raise WeftError(f"{type(model).__name__} carries no adapter. Attach one with weft.attach(model, config), or "
-                        "pass the model that was given to weft.attach.")
+        raise WeftError(
+            f"{type(model).__name__} carries no adapter. Attach one with weft.attach(model, "
+            "config), or "
+            "pass the model that was given to weft.attach."
+        )
     return state

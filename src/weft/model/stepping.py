@@ -1,14 +1,17 @@
 """Rules that act around the optimiser's step, without a call from the user.
 
-torch calls two hooks around every `step` of every torch optimiser (`register_optimizer_step_pre_hook`, `..._post_hook`);
-ours look for adapters of such rules (`methods.base.Stepped`) among those attached, and act where that optimiser holds
-their tensors and a gradient has reached them. So gradient accumulation, wrappers of optimisers (accelerate), a closure,
-and several adapters need nothing; a step that a GradScaler leaves out does not count; and what an adapter has counted
-lies in its layers' buffers, so that a copy of the model or its state_dict takes it along. An optimiser that steps others
-inside its own step (ZeroRedundancyOptimizer, SAM) is one step.
+torch calls two hooks around every `step` of every torch optimiser
+(`register_optimizer_step_pre_hook`, `..._post_hook`); ours look for adapters of such rules
+(`methods.base.Stepped`) among those attached, and act where that optimiser holds their tensors and
+a gradient has reached them. So gradient accumulation, wrappers of optimisers (accelerate), a
+closure, and several adapters need nothing; a step that a GradScaler leaves out does not count; and
+what an adapter has counted lies in its layers' buffers, so that a copy of the model or its
+state_dict takes it along. An optimiser that steps others inside its own step
+(ZeroRedundancyOptimizer, SAM) is one step.
 
-An optimiser that holds other tensors than the adapter's (flat shards, copies in float32) and writes into these is not
-seen here. That is an error: a `Watch` raises it in the third forward of the training, and the audit has it too.
+An optimiser that holds other tensors than the adapter's (flat shards, copies in float32) and writes
+into these is not seen here. That is an error: a `Watch` raises it in the third forward of the
+training, and the audit has it too.
 """
 
 from __future__ import annotations
@@ -41,10 +44,12 @@ _hooks: list[Any] = []
 
 
 class Watch:
-    """Sees tensors of one layer move twice, each time after a backward pass, while no optimiser step was followed.
+    """Sees tensors of one layer move twice, each time after a backward pass, while no optimiser
+    step was followed.
 
-    Moved by hand, from a file or by averaging they may be: then no gradient has reached them before. And once they may be
-    after a gradient: SAM takes a second gradient somewhere else before it steps. A copy starts anew.
+    Moved by hand, from a file or by averaging they may be: then no gradient has reached them
+    before. And once they may be after a gradient: SAM takes a second gradient somewhere else before
+    it steps. A copy starts anew.
     """
 
     def __init__(self, name: str) -> None:
@@ -61,7 +66,9 @@ class Watch:
         """Called in every forward in training, with the layer's output. Raises UnsupportedError."""
         if not out.requires_grad:
             return
-        now = [getattr(site, name).detach() for name in site.names]  # FSDP leaves no parameters in the layer
+        now = [
+            getattr(site, name).detach() for name in site.names
+        ]  # FSDP leaves no parameters in the layer
         if self._reached and not _alike(now, self._known):
             self._moves, self._reached = self._moves + 1, False
             if self._moves > 1:
@@ -79,31 +86,50 @@ class Watch:
 
 def _alike(now: list[Tensor], known: list[Tensor]) -> bool:
     """Equal, or of another shape, dtype or device: then somebody has made them anew."""
-    return all(torch.equal(a, b) for a, b in zip(now, known, strict=True)
-               if (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(now, known, strict=True)
+        if (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    )
 
 
 def unseen(name: str, rule: Any) -> str:
-    """What to say where an adapter's tensors have moved without a step of an optimiser that holds them."""
+    """What to say where an adapter's tensors have moved without a step of an optimiser that holds
+    them.
+    """
     method = type(rule).__name__
-    return (f"the tensors of adapter {name!r} have moved, and no optimiser that holds them has taken a step: {method} acts "
-            "at every step, and has not. An optimiser with flat shards or copies of the tensors (FSDP, DeepSpeed, master "
-            "weights) or a step by hand does that. Give adapter.parameters() to a torch.optim optimiser "
-            "(ZeroRedundancyOptimizer may wrap it), or take a method that follows no steps, such as LoRA.")
+    return (
+        f"the tensors of adapter {name!r} have moved, and no optimiser that holds them has taken a "
+        f"step: {method} acts "
+        "at every step, and has not. An optimiser with flat shards or copies of the tensors (FSDP, "
+        "DeepSpeed, master "
+        "weights) or a step by hand does that. Give adapter.parameters() to a torch.optim "
+        "optimiser "
+        "(ZeroRedundancyOptimizer may wrap it), or take a method that follows no steps, such as "
+        "LoRA."
+    )
 
 
 def follows(adapter: Adapter) -> bool:
     """Something of this adapter depends on the optimiser's steps."""
-    return isinstance(adapter.config, Stepped) and any(site.rule.follows_steps for site in adapter.sites.values()
-                                                       if isinstance(site.rule, Stepped))
+    return isinstance(adapter.config, Stepped) and any(
+        site.rule.follows_steps for site in adapter.sites.values() if isinstance(site.rule, Stepped)
+    )
 
 
 def follow(adapter: Adapter) -> None:
-    """Act for this adapter from now on, if its rule asks for it and for as long as it is attached."""
+    """Act for this adapter from now on, if its rule asks for it and for as long as it is
+    attached.
+    """
     if isinstance(adapter.config, Stepped):
         _followed.add(adapter)
         if not _hooks:
-            _hooks.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
+            _hooks.extend(
+                (
+                    register_optimizer_step_pre_hook(_before),
+                    register_optimizer_step_post_hook(_after),
+                )
+            )
 
 
 def unfollow(adapter: Adapter) -> None:
@@ -134,7 +160,9 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
 
 @torch.no_grad()
 def _begin(optimizer: Optimizer) -> None:
-    found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser is called, and leaves the step out itself
+    found_inf = getattr(
+        optimizer, "found_inf", None
+    )  # a fused optimiser is called, and leaves the step out itself
     if isinstance(found_inf, Tensor) and bool(found_inf):
         return
     scale = getattr(optimizer, "grad_scale", None)
@@ -142,7 +170,9 @@ def _begin(optimizer: Optimizer) -> None:
     _begun[optimizer] = list(_held(optimizer))
     for adapter in _begun[optimizer]:
         adapter.config.before_step(adapter.sites, 1.0 if scale is None else float(scale), again)
-        _forget(adapter)  # a closure may run the model again, with the tensors moved, within this step
+        _forget(
+            adapter
+        )  # a closure may run the model again, with the tensors moved, within this step
 
 
 @torch.no_grad()
@@ -159,18 +189,33 @@ def _forget(adapter: Adapter) -> None:
 
 
 def _held(optimizer: Optimizer) -> Iterator[Adapter]:
-    """The attached adapters that this optimiser is about to move, but for those that one around it is moving."""
+    """The attached adapters that this optimiser is about to move, but for those that one around it
+    is moving.
+    """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    busy = {id(adapter) for outer, adapters in list(_begun.items()) if outer is not optimizer and _is_stepping(outer)
-            for adapter in adapters}
+    busy = {
+        id(adapter)
+        for outer, adapters in list(_begun.items())
+        if outer is not optimizer and _is_stepping(outer)
+        for adapter in adapters
+    }
     for adapter in list(_followed):
         state = find_state(adapter.model)
-        if state is None or state.adapters.get(adapter.name) is not adapter:  # a copy of a handle, or taken off
-            _followed.discard(adapter)  # torch is going through the hooks, so they stay until a detach
+        if (
+            state is None or state.adapters.get(adapter.name) is not adapter
+        ):  # a copy of a handle, or taken off
+            _followed.discard(
+                adapter
+            )  # torch is going through the hooks, so they stay until a detach
             continue
         if id(adapter) in busy or not follows(adapter):
             continue
-        own = [p for site in adapter.sites.values() for p in site.trainable().values() if p.requires_grad]
+        own = [
+            p
+            for site in adapter.sites.values()
+            for p in site.trainable().values()
+            if p.requires_grad
+        ]
         here = [p for p in own if id(p) in held]
         if any(p.grad is not None for p in here):
             if len(here) < len(own):
@@ -189,11 +234,16 @@ def _is_stepping(optimizer: Optimizer) -> bool:
 
 
 def _check_alone(adapter: Adapter, optimizer: Optimizer) -> None:
-    """An optimiser with a part of the tensors is good only where no other one has the rest: a step would count twice."""
+    """An optimiser with a part of the tensors is good only where no other one has the rest: a step
+    would count twice.
+    """
     first = _partial.get(adapter)
     other = first() if first is not None else None
     if other is not None and other is not optimizer:
         method = type(adapter.config).__name__
-        raise UnsupportedError(f"the tensors of adapter {adapter.name!r} are in two optimisers, and {method} acts once a "
-                               "step on all of them. Give one optimiser adapter.parameters().")
+        raise UnsupportedError(
+            f"the tensors of adapter {adapter.name!r} are in two optimisers, and {method} acts "
+            "once a "
+            "step on all of them. Give one optimiser adapter.parameters()."
+        )
     _partial[adapter] = weakref.ref(optimizer)

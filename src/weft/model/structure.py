@@ -1,8 +1,9 @@
-"""What a model is made of, read from its structure: output head, blocks, attention, experts and their routers.
+"""What a model is made of, read from its structure: output head, blocks, attention, experts and
+their routers.
 
-Nothing here is a table of model names. Three conventions of the ecosystem are used: transformers' own accessors
-(`get_output_embeddings`, `base_model`), repeated blocks in an nn.ModuleList, and "attn"/"attention" or "expert" in the
-name or the class of a module.
+Nothing here is a table of model names. Three conventions of the ecosystem are used: transformers'
+own accessors (`get_output_embeddings`, `base_model`), repeated blocks in an nn.ModuleList, and
+"attn"/"attention" or "expert" in the name or the class of a module.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from .hosts import shape_kind
 from .layer import CHILD, is_adapted
 
 # What people call the output layer of a plain torch model, as a direct child of the root.
-_HEAD_NAMES = ("head", "heads", "lm_head", "output_head", "classifier", "classification_head", "score", "fc")
+_HEAD_NAMES = (
+    "head",
+    "heads",
+    "lm_head",
+    "output_head",
+    "classifier",
+    "classification_head",
+    "score",
+    "fc",
+)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _EXPERTS = re.compile(r"experts?(_|$)|experts", re.IGNORECASE)
 _SHARED_EXPERT = re.compile(r"shared_?expert", re.IGNORECASE)
@@ -39,8 +49,12 @@ def base_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def base_parameters(root: nn.Module, repeat_tied: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """`root.named_parameters()` without those of Weft; a tied tensor once, under its first name, or under each."""
+def base_parameters(
+    root: nn.Module, repeat_tied: bool = False
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """`root.named_parameters()` without those of Weft; a tied tensor once, under its first name, or
+    under each.
+    """
     ours = _ours(root)
     for name, parameter in root.named_parameters(remove_duplicate=not repeat_tied):
         if not _inside(name, ours):
@@ -48,21 +62,30 @@ def base_parameters(root: nn.Module, repeat_tied: bool = False) -> Iterator[tupl
 
 
 def _ours(root: nn.Module) -> set[str]:
-    return {f"{name}.{CHILD}".lstrip(".") for name, module in root.named_modules(remove_duplicate=False)
-            if is_adapted(module)}
+    return {
+        f"{name}.{CHILD}".lstrip(".")
+        for name, module in root.named_modules(remove_duplicate=False)
+        if is_adapted(module)
+    }
 
 
 def _inside(name: str, places: set[str]) -> bool:
     """The name is, or lies in, one of many places."""
-    return bool(places) and any(part in places for part in accumulate(name.split("."), "{}.{}".format))
+    return bool(places) and any(
+        part in places for part in accumulate(name.split("."), "{}.{}".format)
+    )
 
 
 def head_modules(root: nn.Module) -> list[str]:
-    """Names of the modules that make up the output head, those that hold parameters; empty where there is none."""
+    """Names of the modules that make up the output head, those that hold parameters; empty where
+    there is none.
+    """
     found = dict.fromkeys(_beside_base_model(root))
     output = _accessor(root, "get_output_embeddings")
     if output is not None:
-        found |= dict.fromkeys(name for name, module in base_modules(root) if module is output and name)
+        found |= dict.fromkeys(
+            name for name, module in base_modules(root) if module is output and name
+        )
     if not found:
         found = dict.fromkeys(_conventional_head(root))
     return [name for name in found if next(root.get_submodule(name).parameters(), None) is not None]
@@ -99,13 +122,20 @@ def expert_modules(root: nn.Module) -> dict[str, int]:
 
 
 def router_modules(root: nn.Module, experts: dict[str, int]) -> list[str]:
-    """Modules beside the experts whose weight has one row per expert, or the single row of a shared expert's gate."""
+    """Modules beside the experts whose weight has one row per expert, or the single row of a shared
+    expert's gate.
+    """
     routers = []
     for container, count in experts.items():
         parent = container.rpartition(".")[0]
         for name, module in root.get_submodule(parent).named_modules(prefix=parent):
             weight = module._parameters.get("weight")
-            if within(name, list(experts)) or weight is None or weight.ndim != 2 or weight.shape[0] not in (1, count):
+            if (
+                within(name, list(experts))
+                or weight is None
+                or weight.ndim != 2
+                or weight.shape[0] not in (1, count)
+            ):
                 continue
             beside = name.removeprefix(parent).rpartition(".")[0]
             # A key projection beside the experts may have as many rows as there are experts.
@@ -125,7 +155,9 @@ def _beside_base_model(root: nn.Module) -> Iterator[str]:
 
 
 def _is_model(module: nn.Module) -> bool:
-    """A second tower (a vision encoder, say) has an input or a configuration of its own; a head has neither."""
+    """A second tower (a vision encoder, say) has an input or a configuration of its own; a head has
+    neither.
+    """
     return len(list(block_names(module))) > 1
 
 
@@ -148,24 +180,37 @@ def _accessor(root: nn.Module, name: str) -> nn.Module | None:
 
 
 def block_names(root: nn.Module) -> Iterator[str]:
-    """Outermost repeated blocks with linear maps inside: elements of an nn.ModuleList or of an nn.Sequential of equals."""
+    """Outermost repeated blocks with linear maps inside: elements of an nn.ModuleList or of an
+    nn.Sequential of equals.
+    """
     outer: list[str] = []
     for name, module in base_modules(root):
         if within(name, outer):
             continue
-        if isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and _alike(module)):
-            blocks = [f"{name}.{i}".lstrip(".") for i, child in module.named_children()
-                      if any(_is_map(m) for m in child.modules() if m is not child)]
+        if isinstance(module, nn.ModuleList) or (
+            isinstance(module, nn.Sequential) and _alike(module)
+        ):
+            blocks = [
+                f"{name}.{i}".lstrip(".")
+                for i, child in module.named_children()
+                if any(_is_map(m) for m in child.modules() if m is not child)
+            ]
             outer += blocks
             yield from blocks
 
 
 def attention_modules(block: nn.Module) -> list[str]:
-    """Outermost modules of a block that its attention is made of, in order: T5's decoder has two, self and cross."""
+    """Outermost modules of a block that its attention is made of, in order: T5's decoder has two,
+    self and cross.
+    """
     found: list[str] = []
     for name, module in base_modules(block):
         label = name.rpartition(".")[2]
-        if not name or within(name, found) or not (_ATTENTION.search(label) or _ATTENTION.search(type(module).__name__)):
+        if (
+            not name
+            or within(name, found)
+            or not (_ATTENTION.search(label) or _ATTENTION.search(type(module).__name__))
+        ):
             continue
         if any(_is_map(inner) for inner in module.modules() if inner is not module):
             found.append(name)

@@ -1,9 +1,11 @@
-"""Random numbers as a pure function of (seed, stream, row, column): Philox4x32-10 in integer tensor operations.
+"""Random numbers as a pure function of (seed, stream, row, column): Philox4x32-10 in integer tensor
+operations.
 
-A counter-based generator has no state, so the same element gets the same bits on every device, in every order,
-whatever ran before, and a larger matrix contains the smaller one as its upper-left corner. Only integer
-operations and one IEEE multiplication by a constant take part, so no library version can change a bit.
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox, section 3.3).
+A counter-based generator has no state, so the same element gets the same bits on every device, in
+every order, whatever ran before, and a larger matrix contains the smaller one as its upper-left
+corner. Only integer operations and one IEEE multiplication by a constant take part, so no library
+version can change a bit. Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as
+1, 2, 3", SC 2011 (Philox, section 3.3).
 """
 
 from __future__ import annotations
@@ -18,22 +20,30 @@ _MASK = 0xFFFFFFFF
 _MUL0, _MUL1 = 0xD2511F53, 0xCD9E8D57
 _WEYL0, _WEYL1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
-# A row band small enough that the int64 temporaries stay in cache-sized memory: 2**20 counters are 8 MiB a tensor.
+# A row band small enough that the int64 temporaries stay in cache-sized memory: 2**20 counters are
+# 8 MiB a tensor.
 _BAND = 1 << 20
 
 
 def key_of(*parts: object) -> int:
-    """A 64-bit key from any printable parts, by SHA-256: independent streams for independent names."""
+    """A 64-bit key from any printable parts, by SHA-256: independent streams for independent
+    names.
+    """
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32 over int64 tensors that hold unsigned 32-bit values; the key has 64 bits."""
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32 over int64 tensors that hold unsigned 32-bit values; the key has 64
+    bits.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(_ROUNDS):
-        # The 64-bit product wraps in int64 but keeps all its bits; the mask undoes the arithmetic shift.
+        # The 64-bit product wraps in int64 but keeps all its bits; the mask undoes the arithmetic
+        # shift.
         p0, p1 = c0 * _MUL0, c2 * _MUL1
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _MASK) ^ c1 ^ k0,
@@ -46,7 +56,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Te
 
 
 def bits(key: int, stream: int, rows: int, cols: int, device: torch.device | str = "cpu") -> Tensor:
-    """Unsigned 32-bit values [rows, cols] as int64; element (i, j) depends on key, stream, i and j only."""
+    """Unsigned 32-bit values [rows, cols] as int64; element (i, j) depends on key, stream, i and j
+    only.
+    """
     blocks = (cols + 3) // 4
     out = torch.empty(rows, cols, dtype=torch.int64, device=device)
     band = max(1, _BAND // max(blocks, 1))
@@ -56,16 +68,19 @@ def bits(key: int, stream: int, rows: int, cols: int, device: torch.device | str
         c0 = column.expand(row.shape[0], blocks)
         c1 = row.expand(row.shape[0], blocks)
         four = philox((c0, c1, torch.full_like(c0, stream & _MASK), torch.zeros_like(c0)), key)
-        out[top : top + band] = torch.stack(four, dim=-1).reshape(row.shape[0], blocks * 4)[:, :cols]
+        out[top : top + band] = torch.stack(four, dim=-1).reshape(row.shape[0], blocks * 4)[
+            :, :cols
+        ]
     return out
 
 
-def uniform(key: int, stream: int, rows: int, cols: int, bound: float,
-            device: torch.device | str = "cpu") -> Tensor:
+def uniform(
+    key: int, stream: int, rows: int, cols: int, bound: float, device: torch.device | str = "cpu"
+) -> Tensor:
     """Float32 [rows, cols], uniform and symmetric in (-bound, bound), the same bits everywhere.
 
-    24 bits become an odd integer of magnitude below 2**24, which float32 holds exactly; one correctly rounded
-    multiplication by a float32 constant makes the number. Zero never occurs.
+    24 bits become an odd integer of magnitude below 2**24, which float32 holds exactly; one
+    correctly rounded multiplication by a float32 constant makes the number. Zero never occurs.
     """
     if torch.device(device).type == "meta":
         return torch.empty(rows, cols, dtype=torch.float32, device=device)
@@ -75,12 +90,15 @@ def uniform(key: int, stream: int, rows: int, cols: int, bound: float,
     return value
 
 
-def normal(key: int, stream: int, rows: int, cols: int, std: float,
-           device: torch.device | str = "cpu") -> Tensor:
-    """Float32 [rows, cols], Gaussian with standard deviation std, through the inverse distribution function.
+def normal(
+    key: int, stream: int, rows: int, cols: int, std: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Float32 [rows, cols], Gaussian with standard deviation std, through the inverse distribution
+    function.
 
-    Computed in float64 on the CPU and rounded once. The last bit may depend on the mathematics library, so this
-    is for tensors that are stored (LoRA's A), never for those that are redrawn from a seed.
+    Computed in float64 on the CPU and rounded once. The last bit may depend on the mathematics
+    library, so this is for tensors that are stored (LoRA's A), never for those that are redrawn
+    from a seed.
     """
     if torch.device(device).type == "meta":
         return torch.empty(rows, cols, dtype=torch.float32, device=device)

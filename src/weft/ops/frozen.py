@@ -1,8 +1,9 @@
 """x -> dropout(x) Aᵀ for an A that never trains, keeping nothing of x for backward.
 
-With A frozen the gradient of the result needs A alone: d x = (g A) · mask. torch would keep the mask, as large as x
-(as floats on the CPU); here the mask is a function of two random words, and backward makes it again from them. So of
-the whole low-rank branch x (A, B) only h = dropout(x) Aᵀ [..., r] is kept, by the product with B that follows.
+With A frozen the gradient of the result needs A alone: d x = (g A) · mask. torch would keep the
+mask, as large as x (as floats on the CPU); here the mask is a function of two random words, and
+backward makes it again from them. So of the whole low-rank branch x (A, B) only h = dropout(x) Aᵀ
+[..., r] is kept, by the product with B that follows.
 """
 
 from __future__ import annotations
@@ -17,30 +18,39 @@ _WORD = 2**31
 
 
 def down(x: Tensor, A: Tensor, dropout: float = 0.0, training: bool = False) -> Tensor:
-    """x [..., in], A [r, in] -> dropout(x) Aᵀ [..., r]. The words of the mask come from the global generator of x's
-    device, so seeds, forks and recomputation govern it as they govern torch's dropout.
+    """x [..., in], A [r, in] -> dropout(x) Aᵀ [..., r]. The words of the mask come from the global
+    generator of x's device, so seeds, forks and recomputation govern it as they govern torch's
+    dropout.
     """
     if not dropout or not training:
         return F.linear(x, A)  # torch keeps x here only for the gradient of A
     words = torch.randint(-_WORD, _WORD, (2,), dtype=torch.int32, device=x.device)
-    if torch.compiler.is_compiling():  # the compiler decides itself what to keep, and makes a mask of two words again
+    if (
+        torch.compiler.is_compiling()
+    ):  # the compiler decides itself what to keep, and makes a mask of two words again
         return F.linear(_dropped(x, words, dropout), A)
     out: Tensor = _Down.apply(x, A, words, dropout)  # type: ignore[no-untyped-call]
     return out
 
 
 def mask(rows: int, columns: int, words: Tensor, dropout: float) -> Tensor:
-    """[rows, columns], True where an element stays: a pure function of two int32 `words` and the place.
+    """[rows, columns], True where an element stays: a pure function of two int32 `words` and the
+    place.
 
-    Rows and columns are hashed each with its word, and their exclusive or once more. The products wrap in int32.
+    Rows and columns are hashed each with its word, and their exclusive or once more. The products
+    wrap in int32.
     """
     row = _hash(torch.arange(rows, dtype=torch.int32, device=words.device) ^ words[0])
     column = _hash(torch.arange(columns, dtype=torch.int32, device=words.device) ^ words[1])
-    return (_hash(row[:, None] ^ _hash(column + 1)[None, :]) & (_WORD - 1)) >= round(dropout * _WORD)
+    return (_hash(row[:, None] ^ _hash(column + 1)[None, :]) & (_WORD - 1)) >= round(
+        dropout * _WORD
+    )
 
 
 def _hash(x: Tensor) -> Tensor:
-    """A bijection of int32 in which every bit depends on every other ("lowbias32", Chris Wellons 2018)."""
+    """A bijection of int32 in which every bit depends on every other ("lowbias32", Chris Wellons
+    2018).
+    """
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * 0x7FEB352D
     x = x ^ ((x >> 15) & 0x1FFFF)

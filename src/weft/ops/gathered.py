@@ -1,5 +1,5 @@
-"""Rows of an input, gathered once for all layers that read the same input (q, k and v; gate and up), and their products
-with an A that these layers share.
+"""Rows of an input, gathered once for all layers that read the same input (q, k and v; gate and
+up), and their products with an A that these layers share.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ _last = threading.local()
 
 
 class Gathered:
-    """Of x as n rows [n, tokens, in]: what was gathered of it, until x is gone or has been written to."""
+    """Of x as n rows [n, tokens, in]: what was gathered of it, until x is gone or has been written
+    to.
+    """
 
     def __init__(self, n: int, version: int | None = None) -> None:
         self.n, self.version = n, version
         self._found: dict[Any, Any] = {}
 
     def rows(self, x: Tensor, rows: Sequence[int]) -> tuple[Tensor | None, Tensor]:
-        """These rows' numbers as a tensor, and x [n, tokens, in] there; None where they are all rows as they stand."""
+        """These rows' numbers as a tensor, and x [n, tokens, in] there; None where they are all
+        rows as they stand.
+        """
         key = tuple(rows)
         if key == tuple(range(self.n)):
             return None, x
@@ -43,8 +47,8 @@ class Gathered:
 
 
 def gathered(x: Tensor, n: int) -> Gathered:
-    """What this thread has gathered of x as n rows. With gradients nothing is shared: a second backward pass over the same
-    input would go through a graph that the first has freed.
+    """What this thread has gathered of x as n rows. With gradients nothing is shared: a second
+    backward pass over the same input would go through a graph that the first has freed.
     """
     if torch.is_grad_enabled() or x.is_inference():
         return Gathered(n)

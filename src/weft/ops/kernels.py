@@ -1,10 +1,11 @@
-"""Triton kernels for the two places where a GPU would read and write an activation twice: loaded only where they can run.
+"""Triton kernels for the two places where a GPU would read and write an activation twice: loaded
+only where they can run.
 
     compose_up      y <- σ ∘ (y + s h Bᵀ - bias) + bias     y = W x + bias; for one adapter, or one of many a row
     compose_grad    σ ∘ g, and Σ_tokens g ∘ (y - bias)      in one pass over g and y
 
-Every kernel has its torch form in `fused.py` and `mixed.py`, to which tests hold it equal, on the CPU under Triton's
-interpreter. `why_not` says which of the two runs, for `weft doctor`.
+Every kernel has its torch form in `fused.py` and `mixed.py`, to which tests hold it equal, on the
+CPU under Triton's interpreter. `why_not` says which of the two runs, for `weft doctor`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def interpreted() -> bool:
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why tensors of this device and dtype take the torch form; None where the kernels run."""
+    """The reason why tensors of this device and dtype take the torch form; None where the kernels
+    run.
+    """
     if device.type != "cuda" and not interpreted():
         return f"the kernels are for GPUs, and this is {device.type!r}"
     if environ.get(_OFF) == "0":
@@ -45,23 +48,37 @@ def use(t: Tensor) -> bool:
     return (t.is_cuda or interpreted()) and why_not(t.device, t.dtype) is None
 
 
-def compose_up(y: Tensor, h: Tensor, B: Tensor, s: float, sigma: Tensor | None, bias: Tensor | None,
-               index: Tensor | None = None) -> Tensor:
-    """In place: y [rows, tokens, out], h [rows, tokens, r]; B [out, r] and σ [out], or B [k, out, r] and σ [k, out] with the
-    adapter of each row in index [rows]. Sums in float32. Returns y.
+def compose_up(
+    y: Tensor,
+    h: Tensor,
+    B: Tensor,
+    s: float,
+    sigma: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """In place: y [rows, tokens, out], h [rows, tokens, r]; B [out, r] and σ [out], or B [k, out,
+    r] and σ [k, out] with the adapter of each row in index [rows]. Sums in float32. Returns y.
     """
     from . import triton_kernels
 
     if not y.is_contiguous():
-        raise ValueError(f"compose_up writes to y [{', '.join(map(str, y.shape))}] by address, so it has to be contiguous")
-    return triton_kernels.compose_up(y, h.contiguous(), B.contiguous(), s, _plain(sigma), _plain(bias), index)
+        raise ValueError(
+            f"compose_up writes to y [{', '.join(map(str, y.shape))}] by address, so it has to be "
+            "contiguous"
+        )
+    return triton_kernels.compose_up(
+        y, h.contiguous(), B.contiguous(), s, _plain(sigma), _plain(bias), index
+    )
 
 
 def compose_grad(g: Tensor, y: Tensor, sigma: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """g and y [tokens, out] -> σ ∘ g in g's dtype, and Σ_tokens g ∘ (y - bias) [out] in float32."""
     from . import triton_kernels
 
-    return triton_kernels.compose_grad(g.contiguous(), y.contiguous(), sigma.contiguous(), _plain(bias))
+    return triton_kernels.compose_grad(
+        g.contiguous(), y.contiguous(), sigma.contiguous(), _plain(bias)
+    )
 
 
 def _plain(t: Any) -> Any:

@@ -9,9 +9,15 @@ from torch import Tensor
 from . import frozen
 
 
-def down(x: Tensor, A: Tensor, dropout: float = 0.0, training: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """x [..., in], A [r, in] -> x Aᵀ [..., r], with A in `dtype` (None: as it is); dropout acts on x, as in the LoRA
-    paper's code.
+def down(
+    x: Tensor,
+    A: Tensor,
+    dropout: float = 0.0,
+    training: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x [..., in], A [r, in] -> x Aᵀ [..., r], with A in `dtype` (None: as it is); dropout acts on
+    x, as in the LoRA paper's code.
 
     Where A is frozen, nothing of x is kept for backward (frozen.py).
     """
@@ -23,11 +29,17 @@ def down(x: Tensor, A: Tensor, dropout: float = 0.0, training: bool = False, dty
     return F.linear(x, cast)
 
 
-def down_index(ids: Tensor, A: Tensor, dropout: float = 0.0, training: bool = False,
-               padding_idx: int | None = None) -> Tensor:
+def down_index(
+    ids: Tensor,
+    A: Tensor,
+    dropout: float = 0.0,
+    training: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
     """The same for one-hot rows: ids [...] into A [r, in] -> [..., r].
 
-    Dropout of a one-hot vector leaves it whole (scaled) or removes it, so one draw a token is exact.
+    Dropout of a one-hot vector leaves it whole (scaled) or removes it, so one draw a token is
+    exact.
     """
     rows = F.embedding(ids, A.t(), padding_idx=padding_idx)
     if dropout and training:

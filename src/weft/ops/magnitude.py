@@ -7,18 +7,25 @@ from torch import Tensor
 
 from .room import room
 
-# Below this a row has no direction; the norm is held here so that an all-zero row stays zero and never turns NaN.
+# Below this a row has no direction; the norm is held here so that an all-zero row stays zero and
+# never turns NaN.
 SMALLEST = torch.finfo(torch.float32).tiny
-# Numbers of a layer's W up to which the sum W + B A is quicker than the formula without it, which takes more calls.
+# Numbers of a layer's W up to which the sum W + B A is quicker than the formula without it, which
+# takes more calls.
 DENSE_BELOW = 1 << 16
-JOINT_BELOW = 1 << 22  # numbers of an input that is worth copying to read W once for output and norm
+JOINT_BELOW = (
+    1 << 22
+)  # numbers of an input that is worth copying to read W once for output and norm
 _BLOCK = 1 << 22  # numbers of W that are held in a wider dtype at one time
-# A row of which less than this share is left of the squared lengths that it is the sum of has lost digits to cancellation.
+# A row of which less than this share is left of the squared lengths that it is the sum of has lost
+# digits to cancellation.
 _LEFT = 0.05
 
 
 def row_norm(V: Tensor) -> Tensor:
-    """Euclidean norm of each row of V [out, in] in float32 or wider -> [out], never below the smallest normal."""
+    """Euclidean norm of each row of V [out, in] in float32 or wider -> [out], never below the
+    smallest normal.
+    """
     if V.is_meta:  # no numbers, and torch takes its time over none
         return V.new_empty(V.shape[0], dtype=torch.promote_types(V.dtype, torch.float32))
     wide = V if V.dtype == torch.float64 else V.float()
@@ -27,7 +34,9 @@ def row_norm(V: Tensor) -> Tensor:
 
 
 def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    """W Aᵀ [out, r] in `dtype`, for W [out, in] and A [r, in], without a wide copy of the whole of W."""
+    """W Aᵀ [out, r] in `dtype`, for W [out, in] and A [r, in], without a wide copy of the whole of
+    W.
+    """
     A = A.to(dtype).t()
     if W.dtype == dtype:
         return W @ A
@@ -43,24 +52,37 @@ def can_join(x: Tensor, W: Tensor, dtype: torch.dtype) -> bool:
 def joint_product(x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """x Wᵀ [tokens, out] and W Aᵀ [out, r] in one product, for x [..., in]: so W is read once."""
     rows = x.reshape(-1, x.shape[-1])
-    joined = torch.cat([rows, A.to(x.dtype)], out=room("x and A", rows.shape[0] + A.shape[0], rows.shape[1], rows))
+    joined = torch.cat(
+        [rows, A.to(x.dtype)], out=room("x and A", rows.shape[0] + A.shape[0], rows.shape[1], rows)
+    )
     both = joined @ W.t()
     return both[: rows.shape[0]], both[rows.shape[0] :].t()
 
 
 def without_unit(norm: Tensor) -> Tensor:
-    """The rows [k] whose ‖W‖ is no good unit to measure a change in: zero, or so small or large that its square is lost."""
+    """The rows [k] whose ‖W‖ is no good unit to measure a change in: zero, or so small or large
+    that its square is lost.
+    """
     return ((norm < 1e-15) | (norm > 1e15)).nonzero()[:, 0]
 
 
-def updated_norm(W: Tensor, norm: Tensor, A: Tensor, C: Tensor, known: Tensor | None = None,
-                 gram: Tensor | None = None, odd: Tensor | None = None) -> Tensor:
-    """`row_norm(W + C A)` [out] for W [out, in], A [r, in], C [out, r] and norm = row_norm(W), without the product C A.
+def updated_norm(
+    W: Tensor,
+    norm: Tensor,
+    A: Tensor,
+    C: Tensor,
+    known: Tensor | None = None,
+    gram: Tensor | None = None,
+    odd: Tensor | None = None,
+) -> Tensor:
+    """`row_norm(W + C A)` [out] for W [out, in], A [r, in], C [out, r] and norm = row_norm(W),
+    without the product C A.
 
         ‖W + CA‖² = ‖W‖² + 2 Σ (W Aᵀ ∘ C) + Σ (C (A Aᵀ) ∘ C)      row by row
 
-    `known` is W Aᵀ [out, r], `gram` A Aᵀ [r, r] and `odd` without_unit(norm), where they are known. In norm's dtype. It is
-    computed as ‖W‖ sqrt(1 + ...), so that C = 0 gives ‖W‖ bit for bit; rows in which much cancels are computed from the sum.
+    `known` is W Aᵀ [out, r], `gram` A Aᵀ [r, r] and `odd` without_unit(norm), where they are known.
+    In norm's dtype. It is computed as ‖W‖ sqrt(1 + ...), so that C = 0 gives ‖W‖ bit for bit; rows
+    in which much cancels are computed from the sum.
     """
     dtype = norm.dtype
     A, C = A.to(dtype), C.to(dtype)
@@ -71,7 +93,9 @@ def updated_norm(W: Tensor, norm: Tensor, A: Tensor, C: Tensor, known: Tensor | 
     found: Tensor = norm * ratio.sqrt()
     rows = without_unit(norm) if odd is None else odd
     if not _all_are_good(ratio, norm, C, gram):
-        parts = torch.mv(C.square(), gram.diagonal()).div_(square).add_(1)  # of W and of each rank's share of C A
+        parts = (
+            torch.mv(C.square(), gram.diagonal()).div_(square).add_(1)
+        )  # of W and of each rank's share of C A
         bad = ~(ratio > parts.mul_(_LEFT))  # True for what is not a number or has overflowed
         rows = torch.cat([rows, bad.nonzero()[:, 0]])
     if rows.numel():
@@ -80,19 +104,25 @@ def updated_norm(W: Tensor, norm: Tensor, A: Tensor, C: Tensor, known: Tensor | 
 
 
 def _all_are_good(ratio: Tensor, norm: Tensor, C: Tensor, gram: Tensor) -> bool:
-    """No row can have lost digits, by a bound of few numbers: what the ranks add is max(C)² trace(A Aᵀ) at most."""
+    """No row can have lost digits, by a bound of few numbers: what the ranks add is max(C)² trace(A
+    Aᵀ) at most.
+    """
     if not C.numel():
         return False
     least = norm.min()
     most = (C.abs().max() / least).square() * gram.diagonal().sum() + 1
-    return bool((ratio.min() > _LEFT * most) & (least > 1e-15))  # False where one of them is not a number
+    return bool(
+        (ratio.min() > _LEFT * most) & (least > 1e-15)
+    )  # False where one of them is not a number
 
 
 def output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether z = y - bias can be had back from a rounded y = σ z + bias, σ = m / norm, for the gradient of σ.
+    """Whether z = y - bias can be had back from a rounded y = σ z + bias, σ = m / norm, for the
+    gradient of σ.
 
-    Not where σ is (nearly) 0, nor where the bias is larger than what stands beside it: |m| = |σ| ‖V‖ is the size of σ z
-    for an input of ones. In float16 small numbers lose digits, so there z is always kept.
+    Not where σ is (nearly) 0, nor where the bias is larger than what stands beside it: |m| = |σ|
+    ‖V‖ is the size of σ z for an input of ones. In float16 small numbers lose digits, so there z is
+    always kept.
     """
     if dtype == torch.float16:
         return False
@@ -104,10 +134,12 @@ def output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtyp
 
 
 def compose(y: Tensor, bias: Tensor | None, update: Tensor, scale: Tensor) -> Tensor:
-    """scale · (W x + update) + bias, from y = W x + bias [..., out], update [..., out], scale [out].
+    """scale · (W x + update) + bias, from y = W x + bias [..., out], update [..., out], scale
+    [out].
 
-    Written as y + (scale - 1)(y - bias) + scale · update: with scale exactly 1 and update 0 it returns y bit for
-    bit, and the bias stays outside the scale. The difference scale - 1 is taken in the scale's own (wide) dtype.
+    Written as y + (scale - 1)(y - bias) + scale · update: with scale exactly 1 and update 0 it
+    returns y bit for bit, and the bias stays outside the scale. The difference scale - 1 is taken
+    in the scale's own (wide) dtype.
     """
     straight = y if bias is None else y - bias.to(y.dtype)
     return y + (scale - 1).to(y.dtype) * straight + scale.to(y.dtype) * update

@@ -1,8 +1,9 @@
-"""Many adapters over one base in one batch: the updates of all rows in a few products, whatever the number of adapters.
+"""Many adapters over one base in one batch: the updates of all rows in a few products, whatever the
+number of adapters.
 
-Rows whose adapters have tensors of their own (LoRA, DoRA, ...) go through batched products over stacked A and B; rows that
-share A and B (VeRA, DVoRA) through one product each, with d and b gathered row by row. σ is gathered alike. An adapter's
-rows give what it alone would give them.
+Rows whose adapters have tensors of their own (LoRA, DoRA, ...) go through batched products over
+stacked A and B; rows that share A and B (VeRA, DVoRA) through one product each, with d and b
+gathered row by row. σ is gathered alike. An adapter's rows give what it alone would give them.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Part:
 
 
 def apply(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part], n: int) -> Tensor:
-    """x [..., in] and the base's output y [..., out] of n rows of the batch -> y [n, tokens, out] with each part's adapter
-    on its rows. Without gradients y itself is written to.
+    """x [..., in] and the base's output y [..., out] of n rows of the batch -> y [n, tokens, out]
+    with each part's adapter on its rows. Without gradients y itself is written to.
     """
     held, x = gathered(x, n), x.reshape(n, -1, x.shape[-1])
     y = y.reshape(n, -1, y.shape[-1])
@@ -44,33 +45,50 @@ def apply(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part], n: i
     return y
 
 
-def _written(held: Gathered, x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
-    """Each bucket's update added to its rows, then every row scaled at once: as few passes over y as there can be."""
+def _written(
+    held: Gathered, x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]
+) -> Tensor:
+    """Each bucket's update added to its rows, then every row scaled at once: as few passes over y
+    as there can be.
+    """
     for bucket in _buckets(parts):
         index, some_x = held.rows(x, _rows(bucket))
         shared = bucket[0].factors.share is not None
         if not shared and kernels.use(y):
             h, B = _stacked(some_x, bucket)
             some_y = y if index is None else y[index]
-            which = torch.arange(len(bucket), device=y.device).repeat_interleave(len(some_y) // len(bucket))
-            kernels.compose_up(some_y, h.view(*some_y.shape[:2], h.shape[-1]), B, 1.0, None, None, which)
+            which = torch.arange(len(bucket), device=y.device).repeat_interleave(
+                len(some_y) // len(bucket)
+            )
+            kernels.compose_up(
+                some_y, h.view(*some_y.shape[:2], h.shape[-1]), B, 1.0, None, None, which
+            )
             y = some_y if index is None else y.index_copy_(0, index, some_y)
             continue
         if shared:
             _add(y, _rows(bucket), index, *_shared(held, some_x, bucket))
         else:
             h, B = _stacked(some_x, bucket)
-            _add(y, _rows(bucket), index, torch.bmm(h, B.mT).view(*some_x.shape[:2], y.shape[-1]), None)
+            _add(
+                y,
+                _rows(bucket),
+                index,
+                torch.bmm(h, B.mT).view(*some_x.shape[:2], y.shape[-1]),
+                None,
+            )
     return _scaled_rows(y, bias, parts)
 
 
-def _add(y: Tensor, rows: Sequence[int], index: Tensor | None, update: Tensor, scale: Tensor | None) -> None:
+def _add(
+    y: Tensor, rows: Sequence[int], index: Tensor | None, update: Tensor, scale: Tensor | None
+) -> None:
     """y[rows] += update ∘ scale, for update [n, tokens, out] and scale [n, 1, out]."""
     if index is None:
         y.add_(update) if scale is None else y.addcmul_(update, scale)
     elif update[0].numel() < _LONG:
         y.index_add_(0, index, update if scale is None else update.mul_(scale))
-    else:  # row by row: one pass instead of two or three, which is worth the calls where rows are long
+    # row by row: one pass instead of two or three, which is worth the calls where rows are long
+    else:
         for i, row in enumerate(rows):
             y[row].add_(update[i]) if scale is None else y[row].addcmul_(update[i], scale[i])
 
@@ -92,18 +110,27 @@ def _rows(bucket: Sequence[Part]) -> list[int]:
 
 
 def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Parts that one set of products can take: the same A and B, or the same rank and number of rows."""
+    """Parts that one set of products can take: the same A and B, or the same rank and number of
+    rows.
+    """
     found: dict[object, list[Part]] = {}
     for part in parts:
         f = part.factors
-        key: object = ((f.A.data_ptr(), f.B.data_ptr(), f.A.shape, f.B.shape) if f.share is not None
-                       else (f.A.shape[0], len(part.rows), f.d is None, f.b is None))
+        key: object = (
+            (f.A.data_ptr(), f.B.data_ptr(), f.A.shape, f.B.shape)
+            if f.share is not None
+            else (f.A.shape[0], len(part.rows), f.d is None, f.b is None)
+        )
         found.setdefault(key, []).append(part)
     yield from found.values()
 
 
-def _adapted(held: Gathered, x: Tensor, y: Tensor, bias: Tensor | None, bucket: Sequence[Part]) -> Tensor:
-    """The rows of one bucket, in its order: x [n, tokens, in], y [n, tokens, out] -> [n, tokens, out]."""
+def _adapted(
+    held: Gathered, x: Tensor, y: Tensor, bias: Tensor | None, bucket: Sequence[Part]
+) -> Tensor:
+    """The rows of one bucket, in its order: x [n, tokens, in], y [n, tokens, out] -> [n, tokens,
+    out].
+    """
     shared = bucket[0].factors.share is not None
     sigmas = _sigmas(bucket)
     if shared:
@@ -123,7 +150,11 @@ def _sigmas(bucket: Sequence[Part]) -> list[Tensor] | None:
     """One σ [out] a part, ones where it has none; None where no part has one."""
     found = [part.factors.scale() for part in bucket]
     some = next((sigma for sigma in found if sigma is not None), None)
-    return None if some is None else [torch.ones_like(some) if sigma is None else sigma for sigma in found]
+    return (
+        None
+        if some is None
+        else [torch.ones_like(some) if sigma is None else sigma for sigma in found]
+    )
 
 
 def _stacked(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
@@ -135,7 +166,9 @@ def _stacked(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
 
 
 def _shared(held: Gathered, x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
-    """h B' [n, tokens, out] and b [n, 1, out] of parts that share A and B: their update is the product of the two."""
+    """h B' [n, tokens, out] and b [n, 1, out] of parts that share A and B: their update is the
+    product of the two.
+    """
     first = bucket[0].factors
     d = [part.factors.d for part in bucket if part.factors.d is not None]
     b = [part.factors.b for part in bucket if part.factors.b is not None]
@@ -148,5 +181,9 @@ def _by_row(vectors: Sequence[Tensor], bucket: Sequence[Part]) -> Tensor:
     repeats = [len(part.rows) for part in bucket]
     stacked = torch.stack(list(vectors))
     if len(set(repeats)) == 1:
-        return stacked.repeat_interleave(repeats[0], 0)[:, None] if repeats[0] > 1 else stacked[:, None]
+        return (
+            stacked.repeat_interleave(repeats[0], 0)[:, None]
+            if repeats[0] > 1
+            else stacked[:, None]
+        )
     return stacked.repeat_interleave(torch.tensor(repeats, device=stacked.device), 0)[:, None]

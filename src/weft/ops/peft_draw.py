@@ -1,8 +1,9 @@
-"""VeRA's frozen matrices as `peft` draws them from `projection_prng_key`, for reading what it saved without them.
+"""VeRA's frozen matrices as `peft` draws them from `projection_prng_key`, for reading what it saved
+without them.
 
-peft (0.10 to 0.21) seeds one CPU generator of torch and draws A [r, in], then B [out, r], float32 and Kaiming-uniform.
-torch does not promise these bits for ever, which is why Weft's own draw is another (counter.py); a test compares this
-one with the installed peft.
+peft (0.10 to 0.21) seeds one CPU generator of torch and draws A [r, in], then B [out, r], float32
+and Kaiming-uniform. torch does not promise these bits for ever, which is why Weft's own draw is
+another (counter.py); a test compares this one with the installed peft.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ def peft_projections(seed: int, r: int, max_in: int, max_out: int) -> tuple[Tens
 
 
 def _uniform(rows: int, fan_in: int, generator: torch.Generator) -> Tensor:
-    # The same order of operations as peft's, since a bound that differs in its last bit moves every number.
+    # The same order of operations as peft's, since a bound that differs in its last bit moves every
+    # number.
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in))
-    return torch.empty(rows, fan_in, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+    return torch.empty(rows, fan_in, dtype=torch.float32, device="cpu").uniform_(
+        -bound, bound, generator=generator
+    )

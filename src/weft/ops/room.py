@@ -1,4 +1,6 @@
-"""Memory for the moment, the same for every layer: on a CPU the pages of fresh memory cost more than many a pass over it."""
+"""Memory for the moment, the same for every layer: on a CPU the pages of fresh memory cost more
+than many a pass over it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ _rooms = threading.local()
 
 
 def room(what: str, rows: int, columns: int, like: Tensor) -> Tensor:
-    """[rows, columns] in the dtype of `like`, with whatever is in it, until somebody in this thread asks for `what` again.
+    """[rows, columns] in the dtype of `like`, with whatever is in it, until somebody in this thread
+    asks for `what` again.
 
-    A thread keeps the largest of each kind: of a built W' that is one layer's weights. Other devices than the CPU have an
-    allocator that keeps its pages, and get a new tensor.
+    A thread keeps the largest of each kind: of a built W' that is one layer's weights. Other
+    devices than the CPU have an allocator that keeps its pages, and get a new tensor.
     """
     if like.device.type != "cpu":
         return like.new_empty(rows, columns)

@@ -11,9 +11,25 @@ from torch import Tensor
 
 
 @triton.jit
-def _compose_up(y, h, B, sigma, bias, index, tokens, out, r, s,
-                HAS_SIGMA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INDEX: tl.constexpr,
-                WIDE: tl.constexpr, T: tl.constexpr, OUT: tl.constexpr, R: tl.constexpr):
+def _compose_up(
+    y,
+    h,
+    B,
+    sigma,
+    bias,
+    index,
+    tokens,
+    out,
+    r,
+    s,
+    HAS_SIGMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    WIDE: tl.constexpr,
+    T: tl.constexpr,
+    OUT: tl.constexpr,
+    R: tl.constexpr,
+):
     """One tile of T tokens of one row and OUT outputs; the rank is walked in steps of R."""
     row = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * T + tl.arange(0, T)
@@ -24,8 +40,16 @@ def _compose_up(y, h, B, sigma, bias, index, tokens, out, r, s,
     for k in range(0, r, R):
         i = k + tl.arange(0, R)
         in_i = i < r
-        low = tl.load(h + (row * tokens + t[:, None]) * r + i[None, :], mask=in_t[:, None] & in_i[None, :], other=0.0)
-        up = tl.load(B + (adapter * out + o[None, :]) * r + i[:, None], mask=in_o[None, :] & in_i[:, None], other=0.0)
+        low = tl.load(
+            h + (row * tokens + t[:, None]) * r + i[None, :],
+            mask=in_t[:, None] & in_i[None, :],
+            other=0.0,
+        )
+        up = tl.load(
+            B + (adapter * out + o[None, :]) * r + i[:, None],
+            mask=in_o[None, :] & in_i[:, None],
+            other=0.0,
+        )
         if WIDE:
             low, up = low.to(tl.float32), up.to(tl.float32)
         total += tl.dot(low, up, input_precision="ieee")
@@ -42,8 +66,19 @@ def _compose_up(y, h, B, sigma, bias, index, tokens, out, r, s,
 
 
 @triton.jit
-def _compose_grad(g, y, sigma, bias, scaled, sums, tokens, out,
-                  HAS_BIAS: tl.constexpr, T: tl.constexpr, OUT: tl.constexpr):
+def _compose_grad(
+    g,
+    y,
+    sigma,
+    bias,
+    scaled,
+    sums,
+    tokens,
+    out,
+    HAS_BIAS: tl.constexpr,
+    T: tl.constexpr,
+    OUT: tl.constexpr,
+):
     """One tile: σ ∘ g, and its column sums of g ∘ (y - bias) into row program_id(0) of `sums`."""
     t = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     o = tl.program_id(1) * OUT + tl.arange(0, OUT)
@@ -59,18 +94,43 @@ def _compose_grad(g, y, sigma, bias, scaled, sums, tokens, out,
     tl.store(sums + tl.program_id(0) * out + o, tl.sum(up * z, axis=0), mask=in_o)
 
 
-def compose_up(y: Tensor, h: Tensor, B: Tensor, s: float, sigma: Tensor | None, bias: Tensor | None,
-               index: Tensor | None) -> Tensor:
+def compose_up(
+    y: Tensor,
+    h: Tensor,
+    B: Tensor,
+    s: float,
+    sigma: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+) -> Tensor:
     """See `kernels.compose_up`."""
     rows, tokens, out = y.shape
     r = h.shape[-1]
     T, OUT, R = _tile(tokens, 64), 64, _tile(r, 64)
     grid = (rows, triton.cdiv(tokens, T), triton.cdiv(out, OUT))
     if y.numel():
-        _launch(_compose_up, grid, y, y, h, B, _or(sigma, y), _or(bias, y), _or(index, y), tokens, out, r, float(s),
-                sigma is not None, bias is not None, index is not None,
-                not y.is_cuda,  # Triton's interpreter knows no product of bfloat16
-                T, OUT, R)
+        _launch(
+            _compose_up,
+            grid,
+            y,
+            y,
+            h,
+            B,
+            _or(sigma, y),
+            _or(bias, y),
+            _or(index, y),
+            tokens,
+            out,
+            r,
+            float(s),
+            sigma is not None,
+            bias is not None,
+            index is not None,
+            not y.is_cuda,  # Triton's interpreter knows no product of bfloat16
+            T,
+            OUT,
+            R,
+        )
     return y
 
 
@@ -81,8 +141,22 @@ def compose_grad(g: Tensor, y: Tensor, sigma: Tensor, bias: Tensor | None) -> tu
     scaled, blocks = torch.empty_like(g), triton.cdiv(tokens, T)
     sums = torch.zeros(max(blocks, 1), out, dtype=torch.float32, device=g.device)
     if g.numel():
-        _launch(_compose_grad, (blocks, triton.cdiv(out, OUT)), g, g, y, sigma, _or(bias, y), scaled, sums, tokens, out,
-                bias is not None, T, OUT)
+        _launch(
+            _compose_grad,
+            (blocks, triton.cdiv(out, OUT)),
+            g,
+            g,
+            y,
+            sigma,
+            _or(bias, y),
+            scaled,
+            sums,
+            tokens,
+            out,
+            bias is not None,
+            T,
+            OUT,
+        )
     return scaled, sums.sum(0)
 
 

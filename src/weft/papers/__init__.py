@@ -1,4 +1,5 @@
-"""THE PAPERS' FIGURES: every parameter count that they print, rebuilt from a real model and compared.
+"""THE PAPERS' FIGURES: every parameter count that they print, rebuilt from a real model and
+compared.
 
 tables.json       the figures: table, row, configuration, what is printed, and why where it does not reproduce
 tables.py         that file, read

@@ -1,7 +1,9 @@
-"""The models of the papers' tables, from transformers' own classes, on the meta device: every shape, no number.
+"""The models of the papers' tables, from transformers' own classes, on the meta device: every
+shape, no number.
 
-The sizes are those that the authors published. Where a table needs something that the class does not have, it is added
-here and said in `remark`: GPT-2 and GPT-3 apart from q, k and v in one fused map, VL-BART's visual embedding.
+The sizes are those that the authors published. Where a table needs something that the class does
+not have, it is added here and said in `remark`: GPT-2 and GPT-3 apart from q, k and v in one fused
+map, VL-BART's visual embedding.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ SPLIT = "the fused c_attn is built as its three maps q, k, v, which compute the 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`build` makes the model; call it under the meta device. `remark`: where it departs from the published class."""
+    """`build` makes the model; call it under the meta device. `remark`: where it departs from the
+    published class.
+    """
 
     build: Callable[[], nn.Module]
     remark: str = ""
@@ -29,7 +33,9 @@ class Architecture:
 
 
 class SplitMap(nn.Module):
-    """GPT-2's c_attn with q, k and v as maps of their own: the same output and the same numbers, three names."""
+    """GPT-2's c_attn with q, k and v as maps of their own: the same output and the same numbers,
+    three names.
+    """
 
     def __init__(self, q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module) -> None:
         super().__init__()
@@ -39,14 +45,28 @@ class SplitMap(nn.Module):
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
 
 
-def gpt2(width: int, layers: int, positions: int = 1024, tied: bool = True, vocabulary: int = 50257,
-         heads: int | None = None, inner: int | None = None) -> nn.Module:
+def gpt2(
+    width: int,
+    layers: int,
+    positions: int = 1024,
+    tied: bool = True,
+    vocabulary: int = 50257,
+    heads: int | None = None,
+    inner: int | None = None,
+) -> nn.Module:
     """A GPT-2 whose blocks have q, k and v apart."""
     import transformers
     from transformers.pytorch_utils import Conv1D
 
-    config = transformers.GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads or width // 64,
-                                     n_inner=inner, n_positions=positions, tie_word_embeddings=tied)
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads or width // 64,
+        n_inner=inner,
+        n_positions=positions,
+        tie_word_embeddings=tied,
+    )
     model: Any = transformers.GPT2LMHeadModel(config)
     for block in model.transformer.h:
         block.attn.c_attn = SplitMap(*(Conv1D(width, width) for _ in range(3)))
@@ -59,8 +79,15 @@ def roberta(width: int, layers: int) -> nn.Module:
     import transformers
 
     config = transformers.RobertaConfig(
-        vocab_size=50265, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, max_position_embeddings=514, type_vocab_size=1, num_labels=2)
+        vocab_size=50265,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        num_labels=2,
+    )
     model: nn.Module = transformers.RobertaForSequenceClassification(config)
     return model
 
@@ -69,19 +96,38 @@ def vit(width: int, layers: int, classes: int = 100) -> nn.Module:
     """224 pixels in patches of 16, and a head for CIFAR100's classes."""
     import transformers
 
-    config = transformers.ViTConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-                                    num_attention_heads=width // 64, image_size=224, patch_size=16, num_labels=classes)
+    config = transformers.ViTConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        image_size=224,
+        patch_size=16,
+        num_labels=classes,
+    )
     model: nn.Module = transformers.ViTForImageClassification(config)
     return model
 
 
-def _llama_config(width: int, inner: int, layers: int, heads: int, key_heads: int | None = None,
-                  vocabulary: int = 32000) -> Any:
+def _llama_config(
+    width: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    key_heads: int | None = None,
+    vocabulary: int = 32000,
+) -> Any:
     import transformers
 
     return transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=key_heads or heads, tie_word_embeddings=False)
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads or heads,
+        tie_word_embeddings=False,
+    )
 
 
 def llama(*sizes: int) -> nn.Module:
@@ -93,12 +139,16 @@ def llama(*sizes: int) -> nn.Module:
 
 
 class VisualEmbedding(nn.Module):
-    """VL-BART's way in for images: features and boxes, each mapped and normalised, and which of two images it is."""
+    """VL-BART's way in for images: features and boxes, each mapped and normalised, and which of two
+    images it is.
+    """
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
         self.feat_embedding = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width))
-        self.absolute_vis_pos_embedding = nn.Sequential(nn.Linear(5, width), nn.LayerNorm(width))  # box and area
+        self.absolute_vis_pos_embedding = nn.Sequential(
+            nn.Linear(5, width), nn.LayerNorm(width)
+        )  # box and area
         self.img_order_embedding = nn.Embedding(2, width)
 
 
@@ -107,8 +157,16 @@ def vl_bart(features: int) -> nn.Module:
     import transformers
 
     config = transformers.BartConfig(
-        vocab_size=50265 + 200, d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
-        decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072, max_position_embeddings=1024)
+        vocab_size=50265 + 200,
+        d_model=768,
+        encoder_layers=6,
+        decoder_layers=6,
+        encoder_attention_heads=12,
+        decoder_attention_heads=12,
+        encoder_ffn_dim=3072,
+        decoder_ffn_dim=3072,
+        max_position_embeddings=1024,
+    )
     model: Any = transformers.BartForConditionalGeneration(config)
     model.model.encoder.visual_embedding = VisualEmbedding(features, 768)
     made: nn.Module = model
@@ -120,24 +178,35 @@ def llava() -> nn.Module:
     import transformers
 
     vision = transformers.CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14, projection_dim=768)
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
     text = _llama_config(4096, 11008, 32, 32)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, tie_word_embeddings=False
+    )
     model: nn.Module = transformers.LlavaForConditionalGeneration(config)
     return model
 
 
 _VISUAL = "BART-base with 200 more tokens and VL-BART's visual embedding"
 
-# LLaMA2-7B differs in what it was trained on and in the length of its context, which no tensor shows.
+# LLaMA2-7B differs in what it was trained on and in the length of its context, which no tensor
+# shows.
 _LLAMA_7B = Architecture(lambda: llama(4096, 11008, 32, 32))
 
 ARCHITECTURES: dict[str, Architecture] = {
     "GPT-2 medium": Architecture(lambda: gpt2(1024, 24), SPLIT),
     "GPT-2 large": Architecture(lambda: gpt2(1280, 36), SPLIT),
-    "GPT-3 175B": Architecture(lambda: gpt2(12288, 96, 2048, tied=False, heads=96),
-                               f"a GPT-2 of GPT-3's size with an output matrix of its own; {SPLIT}"),
+    "GPT-3 175B": Architecture(
+        lambda: gpt2(12288, 96, 2048, tied=False, heads=96),
+        f"a GPT-2 of GPT-3's size with an output matrix of its own; {SPLIT}",
+    ),
     "RoBERTa-base": Architecture(lambda: roberta(768, 12)),
     "RoBERTa-large": Architecture(lambda: roberta(1024, 24)),
     "ViT-B/16": Architecture(lambda: vit(768, 12)),

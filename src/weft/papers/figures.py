@@ -1,4 +1,6 @@
-"""What a paper prints, as a number: 36.8K, 175,255.8M, 72KB, 0.83. And whether a count, printed that way, reads the same."""
+"""What a paper prints, as a number: 36.8K, 175,255.8M, 72KB, 0.83. And whether a count, printed
+that way, reads the same.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,11 @@ from fractions import Fraction
 from ..errors import ConfigError
 
 UNITS = ("numbers", "bytes", "percent")
-_SCALES = {"numbers": {"": 1, "K": 10**3, "M": 10**6}, "percent": {"": 1},
-           "bytes": {"KB": 2**10, "MB": 2**20, "GB": 2**30}}
+_SCALES = {
+    "numbers": {"": 1, "K": 10**3, "M": 10**6},
+    "percent": {"": 1},
+    "bytes": {"KB": 2**10, "MB": 2**20, "GB": 2**30},
+}
 _FIGURE = re.compile(r"(\d[\d,]*)(?:\.(\d+))?([KMG]?B?)")
 
 
@@ -26,18 +31,30 @@ class Figure:
         return self.units * self.step
 
     def reading(self, count: Fraction) -> str | None:
-        """How `count` becomes this figure: "rounded", "truncated", "either way" (both do), or None."""
+        """How `count` becomes this figure: "rounded", "truncated", "either way" (both do), or
+        None.
+        """
         exact = count / self.step
-        ways = {"rounded": int(exact + Fraction(1, 2)) == self.units, "truncated": int(exact) == self.units}
+        ways = {
+            "rounded": int(exact + Fraction(1, 2)) == self.units,
+            "truncated": int(exact) == self.units,
+        }
         if all(ways.values()):
             return "either way"
         return next((way for way, fits in ways.items() if fits), None)
 
 
 def figure(printed: str, unit: str) -> Figure:
-    """Read a printed figure. A byte is counted in powers of 1024, as the papers do. Raises ConfigError."""
+    """Read a printed figure. A byte is counted in powers of 1024, as the papers do. Raises
+    ConfigError.
+    """
     found = _FIGURE.fullmatch(printed)
     if found is None or found[3] not in _SCALES[unit]:
-        raise ConfigError(f"printed figure {printed!r}: write digits and one of {list(_SCALES[unit])} for {unit}.")
+        raise ConfigError(
+            f"printed figure {printed!r}: write digits and one of {list(_SCALES[unit])} for {unit}."
+        )
     decimals = found[2] or ""
-    return Figure(int(found[1].replace(",", "") + decimals), Fraction(_SCALES[unit][found[3]], 10 ** len(decimals)))
+    return Figure(
+        int(found[1].replace(",", "") + decimals),
+        Fraction(_SCALES[unit][found[3]], 10 ** len(decimals)),
+    )

@@ -1,4 +1,6 @@
-"""Each row rebuilt: the real method attached to the real architecture, its trained tensors counted."""
+"""Each row rebuilt: the real method attached to the real architecture, its trained tensors
+counted.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class NotAvailable(Exception):
 
 @dataclass(frozen=True)
 class Count:
-    """Trained numbers without those of the output head, those of the head, and bytes: of the tensors, of the file."""
+    """Trained numbers without those of the output head, those of the head, and bytes: of the
+    tensors, of the file.
+    """
 
     body: int
     head: int
@@ -42,9 +46,11 @@ class Count:
 
 @dataclass(frozen=True)
 class Result:
-    """A row and what became of it. `computed` is in the row's unit, `trained` in numbers; None where nothing is printed.
+    """A row and what became of it. `computed` is in the row's unit, `trained` in numbers; None
+    where nothing is printed.
 
-    `why`: how a figure that reproduces was brought to its digits, or why one does not. `remark`: on the architecture.
+    `why`: how a figure that reproduces was brought to its digits, or why one does not. `remark`: on
+    the architecture.
     """
 
     table: Table
@@ -63,12 +69,21 @@ class Result:
         return "; ".join(filter(None, (self.why, self.row.note, self.remark)))
 
     def to_json(self) -> dict[str, Any]:
-        return {"id": self.row.id, "table": self.table.title, "row": self.row.row, "printed": self.row.printed,
-                "computed": self.computed, "status": self.status, "reason": self.reason}
+        return {
+            "id": self.row.id,
+            "table": self.table.title,
+            "row": self.row.row,
+            "printed": self.row.printed,
+            "computed": self.computed,
+            "status": self.status,
+            "reason": self.reason,
+        }
 
 
 def rebuild(tables: Iterable[Table]) -> list[Result]:
-    """Every row of these tables. An architecture is built once; a configuration that several rows share is attached once."""
+    """Every row of these tables. An architecture is built once; a configuration that several rows
+    share is attached once.
+    """
     models: dict[Architecture, Model] = {}
     return [_result(table, row, models) for table in tables for row in table.rows]
 
@@ -95,8 +110,14 @@ class Model:
         return {fact.name for fact in tensor_facts(self.root) if fact.in_head}
 
     def size(self, beside: Sequence[str] = ()) -> int:
-        """All numbers of the model, but for those of the modules whose name has one of these parts."""
-        return sum(p.numel() for name, p in base_parameters(self.root) if not set(beside) & set(name.split(".")))
+        """All numbers of the model, but for those of the modules whose name has one of these
+        parts.
+        """
+        return sum(
+            p.numel()
+            for name, p in base_parameters(self.root)
+            if not set(beside) & set(name.split("."))
+        )
 
     def count(self, row: Row) -> Count:
         configs = configurations(row)
@@ -120,7 +141,9 @@ class Model:
         return Count(**sums, file=sum(a.nbytes for a in adapters) if file else None)
 
     def _trained(self, adapters: Sequence[Adapter]) -> Iterator[tuple[bool, bool, int, int]]:
-        """Every trained tensor once: is it the head's, does the base lack it, its numbers, its bytes."""
+        """Every trained tensor once: is it the head's, does the base lack it, its numbers, its
+        bytes.
+        """
         seen: set[int] = set()
         for adapter in adapters:
             for name, p in adapter.named_parameters():
@@ -128,8 +151,12 @@ class Model:
                 identity = id(p if selected is None else selected.original)
                 if identity not in seen:
                     seen.add(identity)
-                    yield (selected is not None and within(name, list(self.heads)), selected is None, p.numel(),
-                           p.numel() * p.element_size())
+                    yield (
+                        selected is not None and within(name, list(self.heads)),
+                        selected is None,
+                        p.numel(),
+                        p.numel() * p.element_size(),
+                    )
 
 
 def _result(table: Table, row: Row, models: dict[Architecture, Model]) -> Result:
@@ -151,8 +178,11 @@ def _result(table: Table, row: Row, models: dict[Architecture, Model]) -> Result
 def _held(table: Table, row: Row, count: Count, model: Model) -> Result:
     """The count held against the printed figure."""
     trained = count.body + (count.head if row.head else 0)
-    exact = {"numbers": Fraction(trained), "bytes": Fraction(count.values),
-             "percent": Fraction(100 * trained, model.size(row.beside) + count.added)}[row.unit]
+    exact = {
+        "numbers": Fraction(trained),
+        "bytes": Fraction(count.values),
+        "percent": Fraction(100 * trained, model.size(row.beside) + count.added),
+    }[row.unit]
     printed = figure(row.printed, row.unit)
     computed, difference = _plain(exact, row.unit), _plain(exact - printed.value, row.unit)
     reading = printed.reading(exact)
@@ -162,8 +192,17 @@ def _held(table: Table, row: Row, count: Count, model: Model) -> Result:
         status, why = "explained", row.reason
     else:
         status, why = "different", _unexplained(row)
-    return Result(table, row, computed, status, why, difference, trained, count if row.unit == "bytes" else None,
-                  model.remark)
+    return Result(
+        table,
+        row,
+        computed,
+        status,
+        why,
+        difference,
+        trained,
+        count if row.unit == "bytes" else None,
+        model.remark,
+    )
 
 
 def _plain(number: Fraction, unit: str) -> float:

@@ -1,4 +1,6 @@
-"""The papers' tables as they lie in tables.json: what each row prints, and which method on which model it speaks of."""
+"""The papers' tables as they lie in tables.json: what each row prints, and which method on which
+model it speaks of.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ NOTHING = "-"  # printed where a table has a row and no figure
 class Row:
     """One printed figure.
 
-    `methods`: configurations in JSON, each attached under a name of its own; a tensor that two of them train counts once.
-    `head`: the output head's numbers count too. `beside`: modules that the percentage leaves out of the whole.
-    `reason`: why a figure does not reproduce, and `ours` the count of which that is true. `note`: on one that does.
+    `methods`: configurations in JSON, each attached under a name of its own; a tensor that two of
+    them train counts once. `head`: the output head's numbers count too. `beside`: modules that the
+    percentage leaves out of the whole. `reason`: why a figure does not reproduce, and `ours` the
+    count of which that is true. `note`: on one that does.
     """
 
     id: str
@@ -51,8 +54,13 @@ def tables() -> list[Table]:
     text = resources.files(__package__).joinpath("tables.json").read_text(encoding="utf-8")
     data = json.loads(text)
     if data["schema"] != SCHEMA:
-        raise ConfigError(f"tables.json has schema {data['schema']}; this Weft reads schema {SCHEMA}.")
-    return [Table(t["name"], t["title"], tuple(_row(r, t["unit"]) for r in t["rows"])) for t in data["tables"]]
+        raise ConfigError(
+            f"tables.json has schema {data['schema']}; this Weft reads schema {SCHEMA}."
+        )
+    return [
+        Table(t["name"], t["title"], tuple(_row(r, t["unit"]) for r in t["rows"]))
+        for t in data["tables"]
+    ]
 
 
 def find(name: str, among: Sequence[Table]) -> Table:
@@ -61,7 +69,9 @@ def find(name: str, among: Sequence[Table]) -> Table:
     if name.lower() in by_name:
         return by_name[name.lower()]
     near = get_close_matches(name.lower(), by_name, n=2, cutoff=0.4)
-    names = list(dict.fromkeys(by_name[key].name for key in near)) or [table.name for table in among]
+    names = list(dict.fromkeys(by_name[key].name for key in near)) or [
+        table.name for table in among
+    ]
     raise ConfigError(f"--table {name!r} is not known. Nearest: {', '.join(names)}.")
 
 

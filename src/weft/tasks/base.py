@@ -1,7 +1,9 @@
-"""What a task is: labelled examples in three splits, and a metric. It knows no method and no training.
+"""What a task is: labelled examples in three splits, and a metric. It knows no method and no
+training.
 
-A `Task` holds raw examples (text, or 8-bit images) as a family's reader found them. `encode` of the family turns them
-into `Encoded` splits for one model, with that model's tokenizer or image processor.
+A `Task` holds raw examples (text, or 8-bit images) as a family's reader found them. `encode` of the
+family turns them into `Encoded` splits for one model, with that model's tokenizer or image
+processor.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ SHARES = (0.6, 0.2, 0.2)  # train, validation, test, where one file or folder ho
 
 @dataclass(frozen=True)
 class Split:
-    """Raw examples of one split; `items[i]` has the class number `labels[i]`, or this score where a task is a regression."""
+    """Raw examples of one split; `items[i]` has the class number `labels[i]`, or this score where a
+    task is a regression.
+    """
 
     items: Sequence[Any]
     labels: Sequence[float]
@@ -40,7 +44,8 @@ class Split:
 class Task:
     """A classification task, or a regression where `classes` is empty.
 
-    `family` is "image" or "text"; `notes` say what was decided without being asked; `metric` is a name in `metrics.METRICS`.
+    `family` is "image" or "text"; `notes` say what was decided without being asked; `metric` is a
+    name in `metrics.METRICS`.
     """
 
     name: str
@@ -58,11 +63,13 @@ class Encoded(Protocol):
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward for these rows, without labels."""
         ...
+
     def wanted(self, rows: Tensor) -> Tensor:
-        """Their labels: classes [n] int64, scores [n] float32, or tokens [n, length] int64 as long as the batch's rows, -100
-        where there is no loss.
+        """Their labels: classes [n] int64, scores [n] float32, or tokens [n, length] int64 as long
+        as the batch's rows, -100 where there is no loss.
         """
         ...
+
     def fingerprint(self) -> str:
         """16 hex digits over inputs and labels, in order."""
         ...
@@ -90,10 +97,14 @@ class WithLabels:
         return self.labels[rows]
 
 
-def stratified(labels: Sequence[float], shares: Sequence[float], seed: int = SPLIT_SEED) -> list[list[int]]:
-    """Row numbers split by `shares` (sum 1) within every class: a function of labels, shares and seed alone.
+def stratified(
+    labels: Sequence[float], shares: Sequence[float], seed: int = SPLIT_SEED
+) -> list[list[int]]:
+    """Row numbers split by `shares` (sum 1) within every class: a function of labels, shares and
+    seed alone.
 
-    Every part gets at least one row of each class, so a class needs as many rows as there are parts.
+    Every part gets at least one row of each class, so a class needs as many rows as there are
+    parts.
     """
     parts: list[list[int]] = [[] for _ in shares]
     for label in sorted(set(labels)):
@@ -108,7 +119,9 @@ def stratified(labels: Sequence[float], shares: Sequence[float], seed: int = SPL
 
 
 def cap(split: Split, most: int | None, seed: int = SPLIT_SEED) -> Split:
-    """At most `most` examples, drawn in proportion to the classes; the split itself where it is small enough."""
+    """At most `most` examples, drawn in proportion to the classes; the split itself where it is
+    small enough.
+    """
     if most is None or len(split) <= most:
         return split
     order: list[tuple[float, int]] = []
@@ -123,28 +136,47 @@ def capped(split: Split, most: int | None, name: str, notes: list[str]) -> Split
     """`cap`, and a note where that leaves examples out."""
     found = cap(split, most)
     if len(found) < len(split):
-        notes.append(f"{name}: {len(found)} of {len(split)} examples are used (--budget {name}=N changes that).")
+        notes.append(
+            f"{name}: {len(found)} of {len(split)} examples are used (--budget {name}=N changes "
+            "that)."
+        )
     return found
 
 
-def divide(where: str, items: Sequence[Any], labels: Sequence[str], test: tuple[Sequence[Any], Sequence[str]] | None
-           ) -> tuple[tuple[str, ...], dict[str, Split], list[str]]:
-    """Classes, splits and notes from named labels; `test` comes from a place of its own, or is held out.
+def divide(
+    where: str,
+    items: Sequence[Any],
+    labels: Sequence[str],
+    test: tuple[Sequence[Any], Sequence[str]] | None,
+) -> tuple[tuple[str, ...], dict[str, Split], list[str]]:
+    """Classes, splits and notes from named labels; `test` comes from a place of its own, or is held
+    out.
 
-    Raises WeftError: one class only, a class too small to be split, a test label that training never shows.
+    Raises WeftError: one class only, a class too small to be split, a test label that training
+    never shows.
     """
-    classes = tuple(sorted(set(labels), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
+    classes = tuple(
+        sorted(
+            set(labels),
+            key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name),
+        )
+    )
     if len(classes) < 2:
-        raise WeftError(f"{where}: found {len(classes)} class{'' if len(classes) == 1 else 'es'} {list(classes)}; "
-                        "a classification task needs at least two.")
+        raise WeftError(
+            f"{where}: found {len(classes)} class{'' if len(classes) == 1 else 'es'} "
+            f"{list(classes)}; "
+            "a classification task needs at least two."
+        )
     number = {name: i for i, name in enumerate(classes)}
     whole = Split(items, [number[name] for name in labels])
     parts = 2 if test else 3
     for name in classes:
         have = whole.labels.count(number[name])
         if have < parts:
-            raise WeftError(f"{where}: class {name!r} has {have} example{'s' * (have != 1)}; the split into "
-                            f"{', '.join(SPLITS[:parts])} needs at least {parts} of each class.")
+            raise WeftError(
+                f"{where}: class {name!r} has {have} example{'s' * (have != 1)}; the split into "
+                f"{', '.join(SPLITS[:parts])} needs at least {parts} of each class."
+            )
     if test is None:
         rows = stratified(whole.labels, SHARES)
         splits = {name: whole.take(part) for name, part in zip(SPLITS, rows, strict=True)}
@@ -152,12 +184,17 @@ def divide(where: str, items: Sequence[Any], labels: Sequence[str], test: tuple[
     else:
         unknown = sorted(set(test[1]) - set(classes))
         if unknown:
-            raise WeftError(f"{where}: the test data has classes {unknown} that training never shows; "
-                            f"training has {list(classes)}.")
+            raise WeftError(
+                f"{where}: the test data has classes {unknown} that training never shows; "
+                f"training has {list(classes)}."
+            )
         share = SHARES[1] / (SHARES[0] + SHARES[1])
         train, validation = stratified(whole.labels, (1 - share, share))
-        splits = {"train": whole.take(train), "validation": whole.take(validation),
-                  "test": Split(test[0], [number[name] for name in test[1]])}
+        splits = {
+            "train": whole.take(train),
+            "validation": whole.take(validation),
+            "test": Split(test[0], [number[name] for name in test[1]]),
+        }
         held = "validation is 25 % of it, by class and by a fixed seed; test is what you gave"
     return classes, splits, [f"{where}: {held}."]
 
@@ -167,5 +204,7 @@ def digest(labels: Tensor, *tensors: Tensor) -> str:
     sha = hashlib.sha256()
     for t in (labels, *tensors):
         sha.update(f"{tuple(t.shape)}{t.dtype}".encode())
-        sha.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+        sha.update(
+            t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
+        )
     return sha.hexdigest()[:16]

@@ -1,13 +1,16 @@
-"""Commonsense reasoning by generate-and-match, as LLM-Adapters and the DoRA paper do it (arXiv:2304.01933, 2402.09353).
+"""Commonsense reasoning by generate-and-match, as LLM-Adapters and the DoRA paper do it
+(arXiv:2304.01933, 2402.09353).
 
-`commonsense:DIR` is all eight data sets (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA), one model for all;
-`boolq:DIR` and so on is one. Read are LLM-Adapters' files, DIR/boolq/test.json with instruction, input, output, answer (and
-train.json, or the merged DIR/commonsense_170k.json); a row as its authors publish it is rendered to the same instruction.
+`commonsense:DIR` is all eight data sets (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c,
+OBQA), one model for all; `boolq:DIR` and so on is one. Read are LLM-Adapters' files,
+DIR/boolq/test.json with instruction, input, output, answer (and train.json, or the merged
+DIR/commonsense_170k.json); a row as its authors publish it is rendered to the same instruction.
 
-The prompt is that of commonsense_evaluate.py to the letter, its indentation included. In the released training script two
-of its line ends have other spaces; one prompt for both is used here. An answer counts when the first key word of its data
-set ("true", "answer3") in the generated text is the right one; no key word is wrong. Decoding: beam 4, at most 32 tokens;
-temperature, top-p and top-k are set in the script and have no effect, since it does not sample. The average is unweighted.
+The prompt is that of commonsense_evaluate.py to the letter, its indentation included. In the
+released training script two of its line ends have other spaces; one prompt for both is used here.
+An answer counts when the first key word of its data set ("true", "answer3") in the generated text
+is the right one; no key word is wrong. Decoding: beam 4, at most 32 tokens; temperature, top-p and
+top-k are set in the script and have no effect, since it does not sample. The average is unweighted.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from .base import SPLIT_SEED
 from .files import Row, columns, find_file, hub_rows, is_table, read_lines, read_rows
 from .generation import GenerationTask, Record, Report, Sample
 
-# name of the task: (folder in LLM-Adapters, name and configuration on the hub, key word, the most of them)
+# name of the task: (folder in LLM-Adapters, name and configuration on the hub, key word, the most
+# of them)
 SETS = {
     "boolq": ("boolq", "google/boolq", None, "true|false", 0),
     "piqa": ("piqa", "ybisk/piqa", None, "solution", 2),
@@ -35,17 +39,22 @@ SETS = {
     "obqa": ("openbookqa", "allenai/openbookqa", "main", "answer", 5),
 }
 MERGED = ("commonsense_170k", "commonsense_15k")
-HELD_OUT = 120  # training examples for validation, as in the papers' scripts; which ones differs, the seed is ours
+# training examples for validation, as in the papers' scripts; which ones differs, the seed is ours
+HELD_OUT = 120
 GENERATION = {"num_beams": 4, "max_new_tokens": 32, "do_sample": False}
 ANSWERED = "the correct answer is "
 _START = "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
-_START_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-                "response that appropriately completes the request.\n\n")
+_START_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a "
+    "response that appropriately completes the request.\n\n"
+)
 _INDENT = " " * 16
 
 
 def load(source: Path | str | None, name: str) -> GenerationTask:
-    """`name` is "commonsense" or one of SETS; the source is a folder, a name on the hub, or None for each set's own there.
+    """`name` is "commonsense" or one of SETS; the source is a folder, a name on the hub, or None
+    for each set's own there.
 
     Raises WeftError: a data set that is not there, a row that is neither form.
     """
@@ -53,20 +62,39 @@ def load(source: Path | str | None, name: str) -> GenerationTask:
     if not isinstance(source, Path):
         read = {one: _from_hub(source or SETS[one][1], one) for one in wanted}
     else:
-        read = {one: found for one in wanted if (found := _from_folder(source, one, alone=len(wanted) == 1))}
+        read = {
+            one: found
+            for one in wanted
+            if (found := _from_folder(source, one, alone=len(wanted) == 1))
+        }
     if not read:
-        raise WeftError(f"{name}:{source}: none of {[SETS[one][0] for one in wanted]} is there with a test or train file. "
-                        "DIR/boolq/test.json and so on are the files of LLM-Adapters.")
+        raise WeftError(
+            f"{name}:{source}: none of {[SETS[one][0] for one in wanted]} is there with a test or "
+            "train file. "
+            "DIR/boolq/test.json and so on are the files of LLM-Adapters."
+        )
     samples = [sample for one in read for sample in read[one].get("train", [])]
-    if name == "commonsense" and isinstance(source, Path) and (path := find_file(source, MERGED)) is not None:
-        samples = [_sample(row, None, f"{path}, row {i}") for i, row in enumerate(read_rows(path), start=1)]
+    if (
+        name == "commonsense"
+        and isinstance(source, Path)
+        and (path := find_file(source, MERGED)) is not None
+    ):
+        samples = [
+            _sample(row, None, f"{path}, row {i}") for i, row in enumerate(read_rows(path), start=1)
+        ]
     train, validation = _divide(samples)
     records: dict[str, list[Record]] = {"validation": validation} if validation else {}
     records["test"] = [_record(sample, one) for one in read for sample in read[one].get("test", [])]
     missing = [one for one in wanted if not read.get(one, {}).get("test")]
-    notes = (f"no test data of {', '.join(missing)}; the average is over the others.",) if missing else ()
+    notes = (
+        (f"no test data of {', '.join(missing)}; the average is over the others.",)
+        if missing
+        else ()
+    )
     records = {split: held for split, held in records.items() if held}
-    return GenerationTask(f"{name}:{source or 'hub'}", train, records, GENERATION, "accuracy", score, notes, is_right)
+    return GenerationTask(
+        f"{name}:{source or 'hub'}", train, records, GENERATION, "accuracy", score, notes, is_right
+    )
 
 
 def _from_folder(folder: Path, one: str, alone: bool) -> dict[str, list[Sample]]:
@@ -76,7 +104,10 @@ def _from_folder(folder: Path, one: str, alone: bool) -> dict[str, list[Sample]]
     for split, stems in (("train", ("train",)), ("test", ("test", "validation", "dev"))):
         path = find_file(place, stems)
         if path is not None:
-            found[split] = [_sample(row, one, f"{path}, row {i}") for i, row in enumerate(read_rows(path), start=1)]
+            found[split] = [
+                _sample(row, one, f"{path}, row {i}")
+                for i, row in enumerate(read_rows(path), start=1)
+            ]
     return found
 
 
@@ -87,7 +118,10 @@ def _from_hub(source: str, one: str) -> dict[str, list[Sample]]:
         for stem in stems:
             rows = hub_rows(source, SETS[one][2], stem)
             if rows and split not in found and not _hidden(rows[0]):
-                found[split] = [_sample(row, one, f"{source}, {stem}, row {i}") for i, row in enumerate(rows, start=1)]
+                found[split] = [
+                    _sample(row, one, f"{source}, {stem}, row {i}")
+                    for i, row in enumerate(rows, start=1)
+                ]
     return found
 
 
@@ -100,13 +134,19 @@ def _divide(samples: Sequence[Sample]) -> tuple[list[Sample], list[Record]]:
     if len(samples) < 10 * HELD_OUT:
         return list(samples), []
     held = set(random.Random(f"{SPLIT_SEED}/commonsense").sample(range(len(samples)), HELD_OUT))
-    return ([sample for i, sample in enumerate(samples) if i not in held],
-            [_record(samples[i], "validation") for i in sorted(held)])
+    return (
+        [sample for i, sample in enumerate(samples) if i not in held],
+        [_record(samples[i], "validation") for i in sorted(held)],
+    )
 
 
 def _record(sample: Sample, group: str) -> Record:
-    return {"prompt": sample["prompt"], "references": [sample["completion"].removeprefix(ANSWERED)], "group": group,
-            "completion": sample["completion"]}
+    return {
+        "prompt": sample["prompt"],
+        "references": [sample["completion"].removeprefix(ANSWERED)],
+        "group": group,
+        "completion": sample["completion"],
+    }
 
 
 def _sample(row: Row, one: str | None, where: str) -> Sample:
@@ -116,8 +156,13 @@ def _sample(row: Row, one: str | None, where: str) -> Sample:
     columns([row], where, "instruction", "answer")
     answer = str(row["answer"]).strip().lower()
     if not _keywords(answer):
-        raise WeftError(f"{where}: the answer {answer!r} is no key word such as true, solution1, answer3.")
-    return {"prompt": prompt_of(row["instruction"], row.get("input") or ""), "completion": ANSWERED + answer}
+        raise WeftError(
+            f"{where}: the answer {answer!r} is no key word such as true, solution1, answer3."
+        )
+    return {
+        "prompt": prompt_of(row["instruction"], row.get("input") or ""),
+        "completion": ANSWERED + answer,
+    }
 
 
 def prompt_of(instruction: str, context: str = "") -> str:
@@ -128,7 +173,9 @@ def prompt_of(instruction: str, context: str = "") -> str:
 
 
 def _keywords(answer: str) -> str:
-    """The pattern of all key words of the data set that this right answer belongs to; "" for no key word."""
+    """The pattern of all key words of the data set that this right answer belongs to; "" for no key
+    word.
+    """
     if answer in ("true", "false"):
         return "true|false"
     stem, digit = answer[:-1], answer[-1:]
@@ -137,7 +184,9 @@ def _keywords(answer: str) -> str:
 
 
 def extract(output: str, answer: str) -> str:
-    """The first key word in a text, "" where there is none; `answer` is the right one and tells which words they are."""
+    """The first key word in a text, "" where there is none; `answer` is the right one and tells
+    which words they are.
+    """
     found = re.search(_keywords(answer), output)
     return found[0] if found else ""
 
@@ -149,13 +198,20 @@ def is_right(output: str, record: Record) -> bool:
 
 
 def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
-    """Accuracy in [0, 1]: the mean over data sets, and each data set's own where there are several."""
+    """Accuracy in [0, 1]: the mean over data sets, and each data set's own where there are
+    several.
+    """
     right: dict[str, list[bool]] = {}
     for output, record in zip(outputs, records, strict=True):
         right.setdefault(record.get("group", ""), []).append(is_right(output, record))
     each = {group: sum(marks) / len(marks) for group, marks in right.items()}
     average = sum(each.values()) / len(each)
-    return Report({"accuracy": average, **({f"accuracy {k}": v for k, v in each.items()} if len(each) > 1 else {})})
+    return Report(
+        {
+            "accuracy": average,
+            **({f"accuracy {k}": v for k, v in each.items()} if len(each) > 1 else {}),
+        }
+    )
 
 
 def read_references(path: Path) -> list[Record]:
@@ -164,13 +220,18 @@ def read_references(path: Path) -> list[Record]:
     known = [bool(_keywords(answer.lower().removeprefix(ANSWERED))) for answer in answers]
     wrong = known.index(False) + 1 if False in known else None
     if wrong is not None:
-        raise WeftError(f"{path}, {'row' if is_table(path) else 'line'} {wrong}: {answers[wrong - 1][:40]!r} is no key word "
-                        "such as true, solution1, answer3.")
+        raise WeftError(
+            f"{path}, {'row' if is_table(path) else 'line'} {wrong}: {answers[wrong - 1][:40]!r} "
+            "is no key word "
+            "such as true, solution1, answer3."
+        )
     return [{"prompt": "", "references": [answer]} for answer in answers]
 
 
 def read_outputs(path: Path) -> list[str]:
-    """Generated text: one a line, or the column output_pred (as the papers' script writes it) or output of a table."""
+    """Generated text: one a line, or the column output_pred (as the papers' script writes it) or
+    output of a table.
+    """
     if not is_table(path):
         return read_lines(path)
     return _column(path, "output_pred" if "output_pred" in read_rows(path)[0] else "output")
@@ -196,12 +257,16 @@ def _boolq(row: Row) -> tuple[str, str]:
 
 def _piqa(row: Row) -> tuple[str, str]:
     asked = f"Please choose the correct solution to the question: {row['goal']}"
-    return _choice(asked, "solution", [row["sol1"], row["sol2"]], "\n\n"), f"solution{int(row['label']) + 1}"
+    return _choice(
+        asked, "solution", [row["sol1"], row["sol2"]], "\n\n"
+    ), f"solution{int(row['label']) + 1}"
 
 
 def _siqa(row: Row) -> tuple[str, str]:
     asked = f"Please choose the correct answer to the question: {row['context']} {row['question']}"
-    return _choice(asked, "answer", [row[f"answer{c}"] for c in "ABC"]), f"answer{int(row['label'])}"
+    return _choice(
+        asked, "answer", [row[f"answer{c}"] for c in "ABC"]
+    ), f"answer{int(row['label'])}"
 
 
 def _hellaswag(row: Row) -> tuple[str, str]:
@@ -211,17 +276,31 @@ def _hellaswag(row: Row) -> tuple[str, str]:
 
 def _winogrande(row: Row) -> tuple[str, str]:
     asked = f"Please choose the correct answer to fill in the blank to complete the given sentence: {row['sentence']}"
-    return (f"{asked}\n\nOption1: {row['option1']} Option2: {row['option2']} Answer format: option1/option2",
-            f"option{row['answer']}")
+    return (
+        (
+            f"{asked}\n\nOption1: {row['option1']} Option2: {row['option2']} Answer format: "
+            "option1/option2"
+        ),
+        f"option{row['answer']}",
+    )
 
 
 def _multiple(row: Row) -> tuple[str, str]:
     """ARC and OBQA. Their labels are letters or digits."""
     choices: Mapping[str, Any] = row["choices"]
     asked = f"Please choose the correct answer to the question: {row.get('question') or row['question_stem']}"
-    return _choice(asked, "answer", choices["text"]), f"answer{list(choices['label']).index(row['answerKey']) + 1}"
+    return _choice(
+        asked, "answer", choices["text"]
+    ), f"answer{list(choices['label']).index(row['answerKey']) + 1}"
 
 
 RENDER: dict[str, Callable[[Row], tuple[str, str]]] = {
-    "boolq": _boolq, "piqa": _piqa, "siqa": _siqa, "hellaswag": _hellaswag, "winogrande": _winogrande, "arc-e": _multiple,
-    "arc-c": _multiple, "obqa": _multiple}
+    "boolq": _boolq,
+    "piqa": _piqa,
+    "siqa": _siqa,
+    "hellaswag": _hellaswag,
+    "winogrande": _winogrande,
+    "arc-e": _multiple,
+    "arc-c": _multiple,
+    "obqa": _multiple,
+}

@@ -1,7 +1,9 @@
-"""`csv:FILE`: text classification from a table with a header; `.tsv` is split at tabs and never unquoted.
+"""`csv:FILE`: text classification from a table with a header; `.tsv` is split at tabs and never
+unquoted.
 
-The label is the column `label`. The text is `text` or `sentence`, or the first of a pair: `text` and `text2`,
-`sentence1` and `sentence2`, `question` and `sentence`. A name that ends in .gz is unpacked.
+The label is the column `label`. The text is `text` or `sentence`, or the first of a pair: `text`
+and `text2`, `sentence1` and `sentence2`, `question` and `sentence`. A name that ends in .gz is
+unpacked.
 """
 
 from __future__ import annotations
@@ -18,15 +20,22 @@ from ..errors import WeftError
 from .base import Split, Task, WithLabels, digest, divide
 from .files import table
 
-COLUMNS = (("sentence1", "sentence2"), ("text1", "text2"), ("text", "text2"), ("question", "sentence"),
-           ("text", None), ("sentence", None))
+COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("text1", "text2"),
+    ("text", "text2"),
+    ("question", "sentence"),
+    ("text", None),
+    ("sentence", None),
+)
 MAX_TOKENS = 128
 
 
 def load(path: Path, test: Path | None) -> Task:
     """Read the table; `test` is a second table with the same columns, or None to hold a part out.
 
-    Raises WeftError: no header with a label and a text, a row without one of them, nothing in the file.
+    Raises WeftError: no header with a label and a text, a row without one of them, nothing in the
+    file.
     """
     where = f"csv:{path}"
     texts, labels = _read(path)
@@ -35,7 +44,10 @@ def load(path: Path, test: Path | None) -> Task:
     train = set(splits["train"].items)
     shared = sum(text in train for text in splits["test"].items)
     if shared:
-        notes.append(f"{where}: {shared} of {len(splits['test'])} test texts also stand in the training split.")
+        notes.append(
+            f"{where}: {shared} of {len(splits['test'])} test texts also stand in the training "
+            "split."
+        )
     return Task(where, "text", classes, splits, tuple(notes))
 
 
@@ -44,16 +56,22 @@ def _read(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
     header, rows = table(path)
     pair = next((p for p in COLUMNS if all(c is None or c in header for c in p)), None)
     if "label" not in header or pair is None:
-        raise WeftError(f"{path}: the header is {header}. It needs the column 'label', and 'text' or 'sentence' (or a "
-                        "pair: 'sentence1' and 'sentence2', 'text' and 'text2', 'question' and 'sentence').")
+        raise WeftError(
+            f"{path}: the header is {header}. It needs the column 'label', and 'text' or "
+            "'sentence' (or a "
+            "pair: 'sentence1' and 'sentence2', 'text' and 'text2', 'question' and 'sentence')."
+        )
     places = [header.index(column) for column in pair if column is not None]
     texts, labels = [], []
     for line, row in rows:
         text = tuple(row[place].strip() for place in places) if len(row) == len(header) else ()
         label = row[header.index("label")].strip() if text else ""
         if not label or not all(text):
-            raise WeftError(f"{path}, line {line}: {len(row)} fields {[field[:30] for field in row][:6]}, but the header "
-                            f"has {len(header)}, and neither text nor label may be empty.")
+            raise WeftError(
+                f"{path}, line {line}: {len(row)} fields {[field[:30] for field in row][:6]}, but "
+                "the header "
+                f"has {len(header)}, and neither text nor label may be empty."
+            )
         texts.append(text)
         labels.append(label)
     if not texts:
@@ -63,7 +81,9 @@ def _read(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
 
 @dataclass(frozen=True)
 class TextSplit(WithLabels):
-    """Token ids of every example without padding; a batch is padded on the right to its longest row."""
+    """Token ids of every example without padding; a batch is padded on the right to its longest
+    row.
+    """
 
     rows: list[dict[str, list[int]]]
     pad: int
@@ -72,8 +92,12 @@ class TextSplit(WithLabels):
         chosen = [self.rows[i] for i in rows.tolist()]
         longest = max(len(row["input_ids"]) for row in chosen)
         fill = {"input_ids": self.pad, "attention_mask": 0, "token_type_ids": 0}
-        return {key: torch.tensor([row[key] + [fill[key]] * (longest - len(row[key])) for row in chosen])
-                for key in chosen[0]}
+        return {
+            key: torch.tensor(
+                [row[key] + [fill[key]] * (longest - len(row[key])) for row in chosen]
+            )
+            for key in chosen[0]
+        }
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -91,4 +115,6 @@ def encode(split: Split, tokenizer: Any, limit: int, pad: int) -> TextSplit:
     keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in coded]
     rows = [{key: list(coded[key][i]) for key in keys} for i in range(len(split))]
     scores = any(isinstance(label, float) for label in split.labels)
-    return TextSplit(torch.tensor(split.labels, dtype=torch.float32 if scores else torch.int64), rows, pad)
+    return TextSplit(
+        torch.tensor(split.labels, dtype=torch.float32 if scores else torch.int64), rows, pad
+    )

@@ -1,8 +1,9 @@
 """`digits`: scikit-learn's handwritten digits, 5 to 9, for a transformer that has seen only 0 to 4.
 
-1,797 grey images of 8 x 8 pixels with values 0 to 16 (the test half of UCI's "Optical Recognition of Handwritten
-Digits"), inside scikit-learn, so nothing is fetched. `scripts/pretrain_digits.py` made the transformer from the images
-of 0 to 4 alone. Only 20 images of each new digit are for training: with more, every method comes out the same.
+1,797 grey images of 8 x 8 pixels with values 0 to 16 (the test half of UCI's "Optical Recognition
+of Handwritten Digits"), inside scikit-learn, so nothing is fetched. `scripts/pretrain_digits.py`
+made the transformer from the images of 0 to 4 alone. Only 20 images of each new digit are for
+training: with more, every method comes out the same.
 """
 
 from __future__ import annotations
@@ -20,17 +21,24 @@ TRAIN, VALIDATION = 20, 60  # images of each digit; the rest, about 100 of each,
 
 
 def load() -> Task:
-    """The task on the digits 5 to 9: 100 images for training, 300 for validation, 496 for the test."""
+    """The task on the digits 5 to 9: 100 images for training, 300 for validation, 496 for the
+    test.
+    """
     images, labels = digit_images(NEW)
     parts: dict[str, list[int]] = {name: [] for name in SPLITS}
     for digit in NEW:
         rows = [i for i, label in enumerate(labels) if label == digit]
         random.Random(f"{SPLIT_SEED}/{digit}").shuffle(rows)
         parts["train"] += rows[:TRAIN]
-        parts["validation"] += rows[TRAIN:TRAIN + VALIDATION]
-        parts["test"] += rows[TRAIN + VALIDATION:]
+        parts["validation"] += rows[TRAIN : TRAIN + VALIDATION]
+        parts["test"] += rows[TRAIN + VALIDATION :]
     whole = Split(images, [label - NEW.start for label in labels])
-    return Task("digits", "image", tuple(str(d) for d in NEW), {k: whole.take(sorted(v)) for k, v in parts.items()})
+    return Task(
+        "digits",
+        "image",
+        tuple(str(d) for d in NEW),
+        {k: whole.take(sorted(v)) for k, v in parts.items()},
+    )
 
 
 def digit_images(wanted: range) -> tuple[list[Image.Image], list[int]]:
@@ -38,7 +46,9 @@ def digit_images(wanted: range) -> tuple[list[Image.Image], list[int]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise WeftError("the task 'digits' needs scikit-learn: pip install 'weft[train]'.") from None
+        raise WeftError(
+            "the task 'digits' needs scikit-learn: pip install 'weft[train]'."
+        ) from None
     data = load_digits()
     rows = [i for i, digit in enumerate(data.target) if int(digit) in wanted]
     scaled = np.rint(data.images * (255 / 16)).astype(np.uint8)

@@ -1,12 +1,15 @@
-"""`e2e:DIR`: the E2E NLG challenge, restaurant descriptions from slots, with several references a meaning.
+"""`e2e:DIR`: the E2E NLG challenge, restaurant descriptions from slots, with several references a
+meaning.
 
-Read are the challenge's own tables (trainset.csv, devset.csv, testset_w_refs.csv: columns mr, ref) and the lines of the
-LoRA paper's code (train.txt, valid.txt, test.txt: "name : Alimentum | area : city centre||Alimentum is ..."). Both give the
-second form as prompt. The code puts GPT-2's end-of-text token between prompt and text; a task knows no tokenizer, so here
-it is a line break. Decoding: LoRA paper, table 11 (its code's README has the length penalty 0.8), 64 new tokens at most.
+Read are the challenge's own tables (trainset.csv, devset.csv, testset_w_refs.csv: columns mr, ref)
+and the lines of the LoRA paper's code (train.txt, valid.txt, test.txt: "name : Alimentum | area :
+city centre||Alimentum is ..."). Both give the second form as prompt. The code puts GPT-2's
+end-of-text token between prompt and text; a task knows no tokenizer, so here it is a line break.
+Decoding: LoRA paper, table 11 (its code's README has the length penalty 0.8), 64 new tokens at
+most.
 
-`score` is the challenge's own: BLEU, NIST, METEOR, ROUGE-L, CIDEr as e2e-metrics prints them (`ngram_scores`,
-`caption_scores`). Sources: arXiv:1706.09254, arXiv:2106.09685 appendix D.3.
+`score` is the challenge's own: BLEU, NIST, METEOR, ROUGE-L, CIDEr as e2e-metrics prints them
+(`ngram_scores`, `caption_scores`). Sources: arXiv:1706.09254, arXiv:2106.09685 appendix D.3.
 """
 
 from __future__ import annotations
@@ -23,25 +26,44 @@ from .generation import GenerationTask, Record, Report, grouped
 from .ngram_scores import bleu, nist
 
 HUB = "tuetschek/e2e_nlg"
-SPLITS = {"train": ("trainset", "train"), "validation": ("devset", "valid", "dev", "validation"),
-          "test": ("testset_w_refs", "test")}
-GENERATION = {"num_beams": 10, "length_penalty": 0.9, "no_repeat_ngram_size": 4, "repetition_penalty": 1.0,
-              "max_new_tokens": 64, "do_sample": False}
+SPLITS = {
+    "train": ("trainset", "train"),
+    "validation": ("devset", "valid", "dev", "validation"),
+    "test": ("testset_w_refs", "test"),
+}
+GENERATION = {
+    "num_beams": 10,
+    "length_penalty": 0.9,
+    "no_repeat_ngram_size": 4,
+    "repetition_penalty": 1.0,
+    "max_new_tokens": 64,
+    "do_sample": False,
+}
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr")
 SEPARATOR = "\n"
 _SLOT = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*(?:,|$)")
 _NAMES = {"eatType": "Type", "familyFriendly": "family friendly", "priceRange": "price"}
-_COLUMNS = (("mr", "ref"), ("meaning_representation", "human_reference"), ("meaning_representation", "target"))
+_COLUMNS = (
+    ("mr", "ref"),
+    ("meaning_representation", "human_reference"),
+    ("meaning_representation", "target"),
+)
 
 
 def load(source: Path | str = HUB) -> GenerationTask:
-    """From a folder, or by its name on the hub. Raises WeftError: no file of the names above, or a line at fault."""
+    """From a folder, or by its name on the hub. Raises WeftError: no file of the names above, or a
+    line at fault.
+    """
     name = f"e2e:{source}"
     if isinstance(source, Path):
-        held = {split: read_pairs(path) for split, path in find_splits(source, SPLITS, name).items()}
+        held = {
+            split: read_pairs(path) for split, path in find_splits(source, SPLITS, name).items()
+        }
     else:
         rows = {split: hub_rows(source, None, split) for split in SPLITS}
-        held = {split: _pairs(found, f"{source}, {split}") for split, found in rows.items() if found}
+        held = {
+            split: _pairs(found, f"{source}, {split}") for split, found in rows.items() if found
+        }
     rendered = {split: [(prompt_of(mr), ref) for mr, ref in pairs] for split, pairs in held.items()}
     samples = [{"prompt": prompt, "completion": ref} for prompt, ref in rendered.pop("train", [])]
     records = {split: grouped(pairs) for split, pairs in rendered.items()}
@@ -58,7 +80,9 @@ def prompt_of(mr: str) -> str:
 
 def _spaced(value: str) -> str:
     """£20-25 as the LoRA paper's data has it: £ 20 - 25."""
-    return re.sub(r"£\s*(\d+)(?:-(\d+))?", lambda m: f"£ {m[1]}" + (f" - {m[2]}" if m[2] else ""), value)
+    return re.sub(
+        r"£\s*(\d+)(?:-(\d+))?", lambda m: f"£ {m[1]}" + (f" - {m[2]}" if m[2] else ""), value
+    )
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
@@ -84,19 +108,27 @@ def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
     """The five metrics of e2e-metrics. METEOR is None without Java, and the report says so."""
     references = [record["references"] for record in records]
     captions = caption_scores(outputs, references)
-    scores = {"BLEU": bleu(outputs, references), "NIST": nist(outputs, references), **captions.scores}
+    scores = {
+        "BLEU": bleu(outputs, references),
+        "NIST": nist(outputs, references),
+        **captions.scores,
+    }
     return Report({name: scores[name] for name in METRICS}, captions.reasons, captions.notes)
 
 
 def read_references(path: Path) -> tuple[list[list[str]], list[str] | None]:
-    """References a segment, and their meanings where the file has them: a table with mr and ref (equal meanings in a row are
-    one segment), MEANING||REFERENCE lines, or plain lines with an empty line between segments (with none: one a segment).
+    """References a segment, and their meanings where the file has them: a table with mr and ref
+    (equal meanings in a row are one segment), MEANING||REFERENCE lines, or plain lines with an
+    empty line between segments (with none: one a segment).
 
     Raises WeftError: two empty lines one after the other, so a segment without references.
     """
     lines = [] if is_table(path) else read_lines(path)
     if is_table(path) or (lines and all("||" in line for line in lines)):
-        groups = [(mr, [ref for _, ref in rows]) for mr, rows in groupby(read_pairs(path), key=lambda pair: pair[0])]
+        groups = [
+            (mr, [ref for _, ref in rows])
+            for mr, rows in groupby(read_pairs(path), key=lambda pair: pair[0])
+        ]
         return [refs for _, refs in groups], [mr for mr, _ in groups]
     while lines and not lines[-1]:
         lines.pop()
@@ -109,23 +141,34 @@ def read_references(path: Path) -> tuple[list[list[str]], list[str] | None]:
         if line:
             found[-1].append(line)
         elif not found[-1]:
-            raise WeftError(f"{path}, line {number}: an empty line ends a segment, and this one has no reference before it.")
+            raise WeftError(
+                f"{path}, line {number}: an empty line ends a segment, and this one has no "
+                "reference before it."
+            )
         else:
             found.append([])
     return found, None
 
 
 def read_outputs(path: Path, meanings: Sequence[str] | None) -> list[str]:
-    """One output a line, or a table with mr and an output, which is put in the order of `meanings`. Raises WeftError."""
+    """One output a line, or a table with mr and an output, which is put in the order of `meanings`.
+    Raises WeftError.
+    """
     if not is_table(path):
         return read_lines(path)
     rows = read_rows(path)
-    column = next((name for name in ("output", "ref", "out", "reference", "system") if name in rows[0]), "output")
+    column = next(
+        (name for name in ("output", "ref", "out", "reference", "system") if name in rows[0]),
+        "output",
+    )
     columns(rows, str(path), column)
     if meanings is None or "mr" not in rows[0]:
         return [str(row[column]).strip() for row in rows]
     held = {str(row["mr"]).strip(): str(row[column]).strip() for row in rows}
     missing = [mr for mr in meanings if mr not in held]
     if missing:
-        raise WeftError(f"{path}: no output for {len(missing)} of the {len(meanings)} meanings, the first {missing[0]!r}.")
+        raise WeftError(
+            f"{path}: no output for {len(missing)} of the {len(meanings)} meanings, the first "
+            f"{missing[0]!r}."
+        )
     return [held[mr] for mr in meanings]

@@ -1,8 +1,10 @@
-"""One question to an OpenAI-compatible endpoint (POST .../chat/completions), with patience for a bad one.
+"""One question to an OpenAI-compatible endpoint (POST .../chat/completions), with patience for a
+bad one.
 
-What may pass is tried again with growing pauses: no connection, a time-out, HTTP 408, 409, 425, 429 and 5xx, an answer that
-is no chat completion. A Retry-After of the server is obeyed. What will not pass by itself is not tried again: redirects,
-401, 403 and 404 end the run (`Refused`), other statuses fail the one question (`Unanswered`).
+What may pass is tried again with growing pauses: no connection, a time-out, HTTP 408, 409, 425, 429
+and 5xx, an answer that is no chat completion. A Retry-After of the server is obeyed. What will not
+pass by itself is not tried again: redirects, 401, 403 and 404 end the run (`Refused`), other
+statuses fail the one question (`Unanswered`).
 """
 
 from __future__ import annotations
@@ -33,14 +35,18 @@ class Unanswered(WeftError):
 
 
 class Refused(WeftError):
-    """No question will be answered: a wrong key, address or model, or a pause longer than we wait."""
+    """No question will be answered: a wrong key, address or model, or a pause longer than we
+    wait.
+    """
 
 
 @dataclass(frozen=True)
 class Patience:
-    """tries: requests a question. timeout: seconds until an answer must be whole. Pauses are first, 2 first, 4 first, ...
+    """tries: requests a question. timeout: seconds until an answer must be whole. Pauses are first,
+    2 first, 4 first, ...
 
-    seconds, at most `longest`, each shortened by up to a half at random. obeyed: the longest Retry-After that is waited.
+    seconds, at most `longest`, each shortened by up to a half at random. obeyed: the longest
+    Retry-After that is waited.
     """
 
     tries: int = 6
@@ -51,12 +57,16 @@ class Patience:
 
     def pause(self, attempt: int) -> float:
         """Seconds to wait after the attempt of this number, which is 1 for the first."""
-        return float(min(self.longest, self.first * 2.0 ** min(attempt - 1, 30))) * random.uniform(0.5, 1.0)
+        return float(min(self.longest, self.first * 2.0 ** min(attempt - 1, 30))) * random.uniform(
+            0.5, 1.0
+        )
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One request that failed. status: None where no HTTP answer came. pause: seconds to the next, None after the last."""
+    """One request that failed. status: None where no HTTP answer came. pause: seconds to the next,
+    None after the last.
+    """
 
     number: int
     status: int | None
@@ -71,7 +81,12 @@ class _Failed(Exception):
 
     @property
     def passing(self) -> bool:
-        return self.status is None or self.status in PASSING or self.status >= 500 or self.status == 200
+        return (
+            self.status is None
+            or self.status in PASSING
+            or self.status >= 500
+            or self.status == 200
+        )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -83,8 +98,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """url: up to /v1, or with /chat/completions. key: sent as a bearer token, never written anywhere. key_name: where the
-    key is from, for messages. settings: fields of the request beside model and messages; None leaves one out.
+    """url: up to /v1, or with /chat/completions. key: sent as a bearer token, never written
+    anywhere. key_name: where the key is from, for messages. settings: fields of the request beside
+    model and messages; None leaves one out.
 
     Raises ConfigError: an address that is none, a key that no header can hold.
     """
@@ -99,13 +115,28 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
-            raise ConfigError(f"--url {self.url!r} is no address; write it like https://api.openai.com/v1 or "
-                              "http://localhost:8000/v1.")
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.netloc
+            or parts.query
+            or parts.fragment
+        ):
+            raise ConfigError(
+                f"--url {self.url!r} is no address; write it like https://api.openai.com/v1 or "
+                "http://localhost:8000/v1."
+            )
         if parts.username is not None:
-            raise ConfigError(f"--url: the key does not belong into the address; put it into the variable {self.key_name}.")
-        if self.key is not None and not (self.key and self.key.isascii() and self.key.isprintable()):
-            raise ConfigError(f"the key in {self.key_name} is empty or has characters that no key has (a line break?).")
+            raise ConfigError(
+                "--url: the key does not belong into the address; put it into the variable "
+                f"{self.key_name}."
+            )
+        if self.key is not None and not (
+            self.key and self.key.isascii() and self.key.isprintable()
+        ):
+            raise ConfigError(
+                f"the key in {self.key_name} is empty or has characters that no key has (a line "
+                "break?)."
+            )
 
     @property
     def address(self) -> str:
@@ -118,7 +149,8 @@ class Endpoint:
         return {name: value for name, value in asked.items() if value is not None}
 
     def ask(self, messages: Sequence[Message], failed: Callable[[Attempt], None]) -> str:
-        """The answer's text. `failed` is told of every request that fails, before the pause after it.
+        """The answer's text. `failed` is told of every request that fails, before the pause after
+        it.
 
         Raises Unanswered, Refused.
         """
@@ -145,16 +177,27 @@ class Endpoint:
 
     def _last(self, error: _Failed, number: int) -> WeftError:
         if error.status in HOPELESS:
-            what = {401: f"the key in {self.key_name}" if self.key else f"that {self.key_name} is not set",
-                    403: f"what the key in {self.key_name} may do"}.get(error.status or 0, "--url and --judge")
+            what = {
+                401: f"the key in {self.key_name}"
+                if self.key
+                else f"that {self.key_name} is not set",
+                403: f"what the key in {self.key_name} may do",
+            }.get(error.status or 0, "--url and --judge")
             return Refused(f"the judge at {self.address} refuses: {error.reason}. Look at {what}.")
         if error.after is not None and error.after > self.patience.obeyed:
-            return Refused(f"the judge at {self.address} asks to wait {error.after:.0f} seconds ({error.reason}). Run the "
-                           "same command again then.")
+            return Refused(
+                f"the judge at {self.address} asks to wait {error.after:.0f} seconds "
+                f"({error.reason}). Run the "
+                "same command again then."
+            )
         return Unanswered(f"{error.reason} (try {number} of {self.patience.tries})")
 
     def _request(self, data: bytes) -> str:
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "weft"}
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "User-Agent": "weft",
+        }
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.address, data, headers, method="POST")
@@ -164,16 +207,27 @@ class Endpoint:
                 return _text_of(self._whole(response))
         except urllib.error.HTTPError as error:
             with error:
-                raise _Failed(error.code, f"HTTP {error.code}{self._said(error)}",
-                              _seconds(error.headers.get("Retry-After"))) from None
+                raise _Failed(
+                    error.code,
+                    f"HTTP {error.code}{self._said(error)}",
+                    _seconds(error.headers.get("Retry-After")),
+                ) from None
         except TimeoutError:
-            raise _Failed(None, f"no whole answer within {self.patience.timeout:g} seconds") from None
+            raise _Failed(
+                None, f"no whole answer within {self.patience.timeout:g} seconds"
+            ) from None
         except urllib.error.URLError as error:
             slow = isinstance(error.reason, TimeoutError)
-            reason = f"no answer within {self.patience.timeout:g} seconds" if slow else f"no connection: {error.reason}"
+            reason = (
+                f"no answer within {self.patience.timeout:g} seconds"
+                if slow
+                else f"no connection: {error.reason}"
+            )
             raise _Failed(None, reason) from None
         except (OSError, HTTPException) as error:
-            raise _Failed(None, f"the connection broke: {type(error).__name__} {error}".rstrip()) from None
+            raise _Failed(
+                None, f"the connection broke: {type(error).__name__} {error}".rstrip()
+            ) from None
 
     def _whole(self, response: Any) -> bytes:
         """A server that sends a byte now and then is as dead as one that sends none."""

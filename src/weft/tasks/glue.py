@@ -1,14 +1,16 @@
-"""GLUE (arXiv:1804.07461): SST-2, MRPC, CoLA, QNLI, RTE, STS-B and MNLI-m, for sequence classification models.
+"""GLUE (arXiv:1804.07461): SST-2, MRPC, CoLA, QNLI, RTE, STS-B and MNLI-m, for sequence
+classification models.
 
-`sst2:DIR` and so on read train and dev of the benchmark's own folders (tsv without quoting, CoLA's without a header), and
-the same rows as csv, jsonl or parquet; a bare `sst2` is the hub's glue/sst2. Two protocols:
+`sst2:DIR` and so on read train and dev of the benchmark's own folders (tsv without quoting, CoLA's
+without a header), and the same rows as csv, jsonl or parquet; a bare `sst2` is the hub's glue/sst2.
+Two protocols:
 
     sst2:DIR         validation is 10 % of train, by class and a fixed seed; test is dev: choose on the one, report the other
     sst2-paper:DIR   validation and test are both dev: the papers report the best epoch on the very data they choose it by,
                      which is optimistic; a note says so in every report
 
-A folder with one labelled file alone is split 60/20/20. GLUE's own test files have no labels and are not read; MRPC's
-original test file has them, and stands for dev where there is none.
+A folder with one labelled file alone is split 60/20/20. GLUE's own test files have no labels and
+are not read; MRPC's original test file has them, and stands for dev where there is none.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ COLA_HEADER = ("source", "label", "mark", "sentence")
 
 @dataclass(frozen=True)
 class Glue:
-    """One data set. classes: names in the order of their numbers, () for a regression. texts: ways to name the columns."""
+    """One data set. classes: names in the order of their numbers, () for a regression. texts: ways
+    to name the columns.
+    """
 
     texts: tuple[tuple[str, ...], ...]
     classes: tuple[str, ...]
@@ -45,33 +49,48 @@ class Glue:
 _PAIR = ("sentence1", "sentence2")
 SETS = {
     "sst2": Glue((("sentence",),), ("negative", "positive"), ("accuracy",)),
-    "mrpc": Glue((_PAIR, ("#1 String", "#2 String")), ("not_equivalent", "equivalent"), ("accuracy", "F1"),
-                 ("dev", "validation", "test")),
+    "mrpc": Glue(
+        (_PAIR, ("#1 String", "#2 String")),
+        ("not_equivalent", "equivalent"),
+        ("accuracy", "F1"),
+        ("dev", "validation", "test"),
+    ),
     "cola": Glue((("sentence",),), ("unacceptable", "acceptable"), ("Matthews",)),
     "qnli": Glue((("question", "sentence"),), ("entailment", "not_entailment"), ("accuracy",)),
     "rte": Glue((_PAIR,), ("entailment", "not_entailment"), ("accuracy",)),
     "stsb": Glue((_PAIR,), (), ("Pearson", "Spearman")),
-    "mnli": Glue((_PAIR, ("premise", "hypothesis")), ("entailment", "neutral", "contradiction"), ("accuracy",),
-                 ("dev_matched", "validation_matched")),
+    "mnli": Glue(
+        (_PAIR, ("premise", "hypothesis")),
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        ("dev_matched", "validation_matched"),
+    ),
 }
 
 
 def load(source: Path | None, name: str) -> Task:
-    """`name` is one of SETS, "-paper" after it for the papers' protocol; `source` is a folder, or None for the hub.
+    """`name` is one of SETS, "-paper" after it for the papers' protocol; `source` is a folder, or
+    None for the hub.
 
-    Raises WeftError: no train or dev file, a row without text or label, a label that is none of the classes.
+    Raises WeftError: no train or dev file, a row without text or label, a label that is none of the
+    classes.
     """
     known = SETS[name.removesuffix(PAPER)]
     where = f"{name}:{source}" if source is not None else name
-    train, dev = (_read(source, name.removesuffix(PAPER), known, stems) for stems in (("train",), known.dev))
+    train, dev = (
+        _read(source, name.removesuffix(PAPER), known, stems) for stems in (("train",), known.dev)
+    )
     if train is None and dev is None:
         raise WeftError(f"{where}: neither train nor {known.dev[0]} is there.")
     if train is None or dev is None:
         return _one_file(where, known, train or dev, name.endswith(PAPER))  # type: ignore[arg-type]
     if name.endswith(PAPER):
         splits = {"train": train, "validation": dev, "test": dev}
-        note = ("validation and test are both dev, as in the papers; what is chosen by it is reported on it, which is "
-                "optimistic")
+        note = (
+            "validation and test are both dev, as in the papers; what is chosen by it is reported "
+            "on it, which is "
+            "optimistic"
+        )
     else:
         rest, held = _held_out(train, known)
         splits = {"train": train.take(rest), "validation": train.take(held), "test": dev}
@@ -81,20 +100,34 @@ def load(source: Path | None, name: str) -> Task:
 
 def _held_out(train: Split, known: Glue) -> list[list[int]]:
     """Rows to train on and rows to choose by; a regression is split within whole scores."""
-    groups = [int(label) for label in train.labels] if known.classes else [math.floor(label) for label in train.labels]
+    groups = (
+        [int(label) for label in train.labels]
+        if known.classes
+        else [math.floor(label) for label in train.labels]
+    )
     small = min(groups.count(group) for group in set(groups))
     if small < 2:
-        raise WeftError(f"a class with {small} training example cannot be split into train and validation.")
+        raise WeftError(
+            f"a class with {small} training example cannot be split into train and validation."
+        )
     return stratified(groups, (1 - VALIDATION, VALIDATION))
 
 
 def _one_file(where: str, known: Glue, split: Split, paper: bool) -> Task:
     if paper:
-        raise WeftError(f"{where}: the papers' protocol trains on train and reports dev, and only one of them is there.")
+        raise WeftError(
+            f"{where}: the papers' protocol trains on train and reports dev, and only one of them "
+            "is there."
+        )
     if not known.classes:
         parts = stratified([math.floor(label) for label in split.labels], SHARES)
         splits = {name: split.take(rows) for name, rows in zip(SPLITS, parts, strict=True)}
-        notes = [f"{where}: train, validation and test are 60, 20 and 20 % of the one file, by a fixed seed."]
+        notes = [
+            (
+                f"{where}: train, validation and test are 60, 20 and 20 % of the one file, by a fixed "
+                "seed."
+            )
+        ]
         return Task(where, "text", (), splits, tuple(notes), known.metrics[0])
     _, splits, notes = divide(where, split.items, [str(label) for label in split.labels], None)
     return Task(where, "text", known.classes, splits, tuple(notes), known.metrics[0])
@@ -110,7 +143,11 @@ def _read(source: Path | None, name: str, known: Glue, stems: Sequence[str]) -> 
     path = find_file(source, stems)
     if path is None:
         return None
-    header = COLA_HEADER if name == "cola" and format_of(path) == ".tsv" and not _has_header(path) else ()
+    header = (
+        COLA_HEADER
+        if name == "cola" and format_of(path) == ".tsv" and not _has_header(path)
+        else ()
+    )
     return _split(read_rows(path, header), known, str(path))
 
 
@@ -119,11 +156,16 @@ def _has_header(path: Path) -> bool:
 
 
 def _split(rows: Sequence[Row], known: Glue, where: str) -> Split:
-    texts = next((names for names in known.texts if all(name in rows[0] for name in names)), known.texts[0])
+    texts = next(
+        (names for names in known.texts if all(name in rows[0] for name in names)), known.texts[0]
+    )
     label = next((name for name in LABELS if name in rows[0]), LABELS[0])
     columns(rows, where, *texts, label)
     items = [tuple(str(row[name]).strip() for name in texts) for row in rows]
-    return Split(items, [_label(row[label], known, f"{where}, row {i}") for i, row in enumerate(rows, start=1)])
+    return Split(
+        items,
+        [_label(row[label], known, f"{where}, row {i}") for i, row in enumerate(rows, start=1)],
+    )
 
 
 def _label(value: Any, known: Glue, where: str) -> float:
@@ -141,24 +183,38 @@ def _label(value: Any, known: Glue, where: str) -> float:
         return known.classes.index(text)
     if text.isdigit() and int(text) < len(known.classes):
         return int(text)
-    raise WeftError(f"{where}: the label {text[:40]!r} is none of {list(known.classes)} or their numbers from 0.")
+    raise WeftError(
+        f"{where}: the label {text[:40]!r} is none of {list(known.classes)} or their numbers from "
+        "0."
+    )
 
 
 def score(predicted: Sequence[float], labels: Sequence[float], name: str) -> Report:
-    """The data set's metrics, as fractions. A correlation with what does not vary is None, with the reason."""
+    """The data set's metrics, as fractions. A correlation with what does not vary is None, with the
+    reason.
+    """
     scores: Scores = {metric: METRICS[metric](predicted, labels) for metric in SETS[name].metrics}
-    return Report(scores, {metric: NO_VARIATION for metric, value in scores.items() if value is None})
+    return Report(
+        scores, {metric: NO_VARIATION for metric, value in scores.items() if value is None}
+    )
 
 
 def read_labels(path: Path, name: str, column: str | None = None) -> list[float]:
-    """One label a line, as number or name; or the label column of a table (GLUE's submissions: prediction).
+    """One label a line, as number or name; or the label column of a table (GLUE's submissions:
+    prediction).
 
     Raises WeftError with the line or row at fault.
     """
     known = SETS[name]
     if not is_table(path):
-        return [_label(line, known, f"{path}, line {i}") for i, line in enumerate(read_lines(path), start=1)]
+        return [
+            _label(line, known, f"{path}, line {i}")
+            for i, line in enumerate(read_lines(path), start=1)
+        ]
     rows = read_rows(path)
-    found = next((one for one in (*((column,) if column else ()), *LABELS) if one in rows[0]), column or LABELS[0])
+    found = next(
+        (one for one in (*((column,) if column else ()), *LABELS) if one in rows[0]),
+        column or LABELS[0],
+    )
     columns(rows, str(path), found)
     return [_label(row[found], known, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]

@@ -1,4 +1,6 @@
-"""`image-folder:DIR`: one folder per class, image files inside: DIR/<class>/<any name>.png (or .jpg, .bmp, ...)."""
+"""`image-folder:DIR`: one folder per class, image files inside: DIR/<class>/<any name>.png (or
+.jpg, .bmp, ...).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Stored:
-    """An image that is opened when it is needed: a file, or the bytes of one from the place `name`."""
+    """An image that is opened when it is needed: a file, or the bytes of one from the place
+    `name`.
+    """
 
     name: str
     data: bytes | None = field(default=None, repr=False)
@@ -58,18 +62,24 @@ def _read(path: Path) -> tuple[list[Image.Image], list[str]]:
 
 
 def listed(path: Path) -> tuple[list[Stored], list[str]]:
-    """Every image file of every class folder, not opened, and the folders' names. Raises WeftError: none of one or both."""
+    """Every image file of every class folder, not opened, and the folders' names. Raises WeftError:
+    none of one or both.
+    """
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
-        raise WeftError(f"{path} has no sub-folders. Put the images of each class into a folder of its own: "
-                        f"{path}/<class>/<name>.png")
+        raise WeftError(
+            f"{path} has no sub-folders. Put the images of each class into a folder of its own: "
+            f"{path}/<class>/<name>.png"
+        )
     images: list[Stored] = []
     labels: list[str] = []
     for folder in folders:
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
         if not files:
             have = sorted({p.suffix for p in folder.iterdir()})[:5]
-            raise WeftError(f"{folder} holds no image ({', '.join(SUFFIXES)}); found {have or 'nothing'}.")
+            raise WeftError(
+                f"{folder} holds no image ({', '.join(SUFFIXES)}); found {have or 'nothing'}."
+            )
         images += [Stored(str(file)) for file in files]
         labels += [folder.name] * len(files)
     return images, labels

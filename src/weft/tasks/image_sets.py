@@ -1,8 +1,9 @@
-"""CIFAR-100, Food101, Flowers102 and RESISC45, as VeRA's paper uses them (arXiv:2310.11454, section 4.4) and in full.
+"""CIFAR-100, Food101, Flowers102 and RESISC45, as VeRA's paper uses them (arXiv:2310.11454, section
+4.4) and in full.
 
-`cifar100:DIR:per_class=10` trains on 10 images a class, chooses on 10 others and reports the whole test set (RESISC45, which
-has none: all other images). Without per_class everything is used. Which images the paper drew is unknown; ours are drawn
-within each class by a fixed seed. DIR holds one of
+`cifar100:DIR:per_class=10` trains on 10 images a class, chooses on 10 others and reports the whole
+test set (RESISC45, which has none: all other images). Without per_class everything is used. Which
+images the paper drew is unknown; ours are drawn within each class by a fixed seed. DIR holds one of
 
     the authors' files      cifar-100-binary (train.bin, test.bin), food-101 (images/, meta/), flowers-102 (jpg/, *.mat)
     folders                 train/<class>/*.jpg and test/<class>/*.jpg, with or without validation; or <class>/*.jpg alone
@@ -33,7 +34,9 @@ Parts = dict[str, Part]  # by split; "all" where the files know no splits
 
 @dataclass(frozen=True)
 class ImageSet:
-    """classes: how many. read: the authors' own files, None where they are not there. label: its columns in parquet."""
+    """classes: how many. read: the authors' own files, None where they are not there. label: its
+    columns in parquet.
+    """
 
     classes: int
     read: Callable[[Path], Parts | None] = lambda _: None
@@ -42,17 +45,30 @@ class ImageSet:
 
 
 def load(path: Path, kind: str, per_class: int | None = None) -> Task:
-    """`kind` is one of SETS. Raises WeftError: none of the forms, a class that is missing or has too few images."""
+    """`kind` is one of SETS. Raises WeftError: none of the forms, a class that is missing or has
+    too few images.
+    """
     known = SETS[kind]
     where = f"{kind}:{path}" + (f":per_class={per_class}" if per_class is not None else "")
     parts, notes = _parts(path, kind, known)
     if per_class is not None and known.rest_is_test:
-        parts = {"all": ([item for items, _ in parts.values() for item in items],
-                         [label for _, labels in parts.values() for label in labels])}
+        parts = {
+            "all": (
+                [item for items, _ in parts.values() for item in items],
+                [label for _, labels in parts.values() for label in labels],
+            )
+        }
     classes = _classes(where, parts, known)
     number = {name: i for i, name in enumerate(classes)}
-    splits = {name: Split(items, [number[label] for label in labels]) for name, (items, labels) in parts.items()}
-    made, said = _few(where, splits, classes, per_class) if per_class is not None else _full(where, splits, classes)
+    splits = {
+        name: Split(items, [number[label] for label in labels])
+        for name, (items, labels) in parts.items()
+    }
+    made, said = (
+        _few(where, splits, classes, per_class)
+        if per_class is not None
+        else _full(where, splits, classes)
+    )
     return Task(where, "image", classes, made, (*notes, said))
 
 
@@ -61,11 +77,20 @@ def _parts(path: Path, kind: str, known: ImageSet) -> tuple[Parts, list[str]]:
     parts = known.read(path) or _folders(path) or _parquet(path, known.label)
     if parts is None:
         have = sorted(p.name for p in path.iterdir())[:8]
-        raise WeftError(f"{kind}:{path} has none of the forms that are read: the authors' files unpacked, folders "
-                        f"train/<class> and test/<class>, <class>/*.jpg, or train-*.parquet. It holds {have or 'nothing'}.")
+        raise WeftError(
+            f"{kind}:{path} has none of the forms that are read: the authors' files unpacked, "
+            "folders "
+            "train/<class> and test/<class>, <class>/*.jpg, or train-*.parquet. It holds "
+            f"{have or 'nothing'}."
+        )
     if "validation" in parts and "test" not in parts:  # Food101 on the hub
         parts["test"] = parts.pop("validation")
-        return parts, [f"{kind}:{path}: the files have no test but a validation part, which is taken for the test."]
+        return parts, [
+            (
+                f"{kind}:{path}: the files have no test but a validation part, which is taken for the "
+                "test."
+            )
+        ]
     if "all" not in parts and not {"train", "test"} <= set(parts):
         raise WeftError(f"{kind}:{path} has only {sorted(parts)}; train and test must be there.")
     return parts, []
@@ -75,17 +100,26 @@ def _classes(where: str, parts: Parts, known: ImageSet) -> tuple[str, ...]:
     """The same in every part, and as many as the set has."""
     for name, (_, labels) in parts.items():
         if len(set(labels)) != known.classes:
-            raise WeftError(f"{where}: {name} has {len(set(labels))} classes, and the set has {known.classes}. If that is "
-                            "meant, use image-folder:DIR.")
+            raise WeftError(
+                f"{where}: {name} has {len(set(labels))} classes, and the set has {known.classes}. "
+                "If that is "
+                "meant, use image-folder:DIR."
+            )
     found = [set(labels) for _, labels in parts.values()]
     first = found[0]
     odd = sorted({name for other in found for name in other ^ first})
     if odd:
         raise WeftError(f"{where}: not every part has the classes {odd[:5]}.")
-    return tuple(sorted(first, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
+    return tuple(
+        sorted(
+            first, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)
+        )
+    )
 
 
-def _few(where: str, splits: Mapping[str, Split], classes: Sequence[str], each: int) -> tuple[dict[str, Split], str]:
+def _few(
+    where: str, splits: Mapping[str, Split], classes: Sequence[str], each: int
+) -> tuple[dict[str, Split], str]:
     """`each` images a class to train on, as many others to choose by, and the test."""
     pool = splits.get("all", splits.get("train"))
     assert pool is not None
@@ -96,46 +130,83 @@ def _few(where: str, splits: Mapping[str, Split], classes: Sequence[str], each: 
         rows = [i for i, other in enumerate(pool.labels) if other == label]
         needed = each * (1 if own is not None else 2) + ("all" in splits)
         if len(rows) < needed:
-            raise WeftError(f"{where}: class {name!r} has {len(rows)} images, and {needed} are needed.")
+            raise WeftError(
+                f"{where}: class {name!r} has {len(rows)} images, and {needed} are needed."
+            )
         random.Random(f"{SPLIT_SEED}/per_class/{label}").shuffle(rows)
         train += rows[:each]
         validation += rows[each : 2 * each] if own is None else []
     used = {*train, *validation}
     rest = [i for i in range(len(pool)) if i not in used]
-    made = {"train": pool.take(sorted(train)), "validation": own if own is not None else pool.take(sorted(validation)),
-            "test": splits["test"] if "test" in splits else pool.take(rest)}
+    made = {
+        "train": pool.take(sorted(train)),
+        "validation": own if own is not None else pool.take(sorted(validation)),
+        "test": splits["test"] if "test" in splits else pool.take(rest),
+    }
     chosen = "the validation part" if own is not None else f"{each} others of each class"
     reported = "all other images" if "all" in splits else "the whole test part"
-    return made, (f"{where}: train is {each} images of each class, drawn by a fixed seed; validation is {chosen}; test is "
-                  f"{reported}.")
+    return made, (
+        f"{where}: train is {each} images of each class, drawn by a fixed seed; validation is "
+        f"{chosen}; test is "
+        f"{reported}."
+    )
 
 
-def _full(where: str, splits: Mapping[str, Split], classes: Sequence[str]) -> tuple[dict[str, Split], str]:
+def _full(
+    where: str, splits: Mapping[str, Split], classes: Sequence[str]
+) -> tuple[dict[str, Split], str]:
     if "all" in splits:
         whole = splits["all"]
-        _, made, notes = divide(where, whole.items, [classes[int(label)] for label in whole.labels], None)
+        _, made, notes = divide(
+            where, whole.items, [classes[int(label)] for label in whole.labels], None
+        )
         return made, f"{notes[0]} The files say no test set."
     if "validation" in splits:
-        return {name: splits[name] for name in SPLITS}, f"{where}: train, validation and test are the files' own."
+        return {
+            name: splits[name] for name in SPLITS
+        }, f"{where}: train, validation and test are the files' own."
     train, validation = stratified(splits["train"].labels, (1 - VALIDATION, VALIDATION))
-    made = {"train": splits["train"].take(train), "validation": splits["train"].take(validation), "test": splits["test"]}
-    return made, f"{where}: validation is {VALIDATION:.0%} of train, by class and a fixed seed; test is the whole test part."
+    made = {
+        "train": splits["train"].take(train),
+        "validation": splits["train"].take(validation),
+        "test": splits["test"],
+    }
+    return (
+        made,
+        (
+            f"{where}: validation is {VALIDATION:.0%} of train, by class and a fixed seed; test is the "
+            "whole test part."
+        ),
+    )
 
 
 def _inside(path: Path, folder: str, *files: str) -> Path | None:
     """`path`, or the folder in it that the archive makes, where these files are."""
-    return next((place for place in (path, path / folder) if all((place / file).exists() for file in files)), None)
+    return next(
+        (
+            place
+            for place in (path, path / folder)
+            if all((place / file).exists() for file in files)
+        ),
+        None,
+    )
 
 
 def _refuse_pickle(path: Path) -> None:
     for place in (path, path / "cifar-100-python"):
         if all((place / name).is_file() for name in ("train", "test", "meta")):
-            raise WeftError(f"{place} is the Python version of CIFAR-100: pickles, which can run any code and are never "
-                            "opened. Take cifar-100-binary.tar.gz from the same page, or the hub's parquet files.")
+            raise WeftError(
+                f"{place} is the Python version of CIFAR-100: pickles, which can run any code and "
+                "are never "
+                "opened. Take cifar-100-binary.tar.gz from the same page, or the hub's parquet "
+                "files."
+            )
 
 
 def _cifar(path: Path) -> Parts | None:
-    """A row is the coarse label, the fine label, and 1,024 bytes each of red, green and blue, from the top left on."""
+    """A row is the coarse label, the fine label, and 1,024 bytes each of red, green and blue, from
+    the top left on.
+    """
     place = _inside(path, "cifar-100-binary", "train.bin", "test.bin")
     if place is None:
         return None
@@ -143,18 +214,31 @@ def _cifar(path: Path) -> Parts | None:
     from PIL import Image
 
     names = place / "fine_label_names.txt"
-    called = [line for line in read_lines(names) if line] if names.is_file() else [str(i) for i in range(100)]
+    called = (
+        [line for line in read_lines(names) if line]
+        if names.is_file()
+        else [str(i) for i in range(100)]
+    )
     parts: Parts = {}
     for name in ("train", "test"):
         data = np.frombuffer((place / f"{name}.bin").read_bytes(), np.uint8)
         if data.size == 0 or data.size % CIFAR_ROW:
-            raise WeftError(f"{place / name}.bin has {data.size} bytes, no multiple of {CIFAR_ROW}: it is cut off, or "
-                            "another file.")
+            raise WeftError(
+                f"{place / name}.bin has {data.size} bytes, no multiple of {CIFAR_ROW}: it is cut "
+                "off, or "
+                "another file."
+            )
         rows = data.reshape(-1, CIFAR_ROW)
         if int(rows[:, 1].max()) >= len(called):
-            raise WeftError(f"{place / name}.bin has the label {rows[:, 1].max()}, and there are {len(called)} classes.")
+            raise WeftError(
+                f"{place / name}.bin has the label {rows[:, 1].max()}, and there are {len(called)} "
+                "classes."
+            )
         pixels = rows[:, 2:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
-        parts[name] = ([Image.fromarray(np.ascontiguousarray(one)) for one in pixels], [called[i] for i in rows[:, 1]])
+        parts[name] = (
+            [Image.fromarray(np.ascontiguousarray(one)) for one in pixels],
+            [called[i] for i in rows[:, 1]],
+        )
     return parts
 
 
@@ -168,12 +252,17 @@ def _food(path: Path) -> Parts | None:
         named = [line for line in read_lines(place / "meta" / f"{name}.txt") if line]
         files = [place / "images" / f"{line}.jpg" for line in named]
         _all_there(files, place / "meta" / f"{name}.txt")
-        parts[name] = ([Stored(str(file)) for file in files], [line.partition("/")[0] for line in named])
+        parts[name] = (
+            [Stored(str(file)) for file in files],
+            [line.partition("/")[0] for line in named],
+        )
     return parts
 
 
 def _flowers(path: Path) -> Parts | None:
-    """imagelabels.mat has the class of each image, setid.mat the numbers of train, validation and test, both from 1."""
+    """imagelabels.mat has the class of each image, setid.mat the numbers of train, validation and
+    test, both from 1.
+    """
     place = _inside(path, "flowers-102", "jpg", "imagelabels.mat", "setid.mat")
     if place is None:
         return None
@@ -182,13 +271,20 @@ def _flowers(path: Path) -> Parts | None:
     try:
         labels = [str(int(label)) for label in loadmat(place / "imagelabels.mat")["labels"].ravel()]
         ids = loadmat(place / "setid.mat")
-        chosen = {name: [int(i) for i in ids[key].ravel()]
-                  for name, key in (("train", "trnid"), ("validation", "valid"), ("test", "tstid"))}
+        chosen = {
+            name: [int(i) for i in ids[key].ravel()]
+            for name, key in (("train", "trnid"), ("validation", "valid"), ("test", "tstid"))
+        }
     except Exception as error:  # scipy raises its own, and whatever a damaged file leads it to
-        raise WeftError(f"{place}: imagelabels.mat or setid.mat cannot be read: {type(error).__name__} {error}") from None
+        raise WeftError(
+            f"{place}: imagelabels.mat or setid.mat cannot be read: {type(error).__name__} {error}"
+        ) from None
     odd = [i for numbers in chosen.values() for i in numbers if not 1 <= i <= len(labels)]
     if odd:
-        raise WeftError(f"{place}: setid.mat names image {odd[0]}, and imagelabels.mat has {len(labels)} labels.")
+        raise WeftError(
+            f"{place}: setid.mat names image {odd[0]}, and imagelabels.mat has {len(labels)} "
+            "labels."
+        )
     parts: Parts = {}
     for name, numbers in chosen.items():
         files = [place / "jpg" / f"image_{i:05d}.jpg" for i in numbers]
@@ -200,18 +296,33 @@ def _flowers(path: Path) -> Parts | None:
 def _all_there(files: Sequence[Path], named_by: Path) -> None:
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise WeftError(f"{missing[0]} is not there, and {named_by} names it; {len(missing)} of {len(files)} are missing.")
+        raise WeftError(
+            f"{missing[0]} is not there, and {named_by} names it; {len(missing)} of {len(files)} "
+            "are missing."
+        )
 
 
 def _folders(path: Path) -> Parts | None:
     """train/<class> and so on; or <class> alone, in `path` or in the one folder in it."""
-    parts = {split: listed(place) for split, names in NAMES.items()
-             if (place := next((path / n for n in names if (path / n).is_dir()), None)) is not None}
+    parts = {
+        split: listed(place)
+        for split, names in NAMES.items()
+        if (place := next((path / n for n in names if (path / n).is_dir()), None)) is not None
+    }
     if parts:
-        return {name: (list(items), labels) for name, (items, labels) in parts.items()} if _pictures(path) else None
+        return (
+            {name: (list(items), labels) for name, (items, labels) in parts.items()}
+            if _pictures(path)
+            else None
+        )
     inner = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
     place = inner[0] if len(inner) == 1 else path
-    if not any(_is_image(file) for folder in place.iterdir() if folder.is_dir() for file in folder.iterdir()):
+    if not any(
+        _is_image(file)
+        for folder in place.iterdir()
+        if folder.is_dir()
+        for file in folder.iterdir()
+    ):
         return None
     items, labels = listed(place)
     return {"all": (list(items), labels)}
@@ -228,7 +339,9 @@ def _is_image(path: Path) -> bool:
 def _parquet(path: Path, labels: Sequence[str]) -> Parts | None:
     parts: Parts = {}
     for split, names in NAMES.items():
-        files = sorted(f for f in path.rglob("*.parquet") if f.name.split("-")[0].split(".")[0] in names)
+        files = sorted(
+            f for f in path.rglob("*.parquet") if f.name.split("-")[0].split(".")[0] in names
+        )
         for file in files:
             items, named = _rows(file, labels)
             held = parts.setdefault(split, ([], []))
@@ -246,7 +359,10 @@ def _rows(file: Path, labels: Sequence[str]) -> Part:
         image = next((name for name in ("img", "image") if name in have), None)
         label = next((name for name in labels if name in have), None)
         if image is None or label is None:
-            raise WeftError(f"{file} has the columns {have}; it needs 'image' or 'img', and {' or '.join(labels)}.")
+            raise WeftError(
+                f"{file} has the columns {have}; it needs 'image' or 'img', and "
+                f"{' or '.join(labels)}."
+            )
         rows = parquet.read_table(file, columns=[image, label]).to_pylist()
     except (ArrowException, OSError) as error:
         raise WeftError(f"{file} cannot be read as parquet: {str(error).splitlines()[0]}") from None
@@ -254,7 +370,10 @@ def _rows(file: Path, labels: Sequence[str]) -> Part:
     for number, row in enumerate(rows, start=1):
         data = row[image].get("bytes") if isinstance(row[image], dict) else row[image]
         if not isinstance(data, bytes) or row[label] is None:
-            raise WeftError(f"{file}, row {number}: {image} must hold the bytes of an image, and {label} its class.")
+            raise WeftError(
+                f"{file}, row {number}: {image} must hold the bytes of an image, and {label} its "
+                "class."
+            )
         items.append(Stored(f"{file}, row {number}", data))
     return items, [str(row[label]) for row in rows]
 

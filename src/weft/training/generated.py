@@ -1,8 +1,10 @@
-"""A task whose answers are text, for a causal language model: nothing new in the model, the loss on the completion.
+"""A task whose answers are text, for a causal language model: nothing new in the model, the loss on
+the completion.
 
-Samples are rendered as `weft train` does it (`render`), padded on the right to the longest of their batch. The validation
-score is the mean loss of a completion's token over held-out prompts, since decoding them for every learning rate would take
-most of the time; the test split is decoded once, by the task's own settings, and scored by its own metrics.
+Samples are rendered as `weft train` does it (`render`), padded on the right to the longest of their
+batch. The validation score is the mean loss of a completion's token over held-out prompts, since
+decoding them for every learning rate would take most of the time; the test split is decoded once,
+by the task's own settings, and scored by its own metrics.
 """
 
 from __future__ import annotations
@@ -61,12 +63,16 @@ class TokenSplit:
 
     def by_length(self) -> Tensor:
         """Row numbers, the longest first, so that a batch has little padding."""
-        return torch.tensor(sorted(range(len(self)), key=lambda i: (-len(self.encoded[i]["input_ids"]), i)))
+        return torch.tensor(
+            sorted(range(len(self)), key=lambda i: (-len(self.encoded[i]["input_ids"]), i))
+        )
 
 
 @dataclass
 class Generated:
-    """`open_task.OpenTask` for prompts and completions; of `task.records["test"]` those that fit are answered."""
+    """`open_task.OpenTask` for prompts and completions; of `task.records["test"]` those that fit
+    are answered.
+    """
 
     model: Any
     task: GenerationTask
@@ -81,15 +87,40 @@ class Generated:
     def facts(self) -> Facts:
         """Rates are chosen by the loss."""
         records = self.task.eval_records("test")
-        settings = ", ".join(f"{name}={value}" for name, value in self.task.generation.items() if value is not False)
-        how = (f"Learning rates are chosen by the lowest mean loss of a completion's token on the validation split, because "
-               f"decoding is slow; the test split is decoded with {settings} and scored by {self.task.main_metric}.")
-        read = [[self.renderer.prompt_ids(r["prompt"]), r["references"], r.get("group")] for r in records]
-        test = hashlib.sha256(json.dumps([read, dict(self.task.generation)], sort_keys=True).encode()).hexdigest()[:16]
-        return Facts(kind="generation", metric=self.task.main_metric, chosen_by=LOSS, lowest=True, notes=(*self.notes, how),
-                     sizes={"train": len(self.train), "validation": len(self.validation), "test": len(records)},
-                     fingerprints={"model": self.fingerprint, "train": self.train.fingerprint(),
-                                   "validation": self.validation.fingerprint(), "test": test})
+        settings = ", ".join(
+            f"{name}={value}" for name, value in self.task.generation.items() if value is not False
+        )
+        how = (
+            "Learning rates are chosen by the lowest mean loss of a completion's token on the "
+            "validation split, because "
+            f"decoding is slow; the test split is decoded with {settings} and scored by "
+            f"{self.task.main_metric}."
+        )
+        read = [
+            [self.renderer.prompt_ids(r["prompt"]), r["references"], r.get("group")]
+            for r in records
+        ]
+        test = hashlib.sha256(
+            json.dumps([read, dict(self.task.generation)], sort_keys=True).encode()
+        ).hexdigest()[:16]
+        return Facts(
+            kind="generation",
+            metric=self.task.main_metric,
+            chosen_by=LOSS,
+            lowest=True,
+            notes=(*self.notes, how),
+            sizes={
+                "train": len(self.train),
+                "validation": len(self.validation),
+                "test": len(records),
+            },
+            fingerprints={
+                "model": self.fingerprint,
+                "train": self.train.fingerprint(),
+                "validation": self.validation.fingerprint(),
+                "test": test,
+            },
+        )
 
     @torch.no_grad()
     def validate(self) -> Score:
@@ -113,48 +144,83 @@ class Generated:
         report, main = self.task.report(texts, "test"), self.task.main_metric
         score = report.scores[main]
         if score is None:
-            raise WeftError(f"task {self.task.name!r}: {main} could not be computed: {report.reasons.get(main, '')}")
-        return Tested(Score(score, None), _right(self.task, texts, records, score), report.scores, report.reasons)
+            raise WeftError(
+                f"task {self.task.name!r}: {main} could not be computed: "
+                f"{report.reasons.get(main, '')}"
+            )
+        return Tested(
+            Score(score, None),
+            _right(self.task, texts, records, score),
+            report.scores,
+            report.reasons,
+        )
 
 
-def _right(task: GenerationTask, texts: list[str], records: list[Record], score: float) -> str | None:
-    """None where the score is no mean over the examples: of data sets of several sizes it is a mean over the sets."""
+def _right(
+    task: GenerationTask, texts: list[str], records: list[Record], score: float
+) -> str | None:
+    """None where the score is no mean over the examples: of data sets of several sizes it is a mean
+    over the sets.
+    """
     if task.right is None:
         return None
     marks = [task.right(text, record) for text, record in zip(texts, records, strict=True)]
-    return "".join("01"[mark] for mark in marks) if abs(sum(marks) / len(marks) - score) < 1e-9 else None
+    return (
+        "".join("01"[mark] for mark in marks)
+        if abs(sum(marks) / len(marks) - score) < 1e-9
+        else None
+    )
 
 
-def _encoded(renderer: render.Renderer, samples: Sequence[Sample], split: str, pad: int, notes: list[str]) -> TokenSplit:
+def _encoded(
+    renderer: render.Renderer, samples: Sequence[Sample], split: str, pad: int, notes: list[str]
+) -> TokenSplit:
     limit = renderer.max_length
-    found = renderer.encode(Samples("prompt", [dict(sample) for sample in samples], split), split,
-                            f"Texts are cut off after {limit} tokens; give shorter ones, or a model that takes more.")
+    found = renderer.encode(
+        Samples("prompt", [dict(sample) for sample in samples], split),
+        split,
+        f"Texts are cut off after {limit} tokens; give shorter ones, or a model that takes more.",
+    )
     notes += found.counts.notes(split, f"{limit} tokens")
     return TokenSplit(found, pad)
 
 
-def _fitting(config: Any, renderer: render.Renderer, task: GenerationTask, notes: list[str]) -> list[bool]:
-    """Which test prompts leave room for an answer in the model's positions. Raises WeftError: none of them, an empty one."""
+def _fitting(
+    config: Any, renderer: render.Renderer, task: GenerationTask, notes: list[str]
+) -> list[bool]:
+    """Which test prompts leave room for an answer in the model's positions. Raises WeftError: none
+    of them, an empty one.
+    """
     places, new = places_of(config), task.generation.get("max_new_tokens", 0)
     lengths = [len(renderer.prompt_ids(record["prompt"])) for record in task.eval_records("test")]
     fits = [places is None or length + new <= places for length in lengths]
     if not any(fits):
-        raise WeftError(f"task {task.name!r}: no test prompt fits into the model's {places} positions with {new} tokens for "
-                        f"an answer; the shortest has {min(lengths)}. Give a model with more positions.")
+        raise WeftError(
+            f"task {task.name!r}: no test prompt fits into the model's {places} positions with "
+            f"{new} tokens for "
+            f"an answer; the shortest has {min(lengths)}. Give a model with more positions."
+        )
     if not all(fits):
-        notes.append(f"test: {fits.count(False)} of {len(fits)} prompts do not fit into the model's {places} positions with "
-                     f"{new} tokens for an answer; whatever the method, their answer is empty.")
+        notes.append(
+            f"test: {fits.count(False)} of {len(fits)} prompts do not fit into the model's "
+            f"{places} positions with "
+            f"{new} tokens for an answer; whatever the method, their answer is empty."
+        )
     return fits
 
 
 def _split(records: Sequence[Record]) -> Split:
-    """With the data set that a record is of for its class, so that a part of them has as many of each in proportion."""
+    """With the data set that a record is of for its class, so that a part of them has as many of
+    each in proportion.
+    """
     groups = list(dict.fromkeys(record.get("group", "") for record in records))
     return Split(records, [groups.index(record.get("group", "")) for record in records])
 
 
 def opened(ref: GenerationRef, model: ModelRef, most: Mapping[str, int | None]) -> Generated:
-    """See `open_task.open_task`. The model is looked at before the data are read, and loaded behind them."""
+    """See `open_task.open_task`. The model is looked at before the data are read, and loaded behind
+    them.
+    """
     check_generates(model)
     with quiet(), loading(model, "a tokenizer and a configuration"):
         tokenizer, shape, stops = tokenizer_and_stops(model, model)
@@ -163,10 +229,18 @@ def opened(ref: GenerationRef, model: ModelRef, most: Mapping[str, int | None]) 
         raise WeftError(f"task {task.name!r} has no test data; it has {sorted(task.records)}.")
     limit, notes = min(MAX_TOKENS, most_tokens(tokenizer, shape)), list(task.notes)
     renderer = render.Renderer(tokenizer, limit, stops=stops)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    samples = capped(Split(task.train_samples(), [0] * len(task.samples)), most.get("train"), "train", notes).items
-    records = {name: capped(_split(task.eval_records(name)), most.get(name), name, notes).items
-               for name in ("validation", "test")}
+    pad = (
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id or 0
+    )
+    samples = capped(
+        Split(task.train_samples(), [0] * len(task.samples)), most.get("train"), "train", notes
+    ).items
+    records = {
+        name: capped(_split(task.eval_records(name)), most.get(name), name, notes).items
+        for name in ("validation", "test")
+    }
     task = replace(task, samples=samples, records=records)
     fits = _fitting(shape, renderer, task, notes)
     with quiet():

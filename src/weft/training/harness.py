@@ -1,8 +1,10 @@
-"""Log-likelihood scoring by lm-evaluation-harness (the package `lm-eval`), through its public API, of the model in memory.
+"""Log-likelihood scoring by lm-evaluation-harness (the package `lm-eval`), through its public API,
+of the model in memory.
 
-Its tasks, prompts and metrics are its own; ours is that the adapter is in the model that it asks. The commonsense sets are
-there as boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa. The papers' numbers are by
-generate-and-match (`weft.tasks.commonsense`) and are not comparable with these.
+Its tasks, prompts and metrics are its own; ours is that the adapter is in the model that it asks.
+The commonsense sets are there as boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy,
+arc_challenge and openbookqa. The papers' numbers are by generate-and-match
+(`weft.tasks.commonsense`) and are not comparable with these.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from .use import Opened
 
 @dataclass(frozen=True)
 class Harness:
-    """scores: task to metric to value, as the harness names them. versions, shots, examples: by task. release: its own."""
+    """scores: task to metric to value, as the harness names them. versions, shots, examples: by
+    task. release: its own.
+    """
 
     scores: dict[str, dict[str, float]]
     versions: dict[str, Any]
@@ -40,14 +44,27 @@ def find_tasks(names: Sequence[str], include: Path | None = None) -> Any:
     index = TaskManager(include_path=None if include is None else str(include))
     for name in names:
         if name not in index.all_tasks:
-            near = get_close_matches(name, index.all_tasks, n=3) or ["arc_easy", "piqa", "hellaswag"]
-            raise ConfigError(f"--lm-eval {name!r}: lm-eval has no task of that name. Nearest: {', '.join(near)}.")
+            near = get_close_matches(name, index.all_tasks, n=3) or [
+                "arc_easy",
+                "piqa",
+                "hellaswag",
+            ]
+            raise ConfigError(
+                f"--lm-eval {name!r}: lm-eval has no task of that name. Nearest: {', '.join(near)}."
+            )
     return index
 
 
-def score(opened: Opened, names: Sequence[str], index: Any, shots: int | None = None, most: int | None = None,
-          batch: int = 8) -> Harness:
-    """Score these tasks. shots: examples in the prompt, None for each task's own number. most: the first examples of each.
+def score(
+    opened: Opened,
+    names: Sequence[str],
+    index: Any,
+    shots: int | None = None,
+    most: int | None = None,
+    batch: int = 8,
+) -> Harness:
+    """Score these tasks. shots: examples in the prompt, None for each task's own number. most: the
+    first examples of each.
 
     Raises WeftError with one line: the model generates no text, data that cannot be fetched.
     """
@@ -55,19 +72,43 @@ def score(opened: Opened, names: Sequence[str], index: Any, shots: int | None = 
     from lm_eval.models.huggingface import HFLM
 
     if not opened.model.can_generate():
-        raise WeftError(f"{type(opened.model).__name__} is no language model; lm-eval asks for the likelihood of text.")
-    asked = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=batch, max_length=opened.limit)
+        raise WeftError(
+            f"{type(opened.model).__name__} is no language model; lm-eval asks for the likelihood "
+            "of text."
+        )
+    asked = HFLM(
+        pretrained=opened.model,
+        tokenizer=opened.tokenizer,
+        batch_size=batch,
+        max_length=opened.limit,
+    )
     try:
-        found = lm_eval.simple_evaluate(model=asked, tasks=list(names), task_manager=index, num_fewshot=shots, limit=most,
-                                        log_samples=False, bootstrap_iters=0)
+        found = lm_eval.simple_evaluate(
+            model=asked,
+            tasks=list(names),
+            task_manager=index,
+            num_fewshot=shots,
+            limit=most,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
     except Exception as error:  # datasets, the hub and the harness raise whatever they like
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        first = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise WeftError(f"lm-eval could not score {', '.join(names)}: {first}") from error
     held: dict[str, Any] = dict(found or {})
-    scores = {name: {key: float(value) for key, value in row.items() if _number(value)}
-              for name, row in held["results"].items()}
-    return Harness(scores, dict(held.get("versions", {})), dict(held.get("n-shot", {})),
-                   {name: int(n["effective"]) for name, n in held.get("n-samples", {}).items()}, str(lm_eval.__version__))
+    scores = {
+        name: {key: float(value) for key, value in row.items() if _number(value)}
+        for name, row in held["results"].items()
+    }
+    return Harness(
+        scores,
+        dict(held.get("versions", {})),
+        dict(held.get("n-shot", {})),
+        {name: int(n["effective"]) for name, n in held.get("n-samples", {}).items()},
+        str(lm_eval.__version__),
+    )
 
 
 def _number(value: Any) -> bool:

@@ -1,4 +1,6 @@
-"""A task whose answers are classes or numbers: the outputs of a new head, which is trained beside every method."""
+"""A task whose answers are classes or numbers: the outputs of a new head, which is trained beside
+every method.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,18 @@ class Labelled:
     def facts(self) -> Facts:
         """Rates are chosen by the metric that is reported, on the other split."""
         made, splits = self.prepared, self.prepared.splits
-        return Facts(kind="classification" if made.classes else "regression", metric=made.metric, chosen_by=made.metric,
-                     classes=made.classes, notes=tuple(made.notes), sizes={name: len(splits[name]) for name in SPLITS},
-                     fingerprints={"model": made.fingerprint, **{name: splits[name].fingerprint() for name in SPLITS}})
+        return Facts(
+            kind="classification" if made.classes else "regression",
+            metric=made.metric,
+            chosen_by=made.metric,
+            classes=made.classes,
+            notes=tuple(made.notes),
+            sizes={name: len(splits[name]) for name in SPLITS},
+            fingerprints={
+                "model": made.fingerprint,
+                **{name: splits[name].fingerprint() for name in SPLITS},
+            },
+        )
 
     def validate(self) -> Score:
         return evaluate(self.model, self.prepared.splits["validation"], metric=self.prepared.metric)
@@ -53,10 +64,18 @@ def opened(ref: TaskRef, model: ModelRef, most: Mapping[str, int | None]) -> Lab
 
 
 def fresh_modules(prepared: Prepared) -> tuple[str, ...]:
-    """The modules that every row trains from new values: the head, and what the checkpoint has no tensors for."""
+    """The modules that every row trains from new values: the head, and what the checkpoint has no
+    tensors for.
+    """
     head = list(head_modules(prepared.model))
     if not head:
-        raise WeftError(f"{type(prepared.model).__name__} has no output head that could be trained for "
-                        f"{len(prepared.classes) or 'no'} classes.")
-    loose = [name for name in prepared.missing if not any(name.startswith(module + ".") for module in head)]
+        raise WeftError(
+            f"{type(prepared.model).__name__} has no output head that could be trained for "
+            f"{len(prepared.classes) or 'no'} classes."
+        )
+    loose = [
+        name
+        for name in prepared.missing
+        if not any(name.startswith(module + ".") for module in head)
+    ]
     return tuple(dict.fromkeys([*head, *(name.rpartition(".")[0] for name in loose)]))

@@ -1,8 +1,9 @@
 """A plain training loop: AdamW, linear warm-up and decay, the audit, and a loss curve.
 
-Everything random is drawn from `Recipe.seed`: the order of the batches from a generator of its own, dropout from a
-forked global generator, a new head by `renew`. So a run gives the same bits whatever ran before it in the process
-(same machine, same number of threads, CPU; on CUDA as far as the kernels are deterministic).
+Everything random is drawn from `Recipe.seed`: the order of the batches from a generator of its own,
+dropout from a forked global generator, a new head by `renew`. So a run gives the same bits whatever
+ran before it in the process (same machine, same number of threads, CPU; on CUDA as far as the
+kernels are deterministic).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from ..tasks.metrics import of_logits
 from .audit import Snapshot, audit, release, snapshot
 from .losses import mean_entropy
 
-AUDIT_AFTER = 3  # steps: LoRA's B starts at 0, so A moves from the second step on; the third leaves a margin
+AUDIT_AFTER = (
+    3  # steps: LoRA's B starts at 0, so A moves from the second step on; the third leaves a margin
+)
 
 
 class DivergedError(WeftError):
@@ -33,8 +36,9 @@ class DivergedError(WeftError):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train. `lr` is the peak rate of the method's own tensors, `head_lr` that of the head's. Weight decay acts on
-    matrices; vectors (biases, norms, magnitudes, VeRA's b and d) have none, as in `weft train`.
+    """How to train. `lr` is the peak rate of the method's own tensors, `head_lr` that of the
+    head's. Weight decay acts on matrices; vectors (biases, norms, magnitudes, VeRA's b and d) have
+    none, as in `weft train`.
     """
 
     steps: int = 150
@@ -49,15 +53,22 @@ class Recipe:
         for name, low in (("steps", AUDIT_AFTER), ("batch", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"Recipe({name}={value!r}): {name} must be a whole number, {low} or more.")
+                raise ConfigError(
+                    f"Recipe({name}={value!r}): {name} must be a whole number, {low} or more."
+                )
         for name in ("lr", "head_lr"):
             value = getattr(self, name)
             if not math.isfinite(value) or value <= 0:
                 raise ConfigError(f"Recipe({name}={value!r}): {name} must be a number above 0.")
         if not 0 <= self.warm_up < 1:
-            raise ConfigError(f"Recipe(warm_up={self.warm_up!r}): warm_up is a share of the steps, in [0, 1).")
+            raise ConfigError(
+                f"Recipe(warm_up={self.warm_up!r}): warm_up is a share of the steps, in [0, 1)."
+            )
         if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"Recipe(weight_decay={self.weight_decay!r}): weight_decay must be 0 or a number above it.")
+            raise ConfigError(
+                f"Recipe(weight_decay={self.weight_decay!r}): weight_decay must be 0 or a number "
+                "above it."
+            )
 
 
 @dataclass(frozen=True)
@@ -68,13 +79,19 @@ class Score:
     loss: float | None
 
 
-def train(model: nn.Module, adapter: Adapter, examples: Encoded, recipe: Recipe,
-          on_step: Callable[[int], None] | None = None) -> list[float]:
+def train(
+    model: nn.Module,
+    adapter: Adapter,
+    examples: Encoded,
+    recipe: Recipe,
+    on_step: Callable[[int], None] | None = None,
+) -> list[float]:
     """Train the adapter in place and return the loss of every step.
 
-    A method with a schedule that its configuration leaves open gets `recipe.steps`. After three steps (more where a
-    method needs more before all has moved) `weft.audit` checks that every declared tensor trains and that the base is still.
-    Raises AuditError, or DivergedError as soon as a loss is not finite.
+    A method with a schedule that its configuration leaves open gets `recipe.steps`. After three
+    steps (more where a method needs more before all has moved) `weft.audit` checks that every
+    declared tensor trains and that the base is still. Raises AuditError, or DivergedError as soon
+    as a loss is not finite.
     """
     device = next(model.parameters()).device
     adapter.plan_steps(recipe.steps)
@@ -102,8 +119,14 @@ def train(model: nn.Module, adapter: Adapter, examples: Encoded, recipe: Recipe,
     return losses
 
 
-def _step(model: nn.Module, optimiser: torch.optim.Optimizer, examples: Encoded, rows: Tensor, device: torch.device,
-          step: int) -> float:
+def _step(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    examples: Encoded,
+    rows: Tensor,
+    device: torch.device,
+    step: int,
+) -> float:
     mean = loss_of(model, examples, rows, device)
     value = float(mean.detach())
     if not math.isfinite(value):
@@ -119,21 +142,28 @@ def loss_of(model: nn.Module, examples: Encoded, rows: Tensor, device: torch.dev
     return forward_loss(model, *on_device(examples, rows, device))
 
 
-def on_device(examples: Encoded, rows: Tensor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+def on_device(
+    examples: Encoded, rows: Tensor, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs and labels of these rows."""
-    return {key: value.to(device) for key, value in examples.batch(rows).items()}, examples.wanted(rows).to(device)
+    return {key: value.to(device) for key, value in examples.batch(rows).items()}, examples.wanted(
+        rows
+    ).to(device)
 
 
 def forward_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """Mean loss of one batch. Virtual tokens between prompt and answer learn from the labels where the answer begins."""
+    """Mean loss of one batch. Virtual tokens between prompt and answer learn from the labels where
+    the answer begins.
+    """
     with prompts.answering(model, labels if labels.ndim == 2 else None):
         logits = model(**inputs).logits
     return loss(logits, labels)
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of classes [n] from logits [n, classes], mean squared error of scores [n] from [n, 1], or the mean
-    over the tokens in the loss of labels [n, length] from [n, length, words].
+    """Mean cross-entropy of classes [n] from logits [n, classes], mean squared error of scores [n]
+    from [n, 1], or the mean over the tokens in the loss of labels [n, length] from [n, length,
+    words].
     """
     if labels.ndim == 2:
         return mean_entropy(logits, labels)
@@ -142,7 +172,9 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels)
 
 
-def evaluate(model: nn.Module, examples: Labelled, batch: int = 128, metric: str = "accuracy") -> Score:
+def evaluate(
+    model: nn.Module, examples: Labelled, batch: int = 128, metric: str = "accuracy"
+) -> Score:
     """Score a split, by a metric of `tasks.metrics`; see `answers`."""
     return score_of(answers(model, examples, batch), examples, metric)
 
@@ -180,28 +212,46 @@ def renew(model: nn.Module, modules: Iterable[str], seed: int) -> None:
                 reset = getattr(module, "reset_parameters", None)
                 if reset is None:
                     full = ".".join(part for part in (name, inner) if part)
-                    raise WeftError(f"{full!r} ({type(module).__name__}) is to be trained from new values, and it has no "
-                                    "reset_parameters() that would give them.")
+                    raise WeftError(
+                        f"{full!r} ({type(module).__name__}) is to be trained from new values, and "
+                        "it has no "
+                        "reset_parameters() that would give them."
+                    )
                 reset()
 
 
 def groups(adapter: Adapter, recipe: Recipe) -> list[dict[str, object]]:
-    """The optimiser's parameter groups: the method's own tensors, and the head's at their own rate; with the recipe's weight
-    decay or without.
+    """The optimiser's parameter groups: the method's own tensors, and the head's at their own rate;
+    with the recipe's weight decay or without.
     """
     head = {id(tensor.trained) for tensor in adapter.selected_tensors.values() if tensor.head}
     own = [p for p in adapter.parameters() if id(p) not in head]
     rest = [p for p in adapter.parameters() if id(p) in head]
     pairs = ((own, recipe.lr), (rest, recipe.head_lr if own else recipe.lr))
     if not recipe.weight_decay:
-        return [{"params": tensors, "lr": lr, "weight_decay": 0.0} for tensors, lr in pairs if tensors]
-    parts = [([p for p in tensors if (p.ndim >= 2) == matrices], lr, recipe.weight_decay if matrices else 0.0)
-             for tensors, lr in pairs for matrices in (True, False)]
-    return [{"params": tensors, "lr": lr, "weight_decay": decay} for tensors, lr, decay in parts if tensors]
+        return [
+            {"params": tensors, "lr": lr, "weight_decay": 0.0} for tensors, lr in pairs if tensors
+        ]
+    parts = [
+        (
+            [p for p in tensors if (p.ndim >= 2) == matrices],
+            lr,
+            recipe.weight_decay if matrices else 0.0,
+        )
+        for tensors, lr in pairs
+        for matrices in (True, False)
+    ]
+    return [
+        {"params": tensors, "lr": lr, "weight_decay": decay}
+        for tensors, lr, decay in parts
+        if tensors
+    ]
 
 
 def factor(step: int, recipe: Recipe) -> float:
-    """Share of the peak rate at `step` (from 0): linear up over the warm-up, then linear down to 0 at the end."""
+    """Share of the peak rate at `step` (from 0): linear up over the warm-up, then linear down to 0
+    at the end.
+    """
     warm = round(recipe.warm_up * recipe.steps)
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -209,7 +259,9 @@ def factor(step: int, recipe: Recipe) -> float:
 
 
 def batches(n: int, recipe: Recipe) -> Iterator[Tensor]:
-    """`steps` batches of row numbers; every row once before any row again, in an order drawn from the seed."""
+    """`steps` batches of row numbers; every row once before any row again, in an order drawn from
+    the seed.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     waiting = torch.empty(0, dtype=torch.int64)
     size = min(recipe.batch, n)

@@ -17,7 +17,9 @@ ADAM_MOMENTS = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `activations` is what autograd keeps for backward in one step of the batch asked for; None if not asked."""
+    """Bytes. `activations` is what autograd keeps for backward in one step of the batch asked for;
+    None if not asked.
+    """
 
     base: int
     trained: int
@@ -31,9 +33,11 @@ class Memory:
 
 
 def estimate(adapter: Adapter, inputs: Mapping[str, Tensor] | None = None) -> Memory:
-    """Memory of a training step with AdamW: exact for tensors, without the allocator's rounding and temporaries.
+    """Memory of a training step with AdamW: exact for tensors, without the allocator's rounding and
+    temporaries.
 
-    inputs: a batch on the model's device, which may be meta; then the activations are counted by one forward.
+    inputs: a batch on the model's device, which may be meta; then the activations are counted by
+    one forward.
     """
     trained = list(adapter.parameters())
     ours = {id(p) for site in adapter.sites.values() for p in site.parameters()}
@@ -49,7 +53,9 @@ def estimate(adapter: Adapter, inputs: Mapping[str, Tensor] | None = None) -> Me
 
 
 def _saved(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps for one forward, parameters and buffers apart."""
+    """Bytes of the distinct storages that autograd keeps for one forward, parameters and buffers
+    apart.
+    """
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Any] = {}
 

@@ -21,15 +21,18 @@ from .pretrained import find_source
 from .render import Encoded, Renderer, classes_of, encode_labels
 from .start import Start, begin_with, check_base, open_start, said
 
-_AUTO = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
-         "image-classification": "AutoModelForImageClassification",
-         "regression": "AutoModelForSequenceClassification"}
+_AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "regression": "AutoModelForSequenceClassification",
+}
 
 
 @dataclass
 class Data:
-    """Tokenizer (or image processor, if the model has one) and samples of a run. `classes`: of a classification, in the
-    order of the model's outputs.
+    """Tokenizer (or image processor, if the model has one) and samples of a run. `classes`: of a
+    classification, in the order of the model's outputs.
     """
 
     ref: ModelRef
@@ -58,7 +61,9 @@ def check_places(config: RunConfig) -> ModelRef:
             check_source(name, f"data.{key}")
         local = name is None or Path(name).expanduser().is_file()
         if local and getattr(config.data, split) != getattr(DataSection, split):
-            raise ConfigError(f"data.{split} chooses a split of a hub name, and data.{key} is {name!r}.")
+            raise ConfigError(
+                f"data.{split} chooses a split of a hub name, and data.{key} is {name!r}."
+            )
     template = config.data.chat_template
     if template is not None and not Path(template).expanduser().is_file():
         raise ConfigError(f"data.chat_template={template!r}: there is no such file.")
@@ -70,12 +75,24 @@ def check_places(config: RunConfig) -> ModelRef:
 def open_data(config: RunConfig) -> Data:
     """Read, render and encode the samples; no weights are loaded. Raises WeftError."""
     ref = check_places(config)
-    start = None if config.adapter.start is None else open_start(config.adapter.start, config.method)
+    start = (
+        None if config.adapter.start is None else open_start(config.adapter.start, config.method)
+    )
     if config.task is not None and is_image(config.task):
         check_text_keys(config)
         found = open_pictures(config.task, ref)
-        return Data(ref, found.processor, "image-classification", "image", found.train, found.eval, 0, found.classes,
-                    found.notes, start=start)
+        return Data(
+            ref,
+            found.processor,
+            "image-classification",
+            "image",
+            found.train,
+            found.eval,
+            0,
+            found.classes,
+            found.notes,
+            start=start,
+        )
     task, names = None, config.model.labels
     decided: tuple[str, ...] = ()
     if config.task is not None:
@@ -93,8 +110,12 @@ def open_data(config: RunConfig) -> Data:
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id or 0
-        notes.append(f"The tokenizer has no pad token; rows are padded with token {pad}, which is masked.")
-    data = Data(ref, tokenizer, kind, train.format, Encoded([]), None, pad, None, notes, task, start=start)
+        notes.append(
+            f"The tokenizer has no pad token; rows are padded with token {pad}, which is masked."
+        )
+    data = Data(
+        ref, tokenizer, kind, train.format, Encoded([]), None, pad, None, notes, task, start=start
+    )
     with quiet():  # that a text is longer than the model takes is counted, and told at the end
         _encode(config, data, (train, held), limit, stops, names)
     data.notes += data.train.counts.notes("training")
@@ -102,8 +123,14 @@ def open_data(config: RunConfig) -> Data:
     return data
 
 
-def _encode(config: RunConfig, data: Data, samples: tuple[Samples, Samples | None], limit: int, stops: set[int],
-            names: tuple[str, ...] | None) -> None:
+def _encode(
+    config: RunConfig,
+    data: Data,
+    samples: tuple[Samples, Samples | None],
+    limit: int,
+    stops: set[int],
+    names: tuple[str, ...] | None,
+) -> None:
     (train, held), tokenizer = samples, data.tokenizer
     if data.kind == "causal-lm":
         template = config.data.chat_template
@@ -118,22 +145,33 @@ def _encode(config: RunConfig, data: Data, samples: tuple[Samples, Samples | Non
 
 
 def open_model(config: RunConfig, data: Data) -> tuple[nn.Module, Adapter, list[str]]:
-    """The pretrained model with the method attached, and the names of base tensors that the checkpoint did not have.
+    """The pretrained model with the method attached, and the names of base tensors that the
+    checkpoint did not have.
 
-    Modules with such tensors (a new head) are trained beside the method, from values drawn from the seed, or from those of
-    `adapter.start` where they are there.
+    Modules with such tensors (a new head) are trained beside the method, from values drawn from the
+    seed, or from those of `adapter.start` where they are there.
     """
     model, missing = _pretrained(config, data)
     method = config.method
     if missing:
         if data.kind == "causal-lm" or len(missing) > len(model.state_dict()) // 2:
-            raise WeftError(f"model {data.ref.name!r} has no weights for {missing[0]!r} ({len(missing)} tensors in all); "
-                            "they would be random. Give a checkpoint of this architecture.")
+            raise WeftError(
+                f"model {data.ref.name!r} has no weights for {missing[0]!r} ({len(missing)} "
+                "tensors in all); "
+                "they would be random. Give a checkpoint of this architecture."
+            )
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in missing))
         if not all(modules):
-            raise WeftError(f"{missing[0]!r} is not in the checkpoint and belongs to no module that could be trained.")
-        method = replace(method, modules_to_save=tuple(dict.fromkeys([*method.modules_to_save, *modules])))
-        data.notes.append(f"Not in the checkpoint, so trained from new values: {', '.join(modules)}.")
+            raise WeftError(
+                f"{missing[0]!r} is not in the checkpoint and belongs to no module that could be "
+                "trained."
+            )
+        method = replace(
+            method, modules_to_save=tuple(dict.fromkeys([*method.modules_to_save, *modules]))
+        )
+        data.notes.append(
+            f"Not in the checkpoint, so trained from new values: {', '.join(modules)}."
+        )
     if data.start is not None:
         check_base(data.start, model, missing)
     adapter = attach(model, method)
@@ -148,9 +186,14 @@ def _kind(config: RunConfig, train: Samples, scores: bool) -> str:
     labelled = "regression" if scores else "classification"
     kind = config.model.kind or (labelled if train.format == "label" else "causal-lm")
     if (kind == "causal-lm") == (train.format == "label"):
-        raise ConfigError(f"model.kind={kind} and data of the format {train.format!r} do not go together"
-                          + (" (data.format=label needs classification or regression)." if kind == "causal-lm" else
-                             " (classification and regression need the columns text and label)."))
+        raise ConfigError(
+            f"model.kind={kind} and data of the format {train.format!r} do not go together"
+            + (
+                " (data.format=label needs classification or regression)."
+                if kind == "causal-lm"
+                else " (classification and regression need the columns text and label)."
+            )
+        )
     if config.model.labels is not None and kind != "classification":
         raise ConfigError(f"model.labels names classes, and model.kind is {kind}.")
     return kind
@@ -159,9 +202,14 @@ def _kind(config: RunConfig, train: Samples, scores: bool) -> str:
 def _check_used(config: RunConfig, kind: str, form: str) -> None:
     """No key is given that this kind of data would ignore. Raises ConfigError."""
     if config.data.chat_template is not None and form != "messages":
-        raise ConfigError(f"data.chat_template is for data.format=messages, and this data has the format {form!r}.")
+        raise ConfigError(
+            "data.chat_template is for data.format=messages, and this data has the format "
+            f"{form!r}."
+        )
     if config.data.loss_on == "all" and form not in ("prompt", "messages"):
-        raise ConfigError(f"data.loss_on=all has no meaning for data of the format {form!r}; leave it out.")
+        raise ConfigError(
+            f"data.loss_on=all has no meaning for data of the format {form!r}; leave it out."
+        )
     if config.optim.label_smoothing and kind == "regression":
         raise ConfigError("optim.label_smoothing has no meaning for a regression; leave it out.")
     if config.eval.records is not None and (config.task is None or form != "prompt"):
@@ -169,15 +217,24 @@ def _check_used(config: RunConfig, kind: str, form: str) -> None:
 
 
 def tokenizer_and_stops(ref: ModelRef, own: ModelRef) -> tuple[Any, Any, set[int]]:
-    """The tokenizer at `own`, the model's configuration, and the ids at which its generation stops."""
+    """The tokenizer at `own`, the model's configuration, and the ids at which its generation
+    stops.
+    """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(own.source, local_files_only=own.local)
     shape = AutoConfig.from_pretrained(ref.source, local_files_only=ref.local)
     stops = [getattr(shape, "eos_token_id", None)]
     if not ref.local or (Path(ref.source) / "generation_config.json").is_file():
-        stops.append(GenerationConfig.from_pretrained(ref.source, local_files_only=ref.local).eos_token_id)
-    flat = {i for stop in stops for i in (stop if isinstance(stop, list) else [stop]) if isinstance(i, int)}
+        stops.append(
+            GenerationConfig.from_pretrained(ref.source, local_files_only=ref.local).eos_token_id
+        )
+    flat = {
+        i
+        for stop in stops
+        for i in (stop if isinstance(stop, list) else [stop])
+        if isinstance(i, int)
+    }
     return tokenizer, shape, flat
 
 
@@ -191,7 +248,10 @@ def _limit(config: RunConfig, tokenizer: Any, shape: Any, notes: list[str]) -> i
     """max_length, or what the model can take where that is less."""
     most = most_tokens(tokenizer, shape)
     if config.data.max_length > most:
-        notes.append(f"data.max_length={config.data.max_length} is more than this model takes; samples are cut at {most}.")
+        notes.append(
+            f"data.max_length={config.data.max_length} is more than this model takes; samples are "
+            f"cut at {most}."
+        )
     return int(min(config.data.max_length, most))
 
 
@@ -203,9 +263,14 @@ def _pretrained(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
         changes: dict[str, Any] = {}
         if heads:
             names = data.classes or ("value",)
-            changes = {"num_labels": len(names), "id2label": dict(enumerate(names)),
-                       "label2id": {name: i for i, name in enumerate(names)}}
-        shape = transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local, **changes)
+            changes = {
+                "num_labels": len(names),
+                "id2label": dict(enumerate(names)),
+                "label2id": {name: i for i, name in enumerate(names)},
+            }
+        shape = transformers.AutoConfig.from_pretrained(
+            ref.source, local_files_only=ref.local, **changes
+        )
         if heads and data.kind != "image-classification":
             shape.pad_token_id = data.pad
         if heads:
@@ -213,7 +278,13 @@ def _pretrained(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
         torch.manual_seed(config.train.seed)  # of a new head
         dtype = config.model.dtype
         model, report = getattr(transformers, _AUTO[data.kind]).from_pretrained(
-            ref.source, config=shape, dtype="auto" if dtype == "auto" else getattr(torch, dtype), use_safetensors=True,
-            ignore_mismatched_sizes=heads, output_loading_info=True, local_files_only=ref.local)
+            ref.source,
+            config=shape,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            ignore_mismatched_sizes=heads,
+            output_loading_info=True,
+            local_files_only=ref.local,
+        )
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     return model, sorted({*report["missing_keys"], *mismatched})

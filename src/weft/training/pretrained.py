@@ -25,52 +25,82 @@ def find_source(name: str) -> ModelRef:
 
 
 def empty_model(ref: ModelRef, task_class: str | None = None) -> nn.Module:
-    """The architecture on the meta device: every shape, no number, no memory. Needs a configuration and no weights."""
+    """The architecture on the meta device: every shape, no number, no memory. Needs a configuration
+    and no weights.
+    """
     with quiet(), loading(ref, "a configuration"):
         config = _config(ref)
         cls = _class_of(config, task_class)
         with torch.device("meta"):
-            model: nn.Module = cls(config) if hasattr(cls, "base_model_prefix") else cls.from_config(config)
+            model: nn.Module = (
+                cls(config) if hasattr(cls, "base_model_prefix") else cls.from_config(config)
+            )
     return model.eval()
 
 
-def model_for(ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor], dtype: str = "auto") -> nn.Module:
+def model_for(
+    ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor], dtype: str = "auto"
+) -> nn.Module:
     """The model of `opened` alone."""
     return opened(ref, task_class, brought, dtype)[0]
 
 
-def opened(ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor], dtype: str = "auto",
-           ) -> tuple[nn.Module, list[str]]:
-    """The pretrained model for an adapter that was made for `task_class` and brings the base tensors `brought`.
+def opened(
+    ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor], dtype: str = "auto"
+) -> tuple[nn.Module, list[str]]:
+    """The pretrained model for an adapter that was made for `task_class` and brings the base
+    tensors `brought`.
 
-    A new head takes its number of classes from the tensors that the adapter brings. Raises WeftError where weights are
-    neither in the checkpoint nor brought, since they would be random.
+    A new head takes its number of classes from the tensors that the adapter brings. Raises
+    WeftError where weights are neither in the checkpoint nor brought, since they would be random.
     """
     head = _head_size(ref, task_class, brought)
     with quiet(), loading(ref, task_class or "a model"):
         config = _config(ref, **head)
         model, report = _class_of(config, task_class).from_pretrained(
-            ref.source, config=config, dtype="auto" if dtype == "auto" else getattr(torch, dtype), use_safetensors=True,
-            ignore_mismatched_sizes=bool(head), output_loading_info=True, local_files_only=ref.local)
-    missing = {*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])}
+            ref.source,
+            config=config,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            ignore_mismatched_sizes=bool(head),
+            output_loading_info=True,
+            local_files_only=ref.local,
+        )
+    missing = {
+        *report["missing_keys"],
+        *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]),
+    }
     _check_random(ref, missing - set(brought))
     loaded: nn.Module = model.eval()
     return loaded, sorted(missing)
 
 
 def check_recorded(model: nn.Module, missing: Collection[str], places: Iterable[Path]) -> None:
-    """The runs of weft train in whose directories these adapters lie were on the weights of `model`, as yet without adapter.
+    """The runs of weft train in whose directories these adapters lie were on the weights of
+    `model`, as yet without adapter.
 
-    `missing`: its tensors that no checkpoint had. A directory beside no run.json says nothing of its base. Raises WeftError.
+    `missing`: its tensors that no checkpoint had. A directory beside no run.json says nothing of
+    its base. Raises WeftError.
     """
     mine = base_fingerprint(base_digests(model), missing)
     for place in places:
-        record = next((f for above in place.resolve().parents[:2] if (f := above / "run.json").is_file()), None)
-        theirs = None if record is None else RunDir(record.parent).read().get("identity", {}).get("model")
+        record = next(
+            (f for above in place.resolve().parents[:2] if (f := above / "run.json").is_file()),
+            None,
+        )
+        theirs = (
+            None
+            if record is None
+            else RunDir(record.parent).read().get("identity", {}).get("model")
+        )
         if theirs not in (None, mine):
-            raise WeftError(f"{str(place)!r} was trained on a base whose weights have checksum {theirs}, and those of this "
-                            f"model have {mine}. Give the base that the run names (config.yaml beside it), in the dtype "
-                            "that it had there (--dtype, model.dtype).")
+            raise WeftError(
+                f"{str(place)!r} was trained on a base whose weights have checksum {theirs}, and "
+                "those of this "
+                f"model have {mine}. Give the base that the run names (config.yaml beside it), in "
+                "the dtype "
+                "that it had there (--dtype, model.dtype)."
+            )
 
 
 def _config(ref: ModelRef, **changes: Any) -> Any:
@@ -80,11 +110,15 @@ def _config(ref: ModelRef, **changes: Any) -> Any:
     if path.is_file():
         data = json.loads(path.read_text(encoding="utf-8"))
         return transformers.AutoConfig.for_model(**{**data, **changes})
-    return transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local, **changes)
+    return transformers.AutoConfig.from_pretrained(
+        ref.source, local_files_only=ref.local, **changes
+    )
 
 
 def _class_of(config: Any, task_class: str | None) -> Any:
-    """The adapter's class, else the one that the configuration names, else a causal language model, else the bare model."""
+    """The adapter's class, else the one that the configuration names, else a causal language model,
+    else the bare model.
+    """
     import transformers
 
     for name in (task_class, *(config.architectures or ())):
@@ -95,11 +129,21 @@ def _class_of(config: Any, task_class: str | None) -> Any:
     return causal.get(type(config), transformers.AutoModel)
 
 
-def _head_size(ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor]) -> dict[str, int]:
-    """num_labels, where the tensors of the adapter have another number of rows than the configuration gives."""
+def _head_size(
+    ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """num_labels, where the tensors of the adapter have another number of rows than the
+    configuration gives.
+    """
     shapes = {name: p.shape for name, p in empty_model(ref, task_class).named_parameters()}
-    rows = {value.shape[0] for name, value in brought.items()
-            if name in shapes and value.ndim and shapes[name][1:] == value.shape[1:] and shapes[name] != value.shape}
+    rows = {
+        value.shape[0]
+        for name, value in brought.items()
+        if name in shapes
+        and value.ndim
+        and shapes[name][1:] == value.shape[1:]
+        and shapes[name] != value.shape
+    }
     return {"num_labels": rows.pop()} if len(rows) == 1 else {}
 
 
@@ -107,12 +151,16 @@ def _check_random(ref: ModelRef, names: Iterable[str]) -> None:
     loose = sorted(names)
     if loose:
         more = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
-        raise WeftError(f"model {ref.name!r} has no weights for {loose[0]!r}{more}, and the adapter does not "
-                        "bring them; they would be random. Give the model that the adapter was trained on.")
+        raise WeftError(
+            f"model {ref.name!r} has no weights for {loose[0]!r}{more}, and the adapter does not "
+            "bring them; they would be random. Give the model that the adapter was trained on."
+        )
 
 
 def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """A small batch of the model's own kind of input, with fixed numbers. Raises ConfigError where none can be made."""
+    """A small batch of the model's own kind of input, with fixed numbers. Raises ConfigError where
+    none can be made.
+    """
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +171,10 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(shape, generator=generator)}
     words = getattr(config, "vocab_size", None)
     if name != "input_ids" or not words:
-        raise ConfigError(f"no test input can be made for {type(model).__name__} (it reads {name!r}); use --no-verify.")
+        raise ConfigError(
+            f"no test input can be made for {type(model).__name__} (it reads {name!r}); use "
+            "--no-verify."
+        )
     length = min(16, getattr(config, "max_position_embeddings", None) or 16)
     ids = torch.randint(0, words, (2, length), generator=generator)
     extra = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}

@@ -1,4 +1,6 @@
-"""The processes of one run, as `torchrun` and `accelerate launch` start them; alone there is one, and nothing waits."""
+"""The processes of one run, as `torchrun` and `accelerate launch` start them; alone there is one,
+and nothing waits.
+"""
 
 from __future__ import annotations
 

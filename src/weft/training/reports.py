@@ -1,4 +1,6 @@
-"""Weights & Biases and MLflow, beside what the Trainer's own reporters send there: the run's configuration, and an end."""
+"""Weights & Biases and MLflow, beside what the Trainer's own reporters send there: the run's
+configuration, and an end.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,19 @@ from .resume import flat
 
 
 class Report(TrainerCallback):  # type: ignore[misc]
-    """The Trainer's reporters know its arguments and the base model, and nothing of the method or the data.
+    """The Trainer's reporters know its arguments and the base model, and nothing of the method or
+    the data.
 
-    W&B gets them as `weft` in the run's config, MLflow as parameters "weft.method.r". A run that was not there before is
-    closed at the end, or the next one of the same process would be written into it.
+    W&B gets them as `weft` in the run's config, MLflow as parameters "weft.method.r". A run that
+    was not there before is closed at the end, or the next one of the same process would be written
+    into it.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.own = [name for name in config.log.report_to if name in _ACTIVE and _ACTIVE[name]() is None]
+        self.own = [
+            name for name in config.log.report_to if name in _ACTIVE and _ACTIVE[name]() is None
+        ]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -32,8 +38,12 @@ class Report(TrainerCallback):  # type: ignore[misc]
             import mlflow
             from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
-            mlflow.log_params({f"weft.{key}": str(value)[:MAX_PARAM_VAL_LENGTH]
-                               for key, value in flat(to_dict(self.config)).items()})
+            mlflow.log_params(
+                {
+                    f"weft.{key}": str(value)[:MAX_PARAM_VAL_LENGTH]
+                    for key, value in flat(to_dict(self.config)).items()
+                }
+            )
 
     def close(self, failed: bool) -> None:
         """End what was begun for this run."""

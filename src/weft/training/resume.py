@@ -1,11 +1,13 @@
-"""Checkpoints that a run goes on from: what is in one, when one is whole, and whether it belongs to this run.
+"""Checkpoints that a run goes on from: what is in one, when one is whole, and whether it belongs to
+this run.
 
     checkpoint-N/   adapter_model.safetensors, adapter_config.json   the adapter, as weft.save writes it
                     weft_state.safetensors                           what the method carries from step to step
                     optimizer.pt scheduler.pt rng_state.pth trainer_state.json     the Trainer's
                     complete.json                                    sizes and checksums of all these, written last
 
-complete.json is renamed into its place when all else is on the disk: a folder without it is half-written and never taken.
+complete.json is renamed into its place when all else is on the disk: a folder without it is
+half-written and never taken.
 """
 
 from __future__ import annotations
@@ -31,39 +33,65 @@ from ..model.switch import activate
 
 STATE, COMPLETE = "weft_state.safetensors", "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What may differ when a run goes on: where things lie (what is in them is compared), and what is only said or kept.
-MAY_DIFFER = ("out", "model.path", "model.tokenizer", "adapter.start", "data.train", "data.eval", "data.chat_template",
-              "data.config", "data.split", "data.eval_split", "data.columns", "train.device", "eval.batch", "save", "log")
+# What may differ when a run goes on: where things lie (what is in them is compared), and what is
+# only said or kept.
+MAY_DIFFER = (
+    "out",
+    "model.path",
+    "model.tokenizer",
+    "adapter.start",
+    "data.train",
+    "data.eval",
+    "data.chat_template",
+    "data.config",
+    "data.split",
+    "data.eval_split",
+    "data.columns",
+    "train.device",
+    "eval.batch",
+    "save",
+    "log",
+)
 
 
 def write_state(adapter: Adapter, folder: Path) -> None:
     """The buffers of the method, and the names of the trained tensors in the optimiser's order."""
     names = json.dumps([name for name, _ in adapter.named_parameters()])
     tensors = {name: t.cpu().contiguous() for name, t in adapter.training_state().items()}
-    files.replace(folder / STATE, lambda path: save_file(tensors, str(path), metadata={"trained": names}))
+    files.replace(
+        folder / STATE, lambda path: save_file(tensors, str(path), metadata={"trained": names})
+    )
 
 
 @torch.no_grad()
 def read_state(adapter: Adapter, folder: Path) -> None:
-    """Put the tensors and buffers of a checkpoint into an attached adapter. Raises CheckpointError where they do not fit."""
+    """Put the tensors and buffers of a checkpoint into an attached adapter. Raises CheckpointError
+    where they do not fit.
+    """
     refill(adapter, folder)
     tensors, metadata = files.read_tensors(folder / STATE)
     mine = [name for name, _ in adapter.named_parameters()]
     if json.loads(metadata.get("trained", "[]")) != mine:
-        raise CheckpointError(f"{folder} was saved with other trained tensors, or with these in another order.")
+        raise CheckpointError(
+            f"{folder} was saved with other trained tensors, or with these in another order."
+        )
     adapter.load_training_state(tensors)
 
 
 @torch.no_grad()
 def refill(adapter: Adapter, folder: Path) -> None:
-    """The trained tensors alone, from an adapter that `weft.save` wrote; they stay the same Parameters."""
+    """The trained tensors alone, from an adapter that `weft.save` wrote; they stay the same
+    Parameters.
+    """
     model, name = adapter.model, "weft-refill"
     stored = load(model, folder, name=name)
     try:
         theirs, mine = dict(stored.named_parameters()), dict(adapter.named_parameters())
         if theirs.keys() != mine.keys():
             odd = sorted(theirs.keys() ^ mine.keys())
-            raise CheckpointError(f"{folder} and this run train different tensors; on one side only: {odd[:6]}.")
+            raise CheckpointError(
+                f"{folder} and this run train different tensors; on one side only: {odd[:6]}."
+            )
         for key, parameter in mine.items():
             parameter.copy_(theirs[key])
     finally:
@@ -77,7 +105,10 @@ def complete(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != COMPLETE:
             files.flush(path)
-            listed[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            listed[str(path.relative_to(folder))] = {
+                "bytes": path.stat().st_size,
+                "sha256": _digest(path),
+            }
     files.flush(folder)
     text = json.dumps({"schema": 1, "files": listed}, indent=1) + "\n"
     files.replace(folder / COMPLETE, lambda path: path.write_text(text, encoding="utf-8"))
@@ -85,7 +116,9 @@ def complete(folder: Path) -> None:
 
 
 def newest(folder: Path) -> tuple[Path, int] | None:
-    """The whole checkpoint with the most steps, and the steps; None where there is none. Damaged ones are passed over."""
+    """The whole checkpoint with the most steps, and the steps; None where there is none. Damaged
+    ones are passed over.
+    """
     return next(((path, step) for step, path in _numbered(folder) if is_whole(path)), None)
 
 
@@ -93,8 +126,11 @@ def is_whole(folder: Path) -> bool:
     """complete.json is there, and every file that it lists is as it says."""
     try:
         listed = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == entry["bytes"] and _digest(folder / name) == entry["sha256"]
-                   for name, entry in listed.items())
+        return all(
+            (folder / name).stat().st_size == entry["bytes"]
+            and _digest(folder / name) == entry["sha256"]
+            for name, entry in listed.items()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -110,41 +146,66 @@ def prune(folder: Path, keep: int | None) -> None:
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Raises ConfigError, naming what differs between the identity of the stored run and that of this one."""
-    for key, text in (("model", "the model's weights"), ("train", "the training data"), ("eval", "the evaluation data"),
-                      ("start", "the adapter that it begins with"), ("processes", "the number of processes")):
+    """Raises ConfigError, naming what differs between the identity of the stored run and that of
+    this one.
+    """
+    for key, text in (
+        ("model", "the model's weights"),
+        ("train", "the training data"),
+        ("eval", "the evaluation data"),
+        ("start", "the adapter that it begins with"),
+        ("processes", "the number of processes"),
+    ):
         if before.get(key) != now.get(key):
-            raise ConfigError(f"{where} holds a run with other values in {text} ({before.get(key)} there, {now.get(key)} "
-                              "here). Give what it was started with, or another out.")
+            raise ConfigError(
+                f"{where} holds a run with other values in {text} ({before.get(key)} there, "
+                f"{now.get(key)} "
+                "here). Give what it was started with, or another out."
+            )
     theirs, mine = before["trained"], now["trained"]
     odd = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
     if odd:
         there, here = (side.get(odd[0], "not trained") for side in (theirs, mine))
-        raise ConfigError(f"{where} holds a run that trains other tensors: {odd[0]!r} is {there} there and {here} here "
-                          f"({len(odd)} differ).")
+        raise ConfigError(
+            f"{where} holds a run that trains other tensors: {odd[0]!r} is {there} there and "
+            f"{here} here "
+            f"({len(odd)} differ)."
+        )
 
 
 def check_config(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Raises ConfigError, naming the keys of the resolved configuration that must be what they were."""
+    """Raises ConfigError, naming the keys of the resolved configuration that must be what they
+    were.
+    """
     theirs, mine = flat(before), flat(now)
     for key in {**theirs, **mine}:
         free = any(key == name or key.startswith(name + ".") for name in MAY_DIFFER)
         if not free and theirs.get(key) != mine.get(key):
-            raise ConfigError(f"{where} holds a run with {key}={theirs.get(key)!r}, and this one has {mine.get(key)!r}. "
-                              "Go on with what it was started with, or give another out.")
+            raise ConfigError(
+                f"{where} holds a run with {key}={theirs.get(key)!r}, and this one has "
+                f"{mine.get(key)!r}. "
+                "Go on with what it was started with, or give another out."
+            )
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
     out: dict[str, Any] = {}
     for key, value in data.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        out |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return out
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    found = [(int(match[1]), path) for path in (folder.iterdir() if folder.is_dir() else ())
-             if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    found = [
+        (int(match[1]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
     return sorted(found, reverse=True)
 
 
@@ -154,4 +215,3 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
-

@@ -1,8 +1,8 @@
-"""`adapter.start`: a run whose adapter begins with the tensors of another one, as the LoRA paper begins MRPC, RTE and STS-B
-with its MNLI adapter (arXiv:2106.09685, appendix D.1).
+"""`adapter.start`: a run whose adapter begins with the tensors of another one, as the LoRA paper
+begins MRPC, RTE and STS-B with its MNLI adapter (arXiv:2106.09685, appendix D.1).
 
-A head that the base does not have is taken over where it has the shape of this run's, and is new where the number of classes
-is another, as it is in the paper.
+A head that the base does not have is taken over where it has the shape of this run's, and is new
+where the number of classes is another, as it is in the paper.
 """
 
 from __future__ import annotations
@@ -28,15 +28,28 @@ from ..model.structure import canonical
 from ..model.switch import base_only
 from .pretrained import check_recorded
 
-# What may differ: where the method stands is compared layer by layer; the others decide how tensors begin or train, and not
-# what they mean.
-FREE = ("targets", "modules_to_save", "dropout", "init", "norm_grad", "dtype", "total_steps", "warm_up", "final", "interval",
-        "orthogonality")
+# What may differ: where the method stands is compared layer by layer; the others decide how tensors
+# begin or train, and not what they mean.
+FREE = (
+    "targets",
+    "modules_to_save",
+    "dropout",
+    "init",
+    "norm_grad",
+    "dtype",
+    "total_steps",
+    "warm_up",
+    "final",
+    "interval",
+    "orthogonality",
+)
 
 
 @dataclass(frozen=True)
 class Start:
-    """An adapter on the disk that fits the configuration, as far as that can be said without the model."""
+    """An adapter on the disk that fits the configuration, as far as that can be said without the
+    model.
+    """
 
     path: str
     stored: Stored
@@ -49,41 +62,54 @@ def open_start(path: str, method: Any) -> Start:
     try:
         stored = read(place)
     except WeftError as error:
-        inside = next((name for name in ("adapter", "best") if (place / name / files.TENSORS).is_file()), None)
+        inside = next(
+            (name for name in ("adapter", "best") if (place / name / files.TENSORS).is_file()), None
+        )
         cure = f" Give {place / inside}." if inside else ""
         raise ConfigError(f"adapter.start={path!r}: {error}{cure}") from None
     if stored.problems:
         raise ConfigError(f"adapter.start={path!r} is damaged: {stored.problems[0]}")
     theirs, mine = type(stored.config).__name__, type(method).__name__
     if theirs != mine:
-        raise ConfigError(f"adapter.start={path!r} is an adapter of {theirs}, and method.name is {mine}. Give "
-                          f"method.name={theirs}, or an adapter of {mine}.")
+        raise ConfigError(
+            f"adapter.start={path!r} is an adapter of {theirs}, and method.name is {mine}. Give "
+            f"method.name={theirs}, or an adapter of {mine}."
+        )
     drawn = bool(stored.checksums)  # frozen tensors that the seed decides
     for f in fields(method):
         there, here = (_meant(config, f.name) for config in (stored.config, method))
         if f.name not in FREE and (f.name != "seed" or drawn) and there != here:
-            raise ConfigError(f"adapter.start={path!r} was trained with method.{f.name}={there!r}, and this run has "
-                              f"{here!r}. Give method.{f.name}={there!r}.")
+            raise ConfigError(
+                f"adapter.start={path!r} was trained with method.{f.name}={there!r}, and this run "
+                "has "
+                f"{here!r}. Give method.{f.name}={there!r}."
+            )
     return Start(path, stored, _fingerprint(stored))
 
 
 def check_base(start: Start, model: nn.Module, missing: Collection[str]) -> None:
-    """The run that made the adapter was on these weights, where its directory says so. Raises WeftError."""
+    """The run that made the adapter was on these weights, where its directory says so. Raises
+    WeftError.
+    """
     place = Path(start.path).expanduser()
     check_recorded(model, missing, [place if place.is_dir() else place.parent])
 
 
 @torch.no_grad()
 def begin_with(start: Start, adapter: Adapter, missing: Collection[str]) -> dict[str, Any]:
-    """Put the tensors into the attached adapter; what run.json says of it. `missing`: base tensors that no checkpoint has.
+    """Put the tensors into the attached adapter; what run.json says of it. `missing`: base tensors
+    that no checkpoint has.
 
-    Raises CheckpointError, naming the tensor, where something of either side would be left over; nothing has changed then.
+    Raises CheckpointError, naming the tensor, where something of either side would be left over;
+    nothing has changed then.
     """
     root, stored = unwrapped(adapter.model), start.stored
     mine = adapter.selected_tensors
     head = {canonical(name): mine[name].trained for name in missing if name in mine}
-    taken = bool(head) and all(name in stored.selected and stored.selected[name].shape == t.shape
-                               for name, t in head.items())
+    taken = bool(head) and all(
+        name in stored.selected and stored.selected[name].shape == t.shape
+        for name, t in head.items()
+    )
     if not taken:
         stored.selected |= {name: t.detach().cpu().clone() for name, t in head.items()}  # its own
     with base_only(state_of(root)):
@@ -95,14 +121,20 @@ def begin_with(start: Start, adapter: Adapter, missing: Collection[str]) -> dict
             live[tensor].copy_(value)
     for name, value in plan.selected.items():
         mine[name].trained.copy_(value)
-    return {"path": start.path, "fingerprint": start.fingerprint,
-            "head": ("taken over" if taken else "new") if head else None}
+    return {
+        "path": start.path,
+        "fingerprint": start.fingerprint,
+        "head": ("taken over" if taken else "new") if head else None,
+    }
 
 
 def said(told: Mapping[str, Any]) -> str:
     """The same for the log and the card."""
-    head = {"taken over": "; its head is taken over", "new": "; the head is new, since the one there is of other classes or "
-            "there is none", None: ""}[told["head"]]
+    head = {
+        "taken over": "; its head is taken over",
+        "new": "; the head is new, since the one there is of other classes or there is none",
+        None: "",
+    }[told["head"]]
     return f"Begins with the adapter {told['path']} (fingerprint {told['fingerprint']}){head}."
 
 
@@ -117,20 +149,36 @@ def _left_over(adapter: Adapter, plan: Placement) -> list[str]:
     found = []
     for name in [*adapter.sites, *(n for n in plan.rules if n not in adapter.sites)]:
         if name not in plan.rules:
-            found.append(f"{name!r} is adapted in this run and not there; leave it out of method.targets")
+            found.append(
+                f"{name!r} is adapted in this run and not there; leave it out of method.targets"
+            )
         elif name not in adapter.sites:
-            found.append(f"{name!r} is adapted there and not in this run; name it in method.targets")
+            found.append(
+                f"{name!r} is adapted there and not in this run; name it in method.targets"
+            )
         else:
             found += _unlike(name, adapter.sites[name], plan)
-    found += [f"{name!r} was trained there and is not in this run; name its module in method.modules_to_save"
-              for name in plan.selected if name not in adapter.selected_tensors]
+    found += [
+        f"{name!r} was trained there and is not in this run; name its module in "
+        "method.modules_to_save"
+        for name in plan.selected
+        if name not in adapter.selected_tensors
+    ]
     return found
 
 
 def _drawn_otherwise(adapter: Adapter, stored: Stored) -> list[str]:
     known = stored.checksums.get(header.FIXED)
-    return [] if known in (None, header.fixed_checksum(adapter)) else [
-        "its frozen tensors, drawn by layer and seed, are not those of this run: the layers have other names"]
+    return (
+        []
+        if known in (None, header.fixed_checksum(adapter))
+        else [
+            (
+                "its frozen tensors, drawn by layer and seed, are not those of this run: the layers "
+                "have other names"
+            )
+        ]
+    )
 
 
 def _unlike(name: str, site: Any, plan: Placement) -> list[str]:
@@ -138,21 +186,44 @@ def _unlike(name: str, site: Any, plan: Placement) -> list[str]:
     for f in fields(mine):
         there, here = (_meant(rule, f.name) for rule in (theirs, mine))
         if f.name not in (*FREE, "seed") and there != here:
-            return [f"{name!r} has {f.name}={there!r} there and {here!r} in this run; say the former in method.targets"]
-    if isinstance(mine, Stateful) and name in plan.reached and mine.reached(site) != plan.reached[name]:
-        return [(f"{name!r} has lost a part of its rank there, which a new schedule of {type(mine).__name__} would give "
-                 "again; begin without adapter.start")]
+            return [
+                (
+                    f"{name!r} has {f.name}={there!r} there and {here!r} in this run; say the former "
+                    "in method.targets"
+                )
+            ]
+    if (
+        isinstance(mine, Stateful)
+        and name in plan.reached
+        and mine.reached(site) != plan.reached[name]
+    ):
+        return [
+            (
+                f"{name!r} has lost a part of its rank there, which a new schedule of "
+                f"{type(mine).__name__} would give "
+                "again; begin without adapter.start"
+            )
+        ]
     return []
 
 
 def _refuse(start: Start, problems: list[str]) -> None:
     if problems:
         more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise CheckpointError(f"adapter.start={start.path!r} does not fit this run:\n  "
-                              + "\n  ".join([*problems[:SHOWN], *more]))
+        raise CheckpointError(
+            f"adapter.start={start.path!r} does not fit this run:\n  "
+            + "\n  ".join([*problems[:SHOWN], *more])
+        )
 
 
 def _fingerprint(stored: Stored) -> str:
-    tensors = {f"{module}.{tensor}": t for module, site in stored.sites.items() for tensor, t in site.tensors.items()}
-    text = "".join(f"{name} {files.checksum(t)}\n" for name, t in sorted({**tensors, **stored.selected}.items()))
+    tensors = {
+        f"{module}.{tensor}": t
+        for module, site in stored.sites.items()
+        for tensor, t in site.tensors.items()
+    }
+    text = "".join(
+        f"{name} {files.checksum(t)}\n"
+        for name, t in sorted({**tensors, **stored.selected}.items())
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,8 +1,9 @@
 """Answers to questions of one or two turns by a chat model, kept as they come (`weft judge`).
 
-The second turn follows the model's own first answer. As MT-Bench has it, writing and roleplay are sampled, stem and
-humanities nearly not, all else is greedy. What is sampled is drawn one question at a time from a seed of its own, so that it
-is the same whatever was answered before, in this run or in one that was killed.
+The second turn follows the model's own first answer. As MT-Bench has it, writing and roleplay are
+sampled, stem and humanities nearly not, all else is greedy. What is sampled is drawn one question
+at a time from a seed of its own, so that it is the same whatever was answered before, in this run
+or in one that was killed.
 """
 
 from __future__ import annotations
@@ -28,31 +29,59 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 MAX_NEW_TOKENS = 1024
 
 
-def maker(model: str, adapter: str | None, settings: Mapping[str, Any], seed: int, template: str | None) -> dict[str, Any]:
+def maker(
+    model: str, adapter: str | None, settings: Mapping[str, Any], seed: int, template: str | None
+) -> dict[str, Any]:
     """What answers depend on, beside their question: they are not mixed with answers of another."""
-    made = {"model": model, "adapter": None if adapter is None else _digest(find(adapter)[0].read_bytes()),
-            "settings": dict(settings), "seed": seed, "template": None if template is None else _digest(template.encode())}
-    held: dict[str, Any] = json.loads(json.dumps(made, default=str))  # as it comes back from the file
+    made = {
+        "model": model,
+        "adapter": None if adapter is None else _digest(find(adapter)[0].read_bytes()),
+        "settings": dict(settings),
+        "seed": seed,
+        "template": None if template is None else _digest(template.encode()),
+    }
+    held: dict[str, Any] = json.loads(
+        json.dumps(made, default=str)
+    )  # as it comes back from the file
     return held
 
 
 def check_kept(kept: Journal, made_by: Mapping[str, Any], questions: Sequence[Question]) -> None:
-    """Raises ConfigError: the file holds answers of something else, or to other questions of the same number."""
+    """Raises ConfigError: the file holds answers of something else, or to other questions of the
+    same number.
+    """
     asked = {question.id: _digest(json.dumps(question.turns).encode()) for question in questions}
     for number, row in enumerate(kept.rows, start=1):
         other = row.get("made_by")
         if other != made_by:
-            said = [f"{key}={value!r}" for key, value in (other or {}).items() if value != made_by.get(key)]
-            raise ConfigError(f"{kept.path}, row {number}: this answer is by another ({', '.join(said) or 'unknown'}). "
-                              "Give another --out, or leave out --model to have these judged.")
+            said = [
+                f"{key}={value!r}"
+                for key, value in (other or {}).items()
+                if value != made_by.get(key)
+            ]
+            raise ConfigError(
+                f"{kept.path}, row {number}: this answer is by another "
+                f"({', '.join(said) or 'unknown'}). "
+                "Give another --out, or leave out --model to have these judged."
+            )
         if asked.get(row.get("question_id", ""), row.get("asked")) != row.get("asked"):
-            raise ConfigError(f"{kept.path}, row {number}: question {row['question_id']!r} has changed since it was "
-                              "answered. Give another --out.")
+            raise ConfigError(
+                f"{kept.path}, row {number}: question {row['question_id']!r} has changed since it "
+                "was "
+                "answered. Give another --out."
+            )
 
 
-def answer_all(opened: Opened, questions: Sequence[Question], kept: Journal, made_by: Mapping[str, Any], batch: int = 8,
-               told: Callable[[str], None] = lambda _: None) -> None:
-    """Answer the questions that `kept` does not hold, in FastChat's form of a row; after each batch they are on the disk.
+def answer_all(
+    opened: Opened,
+    questions: Sequence[Question],
+    kept: Journal,
+    made_by: Mapping[str, Any],
+    batch: int = 8,
+    told: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Answer the questions that `kept` does not hold, in FastChat's form of a row; after each batch
+    they are on the disk.
 
     Raises WeftError: no chat template, a question that does not fit into the model's positions.
     """
@@ -69,7 +98,11 @@ def answer_all(opened: Opened, questions: Sequence[Question], kept: Journal, mad
         decoding = _decoding(settings, group[0])
         first = _turn(opened, [[q.turns[0]] for q in group], decoding)
         twice = [(q, said) for q, said in zip(group, first, strict=True) if len(q.turns) > 1]
-        second = iter(_turn(opened, [[q.turns[0], said, q.turns[1]] for q, said in twice], decoding) if twice else [])
+        second = iter(
+            _turn(opened, [[q.turns[0], said, q.turns[1]] for q, said in twice], decoding)
+            if twice
+            else []
+        )
         for question, said in zip(group, first, strict=True):
             turns = [said, *([next(second)] if len(question.turns) > 1 else [])]
             kept.append(_row(question, turns, made_by))
@@ -79,15 +112,32 @@ def answer_all(opened: Opened, questions: Sequence[Question], kept: Journal, mad
 def _row(question: Question, turns: list[str], made_by: Mapping[str, Any]) -> dict[str, Any]:
     asked = _digest(json.dumps(question.turns).encode())
     name = str(made_by["model"]) + (f" + {made_by['adapter']}" if made_by["adapter"] else "")
-    return {"question_id": question.id, "answer_id": _digest(f"{asked}{name}".encode()), "model_id": name,
-            "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(), "asked": asked, "made_by": dict(made_by)}
+    return {
+        "question_id": question.id,
+        "answer_id": _digest(f"{asked}{name}".encode()),
+        "model_id": name,
+        "choices": [{"index": 0, "turns": turns}],
+        "tstamp": time.time(),
+        "asked": asked,
+        "made_by": dict(made_by),
+    }
 
 
 def _decoding(settings: Mapping[str, Any], question: Question) -> dict[str, Any]:
     """MT-Bench's temperature of the category, unless decoding was asked for otherwise."""
-    heat = settings.get("temperature", 0.0 if "num_beams" in settings else TEMPERATURES.get(question.category, 0.0))
-    usual = {"do_sample": True, "temperature": heat} if heat and settings.get("do_sample", True) else {"do_sample": False}
-    return {"max_new_tokens": MAX_NEW_TOKENS, **usual, **{k: v for k, v in settings.items() if k != "temperature"}}
+    heat = settings.get(
+        "temperature", 0.0 if "num_beams" in settings else TEMPERATURES.get(question.category, 0.0)
+    )
+    usual = (
+        {"do_sample": True, "temperature": heat}
+        if heat and settings.get("do_sample", True)
+        else {"do_sample": False}
+    )
+    return {
+        "max_new_tokens": MAX_NEW_TOKENS,
+        **usual,
+        **{k: v for k, v in settings.items() if k != "temperature"},
+    }
 
 
 def _sampled(decoding: Mapping[str, Any]) -> bool:
@@ -95,15 +145,27 @@ def _sampled(decoding: Mapping[str, Any]) -> bool:
 
 
 def _turn(opened: Opened, talks: Sequence[Sequence[str]], decoding: Mapping[str, Any]) -> list[str]:
-    """The next answer of each conversation (user, assistant, user, ...), shortened to the positions that are left."""
+    """The next answer of each conversation (user, assistant, user, ...), shortened to the positions
+    that are left.
+    """
     roles = ("user", "assistant")
-    prompts = [opened.renderer.chat_prompt([{"role": roles[i % 2], "content": text} for i, text in enumerate(talk)])
-               for talk in talks]
+    prompts = [
+        opened.renderer.chat_prompt(
+            [{"role": roles[i % 2], "content": text} for i, text in enumerate(talk)]
+        )
+        for talk in talks
+    ]
     bare = opened.renderer.bare()
     longest = max(len(bare.prompt_ids(prompt)) for prompt in prompts)
     config = opened.model.config
-    places = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    most = decoding["max_new_tokens"] if places is None else max(1, min(decoding["max_new_tokens"], places - longest))
+    places = getattr(config, "max_position_embeddings", None) or getattr(
+        config, "n_positions", None
+    )
+    most = (
+        decoding["max_new_tokens"]
+        if places is None
+        else max(1, min(decoding["max_new_tokens"], places - longest))
+    )
     texts = answer(opened.model, bare, prompts, {**decoding, "max_new_tokens": most}, len(prompts))
     return [text.strip() for text in texts]
 
