@@ -33,8 +33,8 @@ from weft.checkpoint.export import FORMS
 from weft.cli import COMMANDS
 from weft.errors import UnsupportedError, WeftError
 from weft.methods.base import Nested, Stepped
+from weft.model.memory import estimate
 from weft.papers.architectures import ARCHITECTURES
-from weft.training.memory import estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
