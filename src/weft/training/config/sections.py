@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ... import methods
 from ...errors import ConfigError
 from .checks import nearest, one_of, within
 
