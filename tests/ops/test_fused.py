@@ -12,7 +12,7 @@ from weft.ops import native, plan
 from weft.ops import norm as norms
 from weft.ops.fused import fused
 from weft.ops.low_rank import LowRank
-from weft.ops.row_scale import RowScale, _output_tells
+from weft.ops.row_scale import RowScale, output_tells
 
 PATHS = [(False, False), (True, False), (False, True), (True, True)]
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -42,9 +42,9 @@ def ours(x, W, bias, f, tells=True):
     if f.m is None:
         return fused(x, W, bias, f, build=build)
     norm = norm_of(f.m)
-    sigma = f.m.detach() / norm
-    shift = None if bias is None else bias - sigma * bias
-    return fused(x, W, bias, f, RowScale(sigma, norm, shift, tells), build=build)
+    scale = RowScale(f.m, norm, bias, x.dtype)
+    scale.output_tells = tells
+    return fused(x, W, bias, f, scale, build=build)
 
 
 def wide(t):
@@ -149,7 +149,7 @@ def test_magnitudes_of_zero_and_below(bias, tells):
 
 def test_the_output_is_not_asked_for_what_it_has_lost():
     norm, dtype = torch.full((3,), 2.0), torch.float32
-    tells = lambda m, bias, dtype=dtype: _output_tells(torch.tensor(m), norm, bias, dtype)  # noqa: E731
+    tells = lambda m, bias, dtype=dtype: output_tells(torch.tensor(m), norm, bias, dtype)  # noqa: E731
     assert tells([2.0, -2.0, 0.1], None)
     assert not tells([2.0, 0.0, 2.0], None)
     assert not tells([2.0, 1e-4, 2.0], None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..methods.base import LowRankMethod
 from ..ops import fused, native, plan
 from ..ops.low_rank import LowRank
-from ..ops.row_scale import Ready, RowScale, cached_row_scale
+from ..ops.row_scale import Ready, RowScale, Sources, cached_row_scale
 from . import fallback
 
 
@@ -96,10 +96,8 @@ class LayerPlan:
         # A tensor that is computed from parameters (a view, a mask) is asked for in every call.
         self._f = f if fixed else None
         self._scale_name = "norm" if self.training else "norm in use"
-        trains = [t for t in tensors if isinstance(t, torch.nn.Parameter)]
-        rest = [t for t in tensors if not isinstance(t, torch.nn.Parameter)]
-        bias = [] if self.bias is None else [self.bias]
-        self._scale_sources = (*trains, self.W, *rest, *bias)
+        W = self.W.t() if self._transposed else self.W
+        self._scale_sources = Sources.of(f, W, self.bias) if fixed and f.m is not None else None
 
     def _places(self, layer: Any, f: LowRank) -> tuple[list[tuple[Any, str, Any]], bool]:
         """Where the tensors come from, as (dictionary, name, tensor); and whether f can be kept."""
@@ -120,9 +118,12 @@ class LayerPlan:
         return not plan.builds(x, W, len(f.A), f.m is not None)
 
     def _scale(self, layer: Any, f: LowRank, W: Tensor) -> RowScale:
-        found: Any = layer.cache.fresh(self._scale_name, self._scale_sources)
+        sources = self._scale_sources
+        found: Any = None if sources is None else layer.cache.fresh(self._scale_name, sources.all)
         if found is None:
-            found, _ = cached_row_scale(f, W, self.bias, layer.cache, self.training)
+            found, _ = cached_row_scale(
+                f, W, self.bias, layer.cache, self.training, sources=sources
+            )
         return found  # type: ignore[no-any-return]
 
     def _fused(self, layer: Any, x: Tensor, W: Tensor, f: LowRank) -> Tensor:

@@ -13,6 +13,7 @@ the audit, merge and save.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,17 +39,48 @@ _MOVED = 1e-4  # of ‖W‖ per row: a difference of W v that is no rounding
 _vectors: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 
-@dataclass(frozen=True, eq=False, slots=True)
 class RowScale:
-    """σ [out] without its graph, its norm [out], and shift = (1 - σ) bias [out], or None without bias.
+    """σ = m / norm of one layer [out], without its graph; what follows from it, when it is asked for."""
 
-    `output_tells`: the gradient of σ can be computed from the layer's output.
-    """
+    def __init__(self, m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self._m, self.norm, self._bias, self._dtype = m.detach(), norm, bias, dtype
 
-    sigma: Tensor
-    norm: Tensor
-    shift: Tensor | None
-    output_tells: bool
+    @cached_property
+    def sigma(self) -> Tensor:
+        """σ [out]."""
+        with torch.no_grad():
+            return row_scale(self._m, self.norm)
+
+    @cached_property
+    def shift(self) -> Tensor | None:
+        """(1 - σ) bias [out], or None without bias."""
+        if self._bias is None:
+            return None
+        with torch.no_grad():
+            return self._bias - self.sigma * self._bias
+
+    @cached_property
+    def output_tells(self) -> bool:
+        """Whether the gradient of σ can be computed from the layer's output."""
+        return output_tells(self._m, self.norm, self._bias, self._dtype)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sources:
+    """The tensors that σ depends on: those that train, and W with the others."""
+
+    trained: tuple[Tensor, ...]
+    frozen: tuple[Tensor, ...]
+    all: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, f: LowRank, W: Tensor, bias: Tensor | None) -> Sources:
+        """Returns the sources of a layer with these factors, W [out, in] and bias [out]."""
+        own = [(t, type(t) is Parameter) for t in f.tensors()]
+        rest = [t for t, trains in own if not trains]
+        trained = tuple(t for t, trains in own if trains)
+        frozen = (W, *rest) if bias is None else (W, *rest, bias)
+        return cls(trained, frozen, trained + frozen)
 
 
 @dataclass(eq=False, slots=True)
@@ -76,31 +108,28 @@ def cached_row_scale(
     training: bool,
     x: Tensor | None = None,
     build: bool = False,
+    sources: Sources | None = None,
 ) -> tuple[RowScale, Ready]:
     """Returns σ of W [out, in] with its factors, and what was computed for x [..., in] on the way.
 
-    `build`: the output of x will be computed through W'.
-
-    Training and evaluation have norms of their own: in training W Aᵀ comes from the product with x,
-    which rounds by the number of tokens, so that a run resumed without the evaluation before it
-    finds the same bits.
+    `build`: the output of x will be computed through W'. Training and evaluation have norms of their
+    own: in training W Aᵀ comes from the product with x, which rounds by the number of tokens, so that
+    a run resumed without the evaluation before it finds the same bits.
     """
     ready = Ready()
-    tensors = f.tensors()
-    trained = [t for t in tensors if isinstance(t, Parameter)]
-    frozen = [W, *(t for t in tensors if not isinstance(t, Parameter))]
-    if bias is not None:
-        frozen.append(bias)
+    sources = Sources.of(f, W, bias) if sources is None else sources
 
     def compute() -> RowScale:
-        with full_precision(W.device):
+        assert f.m is not None
+        if torch.is_autocast_enabled(W.device.type):
+            with full_precision(W.device):
+                norm = _norm(W, f, cache, x, build, training, ready)
+        else:
             norm = _norm(W, f, cache, x, build, training, ready)
-            assert f.m is not None
-            sigma = row_scale(f.m.detach(), norm)
-            shift = None if bias is None else bias - sigma * bias
-            return RowScale(sigma, norm, shift, _output_tells(f.m, norm, bias, W.dtype))
+        return RowScale(f.m, norm, bias, W.dtype)
 
-    found: RowScale = cache.get("norm" if training else "norm in use", trained, frozen, compute)
+    name = "norm" if training else "norm in use"
+    found: RowScale = cache.get(name, sources.trained, sources.frozen, compute)
     return found, ready
 
 
@@ -120,8 +149,11 @@ def _norm(
     W: Tensor, f: LowRank, cache: Cache, x: Tensor | None, build: bool, training: bool, ready: Ready
 ) -> Tensor:
     """Returns ‖W + ΔW‖ [out]; adds to `ready` what the output of x needs too."""
-    A, frozen = f.A, not isinstance(f.A, Parameter)
+    A, frozen = f.A, type(f.A) is not Parameter
     if W.numel() < DENSE_BELOW or (frozen and 4 * A.shape[0] > W.shape[1]):
+        bare = f.d is None and f.b is None and W.dtype is A.dtype is f.B.dtype
+        if bare and not build and W.dtype in (torch.float32, torch.float64):
+            return row_norm(torch.addmm(W, f.B, A, alpha=f.s))
         exact = at_least_float32(W)
         V = built(exact, A.to(exact.dtype), f.up(exact.dtype))
         ready.V = V if build else None
@@ -167,7 +199,7 @@ def _has_moved(mark: Tensor, base: _BaseNorm) -> bool:
     return bool(((mark - base.mark).abs() > _MOVED * base.norm).any())
 
 
-def _output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+def output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether z = y - bias can be recovered from a rounded y = σ z + bias, for the gradient of σ.
 
     Not if σ is (nearly) 0, nor if the bias is larger than z: |m| = |σ| ‖V‖ is the size of σ z for an
