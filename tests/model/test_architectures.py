@@ -10,7 +10,8 @@ import torch
 import weft
 from architectures import ARCHITECTURES
 from support import check_close, config, distance, move, same_bits
-from weft.model import selection
+from weft.model.structure import Structure
+from weft.model.structure.selection import tensor_facts
 
 EACH = pytest.mark.parametrize("name", list(ARCHITECTURES))
 
@@ -51,11 +52,11 @@ def test_attention_and_mlp_are_counted_right(name):
 def test_a_second_adapter_finds_the_layers_that_the_first_found(name):
     """The structure of a model must not contain what Weft has added to it."""
     model = ARCHITECTURES[name].build()
-    facts = selection.tensor_facts(model)
+    facts = tensor_facts(Structure.of(model))
     first = weft.attach(model, config("DVoRA", targets="all-linear"), name="experts")
     second = weft.attach(model, config("LoRA", targets="all-linear"), name="attention")
     assert list(first.sites) == list(second.sites) and first.frozen == second.frozen
-    assert selection.tensor_facts(model) == facts
+    assert tensor_facts(Structure.of(model)) == facts
     assert set(weft.attach(model, weft.Full(), name="lm_head").selected) == {f.name for f in facts}
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .. import methods
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..methods.base import Stateful
-from ..model import targets
 from ..model.adapter import Adapter
 from ..model.attach import Parts, attach_resolved, detach
 from ..model.state import find_state, unwrapped
+from ..model.structure import targets
 from ..model.switch import activate, base_only
 from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_prompt, peft_vera
 from .content import LoadReport, Stored, refuse, report_extra
@@ -74,9 +74,13 @@ def load(
         module: plan.rules[module] for module in plan.modules if module in plan.rules
     }  # in the model's order
     weights = rules and not isinstance(plan.config, methods.Prompt)
-    frozen, routed = targets.leftovers(root, rules) if weights else ([], [])
+    frozen, routed = targets.leftovers(plan.structure, rules) if weights else ([], [])
     adapter = attach_resolved(
-        model, plan.config, Parts(rules, list(plan.selected), frozen, routed), name, plan.shared
+        plan.structure,
+        plan.config,
+        Parts(rules, list(plan.selected), frozen, routed),
+        name,
+        plan.shared,
     )
     try:
         _fill(adapter, plan)

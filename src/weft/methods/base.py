@@ -273,9 +273,9 @@ class Nested(Protocol):
 @runtime_checkable
 class Prompt(Protocol):
     """Trained vectors at virtual positions. Its places in a model are found by structure
-    (model/prompts.py).
+    (model/prompts/).
 
-    `at`: what it hangs on, "attention" (keys and values of every self-attention; it then has
+    `where`: what it attaches to, "attention" (keys and values of every self-attention; it then has
     `keys_values`), "embeddings" (the model's input) or "block" (the input of every block; for both,
     tensors `before` and `after`). `trained` and `start` are those of a Rule; (out, in) are the
     widths of keys and values, or twice the width of the states. `by_row`: rows of one batch may use
@@ -286,7 +286,7 @@ class Prompt(Protocol):
     seed: int
     dtype: str
     mergeable: ClassVar[bool]
-    at: ClassVar[str]
+    where: ClassVar[str]
     by_row: ClassVar[bool]
     starts_at_base: ClassVar[bool]
 

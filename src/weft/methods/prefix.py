@@ -104,7 +104,7 @@ class Prefix:
         "its keys and values stand beside those of the tokens, and no weight can hold them"
     )
     starts_at_base: ClassVar[bool] = False
-    at: ClassVar[str] = "attention"
+    where: ClassVar[str] = "attention"
     by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -200,7 +200,7 @@ class VirtualTokens:
 class PreEmbed(VirtualTokens):
     """The vectors are embeddings and enter with the input; see the module's text."""
 
-    at: ClassVar[str] = "embeddings"
+    where: ClassVar[str] = "embeddings"
     not_mergeable: ClassVar[str] = "it adds tokens to the input, and no weight can hold them"
 
 
@@ -208,7 +208,7 @@ class PreEmbed(VirtualTokens):
 class PreLayer(VirtualTokens):
     """The vectors are states, others at every block; see the module's text."""
 
-    at: ClassVar[str] = "block"
+    where: ClassVar[str] = "block"
     not_mergeable: ClassVar[str] = "it adds positions to every block, and no weight can hold them"
 
 

@@ -19,7 +19,6 @@ from .fastpath import FastPaths
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .merge import Merged
-    from .virtual import Gate
 
 ATTRIBUTE = "_weft_model_state"
 _MEMORY = 1024  # switches between a forward and its backward that a model remembers
@@ -177,7 +176,7 @@ class State:
         ] = {}  # of the base's parameters, before the first attach
         self.row_check: RemovableHandle | None = None
         self.fast_paths = FastPaths()
-        self.gate: Gate | None = None  # where virtual tokens enter the model
+        self.prompt_hooks: Any = None  # prompts.hooks.VirtualTokenHooks, if virtual tokens enter
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name; WeftError lists those that exist."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import WeftError
-from ..model.structure import head_modules
+from ..model.structure import Structure
 from ..tasks import SPLITS, Encoded, TaskRef
 from ..tasks.models import ModelRef, Prepared, prepare
 from .loop import Score, answers, evaluate, score_of
@@ -67,7 +67,7 @@ def fresh_modules(prepared: Prepared) -> tuple[str, ...]:
     """The modules that every row trains from new values: the head, and what the checkpoint has no
     tensors for.
     """
-    head = list(head_modules(prepared.model))
+    head = Structure.of(prepared.model).head
     if not head:
         raise WeftError(
             f"{type(prepared.model).__name__} has no output head that could be trained for "
