@@ -99,7 +99,7 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
 def _converted(stored: Stored, to: str) -> tuple[Stored | None, str, list[str]]:
     """The content in its new form and the layout for it; None where it is in that form already."""
     config = stored.config
-    if isinstance(config, methods.Selection):
+    if not isinstance(config, methods.Rule | methods.Prompt):
         raise UnsupportedError(
             f"{type(config).__name__} trains copies of base tensors and has no form {to!r}; use "
             "weft "

@@ -13,7 +13,7 @@ from ..errors import TargetError
 from ..model import hosts, prompts, structure
 from ..model.attach import parts_of
 from ..model.state import find_state
-from ..model.structure.selection import tensors_of_modules, tensors_picked
+from ..model.structure.selection import tensors_of_modules, trained_tensors
 from . import header, matching, matrices, peft_prompt
 from .content import Stored, StoredSite, fault_of, nearest
 from .peft_common import saved_by
@@ -261,16 +261,15 @@ class Placement:
     def _check_complete(self) -> None:
         """What the configuration names in this model, and the file lacks."""
         have = {id(self.parameters[name]) for name in self.selected}
-        for name in dict.fromkeys([*self._saved_tensors(), *self._picked_tensors()]):
+        for name in dict.fromkeys([*self._saved_tensors(), *self._trained_tensors()]):
             if id(self.parameters[name]) not in have:
                 self.problems.append(
                     f"missing: the file has no {name!r}, which the adapter trains in this model"
                     f"{nearest('in the file', name, self.stored.selected, self.problems)}"
                 )
-        if isinstance(self.config, methods.Selection):
-            return
         try:
-            layers = parts_of(self.structure, replace(self.config, modules_to_save=())).rules
+            alone = replace(self.config, modules_to_save=(), train=())
+            layers = parts_of(self.structure, alone).rules
         except TargetError:
             # names that only the file's base has; what was found above is all there is to say
             return
@@ -283,16 +282,17 @@ class Placement:
                     "its base had fewer layers, or tensors were taken out"
                 )
 
-    def _picked_tensors(self) -> list[str]:
+    def _trained_tensors(self) -> list[str]:
+        """The base tensors that the configuration trains in this model, by its words."""
+        adapted = [n for n, rule in self.rules.items() if not isinstance(rule, methods.Prompt)]
         try:
-            return (
-                tensors_picked(self.structure, self.config)
-                if isinstance(self.config, methods.Selection)
-                else []
-            )
+            saved = tensors_of_modules(self.structure, self.config.modules_to_save)
+            trained = trained_tensors(self.structure, self.config, adapted, saved)
         except TargetError as error:
             self.problems.append(str(error))
             return []
+        inside = [] if self.nested is None else [self.nested]
+        return [name for name in trained if not inside or structure.within(name, inside)]
 
     def _saved_tensors(self) -> list[str]:
         """The tensors of modules_to_save. peft lists what a task may call its head, of which a

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .adalora import AdaLoRA
-from .base import Prompt, Rule, Selection
+from .base import Prompt, Rule
 from .bottleneck import Bottleneck
 from .dora import DoRA
 from .dvora import DVoRA
@@ -57,7 +57,7 @@ def replace(rule: Any, overrides: dict[str, Any]) -> Any:
     if not overrides:
         return rule
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    known = set(values) - {"targets", "modules_to_save", *getattr(rule, "whole", ())}
+    known = set(values) - {"targets", "modules_to_save", "train", *getattr(rule, "whole", ())}
     for field in overrides:
         if field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
@@ -75,6 +75,8 @@ def to_json(config: Any) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     if "targets" in values:
         values["targets"] = to_plain(values["targets"])
+    if not values.get("train"):  # so that versions without the field read the file
+        values.pop("train", None)
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {"method": type(config).__name__, **plain}
 
@@ -99,7 +101,6 @@ __all__ = [
     "METHODS",
     "Prompt",
     "Rule",
-    "Selection",
     "by_name",
     "from_json",
     "replace",

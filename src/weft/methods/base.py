@@ -9,7 +9,8 @@ A configuration is a frozen dataclass, and the configuration *is* the method. Th
   `effective_weight` raises UnsupportedError;
 * a `Prompt` adds positions that the tokens attend to, and changes neither a weight nor a layer's
   map (Prefix, PreEmbed, PreLayer);
-* a `Selection` trains tensors that the model already has (Full, Head, BitFit).
+* every configuration can also train tensors that the model already has (`train`); Full, Head,
+  BitFit and TopLayers do nothing else.
 
 Tensors reach a rule as attributes of `p` (`p.A`, `p.B`, ...), so a rule can be read and tested
 without any model.
@@ -29,7 +30,7 @@ from ..errors import ConfigError
 from ..ops import counter
 from ..ops.derived import Derived
 from ..ops.factors import Factors
-from .facts import TensorFact
+from . import train_spec
 
 DTYPES = {
     "float32": torch.float32,
@@ -312,17 +313,6 @@ class Reparameterised(Protocol):
         ...
 
 
-@runtime_checkable
-class Selection(Protocol):
-    """A method that trains tensors which the model already has."""
-
-    modules_to_save: tuple[str, ...]
-    mergeable: ClassVar[bool]
-    nothing: ClassVar[str]  # why a model may hold no tensor to pick, for the error that says so
-
-    def picks(self, fact: TensorFact) -> bool: ...
-
-
 def wide(t: Tensor) -> Tensor:
     """float32, or float64 left as it is: the dtypes in which an effective weight is defined."""
     return t if t.dtype == torch.float64 else t.float()
@@ -427,3 +417,5 @@ def check_modules(config: Any) -> None:
             'for example ["classifier"].'
         )
     object.__setattr__(config, "modules_to_save", tuple(value))
+    words = train_spec.normalise(type(config).__name__, config.train, hasattr(config, "targets"))
+    object.__setattr__(config, "train", words)

@@ -103,6 +103,8 @@ class Bottleneck:
     dropout: float = 0.0
     targets: Any = None
     modules_to_save: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    selection: ClassVar[tuple[str, ...]] = ()
     seed: int = 0
     dtype: str = "float32"
 

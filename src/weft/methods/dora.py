@@ -167,6 +167,8 @@ class DoRA(Magnitude):
     norm_grad: str = "constant"
     targets: Any = "all-linear"
     modules_to_save: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    selection: ClassVar[tuple[str, ...]] = ()
     seed: int = 0
     dtype: str = "float32"
 

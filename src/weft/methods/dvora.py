@@ -12,7 +12,7 @@ Trained numbers per layer: 2 out + r. The papers do not give d's start for DVoRA
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .dora import Magnitude
 from .vera import VeRA
@@ -28,6 +28,8 @@ class DVoRA(Magnitude):
     norm_grad: str = "constant"
     targets: Any = "all-linear"
     modules_to_save: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    selection: ClassVar[tuple[str, ...]] = ()
     seed: int = 0
     dtype: str = "float32"
     draw: str = "weft"

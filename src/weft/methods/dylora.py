@@ -59,6 +59,8 @@ class DyLoRA:
     last_only: bool = False
     targets: Any = "all-linear"
     modules_to_save: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    selection: ClassVar[tuple[str, ...]] = ()
     seed: int = 0
     dtype: str = "float32"
 

@@ -51,6 +51,8 @@ class LoRA:
     rslora: bool = False
     targets: Any = "all-linear"
     modules_to_save: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    selection: ClassVar[tuple[str, ...]] = ()
     seed: int = 0
     dtype: str = "float32"
 

@@ -96,6 +96,8 @@ class Prefix:
     positions: str = "shifted"
     std: float = 0.02
     modules_to_save: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    selection: ClassVar[tuple[str, ...]] = ()
     seed: int = 0
     dtype: str = "float32"
 
@@ -168,6 +170,8 @@ class VirtualTokens:
     l_i: int = 0
     std: float = 0.02
     modules_to_save: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    selection: ClassVar[tuple[str, ...]] = ()
     seed: int = 0
     dtype: str = "float32"
 

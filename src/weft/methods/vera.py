@@ -50,6 +50,8 @@ class VeRA:
     dropout: float = 0.0
     targets: Any = "all-linear"
     modules_to_save: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    selection: ClassVar[tuple[str, ...]] = ()
     seed: int = 0
     dtype: str = "float32"
     draw: str = "weft"

@@ -21,7 +21,7 @@ from .selected import select
 from .state import ATTRIBUTE, Rows, State, find_state, state_of, unwrapped
 from .stepping import Watch, follow, follows, unfollow
 from .structure import Structure, targets
-from .structure.selection import tensors_of_modules, tensors_picked
+from .structure.selection import tensors_of_modules, trained_tensors
 from .switch import activate, base_only
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -73,9 +73,13 @@ def parts_of(structure: Structure, config: Any) -> Parts:
     saved = tensors_of_modules(structure, config.modules_to_save)
     if isinstance(config, methods.Prompt):
         places, without = prompts.find_places(structure, config.where)
-        return Parts(dict.fromkeys(places, config), saved, without)
-    if isinstance(config, methods.Selection):
-        return Parts({}, list(dict.fromkeys([*tensors_picked(structure, config), *saved])))
+        trained = trained_tensors(structure, config, (), saved)
+        return Parts(
+            dict.fromkeys(places, config), list(dict.fromkeys([*trained, *saved])), without
+        )
+    if not isinstance(config, methods.Rule):
+        trained = trained_tensors(structure, config, (), saved)
+        return Parts({}, list(dict.fromkeys([*trained, *saved])))
     found = targets.resolve(structure, config.targets, getattr(config, "skip_layers", 0))
     rules = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
@@ -88,7 +92,9 @@ def parts_of(structure: Structure, config: Any) -> Parts:
                 f"modules_to_save={list(config.modules_to_save)}: "
                 "a layer is adapted or trained in full. Take it out of one of the two."
             )
-    return Parts(rules, saved, found.frozen, found.routed)
+    trained = trained_tensors(structure, config, rules, saved)
+    selected = list(dict.fromkeys([*trained, *saved]))
+    return Parts(rules, selected, found.frozen, found.routed)
 
 
 def attach_resolved(

@@ -1,52 +1,41 @@
-"""The base tensors that a configuration trains as copies."""
+"""The base tensors that a configuration trains as copies: the words of `train`, and
+`modules_to_save`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from typing import Any
 
 from ...errors import TargetError
-from ...methods.base import Selection
-from ...methods.facts import TensorFact
-from .modules import base_parameters
-from .names import ends_in, within
+from ...methods.train_spec import WORDS, is_name, last_blocks, nearest
+from .. import hosts
+from .names import canonical, ends_in, within
 from .structure import Structure
 
 
-def tensor_facts(structure: Structure) -> list[TensorFact]:
-    """Returns the facts of every parameter. A tied one goes by its first name, so a head tied to
-    the embedding is not a head.
+def trained_tensors(
+    structure: Structure, config: Any, adapted: Collection[str], saved: Collection[str] = ()
+) -> list[str]:
+    """Returns the full names of the base tensors that a configuration trains, each once, in the
+    model's order: those that its method trains (`selection`) and those of `train`.
+
+    adapted: the layers that the configuration adapts. saved: the tensors of `modules_to_save`.
+    Raises TargetError if a word selects nothing, if a tensor named by its ending is tied to one
+    that is not named, or if a layer is both adapted and trained in full.
     """
-    blocks, norm = _blocks_before_output(structure)
-    facts = []
-    for name, p in structure.parameters.items():
-        # Fused experts stack their bias vectors, one per row.
-        vectors = p.ndim == 1 or (p.ndim == 2 and within(name, structure.experts))
-        facts.append(
-            TensorFact(
-                name,
-                tuple(p.shape),
-                vectors and name.rpartition(".")[2].endswith("bias"),
-                within(name, structure.head),
-                next((index for block, index in blocks.items() if within(name, [block])), None),
-                len(blocks),
-                norm is not None and within(name, [norm]),
-            )
-        )
-    return facts
-
-
-def _blocks_before_output(structure: Structure) -> tuple[dict[str, int], str | None]:
-    """The blocks before the output with their indices, and the norm behind them."""
-    stack = structure.last_stack
-    if stack is not None:
-        blocks = {block.name: block.index for block in structure.blocks_of(stack)}
-        return blocks, structure.final_norm(stack)
-    children = [
-        name
-        for name, child in structure.root.named_children()
-        if not within(name, structure.head) and next(child.parameters(), None) is not None
-    ]
-    return {name: index for index, name in enumerate(children)}, None
+    chosen: dict[str, str] = {}
+    named = set(saved)
+    for word in (*config.selection, *config.train):
+        found = _tensors_of(structure, config, word, adapted)
+        if not found and (word in config.train or not saved):
+            raise _nothing(structure, config, word, adapted)
+        chosen |= {name: chosen.get(name, word) for name in found}
+        named |= set(found) if is_name(word) else set()
+    _check_tied(structure, config, chosen, named)
+    _check_adapted(structure, config, chosen, adapted)
+    return [name for name in structure.readers if name in chosen]
 
 
 def tensors_of_modules(structure: Structure, endings: Sequence[str]) -> list[str]:
@@ -55,36 +44,166 @@ def tensors_of_modules(structure: Structure, endings: Sequence[str]) -> list[str
     A tied tensor goes by the name that it has in that module. Raises TargetError if an ending
     matches no module, or none with a parameter.
     """
-    if not endings:
-        return []
     found: list[str] = []
     modules = [name for name in structure.modules if name]
-    parameters = [name for name, _ in base_parameters(structure.root, repeat_tied=True)]
     for ending in endings:
         names = [n for n in modules if ends_in(n, ending)]
-        tensors = [t for t in parameters if within(t, names)]
+        tensors = [t for t in structure.readers if within(t, names)]
         if not tensors:
-            have = sorted(
-                {n.rpartition(".")[2] for n in modules if not n.rpartition(".")[2].isdigit()}
-            )
             raise TargetError(
                 f"modules_to_save=[{ending!r}] matches "
                 f"{'no module' if not names else f'{names}, which hold no parameter'}. "
-                f"The model's modules end in: {', '.join(have)}."
+                f"The model's modules end in: {', '.join(_labels(modules))}."
             )
         found.extend(tensors)
     return list(dict.fromkeys(found))
 
 
-def tensors_picked(structure: Structure, config: Selection) -> list[str]:
-    """Returns the full names of the tensors that a selection trains. Raises TargetError if there
-    are none.
+def _tensors_of(
+    structure: Structure, config: Any, word: str, adapted: Collection[str]
+) -> list[str]:
+    """The tensors of one word. A tied tensor goes by its first name, so a head that is tied to the
+    embedding is not a head; named by its ending it goes by that name.
     """
-    facts = tensor_facts(structure)
-    names = [fact.name for fact in facts if config.picks(fact)]
-    if not names and not config.modules_to_save:
-        raise TargetError(
-            f"{type(config).__name__} selects none of the {len(facts)} tensors of "
-            f"{type(structure.root).__name__}: {config.nothing}."
+    parameters, head = structure.parameters, structure.head
+    last = last_blocks(word)
+    if last is not None:
+        return _last_blocks(structure, config, word, last)
+    match word:
+        case "all":
+            return list(parameters)
+        case "head":
+            return [name for name in parameters if within(name, head)]
+        case "biases":
+            return [n for n in parameters if _is_bias(structure, n) and not within(n, head)]
+        case "norms":
+            norms = set(structure.norms)
+            return [n for n in parameters if _parent(n) in norms and not within(n, head)]
+        case "target-biases":
+            return [n for n in structure.readers if _own(n) == "bias" and _parent(n) in adapted]
+    modules = [
+        name for name in structure.modules if any(ends_in(n, word) for n in _called(name)) and name
+    ]
+    return [
+        name
+        for name in structure.readers
+        if any(ends_in(n, word) for n in _called(name)) or within(name, modules)
+    ]
+
+
+def _is_bias(structure: Structure, name: str) -> bool:
+    """A bias vector or a norm's shift; fused experts stack theirs, one per row."""
+    dims = structure.parameters[name].ndim
+    vector = dims == 1 or (dims == 2 and within(name, structure.experts))
+    return vector and _own(name).endswith("bias")
+
+
+def _last_blocks(structure: Structure, config: Any, word: str, count: int) -> list[str]:
+    """The tensors of the last blocks before the output, and of the norm behind them. A model
+    without blocks counts its own children that hold parameters, except the head.
+    """
+    stack = structure.last_stack
+    if stack is not None:
+        blocks = [block.name for block in structure.blocks_of(stack)]
+        norm = structure.final_norm(stack)
+    else:
+        blocks = [
+            name
+            for name, child in structure.root.named_children()
+            if not within(name, structure.head) and next(child.parameters(), None) is not None
+        ]
+        norm = None
+    if blocks and count > len(blocks):
+        named, every = _label(config, word), "train=['all']"
+        if word not in config.train:
+            named, every = f"{named}(k={count})", "weft.Full()"
+        raise TargetError(f"{named}: the model has {len(blocks)} blocks. Take fewer, or {every}.")
+    chosen = [*blocks[len(blocks) - count :], *([] if norm is None else [norm])]
+    return [name for name in structure.parameters if within(name, chosen)] if blocks else []
+
+
+def _check_tied(
+    structure: Structure, config: Any, chosen: dict[str, str], named: Collection[str]
+) -> None:
+    """Training one reader of a tied tensor trains the others; if it was named, they must be too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in structure.readers.items():
+        names.setdefault(id(parameter), []).append(name)
+    for name, word in chosen.items():
+        if not is_name(word):
+            continue
+        for other in names[id(structure.readers[name])]:
+            if other not in named and other not in chosen:
+                raise TargetError(
+                    f"{_label(config, word)}: {name!r} is tied to {other!r}, so training one "
+                    f"trains both. Name both, or give one its own copy first: model.{name} = "
+                    f"torch.nn.Parameter(model.{name}.detach().clone()) and "
+                    "config.tie_word_embeddings = False."
+                )
+
+
+def _check_adapted(
+    structure: Structure, config: Any, chosen: dict[str, str], adapted: Collection[str]
+) -> None:
+    """An adapted layer may train its bias, and a norm its gain, but no weight matrix."""
+    words = {id(structure.readers[name]): word for name, word in chosen.items()}
+    for name in adapted:
+        module = structure.modules[name]
+        word = words.get(id(module._parameters.get("weight")))
+        if word is not None and not hosts.is_norm(module):
+            raise TargetError(
+                f"{name!r} is named by targets and by {_label(config, word)}: a layer is adapted "
+                "or trained in full. Take it out of one of the two."
+            )
+
+
+def _nothing(structure: Structure, config: Any, word: str, adapted: Collection[str]) -> TargetError:
+    """The error for a word that selects no tensor, with the cure."""
+    reasons = {
+        "all": "it holds no parameter",
+        "biases": "it has no bias vectors",
+        "norms": "it has no layer norm or RMS norm with a gain outside its head",
+        "head": "no output head of its own was found (a head tied to the embedding is not one)",
+        "target-biases": f"none of the {len(adapted)} adapted layers has a bias",
+    }
+    reason = reasons.get(word)
+    if last_blocks(word) is not None:
+        reason = "it has neither repeated blocks nor children with parameters beside its head"
+    if reason is None:
+        have = _labels([*structure.modules, *structure.readers])
+        near = [*nearest(word), *get_close_matches(word.rpartition(".")[2], have, n=3)]
+        reason = (
+            f"{word!r} is the ending of no module or tensor with a parameter. Nearest: "
+            f"{list(dict.fromkeys(near)) or [*WORDS, *have[:8]]}"
         )
-    return names
+    cure = f" Take {word!r} out of train." if word in config.train and word in WORDS else ""
+    return TargetError(
+        f"{_label(config, word)} selects none of the {len(structure.parameters)} tensors of "
+        f"{type(structure.root).__name__}: {reason}.{cure}"
+    )
+
+
+def _label(config: Any, word: str) -> str:
+    """The part of a configuration that a word comes from, for messages."""
+    method = type(config).__name__
+    return f"{method}(train=[{word!r}])" if word in config.train else method
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """The last parts of names, without numbers."""
+    labels = {name.rpartition(".")[2] for name in names if name}
+    return sorted(label for label in labels if not label.isdigit())
+
+
+def _called(name: str) -> tuple[str, str]:
+    """A name, and the same without the parts that wrappers add."""
+    return name, canonical(name)
+
+
+def _own(tensor: str) -> str:
+    """A tensor's name within its module."""
+    return tensor.rpartition(".")[2]
+
+
+def _parent(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

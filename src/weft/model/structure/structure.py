@@ -45,6 +45,11 @@ class Structure:
         return dict(base_parameters(self.root))
 
     @cached_property
+    def readers(self) -> dict[str, nn.Parameter]:
+        """The base model's parameters under every name, so a tied one several times."""
+        return dict(base_parameters(self.root, repeat_tied=True))
+
+    @cached_property
     def layers(self) -> dict[str, nn.Module]:
         """Linear maps and embeddings of a class that Weft knows, adaptable or not."""
         return {name: module for name, module in self.modules.items() if looks_linear(module)}
