@@ -99,7 +99,8 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
 def _converted(stored: Stored, to: str) -> tuple[Stored | None, str, list[str]]:
     """The content in its new form and the layout for it; None where it is in that form already."""
     config = stored.config
-    if not isinstance(config, methods.Rule | methods.Prompt):
+    own_tensors = isinstance(config, methods.Rule | methods.Prompt)
+    if not own_tensors:
         raise UnsupportedError(
             f"{type(config).__name__} trains copies of base tensors and has no form {to!r}; use "
             "weft "
