@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import TargetError
-from ..model import hosts, prompts, structure
+from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
 from ..model.state import find_state
 from ..model.structure.selection import tensors_of_modules, trained_tensors
@@ -100,7 +100,7 @@ class Placement:
         self.values[name] = {}
         if site.reached is not None:
             self.reached[name] = site.reached
-        for tensor, wanted in site.rule.trained(*shape).items():
+        for tensor, wanted in site.rule.shapes(*shape).items():
             if tensor not in site.tensors:
                 continue  # its absence is among the problems already
             fault = fault_of(site.tensors[tensor], wanted)
@@ -126,7 +126,7 @@ class Placement:
         host.
         """
         layer = self.modules[name]
-        if isinstance(rule, methods.Prompt):
+        if isinstance(rule, methods.PromptMethod):
             if name not in self._prompt_hosts(rule.where):
                 self.problems.append(
                     f"{module!r}: the model's {name!r}, a {type(layer).__name__}, is no place for "
@@ -134,14 +134,15 @@ class Placement:
                     f"{list(self._prompt_hosts(rule.where))[:4]}"
                 )
             return self._prompt_hosts(rule.where).get(name)
-        if hosts.host_kind(layer) is None:
-            why = hosts.why_not(layer) or "it is no linear layer"
+        why = base_layers.why_not(layer)
+        if why is not None or base_layers.kind_of(layer) is None:
+            why = why or "it is no linear layer"
             self.problems.append(
                 f"{module!r}: the model's {name!r}, a {type(layer).__name__}, cannot be adapted: "
                 f"{why}"
             )
             return None
-        return hosts.view(layer)
+        return base_layers.view(layer)
 
     def _prompt_hosts(self, at: str) -> dict[str, Any]:
         """Where a prompt can hang on in this model; nowhere, with a problem, in a model that has no
@@ -284,7 +285,7 @@ class Placement:
 
     def _trained_tensors(self) -> list[str]:
         """The base tensors that the configuration trains in this model, by its words."""
-        adapted = [n for n, rule in self.rules.items() if not isinstance(rule, methods.Prompt)]
+        adapted = [n for n, r in self.rules.items() if not isinstance(r, methods.PromptMethod)]
         try:
             saved = tensors_of_modules(self.structure, self.config.modules_to_save)
             trained = trained_tensors(self.structure, self.config, adapted, saved)

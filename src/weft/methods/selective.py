@@ -19,24 +19,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import check_count, check_modules
+from .checks import check_count
+from .config import Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(Config):
     """Full fine-tuning: all tensors train."""
 
-    modules_to_save: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
-    selection: ClassVar[tuple[str, ...]] = ("all",)
-
-    def __post_init__(self) -> None:
-        check_modules(self)
+    @property
+    def selection(self) -> tuple[str, ...]:
+        return ("all",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopLayers:
+class TopLayers(Config):
     """The last k blocks before the output, and the norm behind them if the model has one (a
     post-norm model ends each block in its own). Embeddings, poolers and the head stay.
 
@@ -48,43 +45,33 @@ class TopLayers:
     """
 
     k: int = 2
-    modules_to_save: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "k", 1)
-        check_modules(self)
 
     @property
     def selection(self) -> tuple[str, ...]:
-        """The last k blocks, as a word of `train`."""
         return (f"last:{self.k}",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class Head(Config):
     """The output head alone, on frozen features."""
 
-    modules_to_save: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
-    selection: ClassVar[tuple[str, ...]] = ("head",)
-
-    def __post_init__(self) -> None:
-        check_modules(self)
+    @property
+    def selection(self) -> tuple[str, ...]:
+        return ("head",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitFit:
+class BitFit(Config):
     """All bias vectors outside the head. A new head is trained with `modules_to_save`, as with
     every other method.
     """
 
-    modules_to_save: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
-    selection: ClassVar[tuple[str, ...]] = ("biases",)
+    learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
 
-    def __post_init__(self) -> None:
-        check_modules(self)
+    @property
+    def selection(self) -> tuple[str, ...]:
+        return ("biases",)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .layer import Site
+from .layer import AdapterLayer
 from .plan_entries import Frozen, Row
 from .structure import base_parameters
 
@@ -102,7 +102,7 @@ def ranks_as_text(ranks: Mapping[str, int]) -> list[str]:
 def plan_of(
     method: str,
     root: nn.Module,
-    layers: Mapping[str, Site],
+    layers: Mapping[str, AdapterLayer],
     tensors: Mapping[str, nn.Parameter],
     frozen: Sequence[Frozen],
     ranks: dict[str, int] | None,
@@ -114,7 +114,7 @@ def plan_of(
     rows = [
         Row(
             name,
-            layer.host.kind,
+            layer.base.kind,
             layer.shape,
             sum(p.numel() for p in layer.trainable().values()),
             sum(p.numel() * p.element_size() for p in layer.trainable().values()),

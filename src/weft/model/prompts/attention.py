@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import WeftError
-from ..layer import sites_of, switch_of
-from ..state import Rows
+from ..active import PerRow
+from ..layer import active_of, layers_of
 from .forward import code_names, forward_of
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -88,13 +88,14 @@ def check(module: nn.Module, args: Any, kwargs: Any) -> None:
     """A forward pre-hook. Raises WeftError if the config was changed, so that the active prefix
     would be ignored.
     """
-    switch = switch_of(module)
-    if switch is None:
+    adapters = active_of(module)
+    if adapters is None:
         return
-    names = switch.active.groups if isinstance(switch.active, Rows) else (switch.active,)
+    active = adapters.current(module.training)
+    names: Any = active.groups if isinstance(active, PerRow) else (active,)
     name: Any = getattr(module, "config")._attn_implementation  # noqa: B009 - mypy takes the attribute for a Tensor
     if not str(name).startswith(_OURS) and any(
-        n is not None and n in sites_of(module) for n in names
+        n is not None and n in layers_of(module) for n in names
     ):
         raise WeftError(
             f"the model's attention was set to {name!r} after an adapter with keys and values was "
@@ -173,22 +174,22 @@ def _prefix(
     """Keys and values [rows, kv heads, n, width] of the active prefix, and, if rows have different
     ones, which of the n positions each row has [rows, n]. None if no prefix is active here.
     """
-    switch = switch_of(module)
-    if switch is None:
+    adapters = active_of(module)
+    if adapters is None:
         return None
-    active, sites = switch.guarded(), sites_of(module)
-    if isinstance(active, Rows):
-        return _by_row(active, sites, key, value)
-    if active is None or active not in sites:
+    active, layers = adapters.current(module.training), layers_of(module)
+    if isinstance(active, PerRow):
+        return _by_row(active, layers, key, value)
+    if active is None or active not in layers:
         return None
-    keys, values = _of(sites[active], key, value)
+    keys, values = _of(layers[active], key, value)
     return keys.expand(key.shape[0], -1, -1, -1), values.expand(key.shape[0], -1, -1, -1), None
 
 
-def _of(site: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _of(layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """One adapter's keys and values as [1, kv heads, n, width]."""
     parts = []
-    for trained, own in zip(site.rule.keys_values(site), (key, value), strict=True):
+    for trained, own in zip(layer.method.keys_values(layer), (key, value), strict=True):
         heads, width = own.shape[1], own.shape[-1]
         if trained.shape[1] != heads * width:
             raise WeftError(
@@ -200,22 +201,22 @@ def _of(site: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_row(
-    rows: Rows, sites: Any, key: Tensor, value: Tensor
+    rows: PerRow, layers: Any, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    names = [name for name in rows.groups if name in sites]
+    names = [name for name in rows.groups if name in layers]
     if not names:
         return None
     rows.check(key, feature_dims=3)
-    n = max(sites[name].rule.n for name in names)
+    n = max(layers[name].method.n for name in names)
     keys = key.new_zeros(*key.shape[:2], n, key.shape[3])
     values = value.new_zeros(*value.shape[:2], n, value.shape[3])
     has = torch.zeros(key.shape[0], n, dtype=torch.bool, device=key.device)
     for name in names:
         index = rows.index(name, key.shape[0], key.device)
-        own = sites[name].rule.n
+        own = layers[name].method.n
         k, v = (
             torch.nn.functional.pad(t, (0, 0, 0, n - own)).expand(len(index), -1, -1, -1)
-            for t in _of(sites[name], key, value)
+            for t in _of(layers[name], key, value)
         )
         keys, values = keys.index_copy(0, index, k), values.index_copy(0, index, v)
         has[index, :own] = True

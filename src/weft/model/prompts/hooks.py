@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError, WeftError
-from ..layer import sites_of
-from ..state import Rows, Switch, recomputed
+from ..active import Active, ActiveAdapters, PerRow, recomputed
+from ..layer import layers_of
 from .decoder import DecoderInputs, plain_mask, vectors
 from .forward import by_name, parameters_of
 from .injection import InjectionPoint
@@ -38,8 +38,8 @@ class VirtualTokenHooks:
     to it, by adapter name.
     """
 
-    def __init__(self, point: InjectionPoint, switch: Switch) -> None:
-        self.base, self.decoder, self.switch = point.module, point.decoder, switch
+    def __init__(self, point: InjectionPoint, active: ActiveAdapters) -> None:
+        self.base, self.decoder, self._active = point.module, point.decoder, active
         self.outer = tuple(point.outer)
         self.rules: dict[str, Any] = {}
         self._names = parameters_of(type(self.base))
@@ -131,7 +131,7 @@ class VirtualTokenHooks:
         """
         labels = self.labels if self.labels is not None else self.outside_labels
         self.labels, self.layout, self.behind_blocks = None, None, False
-        active, given = self.switch.active, by_name(self._names, args, kwargs)
+        active, given = self._current(), by_name(self._names, args, kwargs)
         rule = self.rules.get(active) if isinstance(active, str) else None
         virtual = rule is not None and rule.where != "attention"
         cache = next((given[key] for key in _CACHES if given.get(key) is not None), None)
@@ -184,7 +184,7 @@ class VirtualTokenHooks:
                 f"{type(module).__name__} gives more than one tensor [rows, tokens, width], so "
                 "virtual tokens cannot follow it. Keys and values (weft.Prefix) have no such limit."
             )
-        active = str(self.switch.active)
+        active = str(self._current())
         rule, (rows, length, _) = self.rules[active], output.shape
         self._begin(
             TokenLayout(0, rule.l_p + rule.l_i, length, length, output.device, answers=False)
@@ -216,8 +216,8 @@ class VirtualTokenHooks:
         """Pre-hook of a block: the states trained for it, at the virtual positions. Raises
         WeftError if the model has changed the length of the sequence.
         """
-        active = self.switch.guarded()
-        if not isinstance(active, str) or active not in sites_of(module):
+        active = self._current()
+        if not isinstance(active, str) or active not in layers_of(module):
             return None
         layout = self._current_layout()
         if layout is None:
@@ -229,11 +229,15 @@ class VirtualTokenHooks:
                 "entered the model: the model has changed the sequence, so the virtual positions "
                 "are unknown."
             )
-        site: Any = sites_of(module)[active]
-        states = torch.cat([getattr(site, name) for name in site.names]).to(x.dtype)
+        layer: Any = layers_of(module)[active]
+        states = torch.cat([getattr(layer, name) for name in layer.names]).to(x.dtype)
         columns = layout.virtual()[..., None].expand(x.shape[0], -1, x.shape[2])
         x = x.scatter(1, columns, states[None].expand(x.shape[0], -1, -1))
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    def _current(self) -> Active:
+        """The adapter, or the adapters per row, that the caller uses."""
+        return self._active.current(self.base.training)
 
     def _enter_encoder(self, rule: Any, given: dict[str, Any]) -> dict[str, Any]:
         mask = plain_mask(given.get("attention_mask"))
@@ -245,12 +249,12 @@ class VirtualTokenHooks:
 
     def _embedded(self, active: str) -> Any:
         """The layer with the trained embeddings, or None if every block replaces them."""
-        return sites_of(self.base)[active] if self.rules[active].where == "embeddings" else None
+        return layers_of(self.base)[active] if self.rules[active].where == "embeddings" else None
 
     def _shifted_positions(self, active: Any, given: Mapping[str, Any], past: int) -> Any:
         if self._inputs is None:
             return None
-        names = active.names if isinstance(active, Rows) else [active]
+        names = active.names if isinstance(active, PerRow) else [active]
         shifts = [getattr(self.rules.get(str(name)), "shift", 0) for name in names]
         return self._inputs.shifted_positions(shifts, given, past)
 
@@ -277,7 +281,7 @@ class VirtualTokenHooks:
 
     def _marked(self, cache: Any, layout: TokenLayout) -> Any:
         if hasattr(cache, "get_seq_length"):
-            setattr(cache, _MARK, (self.switch.active, layout))
+            setattr(cache, _MARK, (self._current(), layout))
         return cache
 
 

@@ -20,32 +20,32 @@ from .places import PromptHost
 def install(state: State, adapter: Adapter, structure: Structure) -> None:
     """Attaches an adapter's prompts to their modules, which keep their class and forward."""
     rule = adapter.config
-    if state.prompt_hooks is None:
+    if state.virtual is None:
         point = injection_point(structure)
         if point is not None and (rule.where != "attention" or point.decoder):
-            state.prompt_hooks = VirtualTokenHooks(point, state.switch)
-    hooks: VirtualTokenHooks | None = state.prompt_hooks
+            state.virtual = VirtualTokenHooks(point, state.active)
+    hooks: VirtualTokenHooks | None = state.virtual
     if hooks is not None:
         hooks.add(adapter.name, rule)
     before = {
         "attention": attention.check,
         "block": hooks.replace_states if hooks is not None else None,
     }.get(rule.where)
-    for site in adapter.sites.values():
-        if not is_adapted(site.host.module):
-            adopt(site.host.module, state.switch, before)
+    for layer in adapter.layers.values():
+        if not is_adapted(layer.base.module):
+            adopt(layer.base.module, state.active, before)
     if rule.where == "attention":
-        attention.claim(site.host.module for site in adapter.sites.values())
+        attention.claim(_attentions(adapter))
 
 
 def uninstall(state: State, adapter: Adapter) -> None:
     """Undoes `install`, except for the adapter's layers, which the caller removes."""
-    hooks: VirtualTokenHooks | None = state.prompt_hooks
+    hooks: VirtualTokenHooks | None = state.virtual
     if hooks is not None:
         hooks.drop(adapter.name)
         if not hooks.rules:
             hooks.close()
-            state.prompt_hooks = None
+            state.virtual = None
     if adapter.config.where == "attention":
         others = [other for other in state.adapters.values() if other is not adapter]
         still = [m for other in others for m in _attentions(other)]
@@ -58,7 +58,7 @@ def answering(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
     tokens], for a forward that is called without labels.
     """
     state = find_state(model)
-    hooks: VirtualTokenHooks | None = state.prompt_hooks if state is not None else None
+    hooks: VirtualTokenHooks | None = state.virtual if state is not None else None
     if hooks is None or not hooks.next_token:
         yield
         return
@@ -70,5 +70,5 @@ def answering(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
 
 
 def _attentions(adapter: Adapter) -> list[nn.Module]:
-    hosts = [site.host for site in adapter.sites.values()]
+    hosts = [layer.base for layer in adapter.layers.values()]
     return [h.module for h in hosts if isinstance(h, PromptHost) and h.where == "attention"]

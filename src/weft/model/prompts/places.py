@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ...errors import TargetError
-from ...methods.base import Prompt
+from ...methods.base import PromptMethod
 from ..plan_entries import Frozen
 from ..structure import Structure, base_modules
 from . import attention
@@ -41,6 +41,10 @@ class PromptHost:
     where: str
     out_features: int
     in_features: int
+
+    takes_ids: ClassVar[bool] = False
+    has_weight: ClassVar[bool] = True  # nothing reads it: prompts are no change of a weight
+    transposed: ClassVar[bool] = False
 
     @property
     def kind(self) -> str:
@@ -85,7 +89,7 @@ def find_places(structure: Structure, where: str) -> tuple[dict[str, PromptHost]
 
 def hosts_of(structure: Structure, rules: Mapping[str, Any]) -> dict[str, PromptHost]:
     """Returns the hosts of the prompts among these rules, by module name."""
-    kinds = {rule.where for rule in rules.values() if isinstance(rule, Prompt)}
+    kinds = {rule.where for rule in rules.values() if isinstance(rule, PromptMethod)}
     return {
         name: host
         for where in kinds

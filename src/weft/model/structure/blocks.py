@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..hosts import is_norm, looks_linear
+from ..base_layers import is_linear, is_norm, kind_of
 from .experts import find_experts
 from .modules import base_modules
 from .names import ATTENTION, within
@@ -71,7 +71,7 @@ def find_block_names(modules: Mapping[str, nn.Module]) -> list[str]:
             found += [
                 f"{name}.{i}".lstrip(".")
                 for i, child in module.named_children()
-                if any(is_linear_map(m) for m in child.modules() if m is not child)
+                if any(is_linear(m) for m in child.modules() if m is not child)
             ]
     return found
 
@@ -98,19 +98,12 @@ def map_parts(
     """
     parts = {}
     for name, module in modules.items():
-        if not is_linear_map(module):
+        if not is_linear(module):
             continue
         block = next((b for b in names if name.startswith(b + ".")), None)
         if block is not None:
             parts[name] = "attention" if _in_attention(root, block, name) else "mlp"
     return parts
-
-
-def is_linear_map(module: nn.Module) -> bool:
-    """Returns True for a linear layer of a class that Weft knows, adaptable or not; an embedding is
-    not one.
-    """
-    return looks_linear(module) and not isinstance(module, nn.Embedding)
 
 
 def norm_first(root: nn.Module, block: str) -> bool | None:
@@ -194,21 +187,22 @@ def _attention_modules(inside: Mapping[str, nn.Module]) -> list[str]:
             ATTENTION.search(label) or ATTENTION.search(type(module).__name__)
         ):
             continue
-        if any(is_linear_map(inner) for inner in module.modules() if inner is not module):
+        if any(is_linear(inner) for inner in module.modules() if inner is not module):
             found.append(name)
     return found
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear map, adaptable or not; None for any other module."""
-    if not is_linear_map(module):
+    if not is_linear(module):
         return None
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 2:  # quantised or parametrised
         out, in_ = getattr(module, "out_features", None), getattr(module, "in_features", None)
         return (out, in_) if isinstance(out, int) and isinstance(in_, int) else None
     first, second = weight.shape
-    return (first, second) if isinstance(module, nn.Linear) else (second, first)
+    kind = kind_of(module)
+    return (second, first) if kind is not None and kind.transposed else (first, second)
 
 
 def _last(maps: Mapping[str, tuple[int, int]], names: Iterable[str], width: int) -> str | None:

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
-from typing import Any
 
 from ...errors import TargetError
+from ...methods.config import Config
 from ...methods.train_spec import WORDS, is_name, last_blocks, nearest
-from .. import hosts
+from ..base_layers import has_map
 from .names import canonical, ends_in, within
 from .structure import Structure
 
 
 def trained_tensors(
-    structure: Structure, config: Any, adapted: Collection[str], saved: Collection[str] = ()
+    structure: Structure, config: Config, adapted: Collection[str], saved: Collection[str] = ()
 ) -> list[str]:
     """Returns the full names of the base tensors that a configuration trains, each once, in the
     model's order: those that its method trains (`selection`) and those of `train`.
@@ -60,7 +60,7 @@ def tensors_of_modules(structure: Structure, endings: Sequence[str]) -> list[str
 
 
 def _tensors_of(
-    structure: Structure, config: Any, word: str, adapted: Collection[str]
+    structure: Structure, config: Config, word: str, adapted: Collection[str]
 ) -> list[str]:
     """The tensors of one word. A tied tensor goes by its first name, so a head that is tied to the
     embedding is not a head; named by its ending it goes by that name.
@@ -98,7 +98,7 @@ def _is_bias(structure: Structure, name: str) -> bool:
     return vector and _own(name).endswith("bias")
 
 
-def _last_blocks(structure: Structure, config: Any, word: str, count: int) -> list[str]:
+def _last_blocks(structure: Structure, config: Config, word: str, count: int) -> list[str]:
     """The tensors of the last blocks before the output, and of the norm behind them. A model
     without blocks counts its own children that hold parameters, except the head.
     """
@@ -123,7 +123,7 @@ def _last_blocks(structure: Structure, config: Any, word: str, count: int) -> li
 
 
 def _check_tied(
-    structure: Structure, config: Any, chosen: dict[str, str], named: Collection[str]
+    structure: Structure, config: Config, chosen: dict[str, str], named: Collection[str]
 ) -> None:
     """Training one reader of a tied tensor trains the others; if it was named, they must be too."""
     names: dict[int, list[str]] = {}
@@ -143,21 +143,23 @@ def _check_tied(
 
 
 def _check_adapted(
-    structure: Structure, config: Any, chosen: dict[str, str], adapted: Collection[str]
+    structure: Structure, config: Config, chosen: dict[str, str], adapted: Collection[str]
 ) -> None:
     """An adapted layer may train its bias, and a norm its gain, but no weight matrix."""
     words = {id(structure.readers[name]): word for name, word in chosen.items()}
     for name in adapted:
         module = structure.modules[name]
         word = words.get(id(module._parameters.get("weight")))
-        if word is not None and not hosts.is_norm(module):
+        if word is not None and has_map(module):
             raise TargetError(
                 f"{name!r} is named by targets and by {_label(config, word)}: a layer is adapted "
                 "or trained in full. Take it out of one of the two."
             )
 
 
-def _nothing(structure: Structure, config: Any, word: str, adapted: Collection[str]) -> TargetError:
+def _nothing(
+    structure: Structure, config: Config, word: str, adapted: Collection[str]
+) -> TargetError:
     """The error for a word that selects no tensor, with the cure."""
     reasons = {
         "all": "it holds no parameter",
@@ -183,7 +185,7 @@ def _nothing(structure: Structure, config: Any, word: str, adapted: Collection[s
     )
 
 
-def _label(config: Any, word: str) -> str:
+def _label(config: Config, word: str) -> str:
     """The part of a configuration that a word comes from, for messages."""
     method = type(config).__name__
     return f"{method}(train=[{word!r}])" if word in config.train else method

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import nn
 
-from ..hosts import is_norm, looks_linear
+from ..base_layers import has_map, is_norm
 from .blocks import Block, describe_blocks, find_block_names, map_parts, norm_behind, norm_first
 from .experts import find_experts, find_routers
 from .head import find_head
@@ -52,7 +52,7 @@ class Structure:
     @cached_property
     def layers(self) -> dict[str, nn.Module]:
         """Linear maps and embeddings of a class that Weft knows, adaptable or not."""
-        return {name: module for name, module in self.modules.items() if looks_linear(module)}
+        return {name: module for name, module in self.modules.items() if has_map(module)}
 
     @cached_property
     def norms(self) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...errors import TargetError
 from ...methods.target_spec import KEYWORDS, ROLES, is_ending, patterns
-from .. import hosts
+from .. import base_layers
 from ..plan_entries import Frozen
 from .names import canonical, ends_in, within
 from .structure import Structure
@@ -73,7 +73,7 @@ def leftovers(structure: Structure, chosen: Collection[str]) -> tuple[list[Froze
     for name, module in structure.layers.items():
         if name not in chosen:
             reason = left_out.get(name, "not named by targets")
-            frozen.append(Frozen(name, hosts.shape_kind(module) or "layer", _shape(module), reason))
+            frozen.append(Frozen(name, _kind(module), _shape(module), reason))
     frozen += _raw_tensors(structure)
     return frozen, [name for name in chosen if within(name, structure.experts)]
 
@@ -95,7 +95,7 @@ def _in_role(structure: Structure, role: str, without: list[Frozen]) -> list[str
     ]
     names = [name for block in structure.blocks for name in block.of(role)]
     for name in names:
-        why = hosts.why_not(structure.root.get_submodule(name))
+        why = base_layers.why_not(structure.root.get_submodule(name))
         if why is not None:
             raise TargetError(f"targets={role!r} means {name!r}, which cannot be adapted: {why}.")
     return names
@@ -119,7 +119,7 @@ def _left_out(structure: Structure) -> dict[str, str]:
     """The layers that "all-linear" leaves out, with the reasons."""
     out = {}
     for name, module in structure.layers.items():
-        why = hosts.why_not(module)
+        why = base_layers.why_not(module)
         if why is not None:
             out[name] = why
         elif within(name, structure.head):
@@ -143,7 +143,7 @@ def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
     if is_ending(pattern):
         names = [name for name in layers if any(ends_in(n, pattern) for n in _called(name))]
         for name in names:
-            why = hosts.why_not(layers[name])
+            why = base_layers.why_not(layers[name])
             if why is not None:
                 raise TargetError(
                     f"targets: {pattern!r} names {name!r} ({type(layers[name]).__name__}), which "
@@ -153,7 +153,8 @@ def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
     return [
         name
         for name, module in layers.items()
-        if any(re.fullmatch(pattern, n) for n in _called(name)) and hosts.why_not(module) is None
+        if any(re.fullmatch(pattern, n) for n in _called(name))
+        and base_layers.why_not(module) is None
     ]
 
 
@@ -163,7 +164,9 @@ def _called(name: str) -> tuple[str, str]:
 
 
 def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -> TargetError:
-    usable = [name for name, module in structure.layers.items() if hosts.why_not(module) is None]
+    usable = [
+        name for name, module in structure.layers.items() if base_layers.why_not(module) is None
+    ]
     have = sorted({canonical(name).rpartition(".")[2] for name in usable})
     if pattern in KEYWORDS:
         reasons = (
@@ -215,9 +218,16 @@ def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
-    """(out, in) if the layer has a weight matrix. Only nn.Linear stores W as [out, in]."""
+    """(out, in) if the layer has a weight matrix."""
     weight = module._parameters.get("weight")
     if weight is None:
         return ()
     shape = tuple(weight.shape)
-    return shape if isinstance(module, nn.Linear) else shape[::-1]
+    kind = base_layers.kind_of(module)
+    return shape[::-1] if kind is not None and kind.transposed else shape
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of the kind, for the plan."""
+    kind = base_layers.kind_of(module)
+    return "layer" if kind is None else kind.kind
