@@ -27,7 +27,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 KINDS = ("linear", "conv1d", "embedding")
 RULES = [name for name, method in METHODS.items() if issubclass(method, LayerConfig)]
 PROMPTS = [
-    name for name, method in METHODS.items() if hasattr(method, "at")
+    name for name, method in METHODS.items() if hasattr(method, "where")
 ]  # virtual positions, which need a transformer
 SELECTIONS = [name for name in METHODS if name not in RULES + PROMPTS]
 
@@ -85,7 +85,7 @@ def config(variant: str, **changes: Any) -> Any:
     }
     # With nothing behind the prompt, no token reads the states there of a block but the last, so
     # they would get no gradient.
-    given["l_i"] = 1 if getattr(METHODS[name], "at", "") == "embeddings" else 0
+    given["l_i"] = 1 if getattr(METHODS[name], "where", "") == "embeddings" else 0
     if (
         "r_min" in known
     ):  # so that training computes what evaluation does; smaller ranks have tests of their own
@@ -330,7 +330,9 @@ def oracle_output(
                 if not k.startswith("shared.")
             }
             shared = {k: v for k, v in declared.items() if k.startswith("shared.")}
-            h = oracle.gpt2(h, {**of_body, **shared}, a.config if hasattr(a.config, "at") else None)
+            h = oracle.gpt2(
+                h, {**of_body, **shared}, a.config if hasattr(a.config, "where") else None
+            )
     return h
 
 

@@ -18,7 +18,7 @@ from architectures import ARCHITECTURES
 from support import check_close, config, distance, inputs, move, net, same_bits
 from weft import methods
 from weft.methods.bottleneck import PRESETS
-from weft.model import roles
+from weft.model.structure import Structure
 
 FAMILIES = ["gpt2", "opt", "llama", "t5", "bert", "roberta", "vit"]
 EACH = pytest.mark.parametrize("preset", list(PRESETS))
@@ -469,5 +469,5 @@ def test_starting_values_follow_from_seed_and_name(preset, name, r, scale):
             assert 0 < float(p.detach().abs().max()) <= width**-0.5
         else:
             assert (p == (1 if tensor == "gain" else 0)).all()
-    blocks = roles.blocks(nn.ModuleDict({name: nn.Linear(9, 6)}))
+    blocks = Structure.of(nn.ModuleDict({name: nn.Linear(9, 6)})).blocks
     assert blocks == []

@@ -70,7 +70,7 @@ def test_on_a_small_language_model(method: str, model: str) -> None:
         losses.append(float(loss.detach()))
     weft.audit(built, before, weft.snapshot(built))
     # Four vectors in the input of a model that knows nothing can say little.
-    assert fallen(losses, 0.9 if hasattr(METHODS[method], "at") else 0.8), losses
+    assert fallen(losses, 0.9 if hasattr(METHODS[method], "where") else 0.8), losses
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import methods
-from ..model.plan import WIDTH, Row, ranks_as_text, rows_as_text, size_text
+from ..model.plan import WIDTH, ranks_as_text, rows_as_text, size_text
+from ..model.plan_entries import Row
 from . import files
 from .content import Stored, StoredSite, refuse
 from .load import read

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError, UnsupportedError
-from ..model import targets
 from ..model.adapter import Adapter
 from ..model.attach import Parts, attach_resolved
 from ..model.state import base_only, find_state, unwrapped
+from ..model.structure import targets
 from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_prompt, peft_vera
 from .content import LoadReport, Stored, refuse, report_extra
 from .placement import Placement
@@ -71,14 +71,14 @@ def load(
         module: plan.rules[module] for module in plan.modules if module in plan.rules
     }  # in the model's order
     weights = rules and not isinstance(plan.config, methods.PromptMethod)
-    frozen, routed = targets.leftovers(root, rules) if weights else ([], [])
+    frozen, routed = targets.leftovers(plan.structure, rules) if weights else ([], [])
 
     def fill(adapter: Adapter) -> None:
         _fill(adapter, plan)
         _check_fixed(adapter, stored, plan, path if strict else None)
 
     parts = Parts(rules, list(plan.selected), frozen, routed)
-    adapter = attach_resolved(model, plan.config, parts, name, plan.shared, fill)
+    adapter = attach_resolved(plan.structure, plan.config, parts, name, plan.shared, fill)
     adapter.load_report = LoadReport(adapter, plan.problems, plan.mapped, plan.notes)
     return adapter if strict else adapter.load_report
 

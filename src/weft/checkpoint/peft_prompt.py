@@ -16,6 +16,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..methods import PreEmbed, Prefix
 from ..model import prompts
 from ..model.adapter import Adapter
+from ..model.structure import Structure
 from .content import Stored, StoredSite, take
 from .header import finished, trained_tensors
 from .matching import bare
@@ -45,7 +46,7 @@ def unlike_peft(root: nn.Module) -> str | None:
     """
     model = bare(root)
     config = getattr(model, "config", None)
-    entry = prompts.entry_of(model)
+    entry = prompts.injection_point(Structure.of(model))
     if getattr(config, "is_encoder_decoder", False) or entry is None or not entry.decoder:
         return "it is no decoder, and there peft puts virtual tokens elsewhere"
     if not entry.name or not callable(getattr(model, "generate", None)):
@@ -143,7 +144,7 @@ class Codec:
         shape = (int(width or 0), int(width or 0))
         for i in range(int(layers or 0)):
             place = f"layer {i}" if self.method is Prefix else "the input"
-            stored.sites[place] = StoredSite(rule, kind=rule.at, shape=shape)
+            stored.sites[place] = StoredSite(rule, kind=rule.where, shape=shape)
         rest = dict(tensors)
         self.fill(stored, rest)
         return stored, rest

@@ -12,8 +12,8 @@ from .. import methods
 from ..errors import TargetError
 from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
-from ..model.selection import tensors_of_modules, tensors_picked
 from ..model.state import find_state
+from ..model.structure.selection import tensors_of_modules, trained_tensors
 from . import header, matching, matrices, peft_prompt
 from .content import Stored, StoredSite, fault_of, nearest
 from .peft_common import saved_by
@@ -28,11 +28,12 @@ class Placement:
 
     def __init__(self, root: nn.Module, stored: Stored) -> None:
         self.root, self.stored, self.config = root, stored, stored.config
+        self.structure = structure.Structure.of(root)
         self.problems = list(stored.problems)
         self.notes = list(stored.notes)
         self.modules = {
             name: module
-            for name, module in structure.base_modules(root)
+            for name, module in self.structure.modules.items()
             if not matching.is_wrapper(module)
         }
         self.parameters = {
@@ -115,7 +116,7 @@ class Placement:
             self.problems.append(
                 f"peft's file means something else in this {type(self.root).__name__}: {why}"
             )
-        places, sites = list(self._prompt_hosts(self.config.at)), list(self.stored.sites)
+        places, sites = list(self._prompt_hosts(self.config.where)), list(self.stored.sites)
         if len(places) != len(sites):
             self.problems.append(f"the file has {len(sites)} layers, and the model {len(places)}")
         self.names.found |= dict(zip(sites, places, strict=False))
@@ -126,13 +127,13 @@ class Placement:
         """
         layer = self.modules[name]
         if isinstance(rule, methods.PromptMethod):
-            if name not in self._prompt_hosts(rule.at):
+            if name not in self._prompt_hosts(rule.where):
                 self.problems.append(
                     f"{module!r}: the model's {name!r}, a {type(layer).__name__}, is no place for "
                     f"{type(rule).__name__}, which belongs on: "
-                    f"{list(self._prompt_hosts(rule.at))[:4]}"
+                    f"{list(self._prompt_hosts(rule.where))[:4]}"
                 )
-            return self._prompt_hosts(rule.at).get(name)
+            return self._prompt_hosts(rule.where).get(name)
         why = base_layers.why_not(layer)
         if why is not None or base_layers.kind_of(layer) is None:
             why = why or "it is no linear layer"
@@ -149,7 +150,7 @@ class Placement:
         """
         if self._places is None:
             try:
-                self._places = prompts.places(self.root, at)[0]
+                self._places = prompts.find_places(self.structure, at)[0]
             except TargetError as error:
                 self.problems.append(str(error))
                 self._places = {}
@@ -261,16 +262,15 @@ class Placement:
     def _check_complete(self) -> None:
         """What the configuration names in this model, and the file lacks."""
         have = {id(self.parameters[name]) for name in self.selected}
-        for name in dict.fromkeys([*self._saved_tensors(), *self._picked_tensors()]):
+        for name in dict.fromkeys([*self._saved_tensors(), *self._trained_tensors()]):
             if id(self.parameters[name]) not in have:
                 self.problems.append(
                     f"missing: the file has no {name!r}, which the adapter trains in this model"
                     f"{nearest('in the file', name, self.stored.selected, self.problems)}"
                 )
-        if not isinstance(self.config, methods.TensorConfig):
-            return
         try:
-            layers = parts_of(self.root, replace(self.config, modules_to_save=())).rules
+            alone = replace(self.config, modules_to_save=(), train=())
+            layers = parts_of(self.structure, alone).rules
         except TargetError:
             # names that only the file's base has; what was found above is all there is to say
             return
@@ -283,16 +283,17 @@ class Placement:
                     "its base had fewer layers, or tensors were taken out"
                 )
 
-    def _picked_tensors(self) -> list[str]:
+    def _trained_tensors(self) -> list[str]:
+        """The base tensors that the configuration trains in this model, by its words."""
+        adapted = [n for n, r in self.rules.items() if not isinstance(r, methods.PromptMethod)]
         try:
-            return (
-                tensors_picked(self.root, self.config)
-                if not isinstance(self.config, methods.TensorConfig)
-                else []
-            )
+            saved = tensors_of_modules(self.structure, self.config.modules_to_save)
+            trained = trained_tensors(self.structure, self.config, adapted, saved)
         except TargetError as error:
             self.problems.append(str(error))
             return []
+        inside = [] if self.nested is None else [self.nested]
+        return [name for name in trained if not inside or structure.within(name, inside)]
 
     def _saved_tensors(self) -> list[str]:
         """The tensors of modules_to_save. peft lists what a task may call its head, of which a
@@ -316,7 +317,7 @@ class Placement:
                 if e not in kept
             ]
         self.config = replace(self.config, modules_to_save=kept)
-        return tensors_of_modules(self.root, kept)
+        return tensors_of_modules(self.structure, kept)
 
 
 def _family(kind: str | None) -> str:

@@ -58,7 +58,7 @@ def replace(config: Any, overrides: dict[str, Any]) -> Any:
     if not overrides:
         return config
     values = {f.name: getattr(config, f.name) for f in fields(config)}
-    known = set(values) - {"targets", "modules_to_save", *config.model_fields}
+    known = set(values) - {"targets", "modules_to_save", "train", *config.model_fields}
     for field in overrides:
         if field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
@@ -76,6 +76,8 @@ def to_json(config: Any) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     if "targets" in values:
         values["targets"] = to_plain(values["targets"])
+    if not values["train"]:  # so that versions without the field read the file
+        del values["train"]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {"method": type(config).__name__, **plain}
 

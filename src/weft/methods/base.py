@@ -103,12 +103,12 @@ class BranchMethod(Protocol):
 class PromptMethod(Protocol):
     """Trained vectors at virtual positions, which model/prompts finds by structure.
 
-    `at`: "attention" (keys and values of every self-attention), "embeddings" (the model's input)
+    `where`: "attention" (keys and values of every self-attention), "embeddings" (the model's input)
     or "block" (the input of every block). (out, in) are the widths of keys and values, or twice the
     width of the states.
     """
 
-    at: ClassVar[str]
+    where: ClassVar[str]
 
 
 def effective_weight(method: Any, W: Tensor, p: Params) -> Tensor:

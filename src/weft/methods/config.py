@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.low_rank import LowRank
+from . import train_spec
 from .base import BaseLayer, Params, Shape, Shared
 from .checks import check_choice, check_count, check_number
 from .rng import Rng
@@ -34,6 +35,7 @@ class Config:
     """What every adapter has: tensors of the base model that train beside its own."""
 
     modules_to_save: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
 
     learning_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)  # what `weft compare` tries
     mergeable: ClassVar[bool] = True
@@ -57,6 +59,13 @@ class Config:
                 'endings, for example ["classifier"].'
             )
         object.__setattr__(self, "modules_to_save", tuple(value))
+        words = train_spec.normalise(type(self).__name__, self.train, isinstance(self, LayerConfig))
+        object.__setattr__(self, "train", words)
+
+    @property
+    def selection(self) -> tuple[str, ...]:
+        """The base tensors that the method itself trains, in the words of `train`."""
+        return ()
 
     @property
     def follows_steps(self) -> bool:

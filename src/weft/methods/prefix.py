@@ -61,7 +61,7 @@ from .config import DTYPES, TensorConfig
 from .rng import Rng
 
 
-class Trunk(Shared):
+class PrefixEncoder(Shared):
     """What all layers share of a reparameterised prefix: E [n, width], down [hidden, width] and
     b_down [hidden], trained.
     """
@@ -96,7 +96,7 @@ class Prefix(TensorConfig):
         "its keys and values stand beside those of the tokens, and no weight can hold them"
     )
     starts_at_base: ClassVar[bool] = False
-    at: ClassVar[str] = "attention"
+    where: ClassVar[str] = "attention"
     learning_rates: ClassVar[tuple[float, ...]] = (3e-2, 1e-1, 3e-1)
 
     def __post_init__(self) -> None:
@@ -136,12 +136,12 @@ class Prefix(TensorConfig):
     def shared(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
         if self.hidden is None:
             return None
-        return Trunk(self.n, max(out for out, _ in shapes), self.hidden, self.seed, device).to(
-            DTYPES[self.dtype]
-        )
+        return PrefixEncoder(
+            self.n, max(out for out, _ in shapes), self.hidden, self.seed, device
+        ).to(DTYPES[self.dtype])
 
     def share_key(self) -> tuple[Any, ...] | None:
-        return None if self.hidden is None else ("trunk", self.n, self.hidden, self.seed)
+        return None if self.hidden is None else ("prefix encoder", self.n, self.hidden, self.seed)
 
     def finished(self) -> Prefix:
         """What a file holds: the same prefix without the MLP that made it."""
@@ -185,7 +185,7 @@ class VirtualTokens(TensorConfig):
 class PreEmbed(VirtualTokens):
     """The vectors are embeddings and enter with the input; see the module's text."""
 
-    at: ClassVar[str] = "embeddings"
+    where: ClassVar[str] = "embeddings"
     learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
     not_mergeable: ClassVar[str] = "it adds tokens to the input, and no weight can hold them"
 
@@ -194,7 +194,7 @@ class PreEmbed(VirtualTokens):
 class PreLayer(VirtualTokens):
     """The vectors are states, others at every block; see the module's text."""
 
-    at: ClassVar[str] = "block"
+    where: ClassVar[str] = "block"
     not_mergeable: ClassVar[str] = "it adds positions to every block, and no weight can hold them"
 
 

@@ -5,49 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, MergeError, UnsupportedError, WeftError
 from .layer import AdapterLayer
+from .plan import Plan, plan_of
+from .plan_entries import Frozen
+from .selected import Selected
 from .stepping import follow
-
-if TYPE_CHECKING:
-    from .plan import Plan
-
-
-@dataclass(eq=False)
-class Selected:
-    """A base tensor that an adapter trains as a copy. `holders` are all the places where the model
-    reads it.
-    """
-
-    original: nn.Parameter
-    trained: nn.Parameter
-    holders: list[tuple[nn.Module, str]]
-    head: bool
-
-    def layers(self) -> list[nn.Module]:
-        """The modules that read this tensor as their weight."""
-        return [module for module, name in self.holders if name == "weight"]
-
-    def install(self, parameter: nn.Parameter) -> None:
-        """Put the original or the trained tensor where the model reads it, in the device and dtype
-        that the model has now.
-
-        `model.to(...)` reaches only the one of the two that is installed.
-        """
-        for module, name in self.holders:
-            live = module._parameters[name]
-            if live is not None and live is not parameter and not live.is_meta:
-                carrier = nn.Module()
-                carrier.register_parameter("tensor", parameter)
-                carrier.to(
-                    live.device, live.dtype if live.is_floating_point() else None
-                )  # takes the gradient along
-            module._parameters[name] = parameter
 
 
 class Disk(Protocol):
@@ -70,8 +38,7 @@ class Adapter:
     """An adapter attached to `model` under `name`.
 
     `layers` maps module names to the adapted layers' tensors, `selected_tensors` maps full tensor
-    names to base tensors trained as copies (Full, Head, BitFit, and `modules_to_save`), `frozen`
-    lists what stays frozen and why.
+    names to base tensors trained as copies (`train` and `modules_to_save`), `frozen` lists what stays frozen and why.
     """
 
     name: str
@@ -79,7 +46,7 @@ class Adapter:
     model: nn.Module
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     selected_tensors: dict[str, Selected] = field(default_factory=dict)
-    frozen: list[Any] = field(default_factory=list)
+    frozen: list[Frozen] = field(default_factory=list)
     routed: list[str] = field(default_factory=list)
     load_report: Any = None
 
@@ -246,10 +213,15 @@ class Adapter:
         follow(self)
 
     def plan(self) -> Plan:
-        """What is trained, what stays frozen and why; print it."""
-        from .plan import plan_of
-
-        return plan_of(self)
+        """Returns a table of what is trained, and of what stays frozen and why; print it."""
+        return plan_of(
+            type(self.config).__name__,
+            self.model,
+            self.layers,
+            {**self.shared_parameters, **self.selected},
+            self.frozen,
+            self.ranks if self.config.moves_rank else None,
+        )
 
     @staticmethod
     def _on_disk() -> Disk:

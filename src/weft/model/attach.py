@@ -16,14 +16,16 @@ from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS
-from . import base_layers, fallback, prompts, targets
+from . import base_layers, fallback, prompts
 from .adapter import Adapter
 from .layer import CHILD, AdapterLayer, active_of, adapt, is_adapted, layers_of, restore
-from .selection import select, tensors_of_modules, tensors_picked
+from .plan_entries import Frozen
+from .selected import select
 from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
 from .stepping import follow, follows, unfollow
 from .steps_watch import Watch
-from .structure import base_modules
+from .structure import Structure, targets
+from .structure.selection import tensors_of_modules, trained_tensors
 from .use import check_not_in_use
 
 _attaching = threading.RLock()
@@ -32,13 +34,13 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class Parts:
-    """Where an adapter goes: a rule for each module, base tensors trained as copies, and what stays
-    frozen and why.
+    """What an adapter consists of in one model: a rule per module, base tensors trained as copies,
+    and what stays frozen and why. `routed`: modules whose tokens a router has regrouped.
     """
 
     rules: Mapping[str, Any]
     selected: Sequence[str] = ()
-    frozen: Sequence[Any] = ()
+    frozen: Sequence[Frozen] = ()
     routed: Sequence[str] = ()
 
 
@@ -58,25 +60,30 @@ def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
             f"attach(config={config!r}): write a Weft configuration, for example weft.LoRA(r=8). "
             f"Methods: {list(methods.METHODS)}."
         )
-    return attach_resolved(model, config, parts_of(unwrapped(model), config), name)
+    structure = Structure.of(unwrapped(model))
+    return attach_resolved(structure, config, parts_of(structure, config), name)
 
 
-def parts_of(root: nn.Module, config: Any) -> Parts:
-    """Resolve a configuration against a model, before anything is touched."""
-    for tensor, parameter in root.named_parameters():
+def parts_of(structure: Structure, config: Any) -> Parts:
+    """Resolves a configuration against a model, before the model is changed.
+
+    Raises TargetError if something that the configuration names does not fit the model.
+    """
+    for tensor, parameter in structure.root.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise TargetError(
                 f"{tensor!r} has no shape before the model's first forward. Run the model once, "
                 "then attach."
             )
-    saved = tensors_of_modules(root, config.modules_to_save)
+    saved = tensors_of_modules(structure, config.modules_to_save)
     if isinstance(config, PromptMethod):
-        found_places, without = prompts.places(root, config.at)
-        return Parts(dict.fromkeys(found_places, config), saved, without)
+        places, without = prompts.find_places(structure, config.where)
+        trained = trained_tensors(structure, config, (), saved)
+        return Parts(dict.fromkeys(places, config), _union(trained, saved), without)
     if not isinstance(config, LayerConfig):
-        return Parts({}, list(dict.fromkeys([*tensors_picked(root, config), *saved])))
-    found = targets.resolve(root, config.targets, config.blocks_left_out)
-    rules = {module: methods.replace(config, dict(over)) for module, over in found.sites.items()}
+        return Parts({}, _union(trained_tensors(structure, config, (), saved), saved))
+    found = targets.resolve(structure, config.targets, config.blocks_left_out)
+    rules = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]
         if config.targets in KEYWORDS:  # "all-linear" means all that are not trained in full
@@ -87,11 +94,16 @@ def parts_of(root: nn.Module, config: Any) -> Parts:
                 f"modules_to_save={list(config.modules_to_save)}: "
                 "a layer is adapted or trained in full. Take it out of one of the two."
             )
-    return Parts(rules, saved, found.frozen, found.routed)
+    trained = trained_tensors(structure, config, rules, saved)
+    return Parts(rules, _union(trained, saved), found.frozen, found.routed)
+
+
+def _union(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*first, *second]))
 
 
 def attach_resolved(
-    model: nn.Module,
+    structure: Structure,
     config: Any,
     parts: Parts,
     name: str = "default",
@@ -104,15 +116,15 @@ def attach_resolved(
     Raises as `attach` does; everything that can fail happens before the model is touched.
     """
     fallback.refresh()
-    root = unwrapped(model)
+    root = structure.root
     with _attaching:  # two threads may both be the first
         state = find_state(root) or State(root)
         with state.gate.alone(f"attach adapter {name!r}"):
-            return _attach(root, state, config, parts, name, dict(shared or {}), fill)
+            return _attach(structure, state, config, parts, name, dict(shared or {}), fill)
 
 
 def _attach(
-    root: nn.Module,
+    structure: Structure,
     state: State,
     config: Any,
     parts: Parts,
@@ -120,12 +132,13 @@ def _attach(
     shared: dict[Any, Shared],
     fill: Callable[[Adapter], None] | None,
 ) -> Adapter:
+    root = structure.root
     _check_name(state, name)
     with base_only(state):
         modules = dict(root.named_modules())
         _check_ownership(modules, parts.rules, state)
         _check_tied(
-            root,
+            structure,
             {
                 name: rule
                 for name, rule in parts.rules.items()
@@ -135,13 +148,13 @@ def _attach(
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
-        adapter.layers = _build_sites(root, modules, parts.rules, state, shared)
-        adapter.selected_tensors = select(root, parts.selected, config.modules_to_save)
+        adapter.layers = _build_sites(structure, modules, parts.rules, state, shared)
+        adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)
         if fill is not None:
             fill(adapter)
     if not any(True for _ in adapter.parameters()):
         raise TargetError(f"{config!r} finds nothing to train in {type(root).__name__}.")
-    _install(root, state, adapter, modules)
+    _install(structure, state, adapter, modules)
     return adapter
 
 
@@ -222,8 +235,7 @@ def _check_ownership(
         if is_adapted(module) and active_of(module) is not mine:
             raise WeftError(
                 f"{name!r} carries an adapter that was attached through another root module. Use "
-                "that "
-                "module, or detach it first."
+                "that module, or detach it first."
             )
     for name in rules:
         if name not in modules:
@@ -235,16 +247,14 @@ def _check_ownership(
             )
 
 
-def _check_tied(root: nn.Module, rules: Mapping[str, Any]) -> None:
-    """Adapting one of two modules that read one Parameter would say one thing unmerged and another
-    merged.
-    """
+def _check_tied(structure: Structure, rules: Mapping[str, Any]) -> None:
+    """Adapting one of two modules that read one Parameter would give other outputs when merged."""
     readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for name, module in base_modules(root):
+    for name, module in structure.modules.items():
         for tensor, parameter in module._parameters.items():
             readers.setdefault(id(parameter), []).append((name, module, tensor))
     for name in rules:
-        layer = root.get_submodule(name)
+        layer = structure.root.get_submodule(name)
         for other, module, tensor in readers[id(layer._parameters["weight"])]:
             if module is layer and tensor == "weight":
                 continue
@@ -252,27 +262,26 @@ def _check_tied(root: nn.Module, rules: Mapping[str, Any]) -> None:
             reader = other if other and tensor == "weight" else full
             raise TargetError(
                 f"{name!r} and {reader!r} are tied: they read one weight, so adapting one side "
-                "would "
-                f"merge into both. Give {reader!r} its own copy first: model.{full} = torch.nn."
+                f"would merge into both. Give {reader!r} its own copy first: model.{full} = torch.nn."
                 f"Parameter(model.{full}.detach().clone()) and config.tie_word_embeddings = False."
             )
 
 
 def _build_sites(
-    root: nn.Module,
+    structure: Structure,
     modules: Mapping[str, nn.Module],
     rules: Mapping[str, Any],
     state: State | None,
     given: Mapping[Any, Shared],
 ) -> dict[str, AdapterLayer]:
-    views: dict[str, Any] = dict(prompts.hosts_of(root, rules))
+    views: dict[str, Any] = dict(prompts.hosts_of(structure, rules))
     views |= {name: base_layers.view(modules[name]) for name in rules if name not in views}
     for name, rule in rules.items():
         if not views[name].has_weight and not rule.adapts_norms:
             raise TargetError(
                 f"{name!r} is a layer norm ({type(modules[name]).__name__}), and "
-                f"{type(rule).__name__} adapts "
-                'weight matrices. Target "mlp-output", or another linear layer.'
+                f"{type(rule).__name__} adapts weight matrices. "
+                'Target "mlp-output", or another linear layer.'
             )
     groups: dict[Any, list[tuple[int, int]]] = {}
     for name, rule in rules.items():
@@ -281,7 +290,7 @@ def _build_sites(
         )
     pool = _pool(state)
     written = any(
-        getattr(module, "inplace", False) is True for module in root.modules()
+        getattr(module, "inplace", False) is True for module in structure.root.modules()
     )  # nn.ReLU(inplace=True)
     sites = {}
     for name, rule in rules.items():
@@ -317,8 +326,9 @@ def _pool(state: State | None) -> dict[Any, Any]:
 
 
 def _install(
-    root: nn.Module, state: State, adapter: Adapter, modules: Mapping[str, nn.Module]
+    structure: Structure, state: State, adapter: Adapter, modules: Mapping[str, nn.Module]
 ) -> None:
+    root = structure.root
     if not state.adapters:
         state.required_grad = {name: p.requires_grad for name, p in root.named_parameters()}
         for parameter in root.parameters():
@@ -326,7 +336,7 @@ def _install(
         root.__dict__[ATTRIBUTE] = state
         state.watch_root()
     if isinstance(adapter.config, PromptMethod):
-        prompts.install(state, adapter)
+        prompts.install(state, adapter, structure)
     for name, site in adapter.layers.items():
         if not is_adapted(modules[name]):
             adapt(modules[name], state.active)

@@ -45,7 +45,7 @@ class State:
             str, bool
         ] = {}  # of the base's parameters, before the first attach
         self.fast_paths = FastPaths()
-        self.virtual: Any = None  # if virtual tokens enter the model
+        self.virtual: Any = None  # prompts.hooks.VirtualTokenHooks, if there are virtual tokens
         self.open: Counter[str | None] = Counter()  # open `with weft.use(...)` blocks per adapter
         self._installed: str | None = None  # the adapter whose base tensors are in place
         self._hooks: list[RemovableHandle] = []

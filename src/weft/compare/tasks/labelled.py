@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import WeftError
-from ...model.structure import head_modules
+from ...model.structure import Structure
 from ...tasks import SPLITS, Encoded, TaskRef
 from ...tasks.models import ModelRef, Prepared, prepare
 from .base import Facts, Tested
@@ -68,7 +68,7 @@ def fresh_modules(prepared: Prepared) -> tuple[str, ...]:
     """Returns the modules that every run trains from new values: the head, and those without
     tensors in the checkpoint. Raises WeftError if the model has no head.
     """
-    head = list(head_modules(prepared.model))
+    head = Structure.of(prepared.model).head
     if not head:
         raise WeftError(
             f"{type(prepared.model).__name__} has no output head to train for "

@@ -9,7 +9,8 @@ from torch import nn
 import weft
 from architectures import ARCHITECTURES, transformer
 from support import config, move
-from weft.model import roles
+from weft.model.structure import Structure
+from weft.model.structure.blocks import Block
 
 # stack, attention outputs within a block, MLP output, norm behind the MLP (post-norm only), norm
 # behind the stack
@@ -163,7 +164,7 @@ def test_the_parts_of_every_block_are_those_counted_by_hand(name):
     model, wanted = build(name), []
     for stack, attentions, mlp, norm, _ in EXPECTED[name]:
         wanted += [
-            roles.Block(
+            Block(
                 f"{stack}.{i}",
                 stack,
                 i,
@@ -174,16 +175,16 @@ def test_the_parts_of_every_block_are_those_counted_by_hand(name):
             )
             for i in range(3)
         ]
-    assert roles.blocks(model) == wanted
+    assert Structure.of(model).blocks == wanted
     for stack, *_, final in EXPECTED[name]:
-        assert roles.final_norm(model, stack) == final
-    assert roles.last_stack(model) == EXPECTED[name][-1][0]
+        assert Structure.of(model).final_norm(stack) == final
+    assert Structure.of(model).last_stack == EXPECTED[name][-1][0]
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_of_experts_has_an_attention_output_and_says_why_it_has_no_mlp_output(name):
     model = build(name)
-    for block in roles.blocks(model):
+    for block in Structure.of(model).blocks:
         assert (
             block.attention_outputs == (f"{block.name}.self_attn.o_proj",)
             and block.mlp_output is None
@@ -225,18 +226,18 @@ def test_experts_in_a_list_are_no_mlp_output_and_a_dense_block_beside_them_is():
 @pytest.mark.parametrize("name", list(EXPECTED))
 def test_what_weft_has_added_is_no_part_of_a_block(name):
     model = build(name)
-    before, stack = roles.blocks(model), EXPECTED[name][-1][0]
-    norm = roles.final_norm(model, stack)
+    before, stack = Structure.of(model).blocks, EXPECTED[name][-1][0]
+    norm = Structure.of(model).final_norm(stack)
     torch_own = name.startswith("torch")  # whose attention output cannot be adapted
     weft.attach(model, weft.LoRA(r=2), name="norm")
     weft.attach(
         model, weft.Bottleneck(r=24, preset="lin" if torch_own else "houlsby"), name="attention"
     )
     weft.attach(model, weft.Bottleneck(r=24, preset="pfeiffer"), name="mlp")
-    assert roles.blocks(model) == before and roles.final_norm(model, stack) == norm
+    assert Structure.of(model).blocks == before and Structure.of(model).final_norm(stack) == norm
     for name in ("norm", "attention", "mlp"):
         weft.detach(model, name)
-    assert roles.blocks(model) == before
+    assert Structure.of(model).blocks == before
 
 
 def test_an_attention_output_that_cannot_be_adapted_says_why():
@@ -336,7 +337,7 @@ def test_post_norm_is_what_the_model_really_computes(name, reads):
     not.
     """
     model, seen = build(name).eval(), {}
-    block = roles.blocks(model)[0]
+    block = Structure.of(model).blocks[0]
     layer, norms = (
         model.get_submodule(block.name),
         [m for m in model.get_submodule(block.name).modules() if isinstance(m, nn.LayerNorm)],
@@ -369,6 +370,6 @@ def test_a_map_of_another_width_behind_the_output_is_not_the_output():
         )
 
     model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()])})
-    assert [(*b.attention_outputs, b.mlp_output) for b in roles.blocks(model)] == [
+    assert [(*b.attention_outputs, b.mlp_output) for b in Structure.of(model).blocks] == [
         (f"layers.{i}.attn.o", f"layers.{i}.down") for i in (0, 1)
     ]

@@ -11,7 +11,6 @@ module asks for the interface has done that.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import WeftError
-from .active import PerRow
-from .layer import active_of, layers_of
+from ...errors import WeftError
+from ..active import PerRow
+from ..layer import active_of, layers_of
+from .forward import code_names, forward_of
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 KNOWN = ("eager", "sdpa")
@@ -29,13 +29,12 @@ _OURS = "weft_"
 
 
 def asks(module: nn.Module) -> bool:
-    """The module's forward asks transformers' AttentionInterface for its attention function."""
-    code = getattr(_function(type(module)), "__code__", None)
-    return code is not None and INTERFACE in code.co_names
+    """Returns True if the forward asks transformers' AttentionInterface for its function."""
+    return INTERFACE in code_names(type(module))
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why such a module cannot have a prefix, or None."""
+    """Returns the reason why such a module cannot have a prefix, or None if it can."""
     name = own_name(module)
     if name not in KNOWN:
         return f'its attention is {name!r}, and Weft extends {list(KNOWN)}: model.set_attn_implementation("sdpa")'
@@ -50,13 +49,13 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def own_name(module: nn.Module) -> str | None:
-    """The implementation that the user has set, whatever is attached."""
+    """Returns the implementation that the user has set, whether or not a prefix is attached."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     return name.removeprefix(_OURS) if isinstance(name, str) else None
 
 
 def register() -> None:
-    """Make our functions known to transformers, in this process."""
+    """Registers our functions with transformers, in this process."""
     interface = sys.modules["transformers.modeling_utils"].AttentionInterface
     masks: Any = sys.modules["transformers.masking_utils"]
     for name in KNOWN:
@@ -67,18 +66,18 @@ def register() -> None:
 
 
 def claim(modules: Iterable[nn.Module]) -> None:
-    """Let these modules' attention go through ours."""
+    """Routes the attention of these modules through our functions."""
     register()
-    held = list(modules)
-    for module in held:
+    ours = list(modules)
+    for module in ours:
         _own(module, str(own_name(module)))
-    for config in _configs(held):
+    for config in _configs(ours):
         if not config._attn_implementation.startswith(_OURS):
             config._attn_implementation = _OURS + config._attn_implementation
 
 
 def release(modules: Iterable[nn.Module], still: Iterable[nn.Module]) -> None:
-    """Give the configs back the names that they had, but for those that `still` have a prefix."""
+    """Restores the names in the configs, except those of modules that `still` have a prefix."""
     needed = {id(config) for config in _configs(still)}
     for config in _configs(modules):
         if id(config) not in needed:
@@ -86,13 +85,13 @@ def release(modules: Iterable[nn.Module], still: Iterable[nn.Module]) -> None:
 
 
 def check(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """A forward pre-hook: the active prefix must not be left out because somebody has changed the
-    config.
+    """A forward pre-hook. Raises WeftError if the config was changed, so that the active prefix
+    would be ignored.
     """
-    switch = active_of(module)
-    if switch is None:
+    adapters = active_of(module)
+    if adapters is None:
         return
-    active = switch.current(module.training)
+    active = adapters.current(module.training)
     names: Any = active.groups if isinstance(active, PerRow) else (active,)
     name: Any = getattr(module, "config")._attn_implementation  # noqa: B009 - mypy takes the attribute for a Tensor
     if not str(name).startswith(_OURS) and any(
@@ -100,8 +99,7 @@ def check(module: nn.Module, args: Any, kwargs: Any) -> None:
     ):
         raise WeftError(
             f"the model's attention was set to {name!r} after an adapter with keys and values was "
-            "attached, "
-            "which would leave it out. Detach the adapter, set it, and attach it again."
+            "attached, which would leave it out. Detach the adapter, set it, and attach it again."
         )
 
 
@@ -109,20 +107,15 @@ def _configs(modules: Iterable[nn.Module]) -> list[Any]:
     return list({id(m.config): m.config for m in modules}.values())
 
 
-def _function(cls: type[nn.Module]) -> Any:
-    """The forward that a class was written with, under its decorators."""
-    return inspect.unwrap(cls.forward)
-
-
 def _eager(module: nn.Module) -> Any:
-    return _function(type(module)).__globals__.get("eager_attention_forward")
+    return forward_of(type(module)).__globals__.get("eager_attention_forward")
 
 
 def _own(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The attention function of this name that the module itself would take."""
+    """The attention function of this name that the module itself would use."""
     cls = type(module)
     if cls not in _interfaces:
-        _interfaces[cls] = _function(cls).__globals__[INTERFACE], _eager(module)
+        _interfaces[cls] = forward_of(cls).__globals__[INTERFACE], _eager(module)
     interface, eager = _interfaces[cls]
     found: Callable[..., Any] = interface.get_interface(name, eager)
     return found
@@ -178,53 +171,52 @@ _FUNCTIONS = {name: _over(name) for name in KNOWN}
 def _prefix(
     module: nn.Module, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Keys and values [rows, kv heads, n, width] of the active prefix, and where rows have
-    different ones, which of the n positions each row has [rows, n]. None where none is active here.
+    """Keys and values [rows, kv heads, n, width] of the active prefix, and, if rows have different
+    ones, which of the n positions each row has [rows, n]. None if no prefix is active here.
     """
-    switch = active_of(module)
-    if switch is None:
+    adapters = active_of(module)
+    if adapters is None:
         return None
-    active, sites = switch.current(module.training), layers_of(module)
+    active, layers = adapters.current(module.training), layers_of(module)
     if isinstance(active, PerRow):
-        return _by_row(active, sites, key, value)
-    if active is None or active not in sites:
+        return _by_row(active, layers, key, value)
+    if active is None or active not in layers:
         return None
-    keys, values = _of(sites[active], key, value)
+    keys, values = _of(layers[active], key, value)
     return keys.expand(key.shape[0], -1, -1, -1), values.expand(key.shape[0], -1, -1, -1), None
 
 
-def _of(site: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _of(layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """One adapter's keys and values as [1, kv heads, n, width]."""
     parts = []
-    for held, like in zip(site.method.keys_values(site), (key, value), strict=True):
-        heads, width = like.shape[1], like.shape[-1]
-        if held.shape[1] != heads * width:
+    for trained, own in zip(layer.method.keys_values(layer), (key, value), strict=True):
+        heads, width = own.shape[1], own.shape[-1]
+        if trained.shape[1] != heads * width:
             raise WeftError(
                 f"the attention works on {heads} heads of width {width} for keys and values, and "
-                "the adapter's "
-                f"are {held.shape[1]} wide: this model's attention cannot be extended."
+                f"the adapter's are {trained.shape[1]} wide: this model's attention cannot be extended."
             )
-        parts.append(held.to(like.dtype).view(-1, heads, width).transpose(0, 1)[None])
+        parts.append(trained.to(own.dtype).view(-1, heads, width).transpose(0, 1)[None])
     return parts[0], parts[1]
 
 
 def _by_row(
-    rows: PerRow, sites: Any, key: Tensor, value: Tensor
+    rows: PerRow, layers: Any, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    names = [name for name in rows.groups if name in sites]
+    names = [name for name in rows.groups if name in layers]
     if not names:
         return None
     rows.check(key, feature_dims=3)
-    n = max(sites[name].rule.n for name in names)
+    n = max(layers[name].method.n for name in names)
     keys = key.new_zeros(*key.shape[:2], n, key.shape[3])
     values = value.new_zeros(*value.shape[:2], n, value.shape[3])
     has = torch.zeros(key.shape[0], n, dtype=torch.bool, device=key.device)
     for name in names:
         index = rows.index(name, key.shape[0], key.device)
-        own = sites[name].rule.n
+        own = layers[name].method.n
         k, v = (
             torch.nn.functional.pad(t, (0, 0, 0, n - own)).expand(len(index), -1, -1, -1)
-            for t in _of(sites[name], key, value)
+            for t in _of(layers[name], key, value)
         )
         keys, values = keys.index_copy(0, index, k), values.index_copy(0, index, v)
         has[index, :own] = True
@@ -234,7 +226,7 @@ def _by_row(
 def _mask(
     mask: Tensor | None, name: str, query: Tensor, key: Tensor, causal: bool
 ) -> Tensor | None:
-    """The mask as a tensor where sdpa would have made a causal one by itself."""
+    """The mask, or the causal one that sdpa would have made by itself."""
     if mask is not None or name != "sdpa" or not causal or query.shape[2] == 1:
         return mask
     return torch.ones(
@@ -245,7 +237,7 @@ def _mask(
 def _widened(
     mask: Tensor | None, rows: Tensor | None, query: Tensor, key: Tensor, n: int, name: str
 ) -> Tensor | None:
-    """The mask [.., .., queries, n + keys]: all see the prefix, or only those rows that have
+    """The mask [.., .., queries, n + keys]: all rows see the prefix, or only those that have
     one.
     """
     if mask is None and rows is None:

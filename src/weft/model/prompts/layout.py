@@ -1,6 +1,4 @@
-"""Where virtual tokens stand among the real ones of one forward: columns, masks and position
-ids.
-"""
+"""The columns, masks and position ids of virtual tokens among the real ones of one forward."""
 
 from __future__ import annotations
 
@@ -11,12 +9,12 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
+class TokenLayout:
     """One forward with virtual tokens: `before` of them in front, `after` of them behind column
     `end` of the input.
 
-    `end` is one number, or one a row [rows, 1]. `length` is the input's. `answers`: the last one
-    behind the prompt predicts what comes next, as in a decoder; in an encoder every token answers
+    `end` is one number, or one per row [rows, 1]. `length` is the input's. `answers`: the last one
+    behind the prompt predicts the next token, as in a decoder; in an encoder every token answers
     for itself.
     """
 
@@ -29,27 +27,28 @@ class Frame:
 
     @property
     def total(self) -> int:
+        """The number of columns, real and virtual."""
         return self.before + self.length + self.after
 
     def real(self) -> Tensor:
-        """[1 or rows, length]: the column of every real token."""
+        """Returns [1 or rows, length]: the column of every real token."""
         t = torch.arange(self.length, device=self.device)[None]
         return t + self.before + self.after * (t >= self.end).long()
 
     def behind(self) -> Tensor:
-        """[1 or rows, after]: the columns behind the prompt."""
+        """Returns [1 or rows, after]: the columns behind the prompt."""
         j = torch.arange(self.after, device=self.device)[None]
         return j + self.before + self.end
 
     def virtual(self) -> Tensor:
-        """[1 or rows, before + after]: all columns of virtual tokens."""
+        """Returns [1 or rows, before + after]: all columns of virtual tokens."""
         first = torch.arange(self.before, device=self.device)[None]
         behind = self.behind()
         return torch.cat([first.expand(behind.shape[0], -1), behind], dim=1)
 
-    def seen(self) -> Tensor:
-        """[1 or rows, length]: the column whose state answers for a real token; for the prompt's
-        last token, the last one behind the prompt, since that is what comes before the next token.
+    def outputs(self) -> Tensor:
+        """Returns [1 or rows, length]: the column whose state answers for each real token. For the
+        prompt's last token it is the last one behind the prompt, which precedes the next token.
         """
         t = torch.arange(self.length, device=self.device)[None]
         real = self.real()
@@ -60,8 +59,8 @@ class Frame:
         )
 
     def extend(self, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """x [rows, length, ...] with the virtual tokens' values, [before, ...] and [after, ...] or
-        one a row, in place.
+        """Returns x [rows, length, ...] with the values of virtual tokens inserted: [before, ...]
+        and [after, ...], or one of them per row; the result is [rows, total, ...].
         """
         rows = x.shape[0]
         parts = [
@@ -69,7 +68,7 @@ class Frame:
             for first in (before, after)
         ]
         virtual, real = self.virtual(), self.real()
-        places = torch.cat(
+        columns = torch.cat(
             [
                 virtual[:, : self.before].expand(real.shape[0], -1),
                 real,
@@ -77,16 +76,17 @@ class Frame:
             ],
             dim=1,
         )
-        order = places.argsort(dim=1).expand(rows, -1)
+        order = columns.argsort(dim=1).expand(rows, -1)
         return take(torch.cat([parts[0].to(x.dtype), x, parts[1].to(x.dtype)], dim=1), order)
 
     def mask(self, mask: Tensor) -> Tensor:
+        """Returns a mask [rows, length] as [rows, total], with ones for virtual tokens."""
         return self.extend(mask, mask.new_ones(self.before), mask.new_ones(self.after))
 
     def positions(self, given: Tensor, mask: Tensor | None) -> Tensor:
-        """Position ids [1 or rows, length] of the real tokens, with those of the virtual ones among
-        them. Behind the prompt they go on from the last real token before `end`, or, where there is
-        none, lead up to the first one behind it.
+        """Returns position ids [1 or rows, length] with those of the virtual tokens inserted.
+        Behind the prompt they continue from the last real token before `end`, or, if there is none,
+        lead up to the first one behind it.
         """
         t, end = (
             torch.arange(self.length, device=self.device)[None],
@@ -104,12 +104,12 @@ class Frame:
         moved = given + self.before + self.after * (t >= end).long()
         return self.extend(moved.expand(behind.shape[0], -1), first, behind)
 
-    def of(self, length: int) -> Frame:
-        """The same virtual tokens in an input of another length."""
-        return Frame(self.before, self.after, self.end, length, self.device, self.answers)
+    def with_length(self, length: int) -> TokenLayout:
+        """Returns the layout of the same virtual tokens in an input of another length."""
+        return TokenLayout(self.before, self.after, self.end, length, self.device, self.answers)
 
 
 def take(x: Tensor, columns: Tensor) -> Tensor:
-    """x [rows, n, ...] at columns [rows, m]."""
+    """Returns x [rows, n, ...] at columns [rows, m]: [rows, m, ...]."""
     index = columns.reshape(*columns.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
