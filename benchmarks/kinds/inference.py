@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import weft
-from weft.methods.bottleneck import PRESETS
 
-from ..contenders import AGREE, LEAST_EFFECT, IdleError, attach_awake, make, split
+from ..contenders import AGREE, LEAST_EFFECT, IdleError, attach_awake, split
+from ..factory import make
+from ..internals import bottleneck_presets
 from ..setup import Setup, batch, build, twin, wake
 from ..timing import Rounds, clocked, interleave
 
@@ -70,7 +71,7 @@ def _model(name: str, base: nn.Module, setup: Setup) -> Any:
         return twin(base).eval()
     if side == "merged":
         return _merged(method, base, setup)
-    if side in PRESETS:
+    if side in bottleneck_presets():
         model = twin(base)
         adapter = weft.attach(model, weft.Bottleneck(preset=side, r=setup.r))
         wake(dict(adapter.named_parameters()))

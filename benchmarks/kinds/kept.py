@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .. import memory
-from ..contenders import check, make, split
+from ..contenders import check, split
+from ..factory import make
 from ..setup import Setup, batch, build, layers
 from ..timing import Rounds
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import cases, norms, report, store
+from benchmarks import cases, internals, report, store
 from benchmarks.claims import Claim, evaluate
 from benchmarks.contenders import Contender
 from benchmarks.kinds import handling, mixed, step
@@ -56,7 +56,7 @@ def test_every_row_gets_a_number(results):
     assert len(results["cases"]) == len(QUICK) - len(APART)
     for case in results["cases"]:
         for row in case["rows"]:
-            counted = row["metric"] != "norms" or norms.norm_counter() is not None
+            counted = row["metric"] != "norms" or internals.norm_counter() is not None
             assert (row["status"] != "unmeasured") == counted, row
             assert row["value"] is None or row["value"] >= 0
         assert case["rounds"] == (1 if case["kind"] == "kept" else 2)
@@ -273,11 +273,11 @@ def test_bad_arguments_are_told_in_one_line(wrong, capsys):
 def test_norms_are_read_where_weft_counts_them(monkeypatch):
     module = types.ModuleType("weft.ops.derived")
     monkeypatch.setitem(sys.modules, "weft.ops.derived", module)
-    assert norms.norm_counter() is None
+    assert internals.norm_counter() is None
     module.counts = Counter(norm=7)
-    assert norms.norm_counter()() == 7
+    assert internals.norm_counter()() == 7
     monkeypatch.setitem(sys.modules, "weft.ops.derived", None)
-    assert norms.norm_counter() is None
+    assert internals.norm_counter() is None
 
 
 def test_the_norms_of_one_whole_step_are_counted_a_layer(monkeypatch):
