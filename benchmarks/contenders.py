@@ -35,7 +35,13 @@ COUNTS: Mapping[str, Callable[[int, int, int], int]] = {
 }
 # Tolerance of the gate: largest difference of the outputs relative to the largest output.
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+LARGE, LARGER = ("llama-7b/", "linear-4096"), 2.0  # more sums to round in, more outputs to compare
 LEAST_EFFECT = 1e-5  # of an adapter on the outputs; one that is switched off has none at all
+
+
+def tolerance(setup: Setup) -> float:
+    """Returns by how much two contenders of one equation may differ."""
+    return AGREE[setup.torch_dtype] * (LARGER if setup.model.startswith(LARGE) else 1.0)
 
 
 class IdleError(AssertionError):
@@ -112,9 +118,7 @@ def check(
         _check_trained(c)
         found = _gradients(c, data)
         same = _distance(found, outputs.get(c.equation, found))
-        if (
-            same > AGREE[setup.torch_dtype] and not setup.dropout
-        ):  # with dropout each draws its own mask
+        if same > tolerance(setup) and not setup.dropout:  # with dropout each draws its own mask
             raise IdleError(
                 f"{c.name} computes something else than the contender of the same equation before "
                 "it: the "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import shared
 
 VOCABULARY = 512
+DEPTHS = (32, 16, 8, 4, 2)  # layers of the 7B-shaped model that a GPU has room for
 LEAST_ROW, MOST_ROW = 128, 512  # tokens of one sequence
 
 
@@ -185,7 +186,11 @@ MODELS: Mapping[str, Architecture] = {
             "model.layers.",
             _QV,
         )
-        for n in (32, 16, 8, 4, 2)
+        for n in (*DEPTHS, 0)
+    },
+    **{
+        f"llama-7b-tiny/{n}": Architecture(lambda n=n: llama(32, n, 48), "model.layers.", _QV)  # type: ignore[misc]
+        for n in (4, 2, 0)
     },
 }
 STORIES = "stories15m" if shared.has_stories() else "stories15m-random"
@@ -268,7 +273,7 @@ def wake(named: Mapping[str, Tensor]) -> None:
     The numbers depend on the tensor's name alone, so two contenders of one equation get the same.
     """
     for name, p in named.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        generator = torch.Generator(p.device).manual_seed(zlib.crc32(name.encode()))
         size = 0.2 * float(p.float().abs().mean()) or 0.1
-        noise = torch.randn(p.shape, generator=generator) * size
-        p.add_(noise.to(p.device, p.dtype))
+        noise = torch.randn(p.shape, generator=generator, device=p.device) * size
+        p.add_(noise.to(p.dtype))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -67,6 +68,17 @@ def interleave(works: Mapping[str, Work], rounds: Rounds) -> Samples:
         gc.unfreeze()
         (gc.enable if was_on else gc.disable)()
     return found
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within, torch uses so many threads; 0 leaves their number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def now(device: str = "cpu") -> float:

@@ -19,15 +19,22 @@ from ..setup import Setup, batch, build, layers
 from ..timing import Rounds, Work, interleave, now
 
 
-def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:
-    """Metrics: forward, backward, step (both), optimiser, whole (all three), and norms where DoRA's
-    are counted.
+def measure(
+    setup: Setup,
+    contenders: tuple[str, ...],
+    rounds: Rounds,
+    others: Mapping[str, Work] | None = None,
+) -> dict[str, Any]:
+    """Metrics: forward, backward, step (both), optimiser, whole (all three), and norms if DoRA's
+    are counted. `others` are more works for the same rounds.
     """
     base = build(setup)
     made = [make(name, base, setup) for name in contenders]
     data = [batch(setup, seed) for seed in range(1, setup.accumulate + 1)]
     check(made, base, data[0], setup)
-    samples: dict[str, Any] = interleave({c.name: work(c, data, setup.device) for c in made}, rounds)
+    samples: dict[str, Any] = interleave(
+        {**{c.name: work(c, data, setup.device) for c in made}, **(others or {})}, rounds
+    )
     sites = sum(1 for _ in layers(base, setup))
     for c in made:
         count = _norms(c, data)
