@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint check slow bench bench-full docs docs-tables models results clean
+.PHONY: demo test lint check slow bench bench-full bench-gpu docs docs-tables models results clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.train           ## train seven methods on real data and print one table (about two minutes on two cores)
@@ -21,12 +21,15 @@ check: .venv/.dev
 slow: .venv/.dev             ## the checks that take minutes
 	.venv/bin/python -m pytest -n 2 -m slow
 
-# ARGS="--resume" goes on where an interrupted run stopped; ARGS="--cases dora-1024,vera-4096" measures only these
-bench: .venv/.bench          ## what Weft costs beside peft and the limit, in one table (15 minutes on two idle cores)
+# ARGS="--resume" goes on where an interrupted run stopped; ARGS="--cases overhead-64,vera-4096" measures only these
+bench: .venv/.bench          ## what Weft costs beside peft and the limit, in one table (25 minutes on two idle cores)
 	.venv/bin/python -m benchmarks quick $(ARGS)
 
 bench-full: .venv/.bench     ## every shape (hours)
 	.venv/bin/python -m benchmarks full $(ARGS)
+
+bench-gpu: .venv/.bench .venv/.dev  ## kernels, extra time per layer and a 7B-shaped model on one GPU (within 20 minutes)
+	.venv/bin/python -m benchmarks gpu $(ARGS)
 
 docs: .venv/.docs            ## build the site into site/; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --clean --quiet

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from . import cases, report, store
-from .timing import Rounds
+from . import cases, gpu, report, store
+from .case import KINDS, Case, select
+from .kinds.deep import clear
+from .timing import Rounds, threads
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SETS = {"quick": cases.QUICK, "full": cases.FULL}
-MINUTES = {"quick": 12.0, "full": 240.0}
+MINUTES = {"quick": 20.0, "full": 250.0, "gpu": 14.0}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = made.add_subparsers(dest="command", required=True)
-    for name in SETS:
+    for name, minutes in MINUTES.items():
         add = commands.add_parser(name).add_argument
         add(
             "--cases",
@@ -37,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
         add(
             "--budget-minutes",
             type=float,
-            default=MINUTES[name],
-            help=f"for the whole set (default: {MINUTES[name]:g})",
+            default=minutes,
+            help=f"for the whole set (default: {minutes:g})",
         )
         add(
             "--least",
@@ -53,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
         )
         add("--out", type=Path, default=RESULTS / f"{name}.json", metavar="FILE")
         add("--resume", action="store_true", help="keep the cases that FILE has already")
+        if name == "gpu":
+            add("--device", choices=("cuda", "cpu"), default="cuda")
+            add("--tiny", action="store_true", help="small shapes: does the script run?")
     commands.add_parser("list", help="the cases of both sets")
     shown = commands.add_parser("table", help="print a results file again").add_argument
     shown("file", type=Path)
@@ -61,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 where all asked for was measured, 1 where a case failed, 2 for bad arguments."""
+    """Returns 0 if everything was measured, 1 if a case failed, 2 for bad arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     try:
@@ -84,8 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    everything = SETS[args.command]
-    selected = cases.select(everything, args.cases)
+    everything = gpu.cases(args.device, args.tiny) if args.command == "gpu" else SETS[args.command]
+    selected = select(everything, args.cases)
     if args.budget_minutes <= 0 or args.threads < 1 or (args.least is not None and args.least < 1):
         raise ValueError("--budget-minutes must be above 0, --threads and --least 1 or more.")
     torch.set_num_threads(args.threads)
@@ -114,12 +119,14 @@ def run(args: argparse.Namespace, command: str) -> int:
     return 1 if failed else 0
 
 
-def measure(case: cases.Case, seconds: float, least: int | None = None) -> dict[str, Any]:
-    """One case, as the file holds it."""
+def measure(case: Case, seconds: float, least: int | None = None) -> dict[str, Any]:
+    """Measures one case and returns its entry in the results file."""
     started = time.perf_counter()
     wanted = case.least if least is None else least
     rounds = Rounds.within(seconds, least=wanted, most=max(51, wanted))
-    measured = cases.KINDS[case.kind](case.setup, case.contenders, rounds)
+    with threads(case.setup.threads):
+        measured = KINDS[case.kind](case.setup, case.contenders, rounds)
+    clear(case.setup.device)
     return store.entry(case, measured, time.perf_counter() - started)
 
 
@@ -128,6 +135,7 @@ def _quiet() -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cases: what is measured, and what it has to show.
+"""The cases: what is measured, and what it has to show. small_work.py has those of small work.
 
 `QUICK` has every row of the table; `FULL` adds every shape, one factor varied at a time around a
 base point.
@@ -6,51 +6,15 @@ base point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from . import small_work
+from .case import Case
 from .claims import Claim
-from .kinds import handling, importing, inference, kept, mixed, step
+from .kinds import mixed
 from .setup import Setup
-
-KINDS: dict[str, Callable[..., dict[str, Any]]] = {
-    "step": step.measure,
-    "kept": kept.measure,
-    "peak": kept.measure_peak,
-    "forward": inference.measure_forward,
-    "token": inference.measure_token,
-    "mixed": mixed.measure,
-    "handling": handling.measure,
-    "large": handling.measure_large,
-    "import": importing.measure,
-}
-# What the details of a case compare: every contender with the first one that is named here.
-METRICS = {
-    "step": ("step", "whole"),
-    "kept": ("saved", "beyond", "held", "peak"),
-    "peak": ("process_peak",),
-    "forward": ("seconds",),
-    "token": ("seconds",),
-    "mixed": ("seconds",),
-    "handling": ("attach", "save", "load", "switch"),
-    "large": ("attach", "load"),
-    "import": ("beyond", "process"),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """`weight` is its part of the time; `least` the fewest rounds that are worth a median."""
-
-    name: str
-    kind: str
-    setup: Setup
-    contenders: tuple[str, ...]
-    claims: tuple[Claim, ...] = ()
-    weight: float = 1.0
-    least: int = 5
-
 
 MERGED = ("LoRA", "DoRA", "VeRA:256", "DVoRA:256", "LoRAFA", "AdaLoRA", "DyLoRA")
 SMALL, WIDE = Setup(), Setup(model="llama-1024")
@@ -64,6 +28,7 @@ def _dora(tokens: int, at_most: float) -> Claim:
         "weft.LoRA",
         at_most,
         ("peft.DoRA", "weft.LoRA"),
+        headline=tokens == 4096,
     )
 
 
@@ -92,6 +57,7 @@ _STEPS = [
                 "limit",
                 1.05,
                 ("peft.LoRA", "limit"),
+                headline=True,
             ),
             _dora(1024, 1.05),
         ),
@@ -244,7 +210,14 @@ _USE = [
         SMALL,
         mixed.METHODS,
         (
-            Claim("16 rows, 16 adapters / one LoRA", "seconds", "mixed:16", "LoRA", 1.25),
+            Claim(
+                "16 rows, 16 adapters / one LoRA",
+                "seconds",
+                "mixed:16",
+                "LoRA",
+                1.25,
+                headline=True,
+            ),
             Claim("the same, 2 to 64 resident: deviation", "deviation", "flat", None, 0.10),
         ),
         weight=6,
@@ -351,7 +324,7 @@ _USE = [
     ),
 ]
 
-QUICK: Sequence[Case] = (*_STEPS, *_MEMORY, *_USE)
+QUICK: Sequence[Case] = (*_STEPS, *_MEMORY, *_USE, *small_work.QUICK)
 
 _ALL = (
     "limit",
@@ -395,20 +368,4 @@ def _full() -> list[Case]:
     ]
 
 
-FULL: Sequence[Case] = (*QUICK, *_full())
-
-
-def select(cases: Sequence[Case], names: str | None) -> list[Case]:
-    """The cases of a comma-separated list, in the list's order. Raises ValueError for a name that
-    is none of theirs.
-    """
-    if names is None:
-        return list(cases)
-    by_name = {case.name: case for case in cases}
-    asked = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in by_name]
-    if unknown or not asked:
-        raise ValueError(
-            f"no case {', '.join(unknown) or 'was named'}; there are {', '.join(by_name)}."
-        )
-    return [by_name[name] for name in asked]
+FULL: Sequence[Case] = (*QUICK, *small_work.FULL, *_full())

@@ -22,7 +22,8 @@ class Claim:
     at_most: the target; None where the number is only shown. peer: the contenders (over, under) of
     the other side. note: what stands in the target's place where there is none. digits: to which
     the number is printed and compared. scale: of a number that is not divided, 1000 for
-    milliseconds.
+    milliseconds. floor: the contender whose number stands in the target's place, as "floor 4.4".
+    headline: one of the few rows in the README.
     """
 
     text: str
@@ -34,6 +35,8 @@ class Claim:
     note: str = ""
     digits: int = 2
     scale: float = 1.0
+    floor: str | None = None
+    headline: bool = False
     main: bool = True  # a row of the issue's table, rather than one of what else is measured
 
 
@@ -50,6 +53,7 @@ def evaluate(claim: Claim, samples: Samples) -> dict[str, Any]:
         "note": claim.note,
         "digits": claim.digits,
         "main": claim.main,
+        "headline": claim.headline,
         "value": None,
         "quartiles": None,
         "peers": None,
@@ -61,6 +65,9 @@ def evaluate(claim: Claim, samples: Samples) -> dict[str, Any]:
     row["value"], row["quartiles"] = _value(claim, claim.over, claim.under, samples)
     if claim.peer is not None and not _missing(claim.metric, *claim.peer, samples):
         row["peers"] = _value(claim, *claim.peer, samples)[0]
+    if claim.floor is not None and not _missing(claim.metric, claim.floor, None, samples):
+        floor = _value(claim, claim.floor, None, samples)[0]
+        row["note"] = f"floor {floor:.{claim.digits}f}"
     return {**row, "status": _status(claim, row["value"])}
 
 

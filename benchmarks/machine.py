@@ -17,8 +17,8 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "weft")
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores that this process may use, torch's threads, RAM, system, and the load before
-    we came.
+    """CPU model, cores that this process may use, torch's threads, RAM, system, the load before we
+    came, and the GPU, if there is one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -29,6 +29,7 @@ def machine() -> dict[str, Any]:
         "ram": ram,
         "system": platform.system(),
         "load": round(os.getloadavg()[0], 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
 
 

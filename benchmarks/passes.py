@@ -13,8 +13,7 @@ from statistics import median
 
 import torch
 
-from weft.ops.fused import _dot
-
+from .internals import dot
 from .machine import machine
 
 ROUNDS, SETS = 41, 6  # more sets of tensors than the caches hold, taken in turn
@@ -45,7 +44,7 @@ def passes(tokens: int, out: int, in_: int, r: int) -> dict[str, Callable[[int],
         "LoRA: grad x += (g B) A": lambda i: x[i].addmm_(h[i], A[i]),
         "DoRA: W A'": lambda i: W[i] @ A[i].t(),
         "DoRA: sigma y, in place": lambda i: y[i].mul_(sigma),
-        "DoRA: sum of g y": lambda i: _dot(g[i], y[i]),
+        "DoRA: sum of g y": lambda i: dot(g[i], y[i]),
         "DoRA: sigma W": lambda i: torch.mul(W[i], sigma[:, None], out=room),
         "W' = W + C A": lambda i: torch.addmm(W[i], B[i], A[i], out=room),
     }

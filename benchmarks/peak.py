@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from .contenders import make
+from .factory import make
 from .setup import Setup, batch, build
 
 

@@ -8,10 +8,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .cases import METRICS
+from .case import METRICS
 
 WIDTH = 80
 BYTES = {"saved", "held", "peak", "beyond", "process_peak", "bytes"}
+PLAIN = {"tokens_1", "tokens_8", "passed", "failed"}  # printed as they are
+DIFFERENCES = {"beyond", "forward_extra", "train_extra"}  # that have no ratio to the first's
 
 
 def table(data: Mapping[str, Any]) -> str:
@@ -49,6 +51,7 @@ def where(data: Mapping[str, Any]) -> str:
             f"{v['peft']}"
         ),
         f"weft {v['weft']}, commit {v['commit']}",
+        *([m["gpu"]] if m.get("gpu") else []),
     ]
     busy = busy_note(data)
     return "\n".join([*lines, busy] if busy else lines)
@@ -65,7 +68,7 @@ def busy_note(data: Mapping[str, Any]) -> str:
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = f"{'':36} {'peers':>6} {'target':>8} {'Weft':>7} {'quartiles':>11}"
+    head = f"{'':36} {'peers':>6} {'target':>9} {'Weft':>7} {'quartiles':>11}"
     lines = [head, "-" * WIDTH]
     for row in rows:
         digits = row["digits"]
@@ -81,7 +84,7 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
             else f"{row['value']:7.{digits}f} {spread:>11}"
         )
         lines.append(
-            f"{row['text']:36} {_number(row['peers'], digits):>6} {target(row):>8} {found} "
+            f"{row['text']:36} {_number(row['peers'], digits):>6} {target(row):>9} {found} "
             f"{status}".rstrip()
         )
     return "\n".join(lines)
@@ -118,11 +121,13 @@ def details(case: Mapping[str, Any]) -> str:
 def setup_text(case: Mapping[str, Any]) -> str:
     """The shape in a few words, without what is usual."""
     s = case["setup"]
-    if case["kind"] in ("large", "import"):
-        return str(case["kind"])
+    if case["kind"] in ("large", "import", "kernels", "train"):
+        return ", ".join([case["kind"], *case.get("notes", [])])
     parts = [s["model"], f"{s['tokens']} tokens", f"r={s['r']}", s["targets"], s["dtype"]]
     parts += [f"{s['accumulate']} micro-batches"] if s["accumulate"] > 1 else []
     parts += ["checkpointed"] if s["checkpointing"] else []
+    parts += [f"{s['threads']} thread"] if s.get("threads") == 1 else []
+    parts += case.get("notes", [])
     parts += [f"dropout {s['dropout']}"] if s["dropout"] else []
     return ", ".join(parts)
 
@@ -131,9 +136,15 @@ def _cell(metric: str, found: Mapping[str, Any], first: Mapping[str, Any]) -> st
     if metric not in found:
         return ""
     value = found[metric]["median"]
-    text = f"{value / 2**20:.1f} MiB" if metric in BYTES else _time(value)
+    text = _amount(metric, value)
     base = first.get(metric, {}).get("median")
-    return f"{text} {value / base:5.2f}" if base and metric not in ("beyond",) else text
+    return f"{text} {value / base:5.2f}" if base and metric not in DIFFERENCES else text
+
+
+def _amount(metric: str, value: float) -> str:
+    if metric in PLAIN:
+        return f"{value:.0f}"
+    return f"{value / 2**20:.1f} MiB" if metric in BYTES else _time(value)
 
 
 def _time(seconds: float) -> str:
@@ -155,28 +166,32 @@ def _kept(name: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def short_form(data: Mapping[str, Any]) -> str:
-    """The README's table, in Markdown: every row with a target, those that were missed included."""
-    rows = [
-        row
-        for case in data["cases"]
-        for row in case["rows"]
-        if row["main"] and row["target"] is not None
-    ]
-    missed = [row["text"] for row in rows if row["status"] != "ok"]
+    """The README's table, in Markdown: the few headline rows, and how many of all targets are
+    reached.
+    """
+    every = [row for case in data["cases"] for row in case["rows"]]
+    targets = [row for row in every if row["main"] and row["target"] is not None]
+    missed = [row["text"] for row in targets if row["status"] != "ok"]
     m, v = data["machine"], data["versions"]
-    ran = f"`{data['command']}`, {data['date'][:10]}, {m['cpu']}, {m['cores']} cores, torch {v['torch']}, peft {v['peft']}, "
+    ran = (
+        f"`{data['command']}`, {data['date'][:10]}, {m['cpu']}, {m['cores']} cores, torch "
+        f"{v['torch']}, peft {v['peft']}, commit {v['commit']}. Ratios of medians of interleaved "
+        "rounds."
+    )
     lines = [
-        f"{ran}commit {v['commit']}. Ratios of medians of interleaved rounds.",
+        ran,
         "",
         "| case | peft | target | Weft | |",
         "|---|---|---|---|---|",
+        *(_markdown(row) for row in targets if row.get("headline")),
+        "",
+        f"{len(targets) - len(missed)} of {len(targets)} targets are reached."
+        + (f" Not reached: {', '.join(missed)}." if missed else ""),
     ]
-    for row in rows:
-        value = row["why"] if row["value"] is None else f"{row['value']:.{row['digits']}f}"
-        lines.append(
-            f"| {row['text']} | {_number(row['peers'], row['digits'])} | ≤ {row['target']:g} | "
-            f"{value} | "
-            f"{row['status']} |"
-        )
-    lines += ["", f"Not reached: {', '.join(missed)}." if missed else "All targets are reached."]
     return "\n".join([*lines, busy_note(data)]).rstrip()
+
+
+def _markdown(row: Mapping[str, Any]) -> str:
+    value = row["why"] if row["value"] is None else f"{row['value']:.{row['digits']}f}"
+    peers = _number(row["peers"], row["digits"])
+    return f"| {row['text']} | {peers} | ≤ {row['target']:g} | {value} | {row['status']} |"

@@ -1,4 +1,5 @@
-"""The models of the benchmark, from configurations with random weights, and their batches.
+"""The models of the benchmark, from configurations with random weights (stories15m has its real
+ones), and their batches.
 
 The vocabulary is small, so that the head, which no method touches, does not hide what the adapted
 layers cost.
@@ -15,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import shared
+
 VOCABULARY = 512
+DEPTHS = (32, 16, 8, 4, 2)  # layers of the 7B-shaped model that a GPU has room for
 LEAST_ROW, MOST_ROW = 128, 512  # tokens of one sequence
 
 
@@ -27,6 +31,7 @@ class Setup:
     flow: the gradient goes back to the output of the input embedding in every contender, as it does
     in the limit. Else an adapter spares the first layer's input gradient, which the limit computes,
     and the limit would be none.
+    threads: torch's threads while the case runs; 0 keeps those of the command.
     """
 
     model: str = "llama-768"
@@ -38,12 +43,15 @@ class Setup:
     checkpointing: bool = False
     dropout: float = 0.0
     flow: bool = True
+    threads: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for field, allowed in (
             ("model", MODELS),
             ("targets", ("all-linear", "q,v")),
             ("dtype", ("float32", "bfloat16")),
+            ("device", ("cpu", "cuda")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(
@@ -58,11 +66,46 @@ class Setup:
 
 @dataclass(frozen=True)
 class Architecture:
-    """`blocks` begins the names of all adapted layers; `qv` ends those that "q,v" means."""
+    """`blocks` begins the names of all adapted layers; `qv` ends those that "q,v" means. `targets`
+    is what "all-linear" means to Weft, if that is not its own "all-linear".
+    """
 
     build: Callable[[], nn.Module]
     blocks: str
     qv: tuple[str, ...]
+    targets: Any = "all-linear"
+
+
+def linears(width: int, depth: int) -> nn.Sequential:
+    """Square layers one behind the other, with biases, whose outputs keep the size of the input."""
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+    for p in model.parameters():
+        nn.init.normal_(p, std=width**-0.5)
+    return model
+
+
+def stories15m(real: bool) -> nn.Module:
+    """stories15M from shared/data, or the same configuration with random weights."""
+    import transformers
+
+    if real:
+        found: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            str(shared.STORIES), dtype=torch.float32
+        )
+        return found
+    config = transformers.LlamaConfig(
+        vocab_size=32000,
+        hidden_size=288,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model
 
 
 def llama(width: int, layers: int, inner: int, vocabulary: int = VOCABULARY) -> nn.Module:
@@ -122,6 +165,7 @@ def gpt2(width: int = 768, layers: int = 12) -> nn.Module:
 
 _QV = ("q_proj", "v_proj")
 MODELS: Mapping[str, Architecture] = {
+    "llama-704": Architecture(lambda: llama(704, 6, 1920), "model.layers.", _QV),
     "llama-768": Architecture(lambda: llama(768, 6, 2048), "model.layers.", _QV),
     "llama-1024": Architecture(lambda: llama(1024, 2, 2816), "model.layers.", _QV),
     "llama-2048": Architecture(lambda: llama(2048, 2, 5632), "model.layers.", _QV),
@@ -129,15 +173,48 @@ MODELS: Mapping[str, Architecture] = {
     "gpt2": Architecture(gpt2, "transformer.h.", ("c_attn",)),
     "llama-tiny": Architecture(lambda: llama(32, 2, 48), "model.layers.", _QV),  # for the tests
     "gpt2-tiny": Architecture(lambda: gpt2(32, 2), "transformer.h.", ("c_attn",)),
+    "stories15m": Architecture(lambda: stories15m(real=True), "model.layers.", _QV),
+    "stories15m-random": Architecture(lambda: stories15m(real=False), "model.layers.", _QV),
+    **{
+        f"linear-{width}": Architecture(lambda w=width, d=depth: linears(w, d), "", (), r"\d+")  # type: ignore[misc]
+        for width, depth in ((64, 16), (1024, 16), (4096, 16))
+    },
+    "linear-tiny": Architecture(lambda: linears(16, 3), "", (), r"\d+"),
+    **{
+        f"llama-7b/{n}": Architecture(  # n of its 32 layers
+            lambda n=n: llama(4096, n, 11008, 32000),  # type: ignore[misc]
+            "model.layers.",
+            _QV,
+        )
+        for n in (*DEPTHS, 0)
+    },
+    **{
+        f"llama-7b-tiny/{n}": Architecture(lambda n=n: llama(32, n, 48), "model.layers.", _QV)  # type: ignore[misc]
+        for n in (4, 2, 0)
+    },
 }
+STORIES = "stories15m" if shared.has_stories() else "stories15m-random"
 
 
 def build(setup: Setup, seed: int = 0) -> nn.Module:
-    """The frozen base, in eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = MODELS[setup.model].build()
-    return model.to(setup.torch_dtype).requires_grad_(False).eval()
+    """Returns the frozen base, in eval mode.
+
+    A model for a GPU is created there, in its own dtype: 7B numbers would take minutes on a CPU.
+    """
+    if setup.device == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = MODELS[setup.model].build()
+        return model.to(setup.torch_dtype).requires_grad_(False).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(setup.torch_dtype)
+    try:
+        with torch.random.fork_rng(), torch.device(setup.device):
+            torch.manual_seed(seed)
+            model = MODELS[setup.model].build()
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(setup.device).requires_grad_(False).eval()
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -166,7 +243,8 @@ def layers(model: nn.Module, setup: Setup) -> Iterator[tuple[str, int, int]]:
 
 def weft_targets(setup: Setup) -> Any:
     """`targets=` of a Weft configuration."""
-    return "all-linear" if setup.targets == "all-linear" else list(MODELS[setup.model].qv)
+    spec = MODELS[setup.model]
+    return spec.targets if setup.targets == "all-linear" else list(spec.qv)
 
 
 def shape(tokens: int) -> tuple[int, int]:
@@ -184,7 +262,7 @@ def batch(setup: Setup, seed: int = 1) -> dict[str, Tensor]:
         if setup.model == "roberta-base"
         else ids
     )
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids.to(setup.device), "labels": labels.to(setup.device)}
 
 
 @torch.no_grad()
@@ -195,6 +273,7 @@ def wake(named: Mapping[str, Tensor]) -> None:
     The numbers depend on the tensor's name alone, so two contenders of one equation get the same.
     """
     for name, p in named.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        generator = torch.Generator(p.device).manual_seed(zlib.crc32(name.encode()))
         size = 0.2 * float(p.float().abs().mean()) or 0.1
-        p.add_((torch.randn(p.shape, generator=generator) * size).to(p.dtype))
+        noise = torch.randn(p.shape, generator=generator, device=p.device) * size
+        p.add_(noise.to(p.dtype))

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
+from .case import Case
 from .claims import evaluate
 from .machine import machine, versions
 from .timing import summary
@@ -81,6 +81,7 @@ def entry(
         "seconds": float(seconds),
         "load": float(os.getloadavg()[0]),
         "kept": dict(measured.get("kept", {})),
+        "notes": list(measured.get("notes", [])),
         "error": error,
         "contenders": {
             name: {metric: summary(values) for metric, values in metrics.items()}

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
+
+import torch
 
 Work = Callable[[], Mapping[str, float]]  # does the work once and returns seconds by metric
 Samples = dict[str, dict[str, list[float]]]  # contender -> metric -> one value a round
@@ -67,6 +70,24 @@ def interleave(works: Mapping[str, Work], rounds: Rounds) -> Samples:
     return found
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within, torch uses so many threads; 0 leaves their number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def now(device: str = "cpu") -> float:
+    """Seconds of a steady clock, once all work that was given to `device` is done."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def clocked(work: Callable[[], object], metric: str = "seconds") -> Work:
     """A work of one metric from a plain function."""
 
@@ -97,6 +118,11 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, list[fl
     """
     if len(over) != len(under):
         raise ValueError(f"{len(over)} and {len(under)} values were not taken in the same rounds.")
-    return median(over) / median(under), quartiles(
-        [a / b for a, b in zip(over, under, strict=True)]
+    return _divided(median(over), median(under)), quartiles(
+        [_divided(a, b) for a, b in zip(over, under, strict=True)]
     )
+
+
+def _divided(a: float, b: float) -> float:
+    """a / b; an extra time that noise has made 0 gives nan, which is no target's "ok"."""
+    return a / b if b else float("nan")

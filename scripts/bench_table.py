@@ -1,5 +1,5 @@
-"""Put the tables of a finished benchmark where they are shown: the short form into the README, all
-rows into the docs.
+"""Writes the tables of a finished benchmark: the headline rows into the README, all rows into the
+docs.
 
 Usage: make bench && python scripts/bench_table.py benchmarks/results/quick.json
 """
@@ -20,33 +20,31 @@ START, END = "<!-- benchmark: scripts/bench_table.py writes it -->", "<!-- /benc
 
 
 def rows(data: Mapping[str, Any]) -> str:
-    """Where it ran, the rows with targets, and what else was measured, as the command prints
-    them.
+    """Returns machine and versions, the rows with targets, and the other rows, as the command
+    prints them.
     """
     return "```text\n" + report.summary(data) + "\n```"
 
 
-PLACES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+PAGES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "README.md": report.short_form,
     "docs/performance.md": rows,
 }
 
 
 def filled(text: str, block: str, page: str) -> str:
-    """`text` with the block between its two marks. Raises SystemExit where the marks are not there
-    once each.
+    """Returns `text` with the block between its two marks. Raises SystemExit if one of the marks is
+    missing or there twice.
     """
     if text.count(START) != 1 or text.count(END) != 1:
-        raise SystemExit(
-            f"{page} needs the lines {START} and {END} once each, where the table shall stand."
-        )
+        raise SystemExit(f"{page} needs the lines {START} and {END} once each, around the table.")
     before, rest = text.split(START)
     return f"{before}{START}\n{block}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:
     data = store.read(Path(sys.argv[1]))
-    for page, form in PLACES.items():
+    for page, form in PAGES.items():
         path = ROOT / page
         path.write_text(
             filled(path.read_text(encoding="utf-8"), form(data), page), encoding="utf-8"

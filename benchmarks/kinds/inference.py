@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import weft
-from weft.methods.bottleneck import PRESETS
 
-from ..contenders import AGREE, LEAST_EFFECT, IdleError, attach_awake, make, split
+from ..contenders import AGREE, LEAST_EFFECT, IdleError, attach_awake, split
+from ..factory import make
+from ..internals import bottleneck_presets
 from ..setup import Setup, batch, build, twin, wake
 from ..timing import Rounds, clocked, interleave
 
@@ -24,10 +25,10 @@ PROMPT = 128
 def measure_forward(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:
     """Metric: seconds of one forward in eval mode. "base" is the model without any adapter."""
     base, ids = build(setup), batch(setup)["input_ids"]
-    models = {name: _model(name, base, setup) for name in contenders}
+    models = {name: model_for(name, base, setup) for name in contenders}
     with torch.no_grad():
         for name, model in models.items():
-            _check(name, model(ids).logits, base(ids).logits, setup)
+            check_effect(name, model(ids).logits, base(ids).logits, setup)
         works = {name: clocked(lambda m=model: m(ids)) for name, model in models.items()}  # type: ignore[misc]
         return {"samples": interleave(works, rounds)}
 
@@ -46,8 +47,8 @@ def measure_token(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> 
     works = {}
     with torch.no_grad():
         for name in contenders:
-            model = _model(name, base, setup)
-            _check(name, model(ids).logits, base(ids).logits, setup)
+            model = model_for(name, base, setup)
+            check_effect(name, model(ids).logits, base(ids).logits, setup)
             works[name] = clocked(_next_token(model, ids, key))
         return {"samples": interleave(works, rounds)}
 
@@ -64,13 +65,14 @@ def _next_token(model: Any, ids: Tensor, key: str) -> Callable[[], None]:
     return run
 
 
-def _model(name: str, base: nn.Module, setup: Setup) -> Any:
+def model_for(name: str, base: nn.Module, setup: Setup) -> Any:
+    """Returns a contender's model in eval mode; "base" and "merged.METHOD" as in measure_token."""
     side, method, setup = split(name, setup)
     if side == "base":
         return twin(base).eval()
     if side == "merged":
         return _merged(method, base, setup)
-    if side in PRESETS:
+    if side in bottleneck_presets():
         model = twin(base)
         adapter = weft.attach(model, weft.Bottleneck(preset=side, r=setup.r))
         wake(dict(adapter.named_parameters()))
@@ -94,7 +96,8 @@ def _merged(method: str, base: nn.Module, setup: Setup) -> nn.Module:
     return own.eval()
 
 
-def _check(name: str, found: Tensor, base: Tensor, setup: Setup) -> None:
+def check_effect(name: str, found: Tensor, base: Tensor, setup: Setup) -> None:
+    """Raises IdleError if an adapter leaves the output as it is, or if "base" does not."""
     effect = float((found - base).abs().max() / base.abs().max())
     if (effect > AGREE[setup.torch_dtype]) if name == "base" else (effect < LEAST_EFFECT):
         raise IdleError(f"{name} moves the base's output by {effect:.1e} (relative).")

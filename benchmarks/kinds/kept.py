@@ -5,12 +5,14 @@ own.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from .. import memory
-from ..contenders import check, make, split
+from ..contenders import check, split
+from ..factory import make
 from ..setup import Setup, batch, build, layers
 from ..timing import Rounds
 
@@ -37,9 +39,8 @@ def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[s
     for name in contenders:
         contender = make(name, base, setup)
         check([contender], base, few, setup)
-        found[name] = memory.of_step(
-            contender.model, data, lambda c=contender: c.loss(data), adapted
-        )  # type: ignore[misc]
+        loss = partial(contender.loss, data)
+        found[name] = memory.of_step(contender.model, data, loss, adapted)
         details[name] = found[name].pop("kept")
     samples: dict[str, dict[str, list[float]]] = {}
     for name, numbers in found.items():

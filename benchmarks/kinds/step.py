@@ -7,27 +7,34 @@ of the next forward.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ..contenders import Contender, check, make
-from ..norms import norm_counter
+from ..contenders import Contender, check
+from ..factory import make
+from ..internals import norm_counter
 from ..setup import Setup, batch, build, layers
-from ..timing import Rounds, Work, interleave
+from ..timing import Rounds, Work, interleave, now
 
 
-def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[str, Any]:
-    """Metrics: forward, backward, step (both), optimiser, whole (all three), and norms where DoRA's
-    are counted.
+def measure(
+    setup: Setup,
+    contenders: tuple[str, ...],
+    rounds: Rounds,
+    others: Mapping[str, Work] | None = None,
+) -> dict[str, Any]:
+    """Metrics: forward, backward, step (both), optimiser, whole (all three), and norms if DoRA's
+    are counted. `others` are more works for the same rounds.
     """
     base = build(setup)
     made = [make(name, base, setup) for name in contenders]
     data = [batch(setup, seed) for seed in range(1, setup.accumulate + 1)]
     check(made, base, data[0], setup)
-    samples: dict[str, Any] = interleave({c.name: work(c, data) for c in made}, rounds)
+    samples: dict[str, Any] = interleave(
+        {**{c.name: work(c, data, setup.device) for c in made}, **(others or {})}, rounds
+    )
     sites = sum(1 for _ in layers(base, setup))
     for c in made:
         count = _norms(c, data)
@@ -36,24 +43,26 @@ def measure(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> dict[s
     return {"samples": samples}
 
 
-def work(c: Contender, data: list[dict[str, Tensor]]) -> Work:
+def work(c: Contender, data: list[dict[str, Tensor]], device: str = "cpu") -> Work:
+    """Returns one whole step; its times end when `device` has done its work."""
+
     def run() -> Mapping[str, float]:
         forward = backward = 0.0
         if c.optimiser is not None:
             c.optimiser.zero_grad(set_to_none=True)
         for micro in data:
-            started = time.perf_counter()
+            started = now(device)
             loss = c.loss(micro) / len(data)
-            middle = time.perf_counter()
+            middle = now(device)
             loss.backward()  # type: ignore[no-untyped-call]
-            forward, backward = forward + middle - started, backward + time.perf_counter() - middle
+            forward, backward = forward + middle - started, backward + now(device) - middle
             del loss
-        started = time.perf_counter()
+        started = now(device)
         if c.optimiser is not None:
             c.optimiser.step()
         if c.after_step is not None:
             c.after_step()
-        optimiser = time.perf_counter() - started
+        optimiser = now(device) - started
         step = forward + backward
         return {
             "forward": forward,

@@ -7,7 +7,8 @@ import torch
 
 import weft
 from benchmarks import cases
-from benchmarks.contenders import IdleError, check, make
+from benchmarks.contenders import IdleError, check
+from benchmarks.factory import make
 from benchmarks.peers import Dense
 from benchmarks.setup import MODELS, Setup, batch, build, layers, shape, twin
 
