@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from docs_claims import claim, verdicts
-from docs_fields import meaning
+from docs_fields import meaning, written
 from docs_records import measured
 
 import weft
@@ -124,11 +124,12 @@ def counted(model: str, method: str, setting: str) -> tuple[int, int, int, float
 
 def fields_block(method: str) -> str:
     cls = methods.METHODS[method]
+    below = written(cls)
     rows = [
         (
             f"`{f.name}`",
             f"`{f.default!r}`" if f.default is not MISSING else "",
-            meaning(method, f.name),
+            meaning(method, f.name, below.get(f.name)),
         )
         for f in fields(cls)
     ]
@@ -324,6 +325,26 @@ def command_text(name: str) -> str:
     )
 
 
+ENTRY = re.compile(r"^::: (weft\.[\w.]+)$", re.MULTILINE)
+
+
+def entries() -> dict[str, list[str]]:
+    """The API reference: file of each page -> its symbols."""
+    pages = sorted((DOCS / "reference").glob("*.md"))
+    found = {page.name: ENTRY.findall(page.read_text(encoding="utf-8")) for page in pages}
+    return {page: names for page, names in found.items() if names}
+
+
+def reference_block() -> str:
+    """Every symbol, by page. The links are mkdocstrings'."""
+    rows = []
+    for page, names in entries().items():
+        heading = (DOCS / "reference" / page).read_text(encoding="utf-8").partition("\n")[0]
+        links = ", ".join(f"[`{name}`][{name}]" for name in names)
+        rows.append((f"[{heading.removeprefix('# ')}]({page})", links))
+    return table(["page", "symbols"], rows)
+
+
 ONE: dict[str, Callable[[str], str]] = {
     "fields": fields_block,
     "cost": cost_block,
@@ -338,6 +359,7 @@ ALL: dict[str, Callable[[], str]] = {
     "memory": memory_block,
     "commands": commands_block,
     "verdicts": verdicts,
+    "reference": reference_block,
 }
 
 
