@@ -1,4 +1,4 @@
-"""docs/records/claims.json, which scripts/claims.py writes, as the tables of docs/claims.md."""
+"""Writes the tables of docs/claims.md from docs/records/claims.json, a file of scripts/claims.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TITLES = {
     "svd": "LoRA's update is low-rank, and like an SVD",
     "orthogonal": "Random A and B have nearly orthogonal rows",
     "freedom": "Any update of rank r is a combination of the random bases",
-    "vera": "VeRA matches LoRA with a tenth of the numbers",
+    "vera": "VeRA matches LoRA with a tenth of the parameters",
     "coupling": "LoRA moves magnitude and direction together; full fine-tuning and DoRA do not",
     "noise": "Control: random updates move them together too",
     "half-rank": "DoRA at half the rank beats LoRA",
@@ -21,7 +21,7 @@ TITLES = {
 
 
 def recorded() -> dict[str, Any]:
-    """Claim -> what was found, with command, date and machine."""
+    """Claim -> its findings, with command, date and machine."""
     return json.loads(RECORD.read_text(encoding="utf-8"))["claims"] if RECORD.is_file() else {}
 
 
@@ -47,7 +47,7 @@ def claim(name: str) -> str:
 
 
 def verdicts() -> str:
-    """How the lines of each claim came out."""
+    """The number of verdicts per claim."""
     rows, found = [], recorded()
     for name, title in TITLES.items():
         lines = [one["verdict"] for one in found[name]["findings"]] if name in found else []

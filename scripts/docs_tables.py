@@ -1,11 +1,11 @@
-"""Write the generated tables of docs/ from the code: between `<!-- generated: NAME -->` and `<!--
+"""Writes the generated tables of docs/ from the code, between `<!-- generated: NAME -->` and `<!--
 /generated -->`.
 
 Usage: python scripts/docs_tables.py [PAGE ...]     (or: make docs-tables)
 
-The tables are committed, not made while the site is built: so the pages can be read in the
-repository too, a change of a default or a count shows in review, and the site builds without Weft
-and its models. tests/docs hold the pages equal to what this script writes.
+The tables are committed instead of being generated when the site is built. So the pages can be read
+in the repository, a changed default or count is visible in review, and the site builds without
+Weft. tests/docs checks that the pages are what this script writes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from weft.training.memory import estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-# Methods with a page that are not in this version. Delete the line once they are; the tests tell.
+# Methods that have a page but are not in this version yet. A test fails once they are.
 COMING: tuple[str, ...] = ()
 BLOCK = re.compile(
     r"(<!-- generated: (?P<name>[^>]+?) -->\n)(?P<text>.*?)(<!-- /generated -->)", re.DOTALL
@@ -72,7 +72,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
 
 
 def size(nbytes: float) -> str:
-    """Bytes in three digits: the header's length varies by a few with the versions of libraries."""
+    """Bytes in three digits, because the header's length depends on library versions."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"
@@ -81,7 +81,7 @@ def size(nbytes: float) -> str:
 
 
 def shown(config: dict[str, Any]) -> str:
-    """A setting as it is written."""
+    """A setting as the user writes it."""
     named = {k: "q and v" if v == QV else v for k, v in config.items()}
     return ", ".join(v if v == "q and v" else f"{k}={v}" for k, v in named.items()) or "defaults"
 
@@ -103,8 +103,8 @@ def attached(model: Any, config: Any) -> Iterator[Any]:
 
 @cache
 def counted(model: str, method: str, setting: str) -> tuple[int, int, int, float] | str:
-    """Trained numbers, the head's among them, bytes of the file, share of the base in %; or why
-    there is nothing.
+    """Trained numbers including the head's, the head's, bytes of the file, % of the base; or why the
+    method does not apply.
     """
     root = model_of(model)
     try:
@@ -159,7 +159,7 @@ def rebuilt() -> tuple[papers.Result, ...]:
 
 
 def papers_block(method: str) -> str:
-    """The rows of the papers' tables of which this method is the first."""
+    """The rows of the papers' tables whose first method is this one."""
     rows = []
     for result in rebuilt():
         if not result.row.methods or result.row.methods[0]["method"] != method:
@@ -172,7 +172,7 @@ def papers_block(method: str) -> str:
         rows.append((result.table.name, result.row.row, result.row.printed + unit, ours, why))
     if not rows:
         return "No table of the three papers has a row of this method.\n"
-    return table(["table", "row", "printed", "ours", "where they differ"], rows, (2, 3))
+    return table(["table", "row", "printed", "ours", "reason if different"], rows, (2, 3))
 
 
 def _counted(value: float, unit: str) -> str:
@@ -216,7 +216,7 @@ def small() -> Any:
 
 @cache
 def abilities(method: str) -> dict[str, str]:
-    """What can be done with the method, tried on a small model."""
+    """What the method supports, tried on a small model."""
     cls, model = methods.METHODS[method], small()
     adapter = weft.attach(
         model, methods.from_json({"method": method, **SETTINGS.get(method, [{}])[0]})
@@ -241,7 +241,7 @@ def abilities(method: str) -> dict[str, str]:
             if works(partial(weft.export, f"{folder}/saved", form, f"{folder}/as-{form}"))
         ]
     found["exports to"] = ", ".join(forms) or "no"
-    found["ranks to cut"] = yes(isinstance(adapter.config, Nested))
+    found["rank can be reduced"] = yes(isinstance(adapter.config, Nested))
     found["acts at a step"] = yes(isinstance(adapter.config, Stepped))
     return found
 
@@ -270,7 +270,7 @@ def ability_block(method: str) -> str:
 
 
 def memory_block() -> str:
-    """What a training step keeps: exact for tensors, from shapes alone."""
+    """Memory of a training step, computed from shapes; exact for tensors."""
     root, rows = model_of("RoBERTa-base"), []
     ids = {"input_ids": torch.zeros(8, 128, dtype=torch.int64, device="meta")}
     for method in methods.METHODS:
@@ -290,7 +290,7 @@ def memory_block() -> str:
 
 
 def versions() -> str:
-    """Which releases decide what autograd keeps."""
+    """The versions that determine what autograd keeps."""
     import transformers
 
     return f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
@@ -364,7 +364,7 @@ ALL: dict[str, Callable[[], str]] = {
 
 
 def block(name: str) -> str:
-    """The text of a generated block. Raises KeyError for a name that no function makes."""
+    """Returns the text of a generated block. Raises KeyError for an unknown name."""
     if name in ALL:
         return ALL[name]()
     kind, _, method = name.partition(" ")
@@ -374,7 +374,7 @@ def block(name: str) -> str:
 
 
 def filled(text: str, keep: Callable[[str], bool] = lambda name: False) -> str:
-    """A page with its generated blocks written anew, but for those to keep."""
+    """Returns a page with its generated blocks rewritten, except those to keep."""
     return BLOCK.sub(
         lambda m: m[0] if keep(m["name"]) else f"{m[1]}\n{block(m['name'])}\n{m[4]}", text
     )

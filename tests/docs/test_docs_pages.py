@@ -72,15 +72,15 @@ def test_a_method_has_a_page_that_says_all_of_it(name):
     text = LISTED[name].read_text(encoding="utf-8")
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert headings == [
-        "What trains, and where it starts",
+        "What is trained",
         "What it costs",
-        "When to take it, and when not",
+        "When to use it, and when not",
         "What the papers report",
         "What we measured",
-        "How to call it",
-        "Under other names",
+        "Example",
+        "In other libraries",
     ]
-    for said in (f"weft.{name}(", "**Inference.**", "Memory", "Take it", "Do not take"):
+    for said in (f"weft.{name}(", "**Inference.**", "Memory", "Use it", "Do not use"):
         assert said in text, said
     assert [f"{kind} {name}" for kind in ("cost", "abilities", "papers", "measured", "fields")] == [
         m["name"] for m in docs_tables.BLOCK.finditer(text)
