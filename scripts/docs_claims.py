@@ -8,6 +8,7 @@ from typing import Any
 
 RECORD = Path(__file__).resolve().parent.parent / "docs" / "records" / "claims.json"
 NOT_RUN = "Not run yet.\n"
+LONG = '<div class="long-names" markdown>\n\n{}\n</div>\n'  # the first column may wrap
 TITLES = {
     "svd": "LoRA's update is low-rank, and like an SVD",
     "orthogonal": "Random A and B have nearly orthogonal rows",
@@ -39,8 +40,7 @@ def claim(name: str) -> str:
     rates = ", ".join(f"{label} {value:g}" for label, value in found["rates"].items())
     head = "| measured | value | 95 % interval | decides | verdict |\n| --- | ---: | ---: | --- | --- |\n"
     return (
-        head
-        + "".join(rows)
+        LONG.format(head + "".join(rows))
         + (f"\nPeak learning rates, chosen on validation data: {rates}.\n" if rates else "")
         + f"\n`{found['command']}`, {found['date']}, {found['machine']}.\n"
     )
@@ -55,7 +55,7 @@ def verdicts() -> str:
             f"{lines.count(v)} {v}" for v in ("seen", "not seen", "cannot tell") if v in lines
         )
         rows.append(f"| {title} | {told or 'not run yet'} |\n")
-    return "| claim | lines |\n| --- | --- |\n" + "".join(rows)
+    return LONG.format("| claim | lines |\n| --- | --- |\n" + "".join(rows))
 
 
 def _number(value: float) -> str:

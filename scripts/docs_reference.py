@@ -6,6 +6,8 @@ them, so that `make docs` needs neither torch nor Weft.
 * A method's configuration is documented by its module, where the equation is: the module's
   docstring comes before the class's own, and a table of the fields after it. Of several methods in
   one module the first has the module's docstring.
+* `weft.save` is a function of a module of the same name, which griffe finds first; it is pointed
+  to the function.
 * `weft.training` imports its public names when they are asked for; they are made visible here.
 """
 
@@ -37,6 +39,12 @@ class Reference(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         if pkg.name != "weft":
             return
+        for name in map(str, pkg.exports or ()):
+            member = pkg[name]
+            if member.is_module and name in member.members:
+                pkg.set_member(
+                    name, griffe.Alias(name, f"{member.canonical_path}.{name}", parent=pkg)
+                )
         first: dict[str, griffe.Class] = {}  # of each module, which has the module's text
         for cls in sorted(configurations(pkg), key=lambda cls: cls.lineno or 0):
             text = "" if cls.docstring is None else cls.docstring.value.replace(SEE, "").strip()

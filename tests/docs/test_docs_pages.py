@@ -4,7 +4,9 @@ lead somewhere.
 
 import ast
 import dataclasses
+import inspect
 import re
+import sys
 
 import bench_table
 import docs_fields
@@ -109,9 +111,15 @@ def package():
 
 
 def test_every_entry_of_the_reference_says_something(package):
-    for name in (name for names in docs_tables.entries().values() for name in names):
-        docstring = package[name.removeprefix("weft.")].docstring
-        assert docstring is not None and len(docstring.value) > 20, name
+    for path in (path for paths in docs_tables.entries().values() for path in paths):
+        entry = package[path.removeprefix("weft.")]
+        module, _, name = path.rpartition(".")
+        found = getattr(sys.modules[module], name)
+        assert (entry.is_class, entry.is_function) == (
+            inspect.isclass(found),
+            inspect.isfunction(found),
+        ), path
+        assert entry.docstring is not None and len(entry.docstring.value) > 20, path
 
 
 @pytest.mark.parametrize("name", METHODS)
