@@ -23,6 +23,8 @@ MEANINGS: dict[str, str] = {
     "rslora": "s = alpha / √r, so that large ranks do not learn more slowly",
     "targets": "which layers: see [targets](../getting-started.md#targets)",
     "modules_to_save": "modules trained in full in addition, by name ending: for example a new head",
+    "train": "tensors of the base model to train in addition: see "
+    "[tensors of the base model](../getting-started.md#tensors-of-the-base-model)",
     "seed": "seed of everything random; the state of other generators does not matter",
     "dtype": "dtype of the trained tensors, independent of the base's; bfloat16 loses small steps",
     "norm_grad": '`"constant"`: no gradient flows through ‖V‖ (section 4.3 of the paper); '

@@ -220,6 +220,16 @@ def test_a_benchmark_without_a_row_of_the_readme_is_refused():
         bench_table.highlights({"cases": [{"rows": [row]}]})
 
 
+@pytest.mark.xfail(reason="the rewrite of methods/, ops/, model/ and checkpoint/ is not here yet")
+def test_files_that_the_map_of_the_code_names_exist():
+    for page in (DOCS / "internals.md", ROOT / "CONTRIBUTING.md"):
+        named_files = re.findall(
+            r"`((?:src|tests|scripts|benchmarks|docs)/[\w./]+)`", page.read_text()
+        )
+        assert len(named_files) > 5
+        assert [path for path in named_files if not (ROOT / path).exists()] == [], page.name
+
+
 def slug(heading):
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.replace("`", "").lower()).strip())
 
