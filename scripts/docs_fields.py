@@ -73,6 +73,15 @@ MEANINGS: dict[str, str] = {
 }
 
 
+# The fields of every method, after its own.
+COMMON = ("targets", "modules_to_save", "train", "seed", "dtype")
+
+
+def order(field: str) -> int:
+    """The key by which a method's fields are sorted; sorting keeps the order of its own."""
+    return COMMON.index(field) if field in COMMON else -1
+
+
 def meaning(method: str, field: str, written: str | None = None) -> str:
     """The meaning of a field; `written` is the string below it in the class, if there is one.
     Raises KeyError, naming what to write.

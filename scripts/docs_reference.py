@@ -24,7 +24,7 @@ import griffe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from docs_fields import meaning
+from docs_fields import meaning, order
 
 SEE = "See the module's equation."
 
@@ -88,7 +88,8 @@ def table(cls: griffe.Class) -> str:
     for base in filter(dataclass, [*reversed(cls.mro()), cls]):
         rows |= {name: member for name, member in base.members.items() if field(member)}
     lines = ["| field | default | meaning |", "| --- | --- | --- |"]
-    for name, attribute in rows.items():
+    for name in sorted(rows, key=order):
+        attribute = rows[name]
         text = attribute.docstring.value if attribute.docstring else None
         told = meaning(cls.name, name, text).replace("|", "\\|").replace(".md#", ".html#")
         default = f"`{attribute.value}`" if attribute.value is not None else ""

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from docs_claims import claim, verdicts
-from docs_fields import meaning, written
+from docs_fields import meaning, order, written
 from docs_records import measured
 
 import weft
@@ -32,7 +32,6 @@ from weft import cli, methods, papers
 from weft.checkpoint.export import FORMS
 from weft.cli import COMMANDS
 from weft.errors import UnsupportedError, WeftError
-from weft.methods.base import Nested, Stepped
 from weft.papers.architectures import ARCHITECTURES
 from weft.training.memory import estimate
 
@@ -131,7 +130,7 @@ def fields_block(method: str) -> str:
             f"`{f.default!r}`" if f.default is not MISSING else "",
             meaning(method, f.name, below.get(f.name)),
         )
-        for f in fields(cls)
+        for f in sorted(fields(cls), key=lambda f: order(f.name))
     ]
     return table(["field", "default", "meaning"], rows)
 
@@ -241,8 +240,8 @@ def abilities(method: str) -> dict[str, str]:
             if works(partial(weft.export, f"{folder}/saved", form, f"{folder}/as-{form}"))
         ]
     found["exports to"] = ", ".join(forms) or "no"
-    found["rank can be reduced"] = yes(isinstance(adapter.config, Nested))
-    found["acts at a step"] = yes(isinstance(adapter.config, Stepped))
+    found["rank can be reduced"] = yes(adapter.config.nested)
+    found["acts at a step"] = yes(adapter.config.follows_steps)
     return found
 
 

@@ -30,7 +30,7 @@ from .methods import (
 from .model.adapter import Adapter
 from .model.attach import adapters, attach, detach
 from .model.merge import MergeReport, effective_weight, merge, unmerge
-from .model.switch import use
+from .model.use import use
 from .training.audit import audit, snapshot
 
 __version__ = "0.1.0"

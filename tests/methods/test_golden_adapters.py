@@ -139,8 +139,8 @@ def test_the_parallel_rule_at_their_place_gives_their_outputs(name):
         )
         hooks.append(
             model.get_submodule(block.mlp_output).register_forward_hook(
-                lambda module, args, y, seen=seen, site=site: site.rule.forward(
-                    seen["x"], y, site.host, site
+                lambda module, args, y, seen=seen, site=site: site.method.forward(
+                    seen["x"], y, site.base, site
                 )
             )
         )

@@ -265,7 +265,7 @@ def test_the_roles_are_targets_of_every_rule(method):
     adapter = weft.attach(
         model, config(method, targets={"attention-output": {"r": 5}, "mlp-output": {}})
     )
-    assert [site.rule.r for site in adapter.sites.values()] == [5, 3] * 3
+    assert [site.method.r for site in adapter.sites.values()] == [5, 3] * 3
 
 
 @pytest.mark.parametrize("method", ["LoRA", "VeRA", "DoRA", "DVoRA"])

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError, UnsupportedError
-from ..methods.base import DTYPES, Draw, Fixed
+from ..methods.config import DTYPES
 from ..methods.projections import Projections
+from ..methods.rng import Rng
 from . import files, header, peft_lora, peft_vera
 from .content import Stored, StoredSite, refuse
 from .load import read
@@ -99,17 +100,17 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
 def _converted(stored: Stored, to: str) -> tuple[Stored | None, str, list[str]]:
     """The content in its new form and the layout for it; None where it is in that form already."""
     config = stored.config
-    if isinstance(config, methods.Selection):
+    if not isinstance(config, methods.TensorConfig):
         raise UnsupportedError(
             f"{type(config).__name__} trains copies of base tensors and has no form {to!r}; use "
             "weft "
             "merge, which writes a plain model."
         )
-    if to == "peft" and stored.peft_reads_it and not isinstance(config, methods.VeRA):
+    if to == "peft" and stored.peft_reads_it and type(config) is not methods.VeRA:
         return None, "", []
-    if isinstance(config, methods.LoRA):
+    if type(config) is methods.LoRA:
         return None, "", []
-    if isinstance(config, methods.VeRA) and to == "peft":
+    if type(config) is methods.VeRA and to == "peft":
         return _vera_for_peft(stored), peft_vera.PEFT_TYPE, []
     convert = _TO_LORA.get(type(config))
     if convert is None and not config.mergeable:
@@ -216,27 +217,22 @@ def params(stored: Stored, module: str) -> Any:
     site = stored.sites[module]
     held: dict[str, Any] = dict(site.tensors)
     shape = _shape(site)
-    if isinstance(site.rule, Fixed):
-        held |= _fixed(site, module)
+    held |= _fixed(site, module)
     if site.rule.share_key() is not None:
         held["shared"] = _shared(stored, site.rule)
     return SimpleNamespace(shape=shape, training=False, **held)
 
 
 def _fixed(site: StoredSite, module: str) -> dict[str, Tensor]:
-    drawn = site.rule.fixed(
-        site.kind, _shape(site), Draw(site.rule.seed, module), torch.device("cpu")
-    )
+    if not isinstance(site.rule, methods.LayerConfig):
+        return {}
+    rng = Rng(site.rule.seed, module, torch.device("cpu"))
+    drawn = site.rule.frozen(*_shape(site), site.kind == "embedding", rng)
     return {name: t.to(DTYPES[site.rule.dtype]) for name, t in drawn.items()}
 
 
 def _check_fixed(stored: Stored) -> None:
-    drawn = (
-        t
-        for module, site in stored.sites.items()
-        if isinstance(site.rule, Fixed)
-        for t in _fixed(site, module).values()
-    )
+    drawn = (t for module, site in stored.sites.items() for t in _fixed(site, module).values())
     known = stored.checksums.get(header.FIXED)
     if known is not None and known != (found := header.digest_of(drawn)):
         raise CheckpointError(
@@ -324,19 +320,26 @@ def _error(before: Stored, after: Stored) -> float:
     """
     worst = 0.0
     for module, site in before.sites.items():
-        if not hasattr(site.rule, "delta"):
+        if not _is_update(site.rule):
             same = all(
                 torch.equal(t, after.sites[module].tensors[name])
                 for name, t in site.tensors.items()
             )
             worst = max(worst, 0.0 if same else float("inf"))
             continue
-        wanted = site.rule.delta(params(before, module), torch.float64)
+        wanted = _update(before, module)
         size = float(wanted.norm())
-        found = (
-            after.sites[module].rule.delta(params(after, module), torch.float64)
-            if module in after.sites
-            else 0 * wanted
-        )
+        found = _update(after, module) if module in after.sites else 0 * wanted
         worst = max(worst, float((found - wanted).norm()) / (size or 1.0))
     return worst
+
+
+def _is_update(rule: Any) -> bool:
+    """Whether a method's W' is W + ΔW, without a scale of the rows."""
+    return isinstance(rule, methods.LowRankMethod) and "m" not in rule.shapes(2, 2)
+
+
+def _update(stored: Stored, module: str) -> Tensor:
+    """ΔW [out, in] in float64."""
+    found: Tensor = stored.sites[module].rule.factors(params(stored, module)).delta(torch.float64)
+    return found

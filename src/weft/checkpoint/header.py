@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError
-from ..methods.base import DTYPES, Reparameterised, Stateful
+from ..methods.config import DTYPES
 from ..methods.projections import Projections
 from ..model.adapter import Adapter
-from ..model.layer import Site
+from ..model.layer import AdapterLayer
 from ..model.structure import canonical
 from . import files
 from .content import Stored, StoredSite, nearest
@@ -224,7 +224,7 @@ def _nested(adapter: Adapter) -> tuple[str, nn.Module]:
     """The innermost module with a model configuration of its own that holds everything the adapter
     trains.
     """
-    names = [name.split(".") for name in (*adapter.sites, *adapter.selected_tensors)]
+    names = [name.split(".") for name in (*adapter.layers, *adapter.selected_tensors)]
     shared = [
         part
         for i, part in enumerate(names[0])
@@ -247,20 +247,20 @@ def _common(a: list[str], b: list[str]) -> list[str]:
     return [x for i, x in enumerate(a) if a[: i + 1] == b[: i + 1]]
 
 
-def trained_tensors(site: Site) -> dict[str, Tensor]:
+def trained_tensors(site: AdapterLayer) -> dict[str, Tensor]:
     """The tensors of a layer that a file holds, in the one dtype under which they are written."""
     dtype = DTYPES[_dtype(site)]
-    if finished(site.rule) is site.rule:
+    if finished(site.method) is site.method:
         return {name: p.detach().to(dtype) for name, p in site.trainable().items()}
     with torch.no_grad():
-        return {name: t.to(dtype) for name, t in site.rule.finished_tensors(site).items()}
+        return {name: t.to(dtype) for name, t in site.method.finished_tensors(site).items()}
 
 
 def finished(config: Any) -> Any:
     """The configuration that a file says: another one where what was trained only made the tensors
     that are written.
     """
-    done = config.finished() if isinstance(config, Reparameterised) else config
+    done = config.finished()
     return config if done == config else done
 
 
@@ -269,9 +269,7 @@ def _reached(adapter: Adapter) -> dict[str, Any]:
     nothing.
     """
     told = {
-        canonical(module): site.rule.reached(site)
-        for module, site in adapter.sites.items()
-        if isinstance(site.rule, Stateful)
+        canonical(module): site.method.extra_state(site) for module, site in adapter.layers.items()
     }
     found = {module: text for module, text in told.items() if text is not None}
     return {"reached": found} if found else {}
@@ -282,7 +280,7 @@ def fixed_checksum(adapter: Adapter) -> str | None:
     None without any.
     """
     return digest_of(
-        site.get_buffer(name) for site in adapter.sites.values() for name in site.fixed_names
+        site.get_buffer(name) for site in adapter.layers.values() for name in site.frozen_names
     )
 
 
@@ -294,8 +292,8 @@ def digest_of(tensors: Iterable[Tensor]) -> str | None:
 
 def _sites(adapter: Adapter) -> list[Any]:
     return [
-        [canonical(module), site.host.kind, list(site.shape), _overrides(site, said(adapter))]
-        for module, site in adapter.sites.items()
+        [canonical(module), site.base.kind, list(site.shape), _overrides(site, said(adapter))]
+        for module, site in adapter.layers.items()
     ]
 
 
@@ -303,17 +301,17 @@ def said(adapter: Adapter) -> Any:
     """The configuration that a file says; of one that makes its tensors, with the dtype in which
     they are written.
     """
-    config, site = adapter.config, next(iter(adapter.sites.values()), None)
+    config, site = adapter.config, next(iter(adapter.layers.values()), None)
     if site is None or finished(config) is config:
         return config
     return methods.replace(finished(config), {"dtype": _dtype(site)})
 
 
-def _overrides(site: Site, config: Any) -> dict[str, Any]:
+def _overrides(site: AdapterLayer, config: Any) -> dict[str, Any]:
     """What this layer's rule has other than the configuration; its dtype is that of the tensors,
     cast or not.
     """
-    return differences(methods.replace(finished(site.rule), {"dtype": _dtype(site)}), config)
+    return differences(methods.replace(finished(site.method), {"dtype": _dtype(site)}), config)
 
 
 def differences(rule: Any, config: Any) -> dict[str, Any]:
@@ -326,11 +324,11 @@ def differences(rule: Any, config: Any) -> dict[str, Any]:
     }
 
 
-def _dtype(site: Site) -> str:
+def _dtype(site: AdapterLayer) -> str:
     """The dtype that holds all the trained tensors of a layer: model.bfloat16() casts them too."""
     held = reduce(torch.promote_types, (p.dtype for p in site.trainable().values()))
     if (
-        finished(site.rule) is not site.rule
+        finished(site.method) is not site.method
     ):  # what is made of tensors is made in float32 or wider, and would be rounded
         held = torch.promote_types(held, torch.float32)
     return next(name for name, dtype in DTYPES.items() if dtype == held)
@@ -339,11 +337,11 @@ def _dtype(site: Site) -> str:
 def _shared(adapter: Adapter, values: bool) -> dict[str, str]:
     """Checksums of the matrices that are redrawn from a seed."""
     found = {
-        shared_key(site.rule): shared_checksum(site.shared) if values else _UNKNOWN
-        for site in adapter.sites.values()
+        shared_key(site.method): shared_checksum(site.shared) if values else _UNKNOWN
+        for site in adapter.layers.values()
         if isinstance(site.shared, Projections)
     }
-    if any(site.fixed_names for site in adapter.sites.values()):
+    if any(site.frozen_names for site in adapter.layers.values()):
         found[FIXED] = (fixed_checksum(adapter) if values else None) or _UNKNOWN
     return found
 

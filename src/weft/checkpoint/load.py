@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError, UnsupportedError
-from ..methods.base import Stateful
 from ..model import targets
 from ..model.adapter import Adapter
-from ..model.attach import Parts, attach_resolved, detach
-from ..model.state import find_state, unwrapped
-from ..model.switch import activate, base_only
+from ..model.attach import Parts, attach_resolved
+from ..model.state import base_only, find_state, unwrapped
 from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_prompt, peft_vera
 from .content import LoadReport, Stored, refuse, report_extra
 from .placement import Placement
@@ -60,7 +58,6 @@ def load(
     stored = read(path)
     root = unwrapped(model)
     state = find_state(root)
-    before = state.switch.active if state is not None else None
     with base_only(state):
         plan = Placement(root, stored)
     if strict:
@@ -73,19 +70,15 @@ def load(
     rules = {
         module: plan.rules[module] for module in plan.modules if module in plan.rules
     }  # in the model's order
-    weights = rules and not isinstance(plan.config, methods.Prompt)
+    weights = rules and not isinstance(plan.config, methods.PromptMethod)
     frozen, routed = targets.leftovers(root, rules) if weights else ([], [])
-    adapter = attach_resolved(
-        model, plan.config, Parts(rules, list(plan.selected), frozen, routed), name, plan.shared
-    )
-    try:
+
+    def fill(adapter: Adapter) -> None:
         _fill(adapter, plan)
         _check_fixed(adapter, stored, plan, path if strict else None)
-    except BaseException:
-        detach(model, name)
-        if state is not None:
-            activate(state, before)
-        raise
+
+    parts = Parts(rules, list(plan.selected), frozen, routed)
+    adapter = attach_resolved(model, plan.config, parts, name, plan.shared, fill)
     adapter.load_report = LoadReport(adapter, plan.problems, plan.mapped, plan.notes)
     return adapter if strict else adapter.load_report
 
@@ -178,7 +171,7 @@ def _read_own(
     for module, site in stored.sites.items():
         keys = {
             t: FROM_PEFT[layout].key(module, t, site.kind)
-            for t in site.rule.trained(*(site.shape or (1, 1)))
+            for t in site.rule.shapes(*(site.shape or (1, 1)))
         }
         peft_common.take_trained(
             stored, bare, module, {t: k.removeprefix(peft_common.PREFIX) for t, k in keys.items()}
@@ -202,7 +195,7 @@ def _check_fixed(
     known, found = stored.checksums.get(header.FIXED), header.fixed_checksum(adapter)
     if known == found:
         return
-    if len(adapter.sites) < len(stored.sites):
+    if len(adapter.layers) < len(stored.sites):
         plan.notes.append(
             "the frozen tensors of some layers alone cannot be held against the file's checksum of "
             "all"
@@ -219,12 +212,12 @@ def _check_fixed(
 
 @torch.no_grad()
 def _fill(adapter: Adapter, plan: Placement) -> None:
-    for name, site in adapter.sites.items():
+    for name, site in adapter.layers.items():
         live = site.trainable()
         for tensor, value in plan.values[name].items():
             live[tensor].copy_(value)
-        if name in plan.reached and isinstance(site.rule, Stateful):
-            site.rule.restore(site, plan.reached[name])
+        if name in plan.reached:
+            site.method.load_extra_state(site, plan.reached[name])
     for name, selected in adapter.selected_tensors.items():
         selected.trained.copy_(plan.selected[name])
 

@@ -102,7 +102,7 @@ def _on_model(state: State | None, key: tuple[Any, ...]) -> Projections | None:
     model.
     """
     sites = (
-        [site for adapter in state.adapters.values() for site in adapter.sites.values()]
+        [site for adapter in state.adapters.values() for site in adapter.layers.values()]
         if state
         else []
     )

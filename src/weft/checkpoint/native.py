@@ -24,7 +24,7 @@ _SELECTED = "base/"
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors by key, and the base tensors trained as copies by name."""
     groups: dict[str, list[Tensor]] = {}
-    for site in adapter.sites.values():
+    for site in adapter.layers.values():
         for tensor, value in trained_tensors(site).items():
             groups.setdefault(_key(tensor, tuple(value.shape), str(value.dtype)), []).append(value)
     selected = {canonical(name): p.detach() for name, p in adapter.selected.items()}
@@ -39,7 +39,7 @@ def read(stored: Stored, tensors: dict[str, Tensor], selected: Collection[str]) 
     groups: dict[str, list[tuple[str, str]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for module, site in stored.sites.items():
-        for tensor, shape in site.rule.trained(*(site.shape or (0, 0))).items():
+        for tensor, shape in site.rule.shapes(*(site.shape or (0, 0))).items():
             key = _key(tensor, shape, site.rule.dtype)
             groups.setdefault(key, []).append((module, tensor))
             shapes[key] = shape

@@ -67,10 +67,10 @@ _CARRIED = (*_FIELDS.values(), *_UNREAD, "lora_alpha", "rank_pattern", "init_lor
 
 def why_not(adapter: Adapter) -> str | None:
     """What peft's AdaLoRA has no form for in this adapter; None where it has one."""
-    for name, site in adapter.sites.items():
-        if site.host.kind == "embedding":
+    for name, site in adapter.layers.items():
+        if site.base.kind == "embedding":
             return f"peft's AdaLoRA has no form for the embedding {name!r}"
-        rule: Any = site.rule
+        rule: Any = site.method
         if (rule.r, rule.scale) != (adapter.config.r, adapter.config.scale):
             return (
                 f"peft's AdaLoRA has one rank and one alpha for all layers, and {name!r} has others"
@@ -82,9 +82,9 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The layers' tensors by key, and adapter_config.json. The choice reached is in the header."""
     config = adapter.config
     tensors: dict[str, Tensor] = {}
-    for name, site in adapter.sites.items():
+    for name, site in adapter.layers.items():
         tensors |= {
-            key(canonical(name), t, site.host.kind): value
+            key(canonical(name), t, site.base.kind): value
             for t, value in trained_tensors(site).items()
         }
     return tensors, {**common_config(adapter), **fields(config)}

@@ -16,9 +16,8 @@ from ..errors import UnsupportedError
 from ..methods.target_spec import KEYWORDS, is_ending
 from ..model.adapter import Adapter
 from ..model.layer import CHILD
-from ..model.state import find_state
+from ..model.state import base_only, find_state
 from ..model.structure import base_modules, canonical
-from ..model.switch import base_only
 from .content import Stored, take
 from .matching import bare, class_of
 
@@ -47,7 +46,7 @@ def common_config(adapter: Adapter) -> dict[str, Any]:
     """The fields of every peft configuration that Weft writes."""
     root = bare(adapter.model)
     cls = class_of(root)
-    kinds = {site.host.kind for site in adapter.sites.values()} - {"embedding"}
+    kinds = {site.base.kind for site in adapter.layers.values()} - {"embedding"}
     return {
         **bare_config(adapter.config, _target_modules(adapter), kinds == {"conv1d"}),
         "base_model_name_or_path": getattr(getattr(root, "config", None), "name_or_path", None)
@@ -75,7 +74,7 @@ def _target_modules(adapter: Adapter) -> list[str] | str:
     """The shortest form that peft resolves to exactly these modules: name endings, else an exact
     expression.
     """
-    sites = {canonical(name) for name in adapter.sites}
+    sites = {canonical(name) for name in adapter.layers}
     endings = {name.rpartition(".")[2] for name in sites}
     matched = {
         canonical(name)
@@ -188,7 +187,7 @@ def take_trained(
 ) -> None:
     """Move one layer's tensors, under these keys, into its site."""
     site = stored.sites[module]
-    for tensor, shape in site.rule.trained(*(site.shape or (1, 1))).items():
+    for tensor, shape in site.rule.shapes(*(site.shape or (1, 1))).items():
         site.keys[tensor] = PREFIX + keys[tensor]
         found = take(
             tensors,

@@ -67,12 +67,12 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The layers' tensors by key, and adapter_config.json."""
     config = adapter.config
     tensors: dict[str, Tensor] = {}
-    for name, site in adapter.sites.items():
+    for name, site in adapter.layers.items():
         tensors |= {
-            key(canonical(name), t, site.host.kind): value
+            key(canonical(name), t, site.base.kind): value
             for t, value in trained_tensors(site).items()
         }
-    rules = {canonical(name): site.rule for name, site in adapter.sites.items()}
+    rules = {canonical(name): site.method for name, site in adapter.layers.items()}
     return tensors, {**common_config(adapter), **fields(config, rules)}
 
 
@@ -107,7 +107,7 @@ def key(module: str, tensor: str, kind: str | None) -> str:
 
 def inner(rule: Any) -> LoRA:
     """The LoRA rule itself, or the one within DoRA."""
-    found: LoRA = getattr(rule, "inner", rule)
+    found: LoRA = rule  # DoRA has all of its fields
     return found
 
 

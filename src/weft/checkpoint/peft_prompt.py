@@ -64,7 +64,7 @@ class Codec:
 
     def why_not(self, adapter: Adapter) -> str | None:
         """Why peft has no form for this adapter, or None."""
-        config, shapes = adapter.config, {site.shape for site in adapter.sites.values()}
+        config, shapes = adapter.config, {site.shape for site in adapter.layers.values()}
         if adapter.selected_tensors:
             return "it trains base tensors beside it"
         if getattr(config, "l_i", 0):
@@ -77,10 +77,10 @@ class Codec:
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensor, and adapter_config.json."""
-        parts = [t for site in adapter.sites.values() for t in trained_tensors(site).values()]
+        parts = [t for site in adapter.layers.values() for t in trained_tensors(site).values()]
         tensor = torch.cat(parts, dim=1)
         root: Any = bare(adapter.model)
-        site = next(iter(adapter.sites.values()))
+        site = next(iter(adapter.layers.values()))
         heads = self._heads(site)
         return {KEY: tensor.contiguous()}, {
             "peft_type": self.PEFT_TYPE,
@@ -90,14 +90,14 @@ class Codec:
             "token_dim": site.shape[0],
             "num_transformer_submodules": 1,
             "num_attention_heads": heads,
-            "num_layers": len(adapter.sites) if self.method is Prefix else 1,
+            "num_layers": len(adapter.layers) if self.method is Prefix else 1,
             "base_model_name_or_path": getattr(root.config, "name_or_path", None) or None,
         }
 
     @staticmethod
     def _heads(site: Any) -> int:
         """Key-value heads, into which peft cuts the width."""
-        config: Any = site.host.module.config
+        config: Any = site.base.module.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return int(heads)
 
@@ -106,7 +106,7 @@ class Codec:
         names = [
             (site, name, shape)
             for site in stored.sites.values()
-            for name, shape in site.rule.trained(*(site.shape or (0, 0))).items()
+            for name, shape in site.rule.shapes(*(site.shape or (0, 0))).items()
         ]
         wanted = (names[0][2][0], sum(shape[1] for _, _, shape in names))
         self._cut(take(tensors, KEY, wanted, f"{len(stored.sites)} layers", stored.problems), names)

@@ -51,20 +51,20 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     config = adapter.config
     tensors: dict[str, Tensor] = {}
-    for name, site in adapter.sites.items():
-        if site.host.kind == "embedding":
+    for name, site in adapter.layers.items():
+        if site.base.kind == "embedding":
             raise UnsupportedError(
                 f"peft's VeRA has no form for the embedding {name!r}; save without "
                 "projections=True."
             )
         for field in ("r", "seed", "draw"):
-            if getattr(site.rule, field) != getattr(config, field):
+            if getattr(site.method, field) != getattr(config, field):
                 raise UnsupportedError(
                     f"peft's VeRA has one {field} for all layers, and {name!r} has {field}="
-                    f"{getattr(site.rule, field)!r}; save without projections=True."
+                    f"{getattr(site.method, field)!r}; save without projections=True."
                 )
         tensors |= {
-            key(canonical(name), t, site.host.kind): value
+            key(canonical(name), t, site.base.kind): value
             for t, value in trained_tensors(site).items()
         }
         tensors |= _matrices(site.shared)

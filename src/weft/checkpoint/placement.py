@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import TargetError
-from ..model import hosts, prompts, structure
+from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
 from ..model.selection import tensors_of_modules, tensors_picked
 from ..model.state import find_state
@@ -99,7 +99,7 @@ class Placement:
         self.values[name] = {}
         if site.reached is not None:
             self.reached[name] = site.reached
-        for tensor, wanted in site.rule.trained(*shape).items():
+        for tensor, wanted in site.rule.shapes(*shape).items():
             if tensor not in site.tensors:
                 continue  # its absence is among the problems already
             fault = fault_of(site.tensors[tensor], wanted)
@@ -125,7 +125,7 @@ class Placement:
         host.
         """
         layer = self.modules[name]
-        if isinstance(rule, methods.Prompt):
+        if isinstance(rule, methods.PromptMethod):
             if name not in self._prompt_hosts(rule.at):
                 self.problems.append(
                     f"{module!r}: the model's {name!r}, a {type(layer).__name__}, is no place for "
@@ -133,14 +133,15 @@ class Placement:
                     f"{list(self._prompt_hosts(rule.at))[:4]}"
                 )
             return self._prompt_hosts(rule.at).get(name)
-        if hosts.host_kind(layer) is None:
-            why = hosts.why_not(layer) or "it is no linear layer"
+        why = base_layers.why_not(layer)
+        if why is not None or base_layers.kind_of(layer) is None:
+            why = why or "it is no linear layer"
             self.problems.append(
                 f"{module!r}: the model's {name!r}, a {type(layer).__name__}, cannot be adapted: "
                 f"{why}"
             )
             return None
-        return hosts.view(layer)
+        return base_layers.view(layer)
 
     def _prompt_hosts(self, at: str) -> dict[str, Any]:
         """Where a prompt can hang on in this model; nowhere, with a problem, in a model that has no
@@ -266,7 +267,7 @@ class Placement:
                     f"missing: the file has no {name!r}, which the adapter trains in this model"
                     f"{nearest('in the file', name, self.stored.selected, self.problems)}"
                 )
-        if isinstance(self.config, methods.Selection):
+        if not isinstance(self.config, methods.TensorConfig):
             return
         try:
             layers = parts_of(self.root, replace(self.config, modules_to_save=())).rules
@@ -286,7 +287,7 @@ class Placement:
         try:
             return (
                 tensors_picked(self.root, self.config)
-                if isinstance(self.config, methods.Selection)
+                if not isinstance(self.config, methods.TensorConfig)
                 else []
             )
         except TargetError as error:

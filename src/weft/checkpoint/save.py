@@ -73,15 +73,15 @@ def save(
 def compose(adapter: Adapter, projections: bool = False, values: bool = True) -> Written:
     """Both files of an adapter; values=False leaves checksums at zero."""
     config = adapter.config
-    if projections and not isinstance(config, methods.VeRA):
+    if projections and type(config) is not methods.VeRA:
         raise UnsupportedError(
             f"projections=True stores VeRA's A and B for peft; {type(config).__name__} has none "
             "that "
             "peft could read. Save without it."
         )
-    if isinstance(config, methods.LoRA | methods.DoRA):
+    if type(config) in (methods.LoRA, methods.DoRA):
         layout, (tensors, beside) = peft_lora.PEFT_TYPE, peft_lora.write(adapter)
-    elif isinstance(config, methods.VeRA) and (projections or config.draw == "stored"):
+    elif type(config) is methods.VeRA and (projections or config.draw == "stored"):
         layout, (tensors, beside) = peft_vera.PEFT_TYPE, peft_vera.write(adapter)
     elif isinstance(config, methods.AdaLoRA) and peft_adalora.why_not(adapter) is None:
         layout, (tensors, beside) = peft_adalora.PEFT_TYPE, peft_adalora.write(adapter)
@@ -108,9 +108,9 @@ def compose(adapter: Adapter, projections: bool = False, values: bool = True) ->
 def _check_values(adapter: Adapter) -> None:
     shapes = {
         id(p): shape
-        for site in adapter.sites.values()
+        for site in adapter.layers.values()
         for p, shape in zip(
-            site.trainable().values(), site.rule.trained(*site.shape).values(), strict=True
+            site.trainable().values(), site.method.shapes(*site.shape).values(), strict=True
         )
     }
     shapes |= {id(p): tuple(p.shape) for p in adapter.shared_parameters.values()}

@@ -124,14 +124,14 @@ def _tried(method: Any) -> str:
     import torch
 
     from ..errors import UnsupportedError, WeftError
-    from ..methods.base import Prompt
+    from ..methods.base import PromptMethod
     from ..model.attach import attach, detach
     from ..model.merge import merge, unmerge
 
     config = method()
-    if isinstance(config, Prompt) and _version("transformers").startswith("not installed"):
+    if isinstance(config, PromptMethod) and _version("transformers").startswith("not installed"):
         return "not tried: it needs a model of transformers, which is not installed"
-    model, x = _tiny_transformer() if isinstance(config, Prompt) else _two_blocks()
+    model, x = _tiny_transformer() if isinstance(config, PromptMethod) else _two_blocks()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
         adapter = attach(model, config)

@@ -76,7 +76,7 @@ class Bench:
         """Inputs of the narrowest layer that "all-linear" adapts."""
         adapter = attach(self.model, LoRA(r=1, modules_to_save=self.head))
         try:
-            return int(min(site.shape[1] for site in adapter.sites.values()))
+            return int(min(site.shape[1] for site in adapter.layers.values()))
         finally:
             detach(self.model)
 

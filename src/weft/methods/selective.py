@@ -19,27 +19,23 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import TargetError
-from .base import check_count, check_modules
+from .checks import check_count
+from .config import Config
 from .facts import TensorFact
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(Config):
     """Full fine-tuning: all tensors train."""
 
-    modules_to_save: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
     nothing: ClassVar[str] = "it holds no parameter"
-
-    def __post_init__(self) -> None:
-        check_modules(self)
 
     def picks(self, fact: TensorFact) -> bool:
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopLayers:
+class TopLayers(Config):
     """The last k blocks before the output, with the normalisation behind them where the model has
     one (a post-norm model ends each block in its own). Embeddings, poolers and the head stay.
 
@@ -51,15 +47,13 @@ class TopLayers:
     """
 
     k: int = 2
-    modules_to_save: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
     nothing: ClassVar[str] = (
         "it has neither repeated blocks nor children with parameters beside its head"
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "k", 1)
-        check_modules(self)
 
     def picks(self, fact: TensorFact) -> bool:
         if fact.blocks and self.k > fact.blocks:
@@ -71,34 +65,25 @@ class TopLayers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class Head(Config):
     """The output head alone, on frozen features."""
 
-    modules_to_save: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
     nothing: ClassVar[str] = (
         "no output head of its own was found (a head tied to the embedding is not one)"
     )
-
-    def __post_init__(self) -> None:
-        check_modules(self)
 
     def picks(self, fact: TensorFact) -> bool:
         return fact.in_head
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitFit:
+class BitFit(Config):
     """All existing bias vectors. A new head is trained with `modules_to_save`, as with every other
     method.
     """
 
-    modules_to_save: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
+    learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
     nothing: ClassVar[str] = "it has no bias vectors"
-
-    def __post_init__(self) -> None:
-        check_modules(self)
 
     def picks(self, fact: TensorFact) -> bool:
         return fact.is_bias and not fact.in_head

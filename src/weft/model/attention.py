@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeftError
-from .layer import sites_of, switch_of
-from .state import Rows
+from .active import PerRow
+from .layer import active_of, layers_of
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 KNOWN = ("eager", "sdpa")
@@ -89,13 +89,14 @@ def check(module: nn.Module, args: Any, kwargs: Any) -> None:
     """A forward pre-hook: the active prefix must not be left out because somebody has changed the
     config.
     """
-    switch = switch_of(module)
+    switch = active_of(module)
     if switch is None:
         return
-    names = switch.active.groups if isinstance(switch.active, Rows) else (switch.active,)
+    active = switch.current(module.training)
+    names: Any = active.groups if isinstance(active, PerRow) else (active,)
     name: Any = getattr(module, "config")._attn_implementation  # noqa: B009 - mypy takes the attribute for a Tensor
     if not str(name).startswith(_OURS) and any(
-        n is not None and n in sites_of(module) for n in names
+        n is not None and n in layers_of(module) for n in names
     ):
         raise WeftError(
             f"the model's attention was set to {name!r} after an adapter with keys and values was "
@@ -180,11 +181,11 @@ def _prefix(
     """Keys and values [rows, kv heads, n, width] of the active prefix, and where rows have
     different ones, which of the n positions each row has [rows, n]. None where none is active here.
     """
-    switch = switch_of(module)
+    switch = active_of(module)
     if switch is None:
         return None
-    active, sites = switch.guarded(), sites_of(module)
-    if isinstance(active, Rows):
+    active, sites = switch.current(module.training), layers_of(module)
+    if isinstance(active, PerRow):
         return _by_row(active, sites, key, value)
     if active is None or active not in sites:
         return None
@@ -195,7 +196,7 @@ def _prefix(
 def _of(site: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """One adapter's keys and values as [1, kv heads, n, width]."""
     parts = []
-    for held, like in zip(site.rule.keys_values(site), (key, value), strict=True):
+    for held, like in zip(site.method.keys_values(site), (key, value), strict=True):
         heads, width = like.shape[1], like.shape[-1]
         if held.shape[1] != heads * width:
             raise WeftError(
@@ -208,7 +209,7 @@ def _of(site: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_row(
-    rows: Rows, sites: Any, key: Tensor, value: Tensor
+    rows: PerRow, sites: Any, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     names = [name for name in rows.groups if name in sites]
     if not names:

@@ -119,22 +119,22 @@ def plan_of(adapter: Adapter) -> Plan:
     rows = [
         Row(
             name,
-            site.host.kind,
+            site.base.kind,
             site.shape,
             sum(p.numel() for p in site.trainable().values()),
             sum(p.numel() * p.element_size() for p in site.trainable().values()),
         )
-        for name, site in adapter.sites.items()
+        for name, site in adapter.layers.items()
     ]
     rows += [
         Row(name, "tensor", tuple(p.shape), p.numel(), p.numel() * p.element_size())
         for name, p in (*adapter.shared_parameters.items(), *adapter.selected.items())
     ]
     frozen = [Frozen(f.name, f.kind, tuple(f.shape), f.reason) for f in adapter.frozen]
-    ours = {id(p) for site in adapter.sites.values() for p in site.parameters()}
-    others = {id(p) for a in _siblings(adapter) for s in a.sites.values() for p in s.parameters()}
+    ours = {id(p) for site in adapter.layers.values() for p in site.parameters()}
+    others = {id(p) for a in _siblings(adapter) for s in a.layers.values() for p in s.parameters()}
     base = sum(p.numel() for p in adapter.model.parameters() if id(p) not in ours | others)
-    moves = any(hasattr(site.rule, "rank") for site in adapter.sites.values())
+    moves = any(site.method.moves_rank for site in adapter.layers.values())
     return Plan(type(adapter.config).__name__, rows, frozen, base, adapter.ranks if moves else None)
 
 

@@ -13,13 +13,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError
-from ..methods.base import Prompt
+from ..methods.base import PromptMethod
 from . import attention, roles
 from .layer import adopt, is_adapted
 from .plan import Frozen
@@ -53,6 +53,9 @@ class PromptHost:
     kind: str
     out_features: int
     in_features: int
+    takes_ids: ClassVar[bool] = False
+    has_weight: ClassVar[bool] = True  # of no layer: it is never asked for
+    transposed: ClassVar[bool] = False
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +121,7 @@ def places(root: nn.Module, at: str) -> tuple[dict[str, PromptHost], list[Frozen
 
 def hosts_of(root: nn.Module, names: Mapping[str, Any]) -> dict[str, PromptHost]:
     """The hosts of the prompts among these rules."""
-    kinds = {rule.at for rule in names.values() if isinstance(rule, Prompt)}
+    kinds = {rule.at for rule in names.values() if isinstance(rule, PromptMethod)}
     return {
         name: host for at in kinds for name, host in places(root, at)[0].items() if name in names
     }
@@ -168,19 +171,19 @@ def install(state: State, adapter: Adapter) -> None:
     """Hang the sites of a prompt on their modules, which keep their class and forward."""
     rule = adapter.config
     entry = entry_of(state.root)
-    if state.gate is None and entry is not None and (rule.at != "attention" or entry.decoder):
-        state.gate = Gate(entry, state.switch)
-    if state.gate is not None:
-        state.gate.add(adapter.name, rule)
-    for site in adapter.sites.values():
-        if not is_adapted(site.host.module):
+    if state.virtual is None and entry is not None and (rule.at != "attention" or entry.decoder):
+        state.virtual = Gate(entry, state.active)
+    if state.virtual is not None:
+        state.virtual.add(adapter.name, rule)
+    for site in adapter.layers.values():
+        if not is_adapted(site.base.module):
             before = {
                 "attention": attention.check,
-                "block": state.gate.replace if state.gate else None,
+                "block": state.virtual.replace if state.virtual else None,
             }.get(rule.at)
-            adopt(site.host.module, state.switch, before)
+            adopt(site.base.module, state.active, before)
     if rule.at == "attention":
-        attention.claim(site.host.module for site in adapter.sites.values())
+        attention.claim(site.base.module for site in adapter.layers.values())
 
 
 @contextmanager
@@ -189,7 +192,7 @@ def answering(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
     labels.
     """
     state = find_state(model)
-    gate = state.gate if state is not None else None
+    gate = state.virtual if state is not None else None
     if gate is None or not gate.decoder or not gate.next_token:
         yield
         return
@@ -202,20 +205,20 @@ def answering(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
 
 def uninstall(state: State, adapter: Adapter) -> None:
     """Undo what `install` did to the model beside its sites, which the caller takes off."""
-    if state.gate is not None:
-        state.gate.drop(adapter.name)
-        if not state.gate.rules:
-            state.gate.close()
-            state.gate = None
+    if state.virtual is not None:
+        state.virtual.drop(adapter.name)
+        if not state.virtual.rules:
+            state.virtual.close()
+            state.virtual = None
     if adapter.config.at == "attention":
         still = [
-            site.host.module
+            site.base.module
             for other in state.adapters.values()
             if other is not adapter
-            for site in other.sites.values()
-            if site.host.kind == "attention"
+            for site in other.layers.values()
+            if site.base.kind == "attention"
         ]
-        attention.release([site.host.module for site in adapter.sites.values()], still)
+        attention.release([site.base.module for site in adapter.layers.values()], still)
 
 
 def _attentions(root: nn.Module) -> tuple[dict[str, PromptHost], list[Frozen]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from .hosts import is_norm, shape_kind
+from .base_layers import is_linear, is_norm, kind_of
 from .structure import (
     attention_modules,
     base_modules,
@@ -151,14 +151,14 @@ def _block(root: nn.Module, name: str, stack: str, index: int) -> Block:
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear map, adaptable or not; None for anything else."""
     weight = module._parameters.get("weight")
-    kind = shape_kind(module)
-    if kind not in ("linear", "conv1d"):
+    if not is_linear(module):
         return None
     if weight is None or weight.ndim != 2:  # quantised or parametrised
         out, in_ = getattr(module, "out_features", None), getattr(module, "in_features", None)
         return (out, in_) if isinstance(out, int) and isinstance(in_, int) else None
     first, second = weight.shape
-    return (first, second) if kind == "linear" else (second, first)
+    kind = kind_of(module)
+    return (second, first) if kind is not None and kind.transposed else (first, second)
 
 
 def _last(maps: dict[str, tuple[int, int]], names: Iterable[str], width: int) -> str | None:

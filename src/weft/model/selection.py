@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import nn
 
 from ..errors import TargetError
-from ..methods.base import Selection
 from ..methods.facts import TensorFact
 from .adapter import Selected
 from .roles import blocks, final_norm, last_stack
@@ -79,7 +79,7 @@ def tensors_of_modules(root: nn.Module, endings: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def tensors_picked(root: nn.Module, config: Selection) -> list[str]:
+def tensors_picked(root: nn.Module, config: Any) -> list[str]:
     """Full names of the tensors that a selection trains; TargetError where there are none."""
     facts = tensor_facts(root)
     names = [fact.name for fact in facts if config.picks(fact)]

@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from torch import nn
 
-from .hosts import shape_kind
+from .base_layers import is_linear
 from .layer import CHILD, is_adapted
 
 # What people call the output layer of a plain torch model, as a direct child of the root.
@@ -222,7 +222,7 @@ def _alike(module: nn.Sequential) -> bool:
 
 
 def _is_map(module: nn.Module) -> bool:
-    return shape_kind(module) in ("linear", "conv1d")
+    return is_linear(module)
 
 
 def _in_attention(root: nn.Module, block: str, name: str) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import TargetError
 from ..methods.target_spec import KEYWORDS, ROLES, is_ending, patterns
-from . import hosts, roles, structure
+from . import base_layers, roles, structure
 from .plan import Frozen
 
 
@@ -36,7 +36,7 @@ def resolve(root: nn.Module, targets: Any, skip_layers: int = 0) -> Found:
     ending that cannot be adapted (with the reason).
     """
     layers = {
-        name: module for name, module in structure.base_modules(root) if hosts.looks_linear(module)
+        name: module for name, module in structure.base_modules(root) if base_layers.has_map(module)
     }
     left_out = _left_out(root, layers)
     sites: dict[str, dict[str, Any]] = {}
@@ -83,7 +83,7 @@ def _in_role(root: nn.Module, role: str, without: list[Frozen]) -> list[str]:
     ]
     names = [name for block in found for name in block.of(role)]
     for name in names:
-        why = hosts.why_not(root.get_submodule(name))
+        why = base_layers.why_not(root.get_submodule(name))
         if why is not None:
             raise TargetError(f"targets={role!r} means {name!r}, which cannot be adapted: {why}.")
     return names
@@ -109,14 +109,14 @@ def leftovers(root: nn.Module, chosen: Collection[str]) -> tuple[list[Frozen], l
     experts.
     """
     layers = {
-        name: module for name, module in structure.base_modules(root) if hosts.looks_linear(module)
+        name: module for name, module in structure.base_modules(root) if base_layers.has_map(module)
     }
     left_out = _left_out(root, layers)
     frozen = []
     for name, module in layers.items():
         if name not in chosen:
             reason = left_out.get(name, "not named by targets")
-            frozen.append(Frozen(name, hosts.shape_kind(module) or "layer", _shape(module), reason))
+            frozen.append(Frozen(name, _kind(module), _shape(module), reason))
     frozen += _raw_tensors(root, layers)
     experts = list(structure.expert_modules(root))
     return frozen, [name for name in chosen if structure.within(name, experts)]
@@ -128,7 +128,7 @@ def _left_out(root: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str
     routers = structure.router_modules(root, structure.expert_modules(root))
     out = {}
     for name, module in layers.items():
-        why = hosts.why_not(module)
+        why = base_layers.why_not(module)
         if why is not None:
             out[name] = why
         elif structure.within(name, heads):
@@ -157,7 +157,7 @@ def _matching(
             if any(n == pattern or n.endswith("." + pattern) for n in _called(name))
         ]
         for name in names:
-            why = hosts.why_not(layers[name])
+            why = base_layers.why_not(layers[name])
             if why is not None:
                 raise TargetError(
                     f"targets: {pattern!r} names {name!r} ({type(layers[name]).__name__}), which "
@@ -168,7 +168,8 @@ def _matching(
     return [
         name
         for name, module in layers.items()
-        if any(re.fullmatch(pattern, n) for n in _called(name)) and hosts.why_not(module) is None
+        if any(re.fullmatch(pattern, n) for n in _called(name))
+        and base_layers.why_not(module) is None
     ]
 
 
@@ -180,7 +181,7 @@ def _called(name: str) -> tuple[str, str]:
 def _no_match(
     root: nn.Module, pattern: str, layers: Mapping[str, nn.Module], left_out: Mapping[str, str]
 ) -> TargetError:
-    usable = [name for name, module in layers.items() if hosts.why_not(module) is None]
+    usable = [name for name, module in layers.items() if base_layers.why_not(module) is None]
     have = sorted({structure.canonical(name).rpartition(".")[2] for name in usable})
     if pattern in KEYWORDS:
         reasons = (
@@ -249,4 +250,10 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     if weight is None:
         return ()
     shape = tuple(weight.shape)
-    return shape if hosts.shape_kind(module) == "linear" else shape[::-1]
+    kind = base_layers.kind_of(module)
+    return shape[::-1] if kind is not None and kind.transposed else shape
+
+
+def _kind(module: nn.Module) -> str:
+    kind = base_layers.kind_of(module)
+    return "layer" if kind is None else kind.kind

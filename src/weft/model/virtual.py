@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, WeftError
+from .active import ActiveAdapters, PerRow, recomputed
 from .frame import Frame, take
-from .layer import sites_of
-from .state import Rows, Switch, recomputed
+from .layer import layers_of
 
 _MARK = "_weft_virtual_tokens"  # what a key-value cache was filled with
 _CACHES = ("cache", "past_key_values")
@@ -53,7 +53,7 @@ class Gate:
     name.
     """
 
-    def __init__(self, entry: Entry, switch: Switch) -> None:
+    def __init__(self, entry: Entry, switch: ActiveAdapters) -> None:
         self.base, self.decoder, self.switch = entry.module, entry.decoder, switch
         self.above, base = tuple(entry.above), entry.module
         self.rules: dict[str, Any] = {}
@@ -148,7 +148,7 @@ class Gate:
         """
         labels, self.labels, self.frame, self.through = self.labels, None, None, False
         labels = labels if labels is not None else self.told
-        active, given = self.switch.active, named(self._names, args, kwargs)
+        active, given = self.switch.current(self.base.training), named(self._names, args, kwargs)
         rule = self.rules.get(active) if isinstance(active, str) else None
         virtual = rule is not None and rule.at != "attention"
         store = next((given[key] for key in _CACHES if given.get(key) is not None), None)
@@ -197,7 +197,7 @@ class Gate:
                 "virtual "
                 "tokens cannot stand behind it. Keys and values (weft.Prefix) need no such place."
             )
-        rule: Any = self.rules[str(self.switch.active)]
+        rule: Any = self.rules[str(self.switch.current(self.base.training))]
         frame = Frame(
             0, rule.l_p + rule.l_i, output.shape[1], output.shape[1], output.device, answers=False
         )
@@ -233,8 +233,8 @@ class Gate:
 
     def replace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a block: the trained states of this block at the virtual positions."""
-        active = self.switch.guarded()
-        if not isinstance(active, str) or active not in sites_of(module):
+        active = self.switch.current(self.base.training)
+        if not isinstance(active, str) or active not in layers_of(module):
             return None
         frame = self._frame_now()
         if frame is None:
@@ -247,7 +247,7 @@ class Gate:
                 "model: it has changed the sequence on the way, so virtual positions cannot be "
                 "told."
             )
-        site: Any = sites_of(module)[active]
+        site: Any = layers_of(module)[active]
         states = torch.cat([getattr(site, name) for name in site.names]).to(x.dtype)
         columns = frame.virtual()[..., None].expand(x.shape[0], -1, x.shape[2])
         x = x.scatter(1, columns, states[None].expand(x.shape[0], -1, -1))
@@ -352,7 +352,9 @@ class Gate:
     def _vectors(self, rule: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """The embeddings before and after; zeros where every block replaces them."""
         site: Any = (
-            sites_of(self.base)[str(self.switch.active)] if rule.at == "embeddings" else None
+            layers_of(self.base)[str(self.switch.current(self.base.training))]
+            if rule.at == "embeddings"
+            else None
         )
         empty = {
             "before": x.new_zeros(rule.l_p, x.shape[2]),
@@ -390,7 +392,7 @@ class Gate:
         x = _tokens(given)
         if x is None:
             return None
-        names = active.names if isinstance(active, Rows) else [active]
+        names = active.names if isinstance(active, PerRow) else [active]
         shifts = [getattr(self.rules.get(str(name)), "shift", 0) for name in names]
         if not any(shifts):
             return None
@@ -401,7 +403,7 @@ class Gate:
         each = torch.tensor(shifts, device=x.device)[:, None].repeat_interleave(
             max(1, x.shape[0] // len(shifts)), dim=0
         )
-        return positions + (each if isinstance(active, Rows) else shifts[0])
+        return positions + (each if isinstance(active, PerRow) else shifts[0])
 
     def _check_room(self, needed: int) -> None:
         """Learned positions end somewhere, and the model's own error would not say why they do."""
@@ -434,7 +436,7 @@ class Gate:
 
     def _marked(self, store: Any, frame: Frame) -> Any:
         if hasattr(store, "get_seq_length"):
-            setattr(store, _MARK, (self.switch.active, frame))
+            setattr(store, _MARK, (self.switch.current(self.base.training), frame))
         return store
 
 

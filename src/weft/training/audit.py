@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AuditError
-from ..methods.base import Stateful
 from ..model.adapter import Adapter
 from ..model.attach import adapters
-from ..model.state import find_state, state_of, unwrapped
-from ..model.stepping import follows, unseen
-from ..model.switch import base_only
+from ..model.state import base_only, find_state, state_of, unwrapped
+from ..model.stepping import follows
+from ..model.steps_watch import unseen
 
 
 @dataclass
@@ -129,7 +128,7 @@ def _steps(model: nn.Module, name: str | None) -> dict[str, int]:
     return {
         begin: handle.steps
         for begin, handle in _chosen(model, name).items()
-        if follows(handle) and any("step" in site.state_names for site in handle.sites.values())
+        if follows(handle) and any("step" in site.buffer_names for site in handle.layers.values())
     }
 
 
@@ -137,9 +136,8 @@ def _still(model: nn.Module, name: str | None) -> set[str]:
     return {
         f"{begin}{module}.{tensor}"
         for begin, handle in _chosen(model, name).items()
-        for module, site in handle.sites.items()
-        if isinstance(site.rule, Stateful)
-        for tensor in site.rule.still(site)
+        for module, site in handle.layers.items()
+        for tensor in site.method.unmoved(site)
     }
 
 
@@ -174,7 +172,7 @@ def _carried(model: nn.Module) -> set[int]:
     return {
         id(b)
         for adapter in adapters(model).values()
-        for site in adapter.sites.values()
+        for site in adapter.layers.values()
         for b in site.buffers()
     }
 
@@ -227,7 +225,7 @@ def _uncounted(model: nn.Module, before: Snapshot, after: Snapshot) -> list[str]
             continue
         own = {
             f"{begin}{module}.{tensor}"
-            for module, site in adapter.sites.items()
+            for module, site in adapter.layers.items()
             for tensor in site.names
         }
         both = own & before.declared.keys() & after.declared.keys()

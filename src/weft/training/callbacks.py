@@ -37,7 +37,7 @@ class Audit(TrainerCallback):  # type: ignore[misc]
     def __init__(self, adapter: Adapter, before: Snapshot, warm_up: int) -> None:
         self.adapter, self.before = adapter, before
         first = 1 if warm_up else 0  # in a warm-up the first step has rate 0
-        self.after = max(AUDIT_AFTER, getattr(adapter.config, "audit_after", 0)) + first
+        self.after = max(AUDIT_AFTER, adapter.config.audit_after) + first
         self.at = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

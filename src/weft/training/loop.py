@@ -95,7 +95,7 @@ def train(
     """
     device = next(model.parameters()).device
     adapter.plan_steps(recipe.steps)
-    audit_at = min(recipe.steps, max(AUDIT_AFTER, getattr(adapter.config, "audit_after", 0)))
+    audit_at = min(recipe.steps, max(AUDIT_AFTER, adapter.config.audit_after))
     optimiser = torch.optim.AdamW(groups(adapter, recipe))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step, recipe))
     losses: list[float] = []

@@ -29,7 +29,6 @@ from ..errors import CheckpointError, ConfigError
 from ..model.adapter import Adapter
 from ..model.attach import detach
 from ..model.state import state_of
-from ..model.switch import activate
 
 STATE, COMPLETE = "weft_state.safetensors", "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -96,7 +95,7 @@ def refill(adapter: Adapter, folder: Path) -> None:
             parameter.copy_(theirs[key])
     finally:
         detach(model, name)
-        activate(state_of(model), adapter.name)
+        state_of(model).set_default(adapter.name)
 
 
 def complete(folder: Path) -> None:

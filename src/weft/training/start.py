@@ -21,11 +21,9 @@ from ..checkpoint.content import SHOWN, Stored
 from ..checkpoint.load import read
 from ..checkpoint.placement import Placement
 from ..errors import CheckpointError, ConfigError, WeftError
-from ..methods.base import Stateful
 from ..model.adapter import Adapter
-from ..model.state import state_of, unwrapped
+from ..model.state import base_only, state_of, unwrapped
 from ..model.structure import canonical
-from ..model.switch import base_only
 from .pretrained import check_recorded
 
 # What may differ: where the method stands is compared layer by layer; the others decide how tensors
@@ -115,7 +113,7 @@ def begin_with(start: Start, adapter: Adapter, missing: Collection[str]) -> dict
     with base_only(state_of(root)):
         plan = Placement(root, stored)
     _refuse(start, [*plan.problems, *_left_over(adapter, plan), *_drawn_otherwise(adapter, stored)])
-    for name, site in adapter.sites.items():
+    for name, site in adapter.layers.items():
         live = site.trainable()
         for tensor, value in plan.values[name].items():
             live[tensor].copy_(value)
@@ -147,17 +145,17 @@ def _meant(config: Any, name: str) -> Any:
 def _left_over(adapter: Adapter, plan: Placement) -> list[str]:
     """What only one of the two sides trains, and layers whose rules mean other things."""
     found = []
-    for name in [*adapter.sites, *(n for n in plan.rules if n not in adapter.sites)]:
+    for name in [*adapter.layers, *(n for n in plan.rules if n not in adapter.layers)]:
         if name not in plan.rules:
             found.append(
                 f"{name!r} is adapted in this run and not there; leave it out of method.targets"
             )
-        elif name not in adapter.sites:
+        elif name not in adapter.layers:
             found.append(
                 f"{name!r} is adapted there and not in this run; name it in method.targets"
             )
         else:
-            found += _unlike(name, adapter.sites[name], plan)
+            found += _unlike(name, adapter.layers[name], plan)
     found += [
         f"{name!r} was trained there and is not in this run; name its module in "
         "method.modules_to_save"
@@ -182,7 +180,7 @@ def _drawn_otherwise(adapter: Adapter, stored: Stored) -> list[str]:
 
 
 def _unlike(name: str, site: Any, plan: Placement) -> list[str]:
-    theirs, mine = plan.rules[name], site.rule
+    theirs, mine = plan.rules[name], site.method
     for f in fields(mine):
         there, here = (_meant(rule, f.name) for rule in (theirs, mine))
         if f.name not in (*FREE, "seed") and there != here:
@@ -192,11 +190,7 @@ def _unlike(name: str, site: Any, plan: Placement) -> list[str]:
                     "in method.targets"
                 )
             ]
-    if (
-        isinstance(mine, Stateful)
-        and name in plan.reached
-        and mine.reached(site) != plan.reached[name]
-    ):
+    if name in plan.reached and mine.extra_state(site) != plan.reached[name]:
         return [
             (
                 f"{name!r} has lost a part of its rank there, which a new schedule of "

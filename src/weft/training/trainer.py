@@ -203,7 +203,7 @@ def groups(adapter: Adapter, optim: OptimSection) -> list[dict[str, Any]]:
         decay = optim.weight_decay if parameter.ndim >= 2 else 0.0
         found.setdefault((name, rate, decay), []).append(parameter)
 
-    for site in adapter.sites.values():
+    for site in adapter.layers.values():
         for tensor, parameter in site.trainable().items():
             factor = optim.lr_factors.get(tensor, 1.0)
             add(tensor if factor != 1.0 else "adapter", optim.lr * factor, parameter)

@@ -1,4 +1,6 @@
-"""x -> dropout(x) Aᵀ for an A that never trains, keeping nothing of x for backward.
+"""The product x -> dropout(x) Aᵀ with the thin factor of an update.
+
+For an A that never trains nothing of x is kept for backward.
 
 With A frozen the gradient of the result needs A alone: d x = (g A) · mask. torch would keep the
 mask, as large as x (as floats on the CPU); here the mask is a function of two random words, and
@@ -17,17 +19,42 @@ from torch import Tensor
 _WORD = 2**31
 
 
-def down(x: Tensor, A: Tensor, dropout: float = 0.0, training: bool = False) -> Tensor:
-    """x [..., in], A [r, in] -> dropout(x) Aᵀ [..., r]. The words of the mask come from the global
-    generator of x's device, so seeds, forks and recomputation govern it as they govern torch's
-    dropout.
+def down(
+    x: Tensor,
+    A: Tensor,
+    dropout: float = 0.0,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Returns dropout(x) Aᵀ [..., r] for x [..., in] and A [r, in], computed in `dtype` (None: as it
+    is). Dropout acts on x, as in the LoRA paper's code.
     """
-    if not dropout or not training:
-        return F.linear(x, A)  # torch keeps x here only for the gradient of A
+    dropout = dropout if training else 0.0
+    cast = A if dtype is None or A.dtype is dtype else A.to(dtype)
+    if dropout and not A.requires_grad:
+        return down_frozen(x, cast, dropout)
+    return F.linear(F.dropout(x, dropout) if dropout else x, cast)
+
+
+def down_index(
+    ids: Tensor, A: Tensor, dropout: float = 0.0, padding_idx: int | None = None
+) -> Tensor:
+    """The same for one-hot rows: returns [..., r] for ids [...] and A [r, in].
+
+    Dropout of a one-hot vector keeps it whole (scaled) or removes it, so one draw per token is exact.
+    """
+    rows = F.embedding(ids, A.t(), padding_idx=padding_idx)
+    return rows * F.dropout(rows.new_ones(*ids.shape, 1), dropout) if dropout else rows
+
+
+def down_frozen(x: Tensor, A: Tensor, dropout: float) -> Tensor:
+    """Returns dropout(x) Aᵀ [..., r] for x [..., in] and a frozen A [r, in], keeping nothing of x.
+
+    The words of the mask come from the global generator of x's device, so seeds, forks and
+    recomputation govern it as they govern torch's dropout.
+    """
     words = torch.randint(-_WORD, _WORD, (2,), dtype=torch.int32, device=x.device)
-    if (
-        torch.compiler.is_compiling()
-    ):  # the compiler decides itself what to keep, and makes a mask of two words again
+    if torch.compiler.is_compiling():  # the compiler decides itself what to keep
         return F.linear(_dropped(x, words, dropout), A)
     out: Tensor = _Down.apply(x, A, words, dropout)  # type: ignore[no-untyped-call]
     return out

@@ -1,11 +1,14 @@
-"""DoRA's row norm and its compose step, in plain torch; and the norm of W + ΔW without ΔW."""
+"""The norm of each row of a weight, and that of W + ΔW without the product ΔW."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .room import room
+from .scratch import scratch
 
 # Below this a row has no direction; the norm is held here so that an all-zero row stays zero and
 # never turns NaN.
@@ -22,14 +25,26 @@ _BLOCK = 1 << 22  # numbers of W that are held in a wider dtype at one time
 _LEFT = 0.05
 
 
+def at_least_float32(t: Tensor) -> Tensor:
+    """Returns t in float32, or t itself in float64: the dtypes in which an effective weight is defined."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Switches autocast off on this device: it would round the norm of a weight to bfloat16."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
 def row_norm(V: Tensor) -> Tensor:
-    """Euclidean norm of each row of V [out, in] in float32 or wider -> [out], never below the
-    smallest normal.
-    """
-    if V.is_meta:  # no numbers, and torch takes its time over none
+    """Returns ‖V‖ per row [out] for V [out, in], in float32 or wider, at least the smallest normal."""
+    if V.is_meta:  # vector_norm is slow on the meta device
         return V.new_empty(V.shape[0], dtype=torch.promote_types(V.dtype, torch.float32))
-    wide = V if V.dtype == torch.float64 else V.float()
-    norm: Tensor = torch.linalg.vector_norm(wide, dim=1)
+    norm: Tensor = torch.linalg.vector_norm(at_least_float32(V), dim=1)
     return norm.clamp_min(SMALLEST)
 
 
@@ -53,7 +68,8 @@ def joint_product(x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """x Wᵀ [tokens, out] and W Aᵀ [out, r] in one product, for x [..., in]: so W is read once."""
     rows = x.reshape(-1, x.shape[-1])
     joined = torch.cat(
-        [rows, A.to(x.dtype)], out=room("x and A", rows.shape[0] + A.shape[0], rows.shape[1], rows)
+        [rows, A.to(x.dtype)],
+        out=scratch("x and A", rows.shape[0] + A.shape[0], rows.shape[1], rows),
     )
     both = joined @ W.t()
     return both[: rows.shape[0]], both[rows.shape[0] :].t()
@@ -114,32 +130,3 @@ def _all_are_good(ratio: Tensor, norm: Tensor, C: Tensor, gram: Tensor) -> bool:
     return bool(
         (ratio.min() > _LEFT * most) & (least > 1e-15)
     )  # False where one of them is not a number
-
-
-def output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether z = y - bias can be had back from a rounded y = σ z + bias, σ = m / norm, for the
-    gradient of σ.
-
-    Not where σ is (nearly) 0, nor where the bias is larger than what stands beside it: |m| = |σ|
-    ‖V‖ is the size of σ z for an input of ones. In float16 small numbers lose digits, so there z is
-    always kept.
-    """
-    if dtype == torch.float16:
-        return False
-    size = m.detach().abs().to(norm.dtype)
-    told = (size > norm * 2**-10).all()
-    if bias is not None:
-        told &= (size >= bias.detach().abs()).all()
-    return bool(told)
-
-
-def compose(y: Tensor, bias: Tensor | None, update: Tensor, scale: Tensor) -> Tensor:
-    """scale · (W x + update) + bias, from y = W x + bias [..., out], update [..., out], scale
-    [out].
-
-    Written as y + (scale - 1)(y - bias) + scale · update: with scale exactly 1 and update 0 it
-    returns y bit for bit, and the bias stays outside the scale. The difference scale - 1 is taken
-    in the scale's own (wide) dtype.
-    """
-    straight = y if bias is None else y - bias.to(y.dtype)
-    return y + (scale - 1).to(y.dtype) * straight + scale.to(y.dtype) * update
