@@ -37,9 +37,9 @@ from weft.analysis.report import PRINTED
 from weft.compare.bench import Opening, open_bench
 from weft.compare.entries import LRS, grown
 from weft.compare.statistics import t_interval
+from weft.compare.tasks.loop import Recipe, evaluate, train
 from weft.methods.base import effective_weight
 from weft.methods.projections import Projections
-from weft.training.loop import Recipe, evaluate, train
 
 RECORD = Path(__file__).resolve().parent.parent / "docs" / "records" / "claims.json"
 SEEDS, TUNING = range(10), range(100, 103)

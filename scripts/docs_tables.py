@@ -32,8 +32,8 @@ from weft import cli, methods, papers
 from weft.checkpoint.export import FORMS
 from weft.cli import COMMANDS
 from weft.errors import UnsupportedError, WeftError
+from weft.model.memory import estimate
 from weft.papers.architectures import ARCHITECTURES
-from weft.training.memory import estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -273,7 +273,7 @@ def test_one_compilation_serves_every_rank():
 
 
 def test_the_audit_passes_where_only_the_last_rank_moves():
-    from weft.training.loop import AUDIT_AFTER
+    from weft.auditing.audit import AUDIT_AFTER
 
     assert weft.DyLoRA(r=8).audit_after < AUDIT_AFTER < weft.DyLoRA(r=8, last_only=True).audit_after
 

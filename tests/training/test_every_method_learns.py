@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy
 import weft
 from architectures import ARCHITECTURES, GPT2, transformer
 from weft.compare.entries import LRS, OTHER_LRS
+from weft.compare.tasks.loop import Recipe, groups, renew, train
 from weft.methods import METHODS
 from weft.tasks import find_task
 from weft.tasks.models import find_model, prepare
-from weft.training.loop import Recipe, groups, renew, train
 
 TEXT = "the more it snows the more it goes on snowing and nobody knows how cold my toes are growing"
 STEPS = 20

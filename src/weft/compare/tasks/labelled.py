@@ -1,6 +1,4 @@
-"""A task whose answers are classes or numbers: the outputs of a new head, which is trained beside
-every method.
-"""
+"""A task with classes or scores: the outputs of a new head, which is trained with every method."""
 
 from __future__ import annotations
 
@@ -8,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import WeftError
-from ..model.structure import head_modules
-from ..tasks import SPLITS, Encoded, TaskRef
-from ..tasks.models import ModelRef, Prepared, prepare
-from .loop import Score, answers, evaluate, score_of
-from .open_task import Facts, Tested
+from ...errors import WeftError
+from ...model.structure import head_modules
+from ...tasks import SPLITS, Encoded, TaskRef
+from ...tasks.models import ModelRef, Prepared, prepare
+from .base import Facts, Tested
+from .loop import Score, evaluate, outputs, score_of
 
 
 @dataclass
-class Labelled:
-    """`open_task.OpenTask` for labelled examples."""
+class LabelledTask:
+    """`base.OpenTask` for labelled examples."""
 
     prepared: Prepared
 
@@ -28,49 +26,52 @@ class Labelled:
 
     @property
     def train(self) -> Encoded:
+        """The training split."""
         return self.prepared.splits["train"]
 
     def facts(self) -> Facts:
-        """Rates are chosen by the metric that is reported, on the other split."""
-        made, splits = self.prepared, self.prepared.splits
+        """Learning rates are chosen by the metric that is reported, on the validation split."""
+        prepared, splits = self.prepared, self.prepared.splits
         return Facts(
-            kind="classification" if made.classes else "regression",
-            metric=made.metric,
-            chosen_by=made.metric,
-            classes=made.classes,
-            notes=tuple(made.notes),
+            kind="classification" if prepared.classes else "regression",
+            metric=prepared.metric,
+            chosen_by=prepared.metric,
+            classes=prepared.classes,
+            notes=tuple(prepared.notes),
             sizes={name: len(splits[name]) for name in SPLITS},
             fingerprints={
-                "model": made.fingerprint,
+                "model": prepared.fingerprint,
                 **{name: splits[name].fingerprint() for name in SPLITS},
             },
         )
 
     def validate(self) -> Score:
+        """Scores the validation split."""
         return evaluate(self.model, self.prepared.splits["validation"], metric=self.prepared.metric)
 
     def test(self) -> Tested:
+        """Scores the test split."""
         split = self.prepared.splits["test"]
-        logits = answers(self.model, split)
+        logits = outputs(self.model, split)
         right = None
         if self.prepared.metric == "accuracy":
             right = "".join("01"[int(mark)] for mark in logits.argmax(dim=1) == split.labels)
         return Tested(score_of(logits, split, self.prepared.metric), right)
 
 
-def opened(ref: TaskRef, model: ModelRef, most: Mapping[str, int | None]) -> Labelled:
-    """See `open_task.open_task`."""
-    return Labelled(prepare(ref.load(), model, dict(most)))
+def open_labelled(ref: TaskRef, model: ModelRef, limits: Mapping[str, int | None]) -> LabelledTask:
+    """See `open_task.open_task`. Raises WeftError."""
+    return LabelledTask(prepare(ref.load(), model, dict(limits)))
 
 
 def fresh_modules(prepared: Prepared) -> tuple[str, ...]:
-    """The modules that every row trains from new values: the head, and what the checkpoint has no
-    tensors for.
+    """Returns the modules that every run trains from new values: the head, and those without
+    tensors in the checkpoint. Raises WeftError if the model has no head.
     """
     head = list(head_modules(prepared.model))
     if not head:
         raise WeftError(
-            f"{type(prepared.model).__name__} has no output head that could be trained for "
+            f"{type(prepared.model).__name__} has no output head to train for "
             f"{len(prepared.classes) or 'no'} classes."
         )
     loose = [

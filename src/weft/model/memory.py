@@ -1,4 +1,4 @@
-"""What training an adapter will take, counted from shapes alone."""
+"""The memory that training an adapter takes, counted from shapes alone."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..model.adapter import Adapter
+from .adapter import Adapter
 
 ADAM_MOMENTS = 2
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `activations` is what autograd keeps for backward in one step of the batch asked for;
-    None if not asked.
+    """Bytes. `activations` is what autograd saves for backward in one step, or None if no batch was
+    given.
     """
 
     base: int
@@ -29,15 +29,16 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return self.base + self.trained + self.gradients + self.optimiser + (self.activations or 0)
 
 
 def estimate(adapter: Adapter, inputs: Mapping[str, Tensor] | None = None) -> Memory:
-    """Memory of a training step with AdamW: exact for tensors, without the allocator's rounding and
-    temporaries.
+    """Returns the memory of a training step with AdamW: exact for tensors, without the allocator's
+    rounding and temporaries.
 
-    inputs: a batch on the model's device, which may be meta; then the activations are counted by
-    one forward.
+    inputs: a batch on the model's device, which may be meta. With it, one forward counts the
+    activations.
     """
     trained = list(adapter.parameters())
     ours = {id(p) for site in adapter.layers.values() for p in site.parameters()}
@@ -47,14 +48,14 @@ def estimate(adapter: Adapter, inputs: Mapping[str, Tensor] | None = None) -> Me
     base = sum(_size(p) for key, p in {**live, **originals}.items() if key not in copies)
     shared = {id(b): b for site in adapter.layers.values() for b in site.buffers()}
     own = sum(_size(p) for p in trained)
-    held = own + sum(_size(b) for b in shared.values())
+    trained_and_shared = own + sum(_size(b) for b in shared.values())
     activations = None if inputs is None else _saved(adapter.model, inputs)
-    return Memory(base, held, own, ADAM_MOMENTS * own, activations)
+    return Memory(base, trained_and_shared, own, ADAM_MOMENTS * own, activations)
 
 
 def _saved(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps for one forward, parameters and buffers
-    apart.
+    """Bytes of the distinct storages that autograd saves in one forward, without parameters and
+    buffers.
     """
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Any] = {}

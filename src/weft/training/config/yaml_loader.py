@@ -1,6 +1,4 @@
-"""YAML as people write it: 1e-3 is a number (YAML 1.1 wants 1.0e-3), and a key that stands twice is
-an error.
-"""
+"""YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a duplicate key is an error."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ _FLOAT = re.compile(
 
 
 def loader() -> type[Any]:
-    """A subclass of yaml.SafeLoader; yaml is imported here, since Weft's core does without it."""
+    """Returns a subclass of yaml.SafeLoader. Weft's core works without yaml, so it is imported here."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -23,7 +21,7 @@ def loader() -> type[Any]:
             for key, _ in node.value:
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"{key.value!r} stands twice", key.start_mark
+                        None, None, f"{key.value!r} is given twice", key.start_mark
                     )
                 seen.add(key.value)
             return super().construct_mapping(node, deep)

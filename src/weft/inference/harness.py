@@ -1,10 +1,9 @@
-"""Log-likelihood scoring by lm-evaluation-harness (the package `lm-eval`), through its public API,
-of the model in memory.
+"""Log-likelihood scores by lm-evaluation-harness (the package `lm-eval`), through its public API,
+of the model in memory with its adapter.
 
-Its tasks, prompts and metrics are its own; ours is that the adapter is in the model that it asks.
-The commonsense sets are there as boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy,
-arc_challenge and openbookqa. The papers' numbers are by generate-and-match
-(`weft.tasks.commonsense`) and are not comparable with these.
+Tasks, prompts and metrics are the harness's. The commonsense sets are boolq, piqa, social_iqa,
+hellaswag, winogrande, arc_easy, arc_challenge and openbookqa. The papers' numbers are from
+generate-and-match (`weft.tasks.commonsense`) and are not comparable with these.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, WeftError
-from .use import Opened
+from .opened import Opened
 
 
 @dataclass(frozen=True)
 class Harness:
-    """scores: task to metric to value, as the harness names them. versions, shots, examples: by
-    task. release: its own.
+    """scores: task to metric to value, with the harness's names. versions, shots and examples are
+    by task. release: the version of the harness.
     """
 
     scores: dict[str, dict[str, float]]
@@ -33,9 +32,10 @@ class Harness:
 
 
 def find_tasks(names: Sequence[str], include: Path | None = None) -> Any:
-    """The harness's index of tasks, with those of the folder `include`; every name is known to it.
+    """Returns the harness's index of tasks, with those of the folder `include`.
 
-    Raises ConfigError with the nearest names; ImportError: the package is not installed.
+    Raises ConfigError, with the nearest names, if it has no task of a name; ImportError if the
+    package is not installed.
     """
     from lm_eval.tasks import TaskManager
 
@@ -55,28 +55,29 @@ def find_tasks(names: Sequence[str], include: Path | None = None) -> Any:
     return index
 
 
-def score(
+def harness_scores(
     opened: Opened,
     names: Sequence[str],
     index: Any,
     shots: int | None = None,
-    most: int | None = None,
+    limit: int | None = None,
     batch: int = 8,
 ) -> Harness:
-    """Score these tasks. shots: examples in the prompt, None for each task's own number. most: the
-    first examples of each.
+    """Scores the first `limit` examples of these tasks. shots: examples in the prompt, None for
+    each task's own number.
 
-    Raises WeftError with one line: the model generates no text, data that cannot be fetched.
+    Raises WeftError if the model is not a language model, or with the first line of an error of
+    the harness.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     if not opened.model.can_generate():
         raise WeftError(
-            f"{type(opened.model).__name__} is no language model; lm-eval asks for the likelihood "
+            f"{type(opened.model).__name__} is not a language model; lm-eval needs the likelihood "
             "of text."
         )
-    asked = HFLM(
+    wrapped = HFLM(
         pretrained=opened.model,
         tokenizer=opened.tokenizer,
         batch_size=batch,
@@ -84,32 +85,32 @@ def score(
     )
     try:
         found = lm_eval.simple_evaluate(
-            model=asked,
+            model=wrapped,
             tasks=list(names),
             task_manager=index,
             num_fewshot=shots,
-            limit=most,
+            limit=limit,
             log_samples=False,
             bootstrap_iters=0,
         )
-    except Exception as error:  # datasets, the hub and the harness raise whatever they like
+    except Exception as error:  # datasets, the hub and the harness raise errors of any kind
         first = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
         raise WeftError(f"lm-eval could not score {', '.join(names)}: {first}") from error
-    held: dict[str, Any] = dict(found or {})
+    result: dict[str, Any] = dict(found or {})
     scores = {
-        name: {key: float(value) for key, value in row.items() if _number(value)}
-        for name, row in held["results"].items()
+        name: {key: float(value) for key, value in row.items() if _is_number(value)}
+        for name, row in result["results"].items()
     }
     return Harness(
         scores,
-        dict(held.get("versions", {})),
-        dict(held.get("n-shot", {})),
-        {name: int(n["effective"]) for name, n in held.get("n-samples", {}).items()},
+        dict(result.get("versions", {})),
+        dict(result.get("n-shot", {})),
+        {name: int(n["effective"]) for name, n in result.get("n-samples", {}).items()},
         str(lm_eval.__version__),
     )
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,9 +1,9 @@
-"""A `transformers` model by name: as a shape without weights, or loaded for a finished adapter."""
+"""A `transformers` model by name: its architecture without weights, or loaded for an adapter."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, WeftError
 from ..tasks.models import ModelRef, find_model, loading, quiet
-from .audit import base_digests, base_fingerprint
-from .run_dir import RunDir
 
 
 def find_source(name: str) -> ModelRef:
-    """An embedded name, a directory, a config.json, or a hub name. Raises ConfigError."""
+    """Returns the model with this name: an embedded one, a directory, a config.json, or one on the
+    hub. Raises ConfigError.
+    """
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".json":
         return ModelRef(name, str(path), True)
@@ -25,8 +25,8 @@ def find_source(name: str) -> ModelRef:
 
 
 def empty_model(ref: ModelRef, task_class: str | None = None) -> nn.Module:
-    """The architecture on the meta device: every shape, no number, no memory. Needs a configuration
-    and no weights.
+    """Returns the architecture on the meta device, from the configuration alone. Raises
+    WeftError.
     """
     with quiet(), loading(ref, "a configuration"):
         config = _config(ref)
@@ -38,23 +38,17 @@ def empty_model(ref: ModelRef, task_class: str | None = None) -> nn.Module:
     return model.eval()
 
 
-def model_for(
-    ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor], dtype: str = "auto"
-) -> nn.Module:
-    """The model of `opened` alone."""
-    return opened(ref, task_class, brought, dtype)[0]
-
-
-def opened(
-    ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor], dtype: str = "auto"
+def base_for(
+    ref: ModelRef, task_class: str | None, selected: Mapping[str, Tensor], dtype: str = "auto"
 ) -> tuple[nn.Module, list[str]]:
-    """The pretrained model for an adapter that was made for `task_class` and brings the base
-    tensors `brought`.
+    """Loads the pretrained model for an adapter of a `task_class` that has its own values of the
+    base tensors `selected` [...].
 
-    A new head takes its number of classes from the tensors that the adapter brings. Raises
-    WeftError where weights are neither in the checkpoint nor brought, since they would be random.
+    Returns the model, and the names of its tensors that are not in its checkpoint. The number of
+    classes of a new head is that of `selected`. Raises WeftError if weights are neither in the
+    checkpoint nor in `selected`, since they would be random.
     """
-    head = _head_size(ref, task_class, brought)
+    head = _head_size(ref, task_class, selected)
     with quiet(), loading(ref, task_class or "a model"):
         config = _config(ref, **head)
         model, report = _class_of(config, task_class).from_pretrained(
@@ -70,37 +64,9 @@ def opened(
         *report["missing_keys"],
         *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]),
     }
-    _check_random(ref, missing - set(brought))
-    loaded: nn.Module = model.eval()
-    return loaded, sorted(missing)
-
-
-def check_recorded(model: nn.Module, missing: Collection[str], places: Iterable[Path]) -> None:
-    """The runs of weft train in whose directories these adapters lie were on the weights of
-    `model`, as yet without adapter.
-
-    `missing`: its tensors that no checkpoint had. A directory beside no run.json says nothing of
-    its base. Raises WeftError.
-    """
-    mine = base_fingerprint(base_digests(model), missing)
-    for place in places:
-        record = next(
-            (f for above in place.resolve().parents[:2] if (f := above / "run.json").is_file()),
-            None,
-        )
-        theirs = (
-            None
-            if record is None
-            else RunDir(record.parent).read().get("identity", {}).get("model")
-        )
-        if theirs not in (None, mine):
-            raise WeftError(
-                f"{str(place)!r} was trained on a base whose weights have checksum {theirs}, and "
-                "those of this "
-                f"model have {mine}. Give the base that the run names (config.yaml beside it), in "
-                "the dtype "
-                "that it had there (--dtype, model.dtype)."
-            )
+    _check_random(ref, missing - set(selected))
+    base: nn.Module = model.eval()
+    return base, sorted(missing)
 
 
 def _config(ref: ModelRef, **changes: Any) -> Any:
@@ -116,8 +82,8 @@ def _config(ref: ModelRef, **changes: Any) -> Any:
 
 
 def _class_of(config: Any, task_class: str | None) -> Any:
-    """The adapter's class, else the one that the configuration names, else a causal language model,
-    else the bare model.
+    """The adapter's class, else that of the configuration, else a causal language model, else the
+    model without a head.
     """
     import transformers
 
@@ -130,15 +96,13 @@ def _class_of(config: Any, task_class: str | None) -> Any:
 
 
 def _head_size(
-    ref: ModelRef, task_class: str | None, brought: Mapping[str, Tensor]
+    ref: ModelRef, task_class: str | None, selected: Mapping[str, Tensor]
 ) -> dict[str, int]:
-    """num_labels, where the tensors of the adapter have another number of rows than the
-    configuration gives.
-    """
+    """num_labels, if the adapter's tensors have another number of rows than the configuration."""
     shapes = {name: p.shape for name, p in empty_model(ref, task_class).named_parameters()}
     rows = {
         value.shape[0]
-        for name, value in brought.items()
+        for name, value in selected.items()
         if name in shapes
         and value.ndim
         and shapes[name][1:] == value.shape[1:]
@@ -158,8 +122,8 @@ def _check_random(ref: ModelRef, names: Iterable[str]) -> None:
 
 
 def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """A small batch of the model's own kind of input, with fixed numbers. Raises ConfigError where
-    none can be made.
+    """Returns a small batch with fixed values: pixel_values [2, channels, height, width], or
+    input_ids [2, length]. Raises ConfigError if the model reads neither.
     """
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", "input_ids")
@@ -172,7 +136,7 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
     words = getattr(config, "vocab_size", None)
     if name != "input_ids" or not words:
         raise ConfigError(
-            f"no test input can be made for {type(model).__name__} (it reads {name!r}); use "
+            f"no test input is known for {type(model).__name__} (it reads {name!r}); use "
             "--no-verify."
         )
     length = min(16, getattr(config, "max_position_embeddings", None) or 16)
