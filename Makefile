@@ -69,9 +69,10 @@ clean:
 	$(PIP) -e '.[bench]'
 	touch $@
 
-# The extra `docs` alone: the tables lie in docs/, so neither torch nor Weft is needed, and it takes seconds.
-.venv/.docs: constraints.txt | .venv/bin/python
-	$(PIP) mkdocs mkdocs-material
+# Only the extra `docs`: tables are committed in docs/ and docstrings are read from the sources, so neither torch nor Weft
+# is needed, and it takes seconds.
+.venv/.docs: constraints.txt pyproject.toml | .venv/bin/python
+	$(PIP) mkdocs mkdocs-material mkdocstrings-python ruff
 	touch $@
 
 .venv/.dev: .venv/.torch pyproject.toml

@@ -1,4 +1,4 @@
-"""docs/records/claims.json, which scripts/claims.py writes, as the tables of docs/claims.md."""
+"""Writes the tables of docs/claims.md from docs/records/claims.json, a file of scripts/claims.py."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 RECORD = Path(__file__).resolve().parent.parent / "docs" / "records" / "claims.json"
 NOT_RUN = "Not run yet.\n"
+LONG = '<div class="long-names" markdown>\n\n{}\n</div>\n'  # the first column may wrap
 TITLES = {
     "svd": "LoRA's update is low-rank, and like an SVD",
     "orthogonal": "Random A and B have nearly orthogonal rows",
     "freedom": "Any update of rank r is a combination of the random bases",
-    "vera": "VeRA matches LoRA with a tenth of the numbers",
+    "vera": "VeRA matches LoRA with a tenth of the parameters",
     "coupling": "LoRA moves magnitude and direction together; full fine-tuning and DoRA do not",
     "noise": "Control: random updates move them together too",
     "half-rank": "DoRA at half the rank beats LoRA",
@@ -21,7 +22,7 @@ TITLES = {
 
 
 def recorded() -> dict[str, Any]:
-    """Claim -> what was found, with command, date and machine."""
+    """Claim -> its findings, with command, date and machine."""
     return json.loads(RECORD.read_text(encoding="utf-8"))["claims"] if RECORD.is_file() else {}
 
 
@@ -39,15 +40,14 @@ def claim(name: str) -> str:
     rates = ", ".join(f"{label} {value:g}" for label, value in found["rates"].items())
     head = "| measured | value | 95 % interval | decides | verdict |\n| --- | ---: | ---: | --- | --- |\n"
     return (
-        head
-        + "".join(rows)
+        LONG.format(head + "".join(rows))
         + (f"\nPeak learning rates, chosen on validation data: {rates}.\n" if rates else "")
         + f"\n`{found['command']}`, {found['date']}, {found['machine']}.\n"
     )
 
 
 def verdicts() -> str:
-    """How the lines of each claim came out."""
+    """The number of verdicts per claim."""
     rows, found = [], recorded()
     for name, title in TITLES.items():
         lines = [one["verdict"] for one in found[name]["findings"]] if name in found else []
@@ -55,7 +55,7 @@ def verdicts() -> str:
             f"{lines.count(v)} {v}" for v in ("seen", "not seen", "cannot tell") if v in lines
         )
         rows.append(f"| {title} | {told or 'not run yet'} |\n")
-    return "| claim | lines |\n| --- | --- |\n" + "".join(rows)
+    return LONG.format("| claim | lines |\n| --- | --- |\n" + "".join(rows))
 
 
 def _number(value: float) -> str:

@@ -1,10 +1,10 @@
-"""What `weft compare` measured: kept as docs/records/NAME.json, read by docs_tables.py for the
-pages of the methods.
+"""Results of `weft compare`: stored as docs/records/NAME.json, read by docs_tables.py for the
+methods' pages.
 
 Usage: python scripts/docs_records.py weft-compare NAME "weft compare --methods ..." [--busy]
 
-The command is kept with date and machine. --busy: the machine had other work, so the times of steps
-are left out. The README's own table (scripts/readme_table.py) is a record too.
+The record has the command, the date and the machine. --busy: the machine had other work, so step
+times are left out. The README's table (scripts/readme_table.py) is read as a record too.
 """
 
 from __future__ import annotations
@@ -72,15 +72,14 @@ def measured(method: str) -> str:
         head
         + "".join("| " + " | ".join(row) + " |\n" for row in rows)
         + "".join(f"\n{s}\n" for s in sources)
-        + "\nStep: time of a training step relative to the frozen base's. The head's 245 numbers "
-        "are in the file and not in "
-        "the count. The margin is half of the 95 % t-interval over the seeds; most differences "
-        "between methods lie in it.\n"
+        + "\nStep: time of a training step divided by that of the frozen base. The file contains the "
+        "head's 245 numbers, the count does not. The margin is half of the 95 % t-interval over the "
+        "seeds; most differences between methods are smaller.\n"
     )
 
 
 def readme() -> tuple[str, list[tuple[str, list[str]]]]:
-    """The table in the README: where it came from, and name and cells of each row."""
+    """The table in the README: its source, and the name and cells of each row."""
     text = (
         (ROOT / "README.md")
         .read_text(encoding="utf-8")
@@ -95,7 +94,7 @@ def readme() -> tuple[str, list[tuple[str, list[str]]]]:
 
 def stored(path: Path) -> tuple[str, list[tuple[str, list[str]]]]:
     record = json.loads(path.read_text(encoding="utf-8"))
-    busy = "; the machine had other work, so times of steps are left out" if record["busy"] else ""
+    busy = "; the machine had other work, so step times are left out" if record["busy"] else ""
     what = f"{record['task']} on {record['model']}, {record['seeds']} seeds"
     source = (
         f"{what}, {record['date']}, {record['machine']}{busy}:\n\n"

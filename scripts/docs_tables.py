@@ -1,11 +1,11 @@
-"""Write the generated tables of docs/ from the code: between `<!-- generated: NAME -->` and `<!--
+"""Writes the generated tables of docs/ from the code, between `<!-- generated: NAME -->` and `<!--
 /generated -->`.
 
 Usage: python scripts/docs_tables.py [PAGE ...]     (or: make docs-tables)
 
-The tables are committed, not made while the site is built: so the pages can be read in the
-repository too, a change of a default or a count shows in review, and the site builds without Weft
-and its models. tests/docs hold the pages equal to what this script writes.
+The tables are committed instead of being generated when the site is built. So the pages can be read
+in the repository, a changed default or count is visible in review, and the site builds without
+Weft. tests/docs checks that the pages are what this script writes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from docs_claims import claim, verdicts
-from docs_fields import meaning
+from docs_fields import meaning, order, written
 from docs_records import measured
 
 import weft
@@ -37,7 +37,7 @@ from weft.papers.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-# Methods with a page that are not in this version. Delete the line once they are; the tests tell.
+# Methods that have a page but are not in this version yet. A test fails once they are.
 COMING: tuple[str, ...] = ()
 BLOCK = re.compile(
     r"(<!-- generated: (?P<name>[^>]+?) -->\n)(?P<text>.*?)(<!-- /generated -->)", re.DOTALL
@@ -71,7 +71,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
 
 
 def size(nbytes: float) -> str:
-    """Bytes in three digits: the header's length varies by a few with the versions of libraries."""
+    """Bytes in three digits, because the header's length depends on library versions."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"
@@ -80,7 +80,7 @@ def size(nbytes: float) -> str:
 
 
 def shown(config: dict[str, Any]) -> str:
-    """A setting as it is written."""
+    """A setting as the user writes it."""
     named = {k: "q and v" if v == QV else v for k, v in config.items()}
     return ", ".join(v if v == "q and v" else f"{k}={v}" for k, v in named.items()) or "defaults"
 
@@ -102,8 +102,8 @@ def attached(model: Any, config: Any) -> Iterator[Any]:
 
 @cache
 def counted(model: str, method: str, setting: str) -> tuple[int, int, int, float] | str:
-    """Trained numbers, the head's among them, bytes of the file, share of the base in %; or why
-    there is nothing.
+    """Trained numbers including the head's, the head's, bytes of the file, % of the base; or why the
+    method does not apply.
     """
     root = model_of(model)
     try:
@@ -123,13 +123,14 @@ def counted(model: str, method: str, setting: str) -> tuple[int, int, int, float
 
 def fields_block(method: str) -> str:
     cls = methods.METHODS[method]
+    below = written(cls)
     rows = [
         (
             f"`{f.name}`",
             f"`{f.default!r}`" if f.default is not MISSING else "",
-            meaning(method, f.name),
+            meaning(method, f.name, below.get(f.name)),
         )
-        for f in fields(cls)
+        for f in sorted(fields(cls), key=lambda f: order(f.name))
     ]
     return table(["field", "default", "meaning"], rows)
 
@@ -157,7 +158,7 @@ def rebuilt() -> tuple[papers.Result, ...]:
 
 
 def papers_block(method: str) -> str:
-    """The rows of the papers' tables of which this method is the first."""
+    """The rows of the papers' tables whose first method is this one."""
     rows = []
     for result in rebuilt():
         if not result.row.methods or result.row.methods[0]["method"] != method:
@@ -170,7 +171,7 @@ def papers_block(method: str) -> str:
         rows.append((result.table.name, result.row.row, result.row.printed + unit, ours, why))
     if not rows:
         return "No table of the three papers has a row of this method.\n"
-    return table(["table", "row", "printed", "ours", "where they differ"], rows, (2, 3))
+    return table(["table", "row", "printed", "ours", "reason if different"], rows, (2, 3))
 
 
 def _counted(value: float, unit: str) -> str:
@@ -214,7 +215,7 @@ def small() -> Any:
 
 @cache
 def abilities(method: str) -> dict[str, str]:
-    """What can be done with the method, tried on a small model."""
+    """What the method supports, tried on a small model."""
     cls, model = methods.METHODS[method], small()
     adapter = weft.attach(
         model, methods.from_json({"method": method, **SETTINGS.get(method, [{}])[0]})
@@ -239,7 +240,7 @@ def abilities(method: str) -> dict[str, str]:
             if works(partial(weft.export, f"{folder}/saved", form, f"{folder}/as-{form}"))
         ]
     found["exports to"] = ", ".join(forms) or "no"
-    found["ranks to cut"] = yes(adapter.config.nested)
+    found["rank can be reduced"] = yes(adapter.config.nested)
     found["acts at a step"] = yes(adapter.config.follows_steps)
     return found
 
@@ -268,7 +269,7 @@ def ability_block(method: str) -> str:
 
 
 def memory_block() -> str:
-    """What a training step keeps: exact for tensors, from shapes alone."""
+    """Memory of a training step, computed from shapes; exact for tensors."""
     root, rows = model_of("RoBERTa-base"), []
     ids = {"input_ids": torch.zeros(8, 128, dtype=torch.int64, device="meta")}
     for method in methods.METHODS:
@@ -288,7 +289,7 @@ def memory_block() -> str:
 
 
 def versions() -> str:
-    """Which releases decide what autograd keeps."""
+    """The versions that determine what autograd keeps."""
     import transformers
 
     return f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
@@ -323,6 +324,26 @@ def command_text(name: str) -> str:
     )
 
 
+ENTRY = re.compile(r"^::: (weft\.[\w.]+)$", re.MULTILINE)
+
+
+def entries() -> dict[str, list[str]]:
+    """The API reference: file of each page -> its symbols."""
+    pages = sorted((DOCS / "reference").glob("*.md"))
+    found = {page.name: ENTRY.findall(page.read_text(encoding="utf-8")) for page in pages}
+    return {page: names for page, names in found.items() if names}
+
+
+def reference_block() -> str:
+    """Every symbol, by page. The links are mkdocstrings'."""
+    rows = []
+    for page, names in entries().items():
+        heading = (DOCS / "reference" / page).read_text(encoding="utf-8").partition("\n")[0]
+        links = ", ".join(f"[`{name}`][{name}]" for name in names)
+        rows.append((f"[{heading.removeprefix('# ')}]({page})", links))
+    return table(["page", "symbols"], rows)
+
+
 ONE: dict[str, Callable[[str], str]] = {
     "fields": fields_block,
     "cost": cost_block,
@@ -337,11 +358,12 @@ ALL: dict[str, Callable[[], str]] = {
     "memory": memory_block,
     "commands": commands_block,
     "verdicts": verdicts,
+    "reference": reference_block,
 }
 
 
 def block(name: str) -> str:
-    """The text of a generated block. Raises KeyError for a name that no function makes."""
+    """Returns the text of a generated block. Raises KeyError for an unknown name."""
     if name in ALL:
         return ALL[name]()
     kind, _, method = name.partition(" ")
@@ -351,7 +373,7 @@ def block(name: str) -> str:
 
 
 def filled(text: str, keep: Callable[[str], bool] = lambda name: False) -> str:
-    """A page with its generated blocks written anew, but for those to keep."""
+    """Returns a page with its generated blocks rewritten, except those to keep."""
     return BLOCK.sub(
         lambda m: m[0] if keep(m["name"]) else f"{m[1]}\n{block(m['name'])}\n{m[4]}", text
     )

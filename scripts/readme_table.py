@@ -1,5 +1,4 @@
-"""Put the table of a finished comparison into the README, and its picture, which the README's first
-screen shows.
+"""Writes the table and the picture of a finished comparison into the README.
 
 Usage: make demo && python scripts/readme_table.py weft-compare
 """

@@ -46,6 +46,41 @@ def commands(path: Path) -> list[list[str]]:
     return [w[1:] for w in words if w[0] == "weft"]
 
 
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def small_llama(folder: Path) -> Path:
+    """A Llama of two blocks with a tokenizer of single bytes, saved into `folder`. In the current
+    directory under a hub model's name, `from_pretrained` finds it in place of the hub's.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    byte = pre_tokenizers.ByteLevel
+    vocabulary = ["<pad>", "</s>", *sorted(byte.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = byte(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
 def prose(path: Path) -> str:
     """The page without its code blocks."""
     return re.sub(r"^```.*?^```", "", text_of(path), flags=re.DOTALL | re.MULTILINE)

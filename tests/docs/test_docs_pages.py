@@ -2,13 +2,22 @@
 lead somewhere.
 """
 
+import ast
 import dataclasses
+import inspect
 import re
+import sys
 
+import bench_table
+import docs_fields
+import docs_reference
 import docs_tables
+import griffe
 import pytest
 from documents import ALL, DOCS, PAGES, ROOT, named, prose
 
+import weft
+import weft.training
 from weft import papers
 from weft.methods import METHODS
 
@@ -65,15 +74,15 @@ def test_a_method_has_a_page_that_says_all_of_it(name):
     text = LISTED[name].read_text(encoding="utf-8")
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert headings == [
-        "What trains, and where it starts",
+        "What is trained",
         "What it costs",
-        "When to take it, and when not",
+        "When to use it, and when not",
         "What the papers report",
         "What we measured",
-        "How to call it",
-        "Under other names",
+        "Example",
+        "In other libraries",
     ]
-    for said in (f"weft.{name}(", "**Inference.**", "Memory", "Take it", "Do not take"):
+    for said in (f"weft.{name}(", "**Inference.**", "Memory", "Use it", "Do not use"):
         assert said in text, said
     assert [f"{kind} {name}" for kind in ("cost", "abilities", "papers", "measured", "fields")] == [
         m["name"] for m in docs_tables.BLOCK.finditer(text)
@@ -85,6 +94,73 @@ def test_every_method_stands_in_the_overview_and_no_page_is_left_over():
     for page in LISTED.values():
         assert f"(methods/{page.name})" in overview, page.name
     assert set(LISTED.values()) == set((DOCS / "methods").glob("*.md"))
+
+
+def test_every_public_name_has_one_entry_in_the_reference():
+    listed = [name for names in docs_tables.entries().values() for name in names]
+    public = [f"weft.{name}" for name in weft.__all__]
+    public += [f"weft.training.{name}" for name in weft.training.__all__]
+    assert sorted(listed) == sorted(public)
+
+
+@pytest.fixture(scope="module")
+def package():
+    """What mkdocstrings reads."""
+    extensions = griffe.load_extensions(str(ROOT / "scripts" / "docs_reference.py"))
+    return griffe.load("weft", search_paths=[str(ROOT / "src")], extensions=extensions)
+
+
+def test_every_entry_of_the_reference_says_something(package):
+    for path in (path for paths in docs_tables.entries().values() for path in paths):
+        entry = package[path.removeprefix("weft.")]
+        module, _, name = path.rpartition(".")
+        found = getattr(sys.modules[module], name)
+        assert (entry.is_class, entry.is_function) == (
+            inspect.isclass(found),
+            inspect.isfunction(found),
+        ), path
+        assert entry.docstring is not None and len(entry.docstring.value) > 20, path
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_reference_of_a_method_has_its_fields_and_defaults(name, package):
+    text = package[name].docstring.value
+    rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`)? \| (.+) \|$", text, re.MULTILINE)
+    fields = dataclasses.fields(METHODS[name])
+    assert sorted(row[0] for row in rows) == sorted(f.name for f in fields)
+    written = {field: ast.literal_eval(default) for field, default, _ in rows if default}
+    assert written == {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+
+def test_placeholders_in_docstrings_are_not_taken_for_html(package):
+    text = "A `<b>` and <module>.<tensor>, 2 < 3.\n\n    W <b>"
+    assert docs_reference.escaped(text) == (
+        "A `<b>` and &lt;module>.&lt;tensor>, 2 < 3.\n\n    W <b>"
+    )
+    for name in (name for names in docs_tables.entries().values() for name in names):
+        plain = re.sub(r"`[^`]*`|^    .*$", "", package[name[5:]].docstring.value, flags=re.M)
+        assert not re.search(r"<\w", plain), name
+
+
+def test_a_string_below_a_field_documents_it_and_one_without_is_named():
+    @dataclasses.dataclass
+    class Base:
+        seed: int = 0
+        """Of the base."""
+
+    @dataclasses.dataclass
+    class Own(Base):
+        width: int = 4
+        """How wide
+        it is."""
+        r: int = 8
+
+    below = docs_fields.written(Own)
+    assert below == {"seed": "Of the base.", "width": below["width"]} and len(below) == 2
+    assert docs_fields.meaning("Own", "width", below["width"]) == "How wide it is."
+    assert docs_fields.meaning("Own", "r") == docs_fields.MEANINGS["r"]
+    with pytest.raises(KeyError, match=r"Own\.depth: write what it means"):
+        docs_fields.meaning("Own", "depth")
 
 
 def test_the_navigation_lists_every_page():
@@ -100,11 +176,58 @@ def test_the_site_fetches_nothing():
         assert not re.search(r"https?://", prose(page)), named(page)
 
 
-def test_the_readmes_first_screen_has_the_picture_and_the_command_that_makes_it():
-    first = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")[0]
-    command, picture = first.index("$ make demo"), first.index('src="docs/demo-scores.png"')
-    assert command < picture < 1000 and (ROOT / "docs" / "demo-scores.png").is_file()
-    assert len(first.splitlines()) < 26
+def test_the_readmes_first_screen_is_for_somebody_who_knows_transformers_and_peft():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    head, code = text.split("```python\n")[:2]
+    code = code.split("```")[0]
+    assert len(head.splitlines()) < 8 and len(code.splitlines()) <= 30
+    steps = (
+        "from_pretrained(",
+        "weft.attach(",
+        "Trainer(",
+        ".train()",
+        "weft.audit(",
+        "weft.save(",
+    )
+    places = [code.index(step) for step in (*steps, "weft.load(", "weft.use(")]
+    assert places == sorted(places)
+    order = ("SFTTrainer", "plain loop", "`weft compare`", "What it costs")
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    found = [next(i for i, h in enumerate(headings) if part in h) for part in order]
+    assert found == sorted(found)
+
+
+def test_the_readme_has_the_picture_and_the_command_that_makes_it():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    command, picture = text.index("$ make demo"), text.index('src="docs/demo-scores.png"')
+    table = text.index("<!-- table:")
+    assert command < picture < table < command + 1500
+    assert (ROOT / "docs" / "demo-scores.png").is_file()
+
+
+def test_the_readme_shows_five_rows_of_the_benchmark_wins_and_losses():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split(bench_table.START)[1].split(bench_table.END)[0]
+    rows = re.findall(r"^\| (.+?) \|.*\| (\w+) \|$", block, re.MULTILINE)
+    assert [row for row, _ in rows] == list(bench_table.HIGHLIGHTS) and len(rows) == 5
+    full = (DOCS / "performance.md").read_text(encoding="utf-8")
+    assert all(row in full for row, _ in rows)
+
+
+def test_a_benchmark_without_a_row_of_the_readme_is_refused():
+    row = {"text": bench_table.HIGHLIGHTS[0], "main": True, "target": 1.0}
+    with pytest.raises(SystemExit, match="are not in this run"):
+        bench_table.highlights({"cases": [{"rows": [row]}]})
+
+
+@pytest.mark.xfail(reason="the rewrite of methods/, ops/, model/ and checkpoint/ is not here yet")
+def test_files_that_the_map_of_the_code_names_exist():
+    for page in (DOCS / "internals.md", ROOT / "CONTRIBUTING.md"):
+        named_files = re.findall(
+            r"`((?:src|tests|scripts|benchmarks|docs)/[\w./]+)`", page.read_text()
+        )
+        assert len(named_files) > 5
+        assert [path for path in named_files if not (ROOT / path).exists()] == [], page.name
 
 
 def slug(heading):
