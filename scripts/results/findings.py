@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weft.compare.statistics import t_interval
+from weft.compare.report.statistics import t_interval
 
 from .experiments import Claim
 

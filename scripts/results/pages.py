@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weft.compare.entries import rate
-from weft.compare.like import find_like, kind
-from weft.compare.report import p_value
+from weft.compare.plan.entries import format_rate
+from weft.compare.report.paper_table import find_paper_table, task_kind
+from weft.compare.report.table import p_value
 
 from .experiments import EXPERIMENTS, Experiment
 from .findings import ALPHA, MARGIN, NOT_SEEN, SEEN, UNKNOWN, findings, groups, unseen
@@ -189,7 +189,7 @@ def _scores(result: Mapping[str, Any], chance: float | None) -> str:
             _score(row),
             _tests(row),
             _behind(row["example_gap"]),
-            _number(row["lr"], rate),
+            _number(row["lr"], format_rate),
         ]
         for row in result["rows"]
     ]
@@ -219,8 +219,8 @@ def _printed(experiment: Experiment) -> str:
     """What the paper prints for this task, which was measured under other conditions."""
     if experiment.like is None:
         return ""
-    table = find_like(experiment.like, experiment.task)
-    column = table.columns[kind(experiment.task)]
+    table = find_paper_table(experiment.like, experiment.task)
+    column = table.columns[task_kind(experiment.task)]
     rows = "; ".join(f"{row['row']} {row['scores'][column][0]:.1f}" for row in table.has(column))
     return (
         f"Printed in the {table.title} ({column}): {rows}. Model, data, steps and protocol are "

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, versions
+from weft.compare.files import write_atomically
 from weft.compare.request import parse_budget
-from weft.compare.store import write_atomically
 from weft.tasks import TaskRef, find_any
 from weft.tasks.base import cap
 

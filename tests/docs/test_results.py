@@ -14,8 +14,8 @@ from scripts.results import pages, run
 from scripts.results.experiments import EXPERIMENTS, Claim
 from scripts.results.findings import NOT_SEEN, SEEN, UNKNOWN, findings, groups, unseen, verdict
 from scripts.results.picture import axis, picture
-from weft.compare.entries import parse_methods, with_lrs
-from weft.compare.like import find_like
+from weft.compare.plan.entries import parse_methods, with_learning_rates
+from weft.compare.report.paper_table import find_paper_table
 from weft.compare.request import parse_budget
 
 STORED = sorted(run.RECORDS.glob("*.json"))
@@ -86,7 +86,7 @@ def test_a_record_is_small_and_whole_and_names_no_machines_folder(path) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
 def test_an_experiment_is_a_command_that_weft_understands(experiment) -> None:
-    entries = with_lrs(
+    entries = with_learning_rates(
         parse_methods(",".join(experiment.methods)),
         [f"{m}={r}" for m, r in experiment.rates.items()],
     )
@@ -94,7 +94,7 @@ def test_an_experiment_is_a_command_that_weft_understands(experiment) -> None:
     assert all(len(entry.lrs) > 1 for entry in entries), "rates are chosen among several"
     parse_budget(experiment.budget)
     if experiment.like:
-        find_like(experiment.like, experiment.task)
+        find_paper_table(experiment.like, experiment.task)
     labels = {entry.label for entry in entries}
     assert all({claim.a, claim.b} <= labels for claim in experiment.claims)
     assert experiment.page in pages.TITLES
