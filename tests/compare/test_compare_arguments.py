@@ -22,7 +22,7 @@ from weft.tasks import FAMILIES
         (["--methods", "lroa"], "'LoRA'"),
         (["--methods", "lora:rank=4"], "no field 'rank'"),
         (["--task", "digit"], "'digits'"),
-        (["--task", "csv:there-is-no-such.csv"], "there is nothing there"),
+        (["--task", "csv:there-is-no-such.csv"], "it does not exist"),
         (["--task", "digits:x"], "built in"),
         (["--model", "digit-vit"], "'digits-vit'"),
         (["--model", "./nowhere"], "no such directory"),

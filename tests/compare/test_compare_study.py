@@ -80,7 +80,7 @@ def test_optuna_reads_what_was_kept(open_study: Open, location: StudyLocation) -
     study.claim(spec(7), "ab")
     study.finish("ab", result(0.5))
     study.claim(spec(8), "cd")
-    study.finish("cd", result(float("nan")))  # a score that is no number is a result all the same
+    study.finish("cd", result(float("nan")))  # a score that is not a number is a result all the same
     first, second = trials_of(location)
     assert (first.state.name, first.value) == ("COMPLETE", 0.5)
     assert first.params == {"lr": 1e30, "seed": 7, "purpose": "tune"}

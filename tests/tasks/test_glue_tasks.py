@@ -69,7 +69,7 @@ def test_one_file_is_split_in_three(tmp_path):
     assert (
         sum(len(split) for split in task.splits.values()) == 10 and "60, 20 and 20" in task.notes[0]
     )
-    with pytest.raises(weft.WeftError, match="only one of them is there"):
+    with pytest.raises(weft.WeftError, match="only one of them exists"):
         find_task(f"qnli-paper:{tmp_path}").load()
 
 
@@ -90,10 +90,10 @@ def test_the_real_files_are_read_whole(shared, name, sizes):
         (
             "sst2",
             "sentence\tlabel\na\t2\n",
-            r"row 1: the label '2' is none of \['negative', 'positive'\]",
+            r"row 1: the label '2' is not one of \['negative', 'positive'\]",
         ),
-        ("stsb", "sentence1\tsentence2\tscore\na\tb\tx\n", "row 1: the score 'x' is no number"),
-        ("rte", "sentence1\tlabel\na\t1\n", r"row 1: \['sentence2'\] must be there"),
+        ("stsb", "sentence1\tsentence2\tscore\na\tb\tx\n", "row 1: the score 'x' is not a number"),
+        ("rte", "sentence1\tlabel\na\t1\n", r"row 1: \['sentence2'\] is missing"),
     ],
 )
 def test_a_row_at_fault_is_named(tmp_path, name, text, said):

@@ -258,13 +258,17 @@ def _judge(
 ) -> int:
     from ..checkpoint.files import replace
     from ..tasks.journal import Journal
-    from ..tasks.mt_bench import OURS, asks, judge_all, read_prompts, summary
+    from ..tasks.judge_prompts import OURS, read_prompts
+    from ..tasks.judging import judge_all, summary
+    from ..tasks.mt_bench import asks
     from .score import as_text
 
     prompts = OURS if args.prompts is None else read_prompts(args.prompts)
     wanted = asks(questions, answers, judge, prompts, str(args.out / ANSWERS))
     with Journal(args.out / JUDGMENTS) as judgments, Journal(args.out / ATTEMPTS) as attempts:
-        outcome = judge_all(wanted, judge, judgments, attempts, again=bool(args.again), told=_tell)
+        outcome = judge_all(
+            wanted, judge, judgments, attempts, again=bool(args.again), on_progress=_tell
+        )
     report, counts = summary(wanted, outcome)
     print(
         f"mt-bench, judged by {args.judge}: {counts['graded']} of {counts['answers']} answers have "
