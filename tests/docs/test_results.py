@@ -128,7 +128,7 @@ def test_findings_are_paired_over_the_seeds_and_said_in_words() -> None:
     said = unseen(found)
     assert (
         "A is better" not in said
-        and "decides nothing either way" in said
+        and "is not conclusive" in said
         and "speak against it" in said
     )
     idle = findings(RESULT, claims, chance=0.9)
@@ -143,14 +143,14 @@ def test_findings_are_paired_over_the_seeds_and_said_in_words() -> None:
 def test_rows_that_the_test_cannot_tell_apart_are_not_ordered() -> None:
     assert groups(RESULT) == (A, [C], [B])
     assert groups({**RESULT, "ranking": None}) is None
-    told = pages._told(RESULT)
+    told = pages._ranking_text(RESULT)
     assert (
         f"Significantly worse over the 3 seeds: {B}." in told
         and "says nothing" in told
         and "examples" not in told
     )
     rows = [RESULT["rows"][0], *({**row, "worse_p_examples": 0.0001} for row in RESULT["rows"][1:])]
-    assert "Over the test examples, for these very runs: every other row." in pages._told(
+    assert "Over the test examples, for these runs only: every other row." in pages._ranking_text(
         {**RESULT, "rows": rows}
     )
 
@@ -168,7 +168,7 @@ def test_several_metrics_have_a_table_and_rates_at_an_edge_one_line() -> None:
     edge = "{}: the best learning rate, 1e-3, is at the edge of those tried (1e-3, 3e-3); a better one may lie beyond."
     told = pages._notes({"notes": [edge.format(A), "x_y | z", edge.format("DoRA r=4")]})
     assert told == (
-        "- x\\_y \\| z\n- Best at an edge of the rates tried, so that a better one may lie beyond: "
+        "- x\\_y \\| z\n- Best at an edge of the rates tried, so a better one may be beyond it: "
         "method A 1e-3 (of 1e-3, 3e-3); DoRA r=4 1e-3 (of 1e-3, 3e-3)."
     )
 
