@@ -34,10 +34,11 @@ from weft.analysis.analyze import roles_of
 from weft.analysis.changes import change, changes_of
 from weft.analysis.relate import LEVELS, relate
 from weft.analysis.report import PRINTED
-from weft.compare.bench import Opening, open_bench
-from weft.compare.entries import LRS, grown
-from weft.compare.statistics import t_interval
+from weft.compare.plan.entries import learning_rates, next_rate
+from weft.compare.report.statistics import t_interval
+from weft.compare.run.trial_runner import RunnerConfig, open_runner
 from weft.compare.tasks.loop import Recipe, evaluate, train
+from weft.methods import METHODS
 from weft.methods.base import effective_weight
 from weft.methods.projections import Projections
 
@@ -86,7 +87,7 @@ class Trained:
 
 @cache
 def bench() -> Any:
-    opened = open_bench(Opening(task="digits", model="digits-vit", most={}, device="cpu"))
+    opened = open_runner(RunnerConfig(task="digits", model="digits-vit", most={}, device="cpu"))
     opened.model.eval()
     return opened, tuple(opened.describe()["head"])
 
@@ -151,7 +152,7 @@ def rate(label: str) -> float:
     """The peak learning rate with the best mean on the validation split, ties by its loss; the grid
     grows at its edges.
     """
-    rates = list(LRS[SETTINGS[label]["method"]])
+    rates = list(learning_rates(METHODS[SETTINGS[label]["method"]]))
     scored: dict[float, tuple[float, float]] = {}
     for _ in range(4):
         for lr in rates:
@@ -159,7 +160,7 @@ def rate(label: str) -> float:
                 runs = [trained(label, lr, seed) for seed in TUNING]
                 scored[lr] = (mean(r.validation for r in runs), -mean(r.loss for r in runs))
         best = max(scored, key=lambda lr: scored[lr])
-        wider = grown(sorted(scored), best)
+        wider = next_rate(sorted(scored), best)
         if wider is None or wider in scored:
             break
         rates = [wider]

@@ -391,6 +391,10 @@ def main() -> None:
         if after != before:
             page.write_text(after, encoding="utf-8")
             print(f"written: {page.relative_to(ROOT)}")
+    if len(sys.argv) == 1:
+        import docs_lists
+
+        docs_lists.main()
 
 
 if __name__ == "__main__":

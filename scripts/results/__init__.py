@@ -1,6 +1,6 @@
-"""Measured results on real models and data: experiments that run through `weft compare`, and pages
-made of their records.
+"""Results on real models and data: experiments with `weft compare`, and pages generated from their
+records.
 
-`python -m scripts.results run sst2 --data DATA` runs one experiment and puts its record into
-docs/results/records; `make results` writes docs/results/ anew from the records, in seconds.
+`python -m scripts.results run sst2 --data DATA` runs one experiment and writes its record to
+docs/results/records. `make results` regenerates docs/results/ from the records, in seconds.
 """

@@ -1,5 +1,5 @@
-"""`python -m scripts.results`: write docs/results/ from the records; `run NAME --data DIR`: make a
-record.
+"""`python -m scripts.results` writes docs/results/ from the records; `run NAME --data DIR` creates
+a record.
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="do")
     making = commands.add_parser(
-        "run", help="run an experiment through weft compare and keep its record"
+        "run", help="run an experiment with weft compare and write its record"
     )
     making.add_argument("name", choices=[experiment.name for experiment in EXPERIMENTS])
     making.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="the folder that holds SST-2, MRPC, CIFAR10, E2E, ...",
+        "--data", type=Path, required=True, help="the folder with SST-2, MRPC, CIFAR10, E2E, ..."
     )
     making.add_argument(
         "--out",
         type=Path,
         default=Path("runs/results"),
-        help="where the comparisons are kept and resumed",
+        help="the folder of the comparisons, which can be resumed",
     )
     args = parser.parse_args()
     if args.do == "run":

@@ -1,5 +1,5 @@
-"""What is run: one `weft compare` each, sized for two CPU cores. Nothing here is a measured
-number.
+"""The experiments: one `weft compare` each, sized for two CPU cores. There are no measured numbers
+here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from . import prepare
 
 @dataclass(frozen=True)
 class Claim:
-    """`a` against `b`, rows of the comparison. matches: the claim is that `a` is not worse, not
-    that it is better.
+    """A claim about row `a` compared with row `b`. If `matches`, it says that `a` is not worse;
+    otherwise that it is better.
     """
 
     a: str
@@ -25,11 +25,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One comparison. task, test and model may hold {data}, the folder of the data sets, and
-    {work}, where `prepare` wrote.
+    """One comparison. `task`, `test` and `model` may contain {data}, the folder of the data sets,
+    and {work}, the folder of `prepare`.
 
-    rates: learning rates tried by method, exactly these. about: what a reader must know of data and
-    model, in Markdown.
+    `rates` are the learning rates to try by method. `about` describes data and model, in Markdown.
     """
 
     name: str
@@ -51,7 +50,7 @@ class Experiment:
     workers: int = 2
 
     def command(self, data: str, work: str, out: str) -> list[str]:
-        """The words behind `weft`."""
+        """Returns the arguments of `weft`."""
 
         def place(text: str) -> str:
             return text.format(data=data, work=work)
@@ -124,7 +123,7 @@ LONGER = {
 }
 
 VERA = Claim(
-    "VeRA", "LoRA", "VeRA matches LoRA with a tenth of the numbers (VeRA paper)", matches=True
+    "VeRA", "LoRA", "VeRA matches LoRA with a tenth of the parameters (VeRA paper)", matches=True
 )
 DORA = Claim("DoRA", "LoRA", "DoRA is better than LoRA (DoRA paper)")
 HALF = Claim("DoRA r=4", "LoRA", "DoRA at half the rank is better than LoRA (DoRA paper)")
@@ -135,7 +134,7 @@ CORE = (FULL, VERA, DORA, HALF, DVORA)
 
 
 def of(methods: Sequence[str], rates: Mapping[str, str]) -> dict[str, str]:
-    """The rates of these methods."""
+    """Returns the rates of these methods."""
     names = {method.partition(":")[0] for method in methods}
     return {name: tried for name, tried in rates.items() if name in names}
 
@@ -152,8 +151,8 @@ EXPERIMENTS = (
         3,
         of(ALL, RATES),
         "Sentiment of film reviews, two classes. Batches are drawn from 2,000 of 67,349 training "
-        "examples, 200 others "
-        "choose the learning rate, and the scores are those on GLUE's dev set.",
+        "examples; 200 others are for choosing the learning rate; the scores are on GLUE's dev "
+        "set.",
         CORE,
         head_lr="3e-3",
         like="vera-paper-glue",
@@ -168,8 +167,8 @@ EXPERIMENTS = (
         "steps=100,batch=16,train=2000,validation=200,test=872",
         3,
         of(FEW, LONGER),
-        "The same task with four times as many examples seen, 100 steps of 16 in place of 50 of 8, "
-        "for fewer methods.",
+        "The same task with four times as many examples seen, 100 steps of 16 instead of 50 of "
+        "8, for fewer methods.",
         (FULL, VERA, DORA, DVORA),
         head_lr="3e-3",
         like="vera-paper-glue",
@@ -184,9 +183,9 @@ EXPERIMENTS = (
         "steps=40,batch=8,validation=200,test=400",
         3,
         of(PAIR, RATES),
-        "Do two sentences say the same? Two classes; two thirds of the pairs do. The copy has no "
-        "dev set: 10 % of train "
-        "choose the learning rate, and the scores are those on 400 pairs of MRPC's test set.",
+        "Do two sentences mean the same? Two classes; two thirds of the pairs do. The copy has "
+        "no dev set: 10 % of train are for choosing the learning rate, and the scores are on 400 "
+        "pairs of MRPC's test set.",
         (FULL, VERA, DORA, DVORA),
         head_lr="3e-3",
         like="vera-paper-glue",
@@ -201,14 +200,12 @@ EXPERIMENTS = (
         "steps=100,batch=20,train=100,validation=300,test=1000",
         3,
         of(PAPERS, IMAGES),
-        "No pretrained vision model was at hand. `scripts/results/prepare.py` trains a Vision "
-        "Transformer from nothing on "
-        "CIFAR-10's classes 0 to 4 (aeroplane to deer) alone; the methods then adapt it to classes "
-        "5 to 9 (dog to truck) "
-        "with 20 images of each. The rates are chosen on 60 others of each, and the scores are "
-        "those on 200 images of each "
-        "from the test set. So this is few-shot adaptation of a small model, as the VeRA paper "
-        "does it with large ones. The "
+        "No pretrained vision model was available. `scripts/results/prepare.py` trains a Vision "
+        "Transformer from scratch on CIFAR-10's classes 0 to 4 (aeroplane to deer); the methods "
+        "then adapt it to classes 5 to 9 (dog to truck) with 20 images per class. The rates are "
+        "chosen on 60 other images per class, and the scores are on 200 images per class from "
+        "the test set. So this is few-shot adaptation of a small model; the VeRA paper uses "
+        "large ones. The "
         "images are JPEG copies that differ slightly from the original data.",
         (*CORE, LORA_HEAD),
         test="{work}/test",
@@ -226,11 +223,10 @@ EXPERIMENTS = (
         "steps=40,batch=4,validation=60,test=40",
         3,
         GENERATED,
-        "Restaurant descriptions from slots. E2E's training file is not in the copy at hand, so "
-        "the methods train on four "
-        "fifths of the meanings of its validation file; the others choose the learning rate, by "
-        "the loss. The scores are "
-        "BLEU on 40 meanings of the test file.",
+        "Restaurant descriptions from slots. E2E's training file was not available, so the "
+        "methods train on four fifths of the meanings of its validation file; the loss on the "
+        "others is for choosing the learning rate. The scores are BLEU on 40 meanings of the "
+        "test file.",
         (FULL, VERA, DORA),
         like="lora-paper-e2e",
     ),

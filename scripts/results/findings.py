@@ -1,5 +1,5 @@
-"""What a record says about its claims, in words and with intervals: nothing is ordered that the
-seeds cannot tell apart.
+"""What a record shows about its claims, with intervals. Nothing is ordered that the seeds cannot
+distinguish.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weft.compare.statistics import t_interval
+from weft.compare.report.statistics import t_interval
 
 from .experiments import Claim
 
@@ -19,11 +19,11 @@ SEEN, NOT_SEEN, UNKNOWN = "seen", "not seen", "cannot tell"
 
 @dataclass(frozen=True)
 class Finding:
-    """Mean of a - b over the seeds, its 95 % t-interval, and the verdict; None where a row has not
-    all scores.
+    """Mean of a - b over the seeds, its 95 % t-interval, and the verdict; None if a row lacks a
+    score.
 
-    idle: neither row gets above whoever always says the most frequent class, so there is nothing to
-    compare.
+    If `idle`, neither row is better than always answering the most frequent class, so there is
+    nothing to compare.
     """
 
     claim: Claim
@@ -36,7 +36,7 @@ class Finding:
 def findings(
     result: Mapping[str, Any], claims: Sequence[Claim], chance: float | None = None
 ) -> list[Finding]:
-    """The verdict on every claim whose two rows are in the comparison."""
+    """Returns the verdict on every claim whose two rows are in the comparison."""
     rows = {row["method"]: row for row in result["rows"]}
     return [
         _finding(claim, rows[claim.a], rows[claim.b], chance)
@@ -54,13 +54,14 @@ def _finding(
     interval = t_interval(gaps)
     mean = sum(gaps) / len(gaps)
     idle = chance is not None and max(a["score_mean"], b["score_mean"]) < chance + MARGIN
-    said = UNKNOWN if interval is None or idle else verdict(interval, claim.matches)
-    return Finding(claim, mean, interval, said, idle)
+    result = UNKNOWN if interval is None or idle else verdict(interval, claim.matches)
+    return Finding(claim, mean, interval, result, idle)
 
 
 def verdict(interval: tuple[float, float], matches: bool) -> str:
-    """Better: the whole interval is above 0. Matches: above minus the margin. Not seen: the whole
-    interval is below.
+    """Returns SEEN if the interval is above the bound, NOT_SEEN if it is below, else UNKNOWN.
+
+    The bound is 0, or minus the margin if the claim is that `a` matches `b`.
     """
     bound = -MARGIN if matches else 0.0
     if interval[0] > bound:
@@ -69,24 +70,24 @@ def verdict(interval: tuple[float, float], matches: bool) -> str:
 
 
 def unseen(found: Sequence[Finding]) -> str:
-    """What the papers claim and this comparison does not show, in sentences."""
-    said = [
+    """Returns sentences about the claims that this comparison does not show."""
+    sentences = [
         f"“{one.claim.says}”: {_gap(one)}, {_why(one)}." for one in found if one.verdict != SEEN
     ]
-    if not said:
+    if not sentences:
         return "Every claim of the table is seen here."
     head = "Not seen here, or not decided:"
     if all(one.idle for one in found):
-        head = "None of these claims is tried here: with these few steps no method learns the task."
+        head = "None of these claims is tested here: with so few steps no method learns the task."
     elif all(one.verdict == UNKNOWN for one in found):
-        head = "None of these claims is decided here: scores spread more over the seeds than methods differ in the papers."
-    return f"{head}\n\n" + "\n".join(f"- {sentence}" for sentence in said)
+        head = "None of these claims is decided here: scores vary more over the seeds than methods differ in the papers."
+    return f"{head}\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _gap(one: Finding) -> str:
     a, b = one.claim.a, one.claim.b
     if one.mean is None or one.interval is None:
-        return f"{a} is not to be compared with {b}"
+        return f"{a} cannot be compared with {b}"
     low, high = (100 * bound for bound in one.interval)
     side = "above" if one.mean > 0 else "below"
     return f"{a} is {abs(100 * one.mean):.1f} points {side} {b} (95 %: {low:+.1f} to {high:+.1f})"
@@ -94,17 +95,17 @@ def _gap(one: Finding) -> str:
 
 def _why(one: Finding) -> str:
     if one.mean is None:
-        return "since not every seed has a score"
+        return "because not every seed has a score"
     if one.idle:
-        return "and neither gets above whoever always says the most frequent class"
+        return "and neither is better than always answering the most frequent class"
     if one.verdict == NOT_SEEN:
-        return "so the data speak against it on this task"
-    return "which decides nothing either way"
+        return "so the data contradict it on this task"
+    return "which is not conclusive"
 
 
 def groups(result: Mapping[str, Any]) -> tuple[str, list[str], list[str]] | None:
-    """The highest mean, the rows that are not significantly below it, and those that are; None
-    where nothing was tested.
+    """Returns the highest mean, the rows that are not significantly below it, and those that are.
+    Returns None if nothing was tested.
     """
     ranking = result.get("ranking")
     if not ranking:

@@ -1,4 +1,4 @@
-"""docs/results/ from the records alone: the same records give the same files, byte for byte."""
+"""Generates docs/results/ from the records. Equal records give equal files, byte for byte."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weft.compare.entries import rate
-from weft.compare.like import find_like, kind
-from weft.compare.report import p_value
+from weft.compare.plan.entries import format_rate
+from weft.compare.report.paper_table import find_paper_table, task_kind
+from weft.compare.report.table import p_value
 
 from .experiments import EXPERIMENTS, Experiment
 from .findings import ALPHA, MARGIN, NOT_SEEN, SEEN, UNKNOWN, findings, groups, unseen
@@ -27,7 +27,7 @@ MADE = "<!-- written by `make results` from docs/results/records -->"
 
 
 def pages() -> dict[Path, str]:
-    """Every page and picture with its text."""
+    """Returns every page and picture with its text."""
     records = {
         e.name: json.loads(path.read_text(encoding="utf-8"))
         for e in EXPERIMENTS
@@ -65,7 +65,7 @@ def _index(records: Mapping[str, Any]) -> str:
         _claims(records),
         "## How to read the tables",
         flowing(reading),
-        "## How they are made",
+        "## How the pages are generated",
         flowing(AGAIN),
     ]
     return "\n\n".join(blocks) + "\n"
@@ -89,21 +89,20 @@ def _claims(records: Mapping[str, Any]) -> str:
         name: sum(len(where.get(name, [])) for where in places.values())
         for name in (SEEN, NOT_SEEN, UNKNOWN)
     }
-    said = (
-        f"Tried {sum(times.values())} times in all: {times[SEEN]} seen, {times[NOT_SEEN]} not "
+    summary = (
+        f"Tested {sum(times.values())} times in total: {times[SEEN]} seen, {times[NOT_SEEN]} not "
         f"seen, {times[UNKNOWN]} "
         "not decided. Few seeds and few steps leave intervals wider than most differences that the "
-        "papers print, so "
-        "“cannot tell” is no verdict on a method."
+        "papers print, so “cannot tell” is not a verdict on a method."
     )
-    return f"{said}\n\n{_table([SEEN, NOT_SEEN, UNKNOWN, 'claim'], rows, '')}"
+    return f"{summary}\n\n{_table([SEEN, NOT_SEEN, UNKNOWN, 'claim'], rows, '')}"
 
 
 def _best(result: Mapping[str, Any]) -> str:
-    told = groups(result)
-    if told is None:
+    ranking = groups(result)
+    if ranking is None:
         return "nothing was tested"
-    best, same, worse = told
+    best, same, worse = ranking
     if not worse:
         return f"all {len(same) + 1} rows"
     return ", ".join([best, *same])
@@ -129,7 +128,7 @@ def _section(experiment: Experiment, record: Mapping[str, Any]) -> list[str]:
     shown = f"![{experiment.title}: score of every method]({experiment.name}.svg)"
     blocks = [
         _pretrained(record),
-        _told(result),
+        _ranking_text(result),
         shown,
         _scores(result, record["chance"]),
         _metrics(result),
@@ -138,7 +137,7 @@ def _section(experiment: Experiment, record: Mapping[str, Any]) -> list[str]:
         _table(["verdict", "points", "95 % interval", "claim"], claims, "lrrl"),
         unseen(found),
         _printed(experiment),
-        "### How it was made",
+        "### How this was made",
         *_made(record),
     ]
     return [block for block in blocks if block]
@@ -149,30 +148,30 @@ def _pretrained(record: Mapping[str, Any]) -> str:
     if not about:
         return ""
     return (
-        f"The pretrained model: {about['parameters']:,} numbers, {about['steps']:,} steps of "
+        f"The pretrained model: {about['parameters']:,} parameters, {about['steps']:,} steps of "
         f"{about['batch']} on "
         f"{about['images']:,} images of the first five classes in {about['seconds'] / 60:.0f} "
-        "minutes of a busy core; "
-        f"{about['held_out_accuracy']:.1%} right on {about['held_out']:,} other images of these "
+        f"minutes on one busy core; {about['held_out_accuracy']:.1%} right on "
+        f"{about['held_out']:,} other images of these "
         "classes."
     )
 
 
-def _told(result: Mapping[str, Any]) -> str:
-    """Who is worse than the best by which test, and no order beyond that."""
-    told = groups(result)
-    if told is None:
+def _ranking_text(result: Mapping[str, Any]) -> str:
+    """Which rows are worse than the best, by which test."""
+    ranking = groups(result)
+    if ranking is None:
         return f"No ranking: {result['no_recommendation']}"
     rows = [row for row in result["rows"] if row["worse_p"] is not None]
     seeds = [row["method"] for row in rows if row["worse_p"] < ALPHA]
     examples = [row["method"] for row in rows if (row.get("worse_p_examples") or 1.0) < ALPHA]
-    said = [
-        f"{told[0]} has the highest mean.",
+    summary = [
+        f"{ranking[0]} has the highest mean.",
         f"Significantly worse over the {result['seeds']} seeds: {_names(seeds, rows)}.",
     ]
     if any(row.get("worse_p_examples") is not None for row in rows):
-        said.append(f"Over the test examples, for these very runs: {_names(examples, rows)}.")
-    return " ".join([*said, "Beyond that the order of the means says nothing."])
+        summary.append(f"Over the test examples, for these runs only: {_names(examples, rows)}.")
+    return " ".join([*summary, "Beyond that, the order of the means says nothing."])
 
 
 def _names(named: Sequence[str], rows: Sequence[Any]) -> str:
@@ -189,7 +188,7 @@ def _scores(result: Mapping[str, Any], chance: float | None) -> str:
             _score(row),
             _tests(row),
             _behind(row["example_gap"]),
-            _number(row["lr"], rate),
+            _number(row["lr"], format_rate),
         ]
         for row in result["rows"]
     ]
@@ -208,7 +207,7 @@ def _scores(result: Mapping[str, Any], chance: float | None) -> str:
     )
     extra += f" Always the most frequent class: {100 * chance:.1f} %." if chance is not None else ""
     behind = (
-        " Points behind: the best row, over the test examples (paired bootstrap, 95 %)."
+        " Points behind: distance to the best row, over the test examples (paired bootstrap, 95 %)."
         if any(row["example_gap"] for row in result["rows"])
         else ""
     )
@@ -216,22 +215,23 @@ def _scores(result: Mapping[str, Any], chance: float | None) -> str:
 
 
 def _printed(experiment: Experiment) -> str:
-    """What the paper prints for this task, which was measured under other conditions."""
+    """The scores that the paper prints for this task."""
     if experiment.like is None:
         return ""
-    table = find_like(experiment.like, experiment.task)
-    column = table.columns[kind(experiment.task)]
-    rows = "; ".join(f"{row['row']} {row['scores'][column][0]:.1f}" for row in table.has(column))
+    table = find_paper_table(experiment.like, experiment.task)
+    column = table.columns[task_kind(experiment.task)]
+    rows = "; ".join(
+        f"{row['row']} {row['scores'][column][0]:.1f}" for row in table.rows_with(column)
+    )
     return (
-        f"Printed in the {table.title} ({column}): {rows}. Model, data, steps and protocol are "
-        "others there; "
-        f"`weft compare --like {table.name}` lays the rows of a comparison under these and says "
-        "what differs."
+        f"Printed in the {table.title} ({column}): {rows}. Model, data, steps and protocol "
+        f"differ there; `weft compare --like {table.name}` shows the rows of a comparison under "
+        "these and lists the differences."
     )
 
 
 def _metrics(result: Mapping[str, Any]) -> str:
-    """All metrics of a task that has several, as the task's own tool prints them."""
+    """All metrics of a task with several, as the task's own tool prints them."""
     names = list(dict.fromkeys(name for row in result["rows"] for name in row.get("metrics") or {}))
     if len(names) < 2:
         return ""
@@ -253,7 +253,7 @@ def _number(value: float | None, shown: Callable[[float], str]) -> str:
 
 
 def _tests(row: Mapping[str, Any]) -> str:
-    """p of both tests that the row is worse than the best."""
+    """The p-values of both tests that the row is worse than the best."""
     both = [_number(row.get(key), p_value) for key in ("worse_p", "worse_p_examples")]
     return "–" if set(both) == {"–"} else " / ".join(both)
 
@@ -284,7 +284,7 @@ def _gap(one: Any) -> list[str]:
 
 
 def _notes(result: Mapping[str, Any]) -> str:
-    """The comparison's own notes; the rates at the edge of those tried in one line."""
+    """The comparison's notes. Rates at the edge of their grid are collected in one line."""
     edges = [found for note in result["notes"] if (found := EDGE.match(note))]
     lines = [note for note in result["notes"] if not EDGE.match(note)]
     if edges:
@@ -292,7 +292,7 @@ def _notes(result: Mapping[str, Any]) -> str:
             f"{found['method']} {found['rate']} (of {found['tried']})" for found in edges
         )
         lines.append(
-            f"Best at an edge of the rates tried, so that a better one may lie beyond: {rates}."
+            f"Best at an edge of the rates tried, so a better one may be beyond it: {rates}."
         )
     return "\n".join(
         f"- {note.replace('|', chr(92) + '|').replace('_', chr(92) + '_')}" for note in lines
@@ -310,14 +310,16 @@ def _made(record: Mapping[str, Any]) -> list[str]:
         (
             f"{record['date']}, {machine['cpu']}, {machine['cores']} cores, {told}, commit "
             f"{versions['commit']}; "
-            "the machine had other work, so times are left out. "
-            f"Examples: {sizes}. DATA, WORK and OUT stand for folders."
+            f"the machine had other work, so times are omitted. Examples: {sizes}. DATA, WORK "
+            "and OUT are folders."
         ),
     ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> str:
-    """sides: l or r for each column; all left where it is empty."""
+    """A Markdown table. `sides` has l or r per column; if it is empty, all columns are
+    left-aligned.
+    """
     rules = ["---:" if side == "r" else "---" for side in sides or "l" * len(head)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *rows))
 

@@ -1,4 +1,4 @@
-"""A comparison as a picture: one line a method, its mean and interval. Plain SVG, so that equal
+"""A comparison as a picture: one line per method with mean and interval. Plain SVG, so that equal
 records give equal files.
 """
 
@@ -16,13 +16,13 @@ WIDTH, LINE, TOP, LEFT, RIGHT, BOTTOM = (
     92,
     90,
     40,
-)  # narrow: the letters can be read on a phone
+)  # narrow, so that the text is legible on a phone
 FONT = 'font-family="system-ui, sans-serif"'
 
 
 def picture(result: Mapping[str, Any], title: str) -> str:
-    """Rows in the order of their trainable numbers, which stand at the right; a bar is a 95 %
-    t-interval.
+    """Returns the SVG text. Rows are in the order of their trainable parameters, shown at the
+    right; a bar is a 95 % t-interval.
     """
     rows = sorted(
         (row for row in result["rows"] if row["score_mean"] is not None),
@@ -106,14 +106,12 @@ def _text(
 
 
 def unit(metric: str) -> str:
-    """What scores times 100 are called: a percentage, or hundredths that go by the metric's own
-    name.
-    """
+    """Returns the unit of scores times 100: a percentage, or hundredths named by the metric."""
     return metric if metric.startswith(("BLEU", "ROUGE")) else f"{metric} %"
 
 
 def axis(low: float, high: float) -> tuple[float, float, Sequence[float]]:
-    """Round ends around [low, high] and round ticks between them."""
+    """Returns round ends around [low, high] and round ticks between them."""
     span = max(high - low, 1.0)
     step = next(s for s in (0.5, 1, 2, 5, 10, 20) if span / s <= 8 or s == 20)
     first, last = math.floor(low / step) * step, math.ceil(high / step) * step

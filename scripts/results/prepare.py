@@ -1,4 +1,4 @@
-"""What an experiment needs that is no data set as people have it: CIFAR-10 as folders, and a
+"""Data and models that experiments create first: CIFAR-10 as folders, and a
 pretrained ViT for it.
 """
 
@@ -15,14 +15,14 @@ from typing import Any
 SEED = 0
 OLD, NEW = range(5), range(5, 10)
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-POOL, TEST = 400, 400  # images of each new class: to train and choose on, and for the test
-HELD_OUT = 200  # of each old class, to see how good the pretrained model is
+POOL, TEST = 400, 400  # images per new class: for training and validation, and for the test
+HELD_OUT = 200  # per old class, to score the pretrained model
 STEPS, BATCH, LR, WEIGHT_DECAY, WARM_UP = 1200, 128, 1.5e-3, 0.05, 0.1
 
 
 def cifar10(data: Path, work: Path) -> None:
-    """Folders of the new classes and, if it is not there yet, the Vision Transformer that has seen
-    the old ones.
+    """Writes folders with the new classes and, if it does not exist, trains the Vision Transformer
+    on the old ones.
     """
     import numpy as np
 
@@ -47,8 +47,8 @@ def _jpegs(held: Any, label: int, most: int | None = None) -> Iterator[bytes]:
 
 
 def pretrain(held: Any, out: Path) -> None:
-    """Train the ViT on the old classes, one thread; its directory says how, and how good it is on
-    images it has not seen.
+    """Trains the ViT on the old classes with one thread. Its directory has the settings and its
+    accuracy on held-out images.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -129,7 +129,7 @@ def _pixels(jpeg: bytes, config: Any) -> Any:
 
 
 def _moved(pixels: Any, generator: Any) -> Any:
-    """Half of the images mirrored, all of them shifted by up to 3 pixels."""
+    """Mirrors half of the images and shifts all by up to 3 pixels."""
     import torch
 
     mirrored = torch.rand(len(pixels), generator=generator) < 0.5

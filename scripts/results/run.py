@@ -1,4 +1,4 @@
-"""Running an experiment: `weft compare` as a process, and what is kept of it as a record."""
+"""Runs an experiment: `weft compare` as a process, and its record."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, versions
+from weft.compare.files import write_atomically
 from weft.compare.request import parse_budget
-from weft.compare.store import write_atomically
 from weft.tasks import TaskRef, find_any
 from weft.tasks.base import cap
 
@@ -60,8 +60,8 @@ ROW = (
 
 
 def run(experiment: Experiment, data: Path, folder: Path, more: Sequence[str] = ()) -> int:
-    """Prepare, compare, and write the record; an interrupted comparison is gone on from. Returns
-    the exit status.
+    """Prepares, compares and writes the record. An interrupted comparison is resumed. Returns the
+    exit status.
     """
     data, folder = data.resolve(), folder.resolve()
     work, out = folder / f"{experiment.name}-data", folder / experiment.name
@@ -86,14 +86,14 @@ def run(experiment: Experiment, data: Path, folder: Path, more: Sequence[str] = 
 
 
 def about(work: Path) -> dict[str, Any]:
-    """What `prepare` says of a model that it trained."""
+    """Returns what `prepare` recorded about a model that it trained."""
     path = work / "vit" / "about.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def chance(experiment: Experiment, data: str, work: str) -> float | None:
-    """The accuracy of whoever always says the most frequent class of the test examples; None where
-    there are no classes.
+    """Returns the accuracy of always answering the most frequent class of the test examples, or
+    None without classes.
     """
     test = experiment.test.format(data=data, work=work) if experiment.test else None
     ref = find_any(experiment.task.format(data=data, work=work), test)
@@ -110,8 +110,8 @@ def record(
     prepared: Mapping[str, Any],
     chance: float | None,
 ) -> dict[str, Any]:
-    """The comparison without curves and times of steps (the machine had other work), and without
-    anybody's paths.
+    """Returns the comparison without curves and step times (the machine had other load), and
+    without local paths.
     """
     kept = {key: found[key] for key in KEPT if key in found}
     kept["rows"] = [{key: row.get(key) for key in ROW} for row in found["rows"]]
@@ -132,7 +132,7 @@ def record(
 
 
 def command(experiment: Experiment) -> str:
-    """As a reader would type it; DATA is the folder of the data sets, WORK what the experiment's
-    preparation wrote.
+    """Returns the command for readers, with DATA for the data sets' folder and WORK for the
+    preparation's folder.
     """
     return shlex.join(["weft", *experiment.command("DATA", "WORK", "OUT")])

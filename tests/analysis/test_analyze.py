@@ -91,11 +91,11 @@ def test_adapters_of_one_label_are_one_run_and_a_run_without_is_named_by_its_dir
         (["=x"], "write LABEL=DIR"),
         (["l="], "write LABEL=DIR"),
         (["{}"], "neither adapter_model.safetensors nor"),
-        (["{}/x/checkpoint-10", "{}/x/checkpoint-10"], "is there twice"),
+        (["{}/x/checkpoint-10", "{}/x/checkpoint-10"], "appears twice"),
         (["{}/x/checkpoint-20", "{}/x/checkpoint-10"], r"have the steps \[20, 10\]"),
-        (["a={}/x", "a={}/y"], "labelled 'a' already"),
-        (["a={}/x/checkpoint-10", "a={}/y"], "labelled 'a' already"),
-        (["a={}/x", "a={}/y/checkpoint-10"], "labelled 'a' already"),
+        (["a={}/x", "a={}/y"], "another run has the label 'a'"),
+        (["a={}/x/checkpoint-10", "a={}/y"], "another run has the label 'a'"),
+        (["a={}/x", "a={}/y/checkpoint-10"], "another run has the label 'a'"),
     ],
 )
 def test_what_is_no_series_is_refused_by_name(tmp_path, words, said):
@@ -182,13 +182,13 @@ def test_a_role_is_the_name_behind_the_number_of_the_block():
             [weft.LoRA(r=2, targets=["mid"])],
             ["midd"],
             ConfigError,
-            r"'midd' is no ending of the 1 matrices.*'mid'",
+            r"'midd' matches none of the 1 changed matrices.*'mid'",
         ),
         (
             [weft.LoRA(r=2, targets=["mid"]), weft.LoRA(r=2, targets=["layer"])],
             [],
             ConfigError,
-            "no matrix in common",
+            "no common matrix",
         ),
     ],
 )
@@ -209,7 +209,7 @@ def test_adapters_of_two_methods_are_no_run(tmp_path):
         for c in (weft.LoRA, weft.DoRA)
     )
     with pytest.raises(
-        ConfigError, match=r"holds adapters of LoRA and.*of DoRA; give each run a label"
+        ConfigError, match=r"has adapters of LoRA and.*of DoRA; give each run a label"
     ):
         analyze(support.net(), read_series([str(a), str(b)]))
     (c, *_) = saved(tmp_path / "other", weft.LoRA(r=2, targets=["layer"]), name="a{}")

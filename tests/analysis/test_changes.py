@@ -74,7 +74,7 @@ def test_a_row_without_direction_counts_in_magnitude_alone():
     changed[1, 2] = 3.0
     found = change(W, changed)
     assert (found.delta_m, found.delta_d, found.undirected) == (1.0, 0.0, 1)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         change(W, W.t())
 
 
@@ -132,7 +132,7 @@ def test_dora_whose_magnitude_alone_has_moved_turns_nothing():
     ("config", "said"),
     [
         (weft.BitFit(), "BitFit trains no weight matrix"),
-        (weft.Bottleneck(r=2, targets=["mid"]), "Bottleneck is no change of weights"),
+        (weft.Bottleneck(r=2, targets=["mid"]), "Bottleneck does not change weights"),
     ],
 )
 def test_what_has_neither_is_refused_by_name(config, said):

@@ -156,7 +156,7 @@ def test_an_unknown_table_names_the_nearest_in_one_line(capsys, name, nearest, f
 
 
 def test_a_row_made_wrong_is_reported_and_changes_the_exit_status(capsys, monkeypatch, tmp_path):
-    table = papers.find("dora-2", papers.tables())
+    table = papers.find_table("dora-2", papers.tables())
     wrong = dataclasses.replace(table.rows[1], printed="5.94")
     changed = dataclasses.replace(table, rows=(table.rows[0], wrong, table.rows[2]))
     monkeypatch.setattr(papers, "tables", lambda: [changed])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.cli import main
-from weft.compare.place import Place
+from weft.compare.run.study_location import StudyLocation
 
 # Two methods and three seeds: twelve training runs of eight steps.
 TINY = (
@@ -49,20 +49,20 @@ class Finished:
         """What every finished run left in the study, by key."""
         return {
             trial.user_attrs["key"]: trial.user_attrs["result"]
-            for trial in trials_of(Place(self.out))
+            for trial in trials_of(StudyLocation(self.out))
             if trial.state.name == "COMPLETE"
         }
 
 
-def trials_of(place: Place) -> list[Any]:
+def trials_of(location: StudyLocation) -> list[Any]:
     """All trials of a study, as Optuna reads them."""
     from optuna import load_study
     from optuna.storages import RDBStorage
 
-    url, keywords = place.engine_arguments()
+    url, keywords = location.engine_arguments()
     storage = RDBStorage(url, engine_kwargs=keywords)
     try:
-        return load_study(study_name=place.name, storage=storage).trials
+        return load_study(study_name=location.name, storage=storage).trials
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -72,20 +72,20 @@ OWNERS = """SELECT t.state, a.value_json FROM studies s JOIN trials t ON t.study
 JOIN trial_user_attributes a ON a.trial_id = t.trial_id WHERE a.key = 'by' AND s.study_name = :name"""
 
 
-def states(place: Place) -> list[tuple[str, int]]:
+def states(location: StudyLocation) -> list[tuple[str, int]]:
     """State and process number of every trial of a study, which may not be there yet."""
     from sqlalchemy import create_engine, text
     from sqlalchemy.exc import SQLAlchemyError
 
-    if place.url is None and not place.file.is_file():
+    if location.url is None and not location.file.is_file():
         return []
-    url, keywords = place.engine_arguments()
-    if place.url is None:  # a process that was stopped while it wrote would be waited for
-        keywords["creator"] = lambda: sqlite3.connect(place.file, timeout=0.1)
+    url, keywords = location.engine_arguments()
+    if location.url is None:  # a process that was stopped while it wrote would be waited for
+        keywords["creator"] = lambda: sqlite3.connect(location.file, timeout=0.1)
     engine = create_engine(url, **keywords)
     try:
         with engine.connect() as connection:
-            rows = connection.execute(text(OWNERS), {"name": place.name}).all()
+            rows = connection.execute(text(OWNERS), {"name": location.name}).all()
         return [(str(state), json.loads(by)["pid"]) for state, by in rows]
     except SQLAlchemyError:  # the tables are not there yet, or the file is being written
         return []
@@ -93,10 +93,10 @@ def states(place: Place) -> list[tuple[str, int]]:
         engine.dispose()
 
 
-def stopped_at_work(process: subprocess.Popen[str], place: Place) -> bool:
+def stopped_at_work(process: subprocess.Popen[str], location: StudyLocation) -> bool:
     """Whether the process, which has been stopped, has a run; if not it goes on."""
     process.send_signal(signal.SIGSTOP)
-    if ("RUNNING", process.pid) in states(place):
+    if ("RUNNING", process.pid) in states(location):
         return True
     process.send_signal(signal.SIGCONT)
     return False

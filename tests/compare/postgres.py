@@ -1,4 +1,4 @@
-"""A PostgreSQL server for the tests: in a directory of its own, reached through a socket there and
+"""A PostgreSQL server for the tests: in a directory of its own, database_errors through a socket there and
 nothing else.
 """
 

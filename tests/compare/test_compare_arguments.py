@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from comparing import weft_command
 
-from weft.compare.entries import DEFAULT
+from weft.compare.plan.entries import DEFAULT
 from weft.methods import METHODS
 from weft.tasks import FAMILIES
 
@@ -22,7 +22,7 @@ from weft.tasks import FAMILIES
         (["--methods", "lroa"], "'LoRA'"),
         (["--methods", "lora:rank=4"], "no field 'rank'"),
         (["--task", "digit"], "'digits'"),
-        (["--task", "csv:there-is-no-such.csv"], "there is nothing there"),
+        (["--task", "csv:there-is-no-such.csv"], "it does not exist"),
         (["--task", "digits:x"], "built in"),
         (["--model", "digit-vit"], "'digits-vit'"),
         (["--model", "./nowhere"], "no such directory"),
@@ -42,7 +42,7 @@ from weft.tasks import FAMILIES
         (["--json", "."], "is a directory"),
         (["--study", "sqlite:///x.db"], "postgresql+psycopg://"),
         (["--study", "localhost"], "postgresql+psycopg://"),
-        (["--list", "--seeds", "3"], "--list stands alone"),
+        (["--list", "--seeds", "3"], "remove the other options"),
         (["--method", "lora"], "--methods"),
         (["digits"], "'digits' belongs to no option"),
     ],
@@ -107,12 +107,12 @@ def test_help_needs_no_library_beyond_torch() -> None:
 
 def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
     done = _python(
-        "import os, signal, sys, time; from weft.cli import main; from weft.compare import sweep\n"
+        "import os, signal, sys, time; from weft.cli import main; from weft.compare import compare as comparing\n"
         "def compare(*a): os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
-        f"sweep.compare = compare; sys.exit(main(['compare', '--out', {str(tmp_path / 'out')!r}]))"
+        f"comparing.compare = compare; sys.exit(main(['compare', '--out', {str(tmp_path / 'out')!r}]))"
     )
     assert done.returncode == 130, done.stderr
-    assert "Interrupted. 0 finished runs are kept" in done.stderr
+    assert "Interrupted. 0 finished runs are stored" in done.stderr
 
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:

@@ -11,12 +11,19 @@ from hypothesis import strategies as st
 from test_compare_plan import CONTEXT
 
 import weft
-from weft.compare.bench import Opening, open_bench
-from weft.compare.budgets import Equal, check, lowest_rank, nearest_rank, with_ranks, with_steps
-from weft.compare.entries import parse_methods
-from weft.compare.plan import Sweep, missing, progress, tune
+from weft.compare.plan.budgets import (
+    Equal,
+    check_budget,
+    lowest_rank,
+    nearest_rank,
+    with_ranks,
+    with_steps,
+)
+from weft.compare.plan.entries import parse_methods
+from weft.compare.plan.sweep import Sweep, count_runs, missing, tune
+from weft.compare.report.comparison import row_of
 from weft.compare.request import Budget, parse_budget
-from weft.compare.results import row_of
+from weft.compare.run.trial_runner import RunnerConfig, open_runner
 from weft.methods import to_json
 
 SPLITS = "batch=12,train=60,validation=30,test=60"
@@ -70,9 +77,9 @@ def test_a_rank_that_was_asked_for_is_refused_where_the_budget_chooses_it(
     equal: Equal, methods: str
 ) -> None:
     with pytest.raises(weft.ConfigError, match="'LoRA r=4': leave r=4 out"):
-        check(equal, parse_methods(methods))
-    check(Equal("parameters"), parse_methods("lora:r=4,vera"))
-    check(Equal("seconds", 3.0), parse_methods(methods))
+        check_budget(equal, parse_methods(methods))
+    check_budget(Equal("parameters"), parse_methods("lora:r=4,vera"))
+    check_budget(Equal("seconds", 3.0), parse_methods(methods))
 
 
 def test_two_rows_that_would_be_alike_are_refused() -> None:
@@ -82,12 +89,12 @@ def test_two_rows_that_would_be_alike_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def bench():
-    return open_bench(
-        Opening(
+def runner():
+    return open_runner(
+        RunnerConfig(
             task="digits",
             model="digits-vit",
-            most={"train": 20, "validation": 20, "test": 20},
+            limits={"train": 20, "validation": 20, "test": 20},
             device="cpu",
         )
     )
@@ -99,9 +106,9 @@ def with_head(text: str) -> dict[str, dict[str, object]]:
     }
 
 
-def test_ranks_are_nearest_on_the_model_itself(bench) -> None:
+def test_ranks_are_nearest_on_the_model_itself(runner) -> None:
     named = ("VeRA", "DoRA", "LoRAFA", "AdaLoRA", "DyLoRA", "Bottleneck")
-    found = bench.ranks(
+    found = runner.ranks(
         with_head("lora:r=2,vera,dora,lorafa,adalora,dylora,bottleneck,bitfit"), None, 48
     )
     assert (
@@ -111,10 +118,10 @@ def test_ranks_are_nearest_on_the_model_itself(bench) -> None:
     )
     for name, config in with_head(",".join(named)).items():
         row = found["rows"][name]
-        assert row["trainable"] == bench._count({**config, "r": row["r"]})
+        assert row["trainable"] == runner._count({**config, "r": row["r"]})
         distance = abs(row["trainable"] - found["target"])
         for beside in {max(1, row["r"] - 1), min(48, row["r"] + 1)}:
-            assert distance <= abs(bench._count({**config, "r": beside}) - found["target"]), name
+            assert distance <= abs(runner._count({**config, "r": beside}) - found["target"]), name
     assert found["rows"]["BitFit"]["r"] is None
     entries, notes = with_ranks(
         parse_methods("lora:r=2,vera,bitfit"), found["rows"], found["target"]
@@ -124,20 +131,20 @@ def test_ranks_are_nearest_on_the_model_itself(bench) -> None:
         f"VeRA r={entries[1].config.r}",
         "BitFit",
     ]
-    assert any("Without a rank" in note and "BitFit" in note for note in notes)
+    assert any("Methods without a rank" in note and "BitFit" in note for note in notes)
     assert any(
-        "No rank comes nearer" in note and "VeRA" in note for note in notes
+        "No rank is within" in note and "VeRA" in note for note in notes
     )  # 48 are all that make sense here
 
 
 def test_a_first_method_that_trains_nothing_sets_no_budget() -> None:
     with pytest.raises(weft.ConfigError, match="Head trains nothing but the head"):
-        check(Equal("parameters"), parse_methods("head,lora"))
-    check(Equal("parameters", 99), parse_methods("head,lora"))
+        check_budget(Equal("parameters"), parse_methods("head,lora"))
+    check_budget(Equal("parameters", 99), parse_methods("head,lora"))
 
 
-def test_what_cannot_be_attached_is_refused_alone(bench) -> None:
-    rows = bench.ranks(with_head("lora:targets=nowhere,dora"), 3000, 48)["rows"]
+def test_what_cannot_be_attached_is_refused_alone(runner) -> None:
+    rows = runner.ranks(with_head("lora:targets=nowhere,dora"), 3000, 48)["rows"]
     assert "nowhere" in rows["LoRA targets=nowhere"]["reason"]
     assert rows["DoRA"]["r"] >= 1
 
@@ -155,14 +162,16 @@ def test_time_becomes_steps_and_too_little_time_a_failed_row() -> None:
     }
     entries = with_steps(parse_methods("lora,vera,dora,bitfit"), 5.0, costs)
     assert [entry.steps for entry in entries] == [20, None, None, 50]
-    assert "5 s are too few for 3 steps of 2 s" in (entries[1].refused or "")
+    assert "5 s are not enough for the 3 steps that a run needs, at 2 s per step" in (
+        entries[1].refused or ""
+    )
     assert "could not be measured: no" in (entries[2].refused or "")
     plan = sweep(entries)
     assert {(spec.label, spec.steps) for spec in missing(plan, {})} == {
         ("LoRA", 20),
         ("BitFit", 50),
     }
-    assert progress(plan, {})[1] == 2 * (3 * 2 + 3)
+    assert count_runs(plan, {})[1] == 2 * (3 * 2 + 3)
     assert tune(plan, entries[1], {}).failed == entries[1].refused
     row = row_of(plan, entries[1], {}, None, "")
     assert (row.status, row.reason, row.steps, row.scores) == (
@@ -219,7 +228,7 @@ def test_a_comparison_at_equal_seconds_resumes_with_the_same_steps(tmp_path: Pat
     assert done.status == 0, done.errors
     assert done.json["settings"]["budget"] == "seconds"
     assert done.json["settings"]["steps"] is None
-    assert any(note.startswith("Steps are as many as fit") for note in done.json["notes"])
+    assert any(note.startswith("The number of steps is what fits") for note in done.json["notes"])
     for row in done.json["rows"]:
         assert row["steps"] == int(0.2 / row["step_seconds"])
         assert f" {row['steps']:,}" in done.printed

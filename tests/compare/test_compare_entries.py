@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import weft
-from weft.compare.entries import DEFAULT, LRS, fit, grown, parse_methods, rate, split, with_lrs
+from weft.compare.plan.entries import (
+    DEFAULT,
+    format_rate,
+    learning_rates,
+    next_rate,
+    parse_methods,
+    split,
+    with_fitting_ranks,
+    with_learning_rates,
+)
 from weft.compare.request import Budget, parse_budget
 
 RATES = st.sampled_from(
@@ -19,7 +28,9 @@ RATES = st.sampled_from(
 
 def test_every_method_of_the_library_can_be_compared_and_has_rates() -> None:
     assert {entry.method for entry in parse_methods(",".join(DEFAULT))} <= set(weft.methods.METHODS)
-    assert set(LRS) == set(weft.methods.METHODS)
+    for cls in weft.methods.METHODS.values():
+        rates = learning_rates(cls)
+        assert len(rates) >= 3 and list(rates) == sorted(set(rates)), cls
 
 
 def test_fields_reach_the_configuration() -> None:
@@ -40,11 +51,11 @@ def test_a_list_of_targets_stays_whole() -> None:
     [
         ("lroa", "'LoRA'"),
         ("lora,", "between two commas"),
-        ("lora,lora", "there twice"),
+        ("lora,lora", "appears twice"),
         ("lora:r", "name=value"),
         ("lora:rank=4", "no field 'rank'"),
         ("lora:r=0", "1 or more"),
-        ("lora:seed=3", "set by weft compare itself"),
+        ("lora:seed=3", "set by weft compare"),
         ("lora:r=x", "whole number"),
     ],
 )
@@ -60,11 +71,13 @@ def test_the_head_and_the_run_s_seed_are_in_the_configuration_of_a_run() -> None
 
 
 def test_given_rates_replace_the_grid_and_do_not_grow() -> None:
-    entries = with_lrs(parse_methods("lora,lora:r=4,vera"), ["lora=3e-3,1e-3", "LoRA r=4=1"])
+    entries = with_learning_rates(
+        parse_methods("lora,lora:r=4,vera"), ["lora=3e-3,1e-3", "LoRA r=4=1"]
+    )
     assert [(entry.lrs, entry.grows) for entry in entries] == [
         ((1e-3, 3e-3), False),
         ((1.0,), False),
-        (LRS["VeRA"], True),
+        (learning_rates(weft.VeRA), True),
     ]
 
 
@@ -73,14 +86,14 @@ def test_given_rates_replace_the_grid_and_do_not_grow() -> None:
 )
 def test_rates_that_cannot_be_meant_are_refused(text: str) -> None:
     with pytest.raises(weft.ConfigError, match="--lr"):
-        with_lrs(parse_methods("lora"), [text])
+        with_learning_rates(parse_methods("lora"), [text])
 
 
 def test_vera_s_default_rank_is_no_wider_than_the_narrowest_layer() -> None:
-    entries, notes = fit(parse_methods("vera,dvora,vera:r=200,lora"), 48)
+    entries, notes = with_fitting_ranks(parse_methods("vera,dvora,vera:r=200,lora"), 48)
     assert [getattr(entry.config, "r", None) for entry in entries] == [48, 48, 200, 8]
     assert len(notes) == 2
-    same, none = fit(parse_methods("vera,dvora"), 1000)
+    same, none = with_fitting_ranks(parse_methods("vera,dvora"), 1000)
     assert (same, none) == (parse_methods("vera,dvora"), [])
 
 
@@ -89,20 +102,20 @@ def test_a_grid_grows_by_one_neighbour_beyond_the_edge_where_the_best_lies(
     lrs: list[float],
 ) -> None:
     low, high = min(lrs), max(lrs)
-    below, above = grown(lrs, low), grown(lrs, high)
+    below, above = next_rate(lrs, low), next_rate(lrs, high)
     assert below is not None
     assert 2.9 < low / below < 3.4
     if len(lrs) > 1:
         assert above is not None
         assert 2.9 < above / high < 3.4
     for inside in set(lrs) - {low, high}:
-        assert grown(lrs, inside) is None
+        assert next_rate(lrs, inside) is None
 
 
 @given(st.floats(1e-9, 1e9))
 def test_a_rate_is_printed_to_two_digits(value: float) -> None:
-    assert math.isclose(float(rate(value)), value, rel_tol=0.06)
-    assert len(rate(value)) <= 6
+    assert math.isclose(float(format_rate(value)), value, rel_tol=0.06)
+    assert len(format_rate(value)) <= 6
 
 
 @given(st.lists(st.text("ab[]()", max_size=5), min_size=1, max_size=5))
@@ -112,7 +125,7 @@ def test_split_loses_nothing(parts: list[str]) -> None:
 
 def test_a_budget_has_defaults_for_what_is_not_said() -> None:
     assert parse_budget("steps=7,test=9") == Budget(steps=7, test=9)
-    assert parse_budget("train=5").most == {"train": 5, "validation": 1000, "test": 2000}
+    assert parse_budget("train=5").limits == {"train": 5, "validation": 1000, "test": 2000}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +144,7 @@ def test_a_budget_has_defaults_for_what_is_not_said() -> None:
         ("seconds=5,steps=9", "steps, parameters or seconds"),
         ("seconds=5,parameters", "steps, parameters or seconds"),
         ("second=5", "'seconds'"),
-        ("steps=5,steps=6", "there twice"),
+        ("steps=5,steps=6", "appears twice"),
         ("", "not known"),
     ],
 )

@@ -13,8 +13,8 @@ import pytest
 from comparing import Finished
 from test_compare_report import found_with, lost
 
-from weft.compare import document, report
-from weft.compare.examples import gap
+from weft.compare.report import document, table
+from weft.compare.report.examples import gap
 
 
 def answers(share: float, n: int, seed: int) -> str:
@@ -108,12 +108,12 @@ def test_the_gap_is_told_for_the_recommended_row_and_not_where_runs_of_before_ke
         right=[answers(0.88, 60, 9 + k) for k in range(3)],
         **{**given, "scores": [0.8, 0.86, 0.84], "trainable": 5},
     )
-    said = report.text(found_with([best, other]))
+    said = table.table_text(found_with([best, other]))
     assert "paired bootstrap over the examples" in " ".join(said.split())
     before = found_with([best, replace(other, right=other.right[:2])])
     assert before.gaps == {}
-    assert "bootstrap" not in report.text(before)
+    assert "bootstrap" not in table.table_text(before)
     origin = document.Origin(command="c", date="d", machine="m", versions={})
-    assert "points behind: the highest mean" in str(
+    assert "points behind: distance to the highest mean" in str(
         document.document(found_with([best, other]), origin, [])
     )

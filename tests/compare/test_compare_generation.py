@@ -15,9 +15,9 @@ from comparing import Finished, compare, weft_command
 
 import weft
 from training.tiny import encoder, language_model
-from weft.compare.bench import Bench
-from weft.compare.entries import parse_methods
-from weft.compare.plan import RunSpec
+from weft.compare.plan.entries import parse_methods
+from weft.compare.plan.sweep import RunSpec
+from weft.compare.run.trial_runner import TrialRunner
 from weft.compare.tasks.loop import forward_loss
 from weft.compare.tasks.open_task import open_task
 from weft.inference.opened import open_model
@@ -250,9 +250,9 @@ def test_methods_of_every_kind_train_and_answer(
     )  # seconds, and 2 GB, for METEOR
     task = opened(llama, tmp_path)
     task.task = replace(task.task, generation={"max_new_tokens": 4, "do_sample": False})
-    bench = Bench(task, CPU)
-    config = weft.methods.to_json(parse_methods(method)[0].with_head(bench.head, 0))
-    result = bench.run(RunSpec(method, config, 1e-2, 7.0, 0, 4, 4, "final"))
+    runner = TrialRunner(task, CPU)
+    config = weft.methods.to_json(parse_methods(method)[0].with_head(runner.head, 0))
+    result = runner.run(RunSpec(method, config, 1e-2, 7.0, 0, 4, 4, "final"))
     assert result["status"] == "finished", result
     assert result["trainable"] > 0 and result["head_trainable"] == 0
     assert result["losses"][-1] < 10  # the head's rate of 7 would have thrown it out

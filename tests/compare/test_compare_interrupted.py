@@ -23,7 +23,7 @@ import torch
 from comparing import TINY, Finished, states, stopped_at_work, trials_of, until, weft_command
 from safetensors.torch import load_file
 
-from weft.compare.place import Place
+from weft.compare.run.study_location import StudyLocation
 
 pytestmark = pytest.mark.timeout(
     300
@@ -53,7 +53,7 @@ def _start(words: list[str]) -> subprocess.Popen[str]:
 
 def _count(out: Path) -> int:
     """Finished runs."""
-    return sum(state == "COMPLETE" for state, _ in states(Place(out)))
+    return sum(state == "COMPLETE" for state, _ in states(StudyLocation(out)))
 
 
 def _gone(workers: list[psutil.Process]) -> int:
@@ -76,14 +76,14 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     words = ["compare", "--out", str(out), *TINY]
     first = _start(words)
     until(lambda: _count(out) >= 3, first)
-    until(lambda: stopped_at_work(first, Place(out)), first)
+    until(lambda: stopped_at_work(first, StudyLocation(out)), first)
     workers = psutil.Process(first.pid).children(recursive=True)
     first.kill()
     first.communicate()
     orphans, kept = _gone(workers), _count(out)
     second = _start([*words, "--resume"])
     until(lambda: _count(out) >= kept + 2, second)
-    until(lambda: stopped_at_work(second, Place(out)), second)
+    until(lambda: stopped_at_work(second, StudyLocation(out)), second)
     os.kill(second.pid, signal.SIGINT)
     os.kill(second.pid, signal.SIGCONT)
     said = second.communicate(timeout=60)[1]
@@ -102,7 +102,7 @@ def test_workers_end_when_the_command_is_killed(story: Story) -> None:
 
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(story: Story) -> None:
     assert story.status == 130
-    said = re.search(r"Interrupted\. (\d+) finished runs are kept in", story.said)
+    said = re.search(r"Interrupted\. (\d+) finished runs are stored in", story.said)
     assert said is not None
     assert story.kept + 2 <= int(said[1]) < len(story.last.runs)
     assert shlex.split(story.said.splitlines()[-1]) == [
@@ -142,7 +142,7 @@ def test_a_resumed_comparison_has_bitwise_the_scores_of_an_uninterrupted_one(
 
 
 def test_nothing_is_trained_twice_and_every_attempt_is_told(story: Story) -> None:
-    trials = trials_of(Place(story.out))
+    trials = trials_of(StudyLocation(story.out))
     complete = [trial.user_attrs["key"] for trial in trials if trial.state.name == "COMPLETE"]
     failed = [trial for trial in trials if trial.state.name == "FAIL"]
     assert len(complete) == len(set(complete)) == len(story.last.runs)

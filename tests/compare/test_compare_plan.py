@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.compare.entries import GROW, parse_methods
-from weft.compare.plan import TUNING_SEEDS, RunSpec, Sweep, missing, progress, tune
-from weft.compare.results import notes_of, row_of
-from weft.compare.scale import Scale
+from weft.compare.plan.entries import GROWTH_LIMIT, parse_methods
+from weft.compare.plan.scale import Scale
+from weft.compare.plan.sweep import TUNING_SEEDS, RunSpec, Sweep, count_runs, missing, tune
+from weft.compare.report.comparison import notes_of, row_of
 
 CONTEXT = {
     "model": "m",
@@ -69,10 +69,10 @@ def test_the_best_rate_is_found_wherever_the_grid_can_reach_it(exponent: float) 
     for entry in sweep.entries:
         tuned = tune(sweep, entry, done)
         assert tuned.lr == max(tuned.scores, key=lambda lr: tuned.scores[lr][0])
-        assert len(tuned.tried) <= len(entry.lrs) + GROW
+        assert len(tuned.tried) <= len(entry.lrs) + GROWTH_LIMIT
         assert tuned.edge == (tuned.lr in (min(tuned.tried), max(tuned.tried)))
         if tuned.edge:
-            assert len(tuned.tried) == len(entry.lrs) + GROW
+            assert len(tuned.tried) == len(entry.lrs) + GROWTH_LIMIT
             assert any(
                 note.startswith(f"{entry.label}: the best learning rate")
                 for note in notes_of(sweep, done)
@@ -84,9 +84,9 @@ def test_the_best_rate_is_found_wherever_the_grid_can_reach_it(exponent: float) 
 
 def test_progress_ends_at_its_total_and_counts_every_run() -> None:
     sweep, done = sweep_of(), {}
-    assert progress(sweep, done) == (0, 2 * (3 * len(TUNING_SEEDS) + 3))
+    assert count_runs(sweep, done) == (0, 2 * (3 * len(TUNING_SEEDS) + 3))
     order = play(sweep, peaked(1.0), done)
-    assert progress(sweep, done) == (len(order), len(order))
+    assert count_runs(sweep, done) == (len(order), len(order))
 
 
 def test_what_is_missing_depends_on_what_is_done_and_not_on_the_order_in_which_it_was_done() -> (
@@ -160,7 +160,7 @@ def test_a_row_without_a_rate_that_trains_fails_with_the_reason() -> None:
     row = row_of(sweep, sweep.entries[0], done, None, "x")
     assert (row.status, row.complete, row.mean, row.interval) == ("failed", None, None, None)
     assert "the loss became nan" in (row.reason or "")
-    assert progress(sweep, done) == (len(done), len(done))
+    assert count_runs(sweep, done) == (len(done), len(done))
 
 
 def test_a_lost_tuning_run_fails_the_row_and_is_done_again_on_another_day() -> None:
@@ -204,5 +204,9 @@ def test_the_lowest_is_chosen_where_the_validation_score_is_a_loss() -> None:
     done: dict[str, Any] = {}
     play(plan, run, done)
     assert tune(plan, entry, done).lr == 1e-2
-    told = [Scale("loss", True).told(2.0), Scale("BLEU").told(0.31), Scale("F1").told(0.5)]
+    told = [
+        Scale("loss", True).with_metric(2.0),
+        Scale("BLEU").with_metric(0.31),
+        Scale("F1").with_metric(0.5),
+    ]
     assert told == ["loss 2.000", "BLEU 31.0", "50.0 %"]

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.compare.labels import spread
+from weft.compare.report.labels import spread
 
 
 @settings(deadline=None)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from comparing import RUNS, Finished
 
-from weft.compare import document, markdown, output, page
-from weft.compare.results import Comparison, Row, Run
+from weft.compare.report import document, files, markdown, page
+from weft.compare.report.comparison import Comparison, Row, Run
 
 VOID = {"meta", "img", "br"}
 CHROMIUM = next(
@@ -110,7 +110,7 @@ def found_with(rows: list[Row], **settings) -> Comparison:
 
 @pytest.fixture(scope="module")
 def parsed(finished: Finished) -> Parsed:
-    return Parsed((finished.out / output.PAGE).read_text(encoding="utf-8"))
+    return Parsed((finished.out / files.PAGE).read_text(encoding="utf-8"))
 
 
 def test_the_page_parses_and_fetches_nothing(parsed: Parsed, finished: Finished) -> None:
@@ -118,7 +118,7 @@ def test_the_page_parses_and_fetches_nothing(parsed: Parsed, finished: Finished)
     assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
     assert parsed.sources
     assert all(source.startswith("data:image/png;base64,") for source in parsed.sources)
-    text = (finished.out / output.PAGE).read_text(encoding="utf-8")
+    text = (finished.out / files.PAGE).read_text(encoding="utf-8")
     assert not [
         mark for mark in ("http://", "https://", "url(", "@import", "//cdn") if mark in text
     ]
@@ -133,10 +133,10 @@ def test_the_page_has_the_five_pictures_that_lie_beside_it(
     assert len(set(inside)) == 5
 
 
-@pytest.mark.parametrize("name", [output.PAGE, output.MARKDOWN])
+@pytest.mark.parametrize("name", [files.PAGE, files.MARKDOWN])
 def test_the_report_says_what_the_json_holds(finished: Finished, name: str) -> None:
     raw = (finished.out / name).read_text(encoding="utf-8")
-    text = Parsed(raw).text if name == output.PAGE else raw.replace("\\", "")
+    text = Parsed(raw).text if name == files.PAGE else raw.replace("\\", "")
     data = finished.json
     for row in data["rows"]:
         assert row["method"] in text
@@ -153,7 +153,7 @@ def test_the_report_says_what_the_json_holds(finished: Finished, name: str) -> N
 
 
 def test_every_run_is_in_the_report_and_in_runs_csv(finished: Finished, parsed: Parsed) -> None:
-    with (finished.out / output.RUNS).open(encoding="utf-8", newline="") as file:
+    with (finished.out / files.RUNS).open(encoding="utf-8", newline="") as file:
         runs = list(csv.DictReader(file))
     assert len(runs) == RUNS
     scored = {
@@ -199,7 +199,7 @@ def test_failed_runs_are_shown_with_their_reason_and_unfolded() -> None:
 
 def test_what_has_no_score_gets_no_picture_and_an_old_one_goes(tmp_path: Path) -> None:
     (tmp_path / "scores.png").write_bytes(b"old")
-    written = output.write(found_with([lost()]), tmp_path, "weft compare")
+    written = files.write_report(found_with([lost()]), tmp_path, "weft compare")
     assert not [name for name in written if name.endswith(".png")]
     assert not list(tmp_path.glob("*.png"))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(written)
@@ -207,7 +207,7 @@ def test_what_has_no_score_gets_no_picture_and_an_old_one_goes(tmp_path: Path) -
 
 def long_words(finished: Finished, tmp_path: Path) -> Path:
     """The finished page with names and commands that are longer than a phone is wide."""
-    html = (finished.out / output.PAGE).read_text(encoding="utf-8")
+    html = (finished.out / files.PAGE).read_text(encoding="utf-8")
     long = tmp_path / "long.html"
     long.write_text(
         html.replace("BitFit", "BitFit" + "x" * 300).replace("--methods", "--methods=" + "y" * 300),
@@ -224,7 +224,7 @@ def long_words(finished: Finished, tmp_path: Path) -> Path:
 def test_a_browser_shows_the_page_without_scrolling_sideways(
     finished: Finished, tmp_path: Path, width: int, long: bool
 ) -> None:
-    file = long_words(finished, tmp_path) if long else finished.out / output.PAGE
+    file = long_words(finished, tmp_path) if long else finished.out / files.PAGE
     assert inner_and_scrolled(file, tmp_path, width) == (width, width)
 
 
@@ -268,12 +268,12 @@ Math.max(d.documentElement.scrollWidth, d.body.scrollWidth) }}</script>""",
 
 
 def test_equal_seconds_put_the_steps_of_each_row_into_the_table() -> None:
-    from weft.compare import report
+    from weft.compare.report import table
 
     rows = [lost(label=name, steps=steps) for name, steps in (("A", 1234), ("B", 56))]
-    told = report.text(found_with(rows, budget="seconds", steps=None, seconds=20.0))
-    assert "budget: equal wall-clock, 20 s a run" in " ".join(told.split())
+    told = table.table_text(found_with(rows, budget="seconds", steps=None, seconds=20.0))
+    assert "budget: equal wall-clock, 20 s per run" in " ".join(told.split())
     assert [
         line.split()[-1] for line in told.splitlines() if line.startswith(("method", "A ", "B "))
     ][:3] == ["steps", "1,234", "56"]
-    assert "steps" not in report.table(found_with([replace(rows[0])])).splitlines()[0]
+    assert "steps" not in table.scores_table(found_with([replace(rows[0])])).splitlines()[0]

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from comparing import RUNS, TINY, Finished, compare, states, stopped_at_work, trials_of, until
 
-from weft.compare.place import Place, parse_study
+from weft.compare.run.study_location import StudyLocation, parse_study_url
 
 pytestmark = pytest.mark.timeout(300)
 
 
 @dataclass(frozen=True)
 class Shared:
-    place: Place
+    location: StudyLocation
     words: list[str]
     killed: int
     survivor: int
@@ -66,23 +66,23 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("shared")
     if request.param == "postgres":
         url = f"{request.getfixturevalue('postgres')}#shared"
-        place, words, outs = (
-            Place(folder / "a", *parse_study(url)),
+        location, words, outs = (
+            StudyLocation(folder / "a", *parse_study_url(url)),
             ["--study", url],
             [folder / "a", folder / "b"],
         )
         first, second = (_start(out, *words) for out in outs)
     else:  # both in one directory
-        place, words = Place(folder / "a"), []
+        location, words = StudyLocation(folder / "a"), []
         first = _start(folder / "a")
-        until(lambda: bool(states(place)), first)
+        until(lambda: bool(states(location)), first)
         second = _start(folder / "a", "--resume")
     until(
-        lambda: {("COMPLETE", first.pid), ("COMPLETE", second.pid)} <= set(states(place)),
+        lambda: {("COMPLETE", first.pid), ("COMPLETE", second.pid)} <= set(states(location)),
         first,
         second,
     )
-    until(lambda: stopped_at_work(second, place), first, second)
+    until(lambda: stopped_at_work(second, location), first, second)
     second.kill()
     second.communicate()
     said = first.communicate(timeout=240)[1]
@@ -92,7 +92,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         else {}
     )
     return Shared(
-        place, words, second.pid, first.pid, first.returncode, said, trials_of(place), last
+        location, words, second.pid, first.pid, first.returncode, said, trials_of(location), last
     )
 
 
@@ -123,10 +123,10 @@ def test_the_run_in_work_was_taken_again_and_the_report_says_so(shared: Shared) 
     again = [run for row in shared.last["rows"] for run in row["runs"] if run["attempts"] > 1]
     assert [(run["attempts"], run["status"]) for run in again] == [(2, "finished")]
     assert f"the run was lost with process {shared.killed} on " in again[0]["earlier"][0]
-    report = (shared.place.out / "report.md").read_text(encoding="utf-8")
+    report = (shared.location.out / "report.md").read_text(encoding="utf-8")
     assert f"the run was lost with process {shared.killed}" in report
     assert "finished at a later attempt" in " ".join(
-        (shared.place.out / "table.txt").read_text(encoding="utf-8").split()
+        (shared.location.out / "table.txt").read_text(encoding="utf-8").split()
     )
     assert "(elsewhere)" in shared.said
     assert "failed and is tried once more" in shared.said
@@ -135,14 +135,14 @@ def test_the_run_in_work_was_taken_again_and_the_report_says_so(shared: Shared) 
 def test_who_comes_later_gets_the_whole_table_and_trains_nothing(
     shared: Shared, tmp_path: Path
 ) -> None:
-    if shared.place.url is None:
+    if shared.location.url is None:
         return
     later = compare(tmp_path / "late", *TINY, *shared.words)
     assert later.status == 0, later.errors
     assert [row["scores"] for row in later.json["rows"]] == [
         row["scores"] for row in shared.last["rows"]
     ]
-    assert len(trials_of(shared.place)) == len(shared.trials)
+    assert len(trials_of(shared.location)) == len(shared.trials)
     assert "the adapter of its first seed is not here" in " ".join(later.printed.split())
     assert [row["adapter"] for row in later.json["rows"]] == [None, None]
     other = compare(tmp_path / "other", *TINY, *shared.words, "--head-lr", "0.02")

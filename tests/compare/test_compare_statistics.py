@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from weft.compare.statistics import ALPHA, gap_bound, holm, rank, seeds_needed, t_interval, worse
+from weft.compare.report.statistics import (
+    ALPHA,
+    gap_bound,
+    holm,
+    rank,
+    seeds_needed,
+    t_interval,
+    worse,
+)
 
 SCORES = st.floats(0, 1, allow_subnormal=False).map(lambda x: round(x, 3))
 TABLES = st.integers(3, 6).flatmap(

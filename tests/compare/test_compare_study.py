@@ -17,9 +17,9 @@ import pytest
 from comparing import trials_of
 
 import weft
-from weft.compare.place import Place, parse_study
-from weft.compare.plan import RunSpec
-from weft.compare.study import State, Study
+from weft.compare.plan.sweep import RunSpec
+from weft.compare.run.study import State, Study
+from weft.compare.run.study_location import StudyLocation, parse_study_url
 
 IDENTITY = {"task": "digits", "steps": 10}
 FAILED = {"status": "failed", "reason": "DivergedError: the loss became nan"}
@@ -40,21 +40,21 @@ def result(score: float = 0.75) -> dict[str, Any]:
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> StudyLocation:
     folder = tmp_path / "wh{a}t ?#%"
     if request.param == "sqlite":
-        return Place(folder)
-    url, name = parse_study(f"{request.getfixturevalue('postgres')}#{request.node.name}")
-    return Place(folder, url, name)
+        return StudyLocation(folder)
+    url, name = parse_study_url(f"{request.getfixturevalue('postgres')}#{request.node.name}")
+    return StudyLocation(folder, url, name)
 
 
 @pytest.fixture
-def open_study(place: Place) -> Any:
+def open_study(location: StudyLocation) -> Any:
     """Studies as several processes would have them."""
     with ExitStack() as stack:
 
         def opened(**settings: Any) -> Study:
-            study = stack.enter_context(closing(Study(place, **settings)))
+            study = stack.enter_context(closing(Study(location, **settings)))
             study.open(IDENTITY)
             return study
 
@@ -75,13 +75,15 @@ def test_a_run_is_claimed_once_and_its_result_is_there_for_all(open_study: Open)
     assert (one.count(), two.count()) == (1, 1)
 
 
-def test_optuna_reads_what_was_kept(open_study: Open, place: Place) -> None:
+def test_optuna_reads_what_was_kept(open_study: Open, location: StudyLocation) -> None:
     study = open_study()
     study.claim(spec(7), "ab")
     study.finish("ab", result(0.5))
     study.claim(spec(8), "cd")
-    study.finish("cd", result(float("nan")))  # a score that is no number is a result all the same
-    first, second = trials_of(place)
+    study.finish(
+        "cd", result(float("nan"))
+    )  # a score that is not a number is a result all the same
+    first, second = trials_of(location)
     assert (first.state.name, first.value) == ("COMPLETE", 0.5)
     assert first.params == {"lr": 1e30, "seed": 7, "purpose": "tune"}
     assert (first.user_attrs["label"], first.user_attrs["key"], first.user_attrs["result"]) == (
@@ -99,7 +101,7 @@ def test_a_run_that_fails_is_tried_once_more_and_then_failed_until_a_retry(
     study.claim(spec(), "ab")
     study.finish("ab", FAILED)
     state = study.refresh()
-    assert (state.done, list(state.again)) == ({}, ["ab"])
+    assert (state.done, list(state.retrying)) == ({}, ["ab"])
     assert study.claim(spec(), "ab")
     study.finish("ab", {**FAILED, "reason": "other"})
     last = study.refresh().done["ab"]
@@ -120,9 +122,11 @@ def test_a_run_that_fails_is_tried_once_more_and_then_failed_until_a_retry(
     }
 
 
-def test_what_is_given_back_is_free_and_was_no_attempt(open_study: Open, place: Place) -> None:
+def test_what_is_given_back_is_free_and_was_no_attempt(
+    open_study: Open, location: StudyLocation
+) -> None:
     for _ in range(3):
-        with Study(place) as stopped:
+        with Study(location) as stopped:
             stopped.open(IDENTITY)
             assert stopped.claim(spec(), "ab")
     study = open_study()
@@ -135,11 +139,11 @@ def test_what_is_given_back_is_free_and_was_no_attempt(open_study: Open, place: 
 CLAIM = """
 import json, os, signal, sys
 from pathlib import Path
-from weft.compare.place import Place
-from weft.compare.plan import RunSpec
-from weft.compare.study import Study
+from weft.compare.run.study_location import StudyLocation
+from weft.compare.plan.sweep import RunSpec
+from weft.compare.run.study import Study
 out, url, name, spec, identity = json.loads(sys.argv[1])
-study = Study(Place(Path(out), url, name))
+study = Study(StudyLocation(Path(out), url, name))
 study.open(identity)
 assert study.claim(RunSpec(**spec), "ab")
 os.kill(os.getpid(), signal.SIGKILL)
@@ -147,16 +151,16 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_the_run_of_a_process_that_was_killed_is_free_at_once_and_tells_it(
-    open_study: Open, place: Place
+    open_study: Open, location: StudyLocation
 ) -> None:
-    words = [str(place.out), place.url, place.name, vars(spec()), IDENTITY]
+    words = [str(location.out), location.url, location.name, vars(spec()), IDENTITY]
     killed = subprocess.Popen([sys.executable, "-c", CLAIM, json.dumps(words)])
     assert killed.wait(120) == -9
     study = open_study()
     state = study.refresh()
     assert not state.busy
     assert re.fullmatch(
-        rf"the run was lost with process {killed.pid} on \S+", state.again["ab"]["reason"]
+        rf"the run was lost with process {killed.pid} on \S+", state.retrying["ab"]["reason"]
     )
     assert study.claim(spec(), "ab")
     study.finish("ab", result())
@@ -165,10 +169,10 @@ def test_the_run_of_a_process_that_was_killed_is_free_at_once_and_tells_it(
 
 
 def test_a_claim_from_another_machine_lasts_as_long_as_its_heart_beats(
-    open_study: Open, place: Place
+    open_study: Open, location: StudyLocation
 ) -> None:
-    far, near = open_study(beat=1, grace=2), open_study(beat=1, grace=2)
-    far._me = {**far._me, "machine": "elsewhere", "pid": 1}
+    far, near = open_study(heartbeat=1, grace=2), open_study(heartbeat=1, grace=2)
+    far._owner = {**far._owner, "machine": "elsewhere", "pid": 1}
     far.__enter__()
     assert far.claim(spec(), "ab")
     time.sleep(4)
@@ -184,7 +188,7 @@ def test_a_claim_from_another_machine_lasts_as_long_as_its_heart_beats(
 
 
 def test_a_process_that_dies_between_writing_a_trial_and_having_it_blocks_nobody(
-    open_study: Open, place: Place, monkeypatch: pytest.MonkeyPatch
+    open_study: Open, location: StudyLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = open_study(), open_study()
     monkeypatch.setattr(one._storage, "record_heartbeat", lambda trial: 1 / 0)
@@ -193,7 +197,7 @@ def test_a_process_that_dies_between_writing_a_trial_and_having_it_blocks_nobody
     assert two.claim(spec(), "ab")
     two.finish("ab", result())
     assert two.refresh().done["ab"]["attempts"] == 1
-    assert len(trials_of(place)) == 1
+    assert len(trials_of(location)) == 1
 
 
 def test_many_that_reach_for_the_same_runs_share_them(open_study: Open) -> None:
@@ -201,13 +205,13 @@ def test_many_that_reach_for_the_same_runs_share_them(open_study: Open) -> None:
     got: list[list[str]] = [[] for _ in studies]
     start = threading.Barrier(len(studies))
 
-    def reach(place: int) -> None:
+    def reach(number: int) -> None:
         start.wait()
         for seed in range(5):
-            if studies[place].claim(spec(seed), str(seed)):
-                got[place].append(str(seed))
+            if studies[number].claim(spec(seed), str(seed)):
+                got[number].append(str(seed))
 
-    threads = [threading.Thread(target=reach, args=(place,)) for place in range(len(studies))]
+    threads = [threading.Thread(target=reach, args=(number,)) for number in range(len(studies))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -216,17 +220,17 @@ def test_many_that_reach_for_the_same_runs_share_them(open_study: Open) -> None:
 
 
 def test_another_comparison_is_refused_and_measures_are_kept(
-    open_study: Open, place: Place
+    open_study: Open, location: StudyLocation
 ) -> None:
     study = open_study()
     study.add_measure("ab", {"step_ratio": 1.5})
     assert open_study().measures() == {"ab": {"step_ratio": 1.5}}
     with (
-        closing(Study(place)) as other,
+        closing(Study(location)) as other,
         pytest.raises(weft.ConfigError, match="steps 10, and this one has 11") as said,
     ):
         other.open({**IDENTITY, "steps": 11})
-    assert str(place) in str(said.value)
+    assert str(location) in str(said.value)
 
 
 def test_optuna_says_nothing(open_study: Open, capfd: pytest.CaptureFixture[str]) -> None:
@@ -242,11 +246,11 @@ def test_a_file_that_is_no_study_and_a_database_that_is_not_there_are_named(tmp_
     with pytest.raises(
         weft.WeftError, match=re.escape(f"the study {tmp_path / 'study.db'} cannot be used: ")
     ):
-        Study(Place(tmp_path))
+        Study(StudyLocation(tmp_path))
     pytest.importorskip("psycopg")
-    url, name = parse_study(f"postgresql://u:secret@/db?host={tmp_path}#mine")
+    url, name = parse_study_url(f"postgresql://u:secret@/db?host={tmp_path}#mine")
     with pytest.raises(
         weft.WeftError, match=r"the study postgresql\+psycopg://u:\*\*\*@/db\S+#mine cannot be used"
     ) as said:
-        Study(Place(tmp_path / "out", url, name))
+        Study(StudyLocation(tmp_path / "out", url, name))
     assert "secret" not in str(said.value)

@@ -13,16 +13,16 @@ from typing import Any
 import psutil
 
 from weft import LoRA, methods
-from weft.compare.bench import Opening
-from weft.compare.dispatch import Crew, Jobs, Order
-from weft.compare.plan import RunSpec
-from weft.compare.pool import Pool
+from weft.compare.plan.sweep import RunSpec
+from weft.compare.run.pool import Pool
+from weft.compare.run.scheduler import Job, JobSource, Scheduler
+from weft.compare.run.trial_runner import RunnerConfig
 
-OPENING = asdict(
-    Opening(
+CONFIG = asdict(
+    RunnerConfig(
         task="digits",
         model="digits-vit",
-        most={"train": 20, "validation": 20, "test": 20},
+        limits={"train": 20, "validation": 20, "test": 20},
         device="cpu",
     )
 )
@@ -34,16 +34,16 @@ def _orphaned(pool: Pool) -> int:
     """
     worker, message = pool.wait()
     assert "answer" in message
-    worker.send(order("long", 1e-2, steps=20_000).message)
+    worker.send(job("long", 1e-2, steps=20_000).message)
     time.sleep(0.5)
     assert worker.process.stdin is not None
     worker.process.stdin.close()
     return worker.process.wait(timeout=30)
 
 
-def order(key: str, lr: float, steps: int = 400) -> Order:
+def job(key: str, lr: float, steps: int = 400) -> Job:
     config = methods.to_json(LoRA(r=2, modules_to_save=("classifier",)))
-    return Order(
+    return Job(
         key,
         {
             "do": "run",
@@ -54,7 +54,7 @@ def order(key: str, lr: float, steps: int = 400) -> Order:
 
 
 class Killer(threading.Thread):
-    """Kills every worker that holds the order of this key, once each."""
+    """Kills every worker that holds the job of this key, once each."""
 
     def __init__(self, pool: Pool, key: str) -> None:
         super().__init__(daemon=True)
@@ -64,7 +64,7 @@ class Killer(threading.Thread):
         while not self.stopped:
             for worker in list(self.pool.workers.values()):
                 if (
-                    isinstance(worker.job, Order)
+                    isinstance(worker.job, Job)
                     and worker.job.key == self.key
                     and worker.number not in self.hit
                 ):
@@ -74,15 +74,15 @@ class Killer(threading.Thread):
 
 
 def test_a_run_whose_worker_dies_is_tried_once_more_and_then_failed(tmp_path: Path) -> None:
-    wanted = [order("is refused", -1.0), order("kills its worker", 1e-2)]
+    wanted = [job("is refused", -1.0), job("kills its worker", 1e-2)]
     results: dict[str, dict[str, Any]] = {}
     with Pool(tmp_path) as pool:
-        crew = Crew(pool, OPENING)
-        crew.open_first()
+        scheduler = Scheduler(pool, CONFIG)
+        scheduler.start_first()
         killer = Killer(pool, "kills its worker")
         killer.start()
-        crew.work(
-            Jobs(
+        scheduler.run(
+            JobSource(
                 lambda: [o for o in wanted if o.key not in results],
                 lambda o, r: results.update({o.key: r}),
             )
@@ -106,11 +106,11 @@ def test_a_run_whose_worker_dies_is_tried_once_more_and_then_failed(tmp_path: Pa
 
 def test_workers_are_spread_over_the_gpus_and_each_sees_one(tmp_path: Path) -> None:
     with Pool(tmp_path, ["3", "GPU-5f"]) as pool:
-        workers = [pool.add(OPENING) for _ in range(4)]
+        workers = [pool.add(CONFIG) for _ in range(4)]
         seen = [
             psutil.Process(worker.process.pid).environ()["CUDA_VISIBLE_DEVICES"]
             for worker in workers
         ]
         assert seen == ["3", "GPU-5f", "3", "GPU-5f"]
         pool.remove(workers[0].number)
-        assert pool.add(OPENING).gpu == "3"  # in place of the one that is gone
+        assert pool.add(CONFIG).gpu == "3"  # in place of the one that is gone

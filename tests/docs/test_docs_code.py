@@ -8,7 +8,7 @@ from documents import ALL, COMING, HUB_MODEL, ROOT, blocks, commands, named, sma
 
 from weft.cli import COMMANDS
 from weft.cli.plan import _config
-from weft.compare.entries import parse_methods
+from weft.compare.plan.entries import parse_methods
 
 RUN = [page for page in ALL if blocks(page, "python") and page not in COMING]
 

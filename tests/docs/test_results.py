@@ -14,8 +14,8 @@ from scripts.results import pages, run
 from scripts.results.experiments import EXPERIMENTS, Claim
 from scripts.results.findings import NOT_SEEN, SEEN, UNKNOWN, findings, groups, unseen, verdict
 from scripts.results.picture import axis, picture
-from weft.compare.entries import parse_methods, with_lrs
-from weft.compare.like import find_like
+from weft.compare.plan.entries import parse_methods, with_learning_rates
+from weft.compare.report.paper_table import find_paper_table
 from weft.compare.request import parse_budget
 
 STORED = sorted(run.RECORDS.glob("*.json"))
@@ -86,7 +86,7 @@ def test_a_record_is_small_and_whole_and_names_no_machines_folder(path) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
 def test_an_experiment_is_a_command_that_weft_understands(experiment) -> None:
-    entries = with_lrs(
+    entries = with_learning_rates(
         parse_methods(",".join(experiment.methods)),
         [f"{m}={r}" for m, r in experiment.rates.items()],
     )
@@ -94,7 +94,7 @@ def test_an_experiment_is_a_command_that_weft_understands(experiment) -> None:
     assert all(len(entry.lrs) > 1 for entry in entries), "rates are chosen among several"
     parse_budget(experiment.budget)
     if experiment.like:
-        find_like(experiment.like, experiment.task)
+        find_paper_table(experiment.like, experiment.task)
     labels = {entry.label for entry in entries}
     assert all({claim.a, claim.b} <= labels for claim in experiment.claims)
     assert experiment.page in pages.TITLES
@@ -126,11 +126,7 @@ def test_findings_are_paired_over_the_seeds_and_said_in_words() -> None:
         (0.0752, 0.1248), abs=1e-4
     )
     said = unseen(found)
-    assert (
-        "A is better" not in said
-        and "decides nothing either way" in said
-        and "speak against it" in said
-    )
+    assert "A is better" not in said and "is not conclusive" in said and "speak against it" in said
     idle = findings(RESULT, claims, chance=0.9)
     assert {one.verdict for one in idle} == {UNKNOWN} and "no method learns the task" in unseen(
         idle
@@ -143,14 +139,14 @@ def test_findings_are_paired_over_the_seeds_and_said_in_words() -> None:
 def test_rows_that_the_test_cannot_tell_apart_are_not_ordered() -> None:
     assert groups(RESULT) == (A, [C], [B])
     assert groups({**RESULT, "ranking": None}) is None
-    told = pages._told(RESULT)
+    told = pages._ranking_text(RESULT)
     assert (
         f"Significantly worse over the 3 seeds: {B}." in told
         and "says nothing" in told
         and "examples" not in told
     )
     rows = [RESULT["rows"][0], *({**row, "worse_p_examples": 0.0001} for row in RESULT["rows"][1:])]
-    assert "Over the test examples, for these very runs: every other row." in pages._told(
+    assert "Over the test examples, for these runs only: every other row." in pages._ranking_text(
         {**RESULT, "rows": rows}
     )
 
@@ -168,7 +164,7 @@ def test_several_metrics_have_a_table_and_rates_at_an_edge_one_line() -> None:
     edge = "{}: the best learning rate, 1e-3, is at the edge of those tried (1e-3, 3e-3); a better one may lie beyond."
     told = pages._notes({"notes": [edge.format(A), "x_y | z", edge.format("DoRA r=4")]})
     assert told == (
-        "- x\\_y \\| z\n- Best at an edge of the rates tried, so that a better one may lie beyond: "
+        "- x\\_y \\| z\n- Best at an edge of the rates tried, so a better one may be beyond it: "
         "method A 1e-3 (of 1e-3, 3e-3); DoRA r=4 1e-3 (of 1e-3, 3e-3)."
     )
 

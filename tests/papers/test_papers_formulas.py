@@ -25,8 +25,10 @@ def ranked(name, r, targets):
     return METHODS[name](r=r, targets=targets, **({"target_r": r} if name == "AdaLoRA" else {}))
 
 
-def test_every_method_has_a_closed_form_and_no_other():
-    assert set(METHODS) == set(FORMS)
+def test_every_method_of_the_papers_has_a_closed_form():
+    # The number of any other method is in tests/oracle.py only.
+    counted = {data["method"] for table in tables() for row in table.rows for data in row.methods}
+    assert counted <= set(FORMS) <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", RANKED)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import weft
-from weft.papers import find, rebuild, tables
+from weft.papers import find_table, rebuild, tables
 from weft.papers.architectures import ARCHITECTURES
 from weft.papers.figures import figure
 from weft.papers.rebuild import Model, configurations
@@ -16,7 +16,7 @@ def table(name, **changes):
     """A table with some rows changed: id -> changed fields. Rows that are not named are left out
     where any is.
     """
-    found = find(name, tables())
+    found = find_table(name, tables())
     rows = [
         dataclasses.replace(row, **changes.get(f"r{row.id}", {}))
         for row in found.rows
@@ -89,7 +89,7 @@ def test_a_configuration_that_does_not_fit_makes_the_row_different_and_leaves_th
 
 
 def test_a_tensor_that_two_methods_train_is_counted_once():
-    row = find("dora-2", tables()).rows[1]
+    row = find_table("dora-2", tables()).rows[1]
     model = Model(ARCHITECTURES["VL-BART image"])
     both = model.count(row)
     alone = [model.count(dataclasses.replace(row, methods=(config,))) for config in row.methods]
@@ -113,7 +113,7 @@ def test_gpt3_rows_of_the_vera_table_are_its_vectors_and_the_shared_pair():
     model = Model(ARCHITECTURES["GPT-3 175B"])
     rows = [
         row
-        for row in find("vera-1", tables()).rows
+        for row in find_table("vera-1", tables()).rows
         if row.model == "GPT-3 175B" and "VeRA" in row.row
     ]
     assert len(rows) == 6

@@ -183,18 +183,20 @@ def test_wikisql_rows_of_the_hub_are_the_same_queries():
         {"sel": 0, "agg": 6, "conds": []},
         {"sel": 0, "agg": 0, "conds": [[0, 0]]},
     ):
-        with pytest.raises(weft.WeftError, match="is no query on 2 columns"):
+        with pytest.raises(weft.WeftError, match="is not a query on 2 columns"):
             wikisql.render(wrong, ["A", "B"])
 
 
 def test_the_commonsense_prompt_is_the_papers_to_the_letter():
-    assert commonsense.prompt_of("Q?") == (
+    assert commonsense.instruction_prompt("Q?") == (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request. \n\n"
         "                ### Instruction:\n                Q?\n\n                ### Response:\n   "
         "             "
     )
-    assert "\n                ### Input:\n                C\n\n" in commonsense.prompt_of("Q?", "C")
+    assert "\n                ### Input:\n                C\n\n" in commonsense.instruction_prompt(
+        "Q?", "C"
+    )
 
 
 RAW = {
@@ -317,9 +319,9 @@ def test_the_merged_training_file_is_used_where_it_is_there(folder):
     ("name", "said"),
     [
         ("e2:x", "Nearest.*e2e:DIR"),
-        ("e2e:./nowhere", "must be a folder; there is nothing there"),
+        ("e2e:./nowhere", "must be a folder; it does not exist"),
         ("sst2:x", "is classification"),
-        ("commonsense:a/b", "eight data sets"),
+        ("commonsense:a/b", "all eight"),
         ("samsum:nowhere", "must be a folder"),
     ],
 )
@@ -336,26 +338,26 @@ def test_a_generation_task_is_no_classification():
 @pytest.mark.parametrize(
     ("name", "file", "text", "said"),
     [
-        ("e2e", "other.csv", "x", "holds none of trainset"),
+        ("e2e", "other.csv", "x", "has none of trainset"),
         ("e2e", "devset.csv", "mr,ref\nname[A]\n", "line 2: the number of fields is not 2"),
         (
             "e2e",
             "devset.csv",
             "mr,text\nname[A],x\n",
-            r"row 1: \['ref'\] must be there; it has \['mr', 'text'\]",
+            r"row 1: \['ref'\] is missing; it has \['mr', 'text'\]",
         ),
         ("e2e", "devset.csv", "mr,ref\n", "no rows"),
         ("samsum", "val.jsonl", '{"dialogue": "a", "summary": "b"}\n{"dialogue": 1\n', "line 2: "),
         ("samsum", "val.json", '{"dialogue": ', "line 1: "),
         ("samsum", "val.parquet", "no parquet", "cannot be read as parquet"),
-        ("samsum", "val.jsonl", "[1]\n", "is no object with named fields"),
+        ("samsum", "val.jsonl", "[1]\n", "is not an object with named fields"),
         (
             "boolq",
             "test.json",
             '[{"instruction": "a", "answer": "maybe"}]',
-            "row 1: the answer 'maybe' is no key word",
+            "row 1: the answer 'maybe' is not a key word",
         ),
-        ("piqa", "nothing.json", "[]", "none of .* is there with a test or train file"),
+        ("piqa", "nothing.json", "[]", "none of .* has a test or train file"),
     ],
 )
 def test_a_file_at_fault_is_named_with_its_line(tmp_path, name, file, text, said):
@@ -383,8 +385,8 @@ def test_parquet_files_and_the_hubs_reader_give_the_same_rows(folder, tmp_path, 
 
 
 def test_e2e_meanings_in_either_notation_are_one_prompt():
-    assert e2e.prompt_of(
+    assert e2e.meaning_prompt(
         "name[X], eatType[pub], priceRange[less than £20], customer rating[3 out of 5]"
-    ) == e2e.prompt_of(
+    ) == e2e.meaning_prompt(
         "name : X | Type : pub | price : less than £ 20 | customer rating : 3 out of 5"
     )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import weft
-from weft.compare.bench import Bench
-from weft.compare.plan import RunSpec
+from weft.compare.plan.sweep import RunSpec
+from weft.compare.run.trial_runner import TrialRunner
 from weft.compare.tasks.labelled import LabelledTask
 from weft.tasks import GLUE, find_task
 from weft.tasks.glue import SETS
@@ -69,7 +69,7 @@ def test_one_file_is_split_in_three(tmp_path):
     assert (
         sum(len(split) for split in task.splits.values()) == 10 and "60, 20 and 20" in task.notes[0]
     )
-    with pytest.raises(weft.WeftError, match="only one of them is there"):
+    with pytest.raises(weft.WeftError, match="only one of them exists"):
         find_task(f"qnli-paper:{tmp_path}").load()
 
 
@@ -90,10 +90,10 @@ def test_the_real_files_are_read_whole(shared, name, sizes):
         (
             "sst2",
             "sentence\tlabel\na\t2\n",
-            r"row 1: the label '2' is none of \['negative', 'positive'\]",
+            r"row 1: the label '2' is not one of \['negative', 'positive'\]",
         ),
-        ("stsb", "sentence1\tsentence2\tscore\na\tb\tx\n", "row 1: the score 'x' is no number"),
-        ("rte", "sentence1\tlabel\na\t1\n", r"row 1: \['sentence2'\] must be there"),
+        ("stsb", "sentence1\tsentence2\tscore\na\tb\tx\n", "row 1: the score 'x' is not a number"),
+        ("rte", "sentence1\tlabel\na\t1\n", r"row 1: \['sentence2'\] is missing"),
     ],
 )
 def test_a_row_at_fault_is_named(tmp_path, name, text, said):
@@ -162,7 +162,7 @@ def test_a_regression_is_trained_by_squared_error_and_scored_by_its_metric(tmp_p
     task = find_task(f"stsb:{tmp_path}").load()
     model = find_model(bert(tmp_path / "bert", ["the", "film", "was", "so", *words]))
     prepared = prepare(task, model, {})
-    bench = Bench(LabelledTask(prepared), torch.device("cpu"))
+    bench = TrialRunner(LabelledTask(prepared), torch.device("cpu"))
     config = weft.methods.to_json(weft.LoRA(r=4, modules_to_save=bench.head))
     spec = RunSpec(
         label="lora",

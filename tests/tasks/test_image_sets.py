@@ -101,7 +101,7 @@ def parquet(path, labels, column="label", image="image", start=0):
 
 
 def contents(split):
-    return [images.opened(item).tobytes() for item in split.items]
+    return [images.open_image(item).tobytes() for item in split.items]
 
 
 def counts(task):
@@ -207,7 +207,7 @@ def test_the_hubs_parquet_files(tmp_path):
     for name in ("train", "validation"):
         parquet(tmp_path / "food" / f"{name}-0.parquet", [i % 101 for i in range(202)])
     task = find_task(f"food101:{tmp_path / 'food'}").load()
-    assert counts(task)["test"] == (202, 101) and "taken for the test" in task.notes[0]
+    assert counts(task)["test"] == (202, 101) and "is used instead" in task.notes[0]
     with pytest.raises(WeftError, match="coarse_label"):
         find_task(f"resisc45:{tmp_path}").load()
 
@@ -250,7 +250,7 @@ def test_an_option_that_cannot_be_meant_is_refused(tmp_path, wrong):
 def test_names_and_places_are_checked_before_anything_is_read(tmp_path):
     with pytest.raises(ConfigError, match="write food101:DIR"):
         find_task("food101")
-    with pytest.raises(ConfigError, match="nothing there"):
+    with pytest.raises(ConfigError, match="does not exist"):
         find_task(f"food101:{tmp_path / 'x'}:per_class=3")
     with pytest.raises(ConfigError, match="its own test data"):
         find_task(f"food101:{tmp_path}", test=str(tmp_path))
@@ -265,7 +265,7 @@ def test_a_split_too_large_to_keep_gives_the_same_pixels(tmp_path, monkeypatch):
     items = [Stored(f"{i}", encoded(i)) for i in range(70)]
     split = Split(items, [i % 2 for i in range(70)])
     held = images.encode(split, config, None)
-    monkeypatch.setattr(images, "HELD", 70 * 3 * 36 * 4 - 1)
+    monkeypatch.setattr(images, "KEPT_BYTES", 70 * 3 * 36 * 4 - 1)
     streamed = images.encode(split, config, None)
     assert isinstance(held, images.ImageSplit) and isinstance(streamed, images.StreamedSplit)
     rows = torch.tensor([69, 3, 3, 64])

@@ -17,18 +17,9 @@ from weft.errors import ConfigError, WeftError
 from weft.tasks.endpoint import Endpoint, Patience, Refused, Unanswered
 from weft.tasks.files import read_rows
 from weft.tasks.journal import Journal
-from weft.tasks.mt_bench import (
-    GIVE_UP,
-    OURS,
-    SETTINGS,
-    asks,
-    grade,
-    judge_all,
-    read_answers,
-    read_prompts,
-    read_questions,
-    summary,
-)
+from weft.tasks.judge_prompts import OURS, read_prompts
+from weft.tasks.judging import GIVE_UP, judge_all, summary
+from weft.tasks.mt_bench import SETTINGS, asks, grade, read_answers, read_questions
 
 
 @pytest.fixture(autouse=True)
@@ -399,7 +390,7 @@ def test_options_that_cannot_be_meant_are_refused_before_anything_is_asked(
     ("row", "told"),
     [
         ({"category": "a", "turns": ["x"]}, "question_id"),
-        ({"question_id": 1, "category": "a", "turns": []}, "one turn or two"),
+        ({"question_id": 1, "category": "a", "turns": []}, "one or two non-empty turns"),
         ({"question_id": 1, "category": "a", "turns": "x"}, "list of texts"),
         (
             {"question_id": 1, "category": "a", "turns": ["x"], "reference": ["y", "z"]},

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import weft
 from architectures import ARCHITECTURES, GPT2, transformer
-from weft.compare.entries import LRS, OTHER_LRS
+from weft.compare.plan.entries import learning_rates
 from weft.compare.tasks.loop import Recipe, groups, renew, train
 from weft.methods import METHODS
 from weft.tasks import find_task
@@ -57,7 +57,7 @@ def test_on_a_small_language_model(method: str, model: str) -> None:
     ids = torch.tensor([3 + letters.index(c) for c in TEXT])[:88].view(4, 22)
     before = weft.snapshot(built)
     optimiser = torch.optim.AdamW(
-        adapter.parameters(), lr=max(LRS.get(method, OTHER_LRS)), weight_decay=0.0
+        adapter.parameters(), lr=max(learning_rates(METHODS[method])), weight_decay=0.0
     )
     losses = []
     built.train()
@@ -85,7 +85,7 @@ def test_on_the_embedded_task(method: str, digits: Any) -> None:
     model = copy.deepcopy(digits.model)
     renew(model, ["classifier"], seed=0)
     adapter = weft.attach(model, configuration(method, modules_to_save=["classifier"]))
-    recipe = Recipe(steps=30, lr=LRS.get(method, OTHER_LRS)[1], head_lr=3e-2)
+    recipe = Recipe(steps=30, lr=learning_rates(METHODS[method])[1], head_lr=3e-2)
     losses = train(
         model, adapter, digits.splits["train"], recipe
     )  # with the audit after a few steps

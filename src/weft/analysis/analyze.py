@@ -1,6 +1,4 @@
-"""delta M and delta D of every matrix at every checkpoint of some runs, and how they go
-together.
-"""
+"""Delta M and delta D of every matrix at every checkpoint of some runs, and their correlation."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ EVERY = "all matrices"
 
 @dataclass(frozen=True)
 class Point:
-    """One matrix at one checkpoint. `role`: what it does in its block, for example
+    """One matrix at one checkpoint. `role` is its name in the block, for example
     "attention.query".
     """
 
@@ -38,8 +36,8 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run. `relations`: role, or EVERY where there are several -> the three levels."""
+class RunAnalysis:
+    """One run. `relations` maps a role, or EVERY if there are several, to the three levels."""
 
     label: str
     method: str
@@ -53,57 +51,57 @@ class Run:
         return [step for step, _ in self.places]
 
     def of(self, role: str) -> list[Point]:
-        """The points of a role, or all."""
+        """Returns the points of a role, or all."""
         return [p for p in self.points if role in (p.role, EVERY)]
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Runs over the same matrices. `left_out`: label -> matrices that this run changes and another
-    does not.
+    """Runs over the same matrices. `left_out` maps a label to the matrices that this run changes
+    and another does not.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[RunAnalysis, ...]
     matrices: tuple[str, ...]
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 def analyze(model: nn.Module, series: Sequence[Series], targets: Sequence[str] = ()) -> Analysis:
-    """Measure `series` against the base `model`, which is as it was afterwards.
+    """Measures `series` against the base `model`, which is unchanged afterwards.
 
-    Each checkpoint is loaded, strictly, and its effective weights W' are held against W in float64,
-    one matrix at a time. Runs are compared over the matrices that all of them change. targets:
-    module name endings; only these matrices.
+    Each checkpoint is loaded strictly, and its effective weights W' are compared with W in float64,
+    one matrix at a time. Runs are compared over the matrices that all of them change. `targets`
+    restricts them to these module name endings.
 
-    Raises CheckpointError (a checkpoint does not fit the model), UnsupportedError (the method
-    changes no weight matrix), ConfigError (an ending that matches nothing, runs without a common
-    matrix, one run of several methods).
+    Raises CheckpointError if a checkpoint does not fit the model, UnsupportedError if the method
+    changes no weight matrix, and ConfigError if an ending matches nothing, if runs have no common
+    matrix, or if one run has several methods.
     """
     if not series:
-        raise ConfigError("analyze: give a run or two.")
+        raise ConfigError("analyze: give at least one run.")
     measured = [_measured(model, one) for one in series]
-    kept = _common(series, [set(steps[0]) for _, steps in measured], targets)
+    kept = _common_matrices(series, [set(steps[0]) for _, steps in measured], targets)
     matrices = tuple(name for name in measured[0][1][0] if name in kept)
     left = {
         one.label: [name for name in steps[0] if name not in kept]
         for one, (_, steps) in zip(series, measured, strict=True)
     }
     runs = tuple(
-        _run(one, config, steps, matrices)
+        _run_analysis(one, config, steps, matrices)
         for one, (config, steps) in zip(series, measured, strict=True)
     )
     changes = [
         c for _, steps in measured for found in steps for name, c in found.items() if name in kept
     ]
-    notes = _notes(runs, left, bool(targets), max(c.undirected for c in changes))
+    notes = _analysis_notes(runs, left, bool(targets), max(c.undirected for c in changes))
     return Analysis(
         runs, matrices, {label: names for label, names in left.items() if names}, tuple(notes)
     )
 
 
-def _notes(
-    runs: Sequence[Run], left: Mapping[str, Sequence[str]], chosen: bool, undirected: int
+def _analysis_notes(
+    runs: Sequence[RunAnalysis], left: Mapping[str, Sequence[str]], chosen: bool, undirected: int
 ) -> Iterator[str]:
     why = "not named by --targets" if chosen else "another run does not change them"
     yield from (
@@ -112,13 +110,12 @@ def _notes(
         if names
     )
     if undirected:
-        yield f"up to {undirected} rows of a matrix are 0 and have no direction; they count in delta M alone."
+        yield f"up to {undirected} rows of a matrix are 0 and have no direction; they count in delta M only."
     for run in runs:
         if len(run.places) == 1:
             yield (
-                f"{run.label!r} has one checkpoint, so nothing is said over time (weft train "
-                "writes one every "
-                "save.every steps and keeps them all unless save.keep says how many)."
+                f"{run.label!r} has one checkpoint, so there is no result over time (weft train "
+                "writes one every save.every steps and keeps save.keep of them, by default all)."
             )
 
 
@@ -131,7 +128,7 @@ def _measured(model: nn.Module, one: Series) -> tuple[Any, list[dict[str, Change
         try:
             if config is not None and type(adapter.config) is not type(config):
                 raise ConfigError(
-                    f"{one.label!r} holds adapters of {type(config).__name__} and, in "
+                    f"{one.label!r} has adapters of {type(config).__name__} and, in "
                     f"{str(path)!r}, of "
                     f"{type(adapter.config).__name__}; give each run a label: LABEL=DIR."
                 )
@@ -161,14 +158,14 @@ def _loaded(model: nn.Module, path: Path) -> Any:
         ) from error
 
 
-def _common(
+def _common_matrices(
     series: Sequence[Series], changed: Sequence[set[str]], targets: Sequence[str]
 ) -> set[str]:
-    """The matrices that all runs change, of those that `targets` name."""
+    """The matrices that all runs change, restricted to `targets`."""
     shared = set.intersection(*changed)
     if not shared:
         raise ConfigError(
-            "the runs change no matrix in common: "
+            "the runs have no common matrix: "
             + "; ".join(
                 f"{one.label!r} {sorted(names)[0]!r}"
                 for one, names in zip(series, changed, strict=True)
@@ -180,8 +177,8 @@ def _common(
             have = sorted({name.rpartition(".")[2] for name in shared})
             near = get_close_matches(ending, have, n=2) or have[:5]
             raise ConfigError(
-                f"--targets {ending!r} is no ending of the {len(shared)} matrices that are "
-                "changed. Nearest: "
+                f"--targets {ending!r} matches none of the {len(shared)} changed matrices. "
+                "Nearest: "
                 f"{near}."
             )
     return {
@@ -193,9 +190,9 @@ def _ends(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
-def _run(
+def _run_analysis(
     one: Series, config: Any, steps: Sequence[Mapping[str, Change]], matrices: Sequence[str]
-) -> Run:
+) -> RunAnalysis:
     roles = roles_of(matrices)
     points = tuple(
         Point(name, roles[name], step, found[name].delta_m, found[name].delta_d)
@@ -206,18 +203,18 @@ def _run(
     groups = names if len(names) == 1 else [*names, EVERY]
     relations = {}
     for role in groups:
-        held = [p for p in points if role in (p.role, EVERY)]
+        of_role = [p for p in points if role in (p.role, EVERY)]
         relations[role] = relate(
-            [p.module for p in held], [p.delta_d for p in held], [p.delta_m for p in held]
+            [p.module for p in of_role], [p.delta_d for p in of_role], [p.delta_m for p in of_role]
         )
-    return Run(
+    return RunAnalysis(
         one.label, type(config).__name__, methods.to_json(config), one.places, points, relations
     )
 
 
 def roles_of(modules: Sequence[str]) -> dict[str, str]:
-    """What each matrix is called in its block: the name behind the last number in it. Where no two
-    matrices share a role, they all have one.
+    """Returns the role of each matrix: the part of its name after the last number. If no two
+    matrices share a role, all have the same one.
     """
     found = {}
     for name in modules:

@@ -1,11 +1,12 @@
-"""How far a matrix has moved in magnitude and in direction.
+"""The change of a matrix in magnitude and in direction.
 
-    delta M = mean over rows | ‖W'_i‖ - ‖W_i‖ |              delta D = mean over rows (1 - cos(W'_i, W_i))
+delta M = mean over rows | ‖W'_i‖ - ‖W_i‖ |              delta D = mean over rows (1 - cos(W'_i,
+W_i))
 
-W, W' [out, in]: one weight vector a row, that of one output. The paper writes the transpose and
-says column; the axis is that of DoRA's trained magnitude (one number an output) in the authors'
-code and here. Source: arXiv:2402.09353, section 3.2. Both are means of what single rows do, so
-opposite signs do not cancel in delta M.
+W, W' [out, in] have one weight vector per row, that of one output. The paper writes the transpose
+and says column; the axis is that of DoRA's trained magnitude (one number per output), as in the
+authors' code. Source: arXiv:2402.09353, section 3.2. Both are means over single rows, so opposite
+signs do not cancel in delta M.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from ..ops.norm import full_precision
 
 @dataclass(frozen=True)
 class Change:
-    """delta M and delta D of a matrix. `undirected`: rows that are 0 before or after, which have no
-    direction and count in delta M alone.
+    """Delta M and delta D of a matrix. `undirected` is the number of rows that are 0 before or
+    after: they have no direction and count in delta M only.
     """
 
     delta_m: float
@@ -37,18 +38,19 @@ class Change:
 
 @torch.no_grad()
 def change(W: Tensor, changed: Tensor) -> Change:
-    """Of W [out, in] and W' [out, in], in float64. Raises ValueError for other shapes."""
+    """Returns the change from W [out, in] to W' [out, in], in float64. Raises ValueError if the
+    shapes differ.
+    """
     if W.ndim != 2 or W.shape != changed.shape:
         raise ValueError(
-            f"change: two matrices of one shape are compared, not {list(W.shape)} and "
+            f"change: the matrices must have the same shape, not {list(W.shape)} and "
             f"{list(changed.shape)}."
         )
     before, after = W.double(), changed.double()
     m, m_after = (torch.linalg.vector_norm(t, dim=1) for t in (before, after))
     directed = (m > 0) & (m_after > 0)
     u, v = before[directed] / m[directed, None], after[directed] / m_after[directed, None]
-    # 1 - cos of unit vectors is half of the squared distance, which loses no digits where the two
-    # are nearly the same.
+    # 1 - cos of unit vectors is half of the squared distance, which is exact for nearly equal ones.
     turned = 0.5 * (v - u).square().sum(dim=1)
     d = float(turned.mean()) if turned.numel() else 0.0
     return Change(float((m_after - m).abs().mean()), d, int((~directed).sum()))
@@ -56,24 +58,24 @@ def change(W: Tensor, changed: Tensor) -> Change:
 
 @torch.no_grad()
 def changes_of(adapter: Adapter) -> Iterator[tuple[str, Change]]:
-    """Module and change of every weight matrix that an attached adapter changes, in the model's
-    order.
+    """Yields module and change of every weight matrix that an attached adapter changes, in the
+    model's order.
 
-    Of base tensors trained as copies: those of linear maps; embeddings, the head and
-    `modules_to_save` are left out, as "all-linear" leaves them out. Raises UnsupportedError where
-    the method is no change of weights, or of no matrix.
+    If base tensors are trained as copies, only those of linear layers count; embeddings, the head
+    and `modules_to_save` do not, as in "all-linear". Raises UnsupportedError if the method changes
+    no weights, or no matrix.
     """
     config: Any = adapter.config
     if not config.mergeable:
         raise UnsupportedError(
-            f"{type(config).__name__} is no change of weights ({config.not_mergeable}), so it has "
+            f"{type(config).__name__} does not change weights ({config.not_mergeable}), so it has "
             "neither magnitude nor direction."
         )
     order = {name: place for place, (name, _) in enumerate(adapter.model.named_modules())}
     found = {**_of_sites(adapter), **_of_selected(adapter)}
     if not found:
         raise UnsupportedError(
-            f"{type(config).__name__} trains no weight matrix of a linear layer here, so there is "
+            f"{type(config).__name__} trains no weight matrix of a linear layer, so there is "
             "nothing to measure."
         )
     yield from sorted(found.items(), key=lambda item: order[item[0]])

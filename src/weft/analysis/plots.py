@@ -1,4 +1,4 @@
-"""The picture of the paper: delta M over delta D, a panel a run and role, with the line of the
+"""The plot of the paper: delta M over delta D, one panel per run and role, with the line of the
 pooled slope.
 """
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from .analyze import EVERY, Analysis, Run
+from .analyze import EVERY, Analysis, RunAnalysis
 
 PICTURE = "changes.png"
 PANEL, DPI = (3.9, 3.1), 150
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#666666"
-MOST = 8  # rows of panels; a model with more roles is drawn as one
+MOST = 8  # rows of panels; for more roles there is one panel
 
 
-def draw(found: Analysis, out: Path) -> str:
-    """Write the picture into the directory `out` and return its name. A dot's colour is its layer,
-    its form the step.
+def draw_changes(found: Analysis, out: Path) -> str:
+    """Writes the plot into the directory `out` and returns its name. Color is the layer, shape the
+    step.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,7 +31,7 @@ def draw(found: Analysis, out: Path) -> str:
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         size = (PANEL[0] * len(found.runs) + 0.9, PANEL[1] * len(roles) + 0.5)
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)  # not pyplot: nothing global, no display
+        FigureCanvasAgg(figure)  # instead of pyplot: no global state, no display
         axes = figure.subplots(len(roles), len(found.runs), squeeze=False)
         shades = None
         for row, role in zip(axes, roles, strict=True):
@@ -44,23 +44,23 @@ def draw(found: Analysis, out: Path) -> str:
         temporary = out / f".{PICTURE}.tmp"
         figure.savefig(
             temporary, format="png", metadata={"Software": None}
-        )  # no date: equal data give equal files
+        )  # without a date: equal data give equal files
         temporary.replace(out / PICTURE)
     return PICTURE
 
 
-def _panel(axes: Any, run: Run, role: str) -> Any:
+def _panel(axes: Any, run: RunAnalysis, role: str) -> Any:
     points = run.of(role)
     modules = list(dict.fromkeys(p.module for p in points))
     shades = None
     for place, step in enumerate(run.steps):
-        held = [p for p in points if p.step == step]
+        at_step = [p for p in points if p.step == step]
         shades = axes.scatter(
-            [p.delta_d for p in held],
-            [p.delta_m for p in held],
+            [p.delta_d for p in at_step],
+            [p.delta_m for p in at_step],
             marker=MARKS[place % len(MARKS)],
             s=26,
-            c=[modules.index(p.module) / max(1, len(modules) - 1) for p in held],
+            c=[modules.index(p.module) / max(1, len(modules) - 1) for p in at_step],
             cmap="viridis",
             vmin=0,
             vmax=1,
@@ -95,6 +95,6 @@ def _panel(axes: Any, run: Run, role: str) -> Any:
     if len(run.steps) <= len(MARKS):
         legend = axes.legend(fontsize=7, frameon=False, loc="best")
         for handle in legend.legend_handles:
-            handle.set_array(None)  # the colour map would win
+            handle.set_array(None)  # otherwise the color map decides
             handle.set_color(GREY)
     return shades

@@ -1,17 +1,17 @@
-"""How delta M goes with delta D: Pearson's correlation, and the slope of delta M on delta D.
+"""The relation of delta M to delta D: Pearson's correlation, and the slope of delta M on delta D.
 
-Points are (delta D, delta M) of one matrix at one checkpoint. Pooled over both, as the paper draws
-them, a correlation mixes two things that may have opposite signs, so each is given for itself too:
+Points are (delta D, delta M) of one matrix at one checkpoint. The paper's correlation, pooled over
+both, mixes two relations that can have opposite signs. So each is computed separately too:
 
-    pooled    all points
-    between   one point a matrix, its mean over the checkpoints: do the matrices that turn more also grow more?
-    within    each point less its matrix's mean: as a matrix turns further in time, does it grow further?
+pooled    all points between   one point per matrix, its mean over the checkpoints: do matrices that
+turn more also grow more? within    each point minus its matrix's mean: when a matrix turns further,
+does it also grow?
 
-Intervals, 95 %. The points of one matrix are no independent ones, so the pooled interval is a
-bootstrap that draws whole matrices (percentiles); below `FEWEST` matrices there is none. Between
-and within, r has Fisher's z interval with 1/sqrt(df - 1) as its standard error and the slope
-Student's, df = matrices - 2 and points - matrices - 1 (repeated measures correlation; Bland and
-Altman 1995).
+Intervals are of 95 %. Points of one matrix are not independent, so the pooled interval is a
+percentile bootstrap over whole matrices; with fewer than `FEWEST` there is none. For between and
+within, r has Fisher's z interval with 1/sqrt(df - 1) as its standard error, and the slope has
+Student's, with df = matrices - 2 and points - matrices - 1 (repeated measures correlation; Bland
+and Altman 1995).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import numpy as np
 LEVELS = ("pooled", "between", "within")
 FEWEST = 5  # matrices for a bootstrap
 DRAWS, SEED = 4000, 0
-SAME = 1e-12  # values closer than this are rounding
+SAME = 1e-12  # smaller differences are rounding errors
 
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Relation:
-    """One level. What cannot be computed is None, and `why` says why.
+    """One level. A value that cannot be computed is None, with the reason in `why`.
 
-    `r` and `slope` with their intervals; `points` used; `units`: matrices.
+    `r` and `slope` have intervals; `points` is the number of points, `units` that of matrices.
     """
 
     level: str
@@ -48,8 +48,8 @@ class Relation:
 
     @property
     def sign(self) -> str:
-        """ "positive" or "negative" where the interval of r lies on one side of 0, "unclear" where
-        not, or "none".
+        """ "positive" or "negative" if the interval of r is on one side of 0, "unclear" if not,
+        "none" without r.
         """
         if self.r is None or self.r_interval is None:
             return "none"
@@ -58,8 +58,8 @@ class Relation:
 
 
 def relate(units: Sequence[str], d: Sequence[float], m: Sequence[float]) -> list[Relation]:
-    """The three levels for points given by their matrix, delta D and delta M. Raises ValueError for
-    unequal lengths.
+    """Returns the three levels, from each point's matrix, delta D and delta M. Raises ValueError if
+    the lengths differ.
     """
     if not len(units) == len(d) == len(m):
         raise ValueError(f"relate: {len(units)} names, {len(d)} delta D and {len(m)} delta M.")
@@ -68,7 +68,7 @@ def relate(units: Sequence[str], d: Sequence[float], m: Sequence[float]) -> list
         groups.setdefault(unit, []).append(point)
     ordered = sorted(
         map(sorted, groups.values())
-    )  # names and order change nothing, not even what is drawn at random
+    )  # so that names and order change nothing, not even random draws
     place = np.repeat(np.arange(len(ordered)), [len(group) for group in ordered])
     x, y = (
         np.array([point for group in ordered for point in group], dtype=np.float64).reshape(-1, 2).T
@@ -124,7 +124,7 @@ def _pooled(x: np.ndarray, y: np.ndarray, place: np.ndarray, k: int) -> Relation
             None,
             found[1],
             None,
-            f"no interval: fewer than {FEWEST} matrices to draw from",
+            f"no interval: fewer than {FEWEST} matrices",
         )
     x, y = x - x.mean(), y - y.mean()
     sums = np.stack(
@@ -140,7 +140,7 @@ def _pooled(x: np.ndarray, y: np.ndarray, place: np.ndarray, k: int) -> Relation
 
 
 def _fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
-    """r and slope; None where one of the two does not vary."""
+    """r and slope; None if one of the two is constant."""
     x, y = x - x.mean(), y - y.mean()
     if max(abs(x)) <= SAME or max(abs(y)) <= SAME:
         return None

@@ -1,4 +1,4 @@
-"""An analysis as text at 80 columns, and as JSON."""
+"""An analysis as text of 80 columns, and as JSON."""
 
 from __future__ import annotations
 
@@ -7,46 +7,45 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from .analyze import Analysis, Run
+from .analyze import Analysis, RunAnalysis
 from .relate import LEVELS, Interval, Relation
 
 WIDTH = 80
 # What the paper prints (arXiv:2402.09353, section 3.2 and figure 2): VL-BART, query matrices, 24
 # points, no intervals.
 PRINTED = {"Full": -0.62, "LoRA": 0.83, "DoRA": -0.31}
-_LONGEST = 20  # a role's name in the tables
+_LONGEST = 20  # characters of a role's name in the tables
 _HEAD = f"{'':<{_LONGEST}} {'':<8}{'points':>6}{'r':>7}  {'95 % interval':<14}{'slope':>9}  sign"
 
 
-def as_text(found: Analysis, model: str) -> str:
-    """What was measured, run by run."""
+def analysis_text(analysis: Analysis, model: str) -> str:
+    """Returns the results, run by run."""
     lines = _wrap(
-        f"Magnitude and direction of {len(found.matrices)} matrices of {model}, against the base. "
-        "Delta D: mean "
-        "of 1 - cos of a row before and after; delta M: mean change of a row's length. r: "
-        "correlation of the two "
-        "over all points, between matrices (their means over time), and within a matrix over time."
+        f"Magnitude and direction of {len(analysis.matrices)} matrices of {model}, relative to "
+        "the base. Delta D: mean of 1 - cos of a row before and after. Delta M: mean change of a "
+        "row's length. r: their correlation over all points, between matrices (means over time), "
+        "and within a matrix over time."
     )
-    for run in found.runs:
+    for run in analysis.runs:
         lines += ["", *_changes(run), "", _HEAD, *_relations(run), *_paper(run)]
-    for note in found.notes:
+    for note in analysis.notes:
         lines += ["", *_wrap(f"note: {note}")]
     return "\n".join(lines)
 
 
-def as_json(found: Analysis, model: str) -> dict[str, Any]:
-    """Plain JSON values."""
+def analysis_json(analysis: Analysis, model: str) -> dict[str, Any]:
+    """Returns plain JSON values."""
     return {
         "schema": 1,
         "model": model,
-        "matrices": list(found.matrices),
-        "runs": [_run(run) for run in found.runs],
-        "left_out": {label: list(names) for label, names in found.left_out.items()},
-        "notes": list(found.notes),
+        "matrices": list(analysis.matrices),
+        "runs": [_run_text(run) for run in analysis.runs],
+        "left_out": {label: list(names) for label, names in analysis.left_out.items()},
+        "notes": list(analysis.notes),
     }
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run_text(run: RunAnalysis) -> dict[str, Any]:
     return {
         "label": run.label,
         "method": run.method,
@@ -62,7 +61,7 @@ def _run(run: Run) -> dict[str, Any]:
     }
 
 
-def _changes(run: Run) -> list[str]:
+def _changes(run: RunAnalysis) -> list[str]:
     """Mean changes by role, at the first and the last checkpoint."""
     steps = list(dict.fromkeys([run.steps[0], run.steps[-1]]))
     count = f"{len(run.steps)} checkpoint{'s' * (len(run.steps) != 1)}"
@@ -74,19 +73,22 @@ def _changes(run: Run) -> list[str]:
     for role in run.relations:
         cells = ""
         for step in steps:
-            held = [p for p in run.of(role) if p.step == step]
-            cells += f"{mean(p.delta_d for p in held):>15.3e}{mean(p.delta_m for p in held):>12.3e}"
+            points = [p for p in run.of(role) if p.step == step]
+            cells += (
+                f"{mean(p.delta_d for p in points):>15.3e}{mean(p.delta_m for p in points):>12.3e}"
+            )
         lines.append(f"{_short(role):<{_LONGEST}}{cells}")
     return lines
 
 
-def _relations(run: Run) -> list[str]:
+def _relations(run: RunAnalysis) -> list[str]:
     lines = []
     for role, levels in run.relations.items():
         for relation in levels:
             name = _short(role) if relation.level == LEVELS[0] else ""
             lines.append(
-                f"{name:<{_LONGEST}} {relation.level:<8}{relation.points:>6}{_values(relation)}".rstrip()
+                f"{name:<{_LONGEST}} "
+                f"{relation.level:<8}{relation.points:>6}{_values(relation)}".rstrip()
             )
     return lines
 
@@ -103,7 +105,7 @@ def _interval(interval: Interval | None) -> str:
     return "-" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
 
 
-def _paper(run: Run) -> Sequence[str]:
+def _paper(run: RunAnalysis) -> Sequence[str]:
     printed = PRINTED.get(run.method)
     if printed is None:
         return []
@@ -118,7 +120,7 @@ def _paper(run: Run) -> Sequence[str]:
         *_wrap(
             f"The paper prints r = {printed:+.2f} for {_PAPERS_NAME[run.method]} (pooled; VL-BART, "
             "query "
-            f"matrices, 24 points). Is its sign, {sign}, seen in the pooled rows here? "
+            f"matrices, 24 points). Do the pooled rows here have this sign ({sign})? "
             f"{seen[0].upper()}{seen[1:]}."
         ),
     ]
@@ -134,7 +136,7 @@ def _verdict(here: str, printed: str) -> str:
 
 
 def _short(role: str) -> str:
-    """The end of a long name tells more than its beginning."""
+    """Shortens a name from the left: its end says more."""
     return role if len(role) <= _LONGEST else "…" + role[1 - _LONGEST :]
 
 

@@ -1,4 +1,4 @@
-"""Which directories are the checkpoints of which run, from the words of a command line."""
+"""Which directories are the checkpoints of which run, from command-line arguments."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..checkpoint.files import TENSORS
 from ..errors import ConfigError
 
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
-LOOSE = "adapters"  # the label of directories that are given without one
+LOOSE = "adapters"  # the label of directories without one
 
 
 @dataclass(frozen=True)
 class Series:
     """The checkpoints of one run in order of time: (step, directory).
 
-    Steps are those in the names checkpoint-N; where a directory has no such name, all are numbered
-    1, 2, ...
+    Steps are those in the names checkpoint-N. If a directory has another name, all are numbered 1,
+    2, ...
     """
 
     label: str
@@ -27,27 +27,26 @@ class Series:
 
 
 def read_series(words: Sequence[str]) -> list[Series]:
-    """Runs from `DIR` and `LABEL=DIR`, in the order in which their labels first appear.
+    """Parses `DIR` and `LABEL=DIR` into runs, in the order of first appearance of their labels.
 
-    A directory of weft train (with checkpoints/ in it), or a directory of checkpoint-N folders, is
-    a run of its own, labelled by its name. Adapter directories of one label, or without any, are
-    one run in the order given.
+    A directory of weft train (with checkpoints/), or a directory of checkpoint-N folders, is one
+    run, labelled by its name. Adapter directories with the same label, or without one, are one run
+    in the given order.
 
-    Raises ConfigError: no such directory, no checkpoint in it, a directory twice, two runs of one
-    label.
+    Raises ConfigError if a directory does not exist or has no checkpoint, if one is given twice, or
+    if two runs have the same label.
     """
     loose: dict[str, list[Path]] = {}
     found: dict[str, Series] = {}
     order: list[str] = []
     for word in words:
-        label, path = _split(word)
+        label, path = _split_label(word)
         inside = _checkpoints(path)
         label = label or (_name(path) if inside else LOOSE)
         if label in found or (inside and label in loose):
             raise ConfigError(
-                f"--adapters {word!r}: there is a run labelled {label!r} already; give this one a "
-                "label of "
-                "its own, LABEL=DIR."
+                f"--adapters {word!r}: another run has the label {label!r}; give this one "
+                "another label, LABEL=DIR."
             )
         if inside:
             found[label] = Series(label, tuple(inside))
@@ -58,27 +57,26 @@ def read_series(words: Sequence[str]) -> list[Series]:
     return [found[label] for label in order]
 
 
-def _split(word: str) -> tuple[str, Path]:
-    """The label, "" without one, and the directory. A directory that has such a name is one."""
+def _split_label(word: str) -> tuple[str, Path]:
+    """The label, "" without one, and the directory. An existing directory with this name has no
+    label.
+    """
     label, equals, place = word.partition("=")
     if not equals or Path(word).expanduser().exists():
         label, place = "", word
     elif not label or not place:
-        raise ConfigError(f"--adapters {word!r}: write LABEL=DIR, or a directory alone.")
+        raise ConfigError(f"--adapters {word!r}: write LABEL=DIR or DIR.")
     path = Path(place).expanduser()
     if not path.is_dir():
         raise ConfigError(
             f"--adapters {word!r}: there is no directory {place!r}. Give a directory of weft "
-            "train, or those "
-            "that weft.save or peft wrote."
+            "train, or directories written by weft.save or peft."
         )
     return label, path
 
 
 def _checkpoints(path: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of the checkpoints of a run; none where `path` is an adapter's directory
-    itself.
-    """
+    """(step, directory) of the checkpoints of a run; empty if `path` is an adapter's directory."""
     if (path / TENSORS).is_file():
         return []
     for folder in (path / "checkpoints", path):
@@ -90,9 +88,8 @@ def _checkpoints(path: Path) -> list[tuple[int, Path]]:
         if numbered:
             return sorted(numbered)
     raise ConfigError(
-        f"--adapters {str(path)!r}: it holds neither {TENSORS} nor folders checkpoint-N with one. "
-        "It holds "
-        f"{sorted(child.name for child in path.iterdir())[:6] or 'nothing'}."
+        f"--adapters {str(path)!r}: it has neither {TENSORS} nor folders checkpoint-N with one. "
+        f"It has {sorted(child.name for child in path.iterdir())[:6] or 'nothing'}."
     )
 
 
@@ -106,7 +103,7 @@ def _in_order(label: str, paths: Sequence[Path]) -> Series:
         path for i, path in enumerate(paths) if path.resolve() in [p.resolve() for p in paths[:i]]
     ]
     if twice:
-        raise ConfigError(f"--adapters: {str(twice[0])!r} is there twice.")
+        raise ConfigError(f"--adapters: {str(twice[0])!r} appears twice.")
     numbers = [
         int(match[1]) for path in paths if (match := _NUMBERED.fullmatch(path.resolve().name))
     ]

@@ -6,12 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = "how far runs have moved magnitude and direction of the weights, and how the two go together"
+HELP = "magnitude and direction of the change of the weights over training, and their correlation"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEXT, DATA = "analysis.txt", "analysis.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `weft analyze`."""
     add = parser.add_argument
     add(
         "--model",
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="[LABEL=]DIR",
         help="runs of weft train, or adapter directories in "
-        "order of time; those of one label are one run",
+        "order of time; those with one label are one run",
     )
     add(
         "--targets",
@@ -37,18 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="of the base's weights (default: as the base has them)",
+        help="dtype of the base's weights (default: the base's own)",
     )
     add(
         "--out",
         metavar="DIR",
         type=Path,
-        help=f"write {TEXT}, {DATA} and the plot of the paper there",
+        help=f"write {TEXT}, {DATA} and the plot of the paper to this directory",
     )
-    add("--json", metavar="FILE", type=Path, help="write all points and correlations there")
+    add("--json", metavar="FILE", type=Path, help="write all points and correlations to this file")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Analyzes the runs. Returns 0."""
     from ..analysis.series import read_series
     from ..errors import ConfigError
 
@@ -69,17 +71,17 @@ def run(args: argparse.Namespace) -> int:
     ref, first = find_source(args.model), read(series[0].places[0][1])
     model, missing = base_for(ref, first.base.get("class"), first.selected, args.dtype)
     check_recorded_base(model, missing, [one.places[0][1] for one in series])
-    found = analyze(model, series, targets)
+    analysis = analyze(model, series, targets)
     text, data = (
-        report.as_text(found, args.model),
-        json.dumps(report.as_json(found, args.model), indent=1) + "\n",
+        report.analysis_text(analysis, args.model),
+        json.dumps(report.analysis_json(analysis, args.model), indent=1) + "\n",
     )
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         replace(args.out / TEXT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         replace(args.out / DATA, lambda path: path.write_text(data, encoding="utf-8"))
-        print(f"\n{args.out}:\n{TEXT}, {DATA}, {plots.draw(found, args.out)}")
+        print(f"\n{args.out}:\n{TEXT}, {DATA}, {plots.draw_changes(analysis, args.out)}")
     if args.json is not None:
         replace(args.json, lambda path: path.write_text(data, encoding="utf-8"))
     return 0

@@ -1,4 +1,4 @@
-"""`weft compare`: train several methods on one task and print one honest table."""
+"""`weft compare`: trains several methods on one task and prints one table."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..compare.like import Printed
+    from ..compare.report.comparison import Comparison
+    from ..compare.report.paper_table import PaperTable
     from ..compare.request import Request
-    from ..compare.results import Comparison
 
-HELP = "train several methods on one task and print one honest table"
+HELP = "train several methods on one task and print one table"
 NEEDED = (
     "numpy",
     "sklearn",
@@ -33,10 +33,17 @@ NEEDED = (
     "psutil",
     "filelock",
 )
-AS_THEY_ARE = ("seeds", "head_lr", "warm_up", "weight_decay", "device", "workers", "out")
+UNPARSED = ("seeds", "head_lr", "warm_up", "weight_decay", "device", "workers", "out")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `weft compare`."""
+    _add_subject(parser)
+    _add_training(parser)
+    _add_output(parser)
+
+
+def _add_subject(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--model",
@@ -48,13 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         metavar="T",
         help="digits, csv:FILE, image-folder:DIR, cifar100:DIR:per_class=10, e2e:DIR, boolq:DIR, "
-        "... "
-        "of --list (default: digits)",
+        "... of --list (default: digits)",
     )
     add(
         "--test",
         metavar="PATH",
-        help="test data of its own, a file or folder like the task's; else 20 %% is held out",
+        help="separate test data, a file or folder like the task's (default: 20 %% of the data)",
     )
     add(
         "--methods",
@@ -64,29 +70,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--seeds",
         metavar="N",
-        type=_whole,
-        help="runs of every method that are scored on the test split (default: 3)",
+        type=_positive_int,
+        help="runs per method that are scored on the test split (default: 3)",
     )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--budget",
         metavar="NAME=N,..",
-        help="what is equal: steps, parameters[=N] (ranks chosen for it; N of the first "
-        "method) or seconds=S a run; batch, and the most examples of train, "
-        "validation and test (default: "
-        "steps=150,batch=20,validation=1000,test=2000)",
+        help="what is equal: steps, parameters[=N] (chooses ranks; default N: those of the first "
+        "method) or seconds=S per run; batch; and the largest number of examples of train, "
+        "validation and test (default: steps=150,batch=20,validation=1000,test=2000)",
     )
     add(
         "--lr",
         metavar="METHOD=RATE,..",
         action="append",
         default=[],
-        help="the peak learning rates to try for a method, in place of its own grid; may be given "
-        "again",
+        help="the peak learning rates to try for a method, instead of its default grid; can be "
+        "repeated",
     )
     add(
         "--head-lr",
         metavar="RATE",
-        type=_rate,
+        type=_learning_rate,
         help="peak learning rate of the new head (default: 1e-2)",
     )
     add(
@@ -97,68 +106,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "falls to 0, both linearly (default: 0.1)",
     )
     add(
-        "--weight-decay", metavar="X", type=_decay, help="AdamW's, of trained matrices (default: 0)"
+        "--weight-decay",
+        metavar="X",
+        type=_weight_decay,
+        help="AdamW's weight decay of trained matrices (default: 0)",
     )
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),
-        help="auto (default): CUDA where there is one and the model is large enough to gain",
+        help="auto (default): CUDA if it is available and the model is large enough to be faster",
     )
     add(
         "--workers",
         metavar="N",
-        type=_whole,
-        help="training processes side by side (default: one a GPU; on the "
-        "CPU one a core for small models, else one)",
+        type=_positive_int,
+        help="parallel training processes (default: one per GPU; on the CPU one per core for "
+        "small models, else one)",
     )
-    add("--out", metavar="DIR", type=Path, help="where everything is kept (default: weft-compare)")
-    add("--json", metavar="FILE", type=Path, help="write the results there too")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", metavar="DIR", type=Path, help="output directory (default: weft-compare)")
+    add("--json", metavar="FILE", type=Path, help="write the results to this file too")
     add(
         "--like",
         metavar="NAME",
-        help="lay the rows under those that a paper prints, and say what differs: a name of "
+        help="show the rows under those that a paper prints, and list the differences: a name of "
         "--list, for example vera-paper-glue",
     )
-    add("--resume", action="store_true", help="go on from the finished runs in --out")
+    add("--resume", action="store_true", help="continue after the finished runs in --out")
     add(
         "--study",
         metavar="URL",
-        help="share the runs with other machines: postgresql+psycopg://user@host/database, and "
-        "#NAME behind it for one of several studies (default: a file in --out)",
+        help="share the runs with other machines: postgresql+psycopg://user@host/database, with "
+        "#NAME after it for one of several studies (default: a file in --out)",
     )
-    add("--retry", action="store_true", help="try runs that failed once more")
-    add("--list", action="store_true", help="print methods, tasks and models by name")
+    add("--retry", action="store_true", help="try failed runs once more")
+    add("--list", action="store_true", help="print the names of methods, tasks and models")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: every row finished; 1: one failed; 130: interrupted, and what had finished is kept."""
+    """Returns 0 if every row finished, 1 if one failed, 130 if interrupted; finished runs are kept."""
     if args.list:
-        return _list(args)
+        return _list_names(args)
     _check_installed()
     request = _request(args)
     _check_json(args.json)
-    printed = _printed(args.like, request)
-    from ..compare.progress import Progress
-    from ..compare.store import is_there
-    from ..compare.sweep import compare
+    printed = _paper_table(args.like, request)
+    from ..compare.compare import compare
+    from ..compare.run.directory import has_comparison
+    from ..compare.run.progress import Progress
 
-    if request.resume and request.study is None and not is_there(request.place):
-        print(f"There is nothing to resume in {request.out}; starting anew.", file=sys.stderr)
+    if request.resume and request.study is None and not has_comparison(request.location):
+        print(f"Nothing to resume in {request.out}; starting a new comparison.", file=sys.stderr)
     try:
-        with Progress(sys.stderr) as shown, _terminable():
-            found = compare(request, shown)
-        _write(found, request, args, printed)
+        with Progress(sys.stderr) as progress, _handling_sigterm():
+            comparison = compare(request, progress)
+        _write_results(comparison, request, args, printed)
     except KeyboardInterrupt:
         return _interrupted(request, args.words)
-    return 0 if found.ok else 1
+    return 0 if comparison.ok else 1
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, with which clusters take machines back, is like Ctrl-C: the runs in work are given
-    back.
-    """
-    if threading.current_thread() is not threading.main_thread():  # there no handler can be set
+def _handling_sigterm() -> Iterator[None]:
+    """Handles SIGTERM, which clusters send before they stop a machine, like Ctrl-C."""
+    # Only the main thread can set handlers.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -169,28 +184,28 @@ def _terminable() -> Iterator[None]:
 
 
 def _check_installed() -> None:
-    """Fail now and not after the training."""
+    """Raises ModuleNotFoundError now instead of after the training."""
     for name in NEEDED:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def _request(args: argparse.Namespace) -> Request:
-    """Raises ConfigError for whatever cannot be meant."""
-    from ..compare import entries
-    from ..compare.place import parse_study
+    """Returns the request. Raises ConfigError if an option is invalid."""
+    from ..compare.plan import entries
     from ..compare.request import default_request, parse_budget
+    from ..compare.run.study_location import parse_study_url
     from ..errors import ConfigError
     from ..tasks import GenerationRef, find_any
     from ..tasks.models import find_model
 
     given: dict[str, Any] = {
-        "model": _read(find_model, args.model),
-        "entries": _read(entries.parse_methods, args.methods),
+        "model": _parsed(find_model, args.model),
+        "entries": _parsed(entries.parse_methods, args.methods),
         "task": find_any(args.task, args.test) if args.task is not None else None,
-        "budget": _read(parse_budget, args.budget),
-        "study": _read(parse_study, args.study),
-        **{name: getattr(args, name) for name in AS_THEY_ARE},
+        "budget": _parsed(parse_budget, args.budget),
+        "study": _parsed(parse_study_url, args.study),
+        **{name: getattr(args, name) for name in UNPARSED},
     }
     if args.test is not None and args.task is None:
         raise ConfigError(
@@ -200,19 +215,17 @@ def _request(args: argparse.Namespace) -> Request:
     chosen = {key: value for key, value in given.items() if value is not None}
     request = default_request(resume=args.resume, retry=args.retry, **chosen)
     if args.head_lr is not None and all(entry.method == "Head" for entry in request.entries):
-        raise ConfigError(
-            "--head-lr: where the head alone is trained, its rate is the method's: --lr head=RATE."
-        )
+        raise ConfigError("--head-lr: if only the head is trained, use --lr head=RATE.")
     if args.head_lr is not None and isinstance(request.task, GenerationRef):
         raise ConfigError(
-            f"--head-lr: the task {request.task.name!r} has text for an answer and no new head."
+            f"--head-lr: the task {request.task.name!r} generates text and has no new head."
         )
     from dataclasses import replace
 
-    return replace(request, entries=entries.with_lrs(request.entries, args.lr))
+    return replace(request, entries=entries.with_learning_rates(request.entries, args.lr))
 
 
-def _read(reader: Callable[[str], Any], text: str | None) -> Any:
+def _parsed(reader: Callable[[str], Any], text: str | None) -> Any:
     return reader(text) if text is not None else None
 
 
@@ -230,57 +243,61 @@ def _check_json(path: Path | None) -> None:
         )
 
 
-def _printed(name: str | None, request: Request) -> Printed | None:
-    from ..compare.like import find_like
+def _paper_table(name: str | None, request: Request) -> PaperTable | None:
+    from ..compare.report.paper_table import find_paper_table
 
-    return find_like(name, request.task.name) if name is not None else None
+    return find_paper_table(name, request.task.name) if name is not None else None
 
 
-def _write(
-    found: Comparison, request: Request, args: argparse.Namespace, printed: Printed | None
+def _write_results(
+    comparison: Comparison, request: Request, args: argparse.Namespace, printed: PaperTable | None
 ) -> None:
-    from ..compare import like, output, report
-    from ..compare.locks import file_lock
-    from ..compare.place import LOCK
-    from ..compare.store import write_atomically
+    from ..compare.files import write_atomically
+    from ..compare.report import data, files, paper_table, table
+    from ..compare.run.locks import file_lock
+    from ..compare.run.study_location import LOCK
 
-    print(output.text(found, like.lay(found, printed) if printed is not None else None))
+    paper = paper_table.side_by_side(comparison, printed) if printed is not None else None
+    print(files.printed_text(comparison, paper))
     if args.json is not None:
-        write_atomically(args.json, report.dumps(found))
-    with file_lock(request.out, LOCK):  # other processes of the same --out write their reports too
-        written = output.write(
-            found, request.out, shlex.join(["weft", *_without_password(args.words)]), printed
+        write_atomically(args.json, data.to_json_text(comparison))
+    with file_lock(request.out, LOCK):  # other processes write reports to the same --out
+        names = files.write_report(
+            comparison, request.out, shlex.join(["weft", *_without_password(args.words)]), printed
         )
-    print("\n" + report.wrap(f"In {request.out}/: {', '.join([*written, 'adapters/'])}"))
+    print("\n" + table.wrap(f"In {request.out}/: {', '.join([*names, 'adapters/'])}"))
 
 
 def _without_password(words: list[str]) -> list[str]:
-    """The command as the report may show it to everybody."""
+    """Returns the command without a password, for the report."""
     return [re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", word) for word in words]
 
 
 def _interrupted(request: Request, words: list[str]) -> int:
-    from ..compare.store import is_there, kept
+    from ..compare.run.directory import finished_runs, has_comparison
 
-    there = is_there(request.place)
-    finished = kept(request.place) if there else 0
-    command = shlex.join(["weft", *words, *(["--resume"] if there and not request.resume else [])])
+    resumable = has_comparison(request.location)
+    finished = finished_runs(request.location) if resumable else 0
+    command = shlex.join(
+        ["weft", *words, *(["--resume"] if resumable and not request.resume else [])]
+    )
     print(
-        f"\nInterrupted. {finished} finished runs are kept in "
-        f"{request.place if request.study else request.out}. "
-        f"Go on with:\n  {command}",
+        f"\nInterrupted. {finished} finished runs are stored in "
+        f"{request.location if request.study else request.out}. "
+        f"Continue with:\n  {command}",
         file=sys.stderr,
     )
     return 130
 
 
-def _list(args: argparse.Namespace) -> int:
+def _list_names(args: argparse.Namespace) -> int:
     from ..errors import ConfigError
 
     others = {key: value for key, value in vars(args).items() if key not in ("list", "words")}
     if any(value not in (None, False, []) for value in others.values()):
-        raise ConfigError("--list stands alone: it prints names and compares nothing.")
-    from ..compare import entries, like
+        raise ConfigError("--list prints names; remove the other options.")
+    from ..compare.plan import entries
+    from ..compare.report import paper_table
     from ..methods import METHODS
     from ..tasks import FAMILIES, GENERATION
     from ..tasks.models import EMBEDDED
@@ -288,44 +305,47 @@ def _list(args: argparse.Namespace) -> int:
     from . import listed
 
     methods = {entry.label: entry for entry in entries.parse_methods(",".join(METHODS))}
-    print("methods (--methods lora,vera:r=64)", *entries.as_table(methods), "", sep="\n")
+    print("methods (--methods lora,vera:r=64)", *entries.method_lines(methods), "", sep="\n")
     print(
-        "tasks (--task)", *(listed(name, what, 21) for name, what in FAMILIES.items()), "", sep="\n"
+        "tasks (--task)",
+        *(listed(name, about, 21) for name, about in FAMILIES.items()),
+        "",
+        sep="\n",
     )
     print(
-        "tasks whose answers are text (--task; a causal language model)",
-        *(listed(name, what, 21) for name, what in GENERATION.items()),
+        "tasks whose answers are text (--task; needs a causal language model)",
+        *(listed(name, about, 21) for name, about in GENERATION.items()),
         "",
         sep="\n",
     )
     packaged = (
-        f"{held.what}; " + ("installed" if held.place() else held.install)
-        for held in PACKAGED.values()
+        f"{model.what}; " + ("installed" if model.place() else model.install)
+        for model in PACKAGED.values()
     )
     print(
         "models (--model)",
         *(listed(name, "embedded", 21) for name in EMBEDDED),
-        *(listed(name, what, 21) for name, what in zip(PACKAGED, packaged, strict=True)),
+        *(listed(name, about, 21) for name, about in zip(PACKAGED, packaged, strict=True)),
         "  a directory that transformers can read",
         "  a name on the hub, such as google/vit-base-patch16-224",
         sep="\n",
     )
     print(
         "\nprinted tables (--like)",
-        *(listed(name, held.title, 27) for name, held in like.tables().items()),
+        *(listed(name, table.title, 27) for name, table in paper_table.paper_tables().items()),
         sep="\n",
     )
     return 0
 
 
-def _whole(text: str) -> int:
+def _positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
     return int(text)
 
 
 def _share(text: str) -> float:
-    value = _number(text)
+    value = _float_or_nan(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(
             f"{text!r} must be a number from 0 to below 1, for example 0.1"
@@ -333,24 +353,22 @@ def _share(text: str) -> float:
     return value
 
 
-def _decay(text: str) -> float:
-    value = _number(text)
+def _weight_decay(text: str) -> float:
+    value = _float_or_nan(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be 0 or a number above it, for example 0.01"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number, 0 or more, for example 0.01")
     return value
 
 
-def _number(text: str) -> float:
+def _float_or_nan(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         return float("nan")
 
 
-def _rate(text: str) -> float:
-    value = _number(text)
+def _learning_rate(text: str) -> float:
+    value = _float_or_nan(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, for example 1e-2")
     return value

@@ -260,13 +260,15 @@ def _judge(
     args: argparse.Namespace, questions: list[Any], answers: dict[Any, Any], judge: Any
 ) -> int:
     from ..tasks.journal import Journal
-    from ..tasks.mt_bench import OURS, asks, judge_all, read_prompts, summary
+    from ..tasks.judge_prompts import OURS, read_prompts
+    from ..tasks.judging import judge_all, summary
+    from ..tasks.mt_bench import asks
 
     prompts = OURS if args.prompts is None else read_prompts(args.prompts)
     wanted = asks(questions, answers, judge, prompts, str(args.out / ANSWERS))
     with Journal(args.out / JUDGMENTS) as judgments, Journal(args.out / ATTEMPTS) as attempts:
         outcome = judge_all(
-            wanted, judge, judgments, attempts, again=bool(args.again), told=_report
+            wanted, judge, judgments, attempts, again=bool(args.again), on_progress=_report
         )
     report, counts = summary(wanted, outcome)
     print(

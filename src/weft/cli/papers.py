@@ -1,4 +1,4 @@
-"""`weft papers`: every parameter count that the papers print, rebuilt and compared."""
+"""`weft papers`: every parameter count that the papers print, recomputed and compared."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = "every parameter count that the papers print, rebuilt from the real models and compared"
+HELP = "every parameter count that the papers print, recomputed from the real models and compared"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `weft papers`."""
     parser.add_argument("--table", metavar="NAME", help="one table only, for example vera-1")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there too")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to this file too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Status 0 only where every row is reproduced or explained."""
+    """Returns 0 if every row is reproduced or explained, else 1."""
     from .. import papers
     from ..checkpoint.files import replace
 
     known = papers.tables()
-    chosen = known if args.table is None else [papers.find(args.table, known)]
+    chosen = known if args.table is None else [papers.find_table(args.table, known)]
     results = papers.rebuild(chosen)
-    print(papers.as_text(results, forms=args.table is None))
+    print(papers.papers_text(results, forms=args.table is None))
     if args.json is not None:
-        text = json.dumps(papers.as_json(results), indent=1) + "\n"
+        text = json.dumps(papers.papers_json(results), indent=1) + "\n"
         replace(args.json, lambda path: path.write_text(text, encoding="utf-8"))
     return 1 if any(result.status == "different" for result in results) else 0

@@ -1,4 +1,4 @@
-"""What `weft compare` was asked for, checked as far as it can be without loading the model."""
+"""What the user asked for, checked as far as possible without loading the model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..auditing.audit import AUDIT_AFTER
 from ..errors import ConfigError
 from ..tasks import SPLITS, GenerationRef, TaskRef, find_task
 from ..tasks.models import ModelRef, find_model
-from .budgets import PARAMETERS, SECONDS, STEPS, Equal, check
-from .entries import DEFAULT, Entry, parse_methods
-from .place import Place
+from .plan.budgets import PARAMETERS, SECONDS, STEPS, Equal, check_budget
+from .plan.entries import DEFAULT, Entry, parse_methods
+from .run.study_location import StudyLocation
 from .tasks.loop import Recipe
 
 MODEL, TASK, OUT, SEEDS, HEAD_LR = "digits-vit", "digits", "weft-compare", 3, 1e-2
-FEWEST = {"steps": AUDIT_AFTER, "batch": 1, **dict.fromkeys(SPLITS, 1)}
+LEAST = {"steps": AUDIT_AFTER, "batch": 1, **dict.fromkeys(SPLITS, 1)}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is equal, steps of a run, examples of a step, and the most examples of a split that are
-    used (None: all).
+    """What is equal, the steps of a run, the examples of a step, and the largest number of examples
+    of each split (None: all).
     """
 
     equal: Equal = field(default_factory=Equal)
@@ -35,13 +35,14 @@ class Budget:
     test: int | None = 2000
 
     @property
-    def most(self) -> dict[str, int | None]:
+    def limits(self) -> dict[str, int | None]:
+        """The largest number of examples per split."""
         return {name: getattr(self, name) for name in SPLITS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One comparison. `entries` are the rows; `workers` None means as many as make sense."""
+    """One comparison. `entries` are its rows; if `workers` is None, their number is chosen."""
 
     model: ModelRef
     task: TaskRef | GenerationRef
@@ -55,23 +56,22 @@ class Request:
     workers: int | None = None
     out: Path = Path(OUT)
     resume: bool = False
-    study: tuple[str, str] | None = (
-        None  # URL and name of a study in a database; None: a file in `out`
-    )
+    study: tuple[str, str] | None = None  # URL and name in a database; None: a file in `out`
     retry: bool = False
 
     @property
-    def place(self) -> Place:
-        return Place(self.out) if self.study is None else Place(self.out, *self.study)
+    def location(self) -> StudyLocation:
+        """The location of the study."""
+        return (
+            StudyLocation(self.out) if self.study is None else StudyLocation(self.out, *self.study)
+        )
 
     def __post_init__(self) -> None:
-        check(self.budget.equal, self.entries)
+        check_budget(self.budget.equal, self.entries)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for --resume. Methods, rates and seeds may be added to a
-        comparison.
-        """
-        budget = {name: getattr(self.budget, name) for name in FEWEST}
+        """Returns what must be equal for --resume. Methods, rates and seeds may be added."""
+        budget = {name: getattr(self.budget, name) for name in LEAST}
         test = str(self.task.test) if self.task.test is not None else None
         return {
             "model": self.model.name,
@@ -86,7 +86,7 @@ class Request:
 
 
 def default_request(**changes: Any) -> Request:
-    """The comparison of `weft compare` without arguments, with some fields changed."""
+    """Returns the comparison of `weft compare` without arguments, with some fields changed."""
     given = {
         "model": find_model(MODEL),
         "task": find_task(TASK),
@@ -96,28 +96,29 @@ def default_request(**changes: Any) -> Request:
 
 
 def parse_budget(text: str) -> Budget:
-    """`steps=150,batch=20`, `parameters=5000,train=500`, `seconds=20`. Raises ConfigError with what
-    is allowed.
+    """Parses `steps=150,batch=20`, `parameters=5000,train=500` or `seconds=20`.
+
+    Raises ConfigError if a name is not known or a value is invalid.
     """
     given: dict[str, str | None] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
-        if name not in (*FEWEST, PARAMETERS, SECONDS):
-            known = (*FEWEST, PARAMETERS, SECONDS)
+        if name not in (*LEAST, PARAMETERS, SECONDS):
+            known = (*LEAST, PARAMETERS, SECONDS)
             near = get_close_matches(name, known, n=2) or list(known)
             raise ConfigError(f"--budget {text!r}: {name!r} is not known. Nearest: {near}.")
         if name in given:
-            raise ConfigError(f"--budget {text!r}: {name!r} is there twice.")
+            raise ConfigError(f"--budget {text!r}: {name!r} appears twice.")
         given[name] = value if equals else None
     if SECONDS in given and given.keys() & {STEPS, PARAMETERS}:
         raise ConfigError(
-            f"--budget {text!r}: seconds decides how many steps there are. Give steps, parameters "
-            "or seconds."
+            f"--budget {text!r}: seconds decides the number of steps. Give steps, parameters or "
+            "seconds."
         )
     whole = {
         name: _whole(text, name, value)
         for name, value in given.items()
-        if name in FEWEST and not (name == STEPS and value is None)
+        if name in LEAST and not (name == STEPS and value is None)
     }
     return Budget(equal=_equal(text, given), **whole)
 
@@ -140,7 +141,7 @@ def _equal(text: str, given: Mapping[str, str | None]) -> Equal:
 
 
 def _whole(text: str, name: str, value: str | None) -> int:
-    least = FEWEST.get(name, 1)
+    least = LEAST.get(name, 1)
     if value is None or not value.isdecimal() or int(value) < least:
         raise ConfigError(f"--budget {text!r}: {name} must be a whole number, {least} or more.")
     return int(value)

@@ -18,6 +18,7 @@ How σ = m / ‖V‖ is computed once per optimiser step: ops/row_scale.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -29,8 +30,11 @@ from .config import LowRankConfig
 from .lora import LoRA
 from .rng import Rng
 
+# At runtime no base class: a dataclass would take its default values from it after those of VeRA.
+_Base = LowRankConfig if TYPE_CHECKING else object
 
-class Magnitude(LowRankConfig):
+
+class Magnitude(_Base):
     """m beside the tensors of the low-rank method that the configuration derives from as well."""
 
     norm_grad: str

@@ -182,7 +182,8 @@ class AdapterLayer(nn.Module):
         """Whether a kept norm is no longer that of the weights; then it is dropped."""
         if not isinstance(self.method, LowRankMethod) or not len(self.cache):
             return False
-        found = stale(self.method.factors(self, self.training), self.base.weight(), self.cache)
+        f = self.method.factors(self, self.training)
+        found = stale(f, self.base.weight(), self.base.bias, self.cache)
         if found:
             self.cache.clear()
         return found

@@ -127,11 +127,6 @@ class Cache:
             self._entries[name] = _Entry(value, trained, frozen, entry)
         return value
 
-    def value(self, name: str) -> Any:
-        """Returns the kept value, checked or not; None if there is none."""
-        entry = self._entries.get(name)
-        return None if entry is None else entry.value
-
     def clear(self) -> None:
         """Drops everything."""
         self._entries.clear()

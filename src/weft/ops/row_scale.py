@@ -133,11 +133,14 @@ def cached_row_scale(
     return found, ready
 
 
-def stale(f: LowRank, W: Tensor, cache: Cache) -> bool:
-    """Whether a kept σ is not that of W [out, in] and the factors: W was edited where nothing looks."""
-    kept = [cache.value(name) for name in ("norm", "norm in use")]
+def stale(f: LowRank, W: Tensor, bias: Tensor | None, cache: Cache) -> bool:
+    """Whether a σ that would be used is not that of W [out, in]: W was edited where nothing looks."""
+    if f.m is None:
+        return False
+    sources = Sources.of(f, W, bias).all
+    kept = [cache.fresh(name, sources) for name in ("norm", "norm in use")]
     found = [scale.sigma for scale in kept if isinstance(scale, RowScale)]
-    if not found or f.m is None:
+    if not found:
         return False
     with torch.no_grad(), full_precision(W.device):
         V = at_least_float32(W) + f.delta(at_least_float32(W).dtype)

@@ -1,9 +1,8 @@
-"""The models of the papers' tables, from transformers' own classes, on the meta device: every
-shape, no number.
+"""The models of the papers' tables, from transformers' classes, on the meta device: all shapes, no
+numbers.
 
-The sizes are those that the authors published. Where a table needs something that the class does
-not have, it is added here and said in `remark`: GPT-2 and GPT-3 apart from q, k and v in one fused
-map, VL-BART's visual embedding.
+Sizes are as published by the authors. What a table needs and a class does not have is added here
+and stated in `remark`: separate q, k and v for GPT-2 and GPT-3, and VL-BART's visual embedding.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ SPLIT = "the fused c_attn is built as its three maps q, k, v, which compute the 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`build` makes the model; call it under the meta device. `remark`: where it departs from the
+    """`build` creates the model; call it under the meta device. `remark` is how it differs from the
     published class.
     """
 
@@ -28,14 +27,13 @@ class Architecture:
     remark: str = ""
 
     def on_meta(self) -> nn.Module:
+        """Returns the model on the meta device."""
         with torch.device("meta"):
             return self.build().eval()
 
 
 class SplitMap(nn.Module):
-    """GPT-2's c_attn with q, k and v as maps of their own: the same output and the same numbers,
-    three names.
-    """
+    """GPT-2's c_attn with separate q, k and v: the same output and parameters, in three layers."""
 
     def __init__(self, q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module) -> None:
         super().__init__()
@@ -54,7 +52,7 @@ def gpt2(
     heads: int | None = None,
     inner: int | None = None,
 ) -> nn.Module:
-    """A GPT-2 whose blocks have q, k and v apart."""
+    """Returns a GPT-2 with separate q, k and v."""
     import transformers
     from transformers.pytorch_utils import Conv1D
 
@@ -75,7 +73,7 @@ def gpt2(
 
 
 def roberta(width: int, layers: int) -> nn.Module:
-    """With a head for two classes, as on most GLUE tasks."""
+    """Returns a RoBERTa with a head for two classes, as on most GLUE tasks."""
     import transformers
 
     config = transformers.RobertaConfig(
@@ -93,7 +91,7 @@ def roberta(width: int, layers: int) -> nn.Module:
 
 
 def vit(width: int, layers: int, classes: int = 100) -> nn.Module:
-    """224 pixels in patches of 16, and a head for CIFAR100's classes."""
+    """Returns a ViT for 224 pixels in patches of 16, with a head for CIFAR-100's classes."""
     import transformers
 
     config = transformers.ViTConfig(
@@ -131,7 +129,7 @@ def _llama_config(
 
 
 def llama(*sizes: int) -> nn.Module:
-    """Width, MLP width, layers, heads, key heads, vocabulary."""
+    """Returns a LLaMA of this width, MLP width, layers, heads, key heads and vocabulary."""
     import transformers
 
     model: nn.Module = transformers.LlamaForCausalLM(_llama_config(*sizes))
@@ -139,8 +137,8 @@ def llama(*sizes: int) -> nn.Module:
 
 
 class VisualEmbedding(nn.Module):
-    """VL-BART's way in for images: features and boxes, each mapped and normalised, and which of two
-    images it is.
+    """VL-BART's image input: features and boxes, each mapped and normalised, and the index of two
+    images.
     """
 
     def __init__(self, features: int, width: int) -> None:
@@ -153,7 +151,7 @@ class VisualEmbedding(nn.Module):
 
 
 def vl_bart(features: int) -> nn.Module:
-    """BART-base with 200 more tokens and a visual embedding for features of this width."""
+    """Returns BART-base with 200 more tokens and a visual embedding for features of this width."""
     import transformers
 
     config = transformers.BartConfig(
@@ -174,7 +172,9 @@ def vl_bart(features: int) -> nn.Module:
 
 
 def llava() -> nn.Module:
-    """Vicuna-7B, CLIP ViT-L/14 at 336 pixels, and the projector of two layers between them."""
+    """Returns Vicuna-7B, CLIP ViT-L/14 at 336 pixels, and the projector of two
+    layers between them.
+    """
     import transformers
 
     vision = transformers.CLIPVisionConfig(
@@ -205,7 +205,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GPT-2 large": Architecture(lambda: gpt2(1280, 36), SPLIT),
     "GPT-3 175B": Architecture(
         lambda: gpt2(12288, 96, 2048, tied=False, heads=96),
-        f"a GPT-2 of GPT-3's size with an output matrix of its own; {SPLIT}",
+        f"a GPT-2 of GPT-3's size with a separate output matrix; {SPLIT}",
     ),
     "RoBERTa-base": Architecture(lambda: roberta(768, 12)),
     "RoBERTa-large": Architecture(lambda: roberta(1024, 24)),

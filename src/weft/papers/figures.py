@@ -1,5 +1,5 @@
-"""What a paper prints, as a number: 36.8K, 175,255.8M, 72KB, 0.83. And whether a count, printed
-that way, reads the same.
+"""Parses printed figures (36.8K, 175,255.8M, 72KB, 0.83), and decides whether a count would be
+printed the same.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class Figure:
 
     @property
     def value(self) -> Fraction:
+        """The figure as an exact number."""
         return self.units * self.step
 
     def reading(self, count: Fraction) -> str | None:
-        """How `count` becomes this figure: "rounded", "truncated", "either way" (both do), or
+        """Returns how `count` gives this figure: "rounded", "truncated", "either way" (both), or
         None.
         """
         exact = count / self.step
@@ -45,8 +46,8 @@ class Figure:
 
 
 def figure(printed: str, unit: str) -> Figure:
-    """Read a printed figure. A byte is counted in powers of 1024, as the papers do. Raises
-    ConfigError.
+    """Parses a printed figure. Bytes are counted in powers of 1024, as in the papers. Raises
+    ConfigError if it has another form.
     """
     found = _FIGURE.fullmatch(printed)
     if found is None or found[3] not in _SCALES[unit]:

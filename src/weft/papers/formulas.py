@@ -1,10 +1,9 @@
-"""The closed form of every method: what it trains, from sizes alone. The tests hold it equal to the
-attached method.
+"""The closed form of every method in the papers: its number of trained parameters, from sizes
+alone.
 
-`weft papers` does not count with these; it attaches. They are here to be read, and to be held
-against what attaches. A map is an adapted matrix (out, in). L blocks have width d and an MLP of
-width f. The forms of Full, BitFit and TopLayers are those of a GPT-2 whose head is tied: V tokens,
-c positions, biases everywhere.
+`weft papers` counts attached methods instead; the tests check that both are equal. An adapted
+matrix is (out, in). L blocks have width d and an MLP of width f. The forms of Full, BitFit and
+TopLayers are those of a GPT-2 with a tied head: V tokens, c positions, biases everywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a closed form may read of a model and of the targets."""
+    """The sizes of a model and of the targets."""
 
     maps: tuple[tuple[int, int], ...] = ()
     layers: int = 0
@@ -28,13 +27,13 @@ class Sizes:
 
     @property
     def block(self) -> int:
-        """Numbers in one block: four maps d x d, two d x f, their biases, two LayerNorms."""
+        """Parameters of one block: four matrices d x d, two d x f, their biases, two LayerNorms."""
         return 4 * self.width**2 + 2 * self.width * self.inner + 9 * self.width + self.inner
 
 
 @dataclass(frozen=True)
 class Form:
-    """`text` says what `count(config, sizes)` computes."""
+    """`text` describes `count(config, sizes)`."""
 
     text: str
     count: Callable[[Any, Sizes], int]
@@ -46,17 +45,16 @@ def _adapters(config: Any, sizes: Sizes) -> int:
     plain = 2 * d * r
     biased = plain + r + d
     dropped = getattr(config, "skip_layers", 0)
-    named = isinstance(
-        getattr(config, "targets", None), list
-    )  # layers by name in place of the MLP's output
-    beside = sum(r * (i + o) for o, i in sizes.maps) if named else layers * r * (d + f)
+    # By name: the listed layers, instead of the MLP's output.
+    named = isinstance(getattr(config, "targets", None), list)
+    parallel = sum(r * (i + o) for o, i in sizes.maps) if named else layers * r * (d + f)
     counts: dict[str, int] = {
         "houlsby": 2 * layers * biased,
         "lin": layers * (biased + 2 * d),
         "pfeiffer": layers * biased,
         "drop": (layers - dropped) * biased,
         "series": layers * plain,
-        "parallel": beside,
+        "parallel": parallel,
     }
     return counts[config.preset]
 
@@ -87,7 +85,7 @@ FORMS: dict[str, Form] = {
     "DVoRA": Form("sum of (2 out + r)", lambda c, s: sum(2 * o + c.r for o, _ in s.maps)),
     "Bottleneck": Form(
         "houlsby 2 L (2 d r + r + d); lin L (2 d r + r + d) + 2 L d; pfeiffer L (2 d r + r + d); "
-        "drop (L - skipped) (2 d r + r + d); series 2 L d r; parallel r (in + out) a layer",
+        "drop (L - skipped) (2 d r + r + d); series 2 L d r; parallel r (in + out) per layer",
         _adapters,
     ),
     "Prefix": Form("2 L d n", lambda c, s: 2 * s.layers * s.width * c.n),

@@ -1,5 +1,5 @@
-"""Each row rebuilt: the real method attached to the real architecture, its trained tensors
-counted.
+"""Recomputes each row: the real method on the real architecture, with its trained
+tensors counted.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ..model.attach import attach, detach
 from ..model.structure import Structure, base_parameters, within
 from .architectures import ARCHITECTURES, Architecture
 from .figures import figure
-from .tables import NOTHING, Row, Table
+from .tables import NOTHING, PrintedRow, PrintedTable
 
 STATUSES = ("reproduced", "explained", "different")
 
 
 class NotAvailable(Exception):
-    """The table speaks of a method that this Weft does not have."""
+    """The table has a method that this version of Weft does not have."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """Trained numbers without those of the output head, those of the head, and bytes: of the
-    tensors, of the file.
+    """Trained parameters without the output head, those of the head, and bytes: of the tensors, of
+    the file.
     """
 
     body: int
@@ -45,15 +45,15 @@ class Count:
 
 @dataclass(frozen=True)
 class Result:
-    """A row and what became of it. `computed` is in the row's unit, `trained` in numbers; None
-    where nothing is printed.
+    """A row and its result. `computed` is in the row's unit, `trained` in parameters; None if
+    nothing is printed.
 
-    `why`: how a figure that reproduces was brought to its digits, or why one does not. `remark`: on
-    the architecture.
+    `why` is how a reproduced figure was rounded, or why it differs. `remark` is about the
+    architecture.
     """
 
-    table: Table
-    row: Row
+    table: PrintedTable
+    row: PrintedRow
     computed: float | None
     status: str
     why: str
@@ -64,10 +64,11 @@ class Result:
 
     @property
     def reason(self) -> str:
-        """All that is to be said, in one line."""
+        """The reason, the note and the remark on one line."""
         return "; ".join(filter(None, (self.why, self.row.note, self.remark)))
 
     def to_json(self) -> dict[str, Any]:
+        """Returns JSON values."""
         return {
             "id": self.row.id,
             "table": self.table.title,
@@ -79,16 +80,18 @@ class Result:
         }
 
 
-def rebuild(tables: Iterable[Table]) -> list[Result]:
-    """Every row of these tables. An architecture is built once; a configuration that several rows
-    share is attached once.
+def rebuild(tables: Iterable[PrintedTable]) -> list[Result]:
+    """Returns the result of every row. Each architecture is built once, and each configuration
+    attached once.
     """
     models: dict[Architecture, Model] = {}
     return [_result(table, row, models) for table in tables for row in table.rows]
 
 
-def configurations(row: Row) -> list[Any]:
-    """The configurations of a row. Raises NotAvailable where the library has no such method."""
+def configurations(row: PrintedRow) -> list[Any]:
+    """Returns the configurations of a row. Raises NotAvailable if the library has no
+    such method.
+    """
     for data in row.methods:
         if data["method"] not in methods.METHODS:
             raise NotAvailable(f"method not available: weft.{data['method']}")
@@ -96,7 +99,7 @@ def configurations(row: Row) -> list[Any]:
 
 
 class Model:
-    """One architecture on the meta device, shared by all rows that speak of it."""
+    """One architecture on the meta device, shared by all its rows."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.root: nn.Module = architecture.on_meta()
@@ -110,16 +113,17 @@ class Model:
         return {name for name in structure.parameters if within(name, structure.head)}
 
     def size(self, beside: Sequence[str] = ()) -> int:
-        """All numbers of the model, but for those of the modules whose name has one of these
-        parts.
-        """
+        """Returns the number of parameters, without modules whose name has one of these parts."""
         return sum(
             p.numel()
             for name, p in base_parameters(self.root)
             if not set(beside) & set(name.split("."))
         )
 
-    def count(self, row: Row) -> Count:
+    def count(self, row: PrintedRow) -> Count:
+        """Returns the trained parameters of a row. Raises NotAvailable if the library has no such
+        method.
+        """
         configs = configurations(row)
         key = json.dumps([row.methods, row.unit == "bytes"], sort_keys=True)
         if key not in self._counts:
@@ -141,8 +145,8 @@ class Model:
         return Count(**sums, file=sum(a.nbytes for a in adapters) if file else None)
 
     def _trained(self, adapters: Sequence[Adapter]) -> Iterator[tuple[bool, bool, int, int]]:
-        """Every trained tensor once: is it the head's, does the base lack it, its numbers, its
-        bytes.
+        """Per trained tensor, each once: is it part of the head, is it missing in the base,
+        parameters, bytes.
         """
         seen: set[int] = set()
         for adapter in adapters:
@@ -159,7 +163,7 @@ class Model:
                     )
 
 
-def _result(table: Table, row: Row, models: dict[Architecture, Model]) -> Result:
+def _result(table: PrintedTable, row: PrintedRow, models: dict[Architecture, Model]) -> Result:
     if row.model is None:
         return Result(table, row, None, "explained", row.reason)
     architecture = ARCHITECTURES[row.model]
@@ -172,11 +176,11 @@ def _result(table: Table, row: Row, models: dict[Architecture, Model]) -> Result
         return Result(table, row, None, "different", str(error))
     if row.printed == NOTHING:
         return Result(table, row, None, "explained", row.reason.format(head=count.head))
-    return _held(table, row, count, model)
+    return _compared(table, row, count, model)
 
 
-def _held(table: Table, row: Row, count: Count, model: Model) -> Result:
-    """The count held against the printed figure."""
+def _compared(table: PrintedTable, row: PrintedRow, count: Count, model: Model) -> Result:
+    """The count compared with the printed figure."""
     trained = count.body + (count.head if row.head else 0)
     exact = {
         "numbers": Fraction(trained),
@@ -184,7 +188,7 @@ def _held(table: Table, row: Row, count: Count, model: Model) -> Result:
         "percent": Fraction(100 * trained, model.size(row.beside) + count.added),
     }[row.unit]
     printed = figure(row.printed, row.unit)
-    computed, difference = _plain(exact, row.unit), _plain(exact - printed.value, row.unit)
+    computed, difference = _rounded(exact, row.unit), _rounded(exact - printed.value, row.unit)
     reading = printed.reading(exact)
     if reading is not None:
         status, why = "reproduced", reading
@@ -205,12 +209,12 @@ def _held(table: Table, row: Row, count: Count, model: Model) -> Result:
     )
 
 
-def _plain(number: Fraction, unit: str) -> float:
-    """A percentage to six decimals, anything else to the whole number."""
+def _rounded(number: Fraction, unit: str) -> float:
+    """A percentage with six decimals, anything else as a whole number."""
     return round(float(number), 6) if unit == "percent" else round(number)
 
 
-def _unexplained(row: Row) -> str:
+def _unexplained(row: PrintedRow) -> str:
     if row.ours is None:
         return "neither rounding nor truncation gives the printed figure, and no reason is known"
-    return f"the reason that is known speaks of a count of {row.ours:,}"
+    return f"the known reason is about a count of {row.ours:,}"

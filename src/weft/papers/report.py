@@ -1,4 +1,4 @@
-"""The rebuilt rows as text of 80 columns, table by table as the papers have them, and as JSON."""
+"""The results as text of 80 columns, table by table as in the papers, and as JSON."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .rebuild import STATUSES, Result
 WIDTH = 80
 _LABEL = 26
 _HEADS = {
-    "numbers": "trained numbers",
-    "percent": "percent of all numbers, what was added included",
+    "numbers": "trained parameters",
+    "percent": "percent of all parameters, added ones included",
 }
 
 
-def as_json(results: Sequence[Result]) -> dict[str, Any]:
-    """`storage`: for the rows that print bytes, those of the trained tensors and those of the file
-    that Weft writes.
+def papers_json(results: Sequence[Result]) -> dict[str, Any]:
+    """Returns JSON values. `storage` has, for rows that print bytes, those of the trained tensors
+    and of the file.
     """
     storage = [
         {"id": r.row.id, "values": r.storage.values, "file": r.storage.file}
@@ -30,8 +30,8 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
     return {"schema": 1, "rows": [r.to_json() for r in results], "storage": storage}
 
 
-def as_text(results: Sequence[Result], forms: bool = True) -> str:
-    """All tables; `forms` adds the closed form of each method. The last line has the numbers of
+def papers_text(results: Sequence[Result], forms: bool = True) -> str:
+    """Returns all tables; `forms` adds the closed form of each method. The last line counts the
     rows by status.
     """
     lines: list[str] = []
@@ -41,13 +41,13 @@ def as_text(results: Sequence[Result], forms: bool = True) -> str:
     if forms:
         lines += [*_forms(), ""]
     lines += [
-        "reproduced: our count, rounded to the printed digits, or cut where it says so",
-        "explained: another count, and the reason for it is known",
+        "reproduced: our count, rounded to the printed digits, or truncated if noted",
+        "explained: another count, for a known reason",
         "",
     ]
-    found = Counter(r.status for r in results)
+    counts = Counter(r.status for r in results)
     lines.append(
-        f"{len(results)} rows: " + ", ".join(f"{found[status]} {status}" for status in STATUSES)
+        f"{len(results)} rows: " + ", ".join(f"{counts[status]} {status}" for status in STATUSES)
     )
     return "\n".join(lines)
 
@@ -63,46 +63,53 @@ def _table(rows: Sequence[Result]) -> Iterator[str]:
         yield from _indented(f"{of}: {remark}")
     yield _line("row", "printed", "ours", "difference", "status")
     for r in rows:
-        yield from _labelled(
-            r.row.row, r.row.printed, _number(r.computed), _number(r.difference, sign="+"), r.status
+        yield from _labelled_line(
+            r.row.row,
+            r.row.printed,
+            _count_text(r.computed),
+            _count_text(r.difference, sign="+"),
+            r.status,
         )
         if r.status != "reproduced":
             yield from _indented(r.why)
-        said = "; ".join(
+        remarks = "; ".join(
             filter(None, ("printed truncated" if r.why == "truncated" else "", r.row.note))
         )
-        if said:
-            yield from _indented(said)
+        if remarks:
+            yield from _indented(remarks)
 
 
 def _storage(rows: Sequence[Result]) -> Iterator[str]:
-    """What Weft writes where the paper prints bytes."""
+    """The size of Weft's file, if the paper prints bytes."""
     stored = [r for r in rows if r.storage]
     if not stored:
         return
-    yield "  adapter_model.safetensors as Weft writes it, header and all, in bytes"
+    yield "  adapter_model.safetensors as written by Weft, with its header, in bytes"
     yield _line("row", "printed", "file", "beyond", "")
     for r in stored:
         if r.storage and r.storage.file is not None:
             beyond = r.storage.file - r.storage.values
-            yield from _labelled(
-                r.row.row, r.row.printed, _number(r.storage.file), _number(beyond, sign="+"), ""
+            yield from _labelled_line(
+                r.row.row,
+                r.row.printed,
+                _count_text(r.storage.file),
+                _count_text(beyond, sign="+"),
+                "",
             )
 
 
 def _forms() -> Iterator[str]:
-    yield "Closed forms (the tests hold them equal to the attached methods)"
+    yield "Closed forms (the tests check that they equal the attached methods)"
     yield from _indented(
-        "an adapted map is (out, in); L blocks of width d with MLP width f, V tokens, c positions; "
-        "Full, "
-        "BitFit and TopLayers as of a GPT-2"
+        "an adapted matrix is (out, in); L blocks of width d with MLP width f, V tokens, c "
+        "positions; Full, BitFit and TopLayers are those of a GPT-2"
     )
     for name, form in FORMS.items():
         yield from textwrap.wrap(f"  {name:<11} {form.text}", WIDTH, subsequent_indent=" " * 14)
 
 
-def _labelled(label: str, *cells: str) -> Iterator[str]:
-    """A line; a label that is too long goes on below it."""
+def _labelled_line(label: str, *cells: str) -> Iterator[str]:
+    """One line; a long label continues below it."""
     first, *more = textwrap.wrap(label, _LABEL)
     yield _line(first, *cells)
     yield from (f"    {part}" for part in more)
@@ -118,7 +125,7 @@ def _indented(text: str) -> list[str]:
     )
 
 
-def _number(value: float | None, sign: str = "") -> str:
+def _count_text(value: float | None, sign: str = "") -> str:
     if value is None:
         return ""
     return f"{value:{sign},}" if isinstance(value, int) else f"{value:{sign}.4f}"

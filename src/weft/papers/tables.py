@@ -1,5 +1,5 @@
-"""The papers' tables as they lie in tables.json: what each row prints, and which method on which
-model it speaks of.
+"""Reads tables.json, the papers' tables: what each row prints, and which method and model it is
+about.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 from ..errors import ConfigError
 
 SCHEMA = 1
-NOTHING = "-"  # printed where a table has a row and no figure
+NOTHING = "-"  # printed if a row has no figure
 
 
 @dataclass(frozen=True)
-class Row:
+class PrintedRow:
     """One printed figure.
 
-    `methods`: configurations in JSON, each attached under a name of its own; a tensor that two of
-    them train counts once. `head`: the output head's numbers count too. `beside`: modules that the
-    percentage leaves out of the whole. `reason`: why a figure does not reproduce, and `ours` the
-    count of which that is true. `note`: on one that does.
+    `methods` are configurations in JSON, each attached under its own name; a tensor trained by two
+    of them counts once. `head`: parameters of the output head count too. `beside`: modules that the
+    percentage does not count as part of the whole. `reason` is why a figure is not reproduced, and
+    `ours` the count for which that is true. `note` is about a reproduced one.
     """
 
     id: str
@@ -41,16 +41,18 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """`name` is what --table takes, `title` says which table of which paper."""
+class PrintedTable:
+    """`name` is the argument of --table, `title` names the paper's table."""
 
     name: str
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[PrintedRow, ...]
 
 
-def tables() -> list[Table]:
-    """All of them, in the order of the papers."""
+def tables() -> list[PrintedTable]:
+    """Returns all tables in the order of the papers. Raises ConfigError if tables.json has another
+    schema.
+    """
     text = resources.files(__package__).joinpath("tables.json").read_text(encoding="utf-8")
     data = json.loads(text)
     if data["schema"] != SCHEMA:
@@ -58,13 +60,15 @@ def tables() -> list[Table]:
             f"tables.json has schema {data['schema']}; this Weft reads schema {SCHEMA}."
         )
     return [
-        Table(t["name"], t["title"], tuple(_row(r, t["unit"]) for r in t["rows"]))
+        PrintedTable(t["name"], t["title"], tuple(_printed_row(r, t["unit"]) for r in t["rows"]))
         for t in data["tables"]
     ]
 
 
-def find(name: str, among: Sequence[Table]) -> Table:
-    """A table by its name or title, in any case. Raises ConfigError with the nearest."""
+def find_table(name: str, among: Sequence[PrintedTable]) -> PrintedTable:
+    """Returns the table of this name or title, case-insensitive. Raises ConfigError with the
+    nearest names.
+    """
     by_name = {key.lower(): table for table in among for key in (table.name, table.title)}
     if name.lower() in by_name:
         return by_name[name.lower()]
@@ -75,8 +79,8 @@ def find(name: str, among: Sequence[Table]) -> Table:
     raise ConfigError(f"--table {name!r} is not known. Nearest: {', '.join(names)}.")
 
 
-def _row(data: dict[str, Any], unit: str) -> Row:
+def _printed_row(data: dict[str, Any], unit: str) -> PrintedRow:
     given = dict(data)
     given["methods"] = tuple(given.pop("method", ()))
     given["beside"] = tuple(given.get("beside", ()))
-    return Row(**{"unit": unit, **given})
+    return PrintedRow(**{"unit": unit, **given})

@@ -1,8 +1,8 @@
-"""Tasks: data, decoding and a metric. A family is a file here and a line in `FAMILIES` or
+"""Tasks: data, decoding and a metric. A family is one file here and one line in `FAMILIES` or
 `GENERATION`.
 
-`FAMILIES` are labelled examples in three splits (`find_task(name).load()` is a `Task`);
-`GENERATION` has text for an answer (`find_generation(name).load()` is a `GenerationTask`).
+`FAMILIES` have labelled examples in three splits (`find_task(name).load()` returns a `Task`).
+`GENERATION` tasks have text as answers (`find_generation(name).load()` returns a `GenerationTask`).
 `scoring` scores files without a model.
 """
 
@@ -39,7 +39,7 @@ FAMILIES = {
     "digits": "scikit-learn's handwritten digits 5 to 9, 20 training images of each (offline)",
     "image-folder:DIR": "images in DIR/<class>/*.png, for any image classification model",
     **{
-        f"{name}:DIR": f"{what}; :per_class=10 behind it for the paper's 10 images a class"
+        f"{name}:DIR": f"{what}; add :per_class=10 for the paper's 10 images per class"
         for name, what in IMAGES.items()
     },
     "csv:FILE": "text classification, columns text,label or sentence,label (a pair too); .csv, "
@@ -49,8 +49,7 @@ FAMILIES = {
 }
 GENERATION = {
     "e2e:DIR": "the E2E challenge, restaurant descriptions from slots; BLEU, NIST, METEOR, "
-    "ROUGE-L, CIDEr; "
-    ":train=validation behind it (or any of these) where there is no training file",
+    "ROUGE-L, CIDEr; add :train=validation (here or below) if there is no training file",
     "wikisql:DIR": "WikiSQL, a question about a table to SQL; logical-form accuracy",
     "samsum:DIR": "SAMSum, summaries of chats; ROUGE-1, ROUGE-2, ROUGE-L",
     "commonsense:DIR": "eight commonsense data sets in instruction form; accuracy by "
@@ -61,9 +60,7 @@ GENERATION = {
 
 @dataclass(frozen=True)
 class TaskRef:
-    """A task that has been asked for and exists; `path` and `test` are None for an embedded one, or
-    one of the hub.
-    """
+    """A known task. `path` and `test` are None for an embedded task and for one of the hub."""
 
     name: str
     kind: str
@@ -72,68 +69,70 @@ class TaskRef:
     per_class: int | None = None
 
     def load(self) -> Task:
-        """Read the data. Raises WeftError with the file and line at fault."""
+        """Reads the data. Raises WeftError with the invalid file and line."""
         if self.kind.removesuffix("-paper") in GLUE:
-            from . import glue
+            from .glue import load_glue
 
-            return glue.load(self.path, self.kind)
+            return load_glue(self.path, self.kind)
         if self.kind in IMAGES and self.path is not None:
-            from . import image_sets
+            from .image_sets import load_image_set
 
-            return image_sets.load(self.path, self.kind, self.per_class)
+            return load_image_set(self.path, self.kind, self.per_class)
         if self.path is None:
-            from . import digits
+            from .digits import load_digits
 
-            return digits.load()
+            return load_digits()
         return _reader(self.kind)(self.path, self.test)
 
 
 @dataclass(frozen=True)
 class GenerationRef:
-    """A generation task that has been asked for; `source` is a folder that exists, a hub name, or
-    None for the usual one.
+    """A known generation task. `source` is an existing folder, a hub name, or None for the task's
+    hub data set.
 
-    on_validation: what is trained on is the validation part.
+    If `on_validation`, the validation part is used for training.
     """
 
     name: str
     kind: str
     source: Path | str | None = None
     on_validation: bool = False
-    test: None = None  # it has its own
+    test: None = None  # the task has its own test data
 
     def load(self) -> GenerationTask:
-        """Read the data. Raises WeftError with the file and line at fault."""
+        """Reads the data. Raises WeftError with the invalid file and line."""
         return on_validation(self._read()) if self.on_validation else self._read()
 
     def _read(self) -> GenerationTask:
         if self.kind in COMMONSENSE:
-            from . import commonsense
+            from .commonsense import load_commonsense
 
-            return commonsense.load(self.source, self.kind)
-        from . import e2e, samsum, wikisql
+            return load_commonsense(self.source, self.kind)
+        from .e2e import load_e2e
+        from .samsum import load_samsum
+        from .wikisql import load_wikisql
 
         load: Callable[..., GenerationTask] = {
-            "e2e": e2e.load,
-            "samsum": samsum.load,
-            "wikisql": wikisql.load,
+            "e2e": load_e2e,
+            "samsum": load_samsum,
+            "wikisql": load_wikisql,
         }[self.kind]
         return load() if self.source is None else load(self.source)
 
 
 def find_any(name: str, test: str | None = None) -> TaskRef | GenerationRef:
-    """A task of either kind, checked as `find_task` and `find_generation` do. Raises
-    ConfigError.
+    """Finds a task of either kind, as `find_task` and `find_generation` do. Raises ConfigError if
+    it does not exist or takes no test data.
     """
     if _known(name, name.partition(":")[0], {**FAMILIES, **GENERATION}) in FAMILIES:
         return find_task(name, test)
     if test is not None:
-        raise ConfigError(f"task {name!r} has its own test data; it takes none of yours.")
+        raise ConfigError(f"task {name!r} has its own test data; it accepts no other test data.")
     return find_generation(name)
 
 
 def find_task(name: str, test: str | None = None) -> TaskRef:
-    """Check a task's name and that its files exist, without reading them. Raises ConfigError with
+    """Checks a task's name and that its files exist, without reading them. Raises ConfigError with
     the nearest names.
     """
     kind, _, rest = name.partition(":")
@@ -141,13 +140,12 @@ def find_task(name: str, test: str | None = None) -> TaskRef:
     glue = kind.removesuffix("-paper") in GLUE
     if glue and test is not None:
         raise ConfigError(
-            f"task {name!r} has its own test data, GLUE's dev; it takes none of yours."
+            f"task {name!r} has its own test data, GLUE's dev; it accepts no other test data."
         )
     if ":" not in known:
         if rest or test is not None:
             raise ConfigError(
-                f"task {name!r}: {kind!r} is built in; it takes no path and no test data of your "
-                "own."
+                f"task {name!r}: {kind!r} is built in; it accepts no path and no test data."
             )
         return TaskRef(name, kind)
     if not rest:
@@ -156,9 +154,11 @@ def find_task(name: str, test: str | None = None) -> TaskRef:
         raise ConfigError(f"task {name!r}: write {known}.")
     if kind in IMAGES:
         if test is not None:
-            raise ConfigError(f"task {name!r} has its own test data; it takes none of yours.")
-        place, each = _per_class(name, rest)
-        return TaskRef(name, kind, _existing(place, True, f"task {kind}"), per_class=each)
+            raise ConfigError(
+                f"task {name!r} has its own test data; it accepts no other test data."
+            )
+        folder_name, each = _per_class(name, rest)
+        return TaskRef(name, kind, _existing(folder_name, True, f"task {kind}"), per_class=each)
     folder = kind != "csv"
     return TaskRef(
         name,
@@ -169,12 +169,11 @@ def find_task(name: str, test: str | None = None) -> TaskRef:
 
 
 def find_generation(name: str) -> GenerationRef:
-    """Check a generation task's name and that its folder exists, without reading it. Raises
-    ConfigError.
+    """Checks a generation task's name and that its folder exists, without reading it.
 
-    `e2e` alone is the hub's usual data set, `e2e:DIR` a folder, `e2e:owner/name` another one on the
-    hub, any of them with `:train=validation` behind it. What looks like a path is never sought on
-    the network.
+    `e2e` alone is the data set on the hub, `e2e:DIR` a folder, `e2e:owner/name` another data set on
+    the hub; each can end in `:train=validation`. A name that looks like a path is never looked up
+    on the network. Raises ConfigError if the name or the folder is not known.
     """
     from .files import is_hub_name
 
@@ -186,16 +185,16 @@ def find_generation(name: str) -> GenerationRef:
             f"task {name!r}: train={trained} is not known; train=validation trains on the "
             "validation part."
         )
-    held = trained is not None
+    validation = trained is not None
     if not rest:
-        return GenerationRef(name, kind, None, held)
+        return GenerationRef(name, kind, None, validation)
     if is_hub_name(rest) and "/" in rest:
         if kind == "commonsense":
             raise ConfigError(
-                f"task {name!r}: these are eight data sets; give a folder with all of them."
+                f"task {name!r}: the hub has no data set with all eight; give a folder."
             )
-        return GenerationRef(name, kind, rest, held)
-    return GenerationRef(name, kind, _existing(rest, True, f"task {kind}"), held)
+        return GenerationRef(name, kind, rest, validation)
+    return GenerationRef(name, kind, _existing(rest, True, f"task {kind}"), validation)
 
 
 def _known(name: str, kind: str, families: Mapping[str, str]) -> str:
@@ -203,13 +202,13 @@ def _known(name: str, kind: str, families: Mapping[str, str]) -> str:
     if kind not in known:
         if kind == "mt-bench":
             raise ConfigError(
-                f"task {name!r} is judged by another model: weft judge --questions FILE."
+                f"task {name!r} is graded by another model: weft judge --questions FILE."
             )
         other = GENERATION if families is FAMILIES else FAMILIES
         if any(family.partition(":")[0] == kind for family in other):
             what = "text to generate" if families is FAMILIES else "classification"
             raise ConfigError(
-                f"task {name!r} is {what}, and here a task of the other kind is wanted: "
+                f"task {name!r} is {what}, but this needs a task of the other kind: "
                 f"{list(known)[:6]} ..."
             )
         near = [known[k] for k in get_close_matches(kind, known, n=2)] or list(families)
@@ -218,31 +217,33 @@ def _known(name: str, kind: str, families: Mapping[str, str]) -> str:
 
 
 def _per_class(name: str, rest: str) -> tuple[str, int | None]:
-    """DIR:per_class=10 as DIR and 10. Raises ConfigError."""
-    place, _, last = rest.rpartition(":")
+    """Splits DIR:per_class=10 into DIR and 10. Raises ConfigError if the option is invalid."""
+    folder_name, _, last = rest.rpartition(":")
     key, equals, value = last.partition("=")
-    if not place or not equals or "/" in key or Path(rest).exists():
+    if not folder_name or not equals or "/" in key or Path(rest).exists():
         return rest, None
     if key != "per_class" or not value.isdecimal() or int(value) < 1:
         raise ConfigError(
-            f"task {name!r}: behind the folder stands per_class=N, the images of a class to train "
-            "on."
+            f"task {name!r}: after the folder, write per_class=N, the number of training images "
+            "per class."
         )
-    return place, int(value)
+    return folder_name, int(value)
 
 
 def _option(rest: str, key: str) -> tuple[str, str | None]:
-    """DIR:key=value as DIR and the value; the value is None where none stands there."""
-    place, _, last = rest.rpartition(":")
+    """Splits DIR:key=value into DIR and the value, or None if there is no such option."""
+    folder_name, _, last = rest.rpartition(":")
     name, equals, value = last.partition("=")
-    return (place, value) if equals and name == key and not Path(rest).exists() else (rest, None)
+    return (
+        (folder_name, value) if equals and name == key and not Path(rest).exists() else (rest, None)
+    )
 
 
 def _existing(name: str, folder: bool, what: str) -> Path:
     path = Path(name).expanduser()
     if not (path.is_dir() if folder else path.is_file()):
         state = (
-            "there is nothing there"
+            "it does not exist"
             if not path.exists()
             else "it is a folder"
             if path.is_dir()
@@ -253,9 +254,10 @@ def _existing(name: str, folder: bool, what: str) -> Path:
 
 
 def _reader(kind: str) -> Callable[[Path, Path | None], Task]:
-    from . import csv_text, image_folder
+    from .csv_text import load_csv
+    from .image_folder import load_image_folder
 
-    return {"image-folder": image_folder.load, "csv": csv_text.load}[kind]
+    return {"image-folder": load_image_folder, "csv": load_csv}[kind]
 
 
 __all__ = [

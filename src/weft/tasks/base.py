@@ -1,9 +1,7 @@
-"""What a task is: labelled examples in three splits, and a metric. It knows no method and no
-training.
+"""A task: labelled examples in three splits, and a metric. It knows no method and no training.
 
-A `Task` holds raw examples (text, or 8-bit images) as a family's reader found them. `encode` of the
-family turns them into `Encoded` splits for one model, with that model's tokenizer or image
-processor.
+A `Task` has raw examples (text or 8-bit images). The family's `encode` turns them into `Encoded`
+splits for one model, with that model's tokenizer or image processor.
 """
 
 from __future__ import annotations
@@ -21,13 +19,13 @@ from ..errors import WeftError
 
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 20240917
-SHARES = (0.6, 0.2, 0.2)  # train, validation, test, where one file or folder holds everything
+SHARES = (0.6, 0.2, 0.2)  # train, validation, test, if one file or folder has all data
 
 
 @dataclass(frozen=True)
 class Split:
-    """Raw examples of one split; `items[i]` has the class number `labels[i]`, or this score where a
-    task is a regression.
+    """Raw examples of one split. `labels[i]` is the class number of `items[i]`, or its score in a
+    regression.
     """
 
     items: Sequence[Any]
@@ -42,9 +40,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task, or a regression where `classes` is empty.
+    """A classification task, or a regression if `classes` is empty.
 
-    `family` is "image" or "text"; `notes` say what was decided without being asked; `metric` is a
+    `family` is "image" or "text"; `notes` list decisions that the user did not make; `metric` is a
     name in `metrics.METRICS`.
     """
 
@@ -57,36 +55,38 @@ class Task:
 
 
 class Encoded(Protocol):
-    """One split, ready for one model."""
+    """One split, encoded for one model."""
 
     def __len__(self) -> int: ...
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward for these rows, without labels."""
+        """Returns the keyword arguments of the model's forward for these rows [n],
+        without labels.
+        """
         ...
 
     def wanted(self, rows: Tensor) -> Tensor:
-        """Their labels: classes [n] int64, scores [n] float32, or tokens [n, length] int64 as long
-        as the batch's rows, -100 where there is no loss.
+        """Returns the labels of these rows [n]: classes [n] int64, scores [n] float32, or tokens
+        [n, length] int64 as long as the batch's rows, with -100 where there is no loss.
         """
         ...
 
     def fingerprint(self) -> str:
-        """16 hex digits over inputs and labels, in order."""
+        """Returns 16 hex digits over inputs and labels, in order."""
         ...
 
 
 class Labelled(Encoded, Protocol):
-    """One with a class or a score for every example."""
+    """A split with a class or a score for every example."""
 
     @property
     def labels(self) -> Tensor:
-        """[n] int64 or float32"""
+        """The labels: [n], int64 or float32."""
         ...
 
 
 @dataclass(frozen=True)
 class WithLabels:
-    """What splits with a label a row share."""
+    """Base of splits with one label per row."""
 
     labels: Tensor
 
@@ -100,11 +100,10 @@ class WithLabels:
 def stratified(
     labels: Sequence[float], shares: Sequence[float], seed: int = SPLIT_SEED
 ) -> list[list[int]]:
-    """Row numbers split by `shares` (sum 1) within every class: a function of labels, shares and
-    seed alone.
+    """Splits row numbers by `shares` (sum 1) within every class.
 
-    Every part gets at least one row of each class, so a class needs as many rows as there are
-    parts.
+    The result depends on labels, shares and seed only. Every part has at least one row of each
+    class, so a class needs as many rows as there are parts.
     """
     parts: list[list[int]] = [[] for _ in shares]
     for label in sorted(set(labels)):
@@ -119,8 +118,8 @@ def stratified(
 
 
 def cap(split: Split, most: int | None, seed: int = SPLIT_SEED) -> Split:
-    """At most `most` examples, drawn in proportion to the classes; the split itself where it is
-    small enough.
+    """Returns at most `most` examples, drawn in proportion to the classes. Smaller splits are
+    returned as they are.
     """
     if most is None or len(split) <= most:
         return split
@@ -133,7 +132,7 @@ def cap(split: Split, most: int | None, seed: int = SPLIT_SEED) -> Split:
 
 
 def capped(split: Split, most: int | None, name: str, notes: list[str]) -> Split:
-    """`cap`, and a note where that leaves examples out."""
+    """Like `cap`; adds a note if examples are left out."""
     found = cap(split, most)
     if len(found) < len(split):
         notes.append(
@@ -149,11 +148,11 @@ def divide(
     labels: Sequence[str],
     test: tuple[Sequence[Any], Sequence[str]] | None,
 ) -> tuple[tuple[str, ...], dict[str, Split], list[str]]:
-    """Classes, splits and notes from named labels; `test` comes from a place of its own, or is held
+    """Returns classes, splits and notes from named labels. If `test` is None, a test split is held
     out.
 
-    Raises WeftError: one class only, a class too small to be split, a test label that training
-    never shows.
+    Raises WeftError if there is one class only, if a class is too small to be split, or if a test
+    label does not occur in training.
     """
     classes = tuple(
         sorted(
@@ -175,7 +174,7 @@ def divide(
         if have < parts:
             raise WeftError(
                 f"{where}: class {name!r} has {have} example{'s' * (have != 1)}; the split into "
-                f"{', '.join(SPLITS[:parts])} needs at least {parts} of each class."
+                f"{', '.join(SPLITS[:parts])} needs at least {parts} per class."
             )
     if test is None:
         rows = stratified(whole.labels, SHARES)
@@ -185,8 +184,8 @@ def divide(
         unknown = sorted(set(test[1]) - set(classes))
         if unknown:
             raise WeftError(
-                f"{where}: the test data has classes {unknown} that training never shows; "
-                f"training has {list(classes)}."
+                f"{where}: the test data has classes {unknown} that are not in the training "
+                f"data, which has {list(classes)}."
             )
         share = SHARES[1] / (SHARES[0] + SHARES[1])
         train, validation = stratified(whole.labels, (1 - share, share))
@@ -195,12 +194,12 @@ def divide(
             "validation": whole.take(validation),
             "test": Split(test[0], [number[name] for name in test[1]]),
         }
-        held = "validation is 25 % of it, by class and by a fixed seed; test is what you gave"
+        held = "validation is 25 % of it, by class and by a fixed seed; test is --test"
     return classes, splits, [f"{where}: {held}."]
 
 
 def digest(labels: Tensor, *tensors: Tensor) -> str:
-    """16 hex digits of SHA-256 over shapes, dtypes and bits."""
+    """Returns 16 hex digits of SHA-256 over shapes, dtypes and bits of tensors of any shape."""
     sha = hashlib.sha256()
     for t in (labels, *tensors):
         sha.update(f"{tuple(t.shape)}{t.dtype}".encode())

@@ -1,14 +1,13 @@
-"""METEOR, ROUGE-L and CIDEr as the COCO caption scripts print them, from the package
-`pycocoevalcap`.
+"""METEOR, ROUGE-L and CIDEr as in the COCO caption scripts, from the package `pycocoevalcap`.
 
-METEOR 1.5 is a Java program (in the package); it needs a `java` on the PATH and is reported as
-missing without one. All three read tokens of Stanford's PTB tokenizer, lower-cased and without
-punctuation, which is Java too. Where there is no Java, ROUGE-L and CIDEr are computed all the same
-on nltk's Treebank tokens, changed below to what Stanford's does, and a note says so. A test finds
-no difference on the E2E challenge's references; addresses, tags and the like do differ.
+METEOR 1.5 is a Java program in the package. It needs `java` on the PATH and is reported as missing
+without it. All three metrics read tokens of Stanford's PTB tokenizer, lower-cased and without
+punctuation, which is a Java program too. Without Java, ROUGE-L and CIDEr are computed on nltk's
+Treebank tokens, adapted below to Stanford's, and a note says this. A test finds no difference on
+the E2E challenge's references; addresses and tags do differ.
 
-We start Stanford's tokenizer ourselves: the package writes its temporary file into its own folder,
-which a user often may not write to. Its scores are used as they are.
+Stanford's tokenizer is started here, because the package writes its temporary file into its own
+folder, where users often have no write access. Its scores are used unchanged.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from .generation import Report, Scores
 
 METRICS = ("METEOR", "ROUGE-L", "CIDEr")
 NO_JAVA = (
-    "METEOR 1.5 is a Java program, and no `java` runs here: install a Java runtime (on Debian and "
+    "METEOR 1.5 is a Java program, and `java` does not run: install a Java runtime (on Debian and "
     "Ubuntu: "
     "apt-get install default-jre-headless)."
 )
 NO_JAVA_TOKENS = (
-    "ROUGE-L and CIDEr: tokens are nltk's, not those of Stanford's tokenizer, which needs Java; "
+    "ROUGE-L and CIDEr: tokens are nltk's instead of Stanford's, whose tokenizer needs Java; "
     "the scores "
     "can differ in the fourth digit."
 )
@@ -59,19 +58,18 @@ _LIKE_STANFORD = tuple(
 
 
 def caption_scores(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Report:
-    """METEOR and ROUGE-L in [0, 1], CIDEr in [0, 10]; the means over segments (METEOR: over all of
-    them together).
+    """Returns METEOR and ROUGE-L in [0, 1], and CIDEr in [0, 10].
 
-    CIDEr weighs n-grams by the number of segments whose references have them, so one segment alone
-    scores 0.
+    ROUGE-L and CIDEr are means over segments; METEOR is computed over all of them. CIDEr weighs
+    n-grams by the number of segments whose references have them, so a single segment scores 0.
     """
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
     java = has_java()
-    said = tokenize([*outputs, *(text for group in references for text in group)], java)
-    found = {i: [text] for i, text in enumerate(said[: len(outputs)])}
-    rest = iter(said[len(outputs) :])
+    output = tokenize([*outputs, *(text for group in references for text in group)], java)
+    found = {i: [text] for i, text in enumerate(output[: len(outputs)])}
+    rest = iter(output[len(outputs) :])
     wanted = {i: [next(rest) for _ in group] for i, group in enumerate(references)}
     scores: Scores = dict.fromkeys(METRICS)
     reasons: dict[str, str] = {}
@@ -87,8 +85,8 @@ def caption_scores(outputs: Sequence[str], references: Sequence[Sequence[str]]) 
 
 @cache
 def has_java() -> bool:
-    """There is a `java` on the PATH and it runs (on a Mac without a runtime, one is there and does
-    not).
+    """Returns True if `java` is on the PATH and runs. (A Mac without a runtime has a `java` that
+    does not.)
     """
     java = shutil.which("java")
     return (
@@ -98,8 +96,8 @@ def has_java() -> bool:
 
 
 def tokenize(texts: Sequence[str], java: bool) -> list[str]:
-    """Tokens, lower-cased, without punctuation, joined by single spaces: one string for each
-    text.
+    """Returns one string per text: lower-case tokens without punctuation, joined by
+    single spaces.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
@@ -127,10 +125,10 @@ def _stanford(lines: Sequence[str]) -> list[list[str]]:
         done = subprocess.run(command, capture_output=True, check=False)
     tokens = done.stdout.decode("utf-8").split("\n")[:-1]
     if done.returncode or len(tokens) != len(lines):
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        output = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise WeftError(
             f"Stanford's tokenizer (Java) failed on {len(lines)} lines: "
-            f"{said[-1] if said else 'no message'}"
+            f"{output[-1] if output else 'no message'}"
         )
     return [line.split() for line in tokens]
 
@@ -146,9 +144,7 @@ def _treebank(line: str) -> list[str]:
 
 
 def _meteor(wanted: dict[int, list[str]], found: dict[int, list[str]]) -> tuple[float | None, str]:
-    """The score, or None and why there is none (too little memory for Java, above all: it asks for
-    2 GB).
-    """
+    """The score, or None and the reason. The usual one is too little memory: Java needs 2 GB."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer: Any = Meteor()
@@ -157,15 +153,15 @@ def _meteor(wanted: dict[int, list[str]], found: dict[int, list[str]]) -> tuple[
     except (
         OSError,
         ValueError,
-    ):  # the program is gone: a broken pipe, or an empty line where a number should be
+    ):  # the program ended: a broken pipe, or an empty line instead of a number
         scorer.meteor_p.kill()
-        said = scorer.meteor_p.stderr.read().decode("utf-8", "replace").strip().splitlines()
-        return None, f"METEOR's Java program stopped: {said[-1] if said else 'no message'}"
+        output = scorer.meteor_p.stderr.read().decode("utf-8", "replace").strip().splitlines()
+        return None, f"METEOR's Java program stopped: {output[-1] if output else 'no message'}"
     finally:
         scorer.lock.locked() and scorer.lock.release()
         with suppress(
             OSError
-        ):  # what a dead program has not read; the library closes it again, in its destructor
+        ):  # input that the program has not read; the library closes the pipe again in its destructor
             scorer.meteor_p.stdin.close()
         scorer.meteor_p.stdout.close()
         scorer.meteor_p.stderr.close()

@@ -1,16 +1,18 @@
-"""Commonsense reasoning by generate-and-match, as LLM-Adapters and the DoRA paper do it
-(arXiv:2304.01933, 2402.09353).
+"""Commonsense reasoning by generate-and-match, as in LLM-Adapters (arXiv:2304.01933) and the DoRA
+paper (arXiv:2402.09353).
 
 `commonsense:DIR` is all eight data sets (BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c,
-OBQA), one model for all; `boolq:DIR` and so on is one. Read are LLM-Adapters' files,
+OBQA) with one model for all; `boolq:DIR` and so on is one of them. It reads LLM-Adapters' files,
 DIR/boolq/test.json with instruction, input, output, answer (and train.json, or the merged
-DIR/commonsense_170k.json); a row as its authors publish it is rendered to the same instruction.
+DIR/commonsense_170k.json). Rows in the original authors' format are rendered to the same
+instruction.
 
-The prompt is that of commonsense_evaluate.py to the letter, its indentation included. In the
-released training script two of its line ends have other spaces; one prompt for both is used here.
-An answer counts when the first key word of its data set ("true", "answer3") in the generated text
-is the right one; no key word is wrong. Decoding: beam 4, at most 32 tokens; temperature, top-p and
-top-k are set in the script and have no effect, since it does not sample. The average is unweighted.
+The prompt is that of commonsense_evaluate.py, character by character, with its indentation. The
+released training script has other spaces at two line ends; here one prompt is used for both. An
+answer is right if the first key word of its data set ("true", "answer3") in the generated text is
+the right one. Without a key word it is wrong. Decoding: beam 4, at most 32 tokens. The script also
+sets temperature, top-p and top-k, without effect since it does not sample. The average is
+unweighted.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from .base import SPLIT_SEED
 from .files import Row, columns, find_file, hub_rows, is_table, read_lines, read_rows
 from .generation import GenerationTask, Record, Report, Sample
 
-# name of the task: (folder in LLM-Adapters, name and configuration on the hub, key word, the most
-# of them)
+# name of the task: (folder in LLM-Adapters, name and configuration on the hub, key word, number of
+# key words)
 SETS = {
     "boolq": ("boolq", "google/boolq", None, "true|false", 0),
     "piqa": ("piqa", "ybisk/piqa", None, "solution", 2),
@@ -39,7 +41,7 @@ SETS = {
     "obqa": ("openbookqa", "allenai/openbookqa", "main", "answer", 5),
 }
 MERGED = ("commonsense_170k", "commonsense_15k")
-# training examples for validation, as in the papers' scripts; which ones differs, the seed is ours
+# training examples for validation, as in the papers' scripts; which ones they are differs: the seed is ours
 HELD_OUT = 120
 GENERATION = {"num_beams": 4, "max_new_tokens": 32, "do_sample": False}
 ANSWERED = "the correct answer is "
@@ -52,11 +54,11 @@ _START_INPUT = (
 _INDENT = " " * 16
 
 
-def load(source: Path | str | None, name: str) -> GenerationTask:
-    """`name` is "commonsense" or one of SETS; the source is a folder, a name on the hub, or None
-    for each set's own there.
+def load_commonsense(source: Path | str | None, name: str) -> GenerationTask:
+    """Loads a task. `name` is "commonsense" or one of SETS; `source` is a folder, a hub name, or
+    None for the data sets on the hub.
 
-    Raises WeftError: a data set that is not there, a row that is neither form.
+    Raises WeftError if a data set is missing or a row has neither format.
     """
     wanted = list(SETS) if name == "commonsense" else [name]
     if not isinstance(source, Path):
@@ -69,9 +71,8 @@ def load(source: Path | str | None, name: str) -> GenerationTask:
         }
     if not read:
         raise WeftError(
-            f"{name}:{source}: none of {[SETS[one][0] for one in wanted]} is there with a test or "
-            "train file. "
-            "DIR/boolq/test.json and so on are the files of LLM-Adapters."
+            f"{name}:{source}: none of {[SETS[one][0] for one in wanted]} has a test or train "
+            "file. DIR/boolq/test.json and so on are the files of LLM-Adapters."
         )
     samples = [sample for one in read for sample in read[one].get("train", [])]
     if (
@@ -87,13 +88,20 @@ def load(source: Path | str | None, name: str) -> GenerationTask:
     records["test"] = [_record(sample, one) for one in read for sample in read[one].get("test", [])]
     missing = [one for one in wanted if not read.get(one, {}).get("test")]
     notes = (
-        (f"no test data of {', '.join(missing)}; the average is over the others.",)
+        (f"no test data for {', '.join(missing)}; the average is over the others.",)
         if missing
         else ()
     )
     records = {split: held for split, held in records.items() if held}
     return GenerationTask(
-        f"{name}:{source or 'hub'}", train, records, GENERATION, "accuracy", score, notes, is_right
+        f"{name}:{source or 'hub'}",
+        train,
+        records,
+        GENERATION,
+        "accuracy",
+        score_commonsense,
+        notes,
+        is_right_answer,
     )
 
 
@@ -112,7 +120,7 @@ def _from_folder(folder: Path, one: str, alone: bool) -> dict[str, list[Sample]]
 
 
 def _from_hub(source: str, one: str) -> dict[str, list[Sample]]:
-    """The papers test on what the hub calls validation where the test labels are hidden."""
+    """Reads the hub's validation split if its test labels are hidden, as the papers do."""
     found = {}
     for split, stems in (("train", ("train",)), ("test", ("test", "validation"))):
         for stem in stems:
@@ -130,7 +138,9 @@ def _hidden(row: Row) -> bool:
 
 
 def _divide(samples: Sequence[Sample]) -> tuple[list[Sample], list[Record]]:
-    """Training samples, and the records held out of them; nothing is held out of a few hundred."""
+    """Returns training samples and validation records. Small training sets give no validation
+    records.
+    """
     if len(samples) < 10 * HELD_OUT:
         return list(samples), []
     held = set(random.Random(f"{SPLIT_SEED}/commonsense").sample(range(len(samples)), HELD_OUT))
@@ -157,23 +167,23 @@ def _sample(row: Row, one: str | None, where: str) -> Sample:
     answer = str(row["answer"]).strip().lower()
     if not _keywords(answer):
         raise WeftError(
-            f"{where}: the answer {answer!r} is no key word such as true, solution1, answer3."
+            f"{where}: the answer {answer!r} is not a key word such as true, solution1, answer3."
         )
     return {
-        "prompt": prompt_of(row["instruction"], row.get("input") or ""),
+        "prompt": instruction_prompt(row["instruction"], row.get("input") or ""),
         "completion": ANSWERED + answer,
     }
 
 
-def prompt_of(instruction: str, context: str = "") -> str:
-    """The instruction in the papers' prompt, up to where the answer begins."""
+def instruction_prompt(instruction: str, context: str = "") -> str:
+    """Returns the instruction in the papers' prompt, up to the answer."""
     middle = f"{_INDENT}### Input:\n{_INDENT}{context}\n\n" if context else ""
     start = _START_INPUT if context else _START
     return f"{start}{_INDENT}### Instruction:\n{_INDENT}{instruction}\n\n{middle}{_INDENT}### Response:\n{_INDENT}"
 
 
 def _keywords(answer: str) -> str:
-    """The pattern of all key words of the data set that this right answer belongs to; "" for no key
+    """Returns the pattern of all key words of this answer's data set, or "" if it is not a key
     word.
     """
     if answer in ("true", "false"):
@@ -184,26 +194,26 @@ def _keywords(answer: str) -> str:
 
 
 def extract(output: str, answer: str) -> str:
-    """The first key word in a text, "" where there is none; `answer` is the right one and tells
-    which words they are.
+    """Returns the first key word in a text, or "". `answer` is the right one, and decides which key
+    words count.
     """
     found = re.search(_keywords(answer), output)
     return found[0] if found else ""
 
 
-def is_right(output: str, record: Record) -> bool:
-    """The first key word of the output is that of the reference."""
+def is_right_answer(output: str, record: Record) -> bool:
+    """Returns True if the first key word of the output is that of the reference."""
     wanted = record["references"][0].strip().lower().removeprefix(ANSWERED)
     return extract(output, wanted) == wanted
 
 
-def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
-    """Accuracy in [0, 1]: the mean over data sets, and each data set's own where there are
-    several.
+def score_commonsense(outputs: Sequence[str], records: Sequence[Record]) -> Report:
+    """Returns the accuracy in [0, 1]: the mean over data sets, and that of each data set if there
+    are several.
     """
     right: dict[str, list[bool]] = {}
     for output, record in zip(outputs, records, strict=True):
-        right.setdefault(record.get("group", ""), []).append(is_right(output, record))
+        right.setdefault(record.get("group", ""), []).append(is_right_answer(output, record))
     each = {group: sum(marks) / len(marks) for group, marks in right.items()}
     average = sum(each.values()) / len(each)
     return Report(
@@ -214,23 +224,22 @@ def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
     )
 
 
-def read_references(path: Path) -> list[Record]:
-    """The answers: the column answer of a table, or one a line ("answer3")."""
+def read_commonsense_references(path: Path) -> list[Record]:
+    """Reads the answers: the column answer of a table, or one per line ("answer3")."""
     answers = _column(path, "answer")
     known = [bool(_keywords(answer.lower().removeprefix(ANSWERED))) for answer in answers]
     wrong = known.index(False) + 1 if False in known else None
     if wrong is not None:
         raise WeftError(
             f"{path}, {'row' if is_table(path) else 'line'} {wrong}: {answers[wrong - 1][:40]!r} "
-            "is no key word "
-            "such as true, solution1, answer3."
+            "is not a key word such as true, solution1, answer3."
         )
     return [{"prompt": "", "references": [answer]} for answer in answers]
 
 
-def read_outputs(path: Path) -> list[str]:
-    """Generated text: one a line, or the column output_pred (as the papers' script writes it) or
-    output of a table.
+def read_commonsense_outputs(path: Path) -> list[str]:
+    """Reads generated text: one per line, or the column output_pred (as in the papers' script) or
+    output.
     """
     if not is_table(path):
         return read_lines(path)
@@ -286,7 +295,7 @@ def _winogrande(row: Row) -> tuple[str, str]:
 
 
 def _multiple(row: Row) -> tuple[str, str]:
-    """ARC and OBQA. Their labels are letters or digits."""
+    """ARC and OBQA, with letters or digits as labels."""
     choices: Mapping[str, Any] = row["choices"]
     asked = f"Please choose the correct answer to the question: {row.get('question') or row['question_stem']}"
     return _choice(

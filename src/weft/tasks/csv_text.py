@@ -1,9 +1,8 @@
-"""`csv:FILE`: text classification from a table with a header; `.tsv` is split at tabs and never
+"""`csv:FILE`: text classification from a table with a header. A `.tsv` is split at tabs and never
 unquoted.
 
-The label is the column `label`. The text is `text` or `sentence`, or the first of a pair: `text`
-and `text2`, `sentence1` and `sentence2`, `question` and `sentence`. A name that ends in .gz is
-unpacked.
+The label is the column `label`. The text is `text` or `sentence`, or a pair: `text` and `text2`,
+`sentence1` and `sentence2`, or `question` and `sentence`. A name that ends in .gz is decompressed.
 """
 
 from __future__ import annotations
@@ -31,28 +30,27 @@ COLUMNS = (
 MAX_TOKENS = 128
 
 
-def load(path: Path, test: Path | None) -> Task:
-    """Read the table; `test` is a second table with the same columns, or None to hold a part out.
+def load_csv(path: Path, test: Path | None) -> Task:
+    """Reads the table. `test` is a second table with the same columns, or None to hold out a part.
 
-    Raises WeftError: no header with a label and a text, a row without one of them, nothing in the
-    file.
+    Raises WeftError if the header has no label or text, if a row lacks one of them, or if the file
+    is empty.
     """
     where = f"csv:{path}"
-    texts, labels = _read(path)
-    held = None if test is None else _read(test)
+    texts, labels = _read_table(path)
+    held = None if test is None else _read_table(test)
     classes, splits, notes = divide(where, texts, labels, held)
     train = set(splits["train"].items)
     shared = sum(text in train for text in splits["test"].items)
     if shared:
         notes.append(
-            f"{where}: {shared} of {len(splits['test'])} test texts also stand in the training "
-            "split."
+            f"{where}: {shared} of {len(splits['test'])} test texts are in the training split too."
         )
     return Task(where, "text", classes, splits, tuple(notes))
 
 
-def _read(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Texts as tuples of one or two strings, and the labels as written."""
+def _read_table(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Returns texts as tuples of one or two strings, and the labels as written."""
     header, rows = table(path)
     pair = next((p for p in COLUMNS if all(c is None or c in header for c in p)), None)
     if "label" not in header or pair is None:
@@ -75,15 +73,13 @@ def _read(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
         texts.append(text)
         labels.append(label)
     if not texts:
-        raise WeftError(f"{path}: a header and no rows.")
+        raise WeftError(f"{path}: it has a header but no rows.")
     return texts, labels
 
 
 @dataclass(frozen=True)
 class TextSplit(WithLabels):
-    """Token ids of every example without padding; a batch is padded on the right to its longest
-    row.
-    """
+    """Token ids of every example, unpadded. A batch is padded on the right to its longest row."""
 
     rows: list[dict[str, list[int]]]
     pad: int
@@ -108,8 +104,8 @@ class TextSplit(WithLabels):
         return self._fingerprint
 
 
-def encode(split: Split, tokenizer: Any, limit: int, pad: int) -> TextSplit:
-    """A split for one model: at most `limit` tokens a row, what exceeds it is cut off."""
+def encode_texts(split: Split, tokenizer: Any, limit: int, pad: int) -> TextSplit:
+    """Encodes a split for one model, truncated to at most `limit` tokens per row."""
     columns = [list(column) for column in zip(*split.items, strict=True)]
     coded = tokenizer(*columns, truncation=True, max_length=limit, padding=False)
     keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in coded]

@@ -1,9 +1,10 @@
-"""`digits`: scikit-learn's handwritten digits, 5 to 9, for a transformer that has seen only 0 to 4.
+"""`digits`: scikit-learn's handwritten digits 5 to 9, for a transformer that was trained on 0 to 4
+only.
 
 1,797 grey images of 8 x 8 pixels with values 0 to 16 (the test half of UCI's "Optical Recognition
-of Handwritten Digits"), inside scikit-learn, so nothing is fetched. `scripts/pretrain_digits.py`
-made the transformer from the images of 0 to 4 alone. Only 20 images of each new digit are for
-training: with more, every method comes out the same.
+of Handwritten Digits"). They are part of scikit-learn, so nothing is downloaded.
+`scripts/pretrain_digits.py` trained the transformer on the images of 0 to 4 only. There are only 20
+training images per new digit: with more, all methods have the same score.
 """
 
 from __future__ import annotations
@@ -17,13 +18,11 @@ from ..errors import WeftError
 from .base import SPLIT_SEED, SPLITS, Split, Task
 
 OLD, NEW = range(5), range(5, 10)
-TRAIN, VALIDATION = 20, 60  # images of each digit; the rest, about 100 of each, is for the test
+TRAIN, VALIDATION = 20, 60  # images per digit; the others, about 100 per digit, are for testing
 
 
-def load() -> Task:
-    """The task on the digits 5 to 9: 100 images for training, 300 for validation, 496 for the
-    test.
-    """
+def load_digits() -> Task:
+    """Loads the digits 5 to 9: 100 images for training, 300 for validation, 496 for testing."""
     images, labels = digit_images(NEW)
     parts: dict[str, list[int]] = {name: [] for name in SPLITS}
     for digit in NEW:
@@ -42,7 +41,9 @@ def load() -> Task:
 
 
 def digit_images(wanted: range) -> tuple[list[Image.Image], list[int]]:
-    """8 x 8 grey images (0 to 255) and the digits they show, in scikit-learn's order."""
+    """Returns 8 x 8 grey images [n, 8, 8] (0 to 255) and their digits [n], in
+    scikit-learn's order.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:

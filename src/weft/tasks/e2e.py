@@ -1,14 +1,13 @@
-"""`e2e:DIR`: the E2E NLG challenge, restaurant descriptions from slots, with several references a
+"""`e2e:DIR`: the E2E NLG challenge, restaurant descriptions from slots, with several references per
 meaning.
 
-Read are the challenge's own tables (trainset.csv, devset.csv, testset_w_refs.csv: columns mr, ref)
-and the lines of the LoRA paper's code (train.txt, valid.txt, test.txt: "name : Alimentum | area :
-city centre||Alimentum is ..."). Both give the second form as prompt. The code puts GPT-2's
-end-of-text token between prompt and text; a task knows no tokenizer, so here it is a line break.
-Decoding: LoRA paper, table 11 (its code's README has the length penalty 0.8), 64 new tokens at
-most.
+It reads the challenge's tables (trainset.csv, devset.csv, testset_w_refs.csv: columns mr, ref) and
+the files of the LoRA paper's code (train.txt, valid.txt, test.txt: "name : Alimentum | area : city
+centre||Alimentum is ..."). Both give the second form as prompt. The code puts GPT-2's end-of-text
+token between prompt and text; a task knows no tokenizer, so here it is a line break. Decoding: LoRA
+paper, table 11, with the length penalty 0.8 of its code's README, and at most 64 new tokens.
 
-`score` is the challenge's own: BLEU, NIST, METEOR, ROUGE-L, CIDEr as e2e-metrics prints them
+The score is the challenge's own: BLEU, NIST, METEOR, ROUGE-L and CIDEr as e2e-metrics prints them
 (`ngram_scores`, `caption_scores`). Sources: arXiv:1706.09254, arXiv:2106.09685 appendix D.3.
 """
 
@@ -50,9 +49,9 @@ _COLUMNS = (
 )
 
 
-def load(source: Path | str = HUB) -> GenerationTask:
-    """From a folder, or by its name on the hub. Raises WeftError: no file of the names above, or a
-    line at fault.
+def load_e2e(source: Path | str = HUB) -> GenerationTask:
+    """Loads from a folder or by name from the hub. Raises WeftError if no file has one of the names
+    above, or with the invalid line.
     """
     name = f"e2e:{source}"
     if isinstance(source, Path):
@@ -64,14 +63,18 @@ def load(source: Path | str = HUB) -> GenerationTask:
         held = {
             split: _pairs(found, f"{source}, {split}") for split, found in rows.items() if found
         }
-    rendered = {split: [(prompt_of(mr), ref) for mr, ref in pairs] for split, pairs in held.items()}
+    rendered = {
+        split: [(meaning_prompt(mr), ref) for mr, ref in pairs] for split, pairs in held.items()
+    }
     samples = [{"prompt": prompt, "completion": ref} for prompt, ref in rendered.pop("train", [])]
     records = {split: grouped(pairs) for split, pairs in rendered.items()}
-    return GenerationTask(name, samples, records, GENERATION, "BLEU", score)  # type: ignore[arg-type]
+    return GenerationTask(name, samples, records, GENERATION, "BLEU", score_e2e)  # type: ignore[arg-type]
 
 
-def prompt_of(mr: str) -> str:
-    """A meaning in either notation as "name : Alimentum | area : city centre" and a line break."""
+def meaning_prompt(mr: str) -> str:
+    """Returns a meaning in either notation as "name : Alimentum | area : city centre" and a line
+    break.
+    """
     if "[" in mr:
         slots = [(key.strip(), value.strip()) for key, value in _SLOT.findall(mr)]
         mr = " | ".join(f"{_NAMES.get(key, key)} : {_spaced(value)}" for key, value in slots)
@@ -79,14 +82,14 @@ def prompt_of(mr: str) -> str:
 
 
 def _spaced(value: str) -> str:
-    """£20-25 as the LoRA paper's data has it: £ 20 - 25."""
+    """£20-25 as in the LoRA paper's data: £ 20 - 25."""
     return re.sub(
         r"£\s*(\d+)(?:-(\d+))?", lambda m: f"£ {m[1]}" + (f" - {m[2]}" if m[2] else ""), value
     )
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """(meaning, reference) of every row. Raises WeftError with the line at fault."""
+    """Returns (meaning, reference) of every row. Raises WeftError with the invalid line."""
     if not is_table(path):
         pairs = []
         for number, line in enumerate(read_lines(path), start=1):
@@ -104,8 +107,10 @@ def _pairs(rows: Sequence[dict[str, object]], where: str) -> list[tuple[str, str
     return [(str(row[names[0]]).strip(), str(row[names[1]]).strip()) for row in rows]
 
 
-def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
-    """The five metrics of e2e-metrics. METEOR is None without Java, and the report says so."""
+def score_e2e(outputs: Sequence[str], records: Sequence[Record]) -> Report:
+    """Returns the five metrics of e2e-metrics. METEOR is None without Java, with the reason in the
+    report.
+    """
     references = [record["references"] for record in records]
     captions = caption_scores(outputs, references)
     scores = {
@@ -116,12 +121,13 @@ def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
     return Report({name: scores[name] for name in METRICS}, captions.reasons, captions.notes)
 
 
-def read_references(path: Path) -> tuple[list[list[str]], list[str] | None]:
-    """References a segment, and their meanings where the file has them: a table with mr and ref
-    (equal meanings in a row are one segment), MEANING||REFERENCE lines, or plain lines with an
-    empty line between segments (with none: one a segment).
+def read_e2e_references(path: Path) -> tuple[list[list[str]], list[str] | None]:
+    """Returns the references per segment, and their meanings if the file has them.
 
-    Raises WeftError: two empty lines one after the other, so a segment without references.
+    The file is a table with mr and ref (consecutive equal meanings are one segment),
+    MEANING||REFERENCE lines, or plain lines with an empty line between segments (without any: one
+    per segment). Raises WeftError for two consecutive empty lines, which are a segment without
+    references.
     """
     lines = [] if is_table(path) else read_lines(path)
     if is_table(path) or (lines and all("||" in line for line in lines)):
@@ -133,7 +139,7 @@ def read_references(path: Path) -> tuple[list[list[str]], list[str] | None]:
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
-        raise WeftError(f"{path}: there is no reference in it.")
+        raise WeftError(f"{path}: it has no reference.")
     if "" not in lines:
         return [[line] for line in lines], None
     found: list[list[str]] = [[]]
@@ -150,9 +156,11 @@ def read_references(path: Path) -> tuple[list[list[str]], list[str] | None]:
     return found, None
 
 
-def read_outputs(path: Path, meanings: Sequence[str] | None) -> list[str]:
-    """One output a line, or a table with mr and an output, which is put in the order of `meanings`.
-    Raises WeftError.
+def read_e2e_outputs(path: Path, meanings: Sequence[str] | None) -> list[str]:
+    """Returns one output per line, or those of a table with mr and an output, in the order of
+    `meanings`.
+
+    Raises WeftError if the table has other meanings or more than one output for one.
     """
     if not is_table(path):
         return read_lines(path)

@@ -1,10 +1,9 @@
-"""One question to an OpenAI-compatible endpoint (POST .../chat/completions), with patience for a
-bad one.
+"""Questions to an OpenAI-compatible endpoint (POST .../chat/completions), with retries.
 
-What may pass is tried again with growing pauses: no connection, a time-out, HTTP 408, 409, 425, 429
-and 5xx, an answer that is no chat completion. A Retry-After of the server is obeyed. What will not
-pass by itself is not tried again: redirects, 401, 403 and 404 end the run (`Refused`), other
-statuses fail the one question (`Unanswered`).
+Temporary failures are retried with growing pauses: no connection, a time-out, HTTP 408, 409, 425,
+429 and 5xx, an answer that is no chat completion. The server's Retry-After is obeyed. Permanent
+failures are not retried: redirects, 401, 403 and 404 end the run (`Refused`), other statuses fail
+the one question (`Unanswered`).
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ from urllib.parse import urlsplit
 
 from ..errors import ConfigError, WeftError
 
-PASSING = (408, 409, 425, 429)  # and 500 upwards
+PASSING = (408, 409, 425, 429)  # and from 500 on
 HOPELESS = (301, 302, 303, 307, 308, 401, 403, 404)
-LARGEST = 2**24  # bytes of an answer; more is garbage
+LARGEST = 2**24  # bytes of an answer; a longer one is invalid
 PATH = "/chat/completions"
 Message = dict[str, str]
 
 
 class Unanswered(WeftError):
-    """No answer to this question, after all tries or for good."""
+    """This question got no answer, after all retries or permanently."""
 
 
 class Refused(WeftError):
-    """No question will be answered: a wrong key, address or model, or a pause longer than we
-    wait.
+    """No question will get an answer: the key, the address or the model is wrong, or the requested
+    pause is too long.
     """
 
 
 @dataclass(frozen=True)
 class Patience:
-    """tries: requests a question. timeout: seconds until an answer must be whole. Pauses are first,
-    2 first, 4 first, ...
+    """`tries` is the number of requests per question, `timeout` the seconds until an answer must be
+    complete.
 
-    seconds, at most `longest`, each shortened by up to a half at random. obeyed: the longest
-    Retry-After that is waited.
+    Pauses are first, 2 first, 4 first, ... seconds, at most `longest`, each shortened by up to a
+    half at random. `obeyed` is the longest Retry-After that is accepted.
     """
 
     tries: int = 6
@@ -56,7 +55,7 @@ class Patience:
     obeyed: float = 600.0
 
     def pause(self, attempt: int) -> float:
-        """Seconds to wait after the attempt of this number, which is 1 for the first."""
+        """Returns the seconds to wait after this attempt; the first one is 1."""
         return float(min(self.longest, self.first * 2.0 ** min(attempt - 1, 30))) * random.uniform(
             0.5, 1.0
         )
@@ -64,8 +63,8 @@ class Patience:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One request that failed. status: None where no HTTP answer came. pause: seconds to the next,
-    None after the last.
+    """One failed request. `status` is None without an HTTP answer; `pause` is the seconds to the
+    next, or None after the last.
     """
 
     number: int
@@ -90,7 +89,7 @@ class _Failed(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another address, and the question as a GET."""
+    """Refuses redirects, which would send the key to another address, and the question as a GET."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -98,11 +97,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """url: up to /v1, or with /chat/completions. key: sent as a bearer token, never written
-    anywhere. key_name: where the key is from, for messages. settings: fields of the request beside
-    model and messages; None leaves one out.
+    """`url` ends in /v1 or in /chat/completions. `key` is sent as a bearer token and never stored.
+    `key_name` is the source of the key, for messages. `settings` are fields of the request
+    besides model and messages; None removes one.
 
-    Raises ConfigError: an address that is none, a key that no header can hold.
+    Raises ConfigError if the address is invalid or a header cannot contain the key.
     """
 
     url: str
@@ -122,20 +121,19 @@ class Endpoint:
             or parts.fragment
         ):
             raise ConfigError(
-                f"--url {self.url!r} is no address; write it like https://api.openai.com/v1 or "
+                f"--url {self.url!r} is not a valid address; use a form like "
+                "https://api.openai.com/v1 or "
                 "http://localhost:8000/v1."
             )
         if parts.username is not None:
             raise ConfigError(
-                "--url: the key does not belong into the address; put it into the variable "
-                f"{self.key_name}."
+                f"--url: the address must not contain the key; set the variable {self.key_name}."
             )
         if self.key is not None and not (
             self.key and self.key.isascii() and self.key.isprintable()
         ):
             raise ConfigError(
-                f"the key in {self.key_name} is empty or has characters that no key has (a line "
-                "break?)."
+                f"the key in {self.key_name} is empty or has invalid characters (a line break?)."
             )
 
     @property
@@ -144,15 +142,15 @@ class Endpoint:
         return base if base.endswith(PATH) else base + PATH
 
     def body(self, messages: Sequence[Message]) -> dict[str, Any]:
-        """What is sent for these messages."""
+        """Returns the request for these messages."""
         asked = {"model": self.model, "messages": list(messages), **self.settings}
         return {name: value for name, value in asked.items() if value is not None}
 
     def ask(self, messages: Sequence[Message], failed: Callable[[Attempt], None]) -> str:
-        """The answer's text. `failed` is told of every request that fails, before the pause after
-        it.
+        """Returns the answer's text. `failed` is called for every failed request, before the pause
+        after it.
 
-        Raises Unanswered, Refused.
+        Raises Unanswered if this question gets no answer, and Refused if no question will.
         """
         data = json.dumps(self.body(messages)).encode()
         most = self.patience.tries
@@ -168,7 +166,7 @@ class Endpoint:
         raise AssertionError("the last try returns or raises")
 
     def _next(self, error: _Failed, number: int) -> float | None:
-        """Seconds until the next try; None if there is none."""
+        """Seconds until the next try, or None if there is none."""
         if not error.passing or number >= self.patience.tries:
             return None
         if error.after is None:
@@ -180,15 +178,14 @@ class Endpoint:
             what = {
                 401: f"the key in {self.key_name}"
                 if self.key
-                else f"that {self.key_name} is not set",
-                403: f"what the key in {self.key_name} may do",
+                else f"whether {self.key_name} is set",
+                403: f"the permissions of the key in {self.key_name}",
             }.get(error.status or 0, "--url and --judge")
-            return Refused(f"the judge at {self.address} refuses: {error.reason}. Look at {what}.")
+            return Refused(f"the judge at {self.address} refuses: {error.reason}. Check {what}.")
         if error.after is not None and error.after > self.patience.obeyed:
             return Refused(
                 f"the judge at {self.address} asks to wait {error.after:.0f} seconds "
-                f"({error.reason}). Run the "
-                "same command again then."
+                f"({error.reason}). Repeat the command after that."
             )
         return Unanswered(f"{error.reason} (try {number} of {self.patience.tries})")
 
@@ -214,7 +211,7 @@ class Endpoint:
                 ) from None
         except TimeoutError:
             raise _Failed(
-                None, f"no whole answer within {self.patience.timeout:g} seconds"
+                None, f"no complete answer within {self.patience.timeout:g} seconds"
             ) from None
         except urllib.error.URLError as error:
             slow = isinstance(error.reason, TimeoutError)
@@ -230,7 +227,9 @@ class Endpoint:
             ) from None
 
     def _whole(self, response: Any) -> bytes:
-        """A server that sends a byte now and then is as dead as one that sends none."""
+        """Reads the answer with an overall time limit: a server that sends single bytes is as dead
+        as one that sends none.
+        """
         end = time.monotonic() + self.patience.timeout
         parts, size = [], 0
         while piece := response.read1(65536):
@@ -243,7 +242,7 @@ class Endpoint:
         return b"".join(parts)
 
     def _said(self, error: urllib.error.HTTPError) -> str:
-        """The server's own words, in one line, without the key if it repeats it."""
+        """The server's message on one line, without the key."""
         try:
             said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
         except (OSError, HTTPException):
@@ -259,12 +258,12 @@ def _text_of(data: bytes) -> str:
         text = None
     if not isinstance(text, str):
         start = " ".join(data[:200].decode("utf-8", "replace").split())[:120]
-        raise _Failed(200, f"the answer is no chat completion: {start!r}")
+        raise _Failed(200, f"the answer is not a chat completion: {start!r}")
     return text
 
 
 def _seconds(after: str | None) -> float | None:
-    """Retry-After: seconds, or a date. None where there is none, or nothing that can be read."""
+    """Parses Retry-After: seconds or a date. Returns None if it is missing or invalid."""
     if after is None:
         return None
     try:

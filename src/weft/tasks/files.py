@@ -1,8 +1,6 @@
-"""Reading the files in which people have data: lines, CSV and TSV, JSON and JSONL, parquet; .gz is
-unpacked.
+"""Reads text lines, CSV and TSV, JSON and JSONL, and parquet; .gz is decompressed.
 
-Rows are dictionaries of a file's own columns. Nothing is guessed from content: the name says the
-format.
+Rows are dictionaries of a file's columns. The name alone decides the format, not the content.
 """
 
 from __future__ import annotations
@@ -25,15 +23,15 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def read_text(path: Path) -> str:
-    """The whole file, line feeds as line ends, without a byte order mark. Raises WeftError: not
-    UTF-8, no gzip.
+    """Returns the whole file with line feeds as line ends and without a byte order mark. Raises
+    WeftError if it is not UTF-8 or no valid gzip file.
     """
     try:
         held = path.read_bytes()
         text = (gzip.decompress(held) if path.suffix == ".gz" else held).decode("utf-8-sig")
     except OSError as error:
         if isinstance(error, gzip.BadGzipFile):
-            raise WeftError(f"{path} is named .gz and is no gzip file: {error}") from None
+            raise WeftError(f"{path} ends in .gz but is not a gzip file: {error}") from None
         raise WeftError(f"{path} cannot be read: {error.strerror}.") from None
     except (UnicodeDecodeError, EOFError, zlib.error) as error:
         raise WeftError(f"{path} cannot be read as UTF-8 text: {error}") from None
@@ -41,8 +39,8 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """One stripped string a line, empty lines kept; the last line needs no line end. Only a line
-    feed ends a line.
+    """Returns one stripped string per line, with empty lines. The last line needs no line end. Only
+    a line feed ends a line.
     """
     lines = read_text(path).split("\n")
     if lines[-1] == "":
@@ -51,10 +49,11 @@ def read_lines(path: Path) -> list[str]:
 
 
 def table(path: Path, header: Sequence[str] = ()) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and rows, each with the number of its line. A .tsv is split at tabs and never
+    """Returns header and rows, each with its line number. A .tsv is split at tabs and never
     unquoted.
 
-    header: the columns of a file that has no header of its own. Raises WeftError: what csv refuses.
+    `header` has the columns of a file without a header. Raises WeftError if csv cannot parse the
+    file.
     """
     stream = io.StringIO(read_text(path), newline="")
     tabs = ".tsv" in path.suffixes
@@ -71,18 +70,20 @@ def table(path: Path, header: Sequence[str] = ()) -> tuple[list[str], list[tuple
 
 
 def is_table(path: Path) -> bool:
-    """The name ends as that of rows with named columns does; any other file is lines of text."""
+    """Returns True if the name's ending is that of a format with named columns; any other file has
+    lines of text.
+    """
     return format_of(path) in FORMATS
 
 
 def format_of(path: Path) -> str:
-    """The ending without .gz, "" where there is none."""
+    """Returns the ending without .gz, or ""."""
     return next((s for s in reversed(path.suffixes) if s != ".gz"), "")
 
 
 def read_rows(path: Path, header: Sequence[str] = ()) -> list[Row]:
-    """All rows of a table, by the format that the name says. Raises WeftError with the line at
-    fault.
+    """Returns all rows of a table in the format of its name. Raises WeftError with the invalid
+    line.
     """
     kind = format_of(path)
     if kind not in FORMATS:
@@ -98,18 +99,18 @@ def read_rows(path: Path, header: Sequence[str] = ()) -> list[Row]:
         wrong = next((line for line, row in listed if len(row) != len(names)), None)
         if wrong is not None:
             raise WeftError(
-                f"{path}, line {wrong}: the number of fields is not {len(names)}, as the header "
-                f"{names} wants."
+                f"{path}, line {wrong}: the number of fields is not {len(names)}, as in the "
+                f"header {names}."
             )
         rows = [dict(zip(names, row, strict=True)) for _, row in listed]
     if not rows:
-        raise WeftError(f"{path}: there are no rows in it.")
+        raise WeftError(f"{path}: it has no rows.")
     return rows
 
 
 def _json(path: Path, kind: str) -> list[Row]:
-    """A list of objects (.json), or an object a line (.jsonl). A .json that holds lines of objects
-    is read so too.
+    """A list of objects (.json), or one object per line (.jsonl, and a .json with lines of
+    objects).
     """
     text = read_text(path)
     if kind == ".json":
@@ -134,7 +135,7 @@ def _json(path: Path, kind: str) -> list[Row]:
 
 def _object(path: Path, where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise WeftError(f"{path}, {where}: {str(value)[:40]!r} is no object with named fields.")
+        raise WeftError(f"{path}, {where}: {str(value)[:40]!r} is not an object with named fields.")
     return value
 
 
@@ -149,21 +150,19 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def columns(rows: Sequence[Row], where: str, *names: str) -> None:
-    """Check that every row has these fields. Raises WeftError naming the row, what it lacks and
-    what it has.
+    """Checks that every row has these fields. Raises WeftError with the row, its missing fields and
+    its fields.
     """
     for number, row in enumerate(rows, start=1):
         missing = [name for name in names if row.get(name) is None]
         if missing:
             raise WeftError(
-                f"{where}, row {number}: {missing} must be there; it has {sorted(map(str, row))}."
+                f"{where}, row {number}: {missing} is missing; it has {sorted(map(str, row))}."
             )
 
 
 def find_file(place: Path, names: Sequence[str]) -> Path | None:
-    """The first of `names` in a folder, with any of the formats and with or without .gz; None where
-    there is none.
-    """
+    """Returns the first of `names` in a folder, in any format and with or without .gz, or None."""
     for name in names:
         for ending in ("", *FORMATS, ".txt"):
             for packed in ("", ".gz"):
@@ -174,7 +173,7 @@ def find_file(place: Path, names: Sequence[str]) -> Path | None:
 
 
 def find_splits(place: Path, names: Mapping[str, Sequence[str]], what: str) -> dict[str, Path]:
-    """The file of every split that a folder holds. Raises WeftError: none of them is there."""
+    """Returns the file of every split in a folder. Raises WeftError if there is none."""
     found = {
         split: path
         for split, stems in names.items()
@@ -184,15 +183,17 @@ def find_splits(place: Path, names: Mapping[str, Sequence[str]], what: str) -> d
         stems = [stem for group in names.values() for stem in group]
         have = sorted(p.name for p in place.iterdir())[:8]
         raise WeftError(
-            f"{what}: {place} holds none of {', '.join(stems)} (with {', '.join(FORMATS)} or .txt, "
+            f"{what}: {place} has none of {', '.join(stems)} (with {', '.join(FORMATS)} or .txt, "
             ".gz or "
-            f"not). It holds {have}."
+            f"not). It has {have}."
         )
     return found
 
 
 def is_hub_name(text: str) -> bool:
-    """What looks like a path is never sought on the network."""
+    """Returns True for a hub name. A name that looks like a path is never looked up
+    on the network.
+    """
     local = (
         text.startswith((".", "/", "~")) or text.endswith("/") or Path(text).expanduser().exists()
     )
@@ -200,10 +201,9 @@ def is_hub_name(text: str) -> bool:
 
 
 def hub_rows(name: str, config: str | None, split: str) -> list[Row] | None:
-    """The rows of a split of a dataset on the hub, by the package `datasets`; None where it has no
-    such split.
+    """Returns the rows of a split of a data set on the hub, or None if it has no such split.
 
-    Raises WeftError with one line: no network, no such dataset.
+    Needs the package `datasets`. Raises WeftError if there is no network or no such data set.
     """
     try:
         import datasets
@@ -213,11 +213,11 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row] | None:
         ) from None
     try:
         held = datasets.load_dataset(name, config)
-    except Exception as error:  # datasets raises OSError, ValueError, its own, and the hub's
+    except Exception as error:  # OSError, ValueError, and errors of datasets and the hub
         first = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
         raise WeftError(
-            f"dataset {name!r} is nothing here, and could not be loaded from the hub: {first}"
+            f"dataset {name!r} is not a local folder and could not be loaded from the hub: {first}"
         ) from None
     return [dict(row) for row in held[split]] if split in held else None

@@ -1,13 +1,11 @@
-"""What a generation task is: samples to train on, records to answer, how to decode, and how to
-score the answers.
+"""A generation task: training samples, records to answer, decoding, and a scorer.
 
 It knows no model, no method and no tokenizer. A trainer tokenizes `train_samples()` with the loss
-on the completion, lets the model continue each record's `prompt` with `generation`, and hands the
-text back to `metrics`, in the records' order.
+on the completion, lets the model continue each record's `prompt` with the arguments in
+`generation`, and passes the text to `metrics` in the records' order.
 
-A completion starts where its prompt ends: the two are joined without anything between them, so a
-space or line break that belongs there is in one of them. What ends an answer (the end-of-text
-token) is the trainer's to add and to strip.
+A completion starts where its prompt ends: they are joined without a separator, so a space or line
+break between them belongs to one of them. The trainer adds and strips the end-of-text token.
 """
 
 from __future__ import annotations
@@ -22,21 +20,19 @@ from .base import SPLIT_SEED
 
 
 class Sample(TypedDict):
-    """One example to train on."""
+    """One training example."""
 
     prompt: str
     completion: str
 
 
 class _Optional(TypedDict, total=False):
-    group: str  # the data set that a record is of, where a task is made of several
-    completion: str  # what training has the model write, where that is not the first reference
+    group: str  # the record's data set, if a task has several
+    completion: str  # the training completion, if it is not the first reference
 
 
 class Record(_Optional):
-    """One prompt to answer, and every answer that is right; a metric decides what being near to
-    them is worth.
-    """
+    """One prompt with all right answers. The metric decides what similar answers are worth."""
 
     prompt: str
     references: list[str]
@@ -44,15 +40,15 @@ class Record(_Optional):
 
 Scores = dict[str, float | None]
 Scorer = Callable[[Sequence[str], Sequence[Record]], "Report"]
-HELD_OUT = 0.2  # of the prompts, where a task has no validation records of its own
+HELD_OUT = 0.2  # of the prompts, if a task has no validation records
 
 
 @dataclass(frozen=True)
 class Report:
-    """Scores as the metric's own tool prints them. A metric that could not run is None, and
-    `reasons` says why.
+    """Scores as the metric's own tool prints them. A metric that could not run is None, with its
+    reason in `reasons`.
 
-    notes: how a score was computed, where that was not the usual way.
+    `notes` say how a score was computed if that was not the usual way.
     """
 
     scores: Scores
@@ -62,13 +58,13 @@ class Report:
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """A task whose answer is text.
+    """A task with text as answers.
 
-    samples: what to train on. records: by split ("validation", "test"; either may be missing).
-    generation: keyword arguments of `model.generate`, the paper's decoding. scorer: outputs and
-    their records to a `Report`, which has `main_metric` among its scores; more of it is better.
-    notes: what was decided without being asked. right: whether an output answers its record, where
-    the main metric is a mean of that.
+    `samples` are for training. `records` are by split ("validation", "test"; either may be
+    missing). `generation` has the keyword arguments of `model.generate`: the paper's decoding.
+    `scorer` turns outputs and their records into a `Report` with `main_metric`; higher is better.
+    `notes` list decisions that the user did not make. `right` returns True if an output answers its
+    record, if the main metric is a mean of that.
     """
 
     name: str
@@ -81,7 +77,7 @@ class GenerationTask:
     right: Callable[[str, Record], bool] | None = None
 
     def train_samples(self) -> list[Sample]:
-        """All samples, in the order of their file. Raises WeftError: the task was loaded without
+        """Returns all samples in the order of their file. Raises WeftError if the task has no
         training data.
         """
         if not self.samples:
@@ -91,13 +87,13 @@ class GenerationTask:
                 else ""
             )
             raise WeftError(
-                f"task {self.name!r} has no training data; it can be evaluated only.{cure}"
+                f"task {self.name!r} has no training data; it can only be evaluated.{cure}"
             )
         return list(self.samples)
 
     def eval_records(self, split: str) -> list[Record]:
-        """The records of "validation" or "test", each prompt once. Raises ConfigError: no such
-        split here.
+        """Returns the records of "validation" or "test", each prompt once. Raises ConfigError if
+        there is no such split.
         """
         if split not in self.records:
             raise ConfigError(
@@ -106,8 +102,8 @@ class GenerationTask:
         return list(self.records[split])
 
     def report(self, outputs: Sequence[str], split: str) -> Report:
-        """Score one output for each of `eval_records(split)`, in that order. Raises WeftError:
-        another number of them.
+        """Scores one output per record of `eval_records(split)`, in that order. Raises WeftError if
+        their number differs.
         """
         records = self.eval_records(split)
         if len(outputs) != len(records):
@@ -118,25 +114,23 @@ class GenerationTask:
         return self.scorer(outputs, records)
 
     def metrics(self, outputs: Sequence[str], split: str) -> Scores:
-        """The scores of `report`, without the reasons for missing ones."""
+        """Returns the scores of `report`, without the reasons for missing ones."""
         return self.report(outputs, split).scores
 
 
 def on_validation(task: GenerationTask) -> GenerationTask:
-    """The task with its validation part to train on: a sample a reference; a fifth of the prompts
-    stays for validation.
+    """Returns the task with its validation part as training data, one sample per reference.
 
-    Raises WeftError: it has training data of its own, or no validation part.
+    One fifth of the prompts stays for validation. Raises WeftError if the task has training data or
+    no validation part.
     """
     if task.samples:
         raise WeftError(
-            f"task {task.name!r} has {len(task.samples)} samples to train on; leave "
-            "train=validation out."
+            f"task {task.name!r} has {len(task.samples)} training samples; remove train=validation."
         )
     if not task.records.get("validation"):
         raise WeftError(
-            f"task {task.name!r} has no validation part to be trained on. It has "
-            f"{sorted(task.records)}."
+            f"task {task.name!r} has no validation part. It has {sorted(task.records)}."
         )
     samples: list[Sample] = [
         {"prompt": record["prompt"], "completion": reference}
@@ -150,10 +144,10 @@ def on_validation(task: GenerationTask) -> GenerationTask:
 
 
 def with_validation(task: GenerationTask) -> GenerationTask:
-    """The task itself where it has validation records; else a fifth of its prompts, drawn by a
-    fixed seed, is taken from its training samples for them. A prompt is wholly on one side.
+    """Returns the task itself if it has validation records.
 
-    Raises WeftError: no training data, or a single prompt.
+    Otherwise one fifth of its prompts, drawn with a fixed seed, moves from training to validation.
+    A prompt is never in both. Raises WeftError if there is no training data or only one prompt.
     """
     if task.records.get("validation"):
         return task
@@ -161,7 +155,7 @@ def with_validation(task: GenerationTask) -> GenerationTask:
     prompts = list(dict.fromkeys(sample["prompt"] for sample in samples))
     if len(prompts) < 2:
         raise WeftError(
-            f"task {task.name!r} has one prompt to train on, so that none can be held out for "
+            f"task {task.name!r} has only one training prompt, so none can be held out for "
             "validation."
         )
     share = max(1, round(HELD_OUT * len(prompts)))
@@ -183,8 +177,8 @@ def with_validation(task: GenerationTask) -> GenerationTask:
 
 
 def as_samples(records: Iterable[Record]) -> list[Sample]:
-    """One sample a record, with its first reference in the form that training has it; for the loss
-    on held-out data.
+    """Returns one sample per record, with its first reference in training format, for the loss on
+    held-out data.
     """
     return [
         {"prompt": record["prompt"], "completion": _completions(record)[0]} for record in records
@@ -196,7 +190,7 @@ def _completions(record: Record) -> Sequence[str]:
 
 
 def grouped(pairs: Iterable[tuple[str, str]]) -> list[Record]:
-    """One record a prompt, with all its references, in the order in which prompts first appear."""
+    """Returns one record per prompt with all its references, in the order of first appearance."""
     found: dict[str, list[str]] = {}
     for prompt, reference in pairs:
         found.setdefault(prompt, []).append(reference)
@@ -204,5 +198,5 @@ def grouped(pairs: Iterable[tuple[str, str]]) -> list[Record]:
 
 
 def references_only(groups: Iterable[Sequence[str]]) -> list[Record]:
-    """Records for scoring files, where nobody asks for the prompt."""
+    """Returns records without prompts, for scoring files."""
     return [{"prompt": "", "references": list(group)} for group in groups]

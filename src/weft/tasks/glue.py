@@ -1,16 +1,16 @@
 """GLUE (arXiv:1804.07461): SST-2, MRPC, CoLA, QNLI, RTE, STS-B and MNLI-m, for sequence
 classification models.
 
-`sst2:DIR` and so on read train and dev of the benchmark's own folders (tsv without quoting, CoLA's
-without a header), and the same rows as csv, jsonl or parquet; a bare `sst2` is the hub's glue/sst2.
-Two protocols:
+`sst2:DIR` and so on read train and dev of the benchmark's folders (tsv without quoting, CoLA's
+without a header), or the same rows as csv, jsonl or parquet; `sst2` alone is the hub's glue/sst2.
+There are two protocols:
 
-    sst2:DIR         validation is 10 % of train, by class and a fixed seed; test is dev: choose on the one, report the other
-    sst2-paper:DIR   validation and test are both dev: the papers report the best epoch on the very data they choose it by,
-                     which is optimistic; a note says so in every report
+sst2:DIR         validation is 10 % of train, by class and a fixed seed; test is dev: one is for choices, the other reported
+sst2-paper:DIR   validation and test are both dev: the papers report the best epoch on the data that choose it, which is
+                 optimistic; a note in every report says this
 
-A folder with one labelled file alone is split 60/20/20. GLUE's own test files have no labels and
-are not read; MRPC's original test file has them, and stands for dev where there is none.
+A folder with only one labelled file is split 60/20/20. GLUE's own test files have no labels and are
+not read. MRPC's original test file has labels and is used if there is no dev.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from .metrics import METRICS, NO_VARIATION
 
 HUB = "nyu-mll/glue"
 PAPER = "-paper"
-VALIDATION = 0.1  # of train
+VALIDATION = 0.1  # share of train
 LABELS = ("label", "gold_label", "score", "Quality")
 COLA_HEADER = ("source", "label", "mark", "sentence")
 
 
 @dataclass(frozen=True)
 class Glue:
-    """One data set. classes: names in the order of their numbers, () for a regression. texts: ways
-    to name the columns.
+    """One data set. `classes` are names in the order of their numbers, () for a regression. `texts`
+    are possible column names.
     """
 
     texts: tuple[tuple[str, ...], ...]
     classes: tuple[str, ...]
-    metrics: tuple[str, ...]  # the first is what is compared
+    metrics: tuple[str, ...]  # the first one is compared
     dev: tuple[str, ...] = ("dev", "validation")
 
 
@@ -68,28 +68,28 @@ SETS = {
 }
 
 
-def load(source: Path | None, name: str) -> Task:
-    """`name` is one of SETS, "-paper" after it for the papers' protocol; `source` is a folder, or
-    None for the hub.
+def load_glue(source: Path | None, name: str) -> Task:
+    """Loads a data set. `name` is one of SETS, with "-paper" for the papers' protocol; `source` is
+    a folder, or None for the hub.
 
-    Raises WeftError: no train or dev file, a row without text or label, a label that is none of the
-    classes.
+    Raises WeftError if train or dev is missing, if a row has no text or label, or if a label is not
+    a class.
     """
     known = SETS[name.removesuffix(PAPER)]
     where = f"{name}:{source}" if source is not None else name
     train, dev = (
-        _read(source, name.removesuffix(PAPER), known, stems) for stems in (("train",), known.dev)
+        _read_part(source, name.removesuffix(PAPER), known, stems)
+        for stems in (("train",), known.dev)
     )
     if train is None and dev is None:
-        raise WeftError(f"{where}: neither train nor {known.dev[0]} is there.")
+        raise WeftError(f"{where}: neither train nor {known.dev[0]} exists.")
     if train is None or dev is None:
         return _one_file(where, known, train or dev, name.endswith(PAPER))  # type: ignore[arg-type]
     if name.endswith(PAPER):
         splits = {"train": train, "validation": dev, "test": dev}
         note = (
-            "validation and test are both dev, as in the papers; what is chosen by it is reported "
-            "on it, which is "
-            "optimistic"
+            "validation and test are both dev, as in the papers; choices and reported scores use "
+            "the same data, which is optimistic"
         )
     else:
         rest, held = _held_out(train, known)
@@ -99,7 +99,7 @@ def load(source: Path | None, name: str) -> Task:
 
 
 def _held_out(train: Split, known: Glue) -> list[list[int]]:
-    """Rows to train on and rows to choose by; a regression is split within whole scores."""
+    """Rows for training and rows for validation. A regression is stratified by rounded scores."""
     groups = (
         [int(label) for label in train.labels]
         if known.classes
@@ -117,14 +117,15 @@ def _one_file(where: str, known: Glue, split: Split, paper: bool) -> Task:
     if paper:
         raise WeftError(
             f"{where}: the papers' protocol trains on train and reports dev, and only one of them "
-            "is there."
+            "exists."
         )
     if not known.classes:
         parts = stratified([math.floor(label) for label in split.labels], SHARES)
         splits = {name: split.take(rows) for name, rows in zip(SPLITS, parts, strict=True)}
         notes = [
             (
-                f"{where}: train, validation and test are 60, 20 and 20 % of the one file, by a fixed "
+                f"{where}: train, validation and test are 60, 20 and 20 % of the one file, by a "
+                "fixed "
                 "seed."
             )
         ]
@@ -133,7 +134,7 @@ def _one_file(where: str, known: Glue, split: Split, paper: bool) -> Task:
     return Task(where, "text", known.classes, splits, tuple(notes), known.metrics[0])
 
 
-def _read(source: Path | None, name: str, known: Glue, stems: Sequence[str]) -> Split | None:
+def _read_part(source: Path | None, name: str, known: Glue, stems: Sequence[str]) -> Split | None:
     if source is None:
         for stem in stems:
             rows = hub_rows(HUB, name, stem)
@@ -169,7 +170,7 @@ def _split(rows: Sequence[Row], known: Glue, where: str) -> Split:
 
 
 def _label(value: Any, known: Glue, where: str) -> float:
-    """A class number from its number or name; the score itself for a regression."""
+    """A class number from its number or name; the score itself in a regression."""
     text = str(value).strip()
     if not known.classes:
         try:
@@ -177,20 +178,20 @@ def _label(value: Any, known: Glue, where: str) -> float:
         except ValueError:
             score = math.nan
         if not math.isfinite(score):
-            raise WeftError(f"{where}: the score {text[:40]!r} is no number.")
+            raise WeftError(f"{where}: the score {text[:40]!r} is not a number.")
         return score
     if text in known.classes:
         return known.classes.index(text)
     if text.isdigit() and int(text) < len(known.classes):
         return int(text)
     raise WeftError(
-        f"{where}: the label {text[:40]!r} is none of {list(known.classes)} or their numbers from "
-        "0."
+        f"{where}: the label {text[:40]!r} is not one of {list(known.classes)} or their numbers "
+        "from 0."
     )
 
 
-def score(predicted: Sequence[float], labels: Sequence[float], name: str) -> Report:
-    """The data set's metrics, as fractions. A correlation with what does not vary is None, with the
+def score_glue(predicted: Sequence[float], labels: Sequence[float], name: str) -> Report:
+    """Returns the data set's metrics as fractions. A correlation with a constant is None, with the
     reason.
     """
     scores: Scores = {metric: METRICS[metric](predicted, labels) for metric in SETS[name].metrics}
@@ -200,10 +201,10 @@ def score(predicted: Sequence[float], labels: Sequence[float], name: str) -> Rep
 
 
 def read_labels(path: Path, name: str, column: str | None = None) -> list[float]:
-    """One label a line, as number or name; or the label column of a table (GLUE's submissions:
-    prediction).
+    """Reads one label per line, as number or name, or the label column of a table (GLUE's
+    submissions: prediction).
 
-    Raises WeftError with the line or row at fault.
+    Raises WeftError with the invalid line or row.
     """
     known = SETS[name]
     if not is_table(path):

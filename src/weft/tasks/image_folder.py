@@ -1,5 +1,5 @@
-"""`image-folder:DIR`: one folder per class, image files inside: DIR/<class>/<any name>.png (or
-.jpg, .bmp, ...).
+"""`image-folder:DIR`: one folder per class with image files: DIR/<class>/<any name>.png (or .jpg,
+.bmp, ...).
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Stored:
-    """An image that is opened when it is needed: a file, or the bytes of one from the place
-    `name`.
-    """
+    """An image that is opened on demand: a file, or the bytes of one named `name`."""
 
     name: str
     data: bytes | None = field(default=None, repr=False)
 
     def read(self) -> bytes:
-        """The encoded image. Raises WeftError."""
+        """Returns the encoded image. Raises WeftError if the file cannot be read."""
         if self.data is not None:
             return self.data
         try:
@@ -35,7 +33,7 @@ class Stored:
             raise WeftError(f"{self.name} cannot be read: {error.strerror}.") from None
 
     def open(self) -> Image.Image:
-        """Grey or RGB. Raises WeftError: this is no image."""
+        """Returns the image in grey or RGB. Raises WeftError if it is no image."""
         try:
             with Image.open(io.BytesIO(self.read())) as image:
                 image.load()
@@ -44,31 +42,33 @@ class Stored:
             raise WeftError(f"{self.name} cannot be read as an image: {error}") from None
 
 
-def load(path: Path, test: Path | None) -> Task:
-    """Read the folder; `test` is a second folder of the same shape, or None to hold a part out.
+def load_image_folder(path: Path, test: Path | None) -> Task:
+    """Reads the folder. `test` is a second folder with the same classes, or None to hold out a
+    part.
 
-    Raises WeftError: no class folders, a class without images, a file that is no image.
+    Raises WeftError if there are no class folders, if a class has no images, or if a file is no
+    image.
     """
     where = f"image-folder:{path}"
-    images, labels = _read(path)
-    held = None if test is None else _read(test)
+    images, labels = _read_images(path)
+    held = None if test is None else _read_images(test)
     classes, splits, notes = divide(where, images, labels, held)
     return Task(where, "image", classes, splits, tuple(notes))
 
 
-def _read(path: Path) -> tuple[list[Image.Image], list[str]]:
+def _read_images(path: Path) -> tuple[list[Image.Image], list[str]]:
     files, labels = listed(path)
     return [file.open() for file in files], labels
 
 
 def listed(path: Path) -> tuple[list[Stored], list[str]]:
-    """Every image file of every class folder, not opened, and the folders' names. Raises WeftError:
-    none of one or both.
+    """Returns every image file of every class folder, not opened, and the folders' names. Raises
+    WeftError if there are none.
     """
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise WeftError(
-            f"{path} has no sub-folders. Put the images of each class into a folder of its own: "
+            f"{path} has no sub-folders. Put the images of each class into its own folder: "
             f"{path}/<class>/<name>.png"
         )
     images: list[Stored] = []
@@ -78,7 +78,7 @@ def listed(path: Path) -> tuple[list[Stored], list[str]]:
         if not files:
             have = sorted({p.suffix for p in folder.iterdir()})[:5]
             raise WeftError(
-                f"{folder} holds no image ({', '.join(SUFFIXES)}); found {have or 'nothing'}."
+                f"{folder} has no image ({', '.join(SUFFIXES)}); found {have or 'nothing'}."
             )
         images += [Stored(str(file)) for file in files]
         labels += [folder.name] * len(files)

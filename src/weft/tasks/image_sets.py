@@ -1,13 +1,15 @@
-"""CIFAR-100, Food101, Flowers102 and RESISC45, as VeRA's paper uses them (arXiv:2310.11454, section
-4.4) and in full.
+"""CIFAR-100, Food101, Flowers102 and RESISC45, as in VeRA's paper (arXiv:2310.11454, section 4.4)
+and in full.
 
-`cifar100:DIR:per_class=10` trains on 10 images a class, chooses on 10 others and reports the whole
-test set (RESISC45, which has none: all other images). Without per_class everything is used. Which
-images the paper drew is unknown; ours are drawn within each class by a fixed seed. DIR holds one of
+`cifar100:DIR:per_class=10` trains on 10 images per class, validates on 10 others and reports the
+whole test set (RESISC45 has none: all other images). Without per_class everything is used. The
+images that the paper drew are unknown; ours are drawn per class with a fixed seed. DIR contains one
+of
 
-    the authors' files      cifar-100-binary (train.bin, test.bin), food-101 (images/, meta/), flowers-102 (jpg/, *.mat)
-    folders                 train/<class>/*.jpg and test/<class>/*.jpg, with or without validation; or <class>/*.jpg alone
-    parquet, as on the hub  train-*.parquet and test-*.parquet, at any depth
+the authors' files      cifar-100-binary (train.bin, test.bin), food-101 (images/, meta/),
+flowers-102 (jpg/, *.mat) folders                 train/<class>/*.jpg and test/<class>/*.jpg, with
+or without validation; or <class>/*.jpg alone parquet, as on the hub  train-*.parquet and
+test-*.parquet, at any depth
 
 "cifar-100-python" is a pickle, which can run any code when it is opened, so it is refused.
 """
@@ -25,28 +27,28 @@ from .base import SPLIT_SEED, SPLITS, Split, Task, divide, stratified
 from .files import read_lines
 from .image_folder import SUFFIXES, Stored, listed
 
-VALIDATION = 0.1  # of train, in full, where there is no validation of its own
+VALIDATION = 0.1  # share of train, if all of it is used and there is no validation part
 NAMES = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 CIFAR_ROW, CIFAR_SIDE = 2 + 3 * 32 * 32, 32
 Part = tuple[list[Any], list[str]]  # images (PIL's, or Stored) and the names of their classes
-Parts = dict[str, Part]  # by split; "all" where the files know no splits
+Parts = dict[str, Part]  # by split; "all" if the files have no splits
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """classes: how many. read: the authors' own files, None where they are not there. label: its
-    columns in parquet.
+    """`classes` is their number. `read` reads the authors' files and returns None if they are
+    missing. `label` are its columns in parquet.
     """
 
     classes: int
     read: Callable[[Path], Parts | None] = lambda _: None
     label: tuple[str, ...] = ("label",)
-    rest_is_test: bool = False  # no test set of its own
+    rest_is_test: bool = False  # without a test set
 
 
-def load(path: Path, kind: str, per_class: int | None = None) -> Task:
-    """`kind` is one of SETS. Raises WeftError: none of the forms, a class that is missing or has
-    too few images.
+def load_image_set(path: Path, kind: str, per_class: int | None = None) -> Task:
+    """Loads the data set `kind`, one of SETS. Raises WeftError if no format fits, or if a class is
+    missing or too small.
     """
     known = SETS[kind]
     where = f"{kind}:{path}" + (f":per_class={per_class}" if per_class is not None else "")
@@ -58,7 +60,7 @@ def load(path: Path, kind: str, per_class: int | None = None) -> Task:
                 [label for _, labels in parts.values() for label in labels],
             )
         }
-    classes = _classes(where, parts, known)
+    classes = _check_classes(where, parts, known)
     number = {name: i for i, name in enumerate(classes)}
     splits = {
         name: Split(items, [number[label] for label in labels])
@@ -78,32 +80,28 @@ def _parts(path: Path, kind: str, known: ImageSet) -> tuple[Parts, list[str]]:
     if parts is None:
         have = sorted(p.name for p in path.iterdir())[:8]
         raise WeftError(
-            f"{kind}:{path} has none of the forms that are read: the authors' files unpacked, "
+            f"{kind}:{path} has none of the supported formats: the authors' files unpacked, "
             "folders "
-            "train/<class> and test/<class>, <class>/*.jpg, or train-*.parquet. It holds "
+            f"train/<class> and test/<class>, <class>/*.jpg, or train-*.parquet. It has "
             f"{have or 'nothing'}."
         )
     if "validation" in parts and "test" not in parts:  # Food101 on the hub
         parts["test"] = parts.pop("validation")
         return parts, [
-            (
-                f"{kind}:{path}: the files have no test but a validation part, which is taken for the "
-                "test."
-            )
+            (f"{kind}:{path}: the files have no test part; the validation part is used instead.")
         ]
     if "all" not in parts and not {"train", "test"} <= set(parts):
-        raise WeftError(f"{kind}:{path} has only {sorted(parts)}; train and test must be there.")
+        raise WeftError(f"{kind}:{path} has only {sorted(parts)}; train and test are needed.")
     return parts, []
 
 
-def _classes(where: str, parts: Parts, known: ImageSet) -> tuple[str, ...]:
-    """The same in every part, and as many as the set has."""
+def _check_classes(where: str, parts: Parts, known: ImageSet) -> tuple[str, ...]:
+    """Checks that every part has the same classes, and their number."""
     for name, (_, labels) in parts.items():
         if len(set(labels)) != known.classes:
             raise WeftError(
                 f"{where}: {name} has {len(set(labels))} classes, and the set has {known.classes}. "
-                "If that is "
-                "meant, use image-folder:DIR."
+                "If this is intended, use image-folder:DIR."
             )
     found = [set(labels) for _, labels in parts.values()]
     first = found[0]
@@ -120,7 +118,7 @@ def _classes(where: str, parts: Parts, known: ImageSet) -> tuple[str, ...]:
 def _few(
     where: str, splits: Mapping[str, Split], classes: Sequence[str], each: int
 ) -> tuple[dict[str, Split], str]:
-    """`each` images a class to train on, as many others to choose by, and the test."""
+    """`each` images per class for training, as many others for validation, and the test set."""
     pool = splits.get("all", splits.get("train"))
     assert pool is not None
     own = splits.get("validation")
@@ -160,11 +158,11 @@ def _full(
         _, made, notes = divide(
             where, whole.items, [classes[int(label)] for label in whole.labels], None
         )
-        return made, f"{notes[0]} The files say no test set."
+        return made, f"{notes[0]} The files have no test set."
     if "validation" in splits:
         return {
             name: splits[name] for name in SPLITS
-        }, f"{where}: train, validation and test are the files' own."
+        }, f"{where}: train, validation and test are those of the files."
     train, validation = stratified(splits["train"].labels, (1 - VALIDATION, VALIDATION))
     made = {
         "train": splits["train"].take(train),
@@ -174,14 +172,15 @@ def _full(
     return (
         made,
         (
-            f"{where}: validation is {VALIDATION:.0%} of train, by class and a fixed seed; test is the "
+            f"{where}: validation is {VALIDATION:.0%} of train, by class and a fixed seed; test "
+            "is the "
             "whole test part."
         ),
     )
 
 
 def _inside(path: Path, folder: str, *files: str) -> Path | None:
-    """`path`, or the folder in it that the archive makes, where these files are."""
+    """`path`, or its subfolder from the archive, if it has these files."""
     return next(
         (
             place
@@ -198,14 +197,14 @@ def _refuse_pickle(path: Path) -> None:
             raise WeftError(
                 f"{place} is the Python version of CIFAR-100: pickles, which can run any code and "
                 "are never "
-                "opened. Take cifar-100-binary.tar.gz from the same page, or the hub's parquet "
+                "opened. Use cifar-100-binary.tar.gz from the same page, or the hub's parquet "
                 "files."
             )
 
 
 def _cifar(path: Path) -> Parts | None:
     """A row is the coarse label, the fine label, and 1,024 bytes each of red, green and blue, from
-    the top left on.
+    the top left.
     """
     place = _inside(path, "cifar-100-binary", "train.bin", "test.bin")
     if place is None:
@@ -224,15 +223,14 @@ def _cifar(path: Path) -> Parts | None:
         data = np.frombuffer((place / f"{name}.bin").read_bytes(), np.uint8)
         if data.size == 0 or data.size % CIFAR_ROW:
             raise WeftError(
-                f"{place / name}.bin has {data.size} bytes, no multiple of {CIFAR_ROW}: it is cut "
-                "off, or "
-                "another file."
+                f"{place / name}.bin has {data.size} bytes, no multiple of {CIFAR_ROW}: it is "
+                "truncated, or another file."
             )
         rows = data.reshape(-1, CIFAR_ROW)
         if int(rows[:, 1].max()) >= len(called):
             raise WeftError(
-                f"{place / name}.bin has the label {rows[:, 1].max()}, and there are {len(called)} "
-                "classes."
+                f"{place / name}.bin has the label {rows[:, 1].max()}, but there are "
+                f"{len(called)} classes."
             )
         pixels = rows[:, 2:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
         parts[name] = (
@@ -243,7 +241,7 @@ def _cifar(path: Path) -> Parts | None:
 
 
 def _food(path: Path) -> Parts | None:
-    """meta/train.txt and test.txt name the images as class/number."""
+    """meta/train.txt and test.txt list the images as class/number."""
     place = _inside(path, "food-101", "images", "meta/train.txt", "meta/test.txt")
     if place is None:
         return None
@@ -275,7 +273,7 @@ def _flowers(path: Path) -> Parts | None:
             name: [int(i) for i in ids[key].ravel()]
             for name, key in (("train", "trnid"), ("validation", "valid"), ("test", "tstid"))
         }
-    except Exception as error:  # scipy raises its own, and whatever a damaged file leads it to
+    except Exception as error:  # errors of scipy, and any error from a damaged file
         raise WeftError(
             f"{place}: imagelabels.mat or setid.mat cannot be read: {type(error).__name__} {error}"
         ) from None
@@ -297,13 +295,14 @@ def _all_there(files: Sequence[Path], named_by: Path) -> None:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise WeftError(
-            f"{missing[0]} is not there, and {named_by} names it; {len(missing)} of {len(files)} "
+            f"{missing[0]} is missing, although {named_by} lists it; {len(missing)} of "
+            f"{len(files)} "
             "are missing."
         )
 
 
 def _folders(path: Path) -> Parts | None:
-    """train/<class> and so on; or <class> alone, in `path` or in the one folder in it."""
+    """train/<class> and so on; or <class> alone, in `path` or in its only folder."""
     parts = {
         split: listed(place)
         for split, names in NAMES.items()
@@ -343,14 +342,14 @@ def _parquet(path: Path, labels: Sequence[str]) -> Parts | None:
             f for f in path.rglob("*.parquet") if f.name.split("-")[0].split(".")[0] in names
         )
         for file in files:
-            items, named = _rows(file, labels)
+            items, named = _image_rows(file, labels)
             held = parts.setdefault(split, ([], []))
             held[0].extend(items)
             held[1].extend(named)
     return parts or None
 
 
-def _rows(file: Path, labels: Sequence[str]) -> Part:
+def _image_rows(file: Path, labels: Sequence[str]) -> Part:
     """Images of one file, as bytes; its other columns are not read."""
     from pyarrow import ArrowException, parquet
 
@@ -371,7 +370,7 @@ def _rows(file: Path, labels: Sequence[str]) -> Part:
         data = row[image].get("bytes") if isinstance(row[image], dict) else row[image]
         if not isinstance(data, bytes) or row[label] is None:
             raise WeftError(
-                f"{file}, row {number}: {image} must hold the bytes of an image, and {label} its "
+                f"{file}, row {number}: {image} must be the bytes of an image, and {label} its "
                 "class."
             )
         items.append(Stored(f"{file}, row {number}", data))

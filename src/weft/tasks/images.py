@@ -1,7 +1,7 @@
-"""Images for one model: through its own image processor, or resized and scaled where it has none.
+"""Images for one model: through its image processor, or resized and scaled if it has none.
 
-A split is made ready once and kept, as floats, up to HELD bytes; a larger one is made batch by
-batch, each time anew.
+A split up to KEPT_BYTES is processed once and kept as floats. A larger one is processed batch by
+batch, every time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import WeftError
 from .base import Labelled, Split, WithLabels, digest
 from .image_folder import Stored
 
-HELD = 2**32
+KEPT_BYTES = 2**32
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class ImageSplit(WithLabels):
 
 @dataclass(frozen=True)
 class StreamedSplit(WithLabels):
-    """A split that is too large to be kept: items (PIL images, or `Stored`), and what makes pixels
-    of some of them.
+    """A split that is too large to keep: items (PIL images or `Stored`), and a function that makes
+    pixels from them.
     """
 
     items: Sequence[Any]
     make: Callable[[Sequence[Image.Image]], Tensor]
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
-        return {"pixel_values": self.make([opened(self.items[i]) for i in rows.tolist()])}
+        return {"pixel_values": self.make([open_image(self.items[i]) for i in rows.tolist()])}
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Over the encoded images, and the pixels of the first, which stand for how all are made
-        ready.
+        """Over the encoded images, and the pixels of the first one, which stand for
+        the processing.
         """
         sha = hashlib.sha256()
         for item in self.items:
@@ -64,46 +64,46 @@ class StreamedSplit(WithLabels):
                 hashlib.sha256(item.read() if isinstance(item, Stored) else item.tobytes()).digest()
             )
         read = torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
-        return digest(self.labels, read, self.make([opened(self.items[0])]))
+        return digest(self.labels, read, self.make([open_image(self.items[0])]))
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
 
-def opened(item: Any) -> Image.Image:
-    """A PIL image, or one that is opened now. Raises WeftError: it is none."""
+def open_image(item: Any) -> Image.Image:
+    """Returns the PIL image, opened if necessary. Raises WeftError if it is no image."""
     image: Image.Image = item.open() if isinstance(item, Stored) else item
     return image
 
 
 def encode(split: Split, config: Any, processor: Any | None) -> Labelled:
-    """A split of images for the model of this `config`; `processor` as `transformers` loads it, or
-    None.
+    """Encodes a split of images for the model of this `config`. `processor` is that of
+    `transformers`, or None.
     """
 
     def make(images: Sequence[Image.Image]) -> Tensor:
         return plain(images, config) if processor is None else _processed(images, processor)
 
     labels = torch.tensor(split.labels, dtype=torch.int64)
-    one = make([opened(split.items[0])])
-    if len(split) * one.numel() * one.element_size() > HELD:
+    one = make([open_image(split.items[0])])
+    if len(split) * one.numel() * one.element_size() > KEPT_BYTES:
         return StreamedSplit(labels, split.items, make)
     parts = [
-        make([opened(item) for item in split.items[start : start + 64]])
+        make([open_image(item) for item in split.items[start : start + 64]])
         for start in range(0, len(split), 64)
     ]
     return ImageSplit(labels, torch.cat(parts))
 
 
 def plain(images: Sequence[Image.Image], config: Any) -> Tensor:
-    """[n, channels, height, width] in [-1, 1]: resized (bilinear) to the model's image size, grey
-    or RGB as it wants.
+    """Returns images [n, channels, height, width] in [-1, 1]: resized (bilinear) to the model's
+    size, grey or RGB as it needs.
     """
     height, width = image_size(config)
     channels = int(getattr(config, "num_channels", 3))
     if channels not in (1, 3):
         raise WeftError(
-            f"{type(config).__name__} wants {channels} channels; images can be made with 1 (grey) "
+            f"{type(config).__name__} needs {channels} channels; images can have 1 (grey) "
             "or 3 (RGB)."
         )
     mode = "L" if channels == 1 else "RGB"
@@ -118,15 +118,15 @@ def plain(images: Sequence[Image.Image], config: Any) -> Tensor:
 
 
 def image_size(config: Any) -> tuple[int, int]:
-    """(height, width) that a model's configuration asks for."""
+    """Returns (height, width) from a model's configuration."""
     size = getattr(config, "image_size", None)
     if isinstance(size, int):
         return size, size
     if isinstance(size, list | tuple) and len(size) == 2:
         return int(size[0]), int(size[1])
     raise WeftError(
-        f"{type(config).__name__} says no image_size, so images cannot be resized for it. Put a "
-        "preprocessor_config.json beside its config.json."
+        f"{type(config).__name__} has no image_size, so images cannot be resized for it. Put a "
+        "preprocessor_config.json into its folder."
     )
 
 

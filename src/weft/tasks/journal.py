@@ -1,8 +1,8 @@
-"""A JSONL file that is only ever appended to: what was written stays, whenever the process dies.
+"""An append-only JSONL file: written rows survive a crash of the process.
 
-A row is one `write` and one `fsync`, so a killed process leaves at most an unfinished last line. It
-is cut off when the file is opened again; damage anywhere else is an error, because nothing here
-makes it.
+A row is one `write` and one `fsync`, so a killed process leaves at most one unfinished last line.
+It is removed when the file is opened again. Damage anywhere else is an error, because nothing here
+causes it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ Row = dict[str, Any]
 
 
 class Journal:
-    """`rows` are those of the file and all that `append` has added. One process at a time has it
-    open.
+    """`rows` are those of the file and all appended ones. One process at a time can open it.
 
-    Raises ConfigError: another process writes it; WeftError: a line in it is no JSON object.
+    Raises ConfigError if another process has it open, and WeftError if a line is no JSON object.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,15 +47,15 @@ class Journal:
         os.close(self._handle)
 
     def append(self, row: Row) -> None:
-        """The row is on the disk when this returns."""
+        """Appends a row. It is on the disk when this returns."""
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        while line:  # a disk that is nearly full may take a part
+        while line:  # a nearly full disk may write only a part
             line = line[os.write(self._handle, line) :]
         os.fsync(self._handle)
         self.rows.append(row)
 
     def _lock(self) -> None:
-        """Freed by the system when the process ends, however it ends."""
+        """Locks the file. The system frees the lock when the process ends."""
         if sys.platform == "win32":
             return
         import fcntl
@@ -65,8 +64,7 @@ class Journal:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{self.path} is being written by another process. Wait for it, or give another "
-                "--out."
+                f"{self.path} is in use by another process. Wait for it, or give another --out."
             ) from None
         except OSError:  # a file system without locks
             return
@@ -75,7 +73,7 @@ class Journal:
         held = self.path.read_bytes()
         whole, _, last = held.rpartition(b"\n")
         lines = whole.split(b"\n") if whole else []
-        if last:  # no line end: written by somebody's editor, or cut off by a kill
+        if last:  # no line end: an editor wrote it, or the process was killed
             try:
                 _object(last)
             except ValueError:
@@ -91,7 +89,7 @@ class Journal:
                 rows.append(_object(line))
             except ValueError as error:
                 raise WeftError(
-                    f"{self.path}, line {number} is no JSON object ({error}). Mend or remove it."
+                    f"{self.path}, line {number} is not a JSON object ({error}). Fix or remove it."
                 ) from None
         return rows
 

@@ -1,7 +1,7 @@
-"""GLUE's metrics, by scikit-learn and scipy, on predictions and labels of the same order.
+"""GLUE's metrics with scikit-learn and scipy, on predictions and labels in the same order.
 
-Classes are numbers; F1 and Matthews count class 1 as the positive one. All are fractions, as their
-libraries give them.
+Classes are numbers; F1 and Matthews take class 1 as positive. All are fractions as their libraries
+return them.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ Numbers = Sequence[float]
 
 
 def accuracy(predicted: Numbers, labels: Numbers) -> float:
-    """The share that is equal, in [0, 1]."""
+    """Returns the share of equal entries, in [0, 1]."""
     return sum(a == b for a, b in zip(predicted, labels, strict=True)) / len(labels)
 
 
 def f1(predicted: Numbers, labels: Numbers) -> float:
-    """Of class 1, in [0, 1]; 0 where class 1 is neither predicted nor right."""
+    """Returns F1 of class 1, in [0, 1]; 0 if class 1 is neither predicted nor right."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predicted, zero_division=0.0))
 
 
 def matthews(predicted: Numbers, labels: Numbers) -> float:
-    """Matthews correlation, in [-1, 1]; 0 where one side has a single class."""
+    """Returns the Matthews correlation, in [-1, 1]; 0 if one side has a single class."""
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(labels, predicted))
 
 
 def pearson(predicted: Numbers, labels: Numbers) -> float | None:
-    """In [-1, 1]; None where one side does not vary, so that there is no correlation."""
+    """Returns Pearson's correlation, in [-1, 1]; None if one side is constant."""
     from scipy.stats import pearsonr
 
     return (
@@ -44,7 +44,7 @@ def pearson(predicted: Numbers, labels: Numbers) -> float | None:
 
 
 def spearman(predicted: Numbers, labels: Numbers) -> float | None:
-    """Pearson's of the ranks, ties at their mean; None as there."""
+    """Returns Spearman's correlation, with mean ranks for ties; None if one side is constant."""
     from scipy.stats import spearmanr
 
     return (
@@ -58,7 +58,7 @@ def _varies(numbers: Numbers) -> bool:
     return len(set(numbers)) > 1
 
 
-NO_VARIATION = "there is no correlation with numbers that are all equal."
+NO_VARIATION = "the correlation with equal numbers is not defined."
 METRICS: dict[str, Callable[[Numbers, Numbers], float | None]] = {
     "accuracy": accuracy,
     "F1": f1,
@@ -69,9 +69,11 @@ METRICS: dict[str, Callable[[Numbers, Numbers], float | None]] = {
 
 
 def of_logits(metric: str, logits: Tensor, labels: Tensor) -> float:
-    """A metric from a model's output [n, classes], or [n, 1] where labels are scores. A correlation
-    that is not there is 0: what is compared must be a number, and a model that answers every
-    example alike has learnt nothing.
+    """Returns a metric from a model's output [n, classes], or [n, 1] for a regression, and labels
+    [n].
+
+    An undefined correlation is 0: a comparison needs a number, and a model with a constant answer
+    has learnt nothing.
     """
     predicted = logits.squeeze(-1) if labels.is_floating_point() else logits.argmax(dim=1)
     return METRICS[metric](predicted.tolist(), labels.tolist()) or 0.0

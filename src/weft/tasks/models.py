@@ -1,5 +1,5 @@
-"""The model that a task is given: embedded, a package (`packaged`), a `transformers` directory, or
-a name on the hub.
+"""The model of a task: embedded, from a package (`packaged`), a `transformers` directory, or a hub
+name.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _CLASS = {"image": "AutoModelForImageClassification", "text": "AutoModelForSeque
 
 @dataclass(frozen=True)
 class ModelRef:
-    """`name` as asked; `source` is what from_pretrained gets; `local` says that nothing may be
-    fetched.
+    """`name` as given; `source` is the argument of from_pretrained; if `local`, nothing may be
+    downloaded.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ModelRef:
 
 @dataclass
 class Prepared:
-    """A task made ready for a model. `missing` names tensors that the checkpoint lacks or has in
+    """A task encoded for a model. `missing` names tensors that the checkpoint lacks or has in
     another shape.
     """
 
@@ -60,12 +60,11 @@ class Prepared:
 
 
 def find_model(name: str) -> ModelRef:
-    """Decide what `name` is, without loading anything. Raises ConfigError for a path that is no
-    model directory, and for a package that is not installed. (One that holds a packed file is
-    unpacked, the first time.)
+    """Decides what `name` is, without loading anything.
 
-    An embedded name or a package's wins, then a directory that exists. What looks like a path is
-    never sought on the network.
+    Embedded names and packages come first, then existing directories. A name that looks like a path
+    is never looked up on the network. A package with a packed file is unpacked the first time.
+    Raises ConfigError if a path is no model directory or a package is not installed.
     """
     if name in EMBEDDED:
         return ModelRef(name, str(EMBEDDED[name]), True)
@@ -77,7 +76,7 @@ def find_model(name: str) -> ModelRef:
             raise ConfigError(
                 f"model {name!r}: this directory has no config.json, so it is no transformers "
                 "model. "
-                f"It holds {sorted(p.name for p in path.iterdir())[:6]}."
+                f"It has {sorted(p.name for p in path.iterdir())[:6]}."
             )
         return ModelRef(name, str(path), True)
     looks_local = (
@@ -97,10 +96,10 @@ def find_model(name: str) -> ModelRef:
 
 
 def prepare(task: Task, ref: ModelRef, most: dict[str, int | None]) -> Prepared:
-    """Load the model in float32 with a head for the task's classes, and encode the splits for it.
+    """Loads the model in float32 with a head for the task's classes, and encodes the splits for it.
 
-    most: the largest number of examples of a split, by its name. Raises WeftError with one line
-    that says what failed.
+    `most` has the largest number of examples per split. Raises WeftError with one line that says
+    what failed.
     """
     notes = list(task.notes)
     with quiet(), loading(ref, _CLASS[task.family]):
@@ -110,7 +109,7 @@ def prepare(task: Task, ref: ModelRef, most: dict[str, int | None]) -> Prepared:
             if task.family == "text"
             else _image_encoder(ref, model, notes)
         )
-        fingerprint = _fingerprint(model, missing)
+        fingerprint = _model_fingerprint(model, missing)
     splits: dict[str, Labelled] = {}
     for name in SPLITS:
         splits[name] = encode(capped(task.splits[name], most.get(name), name, notes))
@@ -144,10 +143,10 @@ def _load_model(ref: ModelRef, task: Task) -> tuple[nn.Module, list[str]]:
 
 
 def causal_model(ref: ModelRef) -> tuple[Any, str]:
-    """A causal language model in float32 and its fingerprint. It keeps no keys and values where it
-    is only trained.
+    """Returns a causal language model in float32 and its fingerprint. It keeps no keys and values
+    in training.
 
-    Raises WeftError: it cannot be loaded, or a tensor is not in its file.
+    Raises WeftError if it cannot be loaded or a tensor is missing in its file.
     """
     from transformers import AutoModelForCausalLM
 
@@ -163,16 +162,15 @@ def causal_model(ref: ModelRef) -> tuple[Any, str]:
     if missing:
         raise WeftError(
             f"model {ref.name!r} has no weights for {missing[0]!r} ({len(missing)} tensors in "
-            "all); they would "
-            "be random. Give a checkpoint of this architecture."
+            "total); they would be random. Give a checkpoint of this architecture."
         )
-    fingerprint = _fingerprint(model, [])
-    model.config.use_cache = False  # `generate` asks for it by itself
+    fingerprint = _model_fingerprint(model, [])
+    model.config.use_cache = False  # `generate` enables it
     return model.eval(), fingerprint
 
 
 def check_generates(ref: ModelRef) -> None:
-    """By its configuration alone. Raises WeftError: a model of images, an encoder, an
+    """Checks the configuration. Raises WeftError for an image model, an encoder, or an
     encoder-decoder.
     """
     import transformers
@@ -187,9 +185,8 @@ def check_generates(ref: ModelRef) -> None:
         or getattr(config, "is_encoder_decoder", False)
     ):
         raise WeftError(
-            f"model {ref.name!r} ({config.model_type}) is no causal language model, and this "
-            "task's answers are "
-            "text. Give one, such as a GPT-2 or a Llama: --model DIR."
+            f"model {ref.name!r} ({config.model_type}) is no causal language model, which this "
+            "task needs. Give one, such as a GPT-2 or a Llama: --model DIR."
         )
 
 
@@ -199,7 +196,7 @@ def _image_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:
 
 
 def image_processor(ref: ModelRef, config: Any, notes: list[str]) -> Any | None:
-    """The model's own; None, with a note of what is done instead, where it has none."""
+    """Returns the model's image processor, or None with a note about what is done instead."""
     from transformers import AutoImageProcessor
 
     if not ref.local or (Path(ref.source) / "preprocessor_config.json").is_file():
@@ -226,11 +223,11 @@ def _text_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:
         notes.append(f"{ref.name} has no pad token; rows are padded with token {pad}.")
     model.config.pad_token_id = pad
     notes.append(f"Texts are cut off after {limit} tokens.")
-    return lambda split: csv_text.encode(split, tokenizer, limit, pad)
+    return lambda split: csv_text.encode_texts(split, tokenizer, limit, pad)
 
 
-def _fingerprint(model: Any, missing: list[str]) -> str:
-    """16 hex digits over the configuration and every pretrained tensor, name and bits."""
+def _model_fingerprint(model: Any, missing: list[str]) -> str:
+    """16 hex digits over the configuration and the names and bits of all pretrained tensors."""
     plain = {
         k: v
         for k, v in model.config.to_dict().items()
@@ -248,8 +245,8 @@ def _fingerprint(model: Any, missing: list[str]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no load report of transformers: what is missing is in
-    `Prepared.missing`.
+    """Silences progress bars and the load report of transformers: `Prepared.missing` has what is
+    missing.
     """
     from transformers.utils import logging
 
@@ -264,12 +261,10 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def loading(ref: ModelRef, cls: str) -> Iterator[None]:
-    """Whatever from_pretrained raises becomes one line."""
+    """Turns errors of from_pretrained into a WeftError of one line."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError, safetensors' own, and more
+    except Exception as error:  # OSError, ValueError, KeyError, errors of safetensors, and more
         first = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )

@@ -1,15 +1,15 @@
-"""BLEU and NIST as NIST's mteval-v13a prints them, lower-cased, with any number of references a
+"""BLEU and NIST as NIST's mteval-v13a prints them, lower-cased, with any number of references per
 segment.
 
-sacrebleu has the tokenisation ("13a") and the clipped n-gram counts. Ours is what differs in the
-E2E challenge's scorer:
+sacrebleu provides the tokenisation ("13a") and the clipped n-gram counts. Only the differences in
+the E2E challenge's scorer are implemented here:
 
-    BLEU   an n-gram order counts (tokens - segments (n - 1)) places, also where a segment is shorter than n; an empty
-           output counts as one token; an order without a hit counts as 1e-15 hits, so that the score is never undefined.
-    NIST   hits are clipped against all references of a segment together, and the length penalty compares with their mean
-           length. nltk's corpus_nist takes the best single reference instead, which scores lower.
+BLEU   an n-gram order counts (tokens - segments (n - 1)) positions, even if a segment is shorter than n; an empty
+       output counts as one token; an order without a hit counts as 1e-15 hits, so the score is always defined.
+NIST   hits are clipped against all references of a segment together, and the length penalty compares with their mean
+       length. nltk's corpus_nist takes the best single reference instead, which scores lower.
 
-On outputs of four tokens and more with a hit in each order, BLEU is sacrebleu's own (lowercase,
+For outputs of at least four tokens with a hit in each order, BLEU is sacrebleu's (lowercase,
 smoothing "none") / 100.
 """
 
@@ -26,7 +26,9 @@ _BETA = -math.log(0.5) / math.log(1.5) ** 2
 
 
 def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU up to 4-grams, in [0, 1]: one output and one or more references a segment."""
+    """Returns corpus BLEU up to 4-grams, in [0, 1], for one output and one or more references per
+    segment.
+    """
     from sacrebleu.metrics.bleu import BLEU
 
     most = max(map(len, references))
@@ -43,8 +45,8 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 
 def nist(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus NIST up to 5-grams: hits weighted by how much the last word of an n-gram tells after
-    the words before it.
+    """Returns corpus NIST up to 5-grams: hits weighted by the information of an n-gram's last word
+    after the words before it.
     """
     in_references: Counter[tuple[str, ...]] = Counter()
     hits: Counter[tuple[str, ...]] = Counter()

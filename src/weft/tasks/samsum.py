@@ -1,10 +1,9 @@
 """`samsum:DIR`: SAMSum, summaries of chats (arXiv:1911.12237), as in the LoRA paper's GPT-3 table.
 
-Read are the authors' files (train.json, val.json, test.json) and the same rows as jsonl, csv or
-parquet: dialogue, summary. Rendering: LoRA paper, appendix C: the utterances one a line, an empty
+It reads the authors' files (train.json, val.json, test.json), or the same rows as jsonl, csv or
+parquet: dialogue, summary. Rendering: LoRA paper, appendix C: one utterance per line, an empty
 line, the summary. ROUGE is the F measure of the package `rouge-score` with its stemmer, as most
-report it; which script the paper used is unknown, as is its decoding, so beam 4 stands here for
-want of a known one.
+papers report it. The paper's script and its decoding are unknown; beam 4 is our choice.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ GENERATION = {"num_beams": 4, "max_new_tokens": 128, "do_sample": False}
 METRICS = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 
 
-def load(source: Path | str = HUB) -> GenerationTask:
-    """From a folder, or by its name on the hub. Raises WeftError: no such files, or a row without
-    its fields.
+def load_samsum(source: Path | str = HUB) -> GenerationTask:
+    """Loads from a folder or by name from the hub. Raises WeftError if files are missing or a row
+    lacks a field.
     """
     name = f"samsum:{source}"
     if isinstance(source, Path):
@@ -38,11 +37,12 @@ def load(source: Path | str = HUB) -> GenerationTask:
         columns(found, where, "dialogue", "summary")
     train, _ = held.pop("train", ([], ""))
     samples: list[Sample] = [
-        {"prompt": prompt_of(row), "completion": str(row["summary"]).strip()} for row in train
+        {"prompt": dialogue_prompt(row), "completion": str(row["summary"]).strip()} for row in train
     ]
     records: dict[str, list[Record]] = {
         split: [
-            {"prompt": prompt_of(row), "references": [str(row["summary"]).strip()]} for row in found
+            {"prompt": dialogue_prompt(row), "references": [str(row["summary"]).strip()]}
+            for row in found
         ]
         for split, (found, _) in held.items()
     }
@@ -52,20 +52,20 @@ def load(source: Path | str = HUB) -> GenerationTask:
         records,
         GENERATION,
         "ROUGE-1",
-        score,
+        score_samsum,
         ("SAMSum: decoding with beam 4; the paper's is unknown.",),
     )
 
 
-def prompt_of(row: Row) -> str:
-    """Utterances one a line, then an empty line."""
+def dialogue_prompt(row: Row) -> str:
+    """Returns one utterance per line, then an empty line."""
     lines = [line.strip() for line in str(row["dialogue"]).replace("\r", "").split("\n")]
     return "\n".join(line for line in lines if line) + "\n\n"
 
 
-def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
-    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L over the outputs, in [0, 1]; of several references the
-    best counts.
+def score_samsum(outputs: Sequence[str], records: Sequence[Record]) -> Report:
+    """Returns the mean F of ROUGE-1, ROUGE-2 and ROUGE-L over the outputs, in [0, 1], with the best
+    of several references.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -82,8 +82,8 @@ def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
     )
 
 
-def read_references(path: Path) -> list[Record]:
-    """The summaries: the column summary of a table, or one a line."""
+def read_samsum_references(path: Path) -> list[Record]:
+    """Reads the summaries: the column summary of a table, or one per line."""
     if not is_table(path):
         return references_only([line] for line in read_lines(path))
     rows = read_rows(path)
@@ -91,8 +91,8 @@ def read_references(path: Path) -> list[Record]:
     return references_only([str(row["summary"])] for row in rows)
 
 
-def read_outputs(path: Path) -> list[str]:
-    """One summary a line, or the column summary (or output) of a table."""
+def read_samsum_outputs(path: Path) -> list[str]:
+    """Reads one summary per line, or the column summary (or output) of a table."""
     if not is_table(path):
         return read_lines(path)
     rows = read_rows(path)

@@ -2,75 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, WeftError
 from . import COMMONSENSE, GLUE
-from .generation import Report, references_only
+from .generation import Record, Report, references_only
 
+Scorer = Callable[[Sequence[str], Sequence[Record]], Report]
 SCORED = ("e2e", "samsum", "wikisql", *COMMONSENSE, *GLUE)
 
 
 def check_task(task: str) -> None:
-    """Raises ConfigError with the nearest names."""
+    """Raises ConfigError with the nearest names if the task has no scorer."""
     if task not in SCORED:
         if task.partition(":")[0] == "mt-bench":
             raise ConfigError(
-                "--task mt-bench is judged by another model: weft judge --questions FILE."
+                "--task mt-bench is graded by another model: weft judge --questions FILE."
             )
         near = get_close_matches(task.partition(":")[0], SCORED, n=2) or list(SCORED)
         raise ConfigError(f"--task {task!r} has no scorer. Nearest: {', '.join(near)}.")
 
 
 def score_files(task: str, references: Path, outputs: Path) -> Report:
-    """Read both and score. Raises ConfigError: an unknown task; WeftError: a line at fault, or
-    unequal numbers of them.
+    """Reads both files and scores. Raises ConfigError if the task is not known, and WeftError if a
+    line is invalid or the numbers differ.
     """
     check_task(task)
     for path in (references, outputs):
         if not path.is_file():
             raise ConfigError(f"{path}: there is no such file.")
     if task == "e2e":
-        from . import e2e
+        from .e2e import read_e2e_outputs, read_e2e_references, score_e2e
 
-        groups, meanings = e2e.read_references(references)
-        texts = e2e.read_outputs(outputs, meanings)
-        _equal(references, groups, outputs, texts)
-        return e2e.score(texts, references_only(groups))
+        groups, meanings = read_e2e_references(references)
+        texts = read_e2e_outputs(outputs, meanings)
+        _check_lengths(references, groups, outputs, texts)
+        return score_e2e(texts, references_only(groups))
     if task in GLUE:
-        from . import glue
+        from .glue import read_labels, score_glue
 
-        labels = glue.read_labels(references, task)
-        predicted = glue.read_labels(outputs, task, "prediction")
-        _equal(references, labels, outputs, predicted)
-        return glue.score(predicted, labels, task)
-    from . import commonsense, samsum, wikisql
-
-    if task == "wikisql":
-        records, texts = (
-            wikisql.read_references(references),
-            wikisql.read_outputs(outputs, references),
-        )
-    else:
-        family: Any = samsum if task == "samsum" else commonsense
-        records, texts = family.read_references(references), family.read_outputs(outputs)
-    _equal(references, records, outputs, texts)
-    scorer = {"wikisql": wikisql.score, "samsum": samsum.score}.get(task, commonsense.score)
+        labels = read_labels(references, task)
+        predicted = read_labels(outputs, task, "prediction")
+        _check_lengths(references, labels, outputs, predicted)
+        return score_glue(predicted, labels, task)
+    records, texts, scorer = _read_texts(task, references, outputs)
+    _check_lengths(references, records, outputs, texts)
     return scorer(texts, records)
 
 
-def _equal(references: Path, wanted: list[Any], outputs: Path, found: list[Any]) -> None:
-    if len(wanted) != len(found):
+def _read_texts(
+    task: str, references: Path, outputs: Path
+) -> tuple[list[Record], list[str], Scorer]:
+    if task == "wikisql":
+        from .wikisql import read_wikisql_outputs, read_wikisql_references, score_wikisql
+
+        records = read_wikisql_references(references)
+        return records, read_wikisql_outputs(outputs, references), score_wikisql
+    if task == "samsum":
+        from .samsum import read_samsum_outputs, read_samsum_references, score_samsum
+
+        return read_samsum_references(references), read_samsum_outputs(outputs), score_samsum
+    from .commonsense import (
+        read_commonsense_outputs,
+        read_commonsense_references,
+        score_commonsense,
+    )
+
+    records = read_commonsense_references(references)
+    return records, read_commonsense_outputs(outputs), score_commonsense
+
+
+def _check_lengths(references: Path, wanted: list[Any], outputs: Path, texts: list[Any]) -> None:
+    if len(wanted) != len(texts):
         blank = 0
-        while blank < len(found) and found[-1 - blank] == "":
+        while blank < len(texts) and texts[-1 - blank] == "":
             blank += 1
         hint = f" The last {blank} of the outputs are empty lines." if blank else ""
         raise WeftError(
-            f"{outputs} has {len(found)} outputs, and {references} has {len(wanted)} references to "
-            "compare them "
-            f"with; each output needs its own.{hint}"
+            f"{outputs} has {len(texts)} outputs, and {references} has {len(wanted)} references to "
+            f"compare them with; each output needs its own.{hint}"
         )
     if not wanted:
-        raise WeftError(f"{references}: there is nothing to score in it.")
+        raise WeftError(f"{references}: the file has nothing to score.")

@@ -1,17 +1,16 @@
 """`wikisql:DIR`: WikiSQL, questions about a table to SQL, as in the LoRA paper's GPT-3 table.
 
-Read are the authors' files (train.jsonl with train.tables.jsonl, and dev, test likewise) or the
-hub's rows, which hold the table. Context = schema and question, target = SQL (LoRA paper, appendix
-C; its exact words are unknown, these are ours):
+It reads the authors' files (train.jsonl with train.tables.jsonl, and likewise dev, test) or the
+hub's rows, which include the table. Context = schema and question, target = SQL (LoRA paper,
+appendix C; its wording is unknown, this is ours):
 
-    Table: "Player" (text), "No." (real)
-    Question: Who wears 42?
-    SQL: SELECT "Player" FROM table WHERE "No." = '42' AND ...
+Table: "Player" (text), "No." (real) Question: Who wears 42? SQL: SELECT "Player" FROM table WHERE
+"No." = '42' AND ...
 
-A name is quoted with ", a value with ', both doubled inside; a column name that a table has twice
-gets " (2)" and so on, so that the SQL can be read back exactly. Logical-form accuracy is that of
-the authors' evaluate.py: select and aggregation are equal, and so are the conditions as a set,
-values compared as lower-cased text. What cannot be read back is wrong.
+Names are quoted with ", values with ', both doubled inside. A repeated column name gets " (2)" and
+so on, so that the SQL can be parsed exactly. Logical-form accuracy is that of the authors'
+evaluate.py: selection and aggregation are equal, and so are the conditions as a set, with values
+compared as lower-case text. Output that cannot be parsed is wrong.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _CONDITION = re.compile(rf"\s+(WHERE|AND)\s+{_NAME}\s*(=|>|<|OP)\s*{_VALUE}", re
 
 @dataclass(frozen=True)
 class Query:
-    """A logical form: the column, its aggregation, and conditions (column, operator, value);
+    """A logical form: the column, its aggregation, and conditions (column, operator, value), with
     columns by name.
     """
 
@@ -50,9 +49,9 @@ class Query:
     conds: frozenset[tuple[str, int, str]]
 
 
-def load(source: Path | str = HUB) -> GenerationTask:
-    """From a folder, or by its name on the hub. Raises WeftError: no such file or table, or a row
-    that is no query.
+def load_wikisql(source: Path | str = HUB) -> GenerationTask:
+    """Loads from a folder or by name from the hub. Raises WeftError if a file or table is missing,
+    or if a row is no query.
     """
     name = f"wikisql:{source}"
     held: dict[str, list[tuple[str, str]]] = {}
@@ -62,7 +61,7 @@ def load(source: Path | str = HUB) -> GenerationTask:
         columns(rows, where, "question", "sql")
         held[split] = [
             (
-                prompt_of(row["question"], header, types),
+                question_prompt(row["question"], header, types),
                 render(row["sql"], header, f"{where}, row {i}"),
             )
             for i, row in enumerate(rows, start=1)
@@ -76,7 +75,13 @@ def load(source: Path | str = HUB) -> GenerationTask:
         for split, pairs in held.items()
     }
     return GenerationTask(
-        name, samples, records, GENERATION, "logical-form accuracy", score, right=is_right
+        name,
+        samples,
+        records,
+        GENERATION,
+        "logical-form accuracy",
+        score_wikisql,
+        right=is_right_query,
     )
 
 
@@ -88,7 +93,9 @@ def _local(folder: Path, name: str) -> dict[str, tuple[list[Row], dict[str, Row]
 
 
 def _tables(path: Path) -> dict[str, Row]:
-    """The tables of dev.jsonl from dev.tables.jsonl beside it; empty where there is none."""
+    """The tables of dev.jsonl from dev.tables.jsonl in the same folder; empty if it
+    does not exist.
+    """
     stem = path.name.removesuffix(".gz").removesuffix(format_of(path))
     beside = find_file(path.parent, [f"{stem}.tables"])
     if beside is None:
@@ -104,15 +111,14 @@ def _hub(source: str) -> dict[str, tuple[list[Row], dict[str, Row], str]]:
 
 
 def _schema(row: Row, tables: Mapping[str, Row], where: str) -> tuple[list[str], list[str]]:
-    """Column names, made unlike each other, and types ([] where unknown)."""
+    """Column names, made unique, and types ([] if unknown)."""
     table = row.get("table") or tables.get(row.get("table_id", ""))
     if table is None:
         raise WeftError(
-            f"{where}: its table {row.get('table_id')!r} is not there; NAME.jsonl needs "
-            "NAME.tables.jsonl "
-            "beside it."
+            f"{where}: its table {row.get('table_id')!r} is missing; NAME.jsonl needs "
+            "NAME.tables.jsonl in the same folder."
         )
-    names: dict[str, str] = {}  # by their lower case: key words and names are read in any case
+    names: dict[str, str] = {}  # by lower case: keywords and names are case-insensitive
     for name in table["header"]:
         number, unlike = 2, name
         while unlike.lower() in names:
@@ -121,8 +127,8 @@ def _schema(row: Row, tables: Mapping[str, Row], where: str) -> tuple[list[str],
     return list(names.values()), list(table.get("types") or [])
 
 
-def prompt_of(question: str, header: Sequence[str], types: Sequence[str] = ()) -> str:
-    """Schema and question, up to where the SQL begins."""
+def question_prompt(question: str, header: Sequence[str], types: Sequence[str] = ()) -> str:
+    """Returns schema and question, up to the SQL."""
     known = types if len(types) == len(header) else [""] * len(header)
     schema = ", ".join(
         _name(name) + (f" ({kind})" if kind else "")
@@ -132,8 +138,8 @@ def prompt_of(question: str, header: Sequence[str], types: Sequence[str] = ()) -
 
 
 def render(sql: Mapping[str, Any], header: Sequence[str], where: str = "sql") -> str:
-    """{sel, agg, conds} as SQL. Raises WeftError: a column, aggregation or operator that is not
-    there.
+    """Returns {sel, agg, conds} as SQL. Raises WeftError if a column, aggregation or operator does
+    not exist.
     """
     try:
         call = f"{_at(AGGREGATIONS, sql['agg'])} ".lstrip()
@@ -144,7 +150,8 @@ def render(sql: Mapping[str, Any], header: Sequence[str], where: str = "sql") ->
         selected = _name(_at(header, sql["sel"]))
     except (KeyError, IndexError, TypeError, ValueError):
         raise WeftError(
-            f"{where}: {json.dumps(sql, default=str)[:120]} is no query on {len(header)} columns."
+            f"{where}: {json.dumps(sql, default=str)[:120]} is not a query on {len(header)} "
+            "columns."
         ) from None
     return f"SELECT {call}{selected} FROM table" + (
         f" WHERE {' AND '.join(parts)}" if parts else ""
@@ -158,7 +165,7 @@ def _at(names: Sequence[str], place: Any) -> str:
 
 
 def _conds(sql: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
-    """As the authors' files have them, a list of three, or as the hub has, three lists."""
+    """Conditions as a list of triples (the authors' files) or as three lists (the hub)."""
     conds = sql["conds"]
     if isinstance(conds, Mapping):
         return list(
@@ -176,8 +183,8 @@ def _quoted(value: Any) -> str:
 
 
 def parse(text: str) -> Query | None:
-    """Read SQL back, columns by name; None for what is no SQL of this form. Key words may be in any
-    case.
+    """Parses SQL, with columns by name. Returns None if it is no SQL of this form. Keywords are
+    case-insensitive.
     """
     start = _SELECT.match(text)
     if start is None:
@@ -198,23 +205,25 @@ def _column(quoted: str) -> str:
     return quoted.replace('""', '"').lower()
 
 
-def score(outputs: Sequence[str], records: Sequence[Record]) -> Report:
-    """The share of outputs with the reference's logical form, in [0, 1]. What follows in further
-    lines is left out.
+def score_wikisql(outputs: Sequence[str], records: Sequence[Record]) -> Report:
+    """Returns the share of outputs with the reference's logical form, in [0, 1]. Lines after the
+    first are ignored.
     """
-    right = sum(is_right(output, record) for output, record in zip(outputs, records, strict=True))
+    right = sum(
+        is_right_query(output, record) for output, record in zip(outputs, records, strict=True)
+    )
     return Report({"logical-form accuracy": right / len(records)})
 
 
-def is_right(output: str, record: Record) -> bool:
-    """The output, or its first line, is read back as the logical form of a reference."""
+def is_right_query(output: str, record: Record) -> bool:
+    """Returns True if the output or its first line parses to the logical form of a reference."""
     found = parse(output) or parse(output.strip().partition("\n")[0])
     return found is not None and found in [parse(reference) for reference in record["references"]]
 
 
-def read_references(path: Path) -> list[Record]:
-    """SQL as rendered here, one a line; or the authors' NAME.jsonl, with NAME.tables.jsonl beside
-    it.
+def read_wikisql_references(path: Path) -> list[Record]:
+    """Reads SQL as rendered here, one per line; or the authors' NAME.jsonl with NAME.tables.jsonl
+    in the same folder.
     """
     if format_of(path) not in (".jsonl", ".json"):
         lines = read_lines(path)
@@ -234,9 +243,9 @@ def read_references(path: Path) -> list[Record]:
     )
 
 
-def read_outputs(path: Path, references: Path) -> list[str]:
-    """SQL, one a line; or the authors' predictions, {"query": {sel, agg, conds}} or {"error": ...}
-    a line.
+def read_wikisql_outputs(path: Path, references: Path) -> list[str]:
+    """Reads SQL, one per line; or the authors' predictions, {"query": {sel, agg, conds}} or
+    {"error": ...} per line.
     """
     if format_of(path) not in (".jsonl", ".json"):
         return read_lines(path)
@@ -252,8 +261,8 @@ def read_outputs(path: Path, references: Path) -> list[str]:
 
 
 def _predicted(row: Row, header: Sequence[str]) -> str:
-    """A prediction as SQL; what is no query on this table is text that cannot be read back, and so
-    is wrong.
+    """A prediction as SQL. If it is no query on this table, it is text that cannot be parsed, and
+    so is wrong.
     """
     try:
         return render(row["query"], header)

@@ -1,0 +1,1 @@
+"""Which runs a comparison needs: pure functions, without files, processes or models."""

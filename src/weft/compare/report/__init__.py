@@ -1,0 +1,1 @@
+"""Turns finished runs into rows, statistics, tables, plots and files."""
