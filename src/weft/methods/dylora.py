@@ -32,7 +32,6 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..ops import philox
 from ..ops.low_rank import LowRank
-from ..ops.norm import at_least_float32
 from .base import BaseLayer, Params, Shape, Shared
 from .checks import check_alpha, check_choice, check_flag
 from .config import LowRankConfig, scaling
@@ -87,12 +86,14 @@ class DyLoRA(LowRankConfig):
     def factors(self, p: Params, training: bool = False) -> LowRank:
         if not training:
             return LowRank(p.A, p.B, s=self.scale)
-        return LowRank(p.A, p.B, d=self._scales(p.b, at_least_float32(p.A).dtype))
+        return LowRank(p.A, p.B, d=self._scales(p.b))
 
-    def _scales(self, b: Tensor, dtype: torch.dtype) -> Tensor:
+    def _scales(self, b: Tensor) -> Tensor:
         """[r]: s_b for the first b ranks, 0 beyond; b is a tensor, so that no compiled graph
         depends on its value.
         """
+        # alpha / b is no number of float32; MPS has no other
+        dtype = torch.float32 if b.device.type == "mps" else torch.float64
         scale = torch.ones_like(b, dtype=dtype) if self.alpha is None else self.alpha / b.to(dtype)
         return torch.where(torch.arange(self.r, device=b.device) < b, scale, 0.0)
 

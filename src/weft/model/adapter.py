@@ -33,6 +33,9 @@ def bind_disk(disk: Disk) -> None:
     _disk[:] = [disk]
 
 
+STATE = "_weft_model_state"  # where a model keeps its adapters (state.py)
+
+
 @dataclass(eq=False, repr=False)
 class Adapter:
     """An adapter attached to `model` under `name`.
@@ -62,8 +65,9 @@ class Adapter:
 
     @property
     def is_attached(self) -> bool:
-        """Whether this handle's layers are those of the model; not for a copy, or after detach."""
-        return all(layer.is_attached(self.name) for layer in self.layers.values())
+        """Whether the model carries this very handle; not a copy of it, nor one that was detached."""
+        state = self.model.__dict__.get(STATE)
+        return state is not None and state.adapters.get(self.name) is self
 
     @property
     def selected(self) -> dict[str, nn.Parameter]:

@@ -91,11 +91,6 @@ class AdapterLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": [None] * 4}
 
-    def is_attached(self, name: str) -> bool:
-        """Whether the module carries these very tensors under this name."""
-        container = self.base.module._modules.get(CHILD)
-        return container is not None and container._modules.get(name) is self
-
     def trainable(self) -> dict[str, nn.Parameter]:
         """Returns the trained tensors by name, in the method's order."""
         return {name: self.get_parameter(name) for name in self.names}
@@ -123,7 +118,7 @@ class AdapterLayer(nn.Module):
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Returns the layer's output with this adapter."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+        if len(args) + len(kwargs) == 1 and not torch.compiler.is_compiling():
             index = 2 * self.training + torch.is_grad_enabled()
             plan = self._plans[index]
             if plan is None or not plan.holds(x):

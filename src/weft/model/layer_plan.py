@@ -88,11 +88,13 @@ class LayerPlan:
         out, in_ = layer.shape
         self._dropout = layer.method.dropout if self.training else 0.0
         tensors = f.tensors()
+        self._sources, fixed = self._places(layer, f)
         self._A, self._A_dtype = f.A, f.A.dtype
-        self._native = not self._dropout and all(t.dtype is self.dtype for t in tensors)
+        self._native = not self._dropout and all(
+            t.dtype is self.dtype for t in tensors if t is not f.d or fixed
+        )
         self._native_below = plan.CALLS_OF_FUSED * in_ // (in_ + out)
         self._shared_down = None if layer.shared is None else layer.shared.down
-        self._sources, fixed = self._places(layer, f)
         # A tensor that is computed from parameters (a view, a mask) is asked for in every call.
         self._f = f if fixed else None
         self._scale_name = "norm" if self.training else "norm in use"

@@ -168,6 +168,11 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
             f"{type(adapter.config).__name__} is not a change of weights, so it cannot be merged"
             f"{': ' + why if why else ''}."
         )
+    for name, parameter in adapter.named_parameters():
+        if parameter.is_meta:
+            raise MergeError(f"{name!r} is on the meta device and has no values to merge.")
+        if not bool(torch.isfinite(parameter).all()):
+            raise MergeError(f"{name!r} holds NaN or infinity; nothing was merged.")
     for name, layer in adapter.layers.items():
         if layer.is_stale():
             raise MergeError(
@@ -175,11 +180,6 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
                 "so its outputs since then used an old norm; nothing was merged. The norm is computed "
                 "again from now on. Edit weights in place under torch.no_grad() instead."
             )
-    for name, parameter in adapter.named_parameters():
-        if parameter.is_meta:
-            raise MergeError(f"{name!r} is on the meta device and has no values to merge.")
-        if not bool(torch.isfinite(parameter).all()):
-            raise MergeError(f"{name!r} holds NaN or infinity; nothing was merged.")
 
 
 @torch.no_grad()

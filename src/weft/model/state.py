@@ -15,11 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import MergeError, WeftError
 from .active import Active, ActiveAdapters, Choice, PerRow, describe
-from .adapter import Adapter
+from .adapter import STATE, Adapter
 from .fastpath import FastPaths
 from .gate import Gate
 
-ATTRIBUTE = "_weft_model_state"
+ATTRIBUTE = STATE
 
 
 @dataclass
@@ -127,7 +127,9 @@ class State:
 
     def begin_merge(self, record: Merged) -> None:
         """Switches all adapters off while the weights hold W'."""
-        self.active.restore(None)
+        choice = self.active.chosen()
+        if choice is not None:
+            self.active.choose(record.name, choice.open)
         self.merged, self.active.merged = record, record.name
         self.active.base_weights = record.base_weights
 
