@@ -292,3 +292,15 @@ def test_a_forward_that_fails_leaves_the_gate_open():
         a.model(torch.randn(3, 99))
     with ThreadPoolExecutor(1) as pool:
         pool.submit(weft.detach, a.model, "default").result(20)
+
+
+def test_a_choice_that_is_refused_leaves_the_gate_open():
+    a = awake("LoRA")
+    awake("VeRA", name="b", model=a.model)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(weft.use, a.model, "b").result()
+        weft.merge(a.model, "default")
+        with pytest.raises(weft.MergeError, match="this caller has chosen 'b'"):
+            pool.submit(a.model, a.x).result()
+        weft.unmerge(a.model)
+        pool.submit(weft.detach, a.model, "default").result(20)

@@ -167,12 +167,13 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return
     choice = state.active.chosen()
     active = state.active.default if choice is None else choice.active
-    _check_choice(state, active, chosen=choice is not None)
     if isinstance(active, PerRow):
         _check_rows(len(active.names), args, kwargs)
     state.gate.enter(
         lambda: state.installed_for(active), lambda: state.install(state._owner(active))
     )
+    # Inside the gate, where nobody can merge any more; if it raises, torch still calls `_leave`.
+    _check_choice(state, active, chosen=choice is not None)
 
 
 def _leave(root: nn.Module, args: Any, output: Any) -> None:
