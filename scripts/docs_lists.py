@@ -1,10 +1,10 @@
-"""Writes the lists of methods in docs/overview.md, docs/from-peft.md and mkdocs.yml.
+"""Writes the lists of methods in docs/overview.md, docs/from-peft.md, docs/reference/methods.md and
+mkdocs.yml.
 
 Usage: python scripts/docs_lists.py     (make docs-tables runs it too)
 
 A method is listed if its page docs/methods/<name>.md has a comment `<!-- family: NAME -->` below
-its title. So a new method needs no edit of the navigation, of the overview or of the page for
-users of peft.
+its title. So a new method needs no edit of these files.
 """
 
 from __future__ import annotations
@@ -89,12 +89,24 @@ def navigation() -> str:
     return "\n".join([*lines, ""])
 
 
+def reference() -> str:
+    """Returns the entries of the API reference."""
+    names = [method for methods in members().values() for method in methods]
+    return "".join(f"\n::: weft.{name}\n" for name in names) + "\n"
+
+
 LISTS: dict[str, Callable[[], str]] = {
     "all methods": overview,
     "own layout": own_layout,
     "navigation": navigation,
+    "reference": reference,
 }
-PAGES = (DOCS / "overview.md", DOCS / "from-peft.md", ROOT / "mkdocs.yml")
+PAGES = (
+    DOCS / "overview.md",
+    DOCS / "from-peft.md",
+    DOCS / "reference" / "methods.md",
+    ROOT / "mkdocs.yml",
+)
 
 
 def filled(text: str) -> str:

@@ -31,6 +31,8 @@ def test_every_method_of_the_library_can_be_compared_and_has_rates() -> None:
     for cls in weft.methods.METHODS.values():
         rates = learning_rates(cls)
         assert len(rates) >= 3 and list(rates) == sorted(set(rates)), cls
+    assert learning_rates(weft.Head) == (1e-2, 3e-2, 1e-1)
+    assert [entry.lrs for entry in parse_methods("vera")] == [learning_rates(weft.VeRA)]
 
 
 def test_fields_reach_the_configuration() -> None:

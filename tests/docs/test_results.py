@@ -126,7 +126,7 @@ def test_findings_are_paired_over_the_seeds_and_said_in_words() -> None:
         (0.0752, 0.1248), abs=1e-4
     )
     said = unseen(found)
-    assert "A is better" not in said and "is not conclusive" in said and "speak against it" in said
+    assert "A is better" not in said and "is not conclusive" in said and "contradict it" in said
     idle = findings(RESULT, claims, chance=0.9)
     assert {one.verdict for one in idle} == {UNKNOWN} and "no method learns the task" in unseen(
         idle

@@ -354,7 +354,7 @@ def test_the_command_says_what_is_missing_and_ends_with_1(tmp_path, capsys, monk
         )
     shown = capsys.readouterr()
     data = json.loads((tmp_path / "s.json").read_text())
-    assert status == 1 and "JUDGE_KEY" in shown.out and "same command goes on" in shown.err
+    assert status == 1 and "JUDGE_KEY" in shown.out and "same command continues" in shown.err
     assert data["counts"] == {
         "answers": 6,
         "graded": 2,

@@ -59,6 +59,8 @@ class TopLayers(Config):
 class Head(Config):
     """The output head alone, on frozen features."""
 
+    learning_rates: ClassVar[tuple[float, ...]] = (1e-2, 3e-2, 1e-1)
+
     @property
     def selection(self) -> tuple[str, ...]:
         return ("head",)

@@ -65,7 +65,8 @@ def parse_methods(text: str) -> list[Entry]:
     for part in (p.strip() for p in split(text, ",")):
         if not part:
             raise ConfigError(
-                f"--methods {text!r}: a name is missing between two commas. Methods: {_names()}."
+                f"--methods {text!r}: a name is missing between two commas. "
+                f"Methods: {_method_names()}."
             )
         name, *settings = split(part, ":")
         fields = dict(_setting(setting, part) for setting in settings)
@@ -105,7 +106,7 @@ def _setting(text: str, part: str) -> tuple[str, Any]:
         return key, value
 
 
-def _names() -> str:
+def _method_names() -> str:
     return ", ".join(name.lower() for name in methods.METHODS)
 
 
@@ -124,7 +125,7 @@ def with_learning_rates(entries: Sequence[Entry], overrides: Sequence[str]) -> l
                 f"--lr {text!r}: write METHOD=RATE,RATE with a method of this comparison. "
                 f"Nearest: {near}."
             )
-        given[known[name.lower()]] = _rates(text, rates)
+        given[known[name.lower()]] = _parse_rates(text, rates)
     out = []
     for entry in entries:
         lrs = given.get(entry.label, given.get(entry.method))
@@ -132,7 +133,7 @@ def with_learning_rates(entries: Sequence[Entry], overrides: Sequence[str]) -> l
     return out
 
 
-def _rates(text: str, rates: str) -> tuple[float, ...]:
+def _parse_rates(text: str, rates: str) -> tuple[float, ...]:
     try:
         values = sorted({float(rate) for rate in rates.split(",")})
     except ValueError:

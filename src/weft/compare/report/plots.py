@@ -60,7 +60,7 @@ def _pictures(comparison: Comparison) -> list[tuple[str, Paint, list[Row]]]:
         (MEMORY, _memory, [row for row in scored if "peak_bytes" in row.cost]),
         (
             RATES,
-            _rates,
+            _learning_rates,
             [
                 row
                 for row in comparison.rows
@@ -194,7 +194,7 @@ def short_count(value: float) -> str:
     return f"{value:g}"
 
 
-def _rates(axes: Any, comparison: Comparison, rows: Sequence[Row]) -> None:
+def _learning_rates(axes: Any, comparison: Comparison, rows: Sequence[Row]) -> None:
     """Mean validation score of every rate. The chosen rate has a ring; a failed one is a cross at
     the worst score.
     """
