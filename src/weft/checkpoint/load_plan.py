@@ -1,0 +1,368 @@
+"""Matches a checkpoint with a model before anything in the model is changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import methods
+from ..errors import TargetError
+from ..model import hosts, prompts, structure
+from ..model.attach import parts_of
+from ..model.selection import tensors_of_modules, tensors_picked
+from ..model.state import find_state
+from . import formats, matching
+from .checkpoint import Checkpoint, CheckpointLayer
+from .problems import fault_of, nearest
+from .projections import projections_for
+
+
+class LoadPlan:
+    """Rules and values by the model's names, what is shared, and every problem. The base must be
+    active (`base_only`).
+
+    `config` is the file's, with its modules_to_save narrowed to those that the model has.
+    """
+
+    def __init__(self, root: nn.Module, checkpoint: Checkpoint) -> None:
+        self.root, self.checkpoint, self.config = root, checkpoint, checkpoint.config
+        self.problems = list(checkpoint.problems)
+        self.notes = list(checkpoint.notes)
+        self.modules = {
+            name: module
+            for name, module in structure.base_modules(root)
+            if not matching.is_wrapper(module)
+        }
+        self.parameters = {
+            name: p
+            for name, p in root.named_parameters(remove_duplicate=False)
+            if _parent(name) in self.modules
+        }
+        tensors = [*checkpoint.selected, *checkpoint.repeated]
+        wanted = [*(() if checkpoint.in_order else checkpoint.sites), *map(_parent, tensors)]
+        self.names = matching.match(list(dict.fromkeys(wanted)), self.modules)
+        self.mapped = [*checkpoint.mapped, *self.names.mapped]
+        self._places: dict[str, Any] | None = None
+        if checkpoint.in_order:
+            self._name_in_order()
+        self.nested = self._nested()
+        self.rules: dict[str, Any] = {}
+        self.values: dict[str, dict[str, Tensor]] = {}
+        self.reached: dict[
+            str, str
+        ] = {}  # what training has decided of a layer, beside its tensors
+        self.shapes: dict[str, tuple[int, int]] = {}  # by the file's name
+        self.selected: dict[str, Tensor] = {}
+        self._check_architecture()
+        for module, site in checkpoint.sites.items():
+            self._place_site(module, site)
+        self._place_selected()
+        self._check_repeated()
+        self._check_complete()
+        layer = next(iter(self.rules), None)
+        device = (
+            next((p.device for p in self.modules[layer].parameters()), torch.device("cpu"))
+            if layer is not None
+            else torch.device("cpu")
+        )
+        self.shared = projections_for(
+            checkpoint, self.shapes, device, find_state(root), self.problems
+        )
+
+    # Layers
+
+    def _place_site(self, module: str, site: CheckpointLayer) -> None:
+        name = self.names.found.get(module)
+        if name is None:
+            first = next(iter(site.keys.values()), module)
+            self.problems.append(
+                f"{first!r}: the model has no module {module!r}"
+                f"{nearest('in the model', module, self.modules, self.problems)}"
+            )
+            return
+        host = self._host(module, name, site.rule)
+        if host is None:
+            return
+        shape = (host.out_features, host.in_features)
+        if _family(site.kind) != _family(host.kind) or (site.shape or shape) != shape:
+            self.problems.append(
+                f"{module!r} is a {site.kind or 'linear'} layer {list(site.shape or shape)} (out, "
+                "in) in "
+                f"the file, and the model's {name!r} a {host.kind} layer {list(shape)}"
+            )
+            return
+        if host.device.type == "meta":
+            self.problems.append(
+                f"{name!r} is on the meta device and has no values; load the base model first"
+            )
+        self.rules[name], self.shapes[module] = site.rule, shape
+        self.values[name] = {}
+        if site.reached is not None:
+            self.reached[name] = site.reached
+        for tensor, wanted in site.rule.trained(*shape).items():
+            if tensor not in site.tensors:
+                continue  # its absence is among the problems already
+            fault = fault_of(site.tensors[tensor], wanted)
+            if fault is None:
+                self.values[name][tensor] = site.tensors[tensor]
+            else:
+                self.problems.append(f"{site.keys[tensor]!r} ({tensor} of {name!r}): {fault}")
+
+    def _name_in_order(self) -> None:
+        """The sites of a file that names no module are the model's places, in order."""
+        form = formats.by_name(self.checkpoint.format)
+        why = form.why_not_model(self.root) if form is not None else None
+        if why is not None:
+            self.problems.append(
+                f"peft's file means something else in this {type(self.root).__name__}: {why}"
+            )
+        places, sites = list(self._prompt_hosts(self.config.at)), list(self.checkpoint.sites)
+        if len(places) != len(sites):
+            self.problems.append(f"the file has {len(sites)} layers, and the model {len(places)}")
+        self.names.found |= dict(zip(sites, places, strict=False))
+
+    def _host(self, module: str, name: str, rule: Any) -> Any:
+        """What the rule sees of the model's module; None, with a problem, where it can be no
+        host.
+        """
+        layer = self.modules[name]
+        if isinstance(rule, methods.Prompt):
+            if name not in self._prompt_hosts(rule.at):
+                self.problems.append(
+                    f"{module!r}: the model's {name!r}, a {type(layer).__name__}, is no place for "
+                    f"{type(rule).__name__}, which belongs on: "
+                    f"{list(self._prompt_hosts(rule.at))[:4]}"
+                )
+            return self._prompt_hosts(rule.at).get(name)
+        if hosts.host_kind(layer) is None:
+            why = hosts.why_not(layer) or "it is no linear layer"
+            self.problems.append(
+                f"{module!r}: the model's {name!r}, a {type(layer).__name__}, cannot be adapted: "
+                f"{why}"
+            )
+            return None
+        return hosts.view(layer)
+
+    def _prompt_hosts(self, at: str) -> dict[str, Any]:
+        """Where a prompt can hang on in this model; nowhere, with a problem, in a model that has no
+        such place.
+        """
+        if self._places is None:
+            try:
+                self._places = prompts.places(self.root, at)[0]
+            except TargetError as error:
+                self.problems.append(str(error))
+                self._places = {}
+        return self._places
+
+    # Base tensors
+
+    def _place_selected(self) -> None:
+        placed: dict[int, str] = {}
+        rounded = set()
+        for full, value in self.checkpoint.selected.items():
+            live = self.parameters.get(self._model_name(full))
+            if live is None:
+                self._check_buffer(full, value)
+                continue
+            fault = _misfit(value, live)
+            if fault is not None:
+                self.problems.append(f"{full!r}: {fault}")
+            elif id(live) in placed:  # the other name of a tied tensor
+                if not torch.equal(self.selected[placed[id(live)]], value):
+                    self.problems.append(
+                        f"{full!r} and {placed[id(live)]!r} differ in the file, and are one tied "
+                        "tensor "
+                        "in the model"
+                    )
+            else:
+                placed[id(live)] = self._model_name(full)
+                self.selected[self._model_name(full)] = value
+                if torch.promote_types(value.dtype, live.dtype) != live.dtype:
+                    rounded.add(f"{value.dtype} to {live.dtype}".replace("torch.", ""))
+        self.notes += [
+            f"base tensors trained as copies were rounded from {how}, the model's dtype"
+            for how in sorted(rounded)
+        ]
+
+    def _check_repeated(self) -> None:
+        """A base tensor that the file repeats (peft does so for an adapted embedding) must be the
+        model's own.
+        """
+        for full, value in self.checkpoint.repeated.items():
+            live = self.parameters.get(self._model_name(full))
+            if live is None:
+                self._check_buffer(full, value)
+            elif not _same(live, value):
+                self.problems.append(
+                    f"{full!r}: the file repeats this tensor of its base, and the model's is "
+                    "another (a "
+                    "resized vocabulary, or another base model?)"
+                )
+
+    def _check_buffer(self, full: str, value: Tensor) -> None:
+        buffer = dict(self.root.named_buffers(remove_duplicate=False)).get(self._model_name(full))
+        if buffer is None:
+            self.problems.append(
+                f"extra: {full!r} {list(value.shape)}: the model has no such tensor"
+                f"{nearest('in the model', full, self.parameters, self.problems)}"
+            )
+        elif not _same(buffer, value):
+            self.problems.append(
+                f"{full!r} is a buffer, and the file's is not the model's; Weft trains parameters "
+                "only"
+            )
+
+    def _model_name(self, full: str) -> str:
+        """A tensor's name in the model."""
+        parent, _, tensor = full.rpartition(".")
+        return f"{self.names.found.get(parent, parent)}.{tensor}".lstrip(".")
+
+    # Is it the right base?
+
+    def _nested(self) -> str | None:
+        """Where the model that the adapter was made for sits inside this larger one."""
+        for wanted, name in self.names.found.items():
+            parts = name.split(".")
+            if matching.NESTED in parts and matching.NESTED not in wanted.split("."):
+                return ".".join(parts[: parts.index(matching.NESTED) + 1])
+        return None
+
+    def _check_architecture(self) -> None:
+        base = self.checkpoint.base
+        if not base:
+            return
+        model = self.modules[self.nested] if self.nested is not None else self.root
+        if matching.architecture(model)["model_type"] is None:
+            model = self.root
+        inner = base.get(
+            "inner"
+        )  # of a model within the file's base, in which all that the adapter trains lies
+        here = self.modules.get(self.names.found.get(inner["at"], inner["at"])) if inner else None
+        if _fits(base, model) and (not inner or (here is not None and _fits(inner, here))):
+            return
+        if inner and _fits(inner, model):
+            return
+        within = any(matching.NESTED in module.split(".") for module in self.checkpoint.sites)
+        if self.checkpoint.writer == "peft" and within and self.mapped:
+            self.notes.append(
+                f"the file names {base['class']} as its base, and not the architecture of the "
+                "model nested in "
+                "it, so that could not be compared"
+            )
+            return
+        self.problems.append(
+            f"the adapter is for {_called(base)}, and this model is "
+            f"{_called(matching.architecture(model))}"
+        )
+
+    # Is everything there?
+
+    def _check_complete(self) -> None:
+        """What the configuration names in this model, and the file lacks."""
+        have = {id(self.parameters[name]) for name in self.selected}
+        for name in dict.fromkeys([*self._saved_tensors(), *self._picked_tensors()]):
+            if id(self.parameters[name]) not in have:
+                self.problems.append(
+                    f"missing: the file has no {name!r}, which the adapter trains in this model"
+                    f"{nearest('in the file', name, self.checkpoint.selected, self.problems)}"
+                )
+        if isinstance(self.config, methods.Selection):
+            return
+        try:
+            layers = parts_of(self.root, replace(self.config, modules_to_save=())).rules
+        except TargetError:
+            # names that only the file's base has; what was found above is all there is to say
+            return
+        found = set(self.names.found.values())
+        for name in layers:
+            if name not in found and (self.nested is None or structure.within(name, [self.nested])):
+                self.problems.append(
+                    f"missing: the file has nothing for {name!r}, which its targets name in this "
+                    "model; "
+                    "its base had fewer layers, or tensors were taken out"
+                )
+
+    def _picked_tensors(self) -> list[str]:
+        try:
+            return (
+                tensors_picked(self.root, self.config)
+                if isinstance(self.config, methods.Selection)
+                else []
+            )
+        except TargetError as error:
+            self.problems.append(str(error))
+            return []
+
+    def _saved_tensors(self) -> list[str]:
+        """The tensors of modules_to_save. peft lists what a task may call its head, of which a
+        model has one.
+        """
+        asked = self.config.modules_to_save
+        if self.checkpoint.writer == "peft":
+            owners = [
+                o for name in self.parameters if (o := matching.owner_of(name, asked)) is not None
+            ]
+            kept = tuple(dict.fromkeys(next((e for e in asked if _ends(o, e)), o) for o in owners))
+            self.notes += [
+                f"modules_to_save names {e!r}, which this model has not"
+                for e in asked
+                if not any(o.endswith(e) for o in owners)
+            ]
+        else:
+            kept = tuple(e for e in asked if any(_ends(name, e) for name in self.modules))
+            self.problems += [
+                f"modules_to_save names {e!r}, and the model has no such module"
+                f"{nearest('in the model', e, self.modules, self.problems)}"
+                for e in asked
+                if e not in kept
+            ]
+        self.config = replace(self.config, modules_to_save=kept)
+        return tensors_of_modules(self.root, kept)
+
+
+def _family(kind: str | None) -> str:
+    """What a layer must be to take another's tensors; a matrix may be stored either way round."""
+    return kind if kind in ("embedding", "norm") else "linear"
+
+
+def _parent(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _misfit(value: Tensor, live: Tensor) -> str | None:
+    """Why a base tensor from a file cannot take this parameter's place, or None."""
+    if live.is_meta:
+        return "the model's is on the meta device and has no values; load the base model first"
+    if not live.is_floating_point() and value.dtype == live.dtype and value.shape == live.shape:
+        return None
+    return fault_of(value, tuple(live.shape))
+
+
+def _same(live: Tensor, value: Tensor) -> bool:
+    """Equal, in the coarser of their dtypes where these differ."""
+    live = live.detach().cpu()
+    if live.shape != value.shape or live.is_floating_point() != value.is_floating_point():
+        return False
+    return torch.equal(live.to(value.dtype), value) or torch.equal(live, value.to(live.dtype))
+
+
+def _fits(base: dict[str, Any], model: nn.Module) -> bool:
+    here = matching.architecture(model)
+    if base["class"] == here["class"]:
+        return True
+    if base.get("library"):  # peft names the Python module of the class
+        return bool(base["library"] == matching.class_of(model).__module__)
+    return base.get("model_type") is not None and bool(base["model_type"] == here["model_type"])
+
+
+def _called(base: dict[str, Any]) -> str:
+    kind = base.get("model_type") or base.get("library")
+    return f"{base['class']} ({kind})" if kind else str(base["class"])
