@@ -281,3 +281,9 @@ def test_other_matrices_than_those_that_were_saved_are_refused(tmp_path, monkeyp
         weft.CheckpointError, match="A and B drawn from seed 7 are not those that were saved"
     ):
         weft.export(tmp_path / "a", "lora", tmp_path / "b")
+
+
+def test_the_command_offers_the_forms_of_the_table():
+    from weft.cli.export import FORMS
+
+    assert FORMS == conversions.FORMS
