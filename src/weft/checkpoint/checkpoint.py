@@ -51,7 +51,8 @@ class Checkpoint:
     tensors that the file stores but the adapter does not train. `projections` are VeRA's A [r, in]
     and B [out, r] if the file stores them; `checksums` are those of tensors that are drawn from a
     seed, by share key. `problems` are faults within the file. If `in_order`, the file names no
-    modules, and its layers are those of the model in order.
+    modules, and its layers are those of the model in order. `biases` says which biases of the base
+    a file of peft must have: "none", "all", or "targets" (those of the adapted layers).
     """
 
     config: Any
@@ -66,6 +67,7 @@ class Checkpoint:
     checksums: dict[str, str] = field(default_factory=dict)
     peft_reads_it: bool = True
     in_order: bool = False
+    biases: str = "none"
     problems: list[str] = field(default_factory=list)
     mapped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -270,6 +270,7 @@ class LoadPlan:
                     f"missing: the file has no {name!r}, which the adapter trains in this model"
                     f"{nearest('in the file', name, self.checkpoint.selected, self.problems)}"
                 )
+        self._check_biases(have)
         if isinstance(self.config, methods.Selection):
             return
         try:
@@ -284,6 +285,24 @@ class LoadPlan:
                     f"missing: the file has nothing for {name!r}, which its targets name in this "
                     "model; "
                     "its base had fewer layers, or tensors were taken out"
+                )
+
+    def _check_biases(self, have: set[int]) -> None:
+        """A file of peft that trained biases has all that the model has."""
+        names = self.names.found
+        wanted = {
+            "none": [],
+            "all": [name for name in self.parameters if _ends(name, "bias")],
+            "targets": [
+                f"{names[module]}.bias" for module in self.checkpoint.sites if module in names
+            ],
+        }[self.checkpoint.biases]
+        for name in wanted:
+            inside = self.nested is None or structure.within(name, [self.nested])
+            if inside and name in self.parameters and id(self.parameters[name]) not in have:
+                self.problems.append(
+                    f"missing: the file has no {name!r}, and its bias field says that it was trained"
+                    f"{nearest('in the file', name, self.checkpoint.selected, self.problems)}"
                 )
 
     def _picked_tensors(self) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...methods import AdaLoRA
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
+from . import peft_bias as bias
 from . import peft_layers as layers
 
 _NAMES = {"P": "lora_B", "lam": "lora_E", "Q": "lora_A"}
@@ -66,7 +67,7 @@ class AdaLoraFormat:
                 return f"peft has no form for the embedding {name!r}"
             if (layer.rule.r, layer.rule.scale) != (config.r, config.scale):
                 return f"peft has one rank and one alpha for all layers, and {name!r} has others"
-        return None
+        return bias.why_none(checkpoint)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         return layers.write_layers(checkpoint, model, _key, _fields(checkpoint.config))

@@ -18,6 +18,7 @@ from ...model.structure import base_modules, canonical
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..matching import bare, class_of, owner_of
 from ..problems import report_extra, take
+from . import peft_bias as bias
 from .native import take_selected
 
 PREFIX = "base_model.model."
@@ -52,8 +53,9 @@ def write_layers(
         for module, layer in checkpoint.sites.items()
         for name, t in layer.tensors.items()
     }
+    tensors |= {PREFIX + name: t for name, t in checkpoint.repeated.items()}
     selected = {**checkpoint.selected, **checkpoint.aliases}
-    tensors |= {PREFIX + name: t for name, t in {**checkpoint.repeated, **selected}.items()}
+    tensors |= {PREFIX + bias.key_of(checkpoint, name): t for name, t in selected.items()}
     return Written(tensors, {**_common_fields(checkpoint, model), **fields}, list(selected))
 
 
@@ -62,7 +64,7 @@ def _common_fields(checkpoint: Checkpoint, model: nn.Module | None) -> dict[str,
     config: Any = checkpoint.config
     common: dict[str, Any] = {
         "base_model_name_or_path": None,
-        "bias": "none",
+        "bias": bias.bias_field(checkpoint) or "none",
         "fan_in_fan_out": checkpoint.kinds == {"conv1d"},
         "inference_mode": True,
         "task_type": None,
@@ -190,6 +192,7 @@ def finish_reading(
         # The configuration selects layers by more than their names, so those of the file count.
         names = [name if is_ending(name) else re.escape(name) for name in checkpoint.sites]
         checkpoint.config = replace(checkpoint.config, targets=names)
+    bias.take_biases(checkpoint, rest, config.get("bias") or "none")
     take_base_tensors(checkpoint, rest)
     expected = [key for layer in checkpoint.sites.values() for key in layer.keys.values()]
     report_extra(checkpoint.problems, rest, expected)
@@ -222,10 +225,13 @@ def restore_layers(
     for module, layer in checkpoint.sites.items():
         shapes = layer.rule.trained(*layer.known_shape())
         _take_layer(checkpoint, plain, module, {t: key(module, t, layer.kind) for t in shapes})
+    for name in manifest["selected"]:  # under the names that they have in the base
+        if (key_in_file := bias.key_of(checkpoint, name)) in plain:
+            plain[name] = plain.pop(key_in_file)
     take_selected(checkpoint, plain, "", manifest["selected"])
     checkpoint.repeated = plain
     reported = {name for layer in checkpoint.sites.values() for name in layer.keys.values()}
-    reported |= {PREFIX + name for name in manifest["selected"]} | set(taken)
+    reported |= {PREFIX + bias.key_of(checkpoint, n) for n in manifest["selected"]} | set(taken)
     checkpoint.problems += [
         f"missing: {name!r} was saved with this adapter"
         for name in manifest["keys"]

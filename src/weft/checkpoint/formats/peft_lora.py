@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...methods import DoRA, LoRA, replace
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
+from . import peft_bias as bias
 from . import peft_layers as layers
 
 _LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -35,6 +36,7 @@ _KEY = re.compile(
 # tensors belong to another base.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _SUPPORTED = (
+    "bias",
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -60,7 +62,7 @@ class LoraFormat:
     stores_projections = False
 
     def why_not(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> str | None:
-        return None
+        return bias.why_not(checkpoint)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         return layers.write_layers(checkpoint, model, _key, _fields(checkpoint))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...methods import VeRA
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..problems import take
+from . import peft_bias as bias
 from . import peft_layers as layers
 
 _NAMES = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
@@ -55,7 +56,7 @@ class VeraFormat:
                     )
         if checkpoint.projections is None:
             return "peft needs A and B in the file"
-        return None
+        return bias.why_none(checkpoint)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         assert checkpoint.projections is not None
