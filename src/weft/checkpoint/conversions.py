@@ -109,7 +109,7 @@ def params(checkpoint: Checkpoint, module: str) -> Any:
     if isinstance(layer.rule, Fixed):
         tensors |= _fixed(layer, module)
     if layer.rule.share_key() is not None:
-        tensors["shared"] = _shared(checkpoint, layer.rule)
+        tensors["shared"] = _shared_matrices(checkpoint, layer.rule)
     return SimpleNamespace(shape=layer.known_shape(), training=False, **tensors)
 
 
@@ -136,7 +136,7 @@ def _fixed(layer: CheckpointLayer, module: str) -> dict[str, Tensor]:
     return {name: t.to(DTYPES[layer.rule.dtype]) for name, t in drawn.items()}
 
 
-def _shared(checkpoint: Checkpoint, rule: Any) -> Projections:
+def _shared_matrices(checkpoint: Checkpoint, rule: Any) -> Projections:
     shapes = [
         layer.known_shape()
         for layer in checkpoint.sites.values()

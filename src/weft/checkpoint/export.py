@@ -69,7 +69,7 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
         content = (*files.read_tensors(found.tensors), files.read_config(_config_file(found)))
     else:
         content = _converted(checkpoint, to)
-        notes += _notes(checkpoint)
+        notes += _conversion_notes(checkpoint)
     try:
         files.write(target, *content)
     except OSError as error:
@@ -119,7 +119,7 @@ def _converted(checkpoint: Checkpoint, to: str) -> tuple[Any, Any, Any]:
         hint = f" Export to {other!r}." if other else ""
         raise UnsupportedError(f"{error}.{hint}") from None
     written = form.write(new)
-    return written.tensors, header.compose(new, form.name, written), written.config
+    return written.tensors, header.metadata_of(new, form.name, written), written.config
 
 
 def _why_not(config: Any, to: str) -> str:
@@ -141,7 +141,7 @@ def _why_not(config: Any, to: str) -> str:
     return f"{name} cannot be exported to {to!r}: {why}."
 
 
-def _notes(checkpoint: Checkpoint) -> list[str]:
+def _conversion_notes(checkpoint: Checkpoint) -> list[str]:
     empty = [
         module
         for module, layer in checkpoint.sites.items()

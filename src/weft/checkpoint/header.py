@@ -49,7 +49,7 @@ class Header(NamedTuple):
     manifest: dict[str, Any]
 
 
-def compose(
+def metadata_of(
     checkpoint: Checkpoint, layout: str, written: Written, values: bool = True
 ) -> dict[str, str]:
     """Returns the metadata of a checkpoint in a layout.
@@ -209,7 +209,7 @@ __all__ = [
     "Header",
     "check_config",
     "check_tensors",
-    "compose",
+    "metadata_of",
     "fixed_checksum",
     "is_ours",
     "parse",

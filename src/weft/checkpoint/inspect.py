@@ -86,7 +86,7 @@ def inspect(path: str | Path) -> Inspection:
         checkpoint.writer,
         methods.to_json(checkpoint.config),
         checkpoint.base,
-        _rows(checkpoint),
+        _plan_rows(checkpoint),
         checkpoint.numbers,
         size,
         checkpoint.peft_reads_it,
@@ -104,16 +104,16 @@ def _ranks(checkpoint: Checkpoint) -> dict[str, int] | None:
     return ranks or None
 
 
-def _rows(checkpoint: Checkpoint) -> list[Row]:
+def _plan_rows(checkpoint: Checkpoint) -> list[Row]:
     rows = [
-        _row(module, layer.kind or "linear", _shape_of(layer), list(layer.tensors.values()))
+        _plan_row(module, layer.kind or "linear", _shape_of(layer), list(layer.tensors.values()))
         for module, layer in checkpoint.sites.items()
     ]
     selected = checkpoint.selected.items()
-    return rows + [_row(name, "tensor", tuple(t.shape), [t]) for name, t in selected]
+    return rows + [_plan_row(name, "tensor", tuple(t.shape), [t]) for name, t in selected]
 
 
-def _row(name: str, kind: str, shape: tuple[int, ...], tensors: list[Tensor]) -> Row:
+def _plan_row(name: str, kind: str, shape: tuple[int, ...], tensors: list[Tensor]) -> Row:
     numbers = sum(t.numel() for t in tensors)
     return Row(name, kind, shape, numbers, sum(t.numel() * t.element_size() for t in tensors))
 

@@ -21,10 +21,10 @@ from .projections import projections_for
 
 
 class LoadPlan:
-    """Rules and values by the model's names, what is shared, and every problem. The base must be
-    active (`base_only`).
+    """How a checkpoint fills a model: rules and values by the model's names, shared matrices, and
+    every problem. The base must be active (`base_only`).
 
-    `config` is the file's, with its modules_to_save narrowed to those that the model has.
+    `config` is the file's, without the entries of modules_to_save that the model does not have.
     """
 
     def __init__(self, root: nn.Module, checkpoint: Checkpoint) -> None:
@@ -45,21 +45,19 @@ class LoadPlan:
         wanted = [*(() if checkpoint.in_order else checkpoint.sites), *map(_parent, tensors)]
         self.names = matching.match(list(dict.fromkeys(wanted)), self.modules)
         self.mapped = [*checkpoint.mapped, *self.names.mapped]
-        self._places: dict[str, Any] | None = None
+        self._prompt_modules: dict[str, Any] | None = None
         if checkpoint.in_order:
             self._name_in_order()
         self.nested = self._nested()
         self.rules: dict[str, Any] = {}
         self.values: dict[str, dict[str, Tensor]] = {}
-        self.reached: dict[
-            str, str
-        ] = {}  # what training has decided of a layer, beside its tensors
+        self.reached: dict[str, str] = {}  # saved training state, as text
         self.shapes: dict[str, tuple[int, int]] = {}  # by the file's name
         self.selected: dict[str, Tensor] = {}
         self._check_architecture()
         for module, site in checkpoint.sites.items():
-            self._place_site(module, site)
-        self._place_selected()
+            self._plan_layer(module, site)
+        self._plan_selected()
         self._check_repeated()
         self._check_complete()
         layer = next(iter(self.rules), None)
@@ -74,7 +72,7 @@ class LoadPlan:
 
     # Layers
 
-    def _place_site(self, module: str, site: CheckpointLayer) -> None:
+    def _plan_layer(self, module: str, site: CheckpointLayer) -> None:
         name = self.names.found.get(module)
         if name is None:
             first = next(iter(site.keys.values()), module)
@@ -90,8 +88,7 @@ class LoadPlan:
         if _family(site.kind) != _family(host.kind) or (site.shape or shape) != shape:
             self.problems.append(
                 f"{module!r} is a {site.kind or 'linear'} layer {list(site.shape or shape)} (out, "
-                "in) in "
-                f"the file, and the model's {name!r} a {host.kind} layer {list(shape)}"
+                f"in) in the file, and the model's {name!r} a {host.kind} layer {list(shape)}"
             )
             return
         if host.device.type == "meta":
@@ -112,7 +109,7 @@ class LoadPlan:
                 self.problems.append(f"{site.keys[tensor]!r} ({tensor} of {name!r}): {fault}")
 
     def _name_in_order(self) -> None:
-        """The sites of a file that names no module are the model's places, in order."""
+        """Names the layers of a file that names no modules: those of the model, in order."""
         form = formats.by_name(self.checkpoint.format)
         why = form.why_not_model(self.root) if form is not None else None
         if why is not None:
@@ -125,9 +122,7 @@ class LoadPlan:
         self.names.found |= dict(zip(sites, places, strict=False))
 
     def _host(self, module: str, name: str, rule: Any) -> Any:
-        """What the rule sees of the model's module; None, with a problem, where it can be no
-        host.
-        """
+        """Returns the view of a module that the rule adapts; None, with a problem, if it cannot."""
         layer = self.modules[name]
         if isinstance(rule, methods.Prompt):
             if name not in self._prompt_hosts(rule.at):
@@ -147,21 +142,21 @@ class LoadPlan:
         return hosts.view(layer)
 
     def _prompt_hosts(self, at: str) -> dict[str, Any]:
-        """Where a prompt can hang on in this model; nowhere, with a problem, in a model that has no
-        such place.
+        """Returns the modules of this model that a prompt attaches to; none, with a problem, if the
+        model has none.
         """
-        if self._places is None:
+        if self._prompt_modules is None:
             try:
-                self._places = prompts.places(self.root, at)[0]
+                self._prompt_modules = prompts.places(self.root, at)[0]
             except TargetError as error:
                 self.problems.append(str(error))
-                self._places = {}
-        return self._places
+                self._prompt_modules = {}
+        return self._prompt_modules
 
     # Base tensors
 
-    def _place_selected(self) -> None:
-        placed: dict[int, str] = {}
+    def _plan_selected(self) -> None:
+        seen: dict[int, str] = {}
         rounded = set()
         for full, value in self.checkpoint.selected.items():
             live = self.parameters.get(self._model_name(full))
@@ -171,15 +166,14 @@ class LoadPlan:
             fault = _misfit(value, live)
             if fault is not None:
                 self.problems.append(f"{full!r}: {fault}")
-            elif id(live) in placed:  # the other name of a tied tensor
-                if not torch.equal(self.selected[placed[id(live)]], value):
+            elif id(live) in seen:  # the other name of a tied tensor
+                if not torch.equal(self.selected[seen[id(live)]], value):
                     self.problems.append(
-                        f"{full!r} and {placed[id(live)]!r} differ in the file, and are one tied "
-                        "tensor "
-                        "in the model"
+                        f"{full!r} and {seen[id(live)]!r} differ in the file, and are one tied "
+                        "tensor in the model"
                     )
             else:
-                placed[id(live)] = self._model_name(full)
+                seen[id(live)] = self._model_name(full)
                 self.selected[self._model_name(full)] = value
                 if torch.promote_types(value.dtype, live.dtype) != live.dtype:
                     rounded.add(f"{value.dtype} to {live.dtype}".replace("torch.", ""))
@@ -189,8 +183,8 @@ class LoadPlan:
         ]
 
     def _check_repeated(self) -> None:
-        """A base tensor that the file repeats (peft does so for an adapted embedding) must be the
-        model's own.
+        """Base tensors that the file repeats, as peft does for an adapted embedding, must equal the
+        model's.
         """
         for full, value in self.checkpoint.repeated.items():
             live = self.parameters.get(self._model_name(full))
@@ -199,8 +193,7 @@ class LoadPlan:
             elif not _same(live, value):
                 self.problems.append(
                     f"{full!r}: the file repeats this tensor of its base, and the model's is "
-                    "another (a "
-                    "resized vocabulary, or another base model?)"
+                    "another (a resized vocabulary, or another base model?)"
                 )
 
     def _check_buffer(self, full: str, value: Tensor) -> None:
@@ -217,14 +210,14 @@ class LoadPlan:
             )
 
     def _model_name(self, full: str) -> str:
-        """A tensor's name in the model."""
+        """Returns a tensor's name in the model."""
         parent, _, tensor = full.rpartition(".")
         return f"{self.names.found.get(parent, parent)}.{tensor}".lstrip(".")
 
     # Is it the right base?
 
     def _nested(self) -> str | None:
-        """Where the model that the adapter was made for sits inside this larger one."""
+        """Returns the module of this larger model that the adapter was trained on, or None."""
         for wanted, name in self.names.found.items():
             parts = name.split(".")
             if matching.NESTED in parts and matching.NESTED not in wanted.split("."):
@@ -238,9 +231,7 @@ class LoadPlan:
         model = self.modules[self.nested] if self.nested is not None else self.root
         if matching.architecture(model)["model_type"] is None:
             model = self.root
-        inner = base.get(
-            "inner"
-        )  # of a model within the file's base, in which all that the adapter trains lies
+        inner = base.get("inner")  # a model within the file's base that has all trained tensors
         here = self.modules.get(self.names.found.get(inner["at"], inner["at"])) if inner else None
         if _fits(base, model) and (not inner or (here is not None and _fits(inner, here))):
             return
@@ -250,8 +241,7 @@ class LoadPlan:
         if self.checkpoint.writer == "peft" and within and self.mapped:
             self.notes.append(
                 f"the file names {base['class']} as its base, and not the architecture of the "
-                "model nested in "
-                "it, so that could not be compared"
+                "model nested in it, so that could not be compared"
             )
             return
         self.problems.append(
@@ -262,7 +252,7 @@ class LoadPlan:
     # Is everything there?
 
     def _check_complete(self) -> None:
-        """What the configuration names in this model, and the file lacks."""
+        """Everything that the configuration names in this model must be in the file."""
         have = {id(self.parameters[name]) for name in self.selected}
         for name in dict.fromkeys([*self._saved_tensors(), *self._picked_tensors()]):
             if id(self.parameters[name]) not in have:
@@ -276,15 +266,14 @@ class LoadPlan:
         try:
             layers = parts_of(self.root, replace(self.config, modules_to_save=())).rules
         except TargetError:
-            # names that only the file's base has; what was found above is all there is to say
+            # It names modules that only the file's base has; the problems above say so.
             return
         found = set(self.names.found.values())
         for name in layers:
             if name not in found and (self.nested is None or structure.within(name, [self.nested])):
                 self.problems.append(
                     f"missing: the file has nothing for {name!r}, which its targets name in this "
-                    "model; "
-                    "its base had fewer layers, or tensors were taken out"
+                    "model; its base had fewer layers, or tensors were taken out"
                 )
 
     def _check_biases(self, have: set[int]) -> None:
@@ -317,8 +306,8 @@ class LoadPlan:
             return []
 
     def _saved_tensors(self) -> list[str]:
-        """The tensors of modules_to_save. peft lists what a task may call its head, of which a
-        model has one.
+        """Returns the tensors of modules_to_save. peft lists all names that the head of a task may
+        have, and a model has one of them.
         """
         asked = self.config.modules_to_save
         if self.checkpoint.writer == "peft":
@@ -327,7 +316,7 @@ class LoadPlan:
             ]
             kept = tuple(dict.fromkeys(next((e for e in asked if _ends(o, e)), o) for o in owners))
             self.notes += [
-                f"modules_to_save names {e!r}, which this model has not"
+                f"modules_to_save names {e!r}, which this model does not have"
                 for e in asked
                 if not any(o.endswith(e) for o in owners)
             ]
@@ -344,7 +333,7 @@ class LoadPlan:
 
 
 def _family(kind: str | None) -> str:
-    """What a layer must be to take another's tensors; a matrix may be stored either way round."""
+    """Layers of one family can take each other's tensors; a matrix may be stored transposed."""
     return kind if kind in ("embedding", "norm") else "linear"
 
 
@@ -357,7 +346,7 @@ def _ends(name: str, ending: str) -> bool:
 
 
 def _misfit(value: Tensor, live: Tensor) -> str | None:
-    """Why a base tensor from a file cannot take this parameter's place, or None."""
+    """Returns why a base tensor from a file cannot replace this parameter, or None."""
     if live.is_meta:
         return "the model's is on the meta device and has no values; load the base model first"
     if not live.is_floating_point() and value.dtype == live.dtype and value.shape == live.shape:
@@ -366,7 +355,7 @@ def _misfit(value: Tensor, live: Tensor) -> str | None:
 
 
 def _same(live: Tensor, value: Tensor) -> bool:
-    """Equal, in the coarser of their dtypes where these differ."""
+    """Returns True if the tensors are equal in the coarser of their dtypes."""
     live = live.detach().cpu()
     if live.shape != value.shape or live.is_floating_point() != value.is_floating_point():
         return False

@@ -42,8 +42,7 @@ def projections_for(
     if groups and unknown:
         problems.append(
             "VeRA's A and B were drawn again for the layers that the model has; had one of the "
-            "others been "
-            "larger, they would be other matrices"
+            "others been larger, they would be other matrices"
         )
     found = {
         key: _of_key(checkpoint, rules[key], groups[key], device, state, problems) for key in groups
@@ -70,8 +69,7 @@ def _of_key(
         ):
             problems.append(
                 f"'base_model.vera_A' {list(A.shape)} and 'base_model.vera_B' {list(B.shape)} in "
-                "the file, at "
-                f"least [{rule.r}, {in_}] and [{out}, {rule.r}] expected"
+                f"the file, at least [{rule.r}, {in_}] and [{out}, {rule.r}] expected"
             )
             return None
         given = Projections(rule.r, A.shape[1], B.shape[0], rule.seed, "stored", stored=(A, B))
@@ -92,8 +90,7 @@ def _check_sum(checkpoint: Checkpoint, rule: Any, shared: Projections, problems:
     if known != found and checkpoint.writer == "weft":
         problems.append(
             f"VeRA's A and B (seed {rule.seed}, r={rule.r}) have checksum {found}, and {known} was "
-            "saved: these "
-            "are other matrices, so the vectors mean nothing with them"
+            "saved: these are other matrices, so the vectors mean nothing with them"
         )
 
 

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .from_adapter import checkpoint_of
 
 
-class Composed(NamedTuple):
+class FileContents(NamedTuple):
     """The two files of a checkpoint, in memory."""
 
     tensors: dict[str, Tensor]
@@ -33,8 +33,8 @@ class Disk:
 
     def file_size(self, adapter: Adapter) -> int:
         """Returns the size of the tensors' file in bytes, without writing it."""
-        composed = compose(adapter, values=False)
-        return files.file_size(composed.tensors, composed.metadata)
+        content = files_of(adapter, values=False)
+        return files.file_size(content.tensors, content.metadata)
 
 
 def save(
@@ -57,9 +57,9 @@ def save(
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{str(path)!r} is a file; an adapter is saved into a directory.")
     _check_values(adapter)
-    composed = compose(adapter, projections)
+    content = files_of(adapter, projections)
     try:
-        files.write(directory, *composed)
+        files.write(directory, *content)
     except OSError as error:
         raise CheckpointError(
             f"{str(path)!r} could not be written ({error}). A checkpoint that was there still "
@@ -68,7 +68,7 @@ def save(
     return directory
 
 
-def compose(adapter: Adapter, projections: bool = False, values: bool = True) -> Composed:
+def files_of(adapter: Adapter, projections: bool = False, values: bool = True) -> FileContents:
     """Returns both files of an adapter; with values=False the checksums are zeros.
 
     Raises UnsupportedError if no format can hold it.
@@ -77,8 +77,8 @@ def compose(adapter: Adapter, projections: bool = False, values: bool = True) ->
     choose = _choose_with_projections if projections else formats.choose
     form = choose(checkpoint, adapter.model)
     written = form.write(checkpoint, adapter.model)
-    metadata = header.compose(checkpoint, form.name, written, values)
-    return Composed(written.tensors, metadata, written.config)
+    metadata = header.metadata_of(checkpoint, form.name, written, values)
+    return FileContents(written.tensors, metadata, written.config)
 
 
 def _choose_with_projections(checkpoint: Checkpoint, model: nn.Module) -> formats.Format:

@@ -43,7 +43,7 @@ class NativeFormat:
         groups: dict[str, list[Tensor]] = {}
         for layer in checkpoint.sites.values():
             for tensor, value in layer.tensors.items():
-                key = _key(tensor, tuple(value.shape), str(value.dtype))
+                key = _stack_key(tensor, tuple(value.shape), str(value.dtype))
                 groups.setdefault(key, []).append(value)
         tensors = {key: torch.stack(parts) for key, parts in groups.items()}
         tensors |= {_SELECTED + name: t for name, t in checkpoint.selected.items()}
@@ -70,7 +70,7 @@ class NativeFormat:
         shapes: dict[str, tuple[int, ...]] = {}
         for module, layer in checkpoint.sites.items():
             for tensor, shape in layer.rule.trained(*layer.known_shape()).items():
-                key = _key(tensor, shape, layer.rule.dtype)
+                key = _stack_key(tensor, shape, layer.rule.dtype)
                 groups.setdefault(key, []).append((module, tensor))
                 shapes[key] = shape
         for key, members in groups.items():
@@ -106,5 +106,5 @@ def take_selected(
             checkpoint.selected[name] = found
 
 
-def _key(tensor: str, shape: tuple[int, ...], dtype: str) -> str:
+def _stack_key(tensor: str, shape: tuple[int, ...], dtype: str) -> str:
     return f"{tensor}.{'x'.join(map(str, shape))}.{dtype.removeprefix('torch.')}"

@@ -25,6 +25,7 @@ from . import peft_layers as layers
 
 _NAMES = {"P": "lora_B", "lam": "lora_E", "Q": "lora_A"}
 _PARTS = {name: tensor for tensor, name in _NAMES.items()}
+_key_of = layers.keys_of(_NAMES)
 _KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})(\.(?!weight$|bias$)[^.]+)?")
 _FIELDS = {
     "r": "init_r",
@@ -70,14 +71,14 @@ class AdaLoraFormat:
         return bias.why_none(checkpoint)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
-        return layers.write_layers(checkpoint, model, _key, _fields(checkpoint.config))
+        return layers.write_layers(checkpoint, model, _key_of, _adalora_fields(checkpoint.config))
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("peft_type") == self.name
 
     def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
         layers.refuse_fields(config, _SUPPORTED, "AdaLoRA")
-        built = _config(config, tensors)
+        built = _parse_config(config, tensors)
         checkpoint = Checkpoint(built, "peft", self.name)
         rest = layers.bare_keys(checkpoint, tensors)
         patterns = _patterns(config, built.r)
@@ -90,7 +91,7 @@ class AdaLoraFormat:
         def layer_of(module: str, part: str) -> CheckpointLayer:
             return CheckpointLayer(built, reached=patterns.get(module))
 
-        layers.read_layers(checkpoint, rest, _KEY, _PARTS, _key, layer_of)
+        layers.read_layers(checkpoint, rest, _KEY, _PARTS, _key_of, layer_of)
         if patterns:
             checkpoint.notes.append(
                 "peft has left the vectors of pruned triplets out of the file; they are 0 and "
@@ -101,17 +102,13 @@ class AdaLoraFormat:
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
-        layers.restore_layers(checkpoint, tensors, manifest, _key)
+        layers.restore_layers(checkpoint, tensors, manifest, _key_of)
 
     def why_not_model(self, root: nn.Module) -> str | None:
         return None
 
 
-def _key(module: str, tensor: str, kind: str | None) -> str:
-    return f"{module}.{_NAMES[tensor]}"
-
-
-def _fields(config: AdaLoRA) -> dict[str, Any]:
+def _adalora_fields(config: AdaLoRA) -> dict[str, Any]:
     """The method's fields; peft wants a schedule even if nothing trains any more."""
     total = config.total_steps
     warm_up, final = config.phases if total else (0, 0)
@@ -131,7 +128,7 @@ def _fields(config: AdaLoRA) -> dict[str, Any]:
     }
 
 
-def _config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdaLoRA:
+def _parse_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdaLoRA:
     given = {
         ours: config[theirs] for ours, theirs in _FIELDS.items() if config.get(theirs) is not None
     }

@@ -40,7 +40,7 @@ def bias_field(checkpoint: Checkpoint) -> str | None:
     return "lora_only" if all(_module(name) in checkpoint.sites for name in names) else "all"
 
 
-def why_not(checkpoint: Checkpoint) -> str | None:
+def why_no_field(checkpoint: Checkpoint) -> str | None:
     """Returns why peft's `bias` cannot say which base tensors are trained, or None."""
     other = next((name for name in beside(checkpoint) if not _is_bias(name)), None)
     if other is None:

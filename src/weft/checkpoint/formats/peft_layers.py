@@ -42,6 +42,11 @@ _HARMLESS = {
 KeyOf = Callable[[str, str, str | None], str]  # module, tensor, kind -> key without PREFIX
 
 
+def keys_of(names: Mapping[str, str]) -> KeyOf:
+    """Returns the function of keys for tensors that are called `names`, whatever the layer."""
+    return lambda module, tensor, kind: f"{module}.{names[tensor]}"
+
+
 def write_layers(
     checkpoint: Checkpoint, model: nn.Module | None, key: KeyOf, fields: Mapping[str, Any]
 ) -> Written:

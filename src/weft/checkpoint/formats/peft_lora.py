@@ -62,10 +62,10 @@ class LoraFormat:
     stores_projections = False
 
     def why_not(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> str | None:
-        return bias.why_not(checkpoint)
+        return bias.why_no_field(checkpoint)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
-        return layers.write_layers(checkpoint, model, _key, _fields(checkpoint))
+        return layers.write_layers(checkpoint, model, _lora_key, _lora_fields(checkpoint))
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("peft_type") == self.name
@@ -91,29 +91,29 @@ class LoraFormat:
 
         def layer_of(module: str, part: str) -> CheckpointLayer:
             kind = "embedding" if "embedding" in part else None
-            return CheckpointLayer(_rule(built, module, config), kind=kind)
+            return CheckpointLayer(_layer_rule(built, module, config), kind=kind)
 
-        layers.read_layers(checkpoint, rest, _KEY, _PARTS, _key, layer_of)
+        layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
         return layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
 
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
-        layers.restore_layers(checkpoint, tensors, manifest, _key)
+        layers.restore_layers(checkpoint, tensors, manifest, _lora_key)
 
     def why_not_model(self, root: nn.Module) -> str | None:
         return None
 
 
-def _key(module: str, tensor: str, kind: str | None) -> str:
+def _lora_key(module: str, tensor: str, kind: str | None) -> str:
     names = _EMBEDDING if kind == "embedding" else _LINEAR
     return f"{module}.{names[tensor]}"
 
 
-def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
+def _lora_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     config: Any = checkpoint.config
     ranks, alphas = {}, {}
-    alpha = _number(config.r if config.alpha is None else config.alpha)
+    alpha = _int_if_whole(config.r if config.alpha is None else config.alpha)
     for module, layer in checkpoint.sites.items():
         rule = getattr(layer.rule, "inner", layer.rule)  # the LoRA within DoRA
         if rule.r != config.r:
@@ -136,15 +136,15 @@ def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
 def _alpha(rule: LoRA, rslora: bool) -> float:
     """The alpha that gives a layer its scale, since all layers share peft's one use_rslora."""
     if rule.rslora == rslora:
-        return _number(rule.r if rule.alpha is None else rule.alpha)
-    return _number(rule.scale * (math.sqrt(rule.r) if rslora else rule.r))
+        return _int_if_whole(rule.r if rule.alpha is None else rule.alpha)
+    return _int_if_whole(rule.scale * (math.sqrt(rule.r) if rslora else rule.r))
 
 
-def _number(value: float) -> float:
+def _int_if_whole(value: float) -> float:
     return int(value) if value == int(value) else float(value)
 
 
-def _rule(config: Any, module: str, peft: Mapping[str, Any]) -> Any:
+def _layer_rule(config: Any, module: str, peft: Mapping[str, Any]) -> Any:
     """The rule of a layer: the first pattern that matches its name counts, as in peft."""
     changed: dict[str, Any] = {}
     for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):

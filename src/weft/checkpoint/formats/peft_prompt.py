@@ -113,7 +113,7 @@ class PrefixFormat:
         for i in range(int(count)):
             checkpoint.sites[f"layer {i}"] = CheckpointLayer(built, kind=built.at, shape=shape)
         rest = dict(tensors)
-        _split(checkpoint, rest)
+        _split_layers(checkpoint, rest)
         take_base_tensors(checkpoint, rest)
         report_extra(checkpoint.problems, rest, [_TENSOR])
         return checkpoint
@@ -121,7 +121,7 @@ class PrefixFormat:
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
-        _split(checkpoint, tensors)
+        _split_layers(checkpoint, tensors)
         report_extra(checkpoint.problems, tensors, [_TENSOR])
 
     def why_not_model(self, root: nn.Module) -> str | None:
@@ -152,7 +152,7 @@ class PromptFormat(PrefixFormat):
         return PreEmbed(l_p=n, l_i=0, **common)
 
 
-def _split(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+def _split_layers(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
     """Takes the tensor and splits it into the layers."""
     parts = [
         (layer, name, shape)

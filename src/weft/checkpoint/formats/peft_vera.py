@@ -22,6 +22,7 @@ from . import peft_layers as layers
 
 _NAMES = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
 _PARTS = {name: tensor for tensor, name in _NAMES.items()}
+_key_of = layers.keys_of(_NAMES)
 _KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})(\.[^.]+)?")
 _MATRIX = re.compile(r"((module|_orig_mod)\.)*base_model\.vera_(?P<which>[AB])(\.[^.]+)?")
 _A, _B = "base_model.vera_A", "base_model.vera_B"
@@ -61,7 +62,7 @@ class VeraFormat:
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         assert checkpoint.projections is not None
         A, B = checkpoint.projections
-        written = layers.write_layers(checkpoint, model, _key, _fields(checkpoint.config))
+        written = layers.write_layers(checkpoint, model, _key_of, _vera_fields(checkpoint.config))
         return written._replace(tensors={**written.tensors, _A: A, _B: B})
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
@@ -87,7 +88,7 @@ class VeraFormat:
             _take_matrices(checkpoint, tensors)
         rest = layers.bare_keys(checkpoint, tensors)
         layers.read_layers(
-            checkpoint, rest, _KEY, _PARTS, _key, lambda module, part: CheckpointLayer(built)
+            checkpoint, rest, _KEY, _PARTS, _key_of, lambda module, part: CheckpointLayer(built)
         )
         return layers.finish_reading(checkpoint, rest, config, first)
 
@@ -96,17 +97,13 @@ class VeraFormat:
     ) -> None:
         matrices = [name for name in manifest["keys"] if _MATRIX.fullmatch(name)]
         _take_matrices(checkpoint, tensors)
-        layers.restore_layers(checkpoint, tensors, manifest, _key, matrices)
+        layers.restore_layers(checkpoint, tensors, manifest, _key_of, matrices)
 
     def why_not_model(self, root: nn.Module) -> str | None:
         return None
 
 
-def _key(module: str, tensor: str, kind: str | None) -> str:
-    return f"{module}.{_NAMES[tensor]}"
-
-
-def _fields(config: Any) -> dict[str, Any]:
+def _vera_fields(config: Any) -> dict[str, Any]:
     return {
         "peft_type": VeraFormat.name,
         "r": config.r,
