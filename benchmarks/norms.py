@@ -11,7 +11,7 @@ def norm_counter() -> Callable[[], int] | None:
     does not count.
     """
     try:
-        counts = import_module("weft.ops.derived").counts
+        counts = import_module("weft.ops.cache").counts
     except (ImportError, AttributeError):
         return None
     return lambda: int(counts["norm"])

@@ -37,8 +37,9 @@ from weft.analysis.report import PRINTED
 from weft.compare.bench import Opening, open_bench
 from weft.compare.entries import LRS, grown
 from weft.compare.statistics import t_interval
+from weft.compare.tasks.loop import Recipe, evaluate, train
+from weft.methods.base import effective_weight
 from weft.methods.projections import Projections
-from weft.training.loop import Recipe, evaluate, train
 
 RECORD = Path(__file__).resolve().parent.parent / "docs" / "records" / "claims.json"
 SEEDS, TUNING = range(10), range(100, 103)
@@ -137,8 +138,8 @@ def trained(label: str, lr: float, seed: int) -> Trained:
 def _updates(adapter: Any) -> dict[str, Tensor]:
     found = {}
     for name, site in adapter.sites.items():
-        W = site.host.weight().double()
-        found[name] = site.rule.effective_weight(W, site) - W
+        W = site.base.weight().double()
+        found[name] = effective_weight(site.method, W, site) - W
     for name, selected in adapter.selected_tensors.items():
         if not selected.head and name.endswith(".weight") and selected.original.ndim == 2:
             found[name.removesuffix(".weight")] = (selected.trained - selected.original).double()

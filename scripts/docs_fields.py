@@ -17,6 +17,8 @@ MEANINGS: dict[str, str] = {
     "rslora": "s = alpha / √r, which keeps large ranks from learning ever more slowly",
     "targets": "which layers: see [targets](../getting-started.md#targets)",
     "modules_to_save": "modules trained in full beside the method, by name ending: a new head",
+    "train": "tensors of the base model that train too: see "
+    "[train](../getting-started.md#tensors-of-the-base-model)",
     "seed": "from which everything random is drawn; nothing else in the process matters",
     "dtype": "of the trained tensors, whatever the base has; bfloat16 loses small steps",
     "norm_grad": '`"constant"`: no gradient flows through ‖V‖ (section 4.3 of the paper); '

@@ -32,9 +32,8 @@ from weft import cli, methods, papers
 from weft.checkpoint.export import FORMS
 from weft.cli import COMMANDS
 from weft.errors import UnsupportedError, WeftError
-from weft.methods.base import Nested, Stepped
+from weft.model.memory import estimate
 from weft.papers.architectures import ARCHITECTURES
-from weft.training.memory import estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -240,8 +239,8 @@ def abilities(method: str) -> dict[str, str]:
             if works(partial(weft.export, f"{folder}/saved", form, f"{folder}/as-{form}"))
         ]
     found["exports to"] = ", ".join(forms) or "no"
-    found["ranks to cut"] = yes(isinstance(adapter.config, Nested))
-    found["acts at a step"] = yes(isinstance(adapter.config, Stepped))
+    found["ranks to cut"] = yes(adapter.config.nested)
+    found["acts at a step"] = yes(adapter.config.follows_steps)
     return found
 
 

@@ -124,22 +124,22 @@ def gpt2(x: Tensor, t: Tensors, c: Any) -> Tensor:
     configuration says so: equation 3 of arXiv:2101.00190, section 5.1 of arXiv:2106.09685. One
     query at a time, from the tensors' names alone.
     """
-    at, length = getattr(c, "at", None), x.shape[1]
-    before, after = (c.l_p, c.l_i) if at in ("embeddings", "block") else (0, 0)
-    shift = c.n if at == "attention" and c.positions == "shifted" else 0
-    if at == "embeddings":
+    where, length = getattr(c, "where", None), x.shape[1]
+    before, after = (c.l_p, c.l_i) if where in ("embeddings", "block") else (0, 0)
+    shift = c.n if where == "attention" and c.positions == "shifted" else 0
+    if where == "embeddings":
         x = _around(x, t.get("before"), t.get("after"))
-    elif at == "block":
+    elif where == "block":
         x = _around(x, x.new_zeros(before, x.shape[2]), x.new_zeros(after, x.shape[2]))
     h = x + t["wpe.weight"][shift : shift + x.shape[1]]
     for layer in range(2):
         own = {
             k.removeprefix(f"h.{layer}."): v for k, v in t.items() if k.startswith(f"h.{layer}.")
         }
-        if at == "block":
+        if where == "block":
             h = _around(h[:, before : before + length], own.get("before"), own.get("after"))
         h = h + _attention(
-            _norm(h, own, "ln_1"), own, _prefix(own, t, c) if at == "attention" else ()
+            _norm(h, own, "ln_1"), own, _prefix(own, t, c) if where == "attention" else ()
         )
         z = _norm(h, own, "ln_2") @ own["mlp.c_fc.weight"] + own["mlp.c_fc.bias"]
         z = z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

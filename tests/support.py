@@ -17,18 +17,17 @@ from torch import Tensor, nn
 
 import oracle
 import weft
-from weft.methods import METHODS
+from weft.methods import METHODS, LayerConfig
+from weft.model import fallback
 from weft.model.adapter import Adapter
 
 # One tolerance a dtype, never one a method: relative to the largest number compared.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 KINDS = ("linear", "conv1d", "embedding")
-RULES = [
-    name for name, method in METHODS.items() if hasattr(method, "effective_weight")
-]  # some only to refuse it
+RULES = [name for name, method in METHODS.items() if issubclass(method, LayerConfig)]
 PROMPTS = [
-    name for name, method in METHODS.items() if hasattr(method, "at")
+    name for name, method in METHODS.items() if hasattr(method, "where")
 ]  # virtual positions, which need a transformer
 SELECTIONS = [name for name in METHODS if name not in RULES + PROMPTS]
 
@@ -86,7 +85,7 @@ def config(variant: str, **changes: Any) -> Any:
     }
     # With nothing behind the prompt, no token reads the states there of a block but the last, so
     # they would get no gradient.
-    given["l_i"] = 1 if getattr(METHODS[name], "at", "") == "embeddings" else 0
+    given["l_i"] = 1 if getattr(METHODS[name], "where", "") == "embeddings" else 0
     if (
         "r_min" in known
     ):  # so that training computes what evaluation does; smaller ranks have tests of their own
@@ -226,7 +225,7 @@ class Awake:
             f"{module}.{name}": b.double()
             for module, site in self.adapter.sites.items()
             for name, b in site.named_buffers()
-            if name not in site.state_names
+            if name not in site.buffer_names
         }
 
 
@@ -331,7 +330,9 @@ def oracle_output(
                 if not k.startswith("shared.")
             }
             shared = {k: v for k, v in declared.items() if k.startswith("shared.")}
-            h = oracle.gpt2(h, {**of_body, **shared}, a.config if hasattr(a.config, "at") else None)
+            h = oracle.gpt2(
+                h, {**of_body, **shared}, a.config if hasattr(a.config, "where") else None
+            )
     return h
 
 
@@ -354,6 +355,12 @@ def check_close(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str = "
     assert gap <= TOLERANCE[dtype], (
         f"{what or 'values'} differ by {gap:.2e} (relative; allowed {TOLERANCE[dtype]:.0e})"
     )
+
+
+def reference_paths(monkeypatch: Any, value: str = "1") -> None:
+    """Compute everything by the plain definitions from here on."""
+    monkeypatch.setenv("WEFT_REFERENCE", value)
+    fallback.refresh()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -17,10 +17,22 @@ from weft.methods import METHODS
 SOURCE = Path(weft.__file__).resolve().parent
 FILES = sorted(SOURCE.rglob("*.py"))
 PYTHON = sorted([*FILES, *Path(__file__).resolve().parent.rglob("*.py")])
-# A room may import rooms to its right. `tasks` stands beside: it imports no room, and only those
-# three may use it.
-ROOMS = ["cli", "compare", "training", "analysis", "checkpoint", "model", "methods", "ops"]
-BESIDE, USERS_OF_TASKS = "tasks", {"cli", "compare", "training"}
+# A room may import rooms to its right. `tasks` is beside them: it imports no room, and only these
+# may use it.
+ROOMS = [
+    "cli",
+    "compare",
+    "training",
+    "inference",
+    "encoding",
+    "auditing",
+    "analysis",
+    "checkpoint",
+    "model",
+    "methods",
+    "ops",
+]
+BESIDE, USERS_OF_TASKS = "tasks", {"cli", "compare", "training", "inference", "encoding"}
 # `papers` stands beside too: only `cli` may use it, and it may import these.
 BELOW_PAPERS = {"checkpoint", "model", "methods"}
 FREE = {"errors", "__version__"}
@@ -39,10 +51,12 @@ LIBRARIES = {
         "matplotlib",
         "tqdm",
         "yaml",
-        "lm_eval",
         "mlflow",
         "wandb",
     },
+    "inference": {"torch", "transformers", "lm_eval"},
+    "encoding": {"torch", "transformers"},
+    "auditing": {"torch"},
     "tasks": {
         "torch",
         "transformers",
@@ -80,7 +94,12 @@ LIBRARIES = {
     "papers": {"torch", "transformers"},
 }
 # Classes that derive from transformers' own; what needs them imports them inside a function.
-DERIVED = ("training/trainer.py", "training/callbacks.py", "training/reports.py")
+DERIVED = tuple(
+    f"training/{name}.py" for name in ("trainer", "callbacks", "log", "reports", "loop")
+)
+# Files and functions that are longer than the limits of the tests below.
+LONGER_FILES = {"methods/base.py": 429, "model/virtual.py": 526, "tasks/mt_bench.py": 417}
+LONGER_FUNCTIONS = {"cli/compare.py: add_arguments": 92, "ops/fused.py: forward": 67}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 
 
@@ -152,8 +171,7 @@ def test_transformers_is_imported_where_it_is_needed_and_not_before(path):
     derived = str(path.relative_to(SOURCE)) in DERIVED
     for module, names, top, typed in imports(path):
         costly = {*names, module.rpartition(".")[2]} & {
-            "trainer",
-            "callbacks",
+            Path(file).stem for file in DERIVED
         } and module.startswith("weft.training")
         assert not (costly and top and not typed and not derived), (
             f"{module} brings transformers: import it late"
@@ -252,7 +270,8 @@ def test_nothing_is_unpickled_and_no_code_is_run_from_text(path):
 
 @each_file
 def test_files_are_short(path):
-    assert path.read_text(encoding="utf-8").count("\n") <= 540, (
+    limit = LONGER_FILES.get(str(path.relative_to(SOURCE)), 400)
+    assert path.read_text(encoding="utf-8").count("\n") <= limit, (
         "over about 400 lines a file has two subjects"
     )
 
@@ -269,7 +288,8 @@ def test_functions_fit_on_a_screen():
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno + 1
-                assert length <= 95, f"{path.relative_to(SOURCE)}: {node.name} has {length} lines"
+                where = f"{path.relative_to(SOURCE)}: {node.name}"
+                assert length <= LONGER_FUNCTIONS.get(where, 60), f"{where} has {length} lines"
 
 
 def run(code, *flags):
@@ -309,6 +329,9 @@ def test_importing_weft_imports_torch_and_safetensors_and_no_more():
         "psutil",
         "torch._dynamo",
         "weft.compare",
+        "weft.training",
+        "weft.inference",
+        "weft.encoding",
         "weft.analysis",
         "weft.cli",
         "weft.tasks",

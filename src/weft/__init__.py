@@ -1,5 +1,7 @@
 """Weft: parameter-efficient fine-tuning with the LoRA family, exact and never silent."""
 
+from .auditing.audit import audit
+from .auditing.snapshot import snapshot
 from .checkpoint import export, inspect, load, save
 from .errors import (
     AuditError,
@@ -30,8 +32,7 @@ from .methods import (
 from .model.adapter import Adapter
 from .model.attach import adapters, attach, detach
 from .model.merge import MergeReport, effective_weight, merge, unmerge
-from .model.switch import use
-from .training.audit import audit, snapshot
+from .model.use import use
 
 __version__ = "0.1.0"
 

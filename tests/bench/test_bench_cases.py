@@ -271,12 +271,12 @@ def test_bad_arguments_are_told_in_one_line(wrong, capsys):
 
 
 def test_norms_are_read_where_weft_counts_them(monkeypatch):
-    module = types.ModuleType("weft.ops.derived")
-    monkeypatch.setitem(sys.modules, "weft.ops.derived", module)
+    module = types.ModuleType("weft.ops.cache")
+    monkeypatch.setitem(sys.modules, "weft.ops.cache", module)
     assert norms.norm_counter() is None
     module.counts = Counter(norm=7)
     assert norms.norm_counter()() == 7
-    monkeypatch.setitem(sys.modules, "weft.ops.derived", None)
+    monkeypatch.setitem(sys.modules, "weft.ops.cache", None)
     assert norms.norm_counter() is None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoint_support import (
     GPT2,
+    attached,
     classifier,
     close,
     config_of,
@@ -24,7 +25,7 @@ from checkpoint_support import (
     rewrite,
     tiny,
 )
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
 import weft
 from support import net
@@ -162,3 +163,88 @@ def test_biases_go_along_on_export_to_peft(tmp_path):
     weft.save(model, tmp_path / "b")
     weft.export(tmp_path / "b", "peft", tmp_path / "c")
     close(logits(peft_reads(net(), tmp_path / "c"), x), logits(theirs, x), logits(net(), x))
+
+
+@each_base
+@each_bias
+@each_method
+def test_what_weft_trained_peft_reads(base, bias, dora, tmp_path):
+    build, known = BASES[base]
+    x, method = inputs_of(base), weft.DoRA if dora else weft.LoRA
+    model = build().eval()
+    config = method(
+        r=3,
+        targets=known["target_modules"],
+        modules_to_save=known.get("modules_to_save", ()),
+        train=["biases" if bias == "all" else "target-biases"],
+    )
+    adapter = attached(model, config)
+    assert any(name.endswith("bias") for name in adapter.selected)
+    weft.save(model, tmp_path)
+    assert config_of(tmp_path)["bias"] == bias
+    theirs = peft_reads(build(), tmp_path, "fan_in_fan_out is set to")
+    close(logits(theirs, x), logits(model, x), logits(build(), x))
+    again = build().eval()
+    assert weft.load(again, tmp_path).config == adapter.config
+    assert torch.equal(logits(again, x), logits(model, x))
+
+
+@pytest.mark.parametrize(("bias", "words"), [("all", ("biases",)), ("lora_only", None)])
+def test_the_field_of_peft_is_train_in_the_configuration(bias, words, tmp_path):
+    saved_by_peft("llama", bias, tmp_path / "a")
+    wanted = words or ("target-biases",)
+    assert tuple(weft.inspect(tmp_path / "a").config["train"]) == wanted
+    model = BASES["llama"][0]()
+    adapter = weft.load(model, tmp_path / "a")
+    assert adapter.config.train == wanted
+    fresh = weft.attach(BASES["llama"][0](), adapter.config)
+    assert set(fresh.selected) == set(adapter.selected)
+
+
+def test_the_bias_of_the_head_is_named_in_train(tmp_path):
+    """peft's "all" trains it, and "biases" leaves the head alone."""
+    saved_by_peft("net", "all", tmp_path)
+    adapter = weft.load(net(), tmp_path)
+    assert adapter.config.train == ("biases", "head.bias")
+    fresh = weft.attach(net(), adapter.config)
+    assert set(fresh.selected) == set(adapter.selected)
+
+
+@pytest.mark.parametrize("train", [["norms"], ["last:1"], ["biases", "norms"], ["k_proj.bias"]])
+@each_method
+def test_a_selection_that_peft_has_no_field_for_makes_peft_refuse(train, dora, tmp_path):
+    build = BASES["llama"][0]
+    model = build().eval()
+    attached(
+        model, (weft.DoRA if dora else weft.LoRA)(r=2, targets=r".*layers\.0.*q_proj", train=train)
+    )
+    weft.save(model, tmp_path / "a")
+    assert config_of(tmp_path / "a")["peft_type"] == ("WEFT_DORA" if dora else "WEFT_LORA")
+    assert not weft.inspect(tmp_path / "a").readable_by_peft
+    again = build().eval()
+    weft.load(again, tmp_path / "a")
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises((KeyError, ValueError)), quiet():
+        PeftModel.from_pretrained(build(), str(tmp_path / "a"))
+    with pytest.raises(weft.UnsupportedError, match="peft trains all biases or those of the"):
+        weft.export(tmp_path / "a", "peft", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("method", ["VeRA", "AdaLoRA", "LoRAFA", "DyLoRA"])
+def test_other_methods_with_biases_have_wefts_own_format(method, tmp_path):
+    model = net().eval()
+    config = getattr(weft, method)(r=3, targets=["layer"], train=["target-biases"])
+    attached(model, config)
+    weft.save(model, tmp_path / "a")
+    again, x = net().eval(), inputs_of("net")
+    weft.load(again, tmp_path / "a")
+    assert torch.equal(logits(again, x), logits(model, x))
+    assert not weft.inspect(tmp_path / "a").readable_by_peft
+    weft.export(tmp_path / "a", "lora", tmp_path / "b")  # the biases go along
+    close(logits(peft_reads(net(), tmp_path / "b"), x), logits(model, x), logits(net(), x))
+    if method == "VeRA":
+        with pytest.raises(
+            weft.UnsupportedError, match=r"no form for the base tensor 'layer\.bias'"
+        ):
+            weft.save(model, tmp_path / "c", projections=True)

@@ -211,8 +211,8 @@ def test_patterns_that_overlap_mean_something_else_after_saving(tmp_path):
     again = nested()
     loaded = weft.load(again, tmp_path / "mine")
     assert torch.equal(logits(again, X), logits(model, X))
-    assert {n: s.rule.alpha for n, s in loaded.sites.items()} == {"z.a": 2, "y.a": 9}
-    assert weft.attach(nested(), loaded.config).sites["z.a"].rule.alpha == 2
+    assert {n: s.method.alpha for n, s in loaded.sites.items()} == {"z.a": 2, "y.a": 9}
+    assert weft.attach(nested(), loaded.config).sites["z.a"].method.alpha == 2
     theirs = peft_of(
         nested(),
         LoraConfig(r=3, lora_alpha=5, target_modules=["a"], alpha_pattern={"z.a": 2, "a": 9}),

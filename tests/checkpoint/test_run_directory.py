@@ -42,7 +42,7 @@ def place(tmp_path_factory):
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("weft.training.card.draw", lambda *a: False)
+        patch.setattr("weft.training.curves.draw", lambda *a: False)
         train(from_dict(plain), stream=StringIO())
         yield folder
     gc.unfreeze()

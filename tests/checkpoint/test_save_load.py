@@ -44,7 +44,7 @@ def same_adapter(a: Adapter, b: Adapter) -> None:
         assert tensor.dtype == other[name].dtype, name
         assert same_bits(tensor, other[name]), name
     assert a.config == b.config
-    assert {m: s.rule for m, s in a.sites.items()} == {m: s.rule for m, s in b.sites.items()}
+    assert {m: s.method for m, s in a.sites.items()} == {m: s.method for m, s in b.sites.items()}
 
 
 def round_trip(a: Awake, folder: Path, model: Net | None = None, name: str = "default") -> Adapter:
@@ -121,8 +121,8 @@ def test_layers_of_one_adapter_may_have_their_own_rank_and_dtype(method, tmp_pat
     )
     assert {p.dtype for p in a.adapter.parameters()} == {torch.bfloat16, torch.float64}
     loaded = round_trip(a, tmp_path)
-    assert loaded.sites["layer"].rule.r == 2
-    assert all(getattr(loaded.sites["mid"].rule, field) == value for field, value in more.items())
+    assert loaded.sites["layer"].method.r == 2
+    assert all(getattr(loaded.sites["mid"].method, field) == value for field, value in more.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -373,20 +373,20 @@ def test_a_configuration_of_vera_that_was_edited_by_hand(tmp_path):
 def test_other_matrices_than_those_that_were_saved(method, tmp_path, monkeypatch):
     """A generator whose bits changed would make other matrices from the same seed."""
     from weft.checkpoint import drawn
-    from weft.ops import counter
+    from weft.ops import philox
 
     a = awake(method)
     weft.save(a.model, tmp_path)
     weft.load(net(), tmp_path)
     wanted = drawn.shared_checksum(a.adapter.sites["mid"].shared)
-    true = counter.uniform
+    true = philox.uniform
 
     def other(*args, **kwargs):
         out = true(*args, **kwargs)
         out[0, 0] = torch.nextafter(out[0, 0], torch.tensor(9.0))
         return out
 
-    monkeypatch.setattr(counter, "uniform", other)
+    monkeypatch.setattr(philox, "uniform", other)
     drawn._drawn_checksum.cache_clear()
     refused(net(), tmp_path, "seed 7, r=3", f"{wanted} was saved", x=a.x)
     drawn._drawn_checksum.cache_clear()

@@ -96,7 +96,7 @@ def test_overrides_per_target(method, dropout, tmp_path):
     assert set(written["alpha_pattern"]) == {"^layer", "^mid"}
     same_logits(a.model, net(), net(), tmp_path, a.x)
     again = weft.load(net(), tmp_path)
-    assert again.sites["layer"].rule.dropout == dropout
+    assert again.sites["layer"].method.dropout == dropout
     assert again.config == a.config
 
 

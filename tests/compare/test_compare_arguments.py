@@ -123,6 +123,6 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path: Pa
     assert done.returncode == 1
     assert (
         done.stderr
-        == "weft compare: matplotlib is needed and not installed: pip install 'weft[train]'\n"
+        == "weft compare: matplotlib is needed but not installed: pip install 'weft[train]'\n"
     )
     assert not (tmp_path / "out").exists()

@@ -17,9 +17,9 @@ from comparing import RUNS, TINY, Finished, compare
 from PIL import Image
 
 import weft
+from weft.compare.tasks.loop import evaluate
 from weft.tasks import find_task
 from weft.tasks.models import find_model, prepare
-from weft.training.loop import evaluate
 
 CONTRACT = {
     "method",

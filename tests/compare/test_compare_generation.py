@@ -18,11 +18,11 @@ from training.tiny import encoder, language_model
 from weft.compare.bench import Bench
 from weft.compare.entries import parse_methods
 from weft.compare.plan import RunSpec
+from weft.compare.tasks.loop import forward_loss
+from weft.compare.tasks.open_task import open_task
+from weft.inference.opened import open_model
 from weft.tasks import find_any, find_generation
 from weft.tasks.models import find_model
-from weft.training.loop import forward_loss
-from weft.training.open_task import open_task
-from weft.training.use import open_model
 
 FOOD = ("Thai", "French", "Greek", "Fast", "Malay")
 CPU = torch.device("cpu")
@@ -280,15 +280,18 @@ def test_prompts_without_room_for_an_answer_are_counted_and_answered_with_nothin
 
 
 def test_what_is_right_is_told_only_where_the_score_is_its_mean(tmp_path: Path) -> None:
-    from weft.training.generated import _right
+    from weft.compare.tasks.generated import _right_answers
 
     task = find_generation(f"boolq:{boolq(tmp_path / 'data')}").load()
     records = task.eval_records("test")[:3]
     texts = ["the correct answer is false", "false", "no idea"]
-    assert _right(task, texts, records, task.scorer(texts, records).scores["accuracy"]) == "100"
+    assert (
+        _right_answers(task, texts, records, task.scorer(texts, records).scores["accuracy"])
+        == "100"
+    )
     several = [{**record, "group": group} for record, group in zip(records, "aab", strict=True)]
     assert task.scorer(texts, several).scores["accuracy"] == 0.25  # the mean over two data sets
-    assert _right(task, texts, several, 0.25) is None
+    assert _right_answers(task, texts, several, 0.25) is None
 
 
 def test_what_is_wrong_is_said_before_anything_is_trained(llama: Path, tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_nobody_said_how_many_steps():
         adapter.plan_steps(8)
     adapter.plan_steps(STEPS)
     adapter.plan_steps(99)  # what is said stays said
-    assert adapter.config.total_steps == STEPS == adapter.sites["mid"].rule.total_steps
+    assert adapter.config.total_steps == STEPS == adapter.sites["mid"].method.total_steps
     train(model, x, optimiser, 2)
 
 

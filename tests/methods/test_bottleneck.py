@@ -18,7 +18,7 @@ from architectures import ARCHITECTURES
 from support import check_close, config, distance, inputs, move, net, same_bits
 from weft import methods
 from weft.methods.bottleneck import PRESETS
-from weft.model import roles
+from weft.model.structure import Structure
 
 FAMILIES = ["gpt2", "opt", "llama", "t5", "bert", "roberta", "vit"]
 EACH = pytest.mark.parametrize("preset", list(PRESETS))
@@ -107,20 +107,20 @@ def test_every_adapted_layer_computes_the_equation(name, preset):
     for module, site in adapter.sites.items():
         (x, found), layer, t = (
             seen[module],
-            site.host.module,
+            site.base.module,
             {k: p.detach() for k, p in site.trainable().items()},
         )
-        if site.host.kind == "norm":
+        if site.base.kind == "norm":
             y = normalised(x, layer)
-            wanted = normalised(x + oracle.bottleneck(x, y, t, site.rule) - y, layer)
+            wanted = normalised(x + oracle.bottleneck(x, y, t, site.method) - y, layer)
         else:
-            y = x @ site.host.weight().detach().t() + (
+            y = x @ site.base.weight().detach().t() + (
                 0 if layer.bias is None else layer.bias.detach()
             )
-            wanted = oracle.bottleneck(x, y, t, site.rule)
+            wanted = oracle.bottleneck(x, y, t, site.method)
         check_close(found, wanted, torch.float64, module)
         assert distance(found, y) > 1e-2
-    assert {s.host.kind for s in adapter.sites.values()} == {
+    assert {s.base.kind for s in adapter.sites.values()} == {
         "norm" if (name, preset) in ON_A_NORM else "conv1d" if name == "gpt2" else "linear"
     }
 
@@ -199,7 +199,7 @@ def test_it_is_saved_loaded_and_inspected(name, preset, tmp_path):
         and about.numbers == adapter.num_parameters
         and not about.readable_by_peft
     )
-    assert {row.kind for row in about.rows} == {site.host.kind for site in adapter.sites.values()}
+    assert {row.kind for row in about.rows} == {site.base.kind for site in adapter.sites.values()}
     assert f"preset={preset}" in " ".join(str(about).split())
 
 
@@ -469,5 +469,5 @@ def test_starting_values_follow_from_seed_and_name(preset, name, r, scale):
             assert 0 < float(p.detach().abs().max()) <= width**-0.5
         else:
             assert (p == (1 if tensor == "gain" else 0)).all()
-    blocks = roles.blocks(nn.ModuleDict({name: nn.Linear(9, 6)}))
+    blocks = Structure.of(nn.ModuleDict({name: nn.Linear(9, 6)})).blocks
     assert blocks == []

@@ -4,6 +4,7 @@ unchanged.
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,12 +145,14 @@ def test_overrides_change_fields_and_refuse_unknown_ones():
             methods.replace(made, {field: 1})
 
 
+def scale(**fields):
+    return weft.LoRA(**fields).factors(SimpleNamespace(A=torch.ones(1), B=torch.ones(1))).s
+
+
 def test_the_scale_is_alpha_over_r_or_over_its_root():
-    assert (
-        weft.LoRA(r=9, alpha=6).scale == 6 / 9 and weft.LoRA(r=9, alpha=6, rslora=True).scale == 2
-    )
-    assert weft.LoRA(r=9).scale == 1
-    assert methods.replace(weft.LoRA(r=9), {"r": 4}).scale == 1
+    assert scale(r=9, alpha=6) == 6 / 9 and scale(r=9, alpha=6, rslora=True) == 2
+    assert scale(r=9) == 1
+    assert scale(r=methods.replace(weft.LoRA(r=9), {"r": 4}).r) == 1
 
 
 @given(
@@ -162,9 +165,7 @@ def test_the_scale_is_alpha_over_r_or_over_its_root():
 def test_any_sensible_numbers_survive_json(r, alpha, dropout, seed, rslora):
     made = weft.DoRA(r=r, alpha=alpha, dropout=dropout, seed=seed, rslora=rslora)
     again = methods.from_json(json.loads(json.dumps(methods.to_json(made))))
-    assert again == made and again.inner == made.inner == weft.LoRA(
-        r=r, alpha=alpha, dropout=dropout, seed=seed, rslora=rslora, init="kaiming"
-    )
+    assert again == made and type(again) is weft.DoRA and (again.r, again.seed) == (r, seed)
 
 
 def test_starting_values_have_the_spread_that_the_docstring_says():

@@ -55,7 +55,7 @@ def test_training_computes_the_rank_of_the_step_and_evaluation_the_whole(kind):
         assert b == adapter.config.rank_at(t) and adapter.steps == t
         seen.add(b)
         layer, site = model.layer, adapter.sites["layer"]
-        W = site.host.weight().double()
+        W = site.base.weight().double()
         tensors = {k: p.detach().double() for k, p in site.trainable().items()}
         y = torch.eye(7, dtype=torch.float64)[x] if kind == "embedding" else x.double()
         bias = 0 if kind == "embedding" else layer.bias.double()
@@ -84,13 +84,13 @@ def test_layers_with_ranks_of_their_own_draw_from_their_own_range():
     optimiser = torch.optim.SGD(adapter.parameters(), lr=0.1)
     for t in range(8):
         for site, (low, high) in zip(adapter.sites.values(), ((2, 3), (4, R)), strict=True):
-            assert int(site.b) == site.rule.rank_at(t) and low <= int(site.b) <= high
+            assert int(site.b) == site.method.rank_at(t) and low <= int(site.b) <= high
         step(model, x, optimiser)
 
 
 def test_the_range_shrinks_with_the_rank_and_the_start_is_lora_s():
     rule = weft.DyLoRA(r=R, r_min=4)
-    assert [(s.r, s.r_min) for s in map(rule.shortened, (9, 5, 3))] == [(R, 4), (5, 4), (3, 3)]
+    assert [(s.r, s.r_min) for s in map(rule.truncated, (9, 5, 3))] == [(R, 4), (5, 4), (3, 3)]
     for init in ("gaussian", "kaiming"):
         sites = [
             weft.attach(net(), method(r=R, init=init, targets=["layer"])).sites["layer"]
@@ -273,7 +273,7 @@ def test_one_compilation_serves_every_rank():
 
 
 def test_the_audit_passes_where_only_the_last_rank_moves():
-    from weft.training.loop import AUDIT_AFTER
+    from weft.auditing.audit import AUDIT_AFTER
 
     assert weft.DyLoRA(r=8).audit_after < AUDIT_AFTER < weft.DyLoRA(r=8, last_only=True).audit_after
 

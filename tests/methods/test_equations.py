@@ -30,7 +30,7 @@ from support import (
     oracle_weight,
     same_bits,
 )
-from weft.methods.base import wide
+from weft.ops.norm import at_least_float32
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -189,7 +189,7 @@ def test_an_untrained_adapter_equals_the_base_bit_for_bit(variant, kind, dtype):
     for module in adapter.sites if variant in TURNS_WEIGHTS else ():
         layer = model.get_submodule(module)
         check_close(
-            weft.effective_weight(layer), adapter.sites[module].host.weight(), torch.float32
+            weft.effective_weight(layer), adapter.sites[module].base.weight(), torch.float32
         )
 
 
@@ -230,7 +230,7 @@ def test_virtual_positions_are_no_weight_and_start_off_the_base(variant):
     with pytest.raises(
         weft.UnsupportedError, match=rf"{type(a.config).__name__} has no effective weight: \w+ "
     ):
-        weft.effective_weight(next(iter(a.adapter.sites.values())).host.module)
+        weft.effective_weight(next(iter(a.adapter.sites.values())).base.module)
     fresh = net(variant=variant)
     with torch.no_grad():
         base = fresh(a.x)
@@ -325,9 +325,9 @@ def test_zero_rows_of_the_weight_stay_finite(variant):
 
 def test_wide_is_float32_or_what_is_wider():
     assert (
-        wide(torch.zeros(1, dtype=torch.bfloat16)).dtype
-        == wide(torch.zeros(1)).dtype
+        at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        == at_least_float32(torch.zeros(1)).dtype
         == torch.float32
     )
-    assert wide(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+    assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
     assert TOLERANCE[torch.float64] < TOLERANCE[torch.float32] < TOLERANCE[torch.bfloat16]

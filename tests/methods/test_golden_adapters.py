@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import weft
 from architectures import GPT2, SMALL
 from support import check_close, distance, same_bits
-from weft.model import roles
+from weft.model.structure import Structure
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden"
 MODELS = {
@@ -80,7 +80,7 @@ def test_a_whole_model_gives_the_outputs_of_the_package_adapters(name, setting):
     model, file = golden(name)
     adapter = weft.attach(model, weft.Bottleneck(preset=setting, r=4, **SETTINGS[setting]))
     given, used = tensors(file, setting), set()
-    for block in roles.blocks(model):
+    for block in Structure.of(model).blocks:
         norm = (
             NORMS[name].format(block.index)
             if name in NORMS and setting in ("pfeiffer", "drop")
@@ -131,7 +131,7 @@ def test_the_parallel_rule_at_their_place_gives_their_outputs(name):
         "gpt2": "ln_2",
         "llama": "post_attention_layernorm",
     }[name]
-    for block, site in zip(roles.blocks(model), sites.values(), strict=True):
+    for block, site in zip(Structure.of(model).blocks, sites.values(), strict=True):
         fill(site, given[block.index, "mlp"])
         seen = {}
         model.get_submodule(f"{block.name}.{before}").register_forward_pre_hook(
@@ -139,8 +139,8 @@ def test_the_parallel_rule_at_their_place_gives_their_outputs(name):
         )
         hooks.append(
             model.get_submodule(block.mlp_output).register_forward_hook(
-                lambda module, args, y, seen=seen, site=site: site.rule.forward(
-                    seen["x"], y, site.host, site
+                lambda module, args, y, seen=seen, site=site: site.method.forward(
+                    seen["x"], y, site.base, site
                 )
             )
         )

@@ -9,8 +9,8 @@ from torch import nn
 
 import weft
 from support import awake, check_close, config, inputs, move, net, same_bits
-from weft.methods.base import Draw
-from weft.ops import frozen
+from weft.methods.rng import Rng
+from weft.ops import projection as frozen
 
 TOKENS, R = 4 * 6, 3
 GOLDEN = [0.9092832, 0.1373487, -0.4899532]
@@ -170,7 +170,9 @@ def test_a_is_uniform_within_its_bound_and_a_function_of_seed_and_name(kind):
     """The files hold no A, so these bits are a promise: the numbers below may never change."""
 
     def drawn(site, seed=7, r=50):
-        return weft.LoRAFA(r=r).fixed(kind, (11, 40), Draw(seed, site), torch.device("cpu"))["A"]
+        return weft.LoRAFA(r=r).frozen(
+            11, 40, kind == "embedding", Rng(seed, site, torch.device("cpu"))
+        )["A"]
 
     A, bound = drawn("a.layer"), 1.0 if kind == "embedding" else 40**-0.5
     assert (
@@ -188,9 +190,9 @@ def test_a_is_uniform_within_its_bound_and_a_function_of_seed_and_name(kind):
 def test_another_a_than_the_one_that_was_saved_is_refused(tmp_path, monkeypatch):
     a = awake("LoRAFA")
     weft.save(a.model, tmp_path)
-    drawn = weft.LoRAFA.fixed
+    drawn = weft.LoRAFA.frozen
     monkeypatch.setattr(
-        weft.LoRAFA, "fixed", lambda *args: {k: v * 1.5 for k, v in drawn(*args).items()}
+        weft.LoRAFA, "frozen", lambda *args: {k: v * 1.5 for k, v in drawn(*args).items()}
     )
     model = net()
     with pytest.raises(

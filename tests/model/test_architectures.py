@@ -3,6 +3,7 @@ and taken off.
 """
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 import weft
 from architectures import ARCHITECTURES
 from support import check_close, config, distance, move, same_bits
-from weft.model import selection
+from weft.model.structure import Structure
+from weft.model.structure.selection import trained_tensors
 
 EACH = pytest.mark.parametrize("name", list(ARCHITECTURES))
 
@@ -51,12 +53,19 @@ def test_attention_and_mlp_are_counted_right(name):
 def test_a_second_adapter_finds_the_layers_that_the_first_found(name):
     """The structure of a model must not contain what Weft has added to it."""
     model = ARCHITECTURES[name].build()
-    facts = selection.tensor_facts(model)
+    words = ("biases", "norms", "head", "last:1", "all")
+    named = [SimpleNamespace(selection=(word,), train=()) for word in words]
+    saved = ["a tensor, so that a word may select nothing"]
+
+    def selected():
+        return [trained_tensors(Structure.of(model), one, (), saved) for one in named]
+
+    before = selected()
     first = weft.attach(model, config("DVoRA", targets="all-linear"), name="experts")
     second = weft.attach(model, config("LoRA", targets="all-linear"), name="attention")
     assert list(first.sites) == list(second.sites) and first.frozen == second.frozen
-    assert selection.tensor_facts(model) == facts
-    assert set(weft.attach(model, weft.Full(), name="lm_head").selected) == {f.name for f in facts}
+    assert selected() == before
+    assert set(weft.attach(model, weft.Full(), name="lm_head").selected) == set(before[-1])
 
 
 @EACH

@@ -49,12 +49,12 @@ def test_a_failure_in_the_middle_of_building_leaves_the_model_and_what_is_active
     seen, output = flags(a.model), a.run()
     calls = []
 
-    def fail(self, draw):
+    def fail(self, rng):
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError("no room for the second layer")
 
-    monkeypatch.setattr(attaching.Site, "start", fail)
+    monkeypatch.setattr(attaching.AdapterLayer, "initialise", fail)
     with pytest.raises(MemoryError):
         weft.attach(a.model, config("DoRA"), name="b")
     assert flags(a.model) == seen and list(weft.adapters(a.model)) == ["default", "head"]

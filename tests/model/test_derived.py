@@ -8,8 +8,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import weft
-from support import awake, check_close, config
-from weft.ops import derived
+from support import awake, check_close, config, reference_paths
+from weft.model import fallback
+from weft.ops import cache
 
 METHODS = ["DoRA", "DVoRA"]
 
@@ -17,8 +18,10 @@ METHODS = ["DoRA", "DVoRA"]
 def true_output(a):
     """What the adapter's tensors and the base say now, without anything that was kept."""
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setenv("WEFT_REFERENCE", "1")
-        return a.run()
+        reference_paths(patch, "1")
+        found = a.run()
+    fallback.refresh()
+    return found
 
 
 def fresh(a, what):
@@ -36,14 +39,14 @@ def test_one_norm_a_layer_and_step_whatever_the_micro_batches_and_recomputations
 ):
     a = awake(method)
     optimiser = torch.optim.AdamW(a.adapter.parameters(), lr=1e-3)
-    derived.counts.clear()
+    cache.counts.clear()
     for _ in range(3):
         for _ in range(accumulation):
             checkpoint(a.model, a.x, use_reentrant=False).pow(2).mean().backward()
         optimiser.step()
         optimiser.zero_grad()
-    assert derived.counts["norm"] <= 3 * len(sites(a))  # the first was there already, from `awake`
-    assert derived.counts["norm"] >= 2 * len(sites(a))
+    assert cache.counts["norm"] <= 3 * len(sites(a))  # the first was there already, from `awake`
+    assert cache.counts["norm"] >= 2 * len(sites(a))
 
 
 def optimiser_that_hides(a):
@@ -161,8 +164,7 @@ def test_copies_and_pickles_have_norms_of_their_own(method):
     a.run()
     for twin in (copy.deepcopy(a.model), pickle.loads(pickle.dumps(a.model))):  # noqa: S301
         assert all(
-            not site.derived._held
-            for site in (twin.layer.weft["default"], twin.mid.weft["default"])
+            not len(site.cache) for site in (twin.layer.weft["default"], twin.mid.weft["default"])
         )
         with torch.no_grad():
             for p in twin.parameters():
@@ -178,7 +180,7 @@ def test_copies_and_pickles_have_norms_of_their_own(method):
 def test_a_norm_made_without_gradients_or_in_inference_mode_serves_training(method):
     a = awake(method)
     for site in sites(a):
-        site.derived.clear()
+        site.cache.clear()
     with torch.inference_mode():
         a.run()
     a.run().pow(2).sum().backward()
@@ -197,7 +199,7 @@ def test_a_norm_of_training_has_the_bits_that_it_has_without_an_evaluation_befor
     site = next(iter(adapter.sites.values()))
     adapter.model.train()
     alone = adapter.model(x)
-    site.derived.clear()
+    site.cache.clear()
     adapter.model.eval()
     adapter.model(x[:3])
     adapter.model.train()
@@ -226,15 +228,15 @@ def test_the_answer_is_fresh_after_merge_and_unmerge():
 
 def test_the_reference_keeps_nothing(monkeypatch):
     a = awake("DoRA")
-    monkeypatch.setenv("WEFT_REFERENCE", "1")
-    derived.counts.clear()
+    reference_paths(monkeypatch, "1")
+    cache.counts.clear()
     for _ in range(3):
         a.run()
-    assert not derived.counts
+    assert not cache.counts
 
 
 def test_a_wrong_value_of_the_variable_is_named(monkeypatch):
     a = awake("LoRA")
     monkeypatch.setenv("WEFT_REFERENCE", "yes")
     with pytest.raises(weft.ConfigError, match="WEFT_REFERENCE='yes'"):
-        a.run()
+        weft.use(a.model, "default")

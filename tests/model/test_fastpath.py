@@ -46,10 +46,9 @@ def test_detach_switches_the_fused_kernel_on_again():
     weft.attach(model, weft.LoRA(r=3, targets="mlp"), name="a")
     weft.attach(model, weft.VeRA(r=3, targets="mlp"), name="b")
     weft.detach(model, "a")
-    assert (
-        model.use_nested_tensor is False
-        and sum(len(m._forward_pre_hooks) for m in model.modules()) == 2
-    )
+    blocks = [m for m in model.modules() if isinstance(m, torch.nn.TransformerEncoderLayer)]
+    assert model.use_nested_tensor is False
+    assert [len(m._forward_pre_hooks) for m in blocks] == [1, 1]
     weft.detach(model, "b")
     assert [
         len(m._forward_pre_hooks) for m in model.modules()

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import weft
-from support import config, inputs, net
+from support import config, inputs, net, reference_paths
 
 STEPS = 5
 METHODS = ("LoRA", "DoRA", "VeRA", "DVoRA")
@@ -48,7 +48,7 @@ def test_shards_of_two_processes_are_one_run(tmp_path, monkeypatch):
     """
     mp.spawn(process, (str(tmp_path),), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    monkeypatch.setenv("WEFT_REFERENCE", "1")
+    reference_paths(monkeypatch, "1")
     for method in METHODS:
         alone = run(method, False)
         for step, wanted in enumerate(alone):

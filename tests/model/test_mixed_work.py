@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import weft
-from support import check_close
+from support import check_close, reference_paths
 
 METHODS = [weft.LoRA, weft.VeRA, weft.DoRA, weft.DVoRA]
 
@@ -141,7 +141,7 @@ def test_gradients_of_a_mixed_batch_are_those_of_its_rows(monkeypatch):
     ]
     found = []
     for reference in ("0", "1"):
-        monkeypatch.setenv("WEFT_REFERENCE", reference)
+        reference_paths(monkeypatch, reference)
         with weft.use(model, [f"a{i}" for i in range(8)]):
             found.append(torch.autograd.grad(model(x).pow(2).sum(), parameters))
     for ours, plain in zip(*found, strict=True):

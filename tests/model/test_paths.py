@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import weft
-from support import awake, check_close
-from weft.model import paths
+from support import awake, check_close, reference_paths
+from weft.model import fallback
 
 
 class Own(nn.Linear):
@@ -17,7 +17,7 @@ class Own(nn.Linear):
 
 
 def reason(a, x=None):
-    return a.model.layer.weft["default"].why_plain(a.x if x is None else x)
+    return a.model.layer.weft["default"].fallback_reason(a.x if x is None else x)
 
 
 @pytest.mark.parametrize("method", ["LoRA", "VeRA", "DoRA", "DVoRA", "LoRAFA", "AdaLoRA", "DyLoRA"])
@@ -37,15 +37,15 @@ def test_what_takes_the_plain_definition_says_why(monkeypatch):
     assert "trains too" in reason(a)
     with torch.no_grad():
         assert reason(a) is None
-    monkeypatch.setenv("WEFT_REFERENCE", "1")
+    reference_paths(monkeypatch, "1")
     assert "WEFT_REFERENCE=1" in reason(a)
 
 
 def test_a_layer_with_a_forward_of_its_own_is_asked_for_its_output():
     model = nn.Sequential(Own(4, 4), nn.Linear(4, 4))
     adapter = weft.attach(model, weft.DoRA(r=2, targets=["0", "1"]))
-    assert "Own has a forward of its own" in adapter.sites["0"].why_plain(torch.randn(2, 4))
-    assert adapter.sites["1"].why_plain(torch.randn(2, 4)) is None
+    assert "Own has a forward of its own" in adapter.sites["0"].fallback_reason(torch.randn(2, 4))
+    assert adapter.sites["1"].fallback_reason(torch.randn(2, 4)) is None
 
 
 @pytest.mark.filterwarnings(
@@ -74,11 +74,11 @@ def test_transforms_of_functions_still_work(method):
 
 
 def test_the_log_says_it_once(caplog, monkeypatch):
-    monkeypatch.setattr(paths, "_noted", set())
-    monkeypatch.setenv("WEFT_REFERENCE", "1")
+    monkeypatch.setattr(fallback, "_noted", set())
+    reference_paths(monkeypatch, "1")
     a = awake("LoRA")
     with caplog.at_level(logging.INFO, "weft.paths"):
-        monkeypatch.setattr(paths, "_noted", set())
+        monkeypatch.setattr(fallback, "_noted", set())
         a.run()
         a.run()
     assert [r.getMessage() for r in caplog.records] == [

@@ -10,7 +10,8 @@ from torch import nn
 
 import weft
 from support import VARIANTS, awake, config, net
-from weft.model.plan import Frozen, Plan, Row, _folded, size_text
+from weft.model.plan import Plan, _folded, size_text
+from weft.model.plan_entries import Frozen, Row
 
 NAME = st.lists(
     st.from_regex(r"[a-z_]{1,14}|[0-9]{1,3}", fullmatch=True), min_size=1, max_size=9

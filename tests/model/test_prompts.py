@@ -212,7 +212,7 @@ def test_a_loop_of_ones_own_with_a_cache(method):
             )
         wanted = (
             model(x).logits[:, -1:]
-            if CONFIGS[method].at == "attention" or not CONFIGS[method].l_i
+            if CONFIGS[method].where == "attention" or not CONFIGS[method].l_i
             else None
         )
         if wanted is None:  # behind the prompt of four, and labels say where it ends

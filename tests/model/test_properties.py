@@ -68,9 +68,9 @@ def tensors_of(site):
 
 def effective(site, layer, variant):
     W = layer.weight.detach().double()
-    W = W if site.host.kind == "linear" else W.t()
+    W = W if site.base.kind == "linear" else W.t()
     return (
-        ORACLES[variant.partition(":")[0]](W, tensors_of(site), site.rule)
+        ORACLES[variant.partition(":")[0]](W, tensors_of(site), site.method)
         if variant in TURNS_WEIGHTS
         else W
     )
@@ -80,14 +80,14 @@ def output(layer, W, x, site):
     """The layer's output from the weight that it has, and from the adapter's tensors where that is
     no weight.
     """
-    bias, forward = getattr(layer, "bias", None), FORWARDS.get(type(site.rule).__name__)
+    bias, forward = getattr(layer, "bias", None), FORWARDS.get(type(site.method).__name__)
     x = (
         torch.eye(W.shape[1], dtype=torch.float64)[x]
         if isinstance(layer, nn.Embedding)
         else x.double()
     )
     y = x @ W.t() if bias is None else x @ W.t() + bias.detach().double()
-    return y if forward is None else forward(x, y, tensors_of(site), site.rule)
+    return y if forward is None else forward(x, y, tensors_of(site), site.method)
 
 
 @given(cases())
@@ -113,7 +113,7 @@ def test_gradients_are_finite_and_the_count_is_the_formula(case):
     out, in_ = site.shape
     model(x).pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in site.parameters())
-    assert sum(p.numel() for p in site.parameters()) == count(variant, out, in_, site.rule.r)
+    assert sum(p.numel() for p in site.parameters()) == count(variant, out, in_, site.method.r)
 
 
 @given(

@@ -10,8 +10,14 @@ import torch
 from torch import nn
 
 import weft
-from support import check_close
-from weft.ops import cost, derived
+from support import check_close, reference_paths
+from weft.ops import cache, plan
+
+
+@pytest.fixture(autouse=True)
+def _large(monkeypatch):
+    """Small work shares nothing: one product is cheaper than looking for another."""
+    monkeypatch.setattr(plan, "CALLS_OF_FUSED", 0)
 
 
 class Three(nn.Module):
@@ -56,13 +62,13 @@ def test_one_input_may_be_trained_on_twice(method):
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("method", [weft.VeRA, weft.DVoRA])
 def test_one_product_for_three_readers(method, back, monkeypatch):
-    monkeypatch.setattr(cost, "build_backward", lambda *a: back)
+    monkeypatch.setattr(plan, "build_backward", lambda *a: back)
     model, adapter = adapted(method)
     x = torch.randn(5, 6, requires_grad=True)
-    derived.counts.clear()
+    cache.counts.clear()
     ours = gradients(model, adapter, x)
-    assert derived.counts["A x"] == 2
-    monkeypatch.setenv("WEFT_REFERENCE", "1")
+    assert cache.counts["A x"] == 2
+    reference_paths(monkeypatch, "1")
     for found, wanted in zip(ours, gradients(model, adapter, x), strict=True):
         check_close(found, wanted, torch.float32)
 
@@ -72,7 +78,7 @@ def test_an_input_that_is_written_to_is_read_again(monkeypatch):
     with torch.no_grad():
         x = torch.randn(5, 6)
         found = model(x.clone(), between=lambda x: x.mul_(2))
-        monkeypatch.setenv("WEFT_REFERENCE", "1")
+        reference_paths(monkeypatch, "1")
         check_close(found, model(x.clone(), between=lambda x: x.mul_(2)), torch.float32)
 
 
@@ -105,14 +111,14 @@ def test_nothing_is_held_beyond_the_input():
         5, 6, requires_grad=True
     )  # a leaf is held by its own graph, until the next input
     out = model.q(x)
-    product = weakref.ref(shared._last[2])
+    product = weakref.ref(shared.down._last[2])
     del out, x
     gc.collect()
-    assert shared._last is None and product() is None
+    assert shared.down._last is None and product() is None
 
 
 def test_dropout_draws_for_each_layer():
     model, _ = adapted(dropout=0.5)
-    derived.counts.clear()
+    cache.counts.clear()
     model(torch.randn(5, 6))
-    assert derived.counts["A x"] == 0
+    assert cache.counts["A x"] == 0

@@ -119,7 +119,7 @@ def test_overrides_per_layer_and_the_later_pattern_wins_field_by_field():
         ),
     )
     rules = {
-        name: (site.rule.r, site.rule.alpha, site.rule.norm_grad)
+        name: (site.method.r, site.method.alpha, site.method.norm_grad)
         for name, site in adapter.sites.items()
     }
     assert rules["project"] == rules["blocks.0.up"] == (4, 8, "constant")

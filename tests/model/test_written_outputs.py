@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import weft
-from support import METHODS, RULES, check_close, config
+from support import METHODS, RULES, check_close, config, reference_paths
 
 FUSED = [name for name in RULES if hasattr(METHODS[name], "factors")]
 
@@ -52,7 +52,7 @@ def test_a_module_that_works_in_place(name, shape, monkeypatch):
     model, x = told(), torch.randn(*shape, requires_grad=True)
     adapter = awake(model, name)
     ours = gradients(model, adapter, x)
-    monkeypatch.setenv("WEFT_REFERENCE", "1")
+    reference_paths(monkeypatch, "1")
     for found, wanted in zip(ours, gradients(model, adapter, x), strict=True):
         check_close(found, wanted, torch.float32)
 
@@ -67,6 +67,6 @@ def test_an_operation_in_place_is_right_or_refused_with_the_cure(name, monkeypat
             gradients(model, adapter, x)
         return
     ours = gradients(model, adapter, x)
-    monkeypatch.setenv("WEFT_REFERENCE", "1")
+    reference_paths(monkeypatch, "1")
     for found, wanted in zip(ours, gradients(model, adapter, x), strict=True):
         check_close(found, wanted, torch.float32)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import oracle
 from support import same_bits
-from weft.ops import counter
+from weft.ops import philox
 from weft.ops.peft_draw import peft_projections
 
 ONES = 0xFFFFFFFF
@@ -30,7 +30,7 @@ WORD = st.integers(0, ONES)
 
 def ours(count, key):
     words = tuple(torch.tensor([c], dtype=torch.int64) for c in count)
-    return tuple(int(w) for w in counter.philox(words, key[0] | key[1] << 32))
+    return tuple(int(w) for w in philox.philox(words, key[0] | key[1] << 32))
 
 
 @pytest.mark.parametrize(("count", "key", "result"), KNOWN)
@@ -44,33 +44,33 @@ def test_a_second_implementation_agrees(count, key):
 
 
 def test_an_element_depends_on_its_place_alone():
-    whole = counter.bits(5, 1, 13, 22)
+    whole = philox.bits(5, 1, 13, 22)
     for i, j in ((0, 0), (12, 21), (3, 7), (7, 18)):
         assert int(whole[i, j]) == oracle.philox((j // 4, i, 1, 0), (5, 0))[j % 4]
-    assert torch.equal(counter.bits(5, 1, 4, 9), whole[:4, :9])
-    assert not torch.equal(counter.bits(5, 0, 13, 22), whole)
-    assert not torch.equal(counter.bits(6, 1, 13, 22), whole)
+    assert torch.equal(philox.bits(5, 1, 4, 9), whole[:4, :9])
+    assert not torch.equal(philox.bits(5, 0, 13, 22), whole)
+    assert not torch.equal(philox.bits(6, 1, 13, 22), whole)
 
 
 def test_the_bands_in_which_it_is_computed_do_not_matter(monkeypatch):
-    whole = counter.bits(2**40 + 3, 0, 37, 11)
-    monkeypatch.setattr(counter, "_BAND", 12)
-    assert torch.equal(counter.bits(2**40 + 3, 0, 37, 11), whole)
+    whole = philox.bits(2**40 + 3, 0, 37, 11)
+    monkeypatch.setattr(philox, "_BAND", 12)
+    assert torch.equal(philox.bits(2**40 + 3, 0, 37, 11), whole)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(0, 5), (5, 0), (1, 1), (3, 4), (2, 5)])
 def test_any_shape(rows, cols):
-    assert counter.bits(1, 0, rows, cols).shape == (rows, cols)
+    assert philox.bits(1, 0, rows, cols).shape == (rows, cols)
     assert (
-        counter.uniform(1, 0, rows, cols, 0.5).shape
-        == counter.normal(1, 0, rows, cols, 0.5).shape
+        philox.uniform(1, 0, rows, cols, 0.5).shape
+        == philox.normal(1, 0, rows, cols, 0.5).shape
         == (rows, cols)
     )
 
 
 @given(st.integers(0, 2**63 - 1), st.floats(1e-3, 1e3))
 def test_uniform_is_symmetric_bounded_never_zero_and_one_multiplication_from_its_bits(key, bound):
-    found = counter.uniform(key, 1, 5, 7, bound)
+    found = philox.uniform(key, 1, 5, 7, bound)
     assert (
         found.dtype == torch.float32
         and (found != 0).all()
@@ -85,13 +85,13 @@ def test_uniform_is_symmetric_bounded_never_zero_and_one_multiplication_from_its
 
 
 def test_the_distributions_are_what_they_say():
-    flat = counter.uniform(3, 0, 500, 401, 2.0).double()
+    flat = philox.uniform(3, 0, 500, 401, 2.0).double()
     assert (
         abs(flat.mean()) < 0.01
         and abs(flat.std() - 2 / math.sqrt(3)) < 0.01
         and flat.abs().max() > 1.999
     )
-    bell = counter.normal(3, 0, 500, 401, 0.7).double()
+    bell = philox.normal(3, 0, 500, 401, 0.7).double()
     assert abs(bell.mean()) < 0.01 and abs(bell.std() - 0.7) < 0.01 and bell.isfinite().all()
     for width, share in ((0.7, 0.6827), (1.4, 0.9545)):
         assert abs((bell.abs() < width).double().mean() - share) < 0.01
@@ -101,9 +101,9 @@ def test_frozen_values():
     """These bits are in files. If this fails, adapters saved without their matrices can no longer
     be read.
     """
-    assert counter.key_of(0, "layer", "A") == 0xA1A7707BB4CEDBF9
-    assert [int(v) for v in counter.bits(0, 0, 1, 4)[0]] == list(KNOWN[0][2])
-    assert [v.hex() for v in counter.uniform(7, 1, 2, 3, 0.25).flatten().tolist()] == [
+    assert philox.key_of(0, "layer", "A") == 0xA1A7707BB4CEDBF9
+    assert [int(v) for v in philox.bits(0, 0, 1, 4)[0]] == list(KNOWN[0][2])
+    assert [v.hex() for v in philox.uniform(7, 1, 2, 3, 0.25).flatten().tolist()] == [
         "-0x1.4512800000000p-9",
         "-0x1.50249a0000000p-3",
         "-0x1.829e240000000p-4",
@@ -114,34 +114,34 @@ def test_frozen_values():
     # The last bit of these may depend on the mathematics library, so they are never redrawn from a
     # seed.
     torch.testing.assert_close(
-        counter.normal(7, 1, 1, 3, 0.25)[0],
+        philox.normal(7, 1, 1, 3, 0.25)[0],
         torch.tensor([-0.003108430188149214, -0.23683245480060577, -0.12309751659631729]),
     )
 
 
 def test_the_default_dtype_and_device_do_not_matter():
     wanted = [
-        counter.uniform(1, 0, 3, 5, 0.3),
-        counter.normal(1, 0, 3, 5, 0.3),
+        philox.uniform(1, 0, 3, 5, 0.3),
+        philox.normal(1, 0, 3, 5, 0.3),
         *peft_projections(4, 3, 7, 5),
     ]
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
         found = [
-            counter.uniform(1, 0, 3, 5, 0.3),
-            counter.normal(1, 0, 3, 5, 0.3),
+            philox.uniform(1, 0, 3, 5, 0.3),
+            philox.normal(1, 0, 3, 5, 0.3),
             *peft_projections(4, 3, 7, 5),
         ]
         assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
-        for draw in (counter.uniform, counter.normal):
+        for draw in (philox.uniform, philox.normal):
             assert draw(1, 0, 3, 5, 0.3, "meta").dtype == torch.float32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_another_device_gives_the_same_bits():
-    assert torch.equal(counter.bits(9, 1, 50, 33, "cuda").cpu(), counter.bits(9, 1, 50, 33))
+    assert torch.equal(philox.bits(9, 1, 50, 33, "cuda").cpu(), philox.bits(9, 1, 50, 33))
     assert same_bits(
-        counter.uniform(9, 1, 50, 33, 0.3, "cuda").cpu(), counter.uniform(9, 1, 50, 33, 0.3)
+        philox.uniform(9, 1, 50, 33, 0.3, "cuda").cpu(), philox.uniform(9, 1, 50, 33, 0.3)
     )
 
 
@@ -154,7 +154,7 @@ def test_keys_of_different_parts_differ():
         (0, "aA", ""),
         ("0a", "", "A"),
     ]
-    assert len({counter.key_of(*p) for p in parts}) == len(parts)
+    assert len({philox.key_of(*p) for p in parts}) == len(parts)
 
 
 def test_pefts_matrices_are_those_that_the_installed_peft_draws():

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
-from weft.ops import cost, factors, magnitude
-from weft.ops.factors import Factors
+from weft.ops import native, plan
+from weft.ops import norm as norms
+from weft.ops.fused import fused
+from weft.ops.low_rank import LowRank
+from weft.ops.row_scale import RowScale, output_tells
 
 PATHS = [(False, False), (True, False), (False, True), (True, True)]
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -20,12 +23,28 @@ def definition(x, W, bias, f):
     B = f.B if f.d is None else f.B * f.d
     B = B if f.b is None else B * f.b[:, None]
     V = W + f.s * (B @ f.A)
-    V = V if f.sigma is None else f.sigma[:, None] * V
+    V = V if f.m is None else (f.m / norm_of(f.m))[:, None] * V
     return x @ V.t() + (0 if bias is None else bias)
 
 
 def tensors(f):
-    return {n: t for n in ("A", "B", "d", "b", "sigma") if (t := getattr(f, n)) is not None}
+    return {n: t for n in ("A", "B", "d", "b", "m") if (t := getattr(f, n)) is not None}
+
+
+def norm_of(m):
+    """A made-up ‖V‖ [out], a constant."""
+    return torch.linspace(0.5, 2, len(m), dtype=m.dtype)
+
+
+def ours(x, W, bias, f, tells=True):
+    """The function under test, as a layer calls it."""
+    build = plan.builds(x, W, len(f.A), f.m is not None)
+    if f.m is None:
+        return fused(x, W, bias, f, build=build)
+    norm = norm_of(f.m)
+    scale = RowScale(f.m, norm, bias, x.dtype)
+    scale.output_tells = tells
+    return fused(x, W, bias, f, scale, build=build)
 
 
 def wide(t):
@@ -45,7 +64,7 @@ def case(seed, lead, out, in_, r, method, dtype, bias=True, transposed=False):
         if transposed
         else draw(out, in_, trains=False, scale=0.4)
     )
-    f = Factors(
+    f = LowRank(
         draw(r, in_, trains=method not in ("VeRA", "LoRAFA", "DVoRA")),
         draw(out, r, trains="VoRA" not in method),
         s=0.7,
@@ -53,7 +72,7 @@ def case(seed, lead, out, in_, r, method, dtype, bias=True, transposed=False):
     if method in ("VeRA", "DVoRA"):
         f = replace(f, B=f.B.detach(), d=draw(r), b=draw(out), s=1.0)
     if method in ("DoRA", "DVoRA"):
-        f = replace(f, sigma=draw(out), output_tells=True)
+        f = replace(f, m=draw(out))
     return x, W, draw(out, trains=False) if bias else None, f
 
 
@@ -64,15 +83,15 @@ def run(function, x, W, bias, f, upstream):
     return {"y": y.detach(), **{n: t.grad for n, t in leaves.items() if t.requires_grad}}
 
 
-def against_float64(x, W, bias, f):
+def against_float64(x, W, bias, f, tells=True):
     upstream = torch.randn(
         *x.shape[:-1], W.shape[0], generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
-    ours = run(factors.fused, x, W, bias, f, upstream)
+    found = run(lambda *args: ours(*args, tells), x, W, bias, f, upstream)
     exact = replace(f, **{n: wide(t) for n, t in tensors(f).items()})
     wanted = run(definition, wide(x), wide(W), wide(bias), exact, upstream)
-    assert ours.keys() == wanted.keys()
-    return {n: gap(ours[n], wanted[n]) for n in wanted}
+    assert found.keys() == wanted.keys()
+    return {n: gap(found[n], wanted[n]) for n in wanted}
 
 
 def gap(found, wanted):
@@ -87,8 +106,8 @@ def gap(found, wanted):
 @pytest.fixture(params=PATHS, ids=["beside", "build", "back", "build-back"])
 def path(request, monkeypatch):
     build, back = request.param
-    monkeypatch.setattr(cost, "build_forward", lambda *a: build)
-    monkeypatch.setattr(cost, "build_backward", lambda *a: back)
+    monkeypatch.setattr(plan, "build_forward", lambda *a: build)
+    monkeypatch.setattr(plan, "build_backward", lambda *a: back)
     return request.param
 
 
@@ -123,14 +142,14 @@ def test_any_shape_is_the_equation(lead, out, in_, r, method, bias, transposed, 
 def test_magnitudes_of_zero_and_below(bias, tells):
     x, W, b, f = case(5, (6,), 8, 5, 2, "DoRA", torch.float32, bias)
     with torch.no_grad():
-        f.sigma[0], f.sigma[1] = -2.0, 1.0 if tells else 0.0
-    gaps = against_float64(x, W, b, replace(f, output_tells=tells))
+        f.m[0], f.m[1] = -2.0, 1.0 if tells else 0.0
+    gaps = against_float64(x, W, b, f, tells)
     assert max(gaps.values()) <= 1e-5, gaps
 
 
 def test_the_output_is_not_asked_for_what_it_has_lost():
     norm, dtype = torch.full((3,), 2.0), torch.float32
-    tells = lambda m, bias, dtype=dtype: magnitude.output_tells(torch.tensor(m), norm, bias, dtype)  # noqa: E731
+    tells = lambda m, bias, dtype=dtype: output_tells(torch.tensor(m), norm, bias, dtype)  # noqa: E731
     assert tells([2.0, -2.0, 0.1], None)
     assert not tells([2.0, 0.0, 2.0], None)
     assert not tells([2.0, 1e-4, 2.0], None)
@@ -149,7 +168,7 @@ def test_inputs_and_gradients_of_any_layout(stride, path):
         "expanded": torch.randn(1, 5, 7).expand(6, 5, 7),
     }[stride].detach()
     own = x.clone().requires_grad_()
-    y, z = factors.fused(x.requires_grad_(), W, b, f), factors.fused(own, W, b, f)
+    y, z = ours(x.requires_grad_(), W, b, f), ours(own, W, b, f)
     y.sum().backward()  # its gradient is an expanded one
     z.backward(torch.ones_like(z))
     assert torch.allclose(y, z) and torch.allclose(x.grad, own.grad, rtol=1e-5, atol=1e-6)
@@ -159,12 +178,12 @@ def test_inputs_and_gradients_of_any_layout(stride, path):
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "VeRA", "DVoRA"])
 def test_bfloat16_is_no_worse_than_the_plain_path(method, bias):
     """Mean distance from the same bfloat16 numbers' equation in float64, over seeds."""
-    ours, plain = {}, {}
+    found_ours, plain = {}, {}
     for seed in range(6):
         x, W, b, f = case(seed, (64,), 48, 40, 4, method, torch.bfloat16, bias)
-        if f.sigma is not None:
+        if f.m is not None:
             with torch.no_grad():
-                f.sigma.mul_(0.1).add_(1)
+                f.m.mul_(0.1).add_(norm_of(f.m))
         f = replace(
             f,
             **{
@@ -176,24 +195,21 @@ def test_bfloat16_is_no_worse_than_the_plain_path(method, bias):
         )
         exact = {n: wide(t) for n, t in tensors(f).items()}
         wanted = run(definition, wide(x), wide(W), wide(b), replace(f, **exact), upstream)
-        for found, function in ((ours, factors.fused), (plain, plainly)):
+        for found, function in ((found_ours, ours), (plain, plainly)):
             for t in (x, *tensors(f).values()):
                 t.grad = None
             for name, value in run(function, x, W, b, f, upstream).items():
                 found[name] = found.get(name, 0.0) + float(
                     (value.double() - wanted[name]).norm() / wanted[name].norm()
                 )
-    assert all(ours[name] <= 1.15 * plain[name] for name in ours), (ours, plain)
+    assert all(found_ours[n] <= 1.15 * plain[n] for n in plain), (found_ours, plain)
 
 
 def plainly(x, W, bias, f):
-    """What a method's own forward does, operation by operation."""
+    """The same in torch's own operations."""
     y = torch.nn.functional.linear(x, W, bias)
     h = torch.nn.functional.linear(x, f.A.to(x.dtype))
-    h = h if f.d is None else h * f.d.to(x.dtype)
-    update = torch.nn.functional.linear(h if f.s == 1.0 else h * f.s, f.B.to(x.dtype))
-    update = update if f.b is None else update * f.b.to(x.dtype)
-    return y + update if f.sigma is None else magnitude.compose(y, bias, update, f.sigma)
+    return native.adapted(y, h, bias, f, None if f.m is None else norm_of(f.m))
 
 
 def test_a_small_update_survives_bfloat16():
@@ -202,10 +218,10 @@ def test_a_small_update_survives_bfloat16():
     with torch.no_grad():
         f.B.fill_(1e-4)
     W = torch.ones_like(W)
-    moved = factors.fused(x, W, None, f) - torch.nn.functional.linear(x, W)
+    moved = ours(x, W, None, f) - torch.nn.functional.linear(x, W)
     wanted = f.s * (x.float() @ f.A.float().t()) @ f.B.float().t()
     big = wanted.abs() > 1e-3 * (x.float() @ W.float().t()).abs().clamp_min(1e-2)
-    assert cost.build_forward(4000, 8, 8, 2, False) and cost.build_backward(
+    assert plan.build_forward(4000, 8, 8, 2, False) and plan.build_backward(
         4000, 8, 8, 2, False, True
     )
     assert bool(big.any()) and bool((moved.float()[big] != 0).any())
@@ -225,7 +241,7 @@ def test_what_is_kept_for_backward(method, kept, path):
     with saved_tensors_hooks(
         lambda t: found.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
     ):
-        y = factors.fused(x, W, b, f)
+        y = ours(x, W, b, f)
     sizes = {"x": x.numel(), "h": 500 * 2, "y": y.numel()}
     big = sorted(t.numel() for p, t in found.items() if p not in before and t.numel() > 40 * 2)
     assert big == sorted(sizes[name] for name in kept.split())
@@ -233,23 +249,23 @@ def test_what_is_kept_for_backward(method, kept, path):
 
 def test_a_second_derivative_is_refused_and_not_wrong():
     x, W, b, f = case(2, (5,), 4, 3, 2, "LoRA", torch.float64)
-    (g,) = torch.autograd.grad(factors.fused(x, W, b, f).pow(2).sum(), x, create_graph=True)
+    (g,) = torch.autograd.grad(ours(x, W, b, f).pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.sum().backward()
 
 
 def test_the_cost_model_turns_where_the_counts_do():
     shape = {"out": 768, "in_": 768, "r": 16}
-    builds = [cost.build_forward(t, **shape, scaled=False) for t in (1, 128, 700, 1024, 4096)]
+    builds = [plan.build_forward(t, **shape, scaled=False) for t in (1, 128, 700, 1024, 4096)]
     assert builds == sorted(builds) and not builds[1] and builds[-1]
     back = [
-        cost.build_backward(t, **shape, scaled=True, small_gradient=True)
+        plan.build_backward(t, **shape, scaled=True, small_gradient=True)
         for t in (1, 128, 700, 1024, 4096)
     ]
     assert back == sorted(back) and not back[1] and back[-1]
     # r multiply-adds a number: with a large r the pass counts for nothing, and the sides cross at
     # tokens = in
-    assert not cost.build_forward(1000, 2000, 1024, 4096, False) and cost.build_forward(
+    assert not plan.build_forward(1000, 2000, 1024, 4096, False) and plan.build_forward(
         1048, 2000, 1024, 4096, False
     )
 
@@ -273,11 +289,11 @@ def test_the_norm_without_the_product_is_the_norm(out, in_, r, size, seed):
         torch.randn(r, in_, generator=g),
         torch.randn(out, r, generator=g) * size,
     )
-    found = magnitude.updated_norm(W, magnitude.row_norm(W), A, B)
+    found = norms.updated_norm(W, norms.row_norm(W), A, B)
     rounding = 1e-6 * (B.abs() @ A.abs()).norm(dim=1)  # of B A itself in float32
     assert ((found - _exact(W, A, B)).abs() <= 1e-5 * _exact(W, A, B) + rounding).all()
     if size == 0.0:
-        assert torch.equal(found, magnitude.row_norm(W))
+        assert torch.equal(found, norms.row_norm(W))
 
 
 @pytest.mark.parametrize("left", [0.0, 1e-7, 1e-4, 0.1])
@@ -286,7 +302,7 @@ def test_the_norm_holds_where_update_and_weight_cancel(left):
     A, B = torch.randn(2, 9), torch.randn(5, 2)
     W = -(B @ A) + left * torch.randn(5, 9)
     W[0] = 0
-    found = magnitude.updated_norm(W, magnitude.row_norm(W), A, B)
+    found = norms.updated_norm(W, norms.row_norm(W), A, B)
     rounding = 1e-6 * (B @ A).norm(dim=1)  # of the sum itself in float32
     assert ((found - _exact(W, A, B)).abs() <= 1e-5 * _exact(W, A, B) + rounding).all()
 
@@ -294,10 +310,10 @@ def test_the_norm_holds_where_update_and_weight_cancel(left):
 def test_a_zero_row_stays_zero():
     W, A, B = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
     W[1], B[1] = 0, 0
-    assert magnitude.updated_norm(W, magnitude.row_norm(W), A, B)[1] == magnitude.SMALLEST
+    assert norms.updated_norm(W, norms.row_norm(W), A, B)[1] == norms.SMALLEST
 
 
 def test_the_product_needs_no_wide_copy_of_w(monkeypatch):
-    monkeypatch.setattr(magnitude, "_BLOCK", 12)
+    monkeypatch.setattr(norms, "_BLOCK", 12)
     W, A = torch.randn(7, 4).bfloat16(), torch.randn(3, 4)
-    assert torch.allclose(magnitude.product(W, A, torch.float32), W.float() @ A.t())
+    assert torch.allclose(norms.product(W, A, torch.float32), W.float() @ A.t())

@@ -6,11 +6,11 @@ import torch
 import weft
 from weft.compare.bench import Bench
 from weft.compare.plan import RunSpec
+from weft.compare.tasks.labelled import LabelledTask
 from weft.tasks import GLUE, find_task
 from weft.tasks.glue import SETS
 from weft.tasks.metrics import of_logits
 from weft.tasks.models import find_model, prepare
-from weft.training.labelled import Labelled
 
 ROWS = 40
 
@@ -162,7 +162,7 @@ def test_a_regression_is_trained_by_squared_error_and_scored_by_its_metric(tmp_p
     task = find_task(f"stsb:{tmp_path}").load()
     model = find_model(bert(tmp_path / "bert", ["the", "film", "was", "so", *words]))
     prepared = prepare(task, model, {})
-    bench = Bench(Labelled(prepared), torch.device("cpu"))
+    bench = Bench(LabelledTask(prepared), torch.device("cpu"))
     config = weft.methods.to_json(weft.LoRA(r=4, modules_to_save=bench.head))
     spec = RunSpec(
         label="lora",

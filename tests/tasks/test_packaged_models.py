@@ -87,9 +87,9 @@ def test_minilm_reads_texts_without_the_padding_and_truncation_of_its_own_file(t
 
 @with_minilm
 def test_weft_train_takes_all_of_a_long_text_for_minilm():
-    from weft.training.data import Samples
-    from weft.training.prepare import tokenizer_and_stops
-    from weft.training.render import encode_labels
+    from weft.encoding.labels import encode_labels
+    from weft.encoding.samples import Samples
+    from weft.encoding.tokenizer import tokenizer_and_stops
 
     ref = find_model("minilm")
     samples = Samples(

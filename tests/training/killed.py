@@ -33,7 +33,7 @@ import tiny
 
 from weft.checkpoint import files
 from weft.methods import METHODS
-from weft.training import card, run
+from weft.training import curves, run
 from weft.training.config import from_dict
 
 STEPS = 9
@@ -41,7 +41,7 @@ FIELDS = {"r": 3, "dropout": 0.1, "k": 1, "skip_layers": 0, "warm_up": 4, "final
 os.fsync = lambda handle: (
     None
 )  # a killed process loses no page that it wrote; only a machine that fails does
-card.draw = lambda *a: (
+curves.draw = lambda *a: (
     False
 )  # the picture is half of the time of so small a run, and has a test of its own
 
@@ -198,7 +198,7 @@ if __name__ == "__main__":
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
 
-    from weft.training import callbacks, trainer  # noqa: F401 -- all before the forks, so that they share it
+    from weft.training import loop  # noqa: F401 -- all before the forks, so that they share it
 
     gc.freeze()
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))

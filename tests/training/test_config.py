@@ -70,7 +70,7 @@ def test_defaults_overrides_and_the_resolved_file_say_the_same(file, tmp_path):
         ("data.train=null", "data.train and task: give one of them"),
         ("train.steps", "write KEY=VALUE"),
         ("out.x=1", "'out' is a value and has no keys below it"),
-        ("optim.lr=[", "is no readable YAML"),
+        ("optim.lr=[", "is not readable YAML"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line_and_status_2(file, capsys, setting, said):
@@ -94,7 +94,7 @@ def test_two_that_exclude_each_other(file, capsys):
 def test_a_key_that_stands_twice_and_files_that_are_not_there(file, tmp_path, capsys):
     file.write_text(LEAST + "out: other\n")
     assert main(["train", str(file)]) == 2
-    assert "'out' stands twice" in capsys.readouterr().err
+    assert "'out' is given twice" in capsys.readouterr().err
     file.write_text(LEAST.replace("d.jsonl", str(tmp_path / "pears.jsonl")))
     (tmp_path / "pairs.jsonl").write_text("")
     assert main(["train", str(file)]) == 2

@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy
 import weft
 from architectures import ARCHITECTURES, GPT2, transformer
 from weft.compare.entries import LRS, OTHER_LRS
+from weft.compare.tasks.loop import Recipe, groups, renew, train
 from weft.methods import METHODS
 from weft.tasks import find_task
 from weft.tasks.models import find_model, prepare
-from weft.training.loop import Recipe, groups, renew, train
 
 TEXT = "the more it snows the more it goes on snowing and nobody knows how cold my toes are growing"
 STEPS = 20
@@ -70,7 +70,7 @@ def test_on_a_small_language_model(method: str, model: str) -> None:
         losses.append(float(loss.detach()))
     weft.audit(built, before, weft.snapshot(built))
     # Four vectors in the input of a model that knows nothing can say little.
-    assert fallen(losses, 0.9 if hasattr(METHODS[method], "at") else 0.8), losses
+    assert fallen(losses, 0.9 if hasattr(METHODS[method], "where") else 0.8), losses
 
 
 @pytest.fixture(scope="module")

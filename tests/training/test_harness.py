@@ -11,8 +11,8 @@ import torch
 
 import weft
 from weft.cli import main
-from weft.training import harness
-from weft.training.use import open_model
+from weft.inference import harness
+from weft.inference.opened import open_model
 
 QUESTIONS = [
     ("ab", ["c", "zz", "q"], 0),
@@ -132,4 +132,4 @@ def test_what_is_no_language_model_is_refused(place, tmp_path):
     opened = open_model(str(place / "lm"), None)
     opened.model.can_generate = lambda: False
     with pytest.raises(weft.WeftError, match="no language model"):
-        harness.score(opened, ["piqa"], None)
+        harness.harness_scores(opened, ["piqa"], None)

@@ -58,7 +58,7 @@ def place(tmp_path_factory):
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a recipe's out is runs/..., from where the command is given
     monkeypatch.setattr(
-        "weft.training.card.draw", lambda *a: False
+        "weft.training.curves.draw", lambda *a: False
     )  # half of the time of so small a run
     monkeypatch.setattr(
         "weft.tasks.caption_scores.has_java", lambda: False
@@ -201,7 +201,7 @@ def test_instructions_are_read_as_the_model_will_be_asked(place, capsys):
     """
     from transformers import AutoTokenizer
 
-    from weft.training.render import Renderer
+    from weft.encoding.render import Renderer
 
     template = RECIPES / "alpaca.jinja"
     data = recipe_data.alpaca(Path("alpaca_data.json"))

@@ -7,10 +7,13 @@ import json
 import pytest
 import tiny
 
+from weft.encoding.labels import classes_of, encode_labels
+from weft.encoding.render import Renderer, marked
+from weft.encoding.rows import IGNORED
+from weft.encoding.samples import Samples
 from weft.errors import ConfigError, WeftError
 from weft.training.config import DataSection
-from weft.training.data import Samples, load_samples
-from weft.training.render import IGNORED, Renderer, classes_of, encode_labels, marked
+from weft.training.data import load_samples
 
 CHAT = [
     {"role": "user", "content": "hi"},
@@ -109,7 +112,7 @@ def test_a_template_that_renders_turns_otherwise_later_is_refused(tokenizer):
     template = (
         "{% for m in messages %}{{ messages|length }}{{ m['content'] }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(WeftError, match="renders the conversation up to message 2 otherwise"):
+    with pytest.raises(WeftError, match="renders the conversation up to message 2 differently"):
         shown(tokenizer, {"messages": CHAT}, "messages", template=template)
     with pytest.raises(WeftError, match="the tokenizer has none"):
         shown(tiny.tokenizer(None), {"messages": CHAT}, "messages")
@@ -160,8 +163,8 @@ def test_formats_are_told_by_their_columns(tmp_path):
 @pytest.mark.parametrize(
     ("row", "fields", "said"),
     [
-        ({"x": 1}, {}, "no format follows"),
-        ({"prompt": "a", "completion": 3}, {}, r"sample 1: completion=3 is no text"),
+        ({"x": 1}, {}, "fit no format"),
+        ({"prompt": "a", "completion": 3}, {}, r"sample 1: completion=3 is not text"),
         ({"prompt": "a"}, {"format": "prompt"}, "needs the columns prompt, completion"),
         (
             {"q": "a", "answer": "b"},
@@ -170,13 +173,13 @@ def test_formats_are_told_by_their_columns(tmp_path):
         ),
         ({"messages": [{"role": "asistant", "content": "x"}]}, {}, "Nearest: assistant"),
         ({"messages": CHAT[:1]}, {}, "no message has the role assistant"),
-        ({"text": "a", "label": None}, {}, "label=None is no class"),
+        ({"text": "a", "label": None}, {}, "label=None is neither a class"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, row, fields, said):
     with pytest.raises(WeftError, match=said):
         load(tmp_path, [row], **fields)
-    with pytest.raises(ConfigError, match=r"no column of any format. Nearest: prompt"):
+    with pytest.raises(ConfigError, match=r"no format has this column. Nearest: prompt"):
         load(tmp_path, [{"a": "b"}], columns={"promt": "a"})
 
 

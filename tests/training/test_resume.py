@@ -101,7 +101,7 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def _no_picture():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("weft.training.card.draw", lambda *a: False)
+        patch.setattr("weft.training.curves.draw", lambda *a: False)
         yield
 
 
@@ -146,16 +146,16 @@ def same(a, b):
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_stops(place, whole, tmp_path, monkeypatch):
-    from weft.training import callbacks
+    from weft.training import log
 
-    told = callbacks.Log._tell
+    show = log.Log._show
 
     def press(self, state, row):
-        told(self, state, row)
+        show(self, state, row)
         if row["step"] == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(callbacks.Log, "_tell", press)
+    monkeypatch.setattr(log.Log, "_show", press)
     before, said = signal.getsignal(signal.SIGINT), StringIO()
     done = train(config(place, tmp_path / "o"), stream=said)
     assert signal.getsignal(signal.SIGINT) is before
@@ -216,8 +216,8 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(whole):
         ({"optim__lr": 2e-2}, r"optim.lr=0.01, and this one has 0.02"),
         ({"method__r": 3}, r"method.r=2, and this one has 3"),
         ({"train__seed": 1}, "train.seed=0"),
-        ({"data__train": "other.jsonl"}, "other values in the training data"),
-        ({"model__path": "other"}, "other values in the model's weights"),
+        ({"data__train": "other.jsonl"}, "the training data differ"),
+        ({"model__path": "other"}, "the model's weights differ"),
     ],
 )
 def test_another_run_is_not_gone_on_with(place, whole, tmp_path, changes, said):
@@ -250,8 +250,8 @@ def test_the_same_data_elsewhere_and_other_log_settings_are_the_same_run(place, 
 def test_a_directory_with_a_run_wants_resume_and_one_with_something_else_is_refused(
     place, whole, tmp_path
 ):
-    with pytest.raises(ConfigError, match=r"holds a run. Add --resume"):
+    with pytest.raises(ConfigError, match=r"has a run. Add --resume"):
         train(config(place, whole))
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+    with pytest.raises(ConfigError, match="is not empty and has no run"):
         train(config(place, tmp_path))

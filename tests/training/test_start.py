@@ -29,7 +29,7 @@ def place(tmp_path_factory):
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("weft.training.card.draw", lambda *a: False)
+        patch.setattr("weft.training.curves.draw", lambda *a: False)
         train(config(folder, folder / "first"), stream=StringIO())
         yield folder
     gc.unfreeze()
@@ -198,11 +198,11 @@ def test_to_go_on_the_same_start_is_wanted_wherever_it_lies(place, tmp_path):
     killed()
     other = tmp_path / "other"
     train(config(place, other, train__seed=3), stream=StringIO())
-    with pytest.raises(ConfigError, match="the adapter that it begins with"):
+    with pytest.raises(ConfigError, match=r"the tensors of adapter\.start differ"):
         train(
             config(place, out, adapter__start=str(other / "adapter"), save__every=1),
             go_on=True,
             stream=StringIO(),
         )
-    with pytest.raises(ConfigError, match="the adapter that it begins with"):
+    with pytest.raises(ConfigError, match=r"the tensors of adapter\.start differ"):
         train(config(place, out, save__every=1), go_on=True, stream=StringIO())

@@ -17,10 +17,11 @@ import weft
 from weft.cli import main
 from weft.errors import AuditError, ConfigError, WeftError
 from weft.training import from_dict, train
-from weft.training.callbacks import best_place, stale
+from weft.training.best import best_index, stale
 from weft.training.config import OptimSection
-from weft.training.loop import DivergedError
-from weft.training.trainer import EpochOrder, groups
+from weft.training.losses import DivergedError
+from weft.training.optimizer import groups
+from weft.training.sampling import EpochOrder
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def place(tmp_path_factory):
 def _no_picture(request, monkeypatch):
     """It is half of the time of so small a run; one test looks at it."""
     if "directory_tells" not in request.node.name:
-        monkeypatch.setattr("weft.training.card.draw", lambda *a: False)
+        monkeypatch.setattr("weft.training.curves.draw", lambda *a: False)
 
 
 def config(place, out, **changes):
@@ -190,7 +191,7 @@ def test_a_classifier_gets_a_new_head_at_its_own_rate_and_the_best_adapter_is_ke
     assert second["lrs"] == pytest.approx({"adapter": second["lr"], "head": 5 * second["lr"]})
     losses = [row["loss"] for row in rows(tmp_path / "o", "eval")]
     assert (
-        done.step < 30 and len(losses) == best_place([-x for x in losses]) + 3
+        done.step < 30 and len(losses) == best_index([-x for x in losses]) + 3
     )  # it learns the opposite and is stopped
     assert done.evaluation["loss"] == min(losses)
     kept = weft.load(weights_of(place, 2), tmp_path / "o" / "adapter")
@@ -326,7 +327,7 @@ def test_the_audit_stops_a_run_whose_tensors_do_not_train(place, tmp_path, monke
 
 
 def test_too_few_steps_for_the_audit_and_a_loss_that_is_lost(place, tmp_path):
-    with pytest.raises(WeftError, match="Train for so many or more"):
+    with pytest.raises(WeftError, match="Train for at least that many"):
         run(place, tmp_path / "a", train__steps=2)
     with pytest.raises((DivergedError, WeftError), match=r"the loss became|NaN or infinit"):
         run(place, tmp_path / "b", optim__lr=1e30, optim__clip=0, train__steps=8)
@@ -377,7 +378,7 @@ def test_a_reporter_that_is_not_installed_is_named(place, tmp_path, monkeypatch)
 def test_patience_counts_evaluations_without_a_better_one():
     assert [stale([1, 2, 1.9, 1.5][:n], 0.0) for n in (1, 2, 3, 4)] == [0, 0, 1, 2]
     assert stale([1, 1.05, 1.2], 0.1) == 0 and stale([1, 1.05, 1.09], 0.1) == 2
-    assert best_place([1, 3, 3]) == 1
+    assert best_index([1, 3, 3]) == 1
 
 
 def boolq(folder):
@@ -425,7 +426,7 @@ def test_a_task_is_trained_answered_and_scored(place, tmp_path, capsys):
     )
     assert json.loads((tmp_path / "s.json").read_text())["examples"] == 3
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(ConfigError, match="of causal-lm there are loss"):
+    with pytest.raises(ConfigError, match="the metrics of causal-lm are loss"):
         train(
             replace(data, out=str(tmp_path / "p"), eval=replace(data.eval, best="BLEU")),
             stream=StringIO(),

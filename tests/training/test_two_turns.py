@@ -9,10 +9,10 @@ import weft
 from judge_server import GRADED, judge
 from weft.cli import main
 from weft.errors import ConfigError
+from weft.inference import two_turns
+from weft.inference.opened import open_model
 from weft.tasks.journal import Journal
 from weft.tasks.mt_bench import Question
-from weft.training import two_turns
-from weft.training.use import open_model
 
 QUESTIONS = [
     Question(i, ("writing", "math", "coding")[i % 3], (f"say {i}", f"more {i}"), ("", ""))

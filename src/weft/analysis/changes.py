@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..methods.base import full_precision
-from ..model import hosts
+from ..methods.base import effective_weight
 from ..model.adapter import Adapter
+from ..model.base_layers import is_linear, view
+from ..ops.norm import full_precision
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,10 @@ def changes_of(adapter: Adapter) -> Iterator[tuple[str, Change]]:
 
 def _of_sites(adapter: Adapter) -> dict[str, Change]:
     found = {}
-    for module, site in adapter.sites.items():
-        W = site.host.weight().detach().double()
+    for module, site in adapter.layers.items():
+        W = site.base.weight().detach().double()
         with full_precision(W.device):
-            found[module] = change(W, site.rule.effective_weight(W, site))
+            found[module] = change(W, effective_weight(site.method, W, site))
     return found
 
 
@@ -91,12 +92,10 @@ def _of_selected(adapter: Adapter) -> dict[str, Change]:
     found = {}
     for name, tensor in adapter.selected_tensors.items():
         module, _, kind = name.rpartition(".")
-        layer = (
-            hosts.shape_kind(adapter.model.get_submodule(module))
-            if kind == "weight" and not tensor.head
-            else None
-        )
-        if layer in ("linear", "conv1d"):
+        layer = adapter.model.get_submodule(module)
+        if kind == "weight" and not tensor.head and is_linear(layer):
             W, changed = tensor.original.detach(), tensor.trained.detach()
-            found[module] = change(W.t(), changed.t()) if layer == "conv1d" else change(W, changed)
+            if view(layer).transposed:
+                W, changed = W.t(), changed.t()
+            found[module] = change(W, changed)
     return found

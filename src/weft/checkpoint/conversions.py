@@ -15,48 +15,54 @@ from torch import Tensor
 
 from .. import methods
 from ..errors import CheckpointError, UnsupportedError
-from ..methods.base import DTYPES, Draw, Fixed
+from ..methods.config import DTYPES
 from ..methods.projections import Projections
+from ..methods.rng import Rng
+from ..ops.low_rank import LowRank
 from .checkpoint import Checkpoint, CheckpointLayer
 from .drawn import FIXED, digest_of, shared_checksum, shared_key
 
 
-def as_lora(
-    factors: Callable[[Any, Any], tuple[Tensor, Tensor, float]],
-) -> Callable[[Checkpoint], Checkpoint]:
-    """Returns a conversion to LoRA, from a function of a layer's rule and tensors to A [r, in],
-    B [out, r] and s.
+def as_lora(checkpoint: Checkpoint) -> Checkpoint:
+    """Returns the checkpoint as LoRA; every layer gets the rank and scale that it needs.
 
-    Every layer gets the rank and scale that it needs. Layers whose update is 0 are left out; the
-    conversion raises UnsupportedError if none remains.
+    Layers without a rank in force are left out. Raises UnsupportedError if none remains.
     """
+    sites: dict[str, CheckpointLayer] = {}
+    for module, layer in checkpoint.sites.items():
+        A, B, scale = _plain_factors(layer.rule.factors(params(checkpoint, module)))
+        if not len(A):
+            continue
+        rule = methods.LoRA(
+            r=len(A),
+            alpha=scale * len(A),
+            init="kaiming",
+            dropout=layer.rule.dropout,
+            dtype=layer.rule.dtype,
+        )
+        dtype = DTYPES[layer.rule.dtype]
+        tensors = {"A": A.to(dtype), "B": B.to(dtype)}
+        sites[module] = replace(layer, rule=rule, tensors=tensors, reached=None)
+    if not sites:
+        raise UnsupportedError(
+            "no triplet of any layer is in force, so there is nothing to export."
+        )
+    old, first = checkpoint.config, next(iter(sites.values())).rule
+    config = replace(
+        first, targets=list(sites), modules_to_save=old.modules_to_save, train=old.train
+    )
+    return replace(checkpoint, config=config, sites=sites, projections=None, checksums={})
 
-    def convert(checkpoint: Checkpoint) -> Checkpoint:
-        sites: dict[str, CheckpointLayer] = {}
-        for module, layer in checkpoint.sites.items():
-            A, B, scale = factors(layer.rule, params(checkpoint, module))
-            if not len(A):
-                continue
-            rule = methods.LoRA(
-                r=len(A),
-                alpha=scale * len(A),
-                init="kaiming",
-                dropout=layer.rule.dropout,
-                dtype=layer.rule.dtype,
-            )
-            dtype = DTYPES[layer.rule.dtype]
-            tensors = {"A": A.to(dtype), "B": B.to(dtype)}
-            sites[module] = replace(layer, rule=rule, tensors=tensors, reached=None)
-        if not sites:
-            raise UnsupportedError(
-                "no triplet of any layer is in force, so there is nothing to export."
-            )
-        first = next(iter(sites.values())).rule
-        saved = checkpoint.config.modules_to_save
-        config = replace(first, targets=list(sites), modules_to_save=saved)
-        return replace(checkpoint, config=config, sites=sites, projections=None, checksums={})
 
-    return convert
+def _plain_factors(f: LowRank) -> tuple[Tensor, Tensor, float]:
+    """A [r, in], B [out, r] and s with the diagonals in B, without ranks whose diagonal is 0."""
+    A, B = f.A, f.B
+    if f.b is not None:
+        B = f.b.double()[:, None] * B.double()
+    if f.d is not None:
+        kept = f.d != 0
+        A, B = A[kept], (B.double() * f.d.double())[:, kept]
+    return A, B, f.s
 
 
 def with_projections(checkpoint: Checkpoint) -> Checkpoint:
@@ -65,34 +71,18 @@ def with_projections(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, projections=(shared.A, shared.B))
 
 
-def _low_rank(rule: Any, p: Any) -> tuple[Tensor, Tensor, float]:
-    return p.A, p.B, rule.scale
-
-
-def _triplets(rule: Any, p: Any) -> tuple[Tensor, Tensor, float]:
-    """lam goes into B; triplets that are not in force are left out."""
-    kept = p.lam[:, 0] != 0
-    B = p.P.double() * p.lam[:, 0].double()
-    return p.Q[kept], B[:, kept], rule.scale
-
-
-def _vectors(rule: Any, p: Any) -> tuple[Tensor, Tensor, float]:
-    A, B = rule._frozen(p)
-    return p.d.double()[:, None] * A.double(), p.b.double()[:, None] * B.double(), 1.0
-
-
 # By form and method. A checkpoint that has the form already is copied, and needs no line here.
 CONVERSIONS: Mapping[str, Mapping[type[Any], Callable[[Checkpoint], Checkpoint]]] = {
     "lora": {
-        methods.LoRAFA: as_lora(_low_rank),
-        methods.DyLoRA: as_lora(_low_rank),
-        methods.AdaLoRA: as_lora(_triplets),
-        methods.VeRA: as_lora(_vectors),
+        methods.LoRAFA: as_lora,
+        methods.DyLoRA: as_lora,
+        methods.AdaLoRA: as_lora,
+        methods.VeRA: as_lora,
     },
     "peft": {
-        methods.LoRAFA: as_lora(_low_rank),
-        methods.DyLoRA: as_lora(_low_rank),
-        methods.AdaLoRA: as_lora(_triplets),
+        methods.LoRAFA: as_lora,
+        methods.DyLoRA: as_lora,
+        methods.AdaLoRA: as_lora,
         methods.VeRA: with_projections,
     },
 }
@@ -106,8 +96,7 @@ def params(checkpoint: Checkpoint, module: str) -> Any:
     """
     layer = checkpoint.sites[module]
     tensors: dict[str, Any] = dict(layer.tensors)
-    if isinstance(layer.rule, Fixed):
-        tensors |= _fixed(layer, module)
+    tensors |= _fixed(layer, module)
     if layer.rule.share_key() is not None:
         tensors["shared"] = _shared_matrices(checkpoint, layer.rule)
     return SimpleNamespace(shape=layer.known_shape(), training=False, **tensors)
@@ -116,10 +105,7 @@ def params(checkpoint: Checkpoint, module: str) -> Any:
 def check_fixed(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError if the frozen tensors of the layers are not those that were saved."""
     drawn = (
-        t
-        for module, layer in checkpoint.sites.items()
-        if isinstance(layer.rule, Fixed)
-        for t in _fixed(layer, module).values()
+        t for module, layer in checkpoint.sites.items() for t in _fixed(layer, module).values()
     )
     known = checkpoint.checksums.get(FIXED)
     if known is not None and known != (found := digest_of(drawn)):
@@ -130,9 +116,10 @@ def check_fixed(checkpoint: Checkpoint) -> None:
 
 
 def _fixed(layer: CheckpointLayer, module: str) -> dict[str, Tensor]:
-    drawn = layer.rule.fixed(
-        layer.kind, layer.known_shape(), Draw(layer.rule.seed, module), torch.device("cpu")
-    )
+    if not isinstance(layer.rule, methods.LayerConfig):
+        return {}
+    rng = Rng(layer.rule.seed, module, torch.device("cpu"))
+    drawn = layer.rule.frozen(*layer.known_shape(), layer.kind == "embedding", rng)
     return {name: t.to(DTYPES[layer.rule.dtype]) for name, t in drawn.items()}
 
 

@@ -17,9 +17,9 @@ FIXED = "fixed"  # the key of the checksum over the layers' own frozen tensors
 UNKNOWN = "0" * 16  # in place of a checksum if only the size of the file is wanted
 
 
-def shared_key(rule: Any) -> str:
-    """Returns the share key of a rule as text."""
-    return "/".join(map(str, rule.share_key() or ()))
+def shared_key(method: Any) -> str:
+    """Returns the share key of a method as text."""
+    return "/".join(map(str, method.share_key() or ()))
 
 
 def shared_checksum(shared: Projections) -> str:
@@ -37,7 +37,7 @@ def _drawn_checksum(r: int, max_in: int, max_out: int, seed: int, draw: str) -> 
 def fixed_checksum(adapter: Adapter) -> str | None:
     """Returns one checksum over the frozen tensors of the layers, as in memory; None without any."""
     return digest_of(
-        site.get_buffer(name) for site in adapter.sites.values() for name in site.fixed_names
+        layer.get_buffer(name) for layer in adapter.layers.values() for name in layer.frozen_names
     )
 
 
@@ -50,10 +50,10 @@ def digest_of(tensors: Iterable[Tensor]) -> str | None:
 def checksums_of(adapter: Adapter, values: bool = True) -> dict[str, str]:
     """Returns the checksums that a header records, by share key; zeros with values=False."""
     found = {
-        shared_key(site.rule): shared_checksum(site.shared) if values else UNKNOWN
-        for site in adapter.sites.values()
-        if isinstance(site.shared, Projections)
+        shared_key(layer.method): shared_checksum(layer.shared) if values else UNKNOWN
+        for layer in adapter.layers.values()
+        if isinstance(layer.shared, Projections)
     }
-    if any(site.fixed_names for site in adapter.sites.values()):
+    if any(layer.frozen_names for layer in adapter.layers.values()):
         found[FIXED] = (fixed_checksum(adapter) if values else None) or UNKNOWN
     return found

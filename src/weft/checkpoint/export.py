@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError, UnsupportedError
@@ -99,23 +100,24 @@ def _config_file(found: files.Found) -> Path:
 def _has_form(checkpoint: Checkpoint, to: str) -> bool:
     """The file has the form already. Files of VeRA are always written again, with A and B."""
     if to == "lora":
-        return type(checkpoint.config) is methods.LoRA
+        return type(checkpoint.config) is methods.LoRA and checkpoint.peft_reads_it
     shared = any(layer.rule.share_key() is not None for layer in checkpoint.sites.values())
     return checkpoint.peft_reads_it and not shared
 
 
 def _converted(checkpoint: Checkpoint, to: str) -> tuple[Any, Any, Any]:
     """Tensors, header and configuration in the new form."""
-    convert = CONVERSIONS[to].get(type(checkpoint.config))
-    if convert is None:
+    method = type(checkpoint.config)
+    convert = CONVERSIONS[to].get(method)
+    readable = [each for each in formats.FORMATS if each.peft_reads_it]
+    by_peft = any(method in each.methods for each in readable) and checkpoint.config.mergeable
+    if convert is None and not (by_peft and (to == "peft" or method is methods.LoRA)):
         raise UnsupportedError(_why_not(checkpoint.config, to))
-    new = convert(checkpoint)
+    new = convert(checkpoint) if convert is not None else checkpoint
     try:
-        form = formats.choose(new, among=[each for each in formats.FORMATS if each.peft_reads_it])
+        form = formats.choose(new, among=readable)
     except UnsupportedError as error:
-        other = next(
-            (f for f in FORMS if f != to and type(checkpoint.config) in CONVERSIONS[f]), ""
-        )
+        other = next((f for f in FORMS if f != to and method in CONVERSIONS[f]), "")
         hint = f" Export to {other!r}." if other else ""
         raise UnsupportedError(f"{error}.{hint}") from None
     written = form.write(new)
@@ -124,7 +126,8 @@ def _converted(checkpoint: Checkpoint, to: str) -> tuple[Any, Any, Any]:
 
 def _why_not(config: Any, to: str) -> str:
     name = type(config).__name__
-    if isinstance(config, methods.Selection):
+    own_tensors = isinstance(config, methods.TensorConfig)
+    if not own_tensors:
         return (
             f"{name} trains copies of base tensors and has no form {to!r}; use weft merge, which "
             "writes a plain model."
@@ -161,19 +164,28 @@ def _error(before: Checkpoint, after: Checkpoint) -> float:
     """
     worst = 0.0
     for module, layer in before.sites.items():
-        if not hasattr(layer.rule, "delta"):
+        if not _is_update(layer.rule):
             same = all(
                 torch.equal(t, after.sites[module].tensors[name])
                 for name, t in layer.tensors.items()
             )
             worst = max(worst, 0.0 if same else float("inf"))
             continue
-        wanted = layer.rule.delta(params(before, module), torch.float64)
+        wanted = _update(before, module)
         size = float(wanted.norm())
-        found = (
-            after.sites[module].rule.delta(params(after, module), torch.float64)
-            if module in after.sites
-            else 0 * wanted
-        )
+        found = _update(after, module) if module in after.sites else 0 * wanted
         worst = max(worst, float((found - wanted).norm()) / (size or 1.0))
     return worst
+
+
+def _is_update(method: Any) -> bool:
+    """W' of the method is W + ΔW, without a scale of the rows."""
+    low_rank: bool = isinstance(method, methods.LowRankMethod)
+    return low_rank and "m" not in method.shapes(2, 2)
+
+
+def _update(checkpoint: Checkpoint, module: str) -> Tensor:
+    """ΔW [out, in] in float64."""
+    factors = checkpoint.sites[module].rule.factors(params(checkpoint, module))
+    found: Tensor = factors.delta(torch.float64)
+    return found

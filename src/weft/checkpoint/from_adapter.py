@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import methods
-from ..methods.base import DTYPES, Reparameterised, Stateful
+from ..methods.config import DTYPES
 from ..methods.projections import Projections
 from ..model.adapter import Adapter
-from ..model.layer import CHILD, Site
-from ..model.state import find_state
+from ..model.layer import CHILD, AdapterLayer
+from ..model.state import base_only, find_state
 from ..model.structure import canonical
-from ..model.switch import base_only
 from .checkpoint import Checkpoint, CheckpointLayer
 from .drawn import checksums_of
 from .matching import architecture
@@ -36,15 +35,15 @@ def checkpoint_of(adapter: Adapter, values: bool = True, projections: bool = Fal
         selected=selected,
         checksums=checksums_of(adapter, values),
     )
-    for module, site in adapter.sites.items():
+    for module, layer in adapter.layers.items():
         found.sites[canonical(module)] = CheckpointLayer(
-            methods.replace(_finished(site.rule), {"dtype": _dtype(site)}),
-            _trained_tensors(site),
-            kind=site.host.kind,
-            shape=site.shape,
-            reached=site.rule.reached(site) if isinstance(site.rule, Stateful) else None,
+            methods.replace(_finished(layer.method), {"dtype": _dtype(layer)}),
+            _trained_tensors(layer),
+            kind=layer.base.kind,
+            shape=layer.shape,
+            reached=layer.method.extra_state(layer),
         )
-        shared = site.shared
+        shared = layer.shared
         if isinstance(shared, Projections) and (projections or shared.draw == "stored"):
             found.projections = found.projections or _float32(shared)
     found.aliases, found.repeated = _other_names(adapter, selected)
@@ -56,10 +55,10 @@ def saved_config(adapter: Adapter) -> Any:
 
     It differs from the adapter's if the trained tensors only produce those that are saved.
     """
-    config, site = adapter.config, next(iter(adapter.sites.values()), None)
-    if site is None or _finished(config) is config:
+    config, layer = adapter.config, next(iter(adapter.layers.values()), None)
+    if layer is None or _finished(config) is config:
         return config
-    return methods.replace(_finished(config), {"dtype": _dtype(site)})
+    return methods.replace(_finished(config), {"dtype": _dtype(layer)})
 
 
 def base_of(adapter: Adapter) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def base_of(adapter: Adapter) -> dict[str, Any]:
 
 def _nested(adapter: Adapter) -> tuple[str, nn.Module]:
     """The innermost module with a model configuration of its own that has every trained tensor."""
-    names = [name.split(".") for name in (*adapter.sites, *adapter.selected_tensors)]
+    names = [name.split(".") for name in (*adapter.layers, *adapter.selected_tensors)]
     shared = [
         part
         for i, part in enumerate(names[0])
@@ -96,22 +95,22 @@ def _nested(adapter: Adapter) -> tuple[str, nn.Module]:
 
 def _finished(config: Any) -> Any:
     """The configuration of the tensors that are saved; the same object if nothing differs."""
-    done = config.finished() if isinstance(config, Reparameterised) else config
+    done = config.finished()
     return config if done == config else done
 
 
-def _trained_tensors(site: Site) -> dict[str, Tensor]:
-    dtype = DTYPES[_dtype(site)]
-    if _finished(site.rule) is site.rule:
-        return {name: p.detach().to(dtype) for name, p in site.trainable().items()}
+def _trained_tensors(layer: AdapterLayer) -> dict[str, Tensor]:
+    dtype = DTYPES[_dtype(layer)]
+    if _finished(layer.method) is layer.method:
+        return {name: p.detach().to(dtype) for name, p in layer.trainable().items()}
     with torch.no_grad():
-        return {name: t.to(dtype) for name, t in site.rule.finished_tensors(site).items()}
+        return {name: t.to(dtype) for name, t in layer.method.finished_tensors(layer).items()}
 
 
-def _dtype(site: Site) -> str:
+def _dtype(layer: AdapterLayer) -> str:
     """The dtype that holds all trained tensors of a layer: model.bfloat16() casts them too."""
-    widest = reduce(torch.promote_types, (p.dtype for p in site.trainable().values()))
-    if _finished(site.rule) is not site.rule:
+    widest = reduce(torch.promote_types, (p.dtype for p in layer.trainable().values()))
+    if _finished(layer.method) is not layer.method:
         # Tensors that others produce are computed in float32 or wider, and would be rounded.
         widest = torch.promote_types(widest, torch.float32)
     return next(name for name, dtype in DTYPES.items() if dtype == widest)

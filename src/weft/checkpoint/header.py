@@ -190,7 +190,7 @@ def _differences(rule: Any, config: Any) -> dict[str, Any]:
     return {
         f.name: getattr(rule, f.name)
         for f in fields(rule)
-        if f.name not in ("targets", "modules_to_save")
+        if f.name not in ("targets", "modules_to_save", "train")
         and getattr(rule, f.name) != getattr(config, f.name)
     }
 

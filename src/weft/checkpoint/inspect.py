@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import methods
-from ..model.plan import WIDTH, Row, ranks_as_text, rows_as_text, size_text
+from ..model.plan import WIDTH, ranks_as_text, rows_as_text, size_text
+from ..model.plan_entries import Row
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer
 from .problems import refuse

@@ -12,12 +12,10 @@ from torch import nn
 
 from .. import methods
 from ..errors import CheckpointError
-from ..methods.base import Stateful
-from ..model import targets
 from ..model.adapter import Adapter
-from ..model.attach import Parts, attach_resolved, detach
-from ..model.state import find_state, unwrapped
-from ..model.switch import activate, base_only
+from ..model.attach import Parts, attach_resolved
+from ..model.state import base_only, find_state, unwrapped
+from ..model.structure import targets
 from .checkpoint import Checkpoint, LoadReport
 from .drawn import FIXED, fixed_checksum
 from .load_plan import LoadPlan
@@ -57,7 +55,6 @@ def load(
     checkpoint = read(path)
     root = unwrapped(model)
     state = find_state(root)
-    before = state.switch.active if state is not None else None
     with base_only(state):
         plan = LoadPlan(root, checkpoint)
     if strict:
@@ -69,19 +66,15 @@ def load(
         )
     # In the order of the model.
     rules = {module: plan.rules[module] for module in plan.modules if module in plan.rules}
-    weights = rules and not isinstance(plan.config, methods.Prompt)
-    frozen, routed = targets.leftovers(root, rules) if weights else ([], [])
-    adapter = attach_resolved(
-        model, plan.config, Parts(rules, list(plan.selected), frozen, routed), name, plan.shared
-    )
-    try:
+    weights = rules and not isinstance(plan.config, methods.PromptMethod)
+    frozen, routed = targets.leftovers(plan.structure, rules) if weights else ([], [])
+
+    def fill(adapter: Adapter) -> None:
         _fill(adapter, plan)
         _check_fixed(adapter, checkpoint, plan, path if strict else None)
-    except BaseException:
-        detach(model, name)
-        if state is not None:
-            activate(state, before)
-        raise
+
+    parts = Parts(rules, list(plan.selected), frozen, routed)
+    adapter = attach_resolved(plan.structure, plan.config, parts, name, plan.shared, fill)
     adapter.load_report = LoadReport(adapter, plan.problems, plan.mapped, plan.notes)
     return adapter if strict else adapter.load_report
 
@@ -93,7 +86,7 @@ def _check_fixed(
     known, found = checkpoint.checksums.get(FIXED), fixed_checksum(adapter)
     if known == found:
         return
-    if len(adapter.sites) < len(checkpoint.sites):
+    if len(adapter.layers) < len(checkpoint.sites):
         plan.notes.append(
             "the frozen tensors of some layers alone cannot be held against the file's checksum of "
             "all"
@@ -110,12 +103,12 @@ def _check_fixed(
 
 @torch.no_grad()
 def _fill(adapter: Adapter, plan: LoadPlan) -> None:
-    for name, site in adapter.sites.items():
-        live = site.trainable()
+    for name, layer in adapter.layers.items():
+        live = layer.trainable()
         for tensor, value in plan.values[name].items():
             live[tensor].copy_(value)
-        if name in plan.reached and isinstance(site.rule, Stateful):
-            site.rule.restore(site, plan.reached[name])
+        if name in plan.reached:
+            layer.method.load_extra_state(layer, plan.reached[name])
     for name, selected in adapter.selected_tensors.items():
         selected.trained.copy_(plan.selected[name])
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import TargetError
-from ..model import hosts, prompts, structure
+from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
-from ..model.selection import tensors_of_modules, tensors_picked
 from ..model.state import find_state
+from ..model.structure.selection import tensors_of_modules, trained_tensors
 from . import formats, matching
 from .checkpoint import Checkpoint, CheckpointLayer
 from .problems import fault_of, nearest
@@ -29,11 +29,12 @@ class LoadPlan:
 
     def __init__(self, root: nn.Module, checkpoint: Checkpoint) -> None:
         self.root, self.checkpoint, self.config = root, checkpoint, checkpoint.config
+        self.structure = structure.Structure.of(root)
         self.problems = list(checkpoint.problems)
         self.notes = list(checkpoint.notes)
         self.modules = {
             name: module
-            for name, module in structure.base_modules(root)
+            for name, module in self.structure.modules.items()
             if not matching.is_wrapper(module)
         }
         self.parameters = {
@@ -99,7 +100,7 @@ class LoadPlan:
         self.values[name] = {}
         if site.reached is not None:
             self.reached[name] = site.reached
-        for tensor, wanted in site.rule.trained(*shape).items():
+        for tensor, wanted in site.rule.shapes(*shape).items():
             if tensor not in site.tensors:
                 continue  # its absence is among the problems already
             fault = fault_of(site.tensors[tensor], wanted)
@@ -116,7 +117,7 @@ class LoadPlan:
             self.problems.append(
                 f"peft's file means something else in this {type(self.root).__name__}: {why}"
             )
-        places, sites = list(self._prompt_hosts(self.config.at)), list(self.checkpoint.sites)
+        places, sites = list(self._prompt_hosts(self.config.where)), list(self.checkpoint.sites)
         if len(places) != len(sites):
             self.problems.append(f"the file has {len(sites)} layers, and the model {len(places)}")
         self.names.found |= dict(zip(sites, places, strict=False))
@@ -124,22 +125,23 @@ class LoadPlan:
     def _host(self, module: str, name: str, rule: Any) -> Any:
         """Returns the view of a module that the rule adapts; None, with a problem, if it cannot."""
         layer = self.modules[name]
-        if isinstance(rule, methods.Prompt):
-            if name not in self._prompt_hosts(rule.at):
+        if isinstance(rule, methods.PromptMethod):
+            if name not in self._prompt_hosts(rule.where):
                 self.problems.append(
                     f"{module!r}: the model's {name!r}, a {type(layer).__name__}, is no place for "
                     f"{type(rule).__name__}, which belongs on: "
-                    f"{list(self._prompt_hosts(rule.at))[:4]}"
+                    f"{list(self._prompt_hosts(rule.where))[:4]}"
                 )
-            return self._prompt_hosts(rule.at).get(name)
-        if hosts.host_kind(layer) is None:
-            why = hosts.why_not(layer) or "it is no linear layer"
+            return self._prompt_hosts(rule.where).get(name)
+        why = base_layers.why_not(layer)
+        if why is not None or base_layers.kind_of(layer) is None:
+            why = why or "it is no linear layer"
             self.problems.append(
                 f"{module!r}: the model's {name!r}, a {type(layer).__name__}, cannot be adapted: "
                 f"{why}"
             )
             return None
-        return hosts.view(layer)
+        return base_layers.view(layer)
 
     def _prompt_hosts(self, at: str) -> dict[str, Any]:
         """Returns the modules of this model that a prompt attaches to; none, with a problem, if the
@@ -147,7 +149,7 @@ class LoadPlan:
         """
         if self._prompt_modules is None:
             try:
-                self._prompt_modules = prompts.places(self.root, at)[0]
+                self._prompt_modules = prompts.find_places(self.structure, at)[0]
             except TargetError as error:
                 self.problems.append(str(error))
                 self._prompt_modules = {}
@@ -233,9 +235,11 @@ class LoadPlan:
             model = self.root
         inner = base.get("inner")  # a model within the file's base that has all trained tensors
         here = self.modules.get(self.names.found.get(inner["at"], inner["at"])) if inner else None
-        if _fits(base, model) and (not inner or (here is not None and _fits(inner, here))):
+        if matching.same_architecture(base, model) and (
+            not inner or (here is not None and matching.same_architecture(inner, here))
+        ):
             return
-        if inner and _fits(inner, model):
+        if inner and matching.same_architecture(inner, model):
             return
         within = any(matching.NESTED in module.split(".") for module in self.checkpoint.sites)
         if self.checkpoint.writer == "peft" and within and self.mapped:
@@ -245,8 +249,8 @@ class LoadPlan:
             )
             return
         self.problems.append(
-            f"the adapter is for {_called(base)}, and this model is "
-            f"{_called(matching.architecture(model))}"
+            f"the adapter is for {matching.architecture_text(base)}, and this model is "
+            f"{matching.architecture_text(matching.architecture(model))}"
         )
 
     # Is everything there?
@@ -254,17 +258,16 @@ class LoadPlan:
     def _check_complete(self) -> None:
         """Everything that the configuration names in this model must be in the file."""
         have = {id(self.parameters[name]) for name in self.selected}
-        for name in dict.fromkeys([*self._saved_tensors(), *self._picked_tensors()]):
+        for name in dict.fromkeys([*self._saved_tensors(), *self._trained_tensors()]):
             if id(self.parameters[name]) not in have:
                 self.problems.append(
                     f"missing: the file has no {name!r}, which the adapter trains in this model"
                     f"{nearest('in the file', name, self.checkpoint.selected, self.problems)}"
                 )
         self._check_biases(have)
-        if isinstance(self.config, methods.Selection):
-            return
         try:
-            layers = parts_of(self.root, replace(self.config, modules_to_save=())).rules
+            alone = replace(self.config, modules_to_save=(), train=())
+            layers = parts_of(self.structure, alone).rules
         except TargetError:
             # It names modules that only the file's base has; the problems above say so.
             return
@@ -294,16 +297,44 @@ class LoadPlan:
                     f"{nearest('in the file', name, self.checkpoint.selected, self.problems)}"
                 )
 
-    def _picked_tensors(self) -> list[str]:
+    def _trained_tensors(self) -> list[str]:
+        """Returns the base tensors that the configuration trains in this model by `train`."""
         try:
-            return (
-                tensors_picked(self.root, self.config)
-                if isinstance(self.config, methods.Selection)
-                else []
-            )
+            saved = tensors_of_modules(self.structure, self.config.modules_to_save)
+            self._fit_train(saved)
+            return self._tensors_of(self.config, saved)
         except TargetError as error:
             self.problems.append(str(error))
             return []
+
+    def _tensors_of(self, config: Any, saved: list[str]) -> list[str]:
+        adapted = [
+            n for n, rule in self.rules.items() if not isinstance(rule, methods.PromptMethod)
+        ]
+        trained = trained_tensors(self.structure, config, adapted, saved)
+        inside = [] if self.nested is None else [self.nested]
+        return [name for name in trained if not inside or structure.within(name, inside)]
+
+    def _fit_train(self, saved: list[str]) -> None:
+        """Writes the biases that peft trained as `train`.
+
+        peft's "all" includes the head's, which "biases" does not, and leaves out biases of other
+        names, like in_proj_bias; then the tensors are named one by one.
+        """
+        beside = [name for name in self.selected if name not in saved]
+        if self.checkpoint.biases == "none":
+            return
+        words: list[str] = ["target-biases"] if beside else []
+        if self.checkpoint.biases == "all":
+            try:
+                usual = self._tensors_of(replace(self.config, train=("biases",)), saved)
+            except TargetError:  # no biases outside the head
+                usual = []
+            known = {id(self.structure.readers[name]) for name in usual}
+            have = {id(self.structure.readers[name]) for name in (*beside, *saved)}
+            others = [n for n in beside if id(self.structure.readers[n]) not in known]
+            words = ["biases", *others] if known and known <= have else beside
+        self.config = replace(self.config, train=tuple(words))
 
     def _saved_tensors(self) -> list[str]:
         """Returns the tensors of modules_to_save. peft lists all names that the head of a task may
@@ -329,7 +360,7 @@ class LoadPlan:
                 if e not in kept
             ]
         self.config = replace(self.config, modules_to_save=kept)
-        return tensors_of_modules(self.root, kept)
+        return tensors_of_modules(self.structure, kept)
 
 
 def _family(kind: str | None) -> str:
@@ -360,17 +391,3 @@ def _same(live: Tensor, value: Tensor) -> bool:
     if live.shape != value.shape or live.is_floating_point() != value.is_floating_point():
         return False
     return torch.equal(live.to(value.dtype), value) or torch.equal(live, value.to(live.dtype))
-
-
-def _fits(base: dict[str, Any], model: nn.Module) -> bool:
-    here = matching.architecture(model)
-    if base["class"] == here["class"]:
-        return True
-    if base.get("library"):  # peft names the Python module of the class
-        return bool(base["library"] == matching.class_of(model).__module__)
-    return base.get("model_type") is not None and bool(base["model_type"] == here["model_type"])
-
-
-def _called(base: dict[str, Any]) -> str:
-    kind = base.get("model_type") or base.get("library")
-    return f"{base['class']} ({kind})" if kind else str(base["class"])

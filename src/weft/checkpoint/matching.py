@@ -56,6 +56,22 @@ def architecture(root: nn.Module) -> dict[str, Any]:
     return {"class": class_of(root).__name__, "model_type": kind if isinstance(kind, str) else None}
 
 
+def same_architecture(base: dict[str, Any], model: nn.Module) -> bool:
+    """Returns True if a model has the architecture that a file records."""
+    here = architecture(model)
+    if base["class"] == here["class"]:
+        return True
+    if base.get("library"):  # peft names the Python module of the class
+        return bool(base["library"] == class_of(model).__module__)
+    return base.get("model_type") is not None and bool(base["model_type"] == here["model_type"])
+
+
+def architecture_text(base: dict[str, Any]) -> str:
+    """Returns an architecture for messages."""
+    kind = base.get("model_type") or base.get("library")
+    return f"{base['class']} ({kind})" if kind else str(base["class"])
+
+
 def owner_of(tensor: str, modules: Collection[str]) -> str | None:
     """Returns the outermost module of a tensor's name that ends in an entry of `modules`, or None.
 

@@ -97,7 +97,7 @@ def _check_sum(checkpoint: Checkpoint, rule: Any, shared: Projections, problems:
 def _on_model(state: State | None, key: tuple[Any, ...]) -> Projections | None:
     """The same matrices if an adapter on the model has them already: they exist once per model."""
     sites = (
-        [site for adapter in state.adapters.values() for site in adapter.sites.values()]
+        [site for adapter in state.adapters.values() for site in adapter.layers.values()]
         if state
         else []
     )

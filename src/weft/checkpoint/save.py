@@ -98,9 +98,9 @@ def _choose_with_projections(checkpoint: Checkpoint, model: nn.Module) -> format
 def _check_values(adapter: Adapter) -> None:
     shapes = {
         id(p): shape
-        for site in adapter.sites.values()
+        for layer in adapter.layers.values()
         for p, shape in zip(
-            site.trainable().values(), site.rule.trained(*site.shape).values(), strict=True
+            layer.trainable().values(), layer.method.shapes(*layer.shape).values(), strict=True
         )
     }
     shapes |= {id(p): tuple(p.shape) for p in adapter.shared_parameters.values()}

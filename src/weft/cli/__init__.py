@@ -1,5 +1,5 @@
-"""The command `weft`: one file a command, thin. Libraries are imported by a command's `run`, not by
-its help.
+"""The command `weft`: one thin file per command. A command's `run` imports libraries, its help does
+not.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ COMMANDS = (
     "doctor",
 )
 DONE, FAILED, MISUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
-# Top-level modules and the extra that brings them; any other missing module is a defect and keeps
-# its trace.
+# Top-level modules and the extra that installs them. Any other missing module is a bug and keeps its
+# traceback.
 EXTRAS = {
     **dict.fromkeys(
         (
@@ -63,14 +63,14 @@ EXTRAS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says in one line what is wrong."""
+    """A parser whose errors take one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(MISUSED, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed, 2 bad arguments, 130
+    """Runs one command and returns its exit status: 0 done, 1 failed, 2 bad arguments, 130
     interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -91,11 +91,11 @@ def _dispatch(words: list[str]) -> int:
     if rest:
         parser.error(_unknown(rest, list(parser._option_string_actions)))
     args.words = words
-    return _run(command, args, f"weft {name}")
+    return _run_command(command, args, f"weft {name}")
 
 
 def _top(words: Sequence[str]) -> int:
-    """`weft --help`, `weft --version`, and everything that is no command."""
+    """Handles `weft --help`, `weft --version`, and everything that is not a command."""
     parser = Parser(
         prog="weft",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -106,11 +106,11 @@ def _top(words: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"weft {__version__}")
     rest = parser.parse_known_args(list(words))[1]
     if not rest:
-        parser.error(f"say what to do: {', '.join(COMMANDS)}. See weft --help.")
+        parser.error(f"give a command: {', '.join(COMMANDS)}. See weft --help.")
     if rest[0].startswith("-"):
         parser.error(_unknown(rest, list(parser._option_string_actions)))
     near = get_close_matches(rest[0], COMMANDS, n=2) or list(COMMANDS)
-    parser.error(f"{rest[0]!r} is no command. Nearest: {', '.join(near)}.")
+    parser.error(f"{rest[0]!r} is not a command. Nearest: {', '.join(near)}.")
 
 
 def _asks_help(words: Sequence[str]) -> bool:
@@ -127,14 +127,14 @@ def _commands() -> str:
             "commands:",
             *lines,
             "",
-            "weft COMMAND --help says more.",
+            "See weft COMMAND --help.",
         ]
     )
 
 
 def listed(name: str, text: str, column: int) -> str:
-    """A name and what it is, at 80 columns; a word with hyphens stays whole, since it may be
-    something to type.
+    """Returns a name and its text at 80 columns. Words with hyphens are not split, since they may be
+    typed.
     """
     start = f"  {name}".ljust(column - 1) + " "
     return textwrap.fill(
@@ -151,35 +151,34 @@ def _unknown(rest: Sequence[str], options: Sequence[str]) -> str:
     return f"{first!r} is not known here. {known}"
 
 
-def _run(command: Any, args: argparse.Namespace, prog: str) -> int:
+def _run_command(command: Any, args: argparse.Namespace, prog: str) -> int:
     try:
         status = int(command.run(args))
         sys.stdout.flush()
         return status
     except ConfigError as error:
-        return _say(prog, str(error), MISUSED)
+        return _print_error(prog, str(error), MISUSED)
     except WeftError as error:
-        return _say(prog, str(error), FAILED)
+        return _print_error(prog, str(error), FAILED)
     except ImportError as error:
         module = (error.name or "").partition(".")[0]
         if module not in EXTRAS:
             raise
-        return _say(
+        return _print_error(
             prog,
-            f"{module} is needed and not installed: pip install 'weft[{EXTRAS[module]}]'",
+            f"{module} is needed but not installed: pip install 'weft[{EXTRAS[module]}]'",
             FAILED,
         )
-    except (
-        BrokenPipeError
-    ):  # `weft ... | head`: the reader has seen enough; nothing may be written at exit either
+    except BrokenPipeError:
+        # `weft ... | head`: the reader has closed. Nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED
     except OSError as error:
-        return _say(prog, str(error), FAILED)
+        return _print_error(prog, str(error), FAILED)
     except KeyboardInterrupt:
-        return _say(prog, "interrupted.", INTERRUPTED)
+        return _print_error(prog, "interrupted.", INTERRUPTED)
 
 
-def _say(prog: str, message: str, status: int) -> int:
+def _print_error(prog: str, message: str, status: int) -> int:
     print(f"{prog}: {message}", file=sys.stderr)
     return status

@@ -63,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
     from ..analysis.analyze import analyze
     from ..checkpoint.files import replace
     from ..checkpoint.load import read
-    from ..training.pretrained import check_recorded, find_source, opened
+    from ..inference.pretrained import base_for, find_source
+    from ..training.run_dir import check_recorded_base
 
     ref, first = find_source(args.model), read(series[0].places[0][1])
-    model, missing = opened(ref, first.base.get("class"), first.selected, args.dtype)
-    check_recorded(model, missing, [one.places[0][1] for one in series])
+    model, missing = base_for(ref, first.base.get("class"), first.selected, args.dtype)
+    check_recorded_base(model, missing, [one.places[0][1] for one in series])
     found = analyze(model, series, targets)
     text, data = (
         report.as_text(found, args.model),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import textwrap
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from .common import write_json
 
 HELP = "versions, devices, which kernels run and why not"
 PACKAGES = (
@@ -35,26 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 where Weft works here (a test layer is adapted, trained, merged and restored), 1 where it
-    does not.
-    """
+    """Returns 0 if the self-test passes (adapt, train, merge and restore small models), else 1."""
     found = examine()
     for section, entries in found.items():
         if isinstance(entries, dict):
             print(f"{section}:")
             for name, value in entries.items():
                 print(textwrap.fill(f"  {name:<14}{value}", WIDTH, subsequent_indent=" " * 16))
-    if args.json is not None:
-        from ..checkpoint.files import replace
-
-        text = json.dumps({"schema": 1, **found}, indent=1) + "\n"
-        replace(args.json, lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(args.json, {"schema": 1, **found})
     return (
         1 if any(str(result).startswith("failed") for result in found["self-test"].values()) else 0
     )
 
 
 def examine() -> dict[str, Any]:
+    """Returns versions, devices, kernels and the results of the self-test."""
     import torch
 
     from .. import __version__
@@ -105,33 +101,33 @@ def _cuda() -> str:
     import torch
 
     if torch.version.cuda is None:
-        return "not there: this torch is built without CUDA"
+        return "not available: this torch is built without CUDA"
     if not torch.cuda.is_available():
-        return f"not there: torch is built for CUDA {torch.version.cuda} and sees no device"
+        return f"not available: torch is built for CUDA {torch.version.cuda} and sees no device"
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
 def _self_test() -> dict[str, str]:
-    """Every method on a small model: attach, one backward, merge and unmerge (or a refusal),
-    detach; the base is back.
+    """Runs every method on a small model: attach, backward, merge and unmerge (or a refusal),
+    detach, and a check that the base is restored.
     """
     from .. import methods
 
-    return {name: _tried(method) for name, method in methods.METHODS.items()}
+    return {name: _run_method(method) for name, method in methods.METHODS.items()}
 
 
-def _tried(method: Any) -> str:
+def _run_method(method: Any) -> str:
     import torch
 
     from ..errors import UnsupportedError, WeftError
-    from ..methods.base import Prompt
+    from ..methods.base import PromptMethod
     from ..model.attach import attach, detach
     from ..model.merge import merge, unmerge
 
     config = method()
-    if isinstance(config, Prompt) and _version("transformers").startswith("not installed"):
-        return "not tried: it needs a model of transformers, which is not installed"
-    model, x = _tiny_transformer() if isinstance(config, Prompt) else _two_blocks()
+    if isinstance(config, PromptMethod) and _version("transformers").startswith("not installed"):
+        return "not tested: it needs a model of transformers, which is not installed"
+    model, x = _tiny_transformer() if isinstance(config, PromptMethod) else _two_blocks()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
         adapter = attach(model, config)
@@ -153,8 +149,8 @@ def _tried(method: Any) -> str:
 
 
 def _two_blocks() -> tuple[Any, Any]:
-    """What the methods look for in a transformer's block: an attention and an MLP with their output
-    maps.
+    """A model with what methods look for in a transformer's block: attention and MLP with output
+    layers.
     """
     import torch
 

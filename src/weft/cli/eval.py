@@ -1,4 +1,4 @@
-"""`weft eval`: a task's scores of a model, with an adapter or without; by Weft's own protocol or by
+"""`weft eval`: the scores of a model on a task, with or without an adapter, by Weft's protocol or
 lm-eval's.
 """
 
@@ -7,24 +7,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-HELP = "score a model, with an adapter or without, on a task"
+from .common import add_device_options, add_model_options, write_json, write_text
+
+HELP = "score a model on a task, with or without an adapter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="M",
-        help="the base: a name of weft compare --list, a directory, or a hub name",
-    )
-    add(
-        "--adapter",
-        metavar="DIR",
-        help="what weft train, weft.save or peft wrote (default: the base alone)",
-    )
+    add_model_options(parser)
     add(
         "--task",
         metavar="T",
@@ -40,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lm-eval-path",
         metavar="DIR",
         type=Path,
-        help="with --lm-eval: a folder with task files of your own",
+        help="with --lm-eval: a folder with your own task files",
     )
     add(
         "--shots",
@@ -50,47 +41,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--split", metavar="NAME", help="with --task: test (default) or validation")
     add("--limit", type=int, metavar="N", help="the first N examples (of each task)")
-    add("--batch", type=int, default=8, metavar="N", help="examples at a time (default: 8)")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the base's weights",
-    )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto (default): CUDA where there is one",
-    )
+    add("--batch", type=int, default=8, metavar="N", help="examples per batch (default: 8)")
+    add_device_options(parser)
     add(
         "--outputs",
         metavar="FILE",
         type=Path,
-        help="write the generated answers there, one JSON object a line",
+        help="write the generated answers there, one JSON object per line",
     )
     add("--json", metavar="FILE", type=Path, help="write the scores there too")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..checkpoint.files import replace
+    from ..encoding.samples import check_task, is_generation, is_image
     from ..errors import ConfigError
-    from ..training.data import check_task, is_generation, is_image
-    from ..training.use import evaluate, evaluate_images, open_model
+    from ..inference.evaluate import evaluate, evaluate_images
+    from ..inference.opened import open_model
 
     if args.batch < 1 or (args.limit is not None and args.limit < 1):
         raise ConfigError("--batch and --limit are whole numbers, 1 or more.")
-    _check(args)
+    _check_arguments(args)
     if args.lm_eval is not None:
         return _harness(args)
     check_task(args.task)
     if args.outputs is not None and not is_generation(args.task):
-        raise ConfigError(f"--outputs: {args.task!r} generates nothing.")
-    what = (args.task, args.split or "test", args.limit, args.batch)
+        raise ConfigError(f"--outputs: {args.task!r} generates no text.")
+    selection = (args.task, args.split or "test", args.limit, args.batch)
     if is_image(args.task):
-        found = evaluate_images(args.model, args.adapter, *what, args.dtype, args.device)
+        found = evaluate_images(args.model, args.adapter, *selection, args.dtype, args.device)
     else:
-        found = evaluate(open_model(args.model, args.adapter, args.dtype, args.device), *what)
+        found = evaluate(open_model(args.model, args.adapter, args.dtype, args.device), *selection)
     print(f"{found.task}, {found.split}: {found.examples} examples")
     for name, score in found.report.scores.items():
         print(
@@ -111,16 +91,16 @@ def run(args: argparse.Namespace) -> int:
         "scores": found.report.scores,
         "reasons": found.report.reasons,
     }
-    _write(args.json, data)
+    write_json(args.json, data)
     if args.outputs is not None:
         lines = "".join(
             json.dumps({"output": text}, ensure_ascii=False) + "\n" for text in found.outputs or ()
         )
-        replace(args.outputs, lambda path: path.write_text(lines, encoding="utf-8"))
+        write_text(args.outputs, lines)
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check_arguments(args: argparse.Namespace) -> None:
     from ..errors import ConfigError
 
     if (args.task is None) == (args.lm_eval is None):
@@ -138,13 +118,13 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _harness(args: argparse.Namespace) -> int:
-    from ..training.harness import find_tasks, score
-    from ..training.use import open_model
+    from ..inference.harness import find_tasks, harness_scores
+    from ..inference.opened import open_model
 
     names = [name.strip() for name in args.lm_eval.split(",") if name.strip()]
     index = find_tasks(names, args.lm_eval_path)
     opened = open_model(args.model, args.adapter, args.dtype, args.device)
-    found = score(opened, names, index, args.shots, args.limit, args.batch)
+    found = harness_scores(opened, names, index, args.shots, args.limit, args.batch)
     print(f"lm-eval {found.release}, log-likelihood")
     for task, scores in found.scores.items():
         print(
@@ -153,7 +133,7 @@ def _harness(args: argparse.Namespace) -> int:
         )
         for name, value in scores.items():
             print(f"  {name:<16} {value:.4f}")
-    _write(
+    write_json(
         args.json,
         {
             "schema": 1,
@@ -165,12 +145,3 @@ def _harness(args: argparse.Namespace) -> int:
         },
     )
     return 0
-
-
-def _write(place: Path | None, data: dict[str, Any]) -> None:
-    from ..checkpoint.files import replace
-
-    if place is not None:
-        replace(
-            place, lambda path: path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        )

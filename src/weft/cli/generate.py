@@ -1,31 +1,23 @@
-"""`weft generate`: text from a model, with an adapter or without."""
+"""`weft generate`: text from a model, with or without an adapter."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "continue a prompt with a model, with an adapter or without"
+from .common import add_device_options, add_model_options, setting
+
+HELP = "continue a prompt with a model, with or without an adapter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="M",
-        help="the base: a name of weft compare --list, a directory, or a hub name",
-    )
-    add(
-        "--adapter",
-        metavar="DIR",
-        help="what weft train, weft.save or peft wrote (default: the base alone)",
-    )
+    add_model_options(parser)
     add(
         "--prompt",
         required=True,
         action="append",
         metavar="TEXT",
-        help="what to continue; may be given again",
+        help="the prompt to continue; may be given again",
     )
     add(
         "--chat",
@@ -41,26 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another setting of model.generate, for example num_beams=4, or do_sample=True",
     )
     add("--seed", type=int, default=0, metavar="N", help="for do_sample=True (default: 0)")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the base's weights",
-    )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto (default): CUDA where there is one",
-    )
+    add_device_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..errors import ConfigError
-    from ..training.use import generate, open_model
-    from .plan import setting
+    from ..inference.generate import generate
+    from ..inference.opened import open_model
 
     if args.max_new_tokens < 1:
         raise ConfigError("--max-new-tokens is a whole number, 1 or more.")

@@ -5,14 +5,15 @@ address.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from .common import add_adapter_option, add_device_options, scores_text, setting, write_json
+
 HELP = "MT-Bench: answer its questions with a model, and have a judge model grade the answers"
-# Options that do nothing without another one, by that one.
+# Options that have no effect without --model, and without --url.
 ANSWERING = (
     "adapter",
     "set",
@@ -56,21 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=Path,
         default=Path("weft-judge"),
-        help="where answers, judgments and failed attempts are kept, and gone on from (default: "
-        "weft-judge)",
+        help="the folder of answers, judgments and failed attempts; the same command resumes "
+        "from it (default: weft-judge)",
     )
     add("--limit", type=int, metavar="N", help="the first N questions")
+    _add_answer_arguments(parser)
+    _add_judge_arguments(parser)
+    add("--json", metavar="FILE", type=Path, help="write the scores there too")
+
+
+def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--model",
         metavar="M",
         help="answer with this base: a name of weft compare --list, a directory, or a hub name "
         "(default: the answers in --out)",
     )
-    add(
-        "--adapter",
-        metavar="DIR",
-        help="what weft train, weft.save or peft wrote (default: the base alone)",
-    )
+    add_adapter_option(parser)
     add("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 1024)")
     add(
         "--set",
@@ -78,11 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="another setting of model.generate (default: MT-Bench's temperature of the category)",
     )
-    add("--seed", type=int, metavar="N", help="of what is sampled (default: 0)")
-    add("--chat-template", metavar="FILE", help="in place of the tokenizer's own")
-    add("--batch", type=int, metavar="N", help="questions at a time (default: 8)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the base's weights")
-    add("--device", choices=("auto", "cpu", "cuda"), help="auto (default): CUDA where there is one")
+    add("--seed", type=int, metavar="N", help="of sampled answers (default: 0)")
+    add("--chat-template", metavar="FILE", help="in place of the tokenizer's")
+    add("--batch", type=int, metavar="N", help="questions per batch (default: 8)")
+    add_device_options(parser, default=None)
+
+
+def _add_judge_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--url",
         metavar="URL",
@@ -113,30 +120,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another field of the request; None leaves one out "
         "(default: temperature=0, max_tokens=2048)",
     )
-    add("--tries", type=int, metavar="N", help="requests a question before it is left (default: 6)")
     add(
-        "--timeout",
-        type=float,
-        metavar="SECONDS",
-        help="until an answer must be whole (default: 120)",
+        "--tries",
+        type=int,
+        metavar="N",
+        help="requests per question before it is skipped (default: 6)",
     )
+    add("--timeout", type=float, metavar="SECONDS", help="time limit of an answer (default: 120)")
     add(
         "--again",
         action="store_true",
         default=None,
-        help="ask once more where the judge's text had no grade",
+        help="ask once more if the judge's text had no grade",
     )
-    add("--json", metavar="FILE", type=Path, help="write the scores there too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: every answer asked for is there and graded; 1: some have no grade; 130: interrupted, all
-    until then is kept.
+    """Returns 0 if all answers exist and are graded, 1 if some have no grade, 130 if interrupted;
+    what was done until then is kept.
     """
     from ..tasks.journal import Journal
     from ..tasks.mt_bench import read_answers, read_questions
 
-    _check(args)
+    _check_arguments(args)
     questions = read_questions(args.questions, args.references)[: args.limit]
     settings = _settings(args.set, args.max_new_tokens) if args.model is not None else {}
     judge = _endpoint(args) if args.url is not None else None
@@ -154,24 +160,24 @@ def run(args: argparse.Namespace) -> int:
             return 0
         return _judge(args, questions, answers, judge)
     except KeyboardInterrupt:
-        _tell(
-            f"\nInterrupted. What was answered and judged is kept in {args.out}; the same command "
-            "goes on."
+        _report(
+            f"\nInterrupted. Answers and judgments so far are in {args.out}; the same command "
+            "continues."
         )
         return 130
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check_arguments(args: argparse.Namespace) -> None:
     from ..errors import ConfigError
 
     if args.model is None and args.url is None:
         raise ConfigError(
-            "say what to do: --model M to answer, --url URL --judge NAME to judge, or both."
+            "nothing to do: give --model M to answer, --url URL --judge NAME to judge, or both."
         )
     for needed, options in (("model", ANSWERING), ("url", JUDGING)):
         idle = [name for name in options if getattr(args, name) is not None]
         if getattr(args, needed) is None and idle:
-            raise ConfigError(f"--{idle[0].replace('_', '-')} does nothing without --{needed}.")
+            raise ConfigError(f"--{idle[0].replace('_', '-')} has no effect without --{needed}.")
     if args.url is not None and args.judge is None:
         raise ConfigError("--url needs --judge NAME, the judge model's name there.")
     for name in ("limit", "max_new_tokens", "batch", "tries", "timeout"):
@@ -186,20 +192,18 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--json {args.json}: give a file in a folder that exists.")
     if args.model is None and not (args.out / ANSWERS).is_file():
         raise ConfigError(
-            f"{args.out / ANSWERS} is not there. Give --model M to have the questions answered, or "
-            "put "
-            "answers in FastChat's form there."
+            f"{args.out / ANSWERS} does not exist. Give --model M to answer the questions, or put "
+            "answers in FastChat's format there."
         )
 
 
-def _settings(texts: list[str] | None, most: int | None) -> dict[str, Any]:
+def _settings(texts: list[str] | None, max_new_tokens: int | None) -> dict[str, Any]:
     from ..errors import ConfigError
-    from ..training.use import check_settings
-    from .plan import setting
+    from ..inference.generate import check_settings
 
     given = {
         **dict(setting(text) for text in texts or ()),
-        **({} if most is None else {"max_new_tokens": most}),
+        **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
     }
     check_settings(given)
     if {"do_sample", "temperature"} <= set(given) and bool(given["do_sample"]) != bool(
@@ -216,7 +220,6 @@ def _endpoint(args: argparse.Namespace) -> Any:
     from ..errors import ConfigError
     from ..tasks.endpoint import Endpoint, Patience
     from ..tasks.mt_bench import SETTINGS
-    from .plan import setting
 
     fields = {**SETTINGS, **dict(setting(text) for text in args.judge_set or ())}
     own = [name for name in ("model", "messages", "stream", "n") if name in fields]
@@ -239,8 +242,8 @@ def _endpoint(args: argparse.Namespace) -> Any:
 def _answer(
     args: argparse.Namespace, questions: list[Any], kept: Any, settings: dict[str, Any]
 ) -> None:
-    from ..training.two_turns import answer_all, check_kept, maker, read_template
-    from ..training.use import open_model
+    from ..inference.opened import open_model
+    from ..inference.two_turns import answer_all, check_kept, maker, read_template
 
     template = None if args.chat_template is None else read_template(args.chat_template)
     made_by = maker(args.model, args.adapter, settings, args.seed or 0, template)
@@ -250,29 +253,30 @@ def _answer(
     opened = open_model(
         args.model, args.adapter, args.dtype or "auto", args.device or "auto", template
     )
-    answer_all(opened, questions, kept, made_by, args.batch or 8, _tell)
+    answer_all(opened, questions, kept, made_by, args.batch or 8, _report)
 
 
 def _judge(
     args: argparse.Namespace, questions: list[Any], answers: dict[Any, Any], judge: Any
 ) -> int:
-    from ..checkpoint.files import replace
     from ..tasks.journal import Journal
     from ..tasks.mt_bench import OURS, asks, judge_all, read_prompts, summary
-    from .score import as_text
 
     prompts = OURS if args.prompts is None else read_prompts(args.prompts)
     wanted = asks(questions, answers, judge, prompts, str(args.out / ANSWERS))
     with Journal(args.out / JUDGMENTS) as judgments, Journal(args.out / ATTEMPTS) as attempts:
-        outcome = judge_all(wanted, judge, judgments, attempts, again=bool(args.again), told=_tell)
+        outcome = judge_all(
+            wanted, judge, judgments, attempts, again=bool(args.again), told=_report
+        )
     report, counts = summary(wanted, outcome)
     print(
         f"mt-bench, judged by {args.judge}: {counts['graded']} of {counts['answers']} answers have "
         "a grade"
     )
-    print(as_text(report))
-    if args.json is not None:
-        data = {
+    print(scores_text(report))
+    write_json(
+        args.json,
+        {
             "schema": 1,
             "task": "mt-bench",
             "judge": args.judge,
@@ -281,24 +285,19 @@ def _judge(
             "reasons": report.reasons,
             "notes": report.notes,
             "counts": counts,
-        }
-        replace(
-            args.json,
-            lambda path: path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"),
-        )
+        },
+    )
     if counts["graded"] == counts["answers"]:
         return 0
     cure = (
-        " --again asks once more where the judge's text had no grade."
-        if counts["unparsable"]
-        else ""
+        " --again asks once more if the judge's text had no grade." if counts["unparsable"] else ""
     )
-    _tell(
-        f"Not every answer has a grade. What is judged is kept in {args.out}; the same command "
-        f"goes on.{cure}"
+    _report(
+        f"Not every answer has a grade. The judgments so far are in {args.out}; the same command "
+        f"continues.{cure}"
     )
     return 1
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

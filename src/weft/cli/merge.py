@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint.load import load, read
     from ..errors import ConfigError
+    from ..inference.pretrained import base_for, dummy_inputs, find_source
     from ..model.attach import detach
     from ..model.merge import merge
-    from ..training.pretrained import dummy_inputs, find_source, model_for
 
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"--out {str(args.out)!r} exists and is not empty; give a new directory.")
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--tolerance has no meaning with --no-verify.")
     ref = find_source(args.model)
     checkpoint = read(args.adapter)
-    model: Any = model_for(ref, checkpoint.base.get("class"), checkpoint.selected, args.dtype)
+    model: Any = base_for(ref, checkpoint.base.get("class"), checkpoint.selected, args.dtype)[0]
     adapter = load(model, args.adapter)
     report = merge(
         model, verify=None if args.no_verify else dummy_inputs(model), tolerance=args.tolerance

@@ -1,12 +1,12 @@
-"""`weft plan`: what would be trained, how many bytes and how much memory; no weights needed."""
+"""`weft plan`: the layers a method would train, its bytes and memory; no weights needed."""
 
 from __future__ import annotations
 
 import argparse
-import ast
-import json
 from pathlib import Path
 from typing import Any
+
+from .common import setting, write_json
 
 HELP = "what a method would train in a model: layers, numbers, bytes, memory; no weights needed"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --tokens: count the activations of a batch of N rows too",
     )
-    add("--tokens", type=int, metavar="N", help="tokens a row")
+    add("--tokens", type=int, metavar="N", help="tokens per row")
     add("--json", metavar="FILE", type=Path, help="write the plan there too")
 
 
@@ -63,10 +63,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--batch and --tokens are given together, each 1 or more.")
     import torch
 
+    from ..inference.pretrained import empty_model, find_source
     from ..model.attach import attach
+    from ..model.memory import estimate
     from ..model.plan import size_text
-    from ..training.memory import estimate
-    from ..training.pretrained import empty_model, find_source
 
     model = empty_model(find_source(args.model)).to(getattr(torch, args.dtype))
     adapter = attach(model, config)
@@ -76,10 +76,9 @@ def run(args: argparse.Namespace) -> int:
     print(plan)
     print(f"file: {size_text(adapter.nbytes)}")
     print(_memory_text(memory, args, size_text))
-    if args.json is not None:
-        from ..checkpoint.files import replace
-
-        data = {
+    write_json(
+        args.json,
+        {
             "schema": 1,
             "model": args.model,
             **plan.to_json(),
@@ -90,14 +89,15 @@ def run(args: argparse.Namespace) -> int:
                 "dtype": args.dtype,
                 "optimiser_kind": "AdamW",
             },
-        }
-        text = json.dumps(data, indent=1) + "\n"
-        replace(args.json, lambda path: path.write_text(text, encoding="utf-8"))
+        },
+    )
     return 0
 
 
 def _config(args: argparse.Namespace) -> Any:
-    """The method's configuration from the options. Raises ConfigError: unknown method or field."""
+    """The method's configuration from the options. Raises ConfigError for an unknown method or
+    field.
+    """
     from .. import methods
 
     fields: dict[str, Any] = {
@@ -112,26 +112,13 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def targets_of(text: str) -> Any:
-    """`q_proj,v_proj` as a list; one pattern as itself."""
+    """Returns `q_proj,v_proj` as a list, and a single pattern unchanged."""
     from ..methods.target_spec import is_ending
 
     parts = text.split(",")
     if len(parts) > 1 and all(is_ending(part) for part in parts):
         return parts
     return [text] if is_ending(text) else text
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """`field=value` with the value as a Python literal, or as text where it is none."""
-    from ..errors import ConfigError
-
-    name, equals, value = text.partition("=")
-    if not equals or not name or not value:
-        raise ConfigError(f"--set {text!r}: write FIELD=VALUE, for example --set dropout=0.05.")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 def _inputs(model: Any, args: argparse.Namespace) -> Any:
@@ -167,7 +154,7 @@ def _memory_text(memory: Any, args: argparse.Namespace, size: Any) -> str:
         )
     parts.append(
         (
-            "in all",
+            "total",
             memory.total,
             "and temporaries"
             if memory.activations is not None

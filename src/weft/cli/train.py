@@ -6,12 +6,12 @@ import argparse
 import shlex
 import sys
 
-HELP = "train an adapter as a YAML file says: data, method, rates, checkpoints, report"
+HELP = "train an adapter from a YAML file: data, method, rates, checkpoints, report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("config", metavar="config.yaml", help="what to train; docs/train.md has every key")
+    add("config", metavar="config.yaml", help="the configuration; docs/train.md has every key")
     add(
         "--set",
         metavar="KEY=VALUE",
@@ -22,33 +22,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--resume",
         action="store_true",
-        help="go on from the newest whole checkpoint of the run in its directory",
+        help="resume from the newest whole checkpoint in the run's directory",
     )
     add(
         "--preview",
         action="store_true",
-        help="show samples as the model reads them, with what is in the loss, and stop",
+        help="show samples as the model reads them, with the tokens in the loss, and stop",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: trained to the end; 130: stopped by Ctrl-C with a checkpoint."""
+    """Returns 0 if training ended, 130 if Ctrl-C stopped it with a checkpoint."""
     from ..errors import ConfigError
-    from ..training.config import read_config
+    from ..training.config.read import read_config
 
     config = read_config(args.config, args.set)
     if args.preview and args.resume:
         raise ConfigError("--preview trains nothing, so there is nothing to resume.")
     from ..training import processes
-    from ..training.run import finished, preview, train
+    from ..training.previews import preview
+    from ..training.run import finished_step, train
 
     if args.preview:
         print(preview(config))
         return 0
-    if args.resume and (steps := finished(config)) is not None:
+    if args.resume and (step := finished_step(config)) is not None:
         print(
-            f"The run in {config.out} is finished, at step {steps}; there is nothing to go on "
-            "with.",
+            f"The run in {config.out} is already finished, at step {step}; nothing to resume.",
             file=sys.stderr,
         )
         return 0
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if not done.finished:
         again = [word for word in args.words if word != "--resume"]
         print(
-            f"Stopped at step {done.step}; everything is kept in {done.out}. Go on with:\n"
+            f"Stopped at step {done.step}; the checkpoint is in {done.out}. Resume with:\n"
             f"  {shlex.join(['weft', *again, '--resume'])}",
             file=sys.stderr,
         )

@@ -20,11 +20,13 @@ from ..methods import LoRA
 from ..model.adapter import Adapter
 from ..model.attach import attach, detach
 from ..tasks.models import find_model
-from ..training.loop import DivergedError, Recipe, on_device, renew, train
-from ..training.open_task import OpenTask, open_task
+from ..training.losses import DivergedError
 from . import measure
 from .budgets import lowest_rank, nearest_rank
 from .plan import RunSpec
+from .tasks.base import OpenTask
+from .tasks.loop import Recipe, on_device, renew, train
+from .tasks.open_task import open_task
 
 # parameters; below it two single-threaded runs side by side beat one run on two threads
 SMALL = 20_000_000
@@ -76,7 +78,7 @@ class Bench:
         """Inputs of the narrowest layer that "all-linear" adapts."""
         adapter = attach(self.model, LoRA(r=1, modules_to_save=self.head))
         try:
-            return int(min(site.shape[1] for site in adapter.sites.values()))
+            return int(min(site.shape[1] for site in adapter.layers.values()))
         finally:
             detach(self.model)
 

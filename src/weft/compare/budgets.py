@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..auditing.audit import AUDIT_AFTER
 from ..errors import ConfigError
-from ..training.loop import AUDIT_AFTER
 from .entries import Entry
 
 STEPS, PARAMETERS, SECONDS = "steps", "parameters", "seconds"

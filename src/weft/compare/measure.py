@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from ..errors import WeftError
 from ..model.adapter import Adapter
 from ..model.attach import detach
-from ..training.loop import forward_loss
+from .tasks.loop import forward_loss
 
 ROUNDS, FEWEST, WARM, SECONDS = 41, 5, 3, 12.0
 # steps that a method with a schedule is told, so that all that are clocked lie in its busy phase

@@ -8,13 +8,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..auditing.audit import AUDIT_AFTER
 from ..errors import ConfigError
 from ..tasks import SPLITS, GenerationRef, TaskRef, find_task
 from ..tasks.models import ModelRef, find_model
-from ..training.loop import AUDIT_AFTER, Recipe
 from .budgets import PARAMETERS, SECONDS, STEPS, Equal, check
 from .entries import DEFAULT, Entry, parse_methods
 from .place import Place
+from .tasks.loop import Recipe
 
 MODEL, TASK, OUT, SEEDS, HEAD_LR = "digits-vit", "digits", "weft-compare", 3, 1e-2
 FEWEST = {"steps": AUDIT_AFTER, "batch": 1, **dict.fromkeys(SPLITS, 1)}

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import ConfigError
 from .adalora import AdaLoRA
-from .base import Prompt, Rule, Selection
+from .base import BranchMethod, LowRankMethod, PromptMethod
 from .bottleneck import Bottleneck
+from .config import Config, LayerConfig, TensorConfig
 from .dora import DoRA
 from .dvora import DVoRA
 from .dylora import DyLoRA
@@ -52,20 +53,20 @@ def by_name(name: str) -> type[Any]:
     raise ConfigError(f"method {name!r} is not known. Nearest: {near}.")
 
 
-def replace(rule: Any, overrides: dict[str, Any]) -> Any:
+def replace(config: Any, overrides: dict[str, Any]) -> Any:
     """A rule with some fields changed for one layer; ConfigError names an unknown field."""
     if not overrides:
-        return rule
-    values = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    known = set(values) - {"targets", "modules_to_save", *getattr(rule, "whole", ())}
+        return config
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    known = set(values) - {"targets", "modules_to_save", "train", *config.model_fields}
     for field in overrides:
         if field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
             raise ConfigError(
-                f"targets: {type(rule).__name__} has no field {field!r} to override per layer. "
+                f"targets: {type(config).__name__} has no field {field!r} to override per layer. "
                 f"Nearest: {near}."
             )
-    return type(rule)(**{**values, **overrides})
+    return type(config)(**{**values, **overrides})
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -75,6 +76,8 @@ def to_json(config: Any) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     if "targets" in values:
         values["targets"] = to_plain(values["targets"])
+    if not values["train"]:  # so that versions without the field read the file
+        del values["train"]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {"method": type(config).__name__, **plain}
 
@@ -97,9 +100,12 @@ def from_json(data: Any) -> Any:
 
 __all__ = [
     "METHODS",
-    "Prompt",
-    "Rule",
-    "Selection",
+    "BranchMethod",
+    "Config",
+    "LayerConfig",
+    "LowRankMethod",
+    "TensorConfig",
+    "PromptMethod",
     "by_name",
     "from_json",
     "replace",

@@ -32,17 +32,20 @@ user after every step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops import low_rank
-from ..ops.factors import Factors
-from .base import Draw, Host, Params, Shape, Shared, check_common, check_number, check_rank, wide
+from ..ops.low_rank import LowRank
+from ..ops.norm import at_least_float32
+from .base import BaseLayer, Params, Shape, Shared
+from .checks import check_alpha, check_number
+from .config import LowRankConfig, scaling
+from .rng import Rng
 from .target_spec import Overrides
 
 _TENSORS = ("P", "lam", "Q")
@@ -51,7 +54,7 @@ _SCHEDULE = {"total_steps", "warm_up", "final", "interval", "beta1", "beta2"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA:
+class AdaLoRA(LowRankConfig):
     """See the module's equation. target_r=None means two thirds of r; alpha=None means alpha = r,
     that is s = 1.
     """
@@ -59,7 +62,6 @@ class AdaLoRA:
     r: int = 12
     target_r: int | None = None
     alpha: float | None = None
-    dropout: float = 0.0
     total_steps: int | None = None
     warm_up: float = 0.1
     final: float = 0.3
@@ -67,16 +69,12 @@ class AdaLoRA:
     beta1: float = 0.85
     beta2: float = 0.85
     orthogonality: float = 0.5
-    targets: Any = "all-linear"
-    modules_to_save: tuple[str, ...] = ()
-    seed: int = 0
-    dtype: str = "float32"
 
-    mergeable: ClassVar[bool] = True
-    follows_steps: ClassVar[bool] = True
+    learning_rates: ClassVar[tuple[float, ...]] = (1e-2, 3e-2, 1e-1)
+    moves_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_rank(self)
+        super().__post_init__()
         for name, low in (("target_r", 1), ("total_steps", 1), ("interval", 1)):
             value = getattr(self, name)
             if value is not None and (
@@ -92,12 +90,10 @@ class AdaLoRA:
                 f"r={self.r}, target_r={self.target_r}",
                 "the budget only falls: target_r is r or less.",
             )
-        if self.alpha is not None:
-            check_number(self, "alpha", low=0.0, open_low=True)
+        check_alpha(self)
         for name in ("beta1", "beta2"):
             check_number(self, name, low=0.0, high=1.0, open_low=True, open_high=True)
         check_number(self, "orthogonality", low=0.0)
-        check_common(self)
         self._check_schedule()
 
     def _check_schedule(self) -> None:
@@ -135,7 +131,14 @@ class AdaLoRA:
     @property
     def scale(self) -> float:
         """s in the equation."""
-        return 1.0 if self.alpha is None else self.alpha / self.r
+        return scaling(self.r, self.alpha)
+
+    @property
+    def follows_steps(self) -> bool:
+        return True
+
+    def with_steps(self, total: int) -> AdaLoRA:
+        return replace(self, total_steps=total) if self.total_steps is None else self
 
     @property
     def final_r(self) -> int:
@@ -177,42 +180,24 @@ class AdaLoRA:
         warm_up, final = self.phases
         return warm_up, (self.total_steps or 0) - final
 
-    def delta(self, p: Params, dtype: torch.dtype = torch.float32) -> Tensor:
-        product: Tensor = p.P.to(dtype) @ (p.lam.to(dtype) * p.Q.to(dtype))
-        return self.scale * product
+    def factors(self, p: Params, training: bool = False) -> LowRank:
+        return LowRank(p.Q, p.P, d=p.lam[:, 0], s=self.scale)
 
-    def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
-        h = host.project(x, p.Q, self.dropout, p.training, dtype)
-        return low_rank.up(h * p.lam.to(dtype)[:, 0], p.P.to(dtype), self.scale)
-
-    def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
-        return Factors(
-            p.Q, p.P, d=p.lam[:, 0], s=self.scale, dropout=self.dropout if p.training else 0.0
-        )
-
-    def effective_weight(self, W: Tensor, p: Params) -> Tensor:
-        W = wide(W)
-        return W + self.delta(p, W.dtype)
-
-    def forward(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
-        return y + self.update(x, host, p, y.dtype)
-
-    def trained(self, out: int, in_: int) -> dict[str, Shape]:
+    def shapes(self, out: int, in_: int) -> dict[str, Shape]:
         return {"P": (out, self.r), "lam": (self.r, 1), "Q": (self.r, in_)}
 
-    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
-        device = host.weight().device
+    def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
         return {
-            "P": draw.normal("P", (host.out_features, self.r), 0.02, device),
-            "lam": torch.zeros(self.r, 1, dtype=torch.float32, device=device),
-            "Q": draw.normal("Q", (self.r, host.in_features), 0.02, device),
+            "P": rng.normal("P", (layer.out_features, self.r), 0.02),
+            "lam": rng.full((self.r, 1)),
+            "Q": rng.normal("Q", (self.r, layer.in_features), 0.02),
         }
 
-    def state(self, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    def buffers(self, out: int, in_: int, device: torch.device) -> dict[str, Tensor]:
         """`step`, `kept` [r] (the last choice), and for every trained tensor its mean and spread of
         sensitivity.
         """
-        trained = self.trained(*shape).items()
+        trained = self.shapes(out, in_).items()
         return {
             "step": torch.zeros((), dtype=torch.int64, device=device),
             "kept": torch.ones(self.r, dtype=torch.bool, device=device),
@@ -227,48 +212,48 @@ class AdaLoRA:
         """Triplets kept by the last choice; r on the meta device, where nothing has been chosen."""
         return self.r if p.kept.is_meta else int(p.kept.sum())
 
-    def reached(self, p: Params) -> str:
+    def extra_state(self, p: Params) -> str:
         """The choice as text, "1" for a triplet that is kept."""
         return "1" * self.r if p.kept.is_meta else "".join("01"[kept] for kept in p.kept.tolist())
 
-    def restore(self, p: Params, text: str) -> None:
+    def load_extra_state(self, p: Params, text: str) -> None:
         p.kept.copy_(torch.tensor([mark == "1" for mark in text]))
 
-    def still(self, p: Params) -> tuple[str, ...]:
+    def unmoved(self, p: Params) -> tuple[str, ...]:
         """All of a layer that has lost its last triplet: lam is 0 again, as at the start, and P and
         Q have no gradient.
         """
         return () if p.kept.any() else _TENSORS
 
-    def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
+    def before_step(self, layers: Mapping[str, Any], grad_scale: float, repeated: bool) -> None:
         self.budget(
             0, 0, 0
         )  # now, and not after a step has been taken that no schedule has counted
-        for p in sites.values():
-            gamma = scale * p.rule.orthogonality / (2 * len(sites))
+        for p in layers.values():
+            gamma = grad_scale * p.method.orthogonality / (2 * len(layers))
             for tensor, wide_side in ((p.P, False), (p.Q, True)):
                 if tensor.requires_grad and gamma:
-                    gradient = (gamma * _skewness_gradient(wide(tensor), wide_side)).to(
+                    gradient = (gamma * _skewness_gradient(at_least_float32(tensor), wide_side)).to(
                         tensor.dtype
                     )
                     tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
 
-    def after_step(self, sites: Mapping[str, Any]) -> None:
-        step = 1 + max(int(p.step) for p in sites.values())
-        first, last = (sum(getattr(p.rule, r) for p in sites.values()) for r in ("r", "final_r"))
+    def after_step(self, layers: Mapping[str, Any]) -> None:
+        step = 1 + max(int(p.step) for p in layers.values())
+        first, last = (sum(getattr(p.method, r) for p in layers.values()) for r in ("r", "final_r"))
         budget, (start, end) = self.budget(step, first, last), self._span()
         if step < end:
-            self._measure(sites)
+            self._measure(layers)
         if step == end or (start < step < end and step % self.interval == 0):
-            _choose(sites, budget)
-        for p in sites.values():
+            _choose(layers, budget)
+        for p in layers.values():
             if step >= end or (start < step and step % self.interval == 0):
                 p.lam.masked_fill_(~p.kept[:, None], 0.0)
             p.step.fill_(step)
 
-    def _measure(self, sites: Mapping[str, Any]) -> None:
+    def _measure(self, layers: Mapping[str, Any]) -> None:
         """Mean and spread of the sensitivity |w g|, smoothed."""
-        for p in sites.values():
+        for p in layers.values():
             for name in _TENSORS:
                 w, mean, spread = (
                     getattr(p, key) for key in (name, f"{name}_mean", f"{name}_spread")
@@ -277,22 +262,16 @@ class AdaLoRA:
                 mean.copy_(self.beta1 * mean + (1 - self.beta1) * now)
                 spread.copy_(self.beta2 * spread + (1 - self.beta2) * (now - mean).abs())
 
-    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
-        return None
 
-    def share_key(self) -> None:
-        return None
-
-
-def _choose(sites: Mapping[str, Any], budget: int) -> None:
+def _choose(layers: Mapping[str, Any], budget: int) -> None:
     """Mark the `budget` best triplets of all layers as kept; of equal ones those of earlier
     layers.
     """
-    scores = [_scores(p).cpu() for p in sites.values()]
+    scores = [_scores(p).cpu() for p in layers.values()]
     best = torch.sort(torch.cat(scores), descending=True, stable=True).indices[:budget]
     kept = torch.zeros(sum(map(len, scores)), dtype=torch.bool)
     kept[best] = True
-    for p, part in zip(sites.values(), torch.split(kept, [len(s) for s in scores]), strict=True):
+    for p, part in zip(layers.values(), torch.split(kept, [len(s) for s in scores]), strict=True):
         p.kept.copy_(part)
 
 

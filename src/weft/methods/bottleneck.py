@@ -37,7 +37,7 @@ adapter spans the whole MLP. All else is held equal to it by tests.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,20 +45,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, TargetError, UnsupportedError
-from ..ops import low_rank
-from .base import (
-    Draw,
-    Host,
-    Params,
-    Shape,
-    Shared,
-    check_choice,
-    check_common,
-    check_count,
-    check_number,
-    check_rank,
-)
+from ..errors import TargetError
+from .base import BaseLayer, Params, Shape, Shared
+from .checks import check_choice, check_count, check_flag, check_number
+from .config import LayerConfig
+from .rng import Rng
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -87,7 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bottleneck:
+class Bottleneck(LayerConfig):
     """See the module's equation. A field that is None takes the preset's value, and holds it from
     then on.
     """
@@ -102,22 +93,17 @@ class Bottleneck:
     skip_layers: int | None = None
     dropout: float = 0.0
     targets: Any = None
-    modules_to_save: tuple[str, ...] = ()
-    seed: int = 0
-    dtype: str = "float32"
 
+    learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
     mergeable: ClassVar[bool] = False
     not_mergeable: ClassVar[str] = (
         "a nonlinearity stands between its two maps, and no weight can hold it"
     )
-    norm_hosts: ClassVar[bool] = True
-    whole: ClassVar[tuple[str, ...]] = (
-        "preset",
-        "skip_layers",
-    )  # fields of the whole model, not of one layer
+    adapts_norms: ClassVar[bool] = True
+    model_fields: ClassVar[tuple[str, ...]] = ("preset", "skip_layers")
 
     def __post_init__(self) -> None:
-        check_rank(self)
+        check_count(self, "r", 1)
         check_choice(self, "preset", list(PRESETS))
         for field, value in PRESETS[self.preset].items():
             if getattr(self, field) is None:
@@ -126,20 +112,25 @@ class Bottleneck:
         check_choice(self, "nonlinearity", list(NONLINEARITIES))
         check_number(self, "scale", low=0.0, open_low=True)
         for field in ("bias", "layer_norm"):
-            if not isinstance(getattr(self, field), bool):
-                raise ConfigError(
-                    f"Bottleneck({field}={getattr(self, field)!r}): {field} must be True or False."
-                )
+            check_flag(self, field)
         check_count(self, "skip_layers", 0)
-        check_common(self)
+        check_number(self, "dropout", low=0.0, high=1.0, open_high=True)
+        super().__post_init__()
 
-    def forward(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
-        update = self._update(x, y, host, p)
-        if host.kind == "norm":
-            return host.run(x + update.to(x.dtype))
+    @property
+    def blocks_left_out(self) -> int:
+        return self.skip_layers or 0
+
+    def rank(self, p: Params) -> int | None:
+        return self.r
+
+    def forward(self, x: Tensor, y: Tensor, layer: BaseLayer, p: Params) -> Tensor:
+        update = self._update(x, y, layer, p)
+        if not layer.has_weight:
+            return layer.forward(x + update.to(x.dtype))
         return y + update.to(y.dtype)
 
-    def _update(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
+    def _update(self, x: Tensor, y: Tensor, layer: BaseLayer, p: Params) -> Tensor:
         """s (W_up phi(W_down h + b_down) + b_up) [..., out]; x holds ids where the layer is an
         embedding.
         """
@@ -149,21 +140,18 @@ class Bottleneck:
             h = F.layer_norm(h.to(dtype), h.shape[-1:], p.gain.to(dtype), p.shift.to(dtype))
         down = p.down.to(dtype)
         z = (
-            host.project(h if host.kind == "embedding" else h.to(dtype), down, 0.0, False)
+            layer.down(h if layer.takes_ids else h.to(dtype), down)
             if parallel
             else F.linear(h, down)
         )
         z = NONLINEARITIES[str(self.nonlinearity)](z + p.b_down.to(dtype) if self.bias else z)
         if self.dropout and p.training:
             z = F.dropout(z, self.dropout)
-        out = low_rank.up(z, p.up.to(dtype))
+        out = F.linear(z, p.up.to(dtype))
         out = out + p.b_up.to(dtype) if self.bias else out
         return out if self.scale == 1.0 else out * float(self.scale or 1.0)
 
-    def effective_weight(self, W: Tensor, p: Params) -> Tensor:
-        raise UnsupportedError(f"Bottleneck has no effective weight: {self.not_mergeable}.")
-
-    def trained(self, out: int, in_: int) -> dict[str, Shape]:
+    def shapes(self, out: int, in_: int) -> dict[str, Shape]:
         width = in_ if self.place == "parallel" else out
         names: dict[str, Shape] = {"gain": (width,), "shift": (width,)} if self.layer_norm else {}
         names["down"] = (self.r, width)
@@ -174,8 +162,8 @@ class Bottleneck:
             names["b_up"] = (out,)
         return names
 
-    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
-        device, ids = host.weight().device, self.place == "parallel" and host.kind == "embedding"
+    def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        ids = self.place == "parallel" and layer.takes_ids
         if ids and self.layer_norm:
             raise TargetError(
                 'Bottleneck(place="parallel", layer_norm=True): an embedding reads ids, which no '
@@ -183,17 +171,10 @@ class Bottleneck:
                 "takes. Leave the embedding or the LayerNorm out."
             )
         tensors: dict[str, Tensor] = {}
-        for name, shape in self.trained(host.out_features, host.in_features).items():
+        for name, shape in self.shapes(layer.out_features, layer.in_features).items():
             if name == "down":
                 bound = 1.0 if ids else 1 / math.sqrt(shape[1])
-                tensors[name] = draw.uniform(name, shape, bound, device)
+                tensors[name] = rng.uniform(name, shape, bound)
             else:
-                make = torch.ones if name == "gain" else torch.zeros
-                tensors[name] = make(shape, dtype=torch.float32, device=device)
+                tensors[name] = rng.full(shape, 1.0 if name == "gain" else 0.0)
         return tensors
-
-    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
-        return None
-
-    def share_key(self) -> None:
-        return None

@@ -22,7 +22,7 @@ offered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -30,62 +30,44 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops import counter, low_rank
-from ..ops.factors import Factors
-from .base import (
-    Draw,
-    Host,
-    Params,
-    Shape,
-    Shared,
-    check_choice,
-    check_common,
-    check_number,
-    check_rank,
-    wide,
-)
+from ..ops import philox
+from ..ops.low_rank import LowRank
+from ..ops.norm import at_least_float32
+from .base import BaseLayer, Params, Shape, Shared
+from .checks import check_alpha, check_choice, check_flag
+from .config import LowRankConfig, scaling
 from .lora import LoRA
+from .rng import Rng
 
 
 @dataclass(frozen=True, kw_only=True)
-class DyLoRA:
+class DyLoRA(LowRankConfig):
     """See the module's equation."""
 
-    r: int = 8
     r_min: int = 1
     alpha: float | None = None
-    dropout: float = 0.0
     init: str = "gaussian"
     last_only: bool = False
-    targets: Any = "all-linear"
-    modules_to_save: tuple[str, ...] = ()
-    seed: int = 0
-    dtype: str = "float32"
 
-    mergeable: ClassVar[bool] = True
+    learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
+    nested: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_rank(self)
+        super().__post_init__()
         low: Any = self.r_min
         if isinstance(low, bool) or not isinstance(low, int) or not 1 <= low <= self.r:
             raise ConfigError(
                 f"{type(self).__name__}(r={self.r}, r_min={low!r}): r_min must be a whole number "
                 "from 1 to r."
             )
-        if self.alpha is not None:
-            check_number(self, "alpha", low=0.0, open_low=True)
+        check_alpha(self)
         check_choice(self, "init", ("gaussian", "kaiming"))
-        if not isinstance(self.last_only, bool):
-            raise ConfigError(
-                f"{type(self).__name__}(last_only={self.last_only!r}): last_only must be True or "
-                "False."
-            )
-        check_common(self)
+        check_flag(self, "last_only")
 
     @property
     def scale(self) -> float:
         """s in the equation."""
-        return 1.0 if self.alpha is None else self.alpha / self.r
+        return scaling(self.r, self.alpha)
 
     @property
     def audit_after(self) -> int:
@@ -96,27 +78,16 @@ class DyLoRA:
 
     def rank_at(self, step: int) -> int:
         """b of the training step after `step` finished ones."""
-        word = int(counter.bits(counter.key_of(self.seed, "rank"), step, 1, 1))
+        word = int(philox.bits(philox.key_of(self.seed, "rank"), step, 1, 1))
         return self.r_min + word % (self.r - self.r_min + 1)
 
-    def shortened(self, r: int) -> DyLoRA:
+    def truncated(self, r: int) -> DyLoRA:
         return replace(self, r=min(r, self.r), r_min=min(r, self.r_min))
 
-    def delta(self, p: Params, dtype: torch.dtype = torch.float32) -> Tensor:
-        product: Tensor = p.B.to(dtype) @ p.A.to(dtype)
-        return self.scale * product
-
-    def update(self, x: Tensor, host: Host, p: Params, dtype: torch.dtype) -> Tensor:
-        h = host.project(x, p.A, self.dropout, p.training, dtype)
-        if p.training:
-            return low_rank.up(h * self._scales(p.b, dtype), p.B.to(dtype))
-        return low_rank.up(h, p.B.to(dtype), self.scale)
-
-    def factors(self, host: Host, p: Params, x: Tensor | None = None) -> Factors:
-        if p.training:
-            wide = torch.promote_types(p.A.dtype, host.weight().dtype)
-            return Factors(p.A, p.B, d=self._scales(p.b, wide), dropout=self.dropout)
-        return Factors(p.A, p.B, s=self.scale)
+    def factors(self, p: Params, training: bool = False) -> LowRank:
+        if not training:
+            return LowRank(p.A, p.B, s=self.scale)
+        return LowRank(p.A, p.B, d=self._scales(p.b, at_least_float32(p.A).dtype))
 
     def _scales(self, b: Tensor, dtype: torch.dtype) -> Tensor:
         """[r]: s_b for the first b ranks, 0 beyond; b is a tensor, so that no compiled graph
@@ -125,66 +96,44 @@ class DyLoRA:
         scale = torch.ones_like(b, dtype=dtype) if self.alpha is None else self.alpha / b.to(dtype)
         return torch.where(torch.arange(self.r, device=b.device) < b, scale, 0.0)
 
-    def effective_weight(self, W: Tensor, p: Params) -> Tensor:
-        W = wide(W)
-        return W + self.delta(p, W.dtype)
-
-    def forward(self, x: Tensor, y: Tensor, host: Host, p: Params) -> Tensor:
-        return y + self.update(x, host, p, y.dtype)
-
-    def trained(self, out: int, in_: int) -> dict[str, Shape]:
+    def shapes(self, out: int, in_: int) -> dict[str, Shape]:
         return {"A": (self.r, in_), "B": (out, self.r)}
 
-    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
-        return LoRA(r=self.r, init=self.init).start(host, draw, shared)
+    def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        return LoRA(r=self.r, init=self.init).initial(layer, rng, shared)
 
-    def state(self, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    def buffers(self, out: int, in_: int, device: torch.device) -> dict[str, Tensor]:
         """`step`, and the rank `b` of the step to come."""
         return {
             "step": torch.zeros((), dtype=torch.int64, device=device),
             "b": torch.full((), self.rank_at(0), dtype=torch.int64, device=device),
         }
 
-    def reached(self, p: Params) -> str | None:
-        return None
-
-    def restore(self, p: Params, text: str) -> None:
-        return None
-
     @property
     def follows_steps(self) -> bool:
         return self.r_min < self.r or self.last_only
 
-    def still(self, p: Params) -> tuple[str, ...]:
-        return ()
-
-    def before_step(self, sites: Mapping[str, Any], scale: float, again: bool) -> None:
-        for p in sites.values() if self.last_only else ():
+    def before_step(self, layers: Mapping[str, Any], grad_scale: float, repeated: bool) -> None:
+        for p in layers.values() if self.last_only else ():
             others = self._others(p)
-            if not again:
+            if not repeated:
                 p.held = p.A.detach().clone(), p.B.detach().clone()
             for tensor, place in ((p.A, others), (p.B, (slice(None), others))):
                 if tensor.grad is not None:
                     tensor.grad[place] = 0.0
 
-    def after_step(self, sites: Mapping[str, Any]) -> None:
-        step = 1 + max(int(p.step) for p in sites.values())
-        for p in sites.values():
+    def after_step(self, layers: Mapping[str, Any]) -> None:
+        step = 1 + max(int(p.step) for p in layers.values())
+        for p in layers.values():
             if self.last_only:
                 others, (A, B) = self._others(p), p.held
                 p.A[others], p.B[:, others] = A[others], B[:, others]
                 del p.held
             p.step.fill_(step)
-            p.b.fill_(p.rule.rank_at(step))
+            p.b.fill_(p.method.rank_at(step))
 
     @staticmethod
     def _others(p: Any) -> Tensor:
         """[r], True but for the b-th rank."""
-        others: Tensor = torch.arange(p.rule.r, device=p.A.device) != p.b - 1
+        others: Tensor = torch.arange(p.method.r, device=p.A.device) != p.b - 1
         return others
-
-    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
-        return None
-
-    def share_key(self) -> None:
-        return None

@@ -54,101 +54,94 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .base import (
-    DTYPES,
-    Draw,
-    Host,
-    Params,
-    Shape,
-    Shared,
-    check_choice,
-    check_count,
-    check_modules,
-    check_number,
-    check_tensors,
-    wide,
-)
+from ..ops.norm import at_least_float32
+from .base import BaseLayer, Params, Shape, Shared
+from .checks import check_choice, check_count, check_number
+from .config import DTYPES, TensorConfig
+from .rng import Rng
 
 
-class Trunk(Shared):
+class PrefixEncoder(Shared):
     """What all layers share of a reparameterised prefix: E [n, width], down [hidden, width] and
     b_down [hidden], trained.
     """
 
     def __init__(self, n: int, width: int, hidden: int, seed: int, device: torch.device) -> None:
         super().__init__()
-        draw, bound = Draw(seed, "prefix"), 1 / math.sqrt(width)
-        self.E = nn.Parameter(draw.normal("E", (n, width), 1.0, device))
-        self.down = nn.Parameter(draw.uniform("down", (hidden, width), bound, device))
-        self.b_down = nn.Parameter(torch.zeros(hidden, device=device))
+        rng, bound = Rng(seed, "prefix", device), 1 / math.sqrt(width)
+        self.E = nn.Parameter(rng.normal("E", (n, width), 1.0))
+        self.down = nn.Parameter(rng.uniform("down", (hidden, width), bound))
+        self.b_down = nn.Parameter(rng.full((hidden,)))
 
     def hidden(self) -> Tensor:
         """tanh(down E + b_down) [n, hidden], in float32 or wider."""
-        return torch.tanh(F.linear(wide(self.E), wide(self.down), wide(self.b_down)))
+        return torch.tanh(
+            F.linear(
+                at_least_float32(self.E), at_least_float32(self.down), at_least_float32(self.b_down)
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prefix:
+class Prefix(TensorConfig):
     """n trained keys and values in every self-attention; see the module's equation."""
 
     n: int = 20
     hidden: int | None = None
     positions: str = "shifted"
     std: float = 0.02
-    modules_to_save: tuple[str, ...] = ()
-    seed: int = 0
-    dtype: str = "float32"
 
     mergeable: ClassVar[bool] = False
     not_mergeable: ClassVar[str] = (
         "its keys and values stand beside those of the tokens, and no weight can hold them"
     )
     starts_at_base: ClassVar[bool] = False
-    at: ClassVar[str] = "attention"
-    by_row: ClassVar[bool] = True
+    where: ClassVar[str] = "attention"
+    learning_rates: ClassVar[tuple[float, ...]] = (3e-2, 1e-1, 3e-1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "n", 1)
         if self.hidden is not None:
             check_count(self, "hidden", 1)
         check_choice(self, "positions", ("shifted", "kept"))
-        _check(self)
+        check_number(self, "std", low=0.0)
 
     @property
     def shift(self) -> int:
         """By how much real tokens count their positions later."""
         return self.n if self.positions == "shifted" else 0
 
-    def trained(self, out: int, in_: int) -> dict[str, Shape]:
+    def shapes(self, out: int, in_: int) -> dict[str, Shape]:
         if self.hidden is None:
             return {"keys": (self.n, out), "values": (self.n, in_)}
         return {"up": (out + in_, self.hidden), "b_up": (out + in_,)}
 
-    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
+    def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
         if self.hidden is None:
-            return _gaussian(self, host, draw)
-        shape, device = (host.out_features + host.in_features, self.hidden), host.device
+            return _gaussian(self, layer, rng)
+        shape = (layer.out_features + layer.in_features, self.hidden)
         return {
-            "up": draw.uniform("up", shape, 1 / math.sqrt(self.hidden), device),
-            "b_up": torch.zeros(shape[0], dtype=torch.float32, device=device),
+            "up": rng.uniform("up", shape, 1 / math.sqrt(self.hidden)),
+            "b_up": rng.full(shape[:1]),
         }
 
     def keys_values(self, p: Params) -> tuple[Tensor, Tensor]:
         """P_K [n, width of the keys] and P_V [n, width of the values]."""
         if self.hidden is None:
             return p.keys, p.values
-        both = F.linear(p.shared.hidden(), wide(p.up), wide(p.b_up))
+        both = F.linear(p.shared.hidden(), at_least_float32(p.up), at_least_float32(p.b_up))
         return both[:, : p.shape[0]], both[:, p.shape[0] :]
 
-    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
+    def shared(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
         if self.hidden is None:
             return None
-        return Trunk(self.n, max(out for out, _ in shapes), self.hidden, self.seed, device).to(
-            DTYPES[self.dtype]
-        )
+        return PrefixEncoder(
+            self.n, max(out for out, _ in shapes), self.hidden, self.seed, device
+        ).to(DTYPES[self.dtype])
 
     def share_key(self) -> tuple[Any, ...] | None:
-        return None if self.hidden is None else ("trunk", self.n, self.hidden, self.seed)
+        return None if self.hidden is None else ("prefix encoder", self.n, self.hidden, self.seed)
 
     def finished(self) -> Prefix:
         """What a file holds: the same prefix without the MLP that made it."""
@@ -161,46 +154,39 @@ class Prefix:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VirtualTokens:
+class VirtualTokens(TensorConfig):
     """What PreEmbed and PreLayer share: l_p trained vectors before the prompt and l_i behind it."""
 
     l_p: int = 20
     l_i: int = 0
     std: float = 0.02
-    modules_to_save: tuple[str, ...] = ()
-    seed: int = 0
-    dtype: str = "float32"
 
     mergeable: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_lengths(self)
-        _check(self)
+        check_number(self, "std", low=0.0)
 
-    def trained(self, out: int, in_: int) -> dict[str, Shape]:
+    def shapes(self, out: int, in_: int) -> dict[str, Shape]:
         return {
             name: (length, out)
             for name, length in (("before", self.l_p), ("after", self.l_i))
             if length
         }
 
-    def start(self, host: Host, draw: Draw, shared: Shared | None) -> dict[str, Tensor]:
-        return _gaussian(self, host, draw)
-
-    def share(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
-        return None
-
-    def share_key(self) -> None:
-        return None
+    def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        return _gaussian(self, layer, rng)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreEmbed(VirtualTokens):
     """The vectors are embeddings and enter with the input; see the module's text."""
 
-    at: ClassVar[str] = "embeddings"
+    where: ClassVar[str] = "embeddings"
+    learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
     not_mergeable: ClassVar[str] = "it adds tokens to the input, and no weight can hold them"
 
 
@@ -208,21 +194,13 @@ class PreEmbed(VirtualTokens):
 class PreLayer(VirtualTokens):
     """The vectors are states, others at every block; see the module's text."""
 
-    at: ClassVar[str] = "block"
+    where: ClassVar[str] = "block"
     not_mergeable: ClassVar[str] = "it adds positions to every block, and no weight can hold them"
 
 
-def _gaussian(config: Any, host: Host, draw: Draw) -> dict[str, Tensor]:
-    shapes = config.trained(host.out_features, host.in_features)
-    return {
-        name: draw.normal(name, shape, config.std, host.device) for name, shape in shapes.items()
-    }
-
-
-def _check(config: Any) -> None:
-    check_number(config, "std", low=0.0)
-    check_tensors(config)
-    check_modules(config)
+def _gaussian(config: Any, layer: BaseLayer, rng: Rng) -> dict[str, Tensor]:
+    shapes = config.shapes(layer.out_features, layer.in_features)
+    return {name: rng.normal(name, shape, config.std) for name, shape in shapes.items()}
 
 
 def _check_lengths(config: Any) -> None:

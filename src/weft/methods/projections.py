@@ -7,8 +7,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops import counter
-from ..ops.derived import Derived, counts
+from ..ops import philox
+from ..ops.input_cache import SharedDown
 from ..ops.peft_draw import peft_projections
 from .base import Shared
 
@@ -47,8 +45,7 @@ class Projections(Shared):
         stored: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.derived = Derived()
-        self._last: tuple[Any, tuple[Any, ...], Tensor] | None = None
+        self.down = SharedDown()  # x Aᵀ, once for all layers that read x
         self.r, self.max_in, self.max_out, self.seed, self.draw = r, max_in, max_out, seed, draw
         if draw == "stored" and stored is None:
             raise ConfigError(
@@ -77,10 +74,10 @@ class Projections(Shared):
         if self.draw == "peft":
             A, B = peft_projections(self.seed, self.r, self.max_in, self.max_out)
             return A.to(device), B.to(device)
-        A = counter.uniform(
+        A = philox.uniform(
             self.seed, _STREAM_A, self.r, self.max_in, math.sqrt(6 / self.max_in), device
         )
-        B = counter.uniform(
+        B = philox.uniform(
             self.seed, _STREAM_B, self.max_out, self.r, math.sqrt(6 / self.r), device
         )
         return A, B
@@ -94,51 +91,6 @@ class Projections(Shared):
             self.max_in,
             self.A.device,
         )
-
-    def project(self, x: Tensor, A: Tensor, detached: bool) -> Tensor:
-        """x Aᵀ [..., r] for a view A of this A, once for all layers that read the same x, with or
-        without its gradient.
-
-        The last product is kept until x is gone, or has been written to, or a backward pass has
-        gone through the product.
-        """
-        key = (
-            x._version if not x.is_inference() else None,
-            A.data_ptr(),
-            A._version,
-            A.shape,
-            A.dtype,
-            detached,
-            torch.is_grad_enabled(),
-            threading.get_ident(),
-        )
-        if (
-            self._last is not None
-            and self._last[0]() is x
-            and self._last[1] == key
-            and key[0] is not None
-        ):
-            return self._last[2]
-        counts["A x"] += 1
-        h = torch.nn.functional.linear(x.detach() if detached else x, self._cast(A, x.dtype))
-        read = weakref.ref(x, self._forget)
-        self._last = (read, key, h)
-        if h.requires_grad:  # a backward pass frees its graph, and x may be read again after it
-            h.register_hook(lambda grad: self._forget(read))  # type: ignore[no-untyped-call]
-        return h
-
-    def _cast(self, A: Tensor, dtype: torch.dtype) -> Tensor:
-        if A.dtype == dtype:
-            return A
-        narrow: Tensor = self.derived.get(f"A in {dtype}", (), (self.A,), lambda: self.A.to(dtype))
-        return narrow[:, : A.shape[1]]
-
-    def _forget(self, gone: Any) -> None:
-        if self._last is not None and self._last[0] is gone:
-            self._last = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
 
     def checksum(self) -> str:
         """16 hex digits of SHA-256 over the float32 bits of A and B, whatever dtype they are held

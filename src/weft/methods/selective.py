@@ -1,16 +1,17 @@
-"""Selections: methods that train tensors which the model already has.
+"""Methods without tensors of their own: each trains tensors of the base model, by the words of
+`train`.
 
-    Full       every tensor                                 W' = trained copy of W
-    TopLayers  the last k blocks and the normalisation behind them (FT^Top2: k = 2)
-    Head       the output head only: d C + C numbers for a linear classifier
-    BitFit     every bias vector, LayerNorm's shift included, starting from its pretrained value
+    Full       "all"       every tensor                                 W' = trained copy of W
+    TopLayers  "last:k"    the last k blocks and the norm behind them (FT^Top2: k = 2)
+    Head       "head"      the output head only: d C + C numbers for a linear classifier
+    BitFit     "biases"    every bias vector, LayerNorm's shift included, from its pretrained value
 
-No inference cost and nothing to compute differently: the trained copy takes the tensor's place, and
-the pretrained value is kept beside it so that switching off and detaching are exact (one more copy
-of the selected tensors in memory). The papers count the head apart: Full trains it and
-`num_head_parameters` says its share; the others leave it alone, and a new head trains beside them
-with `modules_to_save`. Sources: BitFit arXiv:2106.10199; the baselines of arXiv:2106.09685, section
-5.1 (the head is counted apart).
+There is no inference cost, and no layer computes anything different: the trained copy replaces the
+tensor, and the pretrained value is kept beside it so that switching off and detaching are exact
+(one more copy of the selected tensors in memory). The papers count the head apart: Full trains it,
+and `num_head_parameters` is its share; the others leave it alone, and a new head trains beside them
+with `modules_to_save`. `train` adds tensors here too: BitFit(train=["norms"]). Sources: BitFit
+arXiv:2106.10199; the baselines of arXiv:2106.09685, section 5.1.
 """
 
 from __future__ import annotations
@@ -18,87 +19,59 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import TargetError
-from .base import check_count, check_modules
-from .facts import TensorFact
+from .checks import check_count
+from .config import Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(Config):
     """Full fine-tuning: all tensors train."""
 
-    modules_to_save: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
-    nothing: ClassVar[str] = "it holds no parameter"
-
-    def __post_init__(self) -> None:
-        check_modules(self)
-
-    def picks(self, fact: TensorFact) -> bool:
-        return True
+    @property
+    def selection(self) -> tuple[str, ...]:
+        return ("all",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopLayers:
-    """The last k blocks before the output, with the normalisation behind them where the model has
-    one (a post-norm model ends each block in its own). Embeddings, poolers and the head stay.
+class TopLayers(Config):
+    """The last k blocks before the output, and the norm behind them if the model has one (a
+    post-norm model ends each block in its own). Embeddings, poolers and the head stay.
 
-    The blocks are those of one stack: of encoder and decoder the decoder's, of several towers the
-    one registered last; the plan lists them. A model without repeated blocks counts its own
-    children that hold parameters, the head apart. Raises TargetError at attach where k is more than
-    the blocks there are. Source: the baseline FT^Top2 of arXiv:2106.09685, table 3; the
+    The blocks are those of one stack: the decoder's of an encoder-decoder, and of several towers
+    those of the one registered last; the plan lists them. A model without repeated blocks counts
+    its own children that hold parameters, except the head. Attaching raises TargetError if k is
+    more than the number of blocks. Source: the baseline FT^Top2 of arXiv:2106.09685, table 3; the
     prefix-tuning authors' code, option finetune-top.
     """
 
     k: int = 2
-    modules_to_save: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
-    nothing: ClassVar[str] = (
-        "it has neither repeated blocks nor children with parameters beside its head"
-    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "k", 1)
-        check_modules(self)
 
-    def picks(self, fact: TensorFact) -> bool:
-        if fact.blocks and self.k > fact.blocks:
-            raise TargetError(
-                f"TopLayers(k={self.k}): the model has {fact.blocks} blocks. Take fewer, or "
-                "weft.Full()."
-            )
-        return fact.final_norm or (fact.block is not None and fact.block >= fact.blocks - self.k)
+    @property
+    def selection(self) -> tuple[str, ...]:
+        return (f"last:{self.k}",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class Head(Config):
     """The output head alone, on frozen features."""
 
-    modules_to_save: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
-    nothing: ClassVar[str] = (
-        "no output head of its own was found (a head tied to the embedding is not one)"
-    )
-
-    def __post_init__(self) -> None:
-        check_modules(self)
-
-    def picks(self, fact: TensorFact) -> bool:
-        return fact.in_head
+    @property
+    def selection(self) -> tuple[str, ...]:
+        return ("head",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitFit:
-    """All existing bias vectors. A new head is trained with `modules_to_save`, as with every other
-    method.
+class BitFit(Config):
+    """All bias vectors outside the head. A new head is trained with `modules_to_save`, as with
+    every other method.
     """
 
-    modules_to_save: tuple[str, ...] = ()
-    mergeable: ClassVar[bool] = True
-    nothing: ClassVar[str] = "it has no bias vectors"
+    learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
 
-    def __post_init__(self) -> None:
-        check_modules(self)
-
-    def picks(self, fact: TensorFact) -> bool:
-        return fact.is_bias and not fact.in_head
+    @property
+    def selection(self) -> tuple[str, ...]:
+        return ("biases",)

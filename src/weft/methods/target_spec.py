@@ -26,7 +26,7 @@ ROLES = (
     "attention-output",
     "mlp-output",
     "block-output",
-)  # one module a block; model/roles.py finds them
+)  # one module a block; model/structure/blocks.py finds them
 KEYWORDS = ("all-linear", "attention", "mlp", *ROLES)
 _ENDING = re.compile(r"[A-Za-z0-9_.]+")
 

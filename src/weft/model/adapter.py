@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, MergeError, UnsupportedError, WeftError
-from ..methods.base import Nested
-from .layer import Site
-from .state import find_state
+from .layer import AdapterLayer
+from .plan import Plan, plan_of
+from .plan_entries import Frozen
+from .selected import Selected
 from .stepping import follow
-
-if TYPE_CHECKING:
-    from .plan import Plan
-
-
-@dataclass(eq=False)
-class Selected:
-    """A base tensor that an adapter trains as a copy. `holders` are all the places where the model
-    reads it.
-    """
-
-    original: nn.Parameter
-    trained: nn.Parameter
-    holders: list[tuple[nn.Module, str]]
-    head: bool
-
-    def layers(self) -> list[nn.Module]:
-        """The modules that read this tensor as their weight."""
-        return [module for module, name in self.holders if name == "weight"]
-
-    def install(self, parameter: nn.Parameter) -> None:
-        """Put the original or the trained tensor where the model reads it, in the device and dtype
-        that the model has now.
-
-        `model.to(...)` reaches only the one of the two that is installed.
-        """
-        for module, name in self.holders:
-            live = module._parameters[name]
-            if live is not None and live is not parameter and not live.is_meta:
-                carrier = nn.Module()
-                carrier.register_parameter("tensor", parameter)
-                carrier.to(
-                    live.device, live.dtype if live.is_floating_point() else None
-                )  # takes the gradient along
-            module._parameters[name] = parameter
 
 
 class Disk(Protocol):
@@ -71,24 +37,33 @@ def bind_disk(disk: Disk) -> None:
 class Adapter:
     """An adapter attached to `model` under `name`.
 
-    `sites` maps module names to the adapted layers' tensors, `selected_tensors` maps full tensor
-    names to base tensors trained as copies (Full, Head, BitFit, and `modules_to_save`), `frozen`
-    lists what stays frozen and why.
+    `layers` maps module names to the adapted layers' tensors, `selected_tensors` maps full tensor
+    names to base tensors trained as copies (`train` and `modules_to_save`), `frozen` lists what stays frozen and why.
     """
 
     name: str
     config: Any
     model: nn.Module
-    sites: dict[str, Site] = field(default_factory=dict)
+    layers: dict[str, AdapterLayer] = field(default_factory=dict)
     selected_tensors: dict[str, Selected] = field(default_factory=dict)
-    frozen: list[Any] = field(default_factory=list)
+    frozen: list[Frozen] = field(default_factory=list)
     routed: list[str] = field(default_factory=list)
     load_report: Any = None
 
     def __repr__(self) -> str:
-        parts = [(len(self.sites), "layer"), (len(self.selected_tensors), "base tensor")]
+        parts = [(len(self.layers), "layer"), (len(self.selected_tensors), "base tensor")]
         what = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in parts if n)
         return f"<weft.Adapter {self.name!r}: {type(self.config).__name__}, {what}, {self.num_parameters:,} trained numbers>"
+
+    @property
+    def sites(self) -> dict[str, AdapterLayer]:
+        """The name of `layers` before version 0.2."""
+        return self.layers
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether this handle's layers are those of the model; not for a copy, or after detach."""
+        return all(layer.is_attached(self.name) for layer in self.layers.values())
 
     @property
     def selected(self) -> dict[str, nn.Parameter]:
@@ -99,7 +74,9 @@ class Adapter:
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Trained tensors that all layers share: "shared.<tensor>"; none for most methods."""
         modules = {
-            id(site.shared): site.shared for site in self.sites.values() if site.shared is not None
+            id(layer.shared): layer.shared
+            for layer in self.layers.values()
+            if layer.shared is not None
         }
         return {
             f"shared.{name}": p
@@ -108,11 +85,11 @@ class Adapter:
         }
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every declared tensor: "<module>.<tensor>" for sites, the base tensor's own name for
+        """Every declared tensor: "<module>.<tensor>" for layers, the base tensor's own name for
         selected ones, and "shared.<tensor>" for what all layers share.
         """
-        for module, site in self.sites.items():
-            for tensor, parameter in site.trainable().items():
+        for module, layer in self.layers.items():
+            for tensor, parameter in layer.trainable().items():
                 yield (f"{module}.{tensor}" if module else tensor), parameter
         yield from self.shared_parameters.items()
         yield from self.selected.items()
@@ -123,7 +100,7 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """All trained numbers."""
+        """The number of trained numbers."""
         return sum(p.numel() for p in self.parameters())
 
     @property
@@ -148,9 +125,9 @@ class Adapter:
         others.
         """
         counts = [
-            int(site.get_buffer("step"))
-            for site in self.sites.values()
-            if "step" in site.state_names
+            int(layer.get_buffer("step"))
+            for layer in self.layers.values()
+            if "step" in layer.buffer_names
         ]
         return max(counts, default=0)
 
@@ -159,7 +136,9 @@ class Adapter:
         """Module -> rank in force; where a method moves rank between layers, what it has
         reached.
         """
-        return {module: site.rank for module, site in self.sites.items() if site.rank is not None}
+        return {
+            module: layer.rank for module, layer in self.layers.items() if layer.rank is not None
+        }
 
     def plan_steps(self, total: int) -> None:
         """Tell a method with a schedule how many optimiser steps will be taken, where its
@@ -168,11 +147,9 @@ class Adapter:
         Weft's trainer calls it. Raises ConfigError where the schedule does not fit into so many
         steps.
         """
-        if getattr(self.config, "total_steps", total) is None:
-            config = replace(self.config, total_steps=total)
-            for site in self.sites.values():
-                site.rule = replace(site.rule, total_steps=total)
-            self.config = config
+        self.config = self.config.with_steps(total)
+        for layer in self.layers.values():
+            layer.method = layer.method.with_steps(total)
 
     def truncate(self, r: int) -> None:
         """Keep the first `r` ranks of every layer and drop the rest, where a method has trained
@@ -181,12 +158,11 @@ class Adapter:
         The tensors are new ones, which an optimiser made before does not hold. Raises ConfigError
         (no such rank), UnsupportedError (the method's ranks are not nested), MergeError (merged).
         """
-        state = find_state(self.model)
-        if state is not None and state.merged is not None and state.merged.name == self.name:
+        if any(layer.active.merged == self.name for layer in self.layers.values()):
             raise MergeError(
                 f"adapter {self.name!r} is merged; call weft.unmerge(model) before truncating it."
             )
-        if not isinstance(self.config, Nested):
+        if not self.config.nested:
             raise UnsupportedError(
                 f"the ranks of {type(self.config).__name__} are not trained to be nested, so the "
                 "first "
@@ -195,19 +171,18 @@ class Adapter:
         most = max(self.ranks.values())
         if type(r) is not int or not 1 <= r <= most:
             raise ConfigError(f"truncate({r!r}): adapter {self.name!r} has the ranks 1 to {most}.")
-        for site in self.sites.values():
-            if isinstance(site.rule, Nested):
-                site.take(site.rule.shortened(r))
-        self.config = self.config.shortened(r)
+        for layer in self.layers.values():
+            layer.become(layer.method.truncated(r))
+        self.config = self.config.truncated(r)
 
     def training_state(self) -> dict[str, Tensor]:
         """What a run that goes on bit for bit needs beside tensors and optimiser: copies of the
         buffers that `model.state_dict()` has too. Empty for most methods.
         """
         return {
-            f"{module}.{name}": site.get_buffer(name).detach().clone()
-            for module, site in self.sites.items()
-            for name in site.state_names
+            f"{module}.{name}": layer.get_buffer(name).detach().clone()
+            for module, layer in self.layers.items()
+            for name in layer.buffer_names
         }
 
     @torch.no_grad()
@@ -216,9 +191,9 @@ class Adapter:
         differ.
         """
         live = {
-            f"{module}.{name}": site.get_buffer(name)
-            for module, site in self.sites.items()
-            for name in site.state_names
+            f"{module}.{name}": layer.get_buffer(name)
+            for module, layer in self.layers.items()
+            for name in layer.buffer_names
         }
         odd = sorted(live.keys() ^ state.keys()) or [
             n for n, t in live.items() if t.shape != state[n].shape
@@ -238,10 +213,15 @@ class Adapter:
         follow(self)
 
     def plan(self) -> Plan:
-        """What is trained, what stays frozen and why; print it."""
-        from .plan import plan_of
-
-        return plan_of(self)
+        """Returns a table of what is trained, and of what stays frozen and why; print it."""
+        return plan_of(
+            type(self.config).__name__,
+            self.model,
+            self.layers,
+            {**self.shared_parameters, **self.selected},
+            self.frozen,
+            self.ranks if self.config.moves_rank else None,
+        )
 
     @staticmethod
     def _on_disk() -> Disk:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,29 +12,35 @@ from torch import nn
 
 from .. import methods
 from ..errors import ConfigError, MergeError, TargetError, WeftError
-from ..methods.base import Draw, Shared
+from ..methods.base import PromptMethod, Shared
+from ..methods.config import LayerConfig
+from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS
-from . import hosts, prompts, targets
+from . import base_layers, fallback, prompts
 from .adapter import Adapter
-from .layer import CHILD, Site, adapt, is_adapted, restore, sites_of, switch_of
-from .selection import select, tensors_of_modules, tensors_picked
-from .state import ATTRIBUTE, Rows, State, find_state, state_of, unwrapped
-from .stepping import Watch, follow, follows, unfollow
-from .structure import base_modules
-from .switch import activate, base_only
+from .layer import CHILD, AdapterLayer, active_of, adapt, is_adapted, layers_of, restore
+from .plan_entries import Frozen
+from .selected import select
+from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
+from .stepping import follow, follows, unfollow
+from .steps_watch import Watch
+from .structure import Structure, targets
+from .structure.selection import tensors_of_modules, trained_tensors
+from .use import check_not_in_use
 
+_attaching = threading.RLock()
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Where an adapter goes: a rule for each module, base tensors trained as copies, and what stays
-    frozen and why.
+    """What an adapter consists of in one model: a rule per module, base tensors trained as copies,
+    and what stays frozen and why. `routed`: modules whose tokens a router has regrouped.
     """
 
     rules: Mapping[str, Any]
     selected: Sequence[str] = ()
-    frozen: Sequence[Any] = ()
+    frozen: Sequence[Frozen] = ()
     routed: Sequence[str] = ()
 
 
@@ -53,25 +60,30 @@ def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
             f"attach(config={config!r}): write a Weft configuration, for example weft.LoRA(r=8). "
             f"Methods: {list(methods.METHODS)}."
         )
-    return attach_resolved(model, config, parts_of(unwrapped(model), config), name)
+    structure = Structure.of(unwrapped(model))
+    return attach_resolved(structure, config, parts_of(structure, config), name)
 
 
-def parts_of(root: nn.Module, config: Any) -> Parts:
-    """Resolve a configuration against a model, before anything is touched."""
-    for tensor, parameter in root.named_parameters():
+def parts_of(structure: Structure, config: Any) -> Parts:
+    """Resolves a configuration against a model, before the model is changed.
+
+    Raises TargetError if something that the configuration names does not fit the model.
+    """
+    for tensor, parameter in structure.root.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise TargetError(
                 f"{tensor!r} has no shape before the model's first forward. Run the model once, "
                 "then attach."
             )
-    saved = tensors_of_modules(root, config.modules_to_save)
-    if isinstance(config, methods.Prompt):
-        found_places, without = prompts.places(root, config.at)
-        return Parts(dict.fromkeys(found_places, config), saved, without)
-    if isinstance(config, methods.Selection):
-        return Parts({}, list(dict.fromkeys([*tensors_picked(root, config), *saved])))
-    found = targets.resolve(root, config.targets, getattr(config, "skip_layers", 0))
-    rules = {module: methods.replace(config, dict(over)) for module, over in found.sites.items()}
+    saved = tensors_of_modules(structure, config.modules_to_save)
+    if isinstance(config, PromptMethod):
+        places, without = prompts.find_places(structure, config.where)
+        trained = trained_tensors(structure, config, (), saved)
+        return Parts(dict.fromkeys(places, config), _union(trained, saved), without)
+    if not isinstance(config, LayerConfig):
+        return Parts({}, _union(trained_tensors(structure, config, (), saved), saved))
+    found = targets.resolve(structure, config.targets, config.blocks_left_out)
+    rules = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]
         if config.targets in KEYWORDS:  # "all-linear" means all that are not trained in full
@@ -82,43 +94,67 @@ def parts_of(root: nn.Module, config: Any) -> Parts:
                 f"modules_to_save={list(config.modules_to_save)}: "
                 "a layer is adapted or trained in full. Take it out of one of the two."
             )
-    return Parts(rules, saved, found.frozen, found.routed)
+    trained = trained_tensors(structure, config, rules, saved)
+    return Parts(rules, _union(trained, saved), found.frozen, found.routed)
+
+
+def _union(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*first, *second]))
 
 
 def attach_resolved(
-    model: nn.Module,
+    structure: Structure,
     config: Any,
     parts: Parts,
     name: str = "default",
     shared: Mapping[Any, Shared] | None = None,
+    fill: Callable[[Adapter], None] | None = None,
 ) -> Adapter:
-    """Attach exactly these parts. `shared` gives frozen tensors read from a file, by the rules'
-    share_key.
+    """Attaches exactly these parts. `shared` has frozen tensors read from a file, by share_key; `fill`
+    is called with the adapter before the model is touched, to give its tensors their values.
 
-    Everything that can fail happens before the model is touched.
+    Raises as `attach` does; everything that can fail happens before the model is touched.
     """
-    root = unwrapped(model)
-    state = find_state(root)
+    fallback.refresh()
+    root = structure.root
+    with _attaching:  # two threads may both be the first
+        state = find_state(root) or State(root)
+        with state.gate.alone(f"attach adapter {name!r}"):
+            return _attach(structure, state, config, parts, name, dict(shared or {}), fill)
+
+
+def _attach(
+    structure: Structure,
+    state: State,
+    config: Any,
+    parts: Parts,
+    name: str,
+    shared: dict[Any, Shared],
+    fill: Callable[[Adapter], None] | None,
+) -> Adapter:
+    root = structure.root
     _check_name(state, name)
     with base_only(state):
         modules = dict(root.named_modules())
         _check_ownership(modules, parts.rules, state)
         _check_tied(
-            root,
+            structure,
             {
                 name: rule
                 for name, rule in parts.rules.items()
-                if not isinstance(rule, methods.Prompt)
+                if not isinstance(rule, PromptMethod)
             },
         )
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
-        adapter.sites = _build_sites(root, modules, parts.rules, state, dict(shared or {}))
-        adapter.selected_tensors = select(root, parts.selected, config.modules_to_save)
+        adapter.layers = _build_sites(structure, modules, parts.rules, state, shared)
+        adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)
+        if fill is not None:
+            fill(adapter)
     if not any(True for _ in adapter.parameters()):
         raise TargetError(f"{config!r} finds nothing to train in {type(root).__name__}.")
-    _install(root, state or State(root), adapter, modules)
+    _install(structure, state, adapter, modules)
     return adapter
 
 
@@ -127,27 +163,31 @@ def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -
 
     Where it was the active adapter, the base is active afterwards. keep_merged=True drops a merged
     adapter and leaves its effective weights in the model for good. Raises WeftError (no such
-    adapter), MergeError (it is merged and keep_merged was not given).
+    adapter, or an open `with weft.use(...)` uses it), MergeError (it is merged and keep_merged was
+    not given).
     """
     state = state_of(model)
-    adapter = state.adapter(name)
+    with state.gate.alone(f"detach adapter {name!r}"):
+        _detach(state, state.adapter(name), keep_merged)
+
+
+def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
+    name = adapter.name
+    check_not_in_use(state, name)
     if state.merged is not None:
         if state.merged.name != name or not keep_merged:
             raise MergeError(
                 f"adapter {state.merged.name!r} is merged. Call weft.unmerge(model) first, or "
                 f"weft.detach(model, {state.merged.name!r}, keep_merged=True) to keep its weights."
             )
-        state.merged, state.switch.base_weights = None, {}
-    if state.switch.active is not None and (
-        isinstance(state.switch.active, Rows) or state.switch.active == name
-    ):
-        activate(state, None)
-    if isinstance(adapter.config, methods.Prompt):
+        state.end_merge()
+    state.forget(name)
+    if isinstance(adapter.config, PromptMethod):
         prompts.uninstall(state, adapter)
-    for site in adapter.sites.values():
-        layer = site.host.module
-        del sites_of(layer)[name]
-        if not len(sites_of(layer)):
+    for site in adapter.layers.values():
+        layer = site.base.module
+        del layers_of(layer)[name]
+        if not len(layers_of(layer)):
             restore(layer)
     del state.adapters[name]
     unfollow(adapter)
@@ -155,6 +195,7 @@ def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -
         for full, parameter in state.root.named_parameters():
             parameter.requires_grad_(state.required_grad.get(full, parameter.requires_grad))
         state.fast_paths.restore()
+        state.unwatch_root()
         del state.root.__dict__[ATTRIBUTE]
 
 
@@ -189,13 +230,12 @@ def _check_name(state: State | None, name: str) -> None:
 def _check_ownership(
     modules: Mapping[str, nn.Module], rules: Mapping[str, Any], state: State | None
 ) -> None:
-    mine = None if state is None else state.switch
+    mine = None if state is None else state.active
     for name, module in modules.items():
-        if is_adapted(module) and switch_of(module) is not mine:
+        if is_adapted(module) and active_of(module) is not mine:
             raise WeftError(
                 f"{name!r} carries an adapter that was attached through another root module. Use "
-                "that "
-                "module, or detach it first."
+                "that module, or detach it first."
             )
     for name in rules:
         if name not in modules:
@@ -207,16 +247,14 @@ def _check_ownership(
             )
 
 
-def _check_tied(root: nn.Module, rules: Mapping[str, Any]) -> None:
-    """Adapting one of two modules that read one Parameter would say one thing unmerged and another
-    merged.
-    """
+def _check_tied(structure: Structure, rules: Mapping[str, Any]) -> None:
+    """Adapting one of two modules that read one Parameter would give other outputs when merged."""
     readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for name, module in base_modules(root):
+    for name, module in structure.modules.items():
         for tensor, parameter in module._parameters.items():
             readers.setdefault(id(parameter), []).append((name, module, tensor))
     for name in rules:
-        layer = root.get_submodule(name)
+        layer = structure.root.get_submodule(name)
         for other, module, tensor in readers[id(layer._parameters["weight"])]:
             if module is layer and tensor == "weight":
                 continue
@@ -224,27 +262,26 @@ def _check_tied(root: nn.Module, rules: Mapping[str, Any]) -> None:
             reader = other if other and tensor == "weight" else full
             raise TargetError(
                 f"{name!r} and {reader!r} are tied: they read one weight, so adapting one side "
-                "would "
-                f"merge into both. Give {reader!r} its own copy first: model.{full} = torch.nn."
+                f"would merge into both. Give {reader!r} its own copy first: model.{full} = torch.nn."
                 f"Parameter(model.{full}.detach().clone()) and config.tie_word_embeddings = False."
             )
 
 
 def _build_sites(
-    root: nn.Module,
+    structure: Structure,
     modules: Mapping[str, nn.Module],
     rules: Mapping[str, Any],
     state: State | None,
     given: Mapping[Any, Shared],
-) -> dict[str, Site]:
-    views: dict[str, Any] = dict(prompts.hosts_of(root, rules))
-    views |= {name: hosts.view(modules[name]) for name in rules if name not in views}
+) -> dict[str, AdapterLayer]:
+    views: dict[str, Any] = dict(prompts.hosts_of(structure, rules))
+    views |= {name: base_layers.view(modules[name]) for name in rules if name not in views}
     for name, rule in rules.items():
-        if views[name].kind == "norm" and not getattr(rule, "norm_hosts", False):
+        if not views[name].has_weight and not rule.adapts_norms:
             raise TargetError(
                 f"{name!r} is a layer norm ({type(modules[name]).__name__}), and "
-                f"{type(rule).__name__} adapts "
-                'weight matrices. Target "mlp-output", or another linear layer.'
+                f"{type(rule).__name__} adapts weight matrices. "
+                'Target "mlp-output", or another linear layer.'
             )
     groups: dict[Any, list[tuple[int, int]]] = {}
     for name, rule in rules.items():
@@ -253,7 +290,7 @@ def _build_sites(
         )
     pool = _pool(state)
     written = any(
-        getattr(module, "inplace", False) is True for module in root.modules()
+        getattr(module, "inplace", False) is True for module in structure.root.modules()
     )  # nn.ReLU(inplace=True)
     sites = {}
     for name, rule in rules.items():
@@ -262,12 +299,12 @@ def _build_sites(
         if shared is None and key is not None:
             full = (key, max(o for o, _ in groups[key]), max(i for _, i in groups[key]), device)
             if full not in pool:
-                made = rule.share(groups[key], device)
+                made = rule.shared(groups[key], device)
                 pool[full] = made
             shared = pool[full]
-        sites[name] = Site(rule, views[name], shared)
+        sites[name] = AdapterLayer(rule, views[name], shared)
         sites[name].written = written
-        sites[name].start(Draw(rule.seed, name))
+        sites[name].initialise(Rng(rule.seed, name, device))
         sites[name].train(modules[name].training)
     return sites
 
@@ -277,7 +314,7 @@ def _pool(state: State | None) -> dict[Any, Any]:
     model.
     """
     sites = (
-        [site for adapter in state.adapters.values() for site in adapter.sites.values()]
+        [site for adapter in state.adapters.values() for site in adapter.layers.values()]
         if state
         else []
     )
@@ -289,22 +326,25 @@ def _pool(state: State | None) -> dict[Any, Any]:
 
 
 def _install(
-    root: nn.Module, state: State, adapter: Adapter, modules: Mapping[str, nn.Module]
+    structure: Structure, state: State, adapter: Adapter, modules: Mapping[str, nn.Module]
 ) -> None:
+    root = structure.root
     if not state.adapters:
         state.required_grad = {name: p.requires_grad for name, p in root.named_parameters()}
         for parameter in root.parameters():
             parameter.requires_grad_(False)
         root.__dict__[ATTRIBUTE] = state
-    if isinstance(adapter.config, methods.Prompt):
-        prompts.install(state, adapter)
-    for name, site in adapter.sites.items():
+        state.watch_root()
+    if isinstance(adapter.config, PromptMethod):
+        prompts.install(state, adapter, structure)
+    for name, site in adapter.layers.items():
         if not is_adapted(modules[name]):
-            adapt(modules[name], state.switch)
-        sites_of(modules[name])[adapter.name] = site
+            adapt(modules[name], state.active)
+        site.active = state.active
+        layers_of(modules[name])[adapter.name] = site
     state.adapters[adapter.name] = adapter
     follow(adapter)
     if follows(adapter):
-        next(iter(adapter.sites.values())).watch = Watch(adapter.name)
-    state.fast_paths.switch_off(modules.values(), [modules[name] for name in adapter.sites])
-    activate(state, adapter.name)
+        next(iter(adapter.layers.values())).watch = Watch(adapter.name)
+    state.fast_paths.switch_off(modules.values(), [modules[name] for name in adapter.layers])
+    state.set_default(adapter.name)

@@ -1,9 +1,9 @@
-"""Parents that read a layer's weight instead of calling the layer, which would leave its adapter
-out without a word.
+"""Parents that read a layer's weight instead of calling the layer, which would silently ignore its
+adapter.
 
-In eval mode without gradients nn.TransformerEncoderLayer hands the weights of its linear layers to
-one fused kernel. torch leaves that path alone where a module inside has a forward hook; so each
-such parent gets one that does nothing.
+In eval mode without gradients nn.TransformerEncoderLayer passes the weights of its linear layers to
+one fused kernel. torch does not take that path if a module inside has a forward hook; so each such
+parent gets one that does nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import nn
 
 
 class FastPaths:
-    """What has been switched off, so that `restore` can switch it on again."""
+    """The fast paths that are switched off, for `restore`."""
 
     def __init__(self) -> None:
         self._hooks: dict[nn.Module, Any] = {}
         self._nested: list[nn.TransformerEncoder] = []
 
     def switch_off(self, modules: Iterable[nn.Module], adapted: Collection[nn.Module]) -> None:
-        """For every parent among `modules` with one of the adapted layers inside."""
+        """Switches off every parent among `modules` that contains an adapted layer."""
         adapted_set = set(adapted)
         for module in modules:
             if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
@@ -36,6 +36,7 @@ class FastPaths:
                 self._nested.append(module)
 
     def restore(self) -> None:
+        """Switches all fast paths on again."""
         for hook in self._hooks.values():
             hook.remove()
         for encoder in self._nested:

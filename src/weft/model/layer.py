@@ -1,169 +1,216 @@
-"""An adapted layer: the user's own module, its class swapped for a subclass whose forward adds the
-active adapters.
+"""An adapted layer: the user's own module, its class swapped for a subclass that adds the active adapters.
 
-The layer stays where it is, stays an instance of its class and keeps its parameters; `restore`
-gives the class back.
+The layer stays where it is, stays an instance of its class and keeps its parameters; `restore` gives the
+class back. One forward of an adapted layer:
+
+    adapted_forward    which adapter is active for the caller (active.py); none: the layer's own forward
+    AdapterLayer.run   the plan for (training, gradients), made when something changed (layer_plan.py)
+    ops/native.py      small work, in torch's own operations      ops/fused.py  large work, in one function
+    AdapterLayer.forward   the general definition, for everything that has no plan
 """
 
 from __future__ import annotations
 
 import types
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import DTYPES, Draw, Factored, Fixed, Shared, Stateful
-from ..ops import factors
-from ..ops.derived import Derived
-from ..ops.factors import Factors
-from . import paths
-from .hosts import INNER_FORWARD, own_forward
-from .state import Switch
-
-if TYPE_CHECKING:
-    from .stepping import Watch
+from ..methods.base import BranchMethod, LowRankMethod, Shared
+from ..methods.config import DTYPES
+from ..methods.rng import Rng
+from ..ops import native
+from ..ops.cache import Cache
+from ..ops.low_rank import LowRank
+from ..ops.norm import full_precision, row_norm
+from ..ops.row_scale import RowScale, cached_row_scale, stale
+from . import fallback
+from .active import ActiveAdapters, PerRow
+from .base_layers import INNER_FORWARD, own_forward
+from .layer_plan import LayerPlan
+from .per_row import by_row
+from .steps_watch import Watch
 
 CHILD = "weft"
-_SWITCH = "_weft_switch"
+_ACTIVE = "_weft_active"
 _HOOKS = "_weft_hooks"
-_classes: dict[
-    type[nn.Module], type[nn.Module]
-] = {}  # the layer's own class -> the one that runs its adapters too
+# The layer's own class -> the one that runs its adapters too.
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-class Site(nn.Module):
-    """One adapter's tensors on one layer; what a rule reads as `p`. `shape` is the weight's (out,
-    in).
-    """
+class AdapterLayer(nn.Module):
+    """One adapter's tensors on one layer; a method reads it as `p`. `shape` is the weight's (out, in)."""
 
-    def __init__(self, rule: Any, host: Any, shared: Shared | None) -> None:
+    def __init__(self, method: Any, base: Any, shared: Shared | None) -> None:
         super().__init__()
-        self.rule, self.host, self.shared = rule, host, shared
-        self.shape = (host.out_features, host.in_features)
-        self.names = tuple(rule.trained(*self.shape))
-        self.derived = Derived()
-        self.written = False  # something in the model may write to this layer's output
-        self.watch: Watch | None = (
-            None  # of the first layer of an adapter whose rule follows the optimiser's steps
-        )
+        self.method, self.base, self.shared = method, base, shared
+        self.shape = (base.out_features, base.in_features)
+        self.names = tuple(method.shapes(*self.shape))
+        self.cache = Cache()
+        self.active: ActiveAdapters = ActiveAdapters()  # the model's, after attach
+        self.written = False  # whether something in the model may write to this layer's output
+        self.watch: Watch | None = None  # of the first layer of an adapter that follows steps
+        self._plans: list[LayerPlan | None] = [None] * 4  # per (training, gradients)
 
-    def start(self, draw: Draw) -> None:
-        """Create the trained tensors at their starting values, on the device of the layer's weight,
-        and what the rule keeps beside them: frozen tensors that are never saved, and state that the
-        model's state_dict holds.
+    def initialise(self, rng: Rng) -> None:
+        """Creates the trained tensors at their initial values, and what the method keeps beside them:
+        frozen tensors that are never saved, and buffers that are in the model's state_dict.
         """
-        self.draw, device = draw, self.host.device
+        self.rng, dtype = rng, DTYPES[self.method.dtype]
         with torch.no_grad():
-            for name, value in self.rule.start(self.host, draw, self.shared).items():
-                self.register_parameter(name, nn.Parameter(value.to(DTYPES[self.rule.dtype])))
-            fixed = self.fixed(device)
-            for name, value in fixed.items():
-                self.register_buffer(name, value.to(DTYPES[self.rule.dtype]), persistent=False)
-            state = self.rule.state(self.shape, device) if isinstance(self.rule, Stateful) else {}
-            for name, value in state.items():
+            for name, value in self.method.initial(self.base, rng, self.shared).items():
+                self.register_parameter(name, nn.Parameter(value.to(dtype)))
+            frozen = self.frozen(rng.device)
+            for name, value in frozen.items():
+                self.register_buffer(name, value.to(dtype), persistent=False)
+            buffers = self.method.buffers(*self.shape, rng.device)
+            for name, value in buffers.items():
                 self.register_buffer(name, value)
-        self.fixed_names, self.state_names = tuple(fixed), tuple(state)
+        self.frozen_names, self.buffer_names = tuple(frozen), tuple(buffers)
 
-    def fixed(self, device: torch.device) -> dict[str, Tensor]:
-        """The rule's frozen tensors for this layer, drawn anew in float32."""
-        if not isinstance(self.rule, Fixed):
-            return {}
-        return self.rule.fixed(self.host.kind, self.shape, self.draw, device)
+    def frozen(self, device: torch.device) -> dict[str, Tensor]:
+        """Returns the method's frozen tensors for this layer, drawn again in float32."""
+        rng, ids = Rng(self.rng.seed, self.rng.name, device), self.base.takes_ids
+        found: dict[str, Tensor] = self.method.frozen(*self.shape, ids, rng)
+        return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """A cast to bfloat16 and back would lose bits of the frozen tensors for ever, so they are
-        drawn again.
-        """
+        """A cast to bfloat16 and back would lose bits of the frozen tensors, so they are drawn again."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = next(
             (b for name, b in self._buffers.items() if b is not None and b is not before[name]),
             None,
         )
-        for name, value in self.fixed(moved.device).items() if moved is not None else ():
+        for name, value in self.frozen(moved.device).items() if moved is not None else ():
             self._buffers[name] = value.to(self.get_buffer(name).dtype)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": [None] * 4}
+
+    def is_attached(self, name: str) -> bool:
+        """Whether the module carries these very tensors under this name."""
+        container = self.base.module._modules.get(CHILD)
+        return container is not None and container._modules.get(name) is self
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The trained tensors by name, in the order of the rule."""
+        """Returns the trained tensors by name, in the method's order."""
         return {name: self.get_parameter(name) for name in self.names}
 
     @property
     def rank(self) -> int | None:
-        """The rank in force: the rule's, or what it has reached."""
-        reached = getattr(self.rule, "rank", None)
-        found: int | None = getattr(self.rule, "r", None) if reached is None else reached(self)
+        """The rank in force, or None for a method without ranks."""
+        found: int | None = self.method.rank(self)
         return found
 
-    def take(self, rule: Any) -> None:
-        """Become the layer of a rule of smaller rank, whose tensors are the first part of these in
-        every dimension.
-        """
+    def become(self, method: Any) -> None:
+        """Takes a configuration of smaller rank, whose tensors are the first part of these."""
         with torch.no_grad():
-            for name, shape in rule.trained(*self.shape).items():
+            for name, shape in method.shapes(*self.shape).items():
                 old = self.get_parameter(name)
                 first = old.detach()[tuple(slice(n) for n in shape)].clone()
-                self.register_parameter(name, nn.Parameter(first, requires_grad=old.requires_grad))
-            for name, value in (
-                rule.state(self.shape, old.device) if self.state_names else {}
-            ).items():
+                parameter = nn.Parameter(first, requires_grad=old.requires_grad)
+                self.register_parameter(name, parameter)
+            for name, value in method.buffers(*self.shape, self.base.device).items():
                 value = value if name != "step" else self.get_buffer(name)
                 self.register_buffer(name, value)
-        self.rule = rule
+        self.method = method
+        self._plans = [None] * 4
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Returns the layer's output with this adapter."""
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            index = 2 * self.training + torch.is_grad_enabled()
+            plan = self._plans[index]
+            if plan is None or not plan.holds(x):
+                plan = self._plans[index] = LayerPlan(self, x)
+            reason = plan.reason or fallback.of_the_moment(x)
+            if reason is None:
+                out = plan.compute(self, x)
+                return out if self.watch is None else self.seen(out)
+            fallback.note(reason)
+        return self.seen(self.forward(x, own_forward(module, *args, **kwargs)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output with this adapter, from its input and its own output."""
-        return self.seen(self.rule.forward(x, y, self.host, self))
+        """Returns the output [..., out] from the input x and the layer's own output y [..., out]: the
+        general definition.
+        """
+        if isinstance(self.method, BranchMethod):
+            return self.method.forward(x, y, self.base, self)
+        f = self.factors()
+        dropout = self.method.dropout if self.training else 0.0
+        h = self.base.down(x, f.A, dropout, dtype=y.dtype)
+        norm = None if f.m is None else self._norm(f)
+        return native.adapted(y, h, self.base.bias, f, norm)
+
+    def factors(self) -> LowRank:
+        """Returns the tensors as they are, for training or evaluation as the layer is in."""
+        found: LowRank = self.method.factors(self, self.training)
+        return found
+
+    def _norm(self, f: LowRank) -> Tensor:
+        """‖W + ΔW‖ [out], with its graph if the method asks for it."""
+        W = self.base.weight()
+        with (
+            torch.set_grad_enabled(f.norm_grad and torch.is_grad_enabled()),
+            full_precision(W.device),
+        ):
+            return row_norm(replace(f, m=None).weight(W))
+
+    def row_scale(self, f: LowRank) -> RowScale | None:
+        """Returns σ of the layer, kept until something changes; None without m."""
+        if f.m is None:
+            return None
+        W, bias = self.base.weight(), self.base.bias
+        return cached_row_scale(f, W, bias, self.cache, self.training)[0]
+
+    def fallback_reason(self, x: Tensor) -> str | None:
+        """Returns why this input takes the general definition; None if a direct way computes it."""
+        return LayerPlan(self, x).reason or fallback.of_the_moment(x)
+
+    def joins(self, x: Tensor) -> bool:
+        """Whether the layer can be computed together with others, each on rows of its own."""
+        if torch.compiler.is_compiling() or self.fallback_reason(x) is not None:
+            return False
+        return not (self.training and self.method.dropout)
+
+    def is_stale(self) -> bool:
+        """Whether a kept norm is no longer that of the weights; then it is dropped."""
+        if not isinstance(self.method, LowRankMethod) or not len(self.cache):
+            return False
+        found = stale(self.method.factors(self, self.training), self.base.weight(), self.cache)
+        if found:
+            self.cache.clear()
+        return found
 
     def seen(self, out: Tensor) -> Tensor:
-        """The output, once the watch over the optimiser's steps, if there is one, has looked at
-        it.
-        """
+        """The output, after the watch over the optimiser's steps, if there is one, has looked at it."""
         if self.watch is not None and self.training and not torch.compiler.is_compiling():
             self.watch.look(self, out)
         return out
 
-    def why_plain(self, x: Tensor) -> str | None:
-        """The reason why `fused` may not be called for this input; None where it may."""
-        if not isinstance(self.rule, Factored):
-            return f"{type(self.rule).__name__} is no product of two thin matrices"
-        return self.host.why_plain or paths.why_plain(x, self.host.weight(), self.host.bias)
-
-    def fused(self, x: Tensor) -> Tensor:
-        """The same from the input alone, in one function that keeps less and runs faster."""
-        return self.seen(factors.fused(x, self.host.weight(), self.host.bias, self.factors(x)))
-
-    def factors(self, x: Tensor | None = None) -> Factors:
-        """The layer's tensors in the form that all methods of the family have in common, for an
-        input to come.
-        """
-        rule: Any = self.rule
-        found: Factors = rule.factors(self.host, self, x)
-        return found
-
-    def joins(self, x: Tensor) -> bool:
-        """The site can be computed together with others, each on rows of its own."""
-        return self.why_plain(x) is None and not (
-            self.training and getattr(self.rule, "dropout", None)
-        )
-
 
 def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The base layer's own forward, then the active adapters."""
-    switch: Switch | None = self.__dict__.get(_SWITCH)
-    if switch is None:  # accelerate's hooks keep the forward that they found, even beyond detach
+    active: ActiveAdapters | None = self.__dict__.get(_ACTIVE)
+    if active is None:  # accelerate's hooks keep the forward that they found, even beyond detach
         return own_forward(self, *args, **kwargs)
-    sites, x = self._modules[CHILD], args[0] if args else next(iter(kwargs.values()))
-    site = switch.only(sites)
-    if site is not None:
-        reason = site.why_plain(x)
-        if reason is None:
-            found: Tensor = site.fused(x)
-            return found
-        if not torch.compiler.is_compiling():
-            paths.note(reason)
-    return switch.apply(sites, x, own_forward(self, *args, **kwargs))
+    name = active.current(self.training)
+    if name is None:
+        return own_forward(self, *args, **kwargs)
+    layers = self._modules[CHILD]._modules  # type: ignore[union-attr]
+    if isinstance(name, PerRow):
+        x = args[0] if args else next(iter(kwargs.values()))
+        return by_row(name, layers, x, own_forward(self, *args, **kwargs))
+    layer: Any = layers.get(name)
+    if layer is None:
+        return own_forward(self, *args, **kwargs)
+    found: Tensor = layer.run(self, args, kwargs)
+    return found
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
@@ -172,8 +219,7 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    # The subclass is made at run time, so a copy or a pickle names the base class and makes it
-    # anew.
+    # The subclass is made at run time, so a copy or a pickle names the base class and makes it again.
     return _blank, (type(self)._weft_base,), self.__dict__  # type: ignore[attr-defined]
 
 
@@ -193,25 +239,23 @@ def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    return _SWITCH in module.__dict__
+    """Whether a module carries adapters, as an adapted layer or as the place of a prompt."""
+    return _ACTIVE in module.__dict__
 
 
-def adapt(module: nn.Module, switch: Switch) -> None:
-    """Swap the class and add the container of sites; nothing else of the layer changes."""
-    module.__dict__[_SWITCH] = switch
-    if (
-        "forward" in module.__dict__
-    ):  # accelerate's device hooks put a forward on the instance; keep it inside ours
+def adapt(module: nn.Module, active: ActiveAdapters) -> None:
+    """Swaps the class and adds the container of layers; nothing else of the module changes."""
+    module.__dict__[_ACTIVE] = active
+    if "forward" in module.__dict__:
+        # accelerate's device hooks put a forward on the instance; it is kept inside ours
         module.__dict__[INNER_FORWARD] = module.__dict__.pop("forward")
-    module.__class__ = _adapted_class(type(module))
     module.add_module(CHILD, nn.ModuleDict())
+    module.__class__ = _adapted_class(type(module))
 
 
-def adopt(module: nn.Module, switch: Switch, before: Any = None) -> None:
-    """Add the container of sites to a module that keeps its class and its forward; `before` hooks
-    its input.
-    """
-    module.__dict__[_SWITCH] = switch
+def adopt(module: nn.Module, active: ActiveAdapters, before: Any = None) -> None:
+    """Adds the container to a module that keeps its class and forward; `before` hooks its input."""
+    module.__dict__[_ACTIVE] = active
     module.__dict__[_HOOKS] = (
         [module.register_forward_pre_hook(before, with_kwargs=True)] if before is not None else []
     )
@@ -219,26 +263,26 @@ def adopt(module: nn.Module, switch: Switch, before: Any = None) -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Undo `adapt` or `adopt`: the same class, the same children, the same instance attributes."""
-    del module._modules[CHILD]
-    del module.__dict__[_SWITCH]
+    """Undoes `adapt` or `adopt`: the same class, the same children, the same instance attributes."""
     if _HOOKS in module.__dict__:
         for hook in module.__dict__.pop(_HOOKS):
             hook.remove()
-        return
-    module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
-    if INNER_FORWARD in module.__dict__:
-        module.__dict__["forward"] = module.__dict__.pop(INNER_FORWARD)
+    else:
+        module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
+        if INNER_FORWARD in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop(INNER_FORWARD)
+    del module.__dict__[_ACTIVE]
+    del module._modules[CHILD]
 
 
-def sites_of(module: nn.Module) -> nn.ModuleDict:
-    """The layer's adapters by name."""
+def layers_of(module: nn.Module) -> nn.ModuleDict:
+    """Returns a module's adapters by name. Raises TypeError if it carries none."""
     container = module._modules[CHILD]
     if not isinstance(container, nn.ModuleDict):
         raise TypeError(f"{type(module).__name__}.{CHILD} is not Weft's")
     return container
 
 
-def switch_of(module: nn.Module) -> Switch | None:
-    """The switch that an adapted layer reads; None for any other module."""
-    return module.__dict__.get(_SWITCH)
+def active_of(module: nn.Module) -> ActiveAdapters | None:
+    """Returns the object that an adapted layer reads; None for any other module."""
+    return module.__dict__.get(_ACTIVE)

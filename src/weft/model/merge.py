@@ -5,33 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError, UnsupportedError, WeftError
-from ..methods.base import full_precision
+from ..methods.base import effective_weight as effective_weight_of
+from ..ops.norm import full_precision
 from .adapter import Adapter
-from .layer import Site, is_adapted, sites_of, switch_of
-from .state import State, state_of
-from .switch import activate
+from .layer import AdapterLayer, active_of, is_adapted, layers_of
+from .state import Merged, State, state_of
+from .use import check_alone
 
 # Largest relative change of the output that a merge may cause, by the dtype of the merged weights.
 # A merge rounds W' once; what a deep model makes of that rounding is some ten to a hundred units in
 # the last place.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass
-class Merged:
-    """What is merged, and the bits that `unmerge` puts back."""
-
-    name: str
-    active: Any
-    backups: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    base_weights: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,38 +75,54 @@ def merge(
     """
     state = state_of(model)
     adapter = state.adapter(name)
-    _check_mergeable(state, adapter)
-    before = _outputs(state, name, verify)
-    base = _outputs(state, None, verify)
-    record = Merged(name, state.switch.active)
-    activate(state, None)
+    with state.gate.alone(f"merge adapter {name!r}"):
+        _check_mergeable(state, adapter)
+        check_alone(state, f"merge adapter {name!r}")
+        before = _outputs(state, name, verify)
+        base = _outputs(state, None, verify)
+        report = _merge(state, adapter)
+        if verify is None:
+            return report
+        try:
+            after = _outputs(state, None, verify)
+        except BaseException:
+            unmerge(model)
+            raise
+        return _verified(state, report, base, before, after, tolerance)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts the base's weights back bit for bit and makes active what was active before `merge`.
+
+    Raises MergeError if nothing is merged, or another caller is inside `with weft.use(...)`.
+    """
+    state = state_of(model)
+    with state.gate.alone("unmerge"):
+        if state.merged is None:
+            raise MergeError("nothing is merged, so there is nothing to unmerge.")
+        check_alone(state, "unmerge")
+        record = state.merged
+        _put_back(record)
+        state.end_merge()
+        if record.choice is not None:
+            state.choose(record.choice.active)
+        else:
+            state.install_for(state.active.default)
+
+
+def _merge(state: State, adapter: Adapter) -> MergeReport:
+    """Writes W' and switches all adapters off. A failure puts the base back."""
+    record = Merged(adapter.name, state.active.chosen())
+    state.install(None)
     try:
         rounding, change = _write(adapter, record)
     except BaseException:
         _put_back(record)
-        activate(state, record.active)
+        choice = record.choice
+        state.install_for(state.active.default if choice is None else choice.active)
         raise
-    state.merged = record
-    state.switch.base_weights = record.base_weights
-    report = MergeReport(name, len(record.backups), rounding, change)
-    if verify is None:
-        return report
-    try:
-        after = _outputs(state, None, verify)
-    except BaseException:
-        unmerge(model)
-        raise
-    return _verified(state, report, base, before, after, tolerance)
-
-
-def unmerge(model: nn.Module) -> None:
-    """Put the base's weights back bit for bit and make active what was active before `merge`."""
-    state = state_of(model)
-    if state.merged is None:
-        raise MergeError("nothing is merged, so there is nothing to unmerge.")
-    record, state.merged, state.switch.base_weights = state.merged, None, {}
-    _put_back(record)
-    activate(state, record.active)
+    state.begin_merge(record)
+    return MergeReport(adapter.name, len(record.backups), rounding, change)
 
 
 def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
@@ -124,29 +131,28 @@ def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
     Raises WeftError (the layer carries no such adapter), UnsupportedError (it is no change of
     weights).
     """
-    switch = switch_of(layer)
-    site = sites_of(layer)[name] if switch is not None and name in sites_of(layer) else None
-    if switch is None or not isinstance(site, Site):
-        have = list(sites_of(layer)) if is_adapted(layer) else []
+    active = active_of(layer)
+    found = layers_of(layer)._modules.get(name) if active is not None else None
+    if active is None or not isinstance(found, AdapterLayer):
+        have = list(layers_of(layer)) if is_adapted(layer) else []
         raise WeftError(
             f"this {type(layer).__name__} carries no adapter {name!r} (it has: {have})."
         )
-    if not hasattr(site.rule, "effective_weight"):
-        method = type(site.rule)
+    if not found.method.mergeable:
+        method = type(found.method)
         raise UnsupportedError(
             f"{method.__name__} has no effective weight: {method.not_mergeable}."
         )
-    own = switch.base_weights.get(layer)
+    own = active.base_weights.get(layer)
     if own is None:
-        return _effective(site, site.host.weight())
-    return _effective(site, own.t() if site.host.transposed else own)
+        return _effective(found, found.base.weight())
+    return _effective(found, own.t() if found.base.transposed else own)
 
 
 @torch.no_grad()
-def _effective(site: Site, W: Tensor) -> Tensor:
+def _effective(layer: AdapterLayer, W: Tensor) -> Tensor:
     with full_precision(W.device):  # autocast would compute it in bfloat16
-        found: Tensor = site.rule.effective_weight(W, site)
-        return found.detach()
+        return effective_weight_of(layer.method, W, layer).detach()
 
 
 def _check_mergeable(state: State, adapter: Adapter) -> None:
@@ -157,11 +163,18 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
             f"{adapter.name!r}."
         )
     if not adapter.config.mergeable:
-        why = getattr(adapter.config, "not_mergeable", "")
+        why = adapter.config.not_mergeable
         raise UnsupportedError(
             f"{type(adapter.config).__name__} is not a change of weights, so it cannot be merged"
             f"{': ' + why if why else ''}."
         )
+    for name, layer in adapter.layers.items():
+        if layer.is_stale():
+            raise MergeError(
+                f"{name!r}: its weight was edited through `.data` (or a pointer) where no check looks, "
+                "so its outputs since then used an old norm; nothing was merged. The norm is computed "
+                "again from now on. Edit weights in place under torch.no_grad() instead."
+            )
     for name, parameter in adapter.named_parameters():
         if parameter.is_meta:
             raise MergeError(f"{name!r} is on the meta device and has no values to merge.")
@@ -172,16 +185,16 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
 @torch.no_grad()
 def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
     rounding = change = 0.0
-    for name, site in adapter.sites.items():
-        stored: nn.Parameter = site.host.module.weight
-        wanted = _effective(site, site.host.weight())
+    for name, layer in adapter.layers.items():
+        stored: nn.Parameter = layer.base.module.weight
+        wanted = _effective(layer, layer.base.weight())
         cast = wanted.to(stored.dtype)
         if not bool(torch.isfinite(cast).all()):
             raise MergeError(f"{name!r}: W' is not finite in {stored.dtype}; nothing was merged.")
         rounding = max(rounding, _relative(cast - wanted, wanted))
-        change = max(change, _relative(wanted - site.host.weight(), site.host.weight()))
-        _replace(stored, cast.t() if site.host.transposed else cast, record)
-        record.base_weights[site.host.module] = record.backups[-1][1]
+        change = max(change, _relative(wanted - layer.base.weight(), layer.base.weight()))
+        _replace(stored, cast.t() if layer.base.transposed else cast, record)
+        record.base_weights[layer.base.module] = record.backups[-1][1]
     for selected in adapter.selected_tensors.values():
         change = max(change, _relative(selected.trained - selected.original, selected.original))
         _replace(selected.original, selected.trained, record)
@@ -245,12 +258,13 @@ def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
     if inputs is None:
         return []
     if state.merged is None:
-        before = state.switch.active
-        activate(state, name)
+        before = state.active.chosen()
+        state.choose(name)
         try:
             return _run(state.root, inputs)
         finally:
-            activate(state, before)
+            state.active.restore(before)
+            state.install_for(state.active.default if before is None else before.active)
     return _run(state.root, inputs)
 
 

@@ -1,36 +1,20 @@
-"""What an adapter trains, layer by layer, and what stays frozen and why."""
+"""The plan of an adapter: what it trains, layer by layer, and what stays frozen and why."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .adapter import Adapter
+from torch import nn
+
+from .layer import AdapterLayer
+from .plan_entries import Frozen, Row
+from .structure import base_parameters
 
 WIDTH = 80
-
-
-@dataclass(frozen=True)
-class Row:
-    """One adapted layer or selected tensor; `shape` is (out, in) for a layer."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    trainable: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """Something that could have been adapted and was not."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -41,19 +25,20 @@ class Plan:
     rows: list[Row]
     frozen: list[Frozen]
     base_parameters: int
-    ranks: dict[str, int] | None = None  # by layer, where a method moves rank between layers
+    ranks: dict[str, int] | None = None  # by layer, if the method moves rank between layers
 
     @property
     def trainable(self) -> int:
-        """Trained numbers."""
+        """The number of trained numbers."""
         return sum(row.trainable for row in self.rows)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the trained tensors as they are held."""
+        """The bytes of the trained tensors in memory."""
         return sum(row.nbytes for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the plan as JSON values."""
         return {
             "method": self.method,
             "trainable": self.trainable,
@@ -84,13 +69,13 @@ class Plan:
 
 
 def rows_as_text(rows: list[Row]) -> list[str]:
-    """A table of at most 80 columns; layers that differ only in the numbers of their names share a
-    line.
+    """Returns a table of at most 80 columns. Layers that differ only in the numbers of their names
+    share a line.
     """
     table: list[tuple[str, ...]] = [("layer", "kind", "shape", "x", "trained", "bytes")]
     for pattern, group in _folded(rows):
         first = group[0]
-        trained, held = sum(r.trainable for r in group), sum(r.nbytes for r in group)
+        trained, nbytes = sum(r.trainable for r in group), sum(r.nbytes for r in group)
         table.append(
             (
                 pattern,
@@ -98,14 +83,14 @@ def rows_as_text(rows: list[Row]) -> list[str]:
                 _shape(first.shape),
                 str(len(group)),
                 f"{trained:,}",
-                size_text(held),
+                size_text(nbytes),
             )
         )
     return _columns(table)
 
 
 def ranks_as_text(ranks: Mapping[str, int]) -> list[str]:
-    """The ranks in force: layers of equal names and ranks share a line."""
+    """Returns the current ranks. Layers of equal names and ranks share a line."""
     rows = [Row(name, str(r), (r,), 0, 0) for name, r in ranks.items()]
     groups = [(pattern, group[0].kind) for pattern, group in _folded(rows)]
     return [
@@ -114,34 +99,34 @@ def ranks_as_text(ranks: Mapping[str, int]) -> list[str]:
     ]
 
 
-def plan_of(adapter: Adapter) -> Plan:
-    """The plan of an attached adapter."""
+def plan_of(
+    method: str,
+    root: nn.Module,
+    layers: Mapping[str, AdapterLayer],
+    tensors: Mapping[str, nn.Parameter],
+    frozen: Sequence[Frozen],
+    ranks: dict[str, int] | None,
+) -> Plan:
+    """Returns the plan of an adapter: its layers, its other trained tensors, and the rest.
+
+    ranks: by layer, or None if the method does not move rank between layers.
+    """
     rows = [
         Row(
             name,
-            site.host.kind,
-            site.shape,
-            sum(p.numel() for p in site.trainable().values()),
-            sum(p.numel() * p.element_size() for p in site.trainable().values()),
+            layer.base.kind,
+            layer.shape,
+            sum(p.numel() for p in layer.trainable().values()),
+            sum(p.numel() * p.element_size() for p in layer.trainable().values()),
         )
-        for name, site in adapter.sites.items()
+        for name, layer in layers.items()
     ]
     rows += [
         Row(name, "tensor", tuple(p.shape), p.numel(), p.numel() * p.element_size())
-        for name, p in (*adapter.shared_parameters.items(), *adapter.selected.items())
+        for name, p in tensors.items()
     ]
-    frozen = [Frozen(f.name, f.kind, tuple(f.shape), f.reason) for f in adapter.frozen]
-    ours = {id(p) for site in adapter.sites.values() for p in site.parameters()}
-    others = {id(p) for a in _siblings(adapter) for s in a.sites.values() for p in s.parameters()}
-    base = sum(p.numel() for p in adapter.model.parameters() if id(p) not in ours | others)
-    moves = any(hasattr(site.rule, "rank") for site in adapter.sites.values())
-    return Plan(type(adapter.config).__name__, rows, frozen, base, adapter.ranks if moves else None)
-
-
-def _siblings(adapter: Adapter) -> Iterable[Adapter]:
-    from .attach import adapters
-
-    return adapters(adapter.model).values()
+    base = sum(p.numel() for _, p in base_parameters(root))
+    return Plan(method, rows, list(frozen), base, ranks)
 
 
 def _folded(rows: list[Any]) -> Iterator[tuple[str, list[Any]]]:
@@ -157,8 +142,8 @@ def _folded(rows: list[Any]) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _ranges(pattern: str, numbers: list[list[str]]) -> str:
-    for place in zip(*numbers, strict=True):
-        distinct = sorted({int(n) for n in place})
+    for column in zip(*numbers, strict=True):
+        distinct = sorted({int(n) for n in column})
         run = distinct == list(range(distinct[0], distinct[-1] + 1))
         text = (
             str(distinct[0])
@@ -188,9 +173,7 @@ def _columns(table: list[tuple[str, ...]]) -> list[str]:
 
 
 def _broken(name: str, width: int) -> list[str]:
-    """A name in pieces of at most `width`, cut after a dot where there is one (the dots of a range
-    are none).
-    """
+    """A name in pieces of at most `width`, cut after a dot if possible (not those of a range)."""
     pieces = []
     while len(name) > width:
         cut = max((m.end() for m in re.finditer(r"\.(?![.\d]*})", name[:width])), default=width)
@@ -200,17 +183,15 @@ def _broken(name: str, width: int) -> list[str]:
     return [*pieces, name]
 
 
-def _wrapped(what: str, why: str) -> list[str]:
-    line = f"  {what}: {why}"
+def _wrapped(name: str, text: str) -> list[str]:
+    line = f"  {name}: {text}"
     if len(line) <= WIDTH:
         return [line]
-    import textwrap
-
     return [
         *textwrap.wrap(
-            f"{what}:", WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+            f"{name}:", WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
         ),
-        *textwrap.wrap(why, WIDTH, initial_indent="    ", subsequent_indent="    "),
+        *textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    "),
     ]
 
 
@@ -219,7 +200,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def size_text(nbytes: float) -> str:
-    """Bytes in four digits and a unit."""
+    """Returns a number of bytes in four digits and a unit."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:
             return f"{nbytes:.4g} {unit}"

@@ -1,203 +1,228 @@
-"""Which adapter is active: one object a model, which every adapted layer reads."""
+"""The adapters of one model, and the hooks through which its forwards pass. It hangs on the root."""
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import WeftError
-from ..ops import mixed
+from ..errors import MergeError, WeftError
+from .active import Active, ActiveAdapters, Choice, PerRow, describe
+from .adapter import Adapter
 from .fastpath import FastPaths
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
-    from .merge import Merged
-    from .virtual import Gate
+from .gate import Gate
 
 ATTRIBUTE = "_weft_model_state"
-_MEMORY = 1024  # switches between a forward and its backward that a model remembers
-_FORGOTTEN = "another adapter, too many switches ago"
 
 
-def recomputed() -> int | None:
-    """When the forward ran that this backward belongs to, in autograd's count of nodes; None where
-    no backward runs.
-    """
-    node: Any = torch._C._current_autograd_node()
-    # Autograd numbers its nodes as it makes them, so the node that asks tells when its forward ran.
-    return None if node is None else int(node._sequence_nr())
+@dataclass
+class Merged:
+    """What is merged, the choice of the caller who did it, and the bits that `unmerge` puts back."""
 
-
-class Rows:
-    """One adapter name (or None for the base) per row of the batch, grouped: each adapter runs once
-    on its rows.
-    """
-
-    def __init__(self, names: Sequence[str | None]) -> None:
-        self.names = tuple(names)
-        distinct = dict.fromkeys(n for n in names if n is not None)
-        self.groups = {n: [i for i, m in enumerate(names) if m == n] for n in distinct}
-
-    def index(self, name: str, rows: int, device: torch.device) -> Tensor:
-        """The rows of the layer's first dimension that belong to `name`; each batch row may span
-        several.
-        """
-        span = rows // len(self.names)
-        first = torch.tensor(self.groups[name], device=device)[:, None] * span
-        return (first + torch.arange(span, device=device)).reshape(-1)
-
-    def check(self, x: Tensor, feature_dims: int) -> None:
-        """The first dimension must be the batch, or batch x tokens flattened: anything else would
-        mix up rows.
-        """
-        n, have = len(self.names), x.shape[0] if x.dim() > feature_dims else 0
-        # Ids in one dimension are as likely positions as tokens, so those must be the batch itself.
-        flat = feature_dims > 0 and x.dim() == feature_dims + 1 and have % n == 0
-        if have != n and not flat:
-            raise WeftError(
-                f"weft.use was given {n} names, one per row, but a layer received an input of "
-                "shape "
-                f"{tuple(x.shape)}, whose first dimension is not these rows. Give one name per row "
-                "of the "
-                "batch; with k beams repeat each name k times."
-            )
-
-
-class Switch:
-    """What every adapted layer of a model shares: which adapter, or which adapter a row, is
-    active.
-    """
-
-    def __init__(self) -> None:
-        self.active: str | Rows | None = None
-        self.base_weights: dict[
-            nn.Module, Tensor
-        ] = {}  # layer -> its own weight, while another stands in its place
-        # What became active when, in autograd's own count of the nodes it has made; each thread has
-        # a count of its own.
-        self._turns: deque[tuple[int, str | Rows | None]] = deque([(0, None)], _MEMORY)
-        self._thread = threading.get_ident()
-
-    def turn(self, active: str | Rows | None) -> None:
-        """Make this the active adapter."""
-        self._follow_thread()
-        self.active = active
-        self._turns.append((torch._C._autograd._get_sequence_nr(), active))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has made no graph yet, and another process counts its nodes anew.
-        return {**self.__dict__, "_turns": deque([(0, self.active)], _MEMORY)}
-
-    def only(self, sites: Any) -> Any:
-        """The site that answers for the whole batch; None where none does, or one a row."""
-        self._guard_recompute()
-        return sites[self.active] if isinstance(self.active, str) and self.active in sites else None
-
-    def apply(self, sites: Any, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output under the active adapter(s), from its input x and base output y."""
-        active = self.active
-        if isinstance(active, Rows):
-            return self._by_row(active, sites, x, y)
-        if active is None or active not in sites:
-            return y
-        out: Tensor = sites[active](x, y)
-        return out
-
-    def guarded(self) -> str | Rows | None:
-        """What is active, for a part of a forward that may be run again in backward."""
-        self._guard_recompute()
-        return self.active
-
-    def _by_row(self, rows: Rows, sites: Any, x: Tensor, y: Tensor) -> Tensor:
-        rows.check(x, feature_dims=x.dim() + 1 - y.dim())  # ids have no feature dimension
-        if not y.shape[0]:
-            return y
-        here = [name for name in rows.groups if name in sites]
-        together = [name for name in here if sites[name].joins(x)]
-        out = y
-        if together:
-            parts = [
-                mixed.Part(sites[name].factors(), tuple(rows.groups[name])) for name in together
-            ]
-            out = mixed.apply(x, y, sites[together[0]].host.bias, parts, len(rows.names)).view(
-                y.shape
-            )
-            for name in together:
-                sites[name].seen(out)
-        for name in here:
-            if name not in together:
-                index = rows.index(name, y.shape[0], y.device)
-                out = out.index_copy(0, index, sites[name](x[index], y[index]).to(out.dtype))
-        return out
-
-    def _guard_recompute(self) -> None:
-        """Gradient checkpointing runs the forward again inside backward: it must be the same
-        adapter's forward.
-        """
-        if torch.compiler.is_compiling():
-            return
-        made = recomputed()
-        if made is None:
-            self._follow_thread()
-            return
-        if not torch.is_grad_enabled():
-            return
-        then = next(
-            (active for since, active in reversed(self._turns) if since <= made), _FORGOTTEN
-        )
-        if then is not self.active and then != self.active:
-            raise WeftError(
-                f"backward recomputes the forward under {describe(self.active)}, but the forward "
-                f"ran under {describe(then)}. Call backward() inside the same `with weft.use(...)`."
-            )
-
-    def _follow_thread(self) -> None:
-        if self._thread != threading.get_ident():
-            self._thread = threading.get_ident()
-            self._turns = deque([(0, self.active)], _MEMORY)
+    name: str
+    choice: Choice | None
+    backups: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    base_weights: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
 class State:
-    """The adapters of one model. It hangs on the root; the layers know the switch only."""
+    """The adapters of one model. The layers only know its `active`."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.switch = Switch()
+        self.active = ActiveAdapters()
+        self.gate = Gate()
         self.adapters: dict[str, Adapter] = {}
         self.merged: Merged | None = None
         self.required_grad: dict[
             str, bool
         ] = {}  # of the base's parameters, before the first attach
-        self.row_check: RemovableHandle | None = None
         self.fast_paths = FastPaths()
-        self.gate: Gate | None = None  # where virtual tokens enter the model
+        self.virtual: Any = None  # prompts.hooks.VirtualTokenHooks, if there are virtual tokens
+        self.open: Counter[str | None] = Counter()  # open `with weft.use(...)` blocks per adapter
+        self._installed: str | None = None  # the adapter whose base tensors are in place
+        self._hooks: list[RemovableHandle] = []
 
-    def adapter(self, name: str) -> Adapter:
-        """The adapter of that name; WeftError lists those that exist."""
-        if name not in self.adapters:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "open": Counter()}
+
+    def adapter(self, name: Any) -> Adapter:
+        """Returns the adapter of that name. Raises WeftError that lists those that exist."""
+        if not isinstance(name, str) or name not in self.adapters:
             near = get_close_matches(str(name), self.adapters, n=2) or list(self.adapters)
             raise WeftError(
                 f"no adapter is named {name!r} on this {type(self.root).__name__}. Nearest: {near}."
             )
         return self.adapters[name]
 
+    def watch_root(self) -> None:
+        """Lets all forwards of the root pass through the gate."""
+        self._hooks = [
+            self.root.register_forward_pre_hook(_enter, with_kwargs=True),
+            self.root.register_forward_hook(_leave, always_call=True),
+        ]
 
-def describe(active: str | Rows | None) -> str:
-    """For messages."""
-    if active is None:
-        return "the base"
-    return f"rows {list(active.names)}" if isinstance(active, Rows) else repr(active)
+    def unwatch_root(self) -> None:
+        """Undoes `watch_root`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def choose(self, active: Active, open_blocks: int | None = None) -> None:
+        """Makes this active for the caller, and puts the base tensors that go with it in place."""
+        choice = self.active.chosen()
+        blocks = (0 if choice is None else choice.open) if open_blocks is None else open_blocks
+        self.active.choose(active, blocks)
+        self.install_for(active)
+
+    def set_default(self, active: Active) -> None:
+        """Makes this active for the caller and for every caller that has chosen nothing."""
+        self.active.set_default(active)
+        choice = self.active.chosen()
+        if choice is not None:
+            self.active.choose(active, choice.open)
+        self.install_for(active)
+
+    def forget(self, name: str) -> None:
+        """Makes the base active for the caller and as default if this adapter was."""
+        if self.active.default == name:
+            self.active.set_default(None)
+        choice = self.active.chosen()
+        if choice is not None and name in _names(choice.active):
+            self.active.choose(None, choice.open)
+        if self._installed == name:
+            self.install(None)
+
+    def install_for(self, active: Active) -> None:
+        """Puts the base tensors of this selection in place, when no other thread is inside."""
+        if not self.installed_for(active):
+            with self.gate.alone("switch to another adapter's base tensors"):
+                self.install(self._owner(active))
+
+    def installed_for(self, active: Active) -> bool:
+        """Whether the base tensors that go with this selection are in place."""
+        return self._installed == self._owner(active)
+
+    def install(self, name: str | None) -> None:
+        """Puts the trained base tensors of this adapter in place, or the originals."""
+        if self._installed == name:
+            return
+        before = self.adapters.get(self._installed or "")
+        for selected in before.selected_tensors.values() if before is not None else ():
+            selected.install(selected.original)
+            for layer in selected.layers():
+                self.active.base_weights.pop(layer, None)
+        after = self.adapters[name] if name is not None else None
+        for selected in after.selected_tensors.values() if after is not None else ():
+            selected.install(selected.trained)
+            self.active.base_weights |= dict.fromkeys(selected.layers(), selected.original)
+        self._installed = name
+
+    def begin_merge(self, record: Merged) -> None:
+        """Switches all adapters off while the weights hold W'."""
+        self.active.restore(None)
+        self.merged, self.active.merged = record, record.name
+        self.active.base_weights = record.base_weights
+
+    def end_merge(self) -> None:
+        """Forgets what was merged; the weights are the caller's matter."""
+        self.merged, self.active.merged, self.active.base_weights = None, None, {}
+
+    def _owner(self, active: Active) -> str | None:
+        """The adapter whose base tensors this selection needs; None for the originals."""
+        adapter = self.adapters.get(active) if isinstance(active, str) else None
+        if adapter is None or self.merged is not None or not adapter.selected_tensors:
+            return None
+        return adapter.name
+
+
+@contextmanager
+def base_only(state: State | None) -> Iterator[None]:
+    """Puts the pretrained tensors in place, and back what was, while no other thread is inside."""
+    if state is None:
+        yield
+        return
+    with state.gate.alone("read the base"):
+        before = state._installed
+        state.install(None)
+        try:
+            yield
+        finally:
+            state.install(before)
+
+
+def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Before a forward of the root: checks the caller's choice and passes the gate."""
+    state = root.__dict__.get(ATTRIBUTE)
+    if state is None or torch.compiler.is_compiling():
+        return
+    choice = state.active.chosen()
+    active = state.active.default if choice is None else choice.active
+    _check_choice(state, active, chosen=choice is not None)
+    if isinstance(active, PerRow):
+        _check_rows(len(active.names), args, kwargs)
+    state.gate.enter(
+        lambda: state.installed_for(active), lambda: state.install(state._owner(active))
+    )
+
+
+def _leave(root: nn.Module, args: Any, output: Any) -> None:
+    state = root.__dict__.get(ATTRIBUTE)
+    if state is not None and not torch.compiler.is_compiling():
+        state.gate.leave()
+
+
+def _check_choice(state: State, active: Active, chosen: bool) -> None:
+    merged = state.merged
+    if merged is not None:
+        if chosen and active != merged.name:
+            raise MergeError(
+                f"adapter {merged.name!r} is merged into the weights, and this caller has chosen "
+                f"{describe(active)}. Call weft.unmerge(model) first."
+            )
+        return
+    for name in _names(active):
+        if name not in state.adapters:
+            raise WeftError(
+                f"adapter {name!r}, which this caller has chosen, was detached. Have: "
+                f"{list(state.adapters)}; choose again with weft.use."
+            )
+
+
+def _names(active: Active) -> tuple[str, ...]:
+    """The adapters of a selection."""
+    if isinstance(active, PerRow):
+        return tuple(active.groups)
+    return () if active is None else (active,)
+
+
+def _check_rows(rows: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    batch = _batch(args, kwargs)
+    if batch is not None and batch != rows:
+        raise WeftError(
+            f"weft.use was given {rows} names, one per row, but the batch has {batch} rows. Give "
+            "one name per row; with k beams or samples per prompt, repeat each name k times."
+        )
+
+
+def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Rows of the model's input: of input_ids or inputs_embeds if present, else the first tensor."""
+    named = [kwargs[k] for k in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(k), Tensor)]
+    tensors = named or [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
+    return int(tensors[0].shape[0]) if tensors else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's model under DistributedDataParallel (`module`) and torch.compile (`_orig_mod`)."""
+    """Returns the user's model under DistributedDataParallel (`module`) and torch.compile
+    (`_orig_mod`).
+    """
     parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.parallel.DataParallel)
     inner = model._modules.get("module" if parallel else "_orig_mod")
     if inner is None or ATTRIBUTE in model.__dict__ or len(model._modules) != 1:
@@ -206,16 +231,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def find_state(model: nn.Module) -> State | None:
+    """Returns the state of a model that carries adapters, or None."""
     state = unwrapped(model).__dict__.get(ATTRIBUTE)
     return state if isinstance(state, State) else None
 
 
 def state_of(model: nn.Module) -> State:
+    """Returns the state of a model. Raises WeftError if it carries no adapter."""
     state = find_state(model)
     if state is None:
         raise WeftError(
             f"{type(model).__name__} carries no adapter. Attach one with weft.attach(model, "
-            "config), or "
-            "pass the model that was given to weft.attach."
+            "config), or pass the model that was given to weft.attach."
         )
     return state

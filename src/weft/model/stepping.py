@@ -1,8 +1,8 @@
-"""Rules that act around the optimiser's step, without a call from the user.
+"""Methods that act around the optimiser's step, without a call from the user.
 
 torch calls two hooks around every `step` of every torch optimiser
-(`register_optimizer_step_pre_hook`, `..._post_hook`); ours look for adapters of such rules
-(`methods.base.Stepped`) among those attached, and act where that optimiser holds their tensors and
+(`register_optimizer_step_pre_hook`, `..._post_hook`); ours look for adapters of such
+methods (`Config.follows_steps`) among those attached, and act where that optimiser holds their tensors and
 a gradient has reached them. So gradient accumulation, wrappers of optimisers (accelerate), a
 closure, and several adapters need nothing; a step that a GradScaler leaves out does not count; and
 what an adapter has counted lies in its layers' buffers, so that a copy of the model or its
@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,98 +30,23 @@ from torch.optim.optimizer import (
 )
 
 from ..errors import UnsupportedError
-from ..methods.base import Stepped
-from .state import find_state
 
-if TYPE_CHECKING:
-    from .adapter import Adapter
-    from .layer import Site
-
-_followed: weakref.WeakSet[Adapter] = weakref.WeakSet()
-_begun: weakref.WeakKeyDictionary[Optimizer, list[Adapter]] = weakref.WeakKeyDictionary()
-_partial: weakref.WeakKeyDictionary[Adapter, weakref.ref[Optimizer]] = weakref.WeakKeyDictionary()
+_followed: weakref.WeakSet[Any] = weakref.WeakSet()
+_begun: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+_partial: weakref.WeakKeyDictionary[Any, weakref.ref[Optimizer]] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []
 
 
-class Watch:
-    """Sees tensors of one layer move twice, each time after a backward pass, while no optimiser
-    step was followed.
-
-    Moved by hand, from a file or by averaging they may be: then no gradient has reached them
-    before. And once they may be after a gradient: SAM takes a second gradient somewhere else before
-    it steps. A copy starts anew.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.forget()
-
-    def forget(self) -> None:
-        """What comes next is compared with the tensors of the forward to come."""
-        self._known: list[Tensor] = []
-        self._reached = False
-        self._moves = 0
-
-    def look(self, site: Site, out: Tensor) -> None:
-        """Called in every forward in training, with the layer's output. Raises UnsupportedError."""
-        if not out.requires_grad:
-            return
-        now = [
-            getattr(site, name).detach() for name in site.names
-        ]  # FSDP leaves no parameters in the layer
-        if self._reached and not _alike(now, self._known):
-            self._moves, self._reached = self._moves + 1, False
-            if self._moves > 1:
-                raise UnsupportedError(unseen(self.name, site.rule))
-        if not self._reached:
-            self._known = [t.clone() for t in now]
-        out.register_hook(self._reach)  # type: ignore[no-untyped-call]
-
-    def _reach(self, gradient: Tensor) -> None:
-        self._reached = True
-
-    def __reduce__(self) -> Any:
-        return Watch, (self.name,)
-
-
-def _alike(now: list[Tensor], known: list[Tensor]) -> bool:
-    """Equal, or of another shape, dtype or device: then somebody has made them anew."""
-    return all(
-        torch.equal(a, b)
-        for a, b in zip(now, known, strict=True)
-        if (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    )
-
-
-def unseen(name: str, rule: Any) -> str:
-    """What to say where an adapter's tensors have moved without a step of an optimiser that holds
-    them.
-    """
-    method = type(rule).__name__
-    return (
-        f"the tensors of adapter {name!r} have moved, and no optimiser that holds them has taken a "
-        f"step: {method} acts "
-        "at every step, and has not. An optimiser with flat shards or copies of the tensors (FSDP, "
-        "DeepSpeed, master "
-        "weights) or a step by hand does that. Give adapter.parameters() to a torch.optim "
-        "optimiser "
-        "(ZeroRedundancyOptimizer may wrap it), or take a method that follows no steps, such as "
-        "LoRA."
-    )
-
-
-def follows(adapter: Adapter) -> bool:
+def follows(adapter: Any) -> bool:
     """Something of this adapter depends on the optimiser's steps."""
-    return isinstance(adapter.config, Stepped) and any(
-        site.rule.follows_steps for site in adapter.sites.values() if isinstance(site.rule, Stepped)
-    )
+    return any(layer.method.follows_steps for layer in adapter.layers.values())
 
 
-def follow(adapter: Adapter) -> None:
+def follow(adapter: Any) -> None:
     """Act for this adapter from now on, if its rule asks for it and for as long as it is
     attached.
     """
-    if isinstance(adapter.config, Stepped):
+    if follows(adapter):
         _followed.add(adapter)
         if not _hooks:
             _hooks.extend(
@@ -132,7 +57,7 @@ def follow(adapter: Adapter) -> None:
             )
 
 
-def unfollow(adapter: Adapter) -> None:
+def unfollow(adapter: Any) -> None:
     """No longer; without any adapter to follow, torch is left without our hooks."""
     _followed.discard(adapter)
     if not len(_followed):
@@ -169,7 +94,7 @@ def _begin(optimizer: Optimizer) -> None:
     again = optimizer in _begun  # a closure is evaluated more than once
     _begun[optimizer] = list(_held(optimizer))
     for adapter in _begun[optimizer]:
-        adapter.config.before_step(adapter.sites, 1.0 if scale is None else float(scale), again)
+        adapter.config.before_step(adapter.layers, 1.0 if scale is None else float(scale), again)
         _forget(
             adapter
         )  # a closure may run the model again, with the tensors moved, within this step
@@ -178,17 +103,17 @@ def _begin(optimizer: Optimizer) -> None:
 @torch.no_grad()
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for adapter in _begun.pop(optimizer, ()):
-        adapter.config.after_step(adapter.sites)
+        adapter.config.after_step(adapter.layers)
         _forget(adapter)
 
 
-def _forget(adapter: Adapter) -> None:
-    for site in adapter.sites.values():
-        if site.watch is not None:
-            site.watch.forget()
+def _forget(adapter: Any) -> None:
+    for layer in adapter.layers.values():
+        if layer.watch is not None:
+            layer.watch.forget()
 
 
-def _held(optimizer: Optimizer) -> Iterator[Adapter]:
+def _held(optimizer: Optimizer) -> Iterator[Any]:
     """The attached adapters that this optimiser is about to move, but for those that one around it
     is moving.
     """
@@ -200,10 +125,7 @@ def _held(optimizer: Optimizer) -> Iterator[Adapter]:
         for adapter in adapters
     }
     for adapter in list(_followed):
-        state = find_state(adapter.model)
-        if (
-            state is None or state.adapters.get(adapter.name) is not adapter
-        ):  # a copy of a handle, or taken off
+        if not adapter.is_attached:  # a copy of a handle, or taken off
             _followed.discard(
                 adapter
             )  # torch is going through the hooks, so they stay until a detach
@@ -212,8 +134,8 @@ def _held(optimizer: Optimizer) -> Iterator[Adapter]:
             continue
         own = [
             p
-            for site in adapter.sites.values()
-            for p in site.trainable().values()
+            for layer in adapter.layers.values()
+            for p in layer.trainable().values()
             if p.requires_grad
         ]
         here = [p for p in own if id(p) in held]
@@ -233,7 +155,7 @@ def _is_stepping(optimizer: Optimizer) -> bool:
     return False
 
 
-def _check_alone(adapter: Adapter, optimizer: Optimizer) -> None:
+def _check_alone(adapter: Any, optimizer: Optimizer) -> None:
     """An optimiser with a part of the tensors is good only where no other one has the rest: a step
     would count twice.
     """

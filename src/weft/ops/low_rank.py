@@ -1,53 +1,79 @@
-"""The low-rank product x -> x Aᵀ Bᵀ, which never builds the [out, in] matrix."""
+"""The one form of the low-rank family, and everything that follows from it.
+
+    W' = σ ∘ (W + ΔW)        ΔW = s diag(b) B diag(d) A [out, in]
+    y  = x W'ᵀ + bias        σ  = m / ‖W + ΔW‖ per row, or 1 without m
+
+    A [r, in]    B [out, r]    d [r], b [out], m [out]: None means ones
+
+`LowRank.weight` is the definition: merge, export, analysis and the tests' oracle use it. A layer computes y by
+`native.py` or `fused.py`; the tests hold all three equal.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import frozen
+from .norm import at_least_float32, row_norm
 
 
-def down(
-    x: Tensor,
-    A: Tensor,
-    dropout: float = 0.0,
-    training: bool = False,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """x [..., in], A [r, in] -> x Aᵀ [..., r], with A in `dtype` (None: as it is); dropout acts on
-    x, as in the LoRA paper's code.
+@dataclass(frozen=True, eq=False, slots=True)
+class LowRank:
+    """See the module's equation."""
 
-    Where A is frozen, nothing of x is kept for backward (frozen.py).
+    A: Tensor
+    B: Tensor
+    d: Tensor | None = None
+    b: Tensor | None = None
+    s: float = 1.0
+    m: Tensor | None = None
+    norm_grad: bool = False  # the gradient also flows through ‖W + ΔW‖
+
+    def up(self, dtype: torch.dtype) -> Tensor:
+        """Returns s diag(b) B diag(d) [out, r], computed in `dtype` or wider and cast once.
+
+        It is B itself if there is nothing to multiply and nothing to cast.
+        """
+        wide = torch.promote_types(self.B.dtype, dtype)
+        up = self.B.to(wide)
+        if self.d is not None:
+            up = up * (self.d.to(wide) if self.s == 1.0 else self.s * self.d.to(wide))
+        elif self.s != 1.0:
+            up = up * self.s
+        if self.b is not None:
+            up = up * self.b.to(wide)[:, None]
+        return up.to(dtype)
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """Returns ΔW [out, in] in `dtype`."""
+        return self.up(dtype) @ self.A.to(dtype)
+
+    def weight(self, W: Tensor) -> Tensor:
+        """Returns W' [out, in] for W [out, in], in float32 or wider."""
+        W = at_least_float32(W)
+        V = W + self.delta(W.dtype)
+        return V if self.m is None else row_scale(self.m, row_norm(V))[:, None] * V
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Returns the tensors that are there, A and B first."""
+        return tuple(t for t in (self.A, self.B, self.d, self.b, self.m) if t is not None)
+
+
+def row_scale(m: Tensor, norm: Tensor) -> Tensor:
+    """Returns σ = m / ‖V‖ [out] in norm's dtype, for m [out] and norm [out]."""
+    return m.to(norm.dtype) / norm
+
+
+def scaled(y: Tensor, bias: Tensor | None, sigma: Tensor, out: Tensor | None = None) -> Tensor:
+    """Returns σ (y - bias) + bias in y's dtype, for y [..., out], bias [out] and σ [out] or [..., out].
+
+    It is y bit for bit if σ is 1. σ may be wider than y: the product is taken in σ's dtype and rounded once.
+    With `out` the result is written there, without a graph.
     """
-    cast = A if dtype is None else A.to(dtype)
-    if not A.requires_grad:
-        return frozen.down(x, cast, dropout, training)
-    if dropout and training:
-        x = F.dropout(x, dropout)
-    return F.linear(x, cast)
-
-
-def down_index(
-    ids: Tensor,
-    A: Tensor,
-    dropout: float = 0.0,
-    training: bool = False,
-    padding_idx: int | None = None,
-) -> Tensor:
-    """The same for one-hot rows: ids [...] into A [r, in] -> [..., r].
-
-    Dropout of a one-hot vector leaves it whole (scaled) or removes it, so one draw a token is
-    exact.
-    """
-    rows = F.embedding(ids, A.t(), padding_idx=padding_idx)
-    if dropout and training:
-        keep = F.dropout(rows.new_ones(*ids.shape, 1), dropout)
-        rows = rows * keep
-    return rows
-
-
-def up(h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """h [..., r], B [out, r] -> scale · h Bᵀ [..., out]; the scale acts on the small side."""
-    return F.linear(h if scale == 1.0 else h * scale, B)
+    if bias is None:
+        found = torch.mul(y, sigma, out=out)
+    else:
+        found = torch.addcmul(bias - sigma * bias, y, sigma, out=out)
+    return found.to(y.dtype)

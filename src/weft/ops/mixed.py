@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .factors import Factors
-from .fused import scaled
-from .gathered import Gathered, gathered
+from .input_cache import Gathered, gathered
+from .low_rank import LowRank, scaled
 
 _LONG = 1 << 13  # numbers of one row of the output
 
@@ -26,8 +25,10 @@ _LONG = 1 << 13  # numbers of one row of the output
 class Part:
     """One adapter and its rows of the batch."""
 
-    factors: Factors
+    factors: LowRank
     rows: tuple[int, ...]
+    sigma: Tensor | None = None  # [out], with its graph
+    shared: bool = False  # A and B are those of other adapters too
 
 
 def apply(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part], n: int) -> Tensor:
@@ -53,7 +54,7 @@ def _written(
     """
     for bucket in _buckets(parts):
         index, some_x = held.rows(x, _rows(bucket))
-        shared = bucket[0].factors.share is not None
+        shared = bucket[0].shared
         if not shared and kernels.use(y):
             h, B = _stacked(some_x, bucket)
             some_y = y if index is None else y[index]
@@ -95,7 +96,7 @@ def _add(
 
 def _scaled_rows(y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
     """y with σ on the rows that have one, in place."""
-    found = [(part, sigma) for part in parts if (sigma := part.factors.scale()) is not None]
+    found = [(part, sigma) for part in parts if (sigma := part.sigma) is not None]
     if not found:
         return y
     sigma = torch.ones(y.shape[0], 1, y.shape[-1], dtype=found[0][1].dtype, device=y.device)
@@ -118,7 +119,7 @@ def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
         f = part.factors
         key: object = (
             (f.A.data_ptr(), f.B.data_ptr(), f.A.shape, f.B.shape)
-            if f.share is not None
+            if part.shared
             else (f.A.shape[0], len(part.rows), f.d is None, f.b is None)
         )
         found.setdefault(key, []).append(part)
@@ -131,7 +132,7 @@ def _adapted(
     """The rows of one bucket, in its order: x [n, tokens, in], y [n, tokens, out] -> [n, tokens,
     out].
     """
-    shared = bucket[0].factors.share is not None
+    shared = bucket[0].shared
     sigmas = _sigmas(bucket)
     if shared:
         update, scale = _shared(held, x, bucket)
@@ -139,16 +140,12 @@ def _adapted(
     else:
         h, B = _stacked(x, bucket)
         update = torch.bmm(h, B.mT).view(y.shape)
-    if sigmas is None:
-        return y + update
-    sigma = _by_row(sigmas, bucket)
-    straight = y if bias is None else y - bias
-    return y + (sigma - 1).to(y.dtype) * straight + sigma.to(y.dtype) * update
+    return y + update if sigmas is None else scaled(y + update, bias, _by_row(sigmas, bucket))
 
 
 def _sigmas(bucket: Sequence[Part]) -> list[Tensor] | None:
     """One σ [out] a part, ones where it has none; None where no part has one."""
-    found = [part.factors.scale() for part in bucket]
+    found = [part.sigma for part in bucket]
     some = next((sigma for sigma in found if sigma is not None), None)
     return (
         None
@@ -161,7 +158,7 @@ def _stacked(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
     """h [k, tokens of a part, r] and B [k, out, r] of k parts."""
     k, (n, tokens, _) = len(bucket), x.shape
     A = torch.stack([part.factors.A for part in bucket]).to(x.dtype)
-    B = torch.stack([part.factors.folded(x.dtype) for part in bucket])
+    B = torch.stack([part.factors.up(x.dtype) for part in bucket])
     return torch.bmm(x.reshape(k, (n // k) * tokens, x.shape[-1]), A.mT), B
 
 

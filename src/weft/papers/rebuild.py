@@ -18,8 +18,7 @@ from .. import methods
 from ..errors import WeftError
 from ..model.adapter import Adapter
 from ..model.attach import attach, detach
-from ..model.selection import tensor_facts
-from ..model.structure import base_parameters, within
+from ..model.structure import Structure, base_parameters, within
 from .architectures import ARCHITECTURES, Architecture
 from .figures import figure
 from .tables import NOTHING, Row, Table
@@ -107,7 +106,8 @@ class Model:
     @cached_property
     def heads(self) -> set[str]:
         """Tensors of the output head; a head tied to the embedding is none."""
-        return {fact.name for fact in tensor_facts(self.root) if fact.in_head}
+        structure = Structure.of(self.root)
+        return {name for name in structure.parameters if within(name, structure.head)}
 
     def size(self, beside: Sequence[str] = ()) -> int:
         """All numbers of the model, but for those of the modules whose name has one of these

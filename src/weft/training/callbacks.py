@@ -1,194 +1,79 @@
-"""What happens around the steps: the audit, the log, the progress, saving whole checkpoints,
-stopping early or on Ctrl-C.
+"""The Trainer's callbacks: the audit, evaluation at the end, whole checkpoints, and stopping early
+or on Ctrl-C. The log is in log.py.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import signal
-import sys
 import threading
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from transformers import TrainerCallback
 
+from ..auditing.audit import audit, steps_until_audit
+from ..auditing.snapshot import Snapshot, snapshot
 from ..errors import WeftError
 from ..model.adapter import Adapter
 from . import processes, resume
-from .audit import Snapshot, audit, release, snapshot
-from .config import EvalSection, RunConfig
-from .loop import AUDIT_AFTER, DivergedError
-from .losses import LOWER_IS_BETTER
+from .best import best_index, scores, stale
+from .config.sections import RunConfig
 from .run_dir import RunDir
-
-LINES = 20  # of progress in a log file
+from .sampling import EpochOrder
 
 
 class Audit(TrainerCallback):  # type: ignore[misc]
-    """`weft.audit` over the first steps of a run; a run that goes on from within them is watched
-    for as many again.
+    """Runs `weft.audit` over the first steps. A run resumed within these steps is audited again
+    for the same number of steps.
     """
 
     def __init__(self, adapter: Adapter, before: Snapshot, warm_up: int) -> None:
         self.adapter, self.before = adapter, before
-        first = 1 if warm_up else 0  # in a warm-up the first step has rate 0
-        self.after = max(AUDIT_AFTER, getattr(adapter.config, "audit_after", 0)) + first
-        self.at = 0
+        # In a warm-up the first step has rate 0.
+        self.steps = steps_until_audit(adapter) + (1 if warm_up else 0)
+        self.last = 0  # the step after which the audit runs; 0: no audit
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.at = state.global_step + self.after
-        if (
-            state.global_step
-        ):  # later on, a method may hold a tensor still for good reasons: AdaLoRA's pruned triplets
-            release(self.before)
-            if state.global_step >= self.after or self.at > state.max_steps:
-                self.at = 0
+        self.last = state.global_step + self.steps
+        if state.global_step:
+            # Later on a method may rightly keep a tensor unchanged: AdaLoRA's pruned triplets.
+            self.before.release()
+            if state.global_step >= self.steps or self.last > state.max_steps:
+                self.last = 0
                 return
             self.before = snapshot(self.adapter.model, self.adapter.name)
-        elif self.at > state.max_steps:
+        elif self.last > state.max_steps:
             raise WeftError(
                 f"train.steps={state.max_steps}: with this method and warm-up the audit needs "
-                f"{self.after} "
-                "steps to see every tensor move. Train for so many or more."
+                f"{self.steps} steps to see every tensor move. Train for at least that many."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.at:
+        if state.global_step == self.last:
             model, name = self.adapter.model, self.adapter.name
             audit(model, self.before, snapshot(model, name), name)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        release(self.before)
+        self.before.release()
 
 
-class Order(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler the epoch, and asks for an evaluation behind the last step."""
+class Epochs(TrainerCallback):  # type: ignore[misc]
+    """Sets the sampler's epoch, and requests an evaluation and a checkpoint after the last step."""
 
-    def __init__(self, per_epoch: int, evaluates: bool) -> None:
-        self.per_epoch, self.evaluates = per_epoch, evaluates
-        self.order: Any = None  # the trainer's sampler
+    def __init__(self, order: EpochOrder, per_epoch: int, evaluates: bool) -> None:
+        self.order, self.per_epoch, self.evaluates = order, per_epoch, evaluates
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.order is not None:
-            self.order.set_epoch(state.global_step // self.per_epoch)
+        self.order.set_epoch(state.global_step // self.per_epoch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate, control.should_save = self.evaluates, True
 
 
-class Log(TrainerCallback):  # type: ignore[misc]
-    """One JSON line a logged step or evaluation, and the progress on a stream: a bar in a terminal,
-    lines elsewhere.
-    """
-
-    def __init__(self, run: RunDir, stream: TextIO) -> None:
-        self.run, self.stream = run, stream
-        self.bar: Any = None
-        self.began = self.told = time.monotonic()
-        self.since, self.seen, self.first = time.monotonic(), 0, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.first, self.seen = state.global_step, state.num_input_tokens_seen
-        self.began = self.since = time.monotonic()
-        if state.is_world_process_zero and self.stream.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                file=self.stream,
-                dynamic_ncols=True,
-                leave=False,
-                bar_format="{n_fmt}/{total_fmt} |{bar:16}| {remaining} left  {desc}",
-            )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
-    ) -> None:
-        if "loss" in logs and not math.isfinite(logs["loss"]):
-            raise DivergedError(
-                f"the loss became {logs['loss']} at step {state.global_step}; the last checkpoint "
-                "is from "
-                "before. Lower optim.lr, or raise optim.warm_up."
-            )
-        if not state.is_world_process_zero or "train_loss" in logs:  # of the whole run
-            return
-        row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
-        if "loss" in logs:
-            row |= self._step(state, logs, optimizer)
-        else:
-            row |= {
-                key.removeprefix("eval_"): value
-                for key, value in logs.items()
-                if key.startswith("eval_")
-                and not key.endswith(("runtime", "per_second", "preparation_time"))
-            }
-            row["kind"] = "eval"
-            self.since = time.monotonic()  # evaluation is no training time
-        self.run.log(row)
-        self._tell(state, row)
-
-    def _step(self, state: Any, logs: Any, optimizer: Any) -> dict[str, Any]:
-        now, tokens = time.monotonic(), state.num_input_tokens_seen
-        rate = (tokens - self.seen) / max(now - self.since, 1e-9)
-        self.since, self.seen = now, tokens
-        counted = (
-            {"tokens": tokens, "tokens_per_second": round(rate, 1)} if tokens else {}
-        )  # images have none
-        return {
-            "kind": "train",
-            "loss": logs["loss"],
-            "lr": logs["learning_rate"],
-            **_rates(logs["learning_rate"], optimizer),
-            "grad_norm": logs.get("grad_norm"),
-            **counted,
-            "memory_bytes": memory(),
-        }
-
-    def _tell(self, state: Any, row: dict[str, Any]) -> None:
-        text = told(row)
-        if self.bar is not None:
-            if row["kind"] == "eval":
-                self.bar.write(f"step {row['step']}: {text}", file=self.stream)
-            else:
-                self.bar.set_description_str(text)
-        elif (
-            row["kind"] == "eval"
-            or row["step"] % max(1, state.max_steps // LINES) == 0
-            or row["step"] == state.max_steps
-        ):
-            done, left = row["step"] - self.first, state.max_steps - row["step"]
-            rest = (
-                f"  ({clock((time.monotonic() - self.began) / done * left)} left)"
-                if done and left
-                else ""
-            )
-            print(
-                f"step {row['step']}/{state.max_steps}  {text}{rest}", file=self.stream, flush=True
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
-class Keep(TrainerCallback):  # type: ignore[misc]
-    """Marks checkpoints as whole, keeps the best adapter, and stops where nothing gets better."""
+class Checkpoints(TrainerCallback):  # type: ignore[misc]
+    """Marks checkpoints as whole, keeps the best adapter, and stops if nothing gets better."""
 
     def __init__(self, adapter: Adapter, config: RunConfig, run: RunDir, stream: TextIO) -> None:
         self.adapter, self.config, self.run, self.stream = adapter, config, run, stream
@@ -210,38 +95,38 @@ class Keep(TrainerCallback):  # type: ignore[misc]
         if not math.isfinite(values[-1]) and state.is_world_process_zero:
             print(
                 f"eval.best={section.best} has no value at step {state.global_step} (predictions "
-                "that are all equal, or a "
-                "program that its metric needs is missing), so this is not the best.",
+                "that are all equal, or a program that its metric needs is missing), so this is "
+                "not the best.",
                 file=self.stream,
                 flush=True,
             )
-        elif best_place(values) == len(values) - 1 and state.is_world_process_zero:
+        elif best_index(values) == len(values) - 1 and state.is_world_process_zero:
             self.adapter.save(self.run.best)
         if section.patience is not None and stale(values, section.min_delta) >= section.patience:
             control.should_training_stop = control.should_save = True
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C (or SIGTERM) ends the step or the evaluation under way, saves, and stops; a second one
-    stops at once.
+    """On Ctrl-C or SIGTERM finishes the current step or evaluation, saves, and stops. A second
+    signal stops at once.
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.asked, self.evaluating = stream, False, False
-        self.before: dict[int, Any] = {}
+        self.stream, self.requested, self.evaluating = stream, False, False
+        self.previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.before = {
-                number: signal.signal(number, self._ask)
+            self.previous = {
+                number: signal.signal(number, self._request_stop)
                 for number in (signal.SIGINT, signal.SIGTERM)
             }
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+    def _request_stop(self, number: int, frame: Any) -> None:
+        if self.requested:
             self.restore()
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         what = "evaluation" if self.evaluating else "step"
         print(
             f"\nStopping after this {what}, with a checkpoint. Ctrl-C again stops at once.",
@@ -250,7 +135,7 @@ class Stop(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.evaluating = control.should_evaluate  # Order has spoken
+        self.evaluating = control.should_evaluate  # as the Epochs callback decided
         self._stop(args, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -259,92 +144,12 @@ class Stop(TrainerCallback):  # type: ignore[misc]
 
     def _stop(self, args: Any, control: Any) -> None:
         if args.world_size > 1:
-            self.asked = processes.any_of(self.asked, args.device)
-        if self.asked:
+            self.requested = processes.any_of(self.requested, args.device)
+        if self.requested:
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        """The handlers that were there before."""
-        for number, handler in self.before.items():
+        """Restores the previous signal handlers."""
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
-        self.before = {}
-
-
-def _rates(first: float, optimizer: Any) -> dict[str, Any]:
-    """The rate of every group by name, where there is more than one; all follow one schedule."""
-    groups = optimizer.param_groups if optimizer is not None else []
-    found = {
-        group["name"]: first * group["initial_lr"] / groups[0]["initial_lr"] for group in groups
-    }
-    return {"lrs": found} if len(found) > 1 else {}
-
-
-def scores(
-    history: Sequence[Mapping[str, Any]], section: EvalSection, prefix: str = "eval_"
-) -> list[float]:
-    """The chosen metric of every evaluation, turned so that more is better; one that has no value
-    (a correlation with predictions that are all equal) is worse than all that have one. An
-    evaluation always has its loss.
-    """
-    sign = -1.0 if section.best in LOWER_IS_BETTER else 1.0
-    values = [entry.get(f"{prefix}{section.best}") for entry in history if f"{prefix}loss" in entry]
-    return [-math.inf if value is None or math.isnan(value) else sign * value for value in values]
-
-
-def has_ended(folder: Path, config: RunConfig, steps: int) -> bool:
-    """Training came to its end with this checkpoint, by its steps or by eval.patience; only the
-    result was not written.
-    """
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    section = config.eval
-    stopped = (
-        section.patience is not None
-        and stale(scores(state["log_history"], section), section.min_delta) >= section.patience
-    )
-    return bool(state["global_step"] >= steps or stopped)
-
-
-def best_place(values: list[float]) -> int:
-    """Of the first of the best."""
-    return max(range(len(values)), key=values.__getitem__)
-
-
-def stale(values: list[float], min_delta: float) -> int:
-    """Evaluations since the last that was better by more than min_delta than all that count before
-    it.
-    """
-    best, since = -math.inf, 0
-    for value in values:
-        best, since = (value, 0) if value > best + min_delta else (best, since + 1)
-    return since
-
-
-def told(row: dict[str, Any]) -> str:
-    """A row of the log in words."""
-    if row["kind"] == "train":
-        speed = f"  {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
-        return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}{speed}"
-    return "eval  " + "  ".join(
-        f"{key} {value:.4f}"
-        for key, value in row.items()
-        if key not in ("step", "epoch", "kind") and isinstance(value, float)
-    )
-
-
-def memory() -> int:
-    """Most bytes held so far: by torch on CUDA, by the process elsewhere."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) * (1 if sys.platform == "darwin" else 1024)
-
-
-def clock(seconds: float) -> str:
-    """1:05, or 1:02:03 from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+        self.previous = {}

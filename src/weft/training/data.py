@@ -1,12 +1,14 @@
-"""Samples for training, from files or the hub: which format they have, and what each row must hold.
+"""Samples for training, from files, the hub or a task: their formats, and the columns of each.
 
-    prompt     prompt, completion                the loss is on the completion
-    messages   messages: [{role, content}, ...]  rendered by the tokenizer's chat template; the loss is on assistant turns
-    instruction   instruction, output, input     a user turn (instruction, empty line, input where it has one) and an answer
-    text       text                              the loss is on everything
-    label      text or sentence (or a pair: text text2, sentence1 sentence2, question sentence), and label
+    prompt        prompt, completion; the loss is on the completion
+    messages      messages: [{role, content}, ...], rendered by the tokenizer's chat template; the
+                  loss is on assistant turns
+    instruction   instruction, output, and input if there is one: a user's turn and an answer
+    text          text; the loss is on everything
+    label         label, and text or sentence, or a pair: text text2, sentence1 sentence2,
+                  question sentence
 
-`data.columns` maps our names to the file's: {prompt: question, completion: answer}.
+`data.columns` maps Weft's names to the file's: {prompt: question, completion: answer}.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..encoding.samples import Samples, is_generation, label_samples
 from ..errors import ConfigError, WeftError
-from ..tasks import GENERATION, IMAGES, GenerationTask, Task, files, find_generation, find_task
+from ..tasks import GenerationTask, files, find_generation, find_task
+from ..tasks.files import Row
 from ..tasks.generation import as_samples
-from .config import DataSection
+from .config.sections import DataSection
 
 NEEDED = {
     "messages": ("messages",),
@@ -38,29 +41,11 @@ TEXTS = (
     ("sentence",),
 )
 ROLES = ("system", "user", "assistant", "tool", "developer")
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Rows of one format, with our column names. `format` is never "auto", and instructions are
-    messages by now; `source` is for what is said of them.
-    """
-
-    format: str
-    rows: list[Row]
-    source: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, places: Sequence[int]) -> Samples:
-        return Samples(self.format, [self.rows[i] for i in places], self.source)
 
 
 def check_source(name: str, key: str) -> None:
-    """A file that exists and has a known ending, or a hub name, before anything is loaded. Raises
-    ConfigError.
+    """Raises ConfigError unless `name` is an existing file of a known format or a hub name. Nothing
+    is loaded.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -70,9 +55,8 @@ def check_source(name: str, key: str) -> None:
     if path.is_file():
         if not files.is_table(path):
             raise ConfigError(
-                f"{key}={name!r}: of this file's name no format follows. Known: "
-                f"{', '.join(files.FORMATS)} "
-                "(and .gz)."
+                f"{key}={name!r}: the file's name does not end in a known format: "
+                f"{', '.join(files.FORMATS)} (and .gz)."
             )
     elif files.is_table(path) or not files.is_hub_name(name):
         near = get_close_matches(
@@ -87,7 +71,10 @@ def check_source(name: str, key: str) -> None:
 def load_samples(
     section: DataSection, kind: str | None, seed: int
 ) -> tuple[Samples, Samples | None]:
-    """Training and evaluation samples. Raises WeftError, naming file, row and column."""
+    """Returns training and evaluation samples.
+
+    Raises ConfigError or WeftError, naming the file, the row and the column.
+    """
     if section.train is None:
         raise ConfigError("data.train is missing.")
     train = _samples(section.train, section, section.split, kind)
@@ -104,18 +91,18 @@ def load_samples(
 
 
 def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
-    places = list(range(len(samples)))
-    random.Random(f"{seed}/eval_share").shuffle(places)
-    held = max(1, round(share * len(places)))
-    if held >= len(places):
+    order = list(range(len(samples)))
+    random.Random(f"{seed}/eval_share").shuffle(order)
+    count = max(1, round(share * len(order)))
+    if count >= len(order):
         raise WeftError(
-            f"data.eval_share={share:g} of {len(places)} samples leaves none to train on."
+            f"data.eval_share={share:g} of {len(order)} samples leaves none to train on."
         )
-    return samples.take(sorted(places[held:])), samples.take(sorted(places[:held]))
+    return samples.take(sorted(order[count:])), samples.take(sorted(order[:count]))
 
 
 def _samples(name: str, section: DataSection, split: str, kind: str | None) -> Samples:
-    rows = _renamed(_read(name, section.config, split), section.columns, name)
+    rows = _renamed(_rows(name, section.config, split), section.columns, name)
     chosen = section.format if section.format != "auto" else _format_of(rows[0], kind, name)
     wanted = _columns(chosen, rows[0], name)
     checked = [
@@ -130,12 +117,12 @@ def _renamed(rows: list[Row], columns: Mapping[str, str], name: str) -> list[Row
         if ours not in known:
             near = get_close_matches(ours, known, n=2) or sorted(known)
             raise ConfigError(
-                f"data.columns.{ours}: this is no column of any format. Nearest: {', '.join(near)}."
+                f"data.columns.{ours}: no format has this column. Nearest: {', '.join(near)}."
             )
         if theirs not in rows[0]:
             near = get_close_matches(theirs, rows[0], n=2) or list(rows[0])
             raise WeftError(
-                f"{name}: data.columns.{ours} names the column {theirs!r}, and there is none. "
+                f"{name}: data.columns.{ours} names the column {theirs!r}, which does not exist. "
                 f"Nearest: {', '.join(near)}."
             )
     return (
@@ -156,11 +143,9 @@ def _format_of(row: Row, kind: str | None, name: str) -> str:
         if all(column in row for column in wanted):
             return chosen
     raise WeftError(
-        f"{name}: of the columns {', '.join(map(str, row))} no format follows. Name them with "
-        "data.columns, for "
-        "example {prompt: question, completion: answer}; formats need messages, prompt and "
-        "completion, "
-        "instruction and output, text, or text and label."
+        f"{name}: the columns {', '.join(map(str, row))} fit no format. Name them with "
+        "data.columns, for example {prompt: question, completion: answer}; formats need messages, "
+        "prompt and completion, instruction and output, text, or text and label."
     )
 
 
@@ -187,9 +172,9 @@ def _checked(row: Row, chosen: str, wanted: Sequence[str], where: str) -> Row:
         value = row.get(column)
         if column == "label":
             if value is None or value == "" or isinstance(value, bool | dict | list):
-                raise WeftError(f"{where}: label={value!r} is no class and no number.")
+                raise WeftError(f"{where}: label={value!r} is neither a class nor a number.")
         elif not isinstance(value, str):
-            raise WeftError(f"{where}: {column}={value!r} is no text.")
+            raise WeftError(f"{where}: {column}={value!r} is not text.")
     if chosen == "instruction":
         more = row.get("input")
         asked = row["instruction"] + (
@@ -211,7 +196,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise WeftError(f"{where}: messages is text and no JSON list.") from None
+            raise WeftError(f"{where}: messages is text, but not a JSON list.") from None
     if not isinstance(value, list) or not value:
         raise WeftError(f"{where}: messages must be a list of {{role, content}}.")
     for message in value:
@@ -236,7 +221,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     return value
 
 
-def _read(name: str, config: str | None, split: str) -> list[Row]:
+def _rows(name: str, config: str | None, split: str) -> list[Row]:
     path = Path(name).expanduser()
     if path.is_file():
         return files.read_rows(path)
@@ -252,9 +237,11 @@ def _read(name: str, config: str | None, split: str) -> list[Row]:
 def load_task(
     name: str,
 ) -> tuple[Samples, Samples | None, GenerationTask | None, tuple[str, ...] | None, tuple[str, ...]]:
-    """A task of `weft.tasks`: training and validation samples, the task where its answers are text,
-    the classes where it has some, and its notes. Validation samples of a text task are those of
-    `generation.as_samples`.
+    """Loads a task of `weft.tasks`.
+
+    Returns training and validation samples, the task if its answers are text, its classes if it has
+    any, and its notes. The validation samples of a task with text answers are those of
+    `generation.as_samples`. Raises ConfigError or WeftError.
     """
     if is_generation(name):
         task = find_generation(name).load()
@@ -276,37 +263,3 @@ def load_task(
         names,
         labelled.notes,
     )
-
-
-def label_samples(task: Task, split: str) -> Samples:
-    """A split of a labelled text task."""
-    chosen = task.splits[split]
-    return Samples(
-        "label",
-        [
-            {
-                "texts": tuple(text) if isinstance(text, tuple | list) else (text,),
-                "label": task.classes[int(label)] if task.classes else label,
-            }
-            for text, label in zip(chosen.items, chosen.labels, strict=True)
-        ],
-        task.name,
-    )
-
-
-def check_task(name: str) -> None:
-    """The name is known and its files exist. Raises ConfigError."""
-    if is_generation(name):
-        find_generation(name)
-    else:
-        find_task(name)
-
-
-def is_image(name: str) -> bool:
-    """A task whose samples are images, by its name."""
-    return name.partition(":")[0] in (*IMAGES, "image-folder", "digits")
-
-
-def is_generation(name: str) -> bool:
-    """A task whose answers are text, by its name."""
-    return name.partition(":")[0] in {family.partition(":")[0] for family in GENERATION}

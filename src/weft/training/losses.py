@@ -1,6 +1,4 @@
-"""What is minimised and what is measured, for each kind of model: defined here and not left to the
-model's class.
-"""
+"""The loss and the metrics of each kind of model, which do not depend on the model's class."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
+from ..encoding.rows import IGNORED
+from ..errors import WeftError
 from ..tasks.metrics import METRICS as METRIC_FUNCTIONS
-from .render import IGNORED
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 METRICS = {
@@ -24,10 +23,15 @@ METRICS = {
 }
 
 
+class DivergedError(WeftError):
+    """The loss became infinite or NaN."""
+
+
 def loss_for(kind: str, smoothing: float = 0.0) -> Callable[..., Tensor]:
-    """`compute_loss_func` of the trainer: the sum over the samples' tokens (or rows) divided by
-    `num_items_in_batch`, which counts those of all micro-batches of an optimiser step, so that
-    accumulation changes nothing.
+    """Returns the trainer's `compute_loss_func`.
+
+    The loss is a sum over tokens (or rows) divided by `num_items_in_batch`. That counts the tokens
+    of all micro-batches of an optimiser step, so accumulation does not change the gradient.
     """
     if kind == "regression":
 
@@ -46,8 +50,10 @@ def loss_for(kind: str, smoothing: float = 0.0) -> Callable[..., Tensor]:
 def mean_entropy(
     logits: Tensor, labels: Tensor, smoothing: float = 0.0, count: Any = None
 ) -> Tensor:
-    """Cross-entropy of classes [n] or tokens [n, length], summed in float32 and divided by `count`;
-    None: by those in it.
+    """Returns the mean cross-entropy, computed in float32: the sum divided by `count`, or by the
+    number of labels in the loss if that is None.
+
+    logits [n, classes] with labels [n], or logits [n, length, words] with labels [n, length].
     """
     logits, wanted = _aligned(logits, labels)
     total = cross_entropy(
@@ -65,8 +71,10 @@ def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def reduced(logits: Any, labels: Tensor) -> Tensor:
-    """What is kept of a language model's logits for its metrics: [rows, 3] with the summed loss,
-    the tokens in it, and how many of them were the most likely one.
+    """Reduces a language model's logits [rows, length, words] to what its metrics need, [rows, 3]:
+    the summed loss, the number of tokens in it, and how many of them had the highest logit.
+
+    labels [rows, length].
     """
     logits = logits[0] if isinstance(logits, tuple | list) else logits
     wanted, logits = labels[:, 1:], logits[:, :-1].float()
@@ -79,13 +87,13 @@ def reduced(logits: Any, labels: Tensor) -> Tensor:
 
 
 def first(logits: Any, labels: Tensor) -> Any:
-    """The logits alone, where a model returns more."""
+    """Returns the logits [n, classes] alone, if the model returns more. labels [n]."""
     return logits[0] if isinstance(logits, tuple | list) else logits
 
 
 def metrics_for(kind: str) -> Callable[[Any], dict[str, float]]:
-    """`compute_metrics` of the trainer: exact means over all tokens or rows of the evaluation data,
-    without smoothing.
+    """Returns the trainer's `compute_metrics`: exact means over all tokens or rows of the
+    evaluation data, without smoothing.
     """
 
     def causal(found: Any) -> dict[str, float]:
@@ -105,16 +113,16 @@ def metrics_for(kind: str) -> Callable[[Any], dict[str, float]]:
         names = ["accuracy", "Matthews", *(["F1"] if logits.shape[1] == 2 else [])]
         return {
             "loss": float(cross_entropy(logits, labels)),
-            **_scores(names, logits.argmax(1), labels),
+            **metric_values(names, logits.argmax(1), labels),
         }
 
     def numbers(found: Any) -> dict[str, float]:
-        said, wanted = (
+        predicted, wanted = (
             torch.as_tensor(t).double().reshape(-1) for t in (found.predictions, found.label_ids)
         )
         return {
-            "loss": float(mse_loss(said, wanted)),
-            **_scores(["Pearson", "Spearman"], said, wanted),
+            "loss": float(mse_loss(predicted, wanted)),
+            **metric_values(["Pearson", "Spearman"], predicted, wanted),
         }
 
     return {
@@ -125,36 +133,9 @@ def metrics_for(kind: str) -> Callable[[Any], dict[str, float]]:
     }[kind]
 
 
-def _scores(names: Sequence[str], predicted: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of `tasks.metrics`; a correlation with numbers that are all equal is NaN."""
+def metric_values(names: Sequence[str], predicted: Tensor, labels: Tensor) -> dict[str, float]:
+    """Returns these metrics of `tasks.metrics`, predicted [n] and labels [n]. The correlation with
+    numbers that are all equal is NaN.
+    """
     found = {name: METRIC_FUNCTIONS[name](predicted.tolist(), labels.tolist()) for name in names}
     return {name: math.nan if value is None else value for name, value in found.items()}
-
-
-def collate(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:
-    """A batch padded on the right to its longest row: input_ids, attention_mask, labels (and
-    token_type_ids); of images pixel_values and labels.
-    """
-    if "pixel_values" in rows[0]:
-        return {
-            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-            "labels": torch.tensor([row["labels"] for row in rows]),
-        }
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, fill: int) -> Tensor:
-        return torch.tensor([[*row[key], *[fill] * (longest - len(row[key]))] for row in rows])
-
-    batch = {
-        "input_ids": padded("input_ids", pad),
-        "attention_mask": torch.tensor(
-            [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
-        ),
-    }
-    if "token_type_ids" in rows[0]:
-        batch["token_type_ids"] = padded("token_type_ids", 0)
-    per_token = not isinstance(rows[0]["labels"], int | float)
-    batch["labels"] = (
-        padded("labels", IGNORED) if per_token else torch.tensor([row["labels"] for row in rows])
-    )
-    return batch

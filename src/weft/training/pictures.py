@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
+from ..encoding.rows import Counts
 from ..errors import ConfigError
 from ..tasks import Labelled, find_task
 from ..tasks.images import encode
 from ..tasks.models import ModelRef, image_processor, loading, quiet
-from .config import DataSection, RunConfig
-from .render import Counts
+from .config.sections import DataSection, RunConfig
 
 
 @dataclass(frozen=True)
 class ImageRows:
-    """What the trainer asks of samples, over a split of images that may be read batch by batch."""
+    """Samples for the trainer over a split of images, which may be read batch by batch."""
 
     split: Labelled
     counts: Counts = field(default_factory=Counts)
@@ -25,21 +25,21 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.split.labels)
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        pixels = self.split.batch(torch.tensor([place]))
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels = self.split.batch(torch.tensor([index]))
         return {
             **{key: value[0] for key, value in pixels.items()},
-            "labels": int(self.split.labels[place]),
+            "labels": int(self.split.labels[index]),
         }
 
     def fingerprint(self) -> str:
-        """16 hex digits over all images and labels, in order."""
+        """Returns 16 hex digits over all images and labels, in order."""
         return self.split.fingerprint()
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A task of images, ready for one model; `processor` is None where the model has none."""
+    """A task of images, ready for one model. `processor` is None if the model has none."""
 
     train: ImageRows
     eval: ImageRows
@@ -49,12 +49,12 @@ class Pictures:
 
 
 def check_text_keys(config: RunConfig) -> None:
-    """No key that is for text. Raises ConfigError."""
-    plain = DataSection()
+    """Raises ConfigError if a key for text is given."""
+    unset = DataSection()
     given = [
         f"data.{name}"
         for name in ("max_length", "loss_on")
-        if getattr(config.data, name) != getattr(plain, name)
+        if getattr(config.data, name) != getattr(unset, name)
     ]
     given += [
         key
@@ -68,34 +68,34 @@ def check_text_keys(config: RunConfig) -> None:
     if given:
         raise ConfigError(
             f"{given[0]} has no meaning for task={config.task!r}, which has images and brings its "
-            "classes; "
-            "leave it out."
+            "classes; leave it out."
         )
     if config.model.kind not in (None, "classification"):
         raise ConfigError(
             f"model.kind={config.model.kind} and task={config.task!r} do not go together; images "
-            "are for "
-            "classification."
+            "are for classification."
         )
 
 
 def open_pictures(name: str, ref: ModelRef) -> Pictures:
-    """Read a task's images and make them ready for the model at `ref`; no weights are loaded.
-    Raises WeftError.
+    """Reads a task's images and prepares them for the model, without loading weights. Raises
+    ConfigError or WeftError.
     """
     import transformers
 
     task = find_task(name).load()
     notes = list(task.notes)
     with quiet(), loading(ref, "a configuration and an image processor"):
-        shape = transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local)
-        processor = image_processor(ref, shape, notes)
-    train, held = (
-        encode(task.splits[split], shape, processor) for split in ("train", "validation")
+        model_config = transformers.AutoConfig.from_pretrained(
+            ref.source, local_files_only=ref.local
+        )
+        processor = image_processor(ref, model_config, notes)
+    train, evaluation = (
+        encode(task.splits[split], model_config, processor) for split in ("train", "validation")
     )
     return Pictures(
         ImageRows(train, Counts(len(train.labels))),
-        ImageRows(held, Counts(len(held.labels))),
+        ImageRows(evaluation, Counts(len(evaluation.labels))),
         task.classes,
         processor,
         notes,

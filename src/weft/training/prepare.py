@@ -1,57 +1,73 @@
-"""From a configuration to a tokenizer, encoded samples and a model with its adapter."""
+"""From a configuration to a tokenizer and encoded samples; no weights are loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from ..errors import ConfigError, WeftError
-from ..model.adapter import Adapter
-from ..model.attach import attach
+from ..encoding.labels import classes_of, encode_labels
+from ..encoding.render import Renderer
+from ..encoding.rows import EncodedRows
+from ..encoding.samples import Samples, check_task, is_image
+from ..encoding.tokenizer import max_tokens, pad_token, tokenizer_and_stops
+from ..errors import ConfigError
+from ..inference.pretrained import find_source
 from ..tasks import GenerationTask
 from ..tasks.models import ModelRef, loading, quiet
-from .config import DataSection, RunConfig
-from .data import Samples, check_source, check_task, is_image, load_samples, load_task
+from . import processes
+from .config.sections import DataSection, RunConfig
+from .data import check_source, load_samples, load_task
 from .pictures import ImageRows, check_text_keys, open_pictures
-from .pretrained import find_source
-from .render import Encoded, Renderer, classes_of, encode_labels
-from .start import Start, begin_with, check_base, open_start, said
+from .start import Start, open_start
 
-_AUTO = {
-    "causal-lm": "AutoModelForCausalLM",
-    "classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "regression": "AutoModelForSequenceClassification",
-}
+DEFAULT_EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The model and the tokenizer of a configuration, found but not loaded."""
+
+    model: ModelRef
+    tokenizer: ModelRef
 
 
 @dataclass
 class Data:
-    """Tokenizer (or image processor, if the model has one) and samples of a run. `classes`: of a
-    classification, in the order of the model's outputs.
+    """The samples of a run with its tokenizer (or image processor, if the model has one).
+
+    kind: a key of `losses.METRICS`. classes: in the order of the model's outputs, for a
+    classification. start: the adapter to begin with, if there is one.
     """
 
-    ref: ModelRef
+    model: ModelRef
     tokenizer: Any
     kind: str
     format: str
-    train: Encoded | ImageRows
-    eval: Encoded | ImageRows | None
+    train: EncodedRows | ImageRows
+    eval: EncodedRows | ImageRows | None
     pad: int
     classes: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
     task: GenerationTask | None = None
     renderer: Renderer | None = None
     start: Start | None = None
-    started: dict[str, Any] | None = None  # what became of it
 
 
-def check_places(config: RunConfig) -> ModelRef:
-    """Files that must exist, before anything is loaded. Raises ConfigError."""
+@dataclass(frozen=True)
+class Length:
+    """The optimiser steps of the whole run and of one epoch."""
+
+    steps: int
+    per_epoch: int
+
+
+def find_sources(config: RunConfig) -> Sources:
+    """Finds the files, the model and the tokenizer that a configuration names.
+
+    Raises ConfigError if one does not exist, before anything is loaded.
+    """
     if config.task is not None:
         check_task(config.task)
     for key in ("train", "eval"):
@@ -67,57 +83,83 @@ def check_places(config: RunConfig) -> ModelRef:
     template = config.data.chat_template
     if template is not None and not Path(template).expanduser().is_file():
         raise ConfigError(f"data.chat_template={template!r}: there is no such file.")
-    if config.model.tokenizer is not None:
-        find_source(config.model.tokenizer)
-    return find_source(config.model.path)
+    tokenizer = None if config.model.tokenizer is None else find_source(config.model.tokenizer)
+    model = find_source(config.model.path)
+    return Sources(model, tokenizer or model)
 
 
-def open_data(config: RunConfig) -> Data:
-    """Read, render and encode the samples; no weights are loaded. Raises WeftError."""
-    ref = check_places(config)
-    start = (
-        None if config.adapter.start is None else open_start(config.adapter.start, config.method)
-    )
+def open_data(config: RunConfig, sources: Sources) -> Data:
+    """Reads, renders and encodes the samples. Raises ConfigError or WeftError."""
+    path = config.adapter.start
+    start = None if path is None else open_start(path, config.method)
     if config.task is not None and is_image(config.task):
-        check_text_keys(config)
-        found = open_pictures(config.task, ref)
-        return Data(
-            ref,
-            found.processor,
-            "image-classification",
-            "image",
-            found.train,
-            found.eval,
-            0,
-            found.classes,
-            found.notes,
-            start=start,
+        return _open_images(config, config.task, sources, start)
+    return _open_text(config, sources, start)
+
+
+def length_of(config: RunConfig, samples: int) -> Length:
+    """Returns the number of steps. Raises ConfigError if the warm-up takes all of them."""
+    batches = math.ceil(math.ceil(samples / config.train.batch) / processes.count())
+    per_epoch = math.ceil(batches / config.train.accumulate)
+    steps = config.train.steps or per_epoch * (config.train.epochs or DEFAULT_EPOCHS)
+    if config.optim.warm_up >= max(steps, 1):
+        raise ConfigError(
+            f"optim.warm_up={config.optim.warm_up:g} is all of the {steps} steps or more, so "
+            "optim.lr would never be reached. Lower it; below 1 it is a share of the steps."
         )
+    return Length(steps, per_epoch)
+
+
+def _open_images(config: RunConfig, task: str, sources: Sources, start: Start | None) -> Data:
+    check_text_keys(config)
+    found = open_pictures(task, sources.model)
+    return Data(
+        model=sources.model,
+        tokenizer=found.processor,
+        kind="image-classification",
+        format="image",
+        train=found.train,
+        eval=found.eval,
+        pad=0,
+        classes=found.classes,
+        notes=found.notes,
+        start=start,
+    )
+
+
+def _open_text(config: RunConfig, sources: Sources, start: Start | None) -> Data:
     task, names = None, config.model.labels
-    decided: tuple[str, ...] = ()
+    notes: list[str] = []
     if config.task is not None:
-        train, held, task, classes, decided = load_task(config.task)
+        train, evaluation, task, classes, decided = load_task(config.task)
         names = names or classes
+        notes += decided
     else:
-        train, held = load_samples(config.data, config.model.kind, config.train.seed)
-    kind = _kind(config, train, config.task is not None and names is None)
-    _check_used(config, kind, train.format)
-    with quiet(), loading(ref, "a tokenizer and a configuration"):
-        own = ref if config.model.tokenizer is None else find_source(config.model.tokenizer)
-        tokenizer, shape, stops = tokenizer_and_stops(ref, own)
-    notes: list[str] = [*decided]
-    limit = _limit(config, tokenizer, shape, notes)
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = tokenizer.eos_token_id or 0
+        train, evaluation = load_samples(config.data, config.model.kind, config.train.seed)
+    kind = _kind(config, train, has_scores=config.task is not None and names is None)
+    _check_keys(config, kind, train.format)
+    with quiet(), loading(sources.model, "a tokenizer and a configuration"):
+        tokenizer, model_config, stops = tokenizer_and_stops(sources.model, sources.tokenizer)
+    limit = _max_length(config, max_tokens(tokenizer, model_config), notes)
+    pad = pad_token(tokenizer)
+    if tokenizer.pad_token_id is None:
         notes.append(
             f"The tokenizer has no pad token; rows are padded with token {pad}, which is masked."
         )
     data = Data(
-        ref, tokenizer, kind, train.format, Encoded([]), None, pad, None, notes, task, start=start
+        model=sources.model,
+        tokenizer=tokenizer,
+        kind=kind,
+        format=train.format,
+        train=EncodedRows([]),
+        eval=None,
+        pad=pad,
+        notes=notes,
+        task=task,
+        start=start,
     )
-    with quiet():  # that a text is longer than the model takes is counted, and told at the end
-        _encode(config, data, (train, held), limit, stops, names)
+    with quiet():  # texts that are too long are counted and reported at the end
+        _encode(config, data, (train, evaluation), limit, stops, names)
     data.notes += data.train.counts.notes("training")
     data.notes += data.eval.counts.notes("evaluation") if data.eval is not None else []
     return data
@@ -131,59 +173,24 @@ def _encode(
     stops: set[int],
     names: tuple[str, ...] | None,
 ) -> None:
-    (train, held), tokenizer = samples, data.tokenizer
+    train, evaluation = samples
     if data.kind == "causal-lm":
         template = config.data.chat_template
         text = None if template is None else Path(template).expanduser().read_text(encoding="utf-8")
-        data.renderer = renderer = Renderer(tokenizer, limit, config.data.loss_on, text, stops)
+        renderer = Renderer(data.tokenizer, limit, config.data.loss_on, text, stops)
+        data.renderer = renderer
         data.train = renderer.encode(train, "training")
-        data.eval = None if held is None else renderer.encode(held, "evaluation")
+        data.eval = None if evaluation is None else renderer.encode(evaluation, "evaluation")
     else:
         data.classes = (names or classes_of(train)) if data.kind == "classification" else None
-        data.train = encode_labels(train, tokenizer, limit, data.classes)
-        data.eval = None if held is None else encode_labels(held, tokenizer, limit, data.classes)
+        data.train = encode_labels(train, data.tokenizer, limit, data.classes)
+        if evaluation is not None:
+            data.eval = encode_labels(evaluation, data.tokenizer, limit, data.classes)
 
 
-def open_model(config: RunConfig, data: Data) -> tuple[nn.Module, Adapter, list[str]]:
-    """The pretrained model with the method attached, and the names of base tensors that the
-    checkpoint did not have.
-
-    Modules with such tensors (a new head) are trained beside the method, from values drawn from the
-    seed, or from those of `adapter.start` where they are there.
-    """
-    model, missing = _pretrained(config, data)
-    method = config.method
-    if missing:
-        if data.kind == "causal-lm" or len(missing) > len(model.state_dict()) // 2:
-            raise WeftError(
-                f"model {data.ref.name!r} has no weights for {missing[0]!r} ({len(missing)} "
-                "tensors in all); "
-                "they would be random. Give a checkpoint of this architecture."
-            )
-        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in missing))
-        if not all(modules):
-            raise WeftError(
-                f"{missing[0]!r} is not in the checkpoint and belongs to no module that could be "
-                "trained."
-            )
-        method = replace(
-            method, modules_to_save=tuple(dict.fromkeys([*method.modules_to_save, *modules]))
-        )
-        data.notes.append(
-            f"Not in the checkpoint, so trained from new values: {', '.join(modules)}."
-        )
-    if data.start is not None:
-        check_base(data.start, model, missing)
-    adapter = attach(model, method)
-    if data.start is not None:
-        data.started = begin_with(data.start, adapter, missing)
-        data.notes.append(said(data.started))
-    return model, adapter, missing
-
-
-def _kind(config: RunConfig, train: Samples, scores: bool) -> str:
-    """`scores`: the labels of a task are numbers."""
-    labelled = "regression" if scores else "classification"
+def _kind(config: RunConfig, train: Samples, has_scores: bool) -> str:
+    """`has_scores`: the labels of a task are numbers."""
+    labelled = "regression" if has_scores else "classification"
     kind = config.model.kind or (labelled if train.format == "label" else "causal-lm")
     if (kind == "causal-lm") == (train.format == "label"):
         raise ConfigError(
@@ -199,8 +206,8 @@ def _kind(config: RunConfig, train: Samples, scores: bool) -> str:
     return kind
 
 
-def _check_used(config: RunConfig, kind: str, form: str) -> None:
-    """No key is given that this kind of data would ignore. Raises ConfigError."""
+def _check_keys(config: RunConfig, kind: str, form: str) -> None:
+    """Raises ConfigError for a key that would be ignored with this kind and format of data."""
     if config.data.chat_template is not None and form != "messages":
         raise ConfigError(
             "data.chat_template is for data.format=messages, and this data has the format "
@@ -216,75 +223,11 @@ def _check_used(config: RunConfig, kind: str, form: str) -> None:
         raise ConfigError("eval.records is for a task whose answers are generated; leave it out.")
 
 
-def tokenizer_and_stops(ref: ModelRef, own: ModelRef) -> tuple[Any, Any, set[int]]:
-    """The tokenizer at `own`, the model's configuration, and the ids at which its generation
-    stops.
-    """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(own.source, local_files_only=own.local)
-    shape = AutoConfig.from_pretrained(ref.source, local_files_only=ref.local)
-    stops = [getattr(shape, "eos_token_id", None)]
-    if not ref.local or (Path(ref.source) / "generation_config.json").is_file():
-        stops.append(
-            GenerationConfig.from_pretrained(ref.source, local_files_only=ref.local).eos_token_id
-        )
-    flat = {
-        i
-        for stop in stops
-        for i in (stop if isinstance(stop, list) else [stop])
-        if isinstance(i, int)
-    }
-    return tokenizer, shape, flat
-
-
-def most_tokens(tokenizer: Any, shape: Any) -> int:
-    """What tokenizer and model say they can take."""
-    places = getattr(shape, "max_position_embeddings", None) or getattr(shape, "n_positions", None)
-    return int(min(tokenizer.model_max_length, places or tokenizer.model_max_length))
-
-
-def _limit(config: RunConfig, tokenizer: Any, shape: Any, notes: list[str]) -> int:
-    """max_length, or what the model can take where that is less."""
-    most = most_tokens(tokenizer, shape)
-    if config.data.max_length > most:
+def _max_length(config: RunConfig, limit: int, notes: list[str]) -> int:
+    """data.max_length, or the model's limit if that is less."""
+    if config.data.max_length > limit:
         notes.append(
             f"data.max_length={config.data.max_length} is more than this model takes; samples are "
-            f"cut at {most}."
+            f"cut at {limit}."
         )
-    return int(min(config.data.max_length, most))
-
-
-def _pretrained(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
-    import transformers
-
-    ref, heads = data.ref, data.kind != "causal-lm"
-    with quiet(), loading(ref, _AUTO[data.kind]):
-        changes: dict[str, Any] = {}
-        if heads:
-            names = data.classes or ("value",)
-            changes = {
-                "num_labels": len(names),
-                "id2label": dict(enumerate(names)),
-                "label2id": {name: i for i, name in enumerate(names)},
-            }
-        shape = transformers.AutoConfig.from_pretrained(
-            ref.source, local_files_only=ref.local, **changes
-        )
-        if heads and data.kind != "image-classification":
-            shape.pad_token_id = data.pad
-        if heads:
-            shape.problem_type = "single_label_classification" if data.classes else "regression"
-        torch.manual_seed(config.train.seed)  # of a new head
-        dtype = config.model.dtype
-        model, report = getattr(transformers, _AUTO[data.kind]).from_pretrained(
-            ref.source,
-            config=shape,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            use_safetensors=True,
-            ignore_mismatched_sizes=heads,
-            output_loading_info=True,
-            local_files_only=ref.local,
-        )
-    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    return model, sorted({*report["missing_keys"], *mismatched})
+    return min(config.data.max_length, limit)

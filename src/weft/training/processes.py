@@ -1,5 +1,5 @@
-"""The processes of one run, as `torchrun` and `accelerate launch` start them; alone there is one,
-and nothing waits.
+"""The processes of one run, started by `torchrun` or `accelerate launch`. A single process never
+waits.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import Any
 
 
 def count() -> int:
-    """How many there are."""
+    """Returns the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def first() -> bool:
-    """This one writes the run's files and speaks."""
+    """Whether this is the process that writes the run's files and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def wait(device: str) -> None:
-    """Until all of them have come here."""
+    """Waits until all processes have called this."""
     if count() > 1:
         _state(device).wait_for_everyone()
 
@@ -32,10 +32,10 @@ def _state(device: str) -> Any:
     return PartialState(cpu=True, backend="gloo") if device == "cpu" else PartialState()
 
 
-def any_of(asked: bool, device: Any) -> bool:
-    """Whether it was asked of any of them."""
+def any_of(value: bool, device: Any) -> bool:
+    """Whether the value is True in any of the processes."""
     import torch
 
-    told = torch.tensor(int(asked), device=device)
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-    return bool(told)
+    result = torch.tensor(int(value), device=device)
+    torch.distributed.all_reduce(result, torch.distributed.ReduceOp.MAX)
+    return bool(result)

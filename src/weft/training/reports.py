@@ -1,5 +1,5 @@
-"""Weights & Biases and MLflow, beside what the Trainer's own reporters send there: the run's
-configuration, and an end.
+"""Weights & Biases and MLflow: the run's configuration, which the Trainer's own reporters do not
+send, and the end of a run.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .config import RunConfig, to_dict
+from .config.read import to_dict
+from .config.sections import RunConfig
 from .resume import flat
 
 
 class Report(TrainerCallback):  # type: ignore[misc]
-    """The Trainer's reporters know its arguments and the base model, and nothing of the method or
-    the data.
+    """Sends the configuration: the Trainer's reporters know nothing of the method and the data.
 
-    W&B gets them as `weft` in the run's config, MLflow as parameters "weft.method.r". A run that
-    was not there before is closed at the end, or the next one of the same process would be written
-    into it.
+    W&B has it as `weft` in the run's config, MLflow as parameters such as "weft.method.r". A
+    reporter's run that was opened for this run is closed at its end; otherwise the next run of the
+    process would be written into it.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -46,7 +46,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
             )
 
     def close(self, failed: bool) -> None:
-        """End what was begun for this run."""
+        """Closes what was opened for this run."""
         for name in self.own:
             if _ACTIVE[name]() is not None:
                 _END[name](failed)

@@ -1,13 +1,12 @@
-"""Checkpoints that a run goes on from: what is in one, when one is whole, and whether it belongs to
-this run.
+"""Checkpoints for resuming: their files, whether one is whole, and whether it belongs to this run.
 
-    checkpoint-N/   adapter_model.safetensors, adapter_config.json   the adapter, as weft.save writes it
-                    weft_state.safetensors                           what the method carries from step to step
+    checkpoint-N/   adapter_model.safetensors, adapter_config.json   the adapter, in the format of weft.save
+                    weft_state.safetensors                           the method's training state
                     optimizer.pt scheduler.pt rng_state.pth trainer_state.json     the Trainer's
                     complete.json                                    sizes and checksums of all these, written last
 
-complete.json is renamed into its place when all else is on the disk: a folder without it is
-half-written and never taken.
+complete.json is renamed into place when all else is on the disk. A folder without it is incomplete
+and never used.
 """
 
 from __future__ import annotations
@@ -29,12 +28,11 @@ from ..errors import CheckpointError, ConfigError
 from ..model.adapter import Adapter
 from ..model.attach import detach
 from ..model.state import state_of
-from ..model.switch import activate
 
 STATE, COMPLETE = "weft_state.safetensors", "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What may differ when a run goes on: where things lie (what is in them is compared), and what is
-# only said or kept.
+# Keys that may differ when a run is resumed: paths (the contents are compared), the device, and what
+# is only logged or kept.
 MAY_DIFFER = (
     "out",
     "model.path",
@@ -55,7 +53,9 @@ MAY_DIFFER = (
 
 
 def write_state(adapter: Adapter, folder: Path) -> None:
-    """The buffers of the method, and the names of the trained tensors in the optimiser's order."""
+    """Writes the method's training state, and the names of the trained tensors in the optimiser's
+    order.
+    """
     names = json.dumps([name for name, _ in adapter.named_parameters()])
     tensors = {name: t.cpu().contiguous() for name, t in adapter.training_state().items()}
     files.replace(
@@ -65,8 +65,8 @@ def write_state(adapter: Adapter, folder: Path) -> None:
 
 @torch.no_grad()
 def read_state(adapter: Adapter, folder: Path) -> None:
-    """Put the tensors and buffers of a checkpoint into an attached adapter. Raises CheckpointError
-    where they do not fit.
+    """Copies a checkpoint's tensors and training state into an attached adapter. Raises
+    CheckpointError if they do not fit.
     """
     refill(adapter, folder)
     tensors, metadata = files.read_tensors(folder / STATE)
@@ -80,8 +80,8 @@ def read_state(adapter: Adapter, folder: Path) -> None:
 
 @torch.no_grad()
 def refill(adapter: Adapter, folder: Path) -> None:
-    """The trained tensors alone, from an adapter that `weft.save` wrote; they stay the same
-    Parameters.
+    """Copies the trained tensors of a saved adapter into `adapter`, whose Parameters stay the same
+    objects. Raises CheckpointError if they do not fit.
     """
     model, name = adapter.model, "weft-refill"
     stored = load(model, folder, name=name)
@@ -96,11 +96,11 @@ def refill(adapter: Adapter, folder: Path) -> None:
             parameter.copy_(theirs[key])
     finally:
         detach(model, name)
-        activate(state_of(model), adapter.name)
+        state_of(model).set_default(adapter.name)
 
 
 def complete(folder: Path) -> None:
-    """Everything in the folder is on the disk; then the file that says so."""
+    """Flushes all files of the folder, then writes complete.json with their checksums."""
     listed = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != COMPLETE:
@@ -116,14 +116,14 @@ def complete(folder: Path) -> None:
 
 
 def newest(folder: Path) -> tuple[Path, int] | None:
-    """The whole checkpoint with the most steps, and the steps; None where there is none. Damaged
-    ones are passed over.
+    """Returns the whole checkpoint with the most steps, and its step, or None. Damaged ones are
+    ignored.
     """
     return next(((path, step) for step, path in _numbered(folder) if is_whole(path)), None)
 
 
 def is_whole(folder: Path) -> bool:
-    """complete.json is there, and every file that it lists is as it says."""
+    """Whether complete.json exists and every file in it has the listed size and checksum."""
     try:
         listed = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
         return all(
@@ -136,7 +136,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def prune(folder: Path, keep: int | None) -> None:
-    """Leave the `keep` newest whole checkpoints (None: all of them), and nothing half-written."""
+    """Removes all but the `keep` newest whole checkpoints (None: all), and incomplete ones."""
     kept = 0
     for _, path in _numbered(folder):
         if (path / COMPLETE).is_file() and (keep is None or kept < keep):
@@ -146,50 +146,45 @@ def prune(folder: Path, keep: int | None) -> None:
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Raises ConfigError, naming what differs between the identity of the stored run and that of
-    this one.
-    """
+    """Raises ConfigError, naming the difference, unless two identities of a run are the same."""
     for key, text in (
         ("model", "the model's weights"),
         ("train", "the training data"),
         ("eval", "the evaluation data"),
-        ("start", "the adapter that it begins with"),
-        ("processes", "the number of processes"),
+        ("start", "the tensors of adapter.start"),
+        ("processes", "the numbers of processes"),
     ):
         if before.get(key) != now.get(key):
             raise ConfigError(
-                f"{where} holds a run with other values in {text} ({before.get(key)} there, "
-                f"{now.get(key)} "
-                "here). Give what it was started with, or another out."
+                f"{where} has a run in which {text} differ: {before.get(key)} there, "
+                f"{now.get(key)} here. Use those it was started with, or give another out."
             )
     theirs, mine = before["trained"], now["trained"]
     odd = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
     if odd:
         there, here = (side.get(odd[0], "not trained") for side in (theirs, mine))
         raise ConfigError(
-            f"{where} holds a run that trains other tensors: {odd[0]!r} is {there} there and "
-            f"{here} here "
-            f"({len(odd)} differ)."
+            f"{where} has a run that trains other tensors: {odd[0]!r} is {there} there and {here} "
+            f"here ({len(odd)} differ)."
         )
 
 
 def check_config(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Raises ConfigError, naming the keys of the resolved configuration that must be what they
-    were.
+    """Raises ConfigError, naming the key, if a key of the resolved configuration differs that must
+    not.
     """
     theirs, mine = flat(before), flat(now)
     for key in {**theirs, **mine}:
         free = any(key == name or key.startswith(name + ".") for name in MAY_DIFFER)
         if not free and theirs.get(key) != mine.get(key):
             raise ConfigError(
-                f"{where} holds a run with {key}={theirs.get(key)!r}, and this one has "
-                f"{mine.get(key)!r}. "
-                "Go on with what it was started with, or give another out."
+                f"{where} has a run with {key}={theirs.get(key)!r}, and this one has "
+                f"{mine.get(key)!r}. Resume with what it was started with, or give another out."
             )
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """Returns nested mappings with dotted keys: {"a": {"b": 1}} as {"a.b": 1}."""
     out: dict[str, Any] = {}
     for key, value in data.items():
         out |= (

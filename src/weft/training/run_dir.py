@@ -1,13 +1,12 @@
-"""The directory of a run, which tells everything: what was asked, what it ran on, what happened,
-and the result.
+"""Layout of a run directory.
 
 * config.yaml: the resolved configuration, defaults included
 * run.json: versions, seeds, fingerprints of model and data, result
-* log.jsonl: one line a logged step or evaluation
-* adapter/: the result, as weft.save writes it; best/: the adapter of the best evaluation
+* log.jsonl: one line per logged step or evaluation
+* adapter/: the result, in the format of weft.save; best/: the adapter of the best evaluation
   (eval.best)
 * curves.png: loss, rate, gradient norm, evaluations; README.md: the model card
-* checkpoints/: to go on from
+* checkpoints/: for --resume
 """
 
 from __future__ import annotations
@@ -17,16 +16,20 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ..auditing.base_digest import base_digests, base_fingerprint
 from ..checkpoint import files
 from ..errors import ConfigError, WeftError
-from .config import RunConfig, dump, to_dict
+from .config.read import dump, to_dict
+from .config.sections import RunConfig
 from .resume import check_config, check_same, newest
 
 SCHEMA = 1
@@ -50,59 +53,62 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
         return self.root / "checkpoints"
 
     @property
     def adapter(self) -> Path:
+        """The folder of the resulting adapter."""
         return self.root / "adapter"
 
     @property
     def best(self) -> Path:
+        """The folder of the adapter of the best evaluation."""
         return self.root / "best"
 
     @property
     def record(self) -> Path:
+        """run.json."""
         return self.root / "run.json"
 
     def check(self, config: RunConfig, go_on: bool) -> None:
-        """Whether a run may begin or go on here, before anything is loaded. Raises ConfigError."""
-        place = next(
+        """Raises ConfigError unless a run may begin here, or with go_on be resumed. Nothing is
+        loaded.
+        """
+        folder = next(
             path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists()
         )
-        if not place.is_dir():
-            raise ConfigError(f"out={str(self.root)!r}: {place} is a file; give a directory.")
-        if not os.access(place, os.W_OK | os.X_OK):
+        if not folder.is_dir():
+            raise ConfigError(f"out={str(self.root)!r}: {folder} is a file; give a directory.")
+        if not os.access(folder, os.W_OK | os.X_OK):
             raise ConfigError(
-                f"out={str(self.root)!r}: nothing may be written into {place}. Give another "
-                "directory."
+                f"out={str(self.root)!r}: {folder} is not writable. Give another directory."
             )
-        there = self.record.is_file()
-        if there and not go_on:
+        exists = self.record.is_file()
+        if exists and not go_on:
             raise ConfigError(
-                f"out={str(self.root)!r} holds a run. Add --resume to go on with it, or give "
-                "another out."
+                f"out={str(self.root)!r} has a run. Add --resume to resume it, or give another out."
             )
-        if there:
+        if exists:
             check_config(self.read()["config"], to_dict(config), self.root)
         elif go_on:
             raise ConfigError(
-                f"out={str(self.root)!r} holds no run to go on with. Leave --resume out to begin "
-                "one there, "
-                "or give the out of the run that is meant."
+                f"out={str(self.root)!r} has no run to resume. Leave --resume out to begin one "
+                "there, or give the out of the run to resume."
             )
         elif self.root.is_dir() and any(
             not path.name.startswith(".") for path in self.root.iterdir()
         ):
             raise ConfigError(
-                f"out={str(self.root)!r} is not empty and holds no run. Give a new directory."
+                f"out={str(self.root)!r} is not empty and has no run. Give a new directory."
             )
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other process trains in this directory meanwhile; the system frees the lock of one
-        that was killed.
+        """Locks the directory against other processes that train. The system frees the lock of a
+        killed process.
 
-        Raises ConfigError where another one does.
+        Raises ConfigError if another process has the lock.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         if sys.platform == "win32":
@@ -117,8 +123,7 @@ class RunDir:
             os.close(handle)
             raise ConfigError(
                 f"out={str(self.root)!r}: another process is training there. Wait for it, or give "
-                "another "
-                "out."
+                "another out."
             ) from None
         except OSError:  # a file system without locks
             pass
@@ -128,27 +133,25 @@ class RunDir:
             os.close(handle)
 
     def read(self) -> dict[str, Any]:
-        """run.json. Raises WeftError."""
+        """Returns run.json. Raises WeftError if it cannot be read."""
         try:
             data = json.loads(self.record.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise WeftError(f"{self.record} cannot be read: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
-            raise WeftError(f"{self.record} is no file of weft train.")
+            raise WeftError(f"{self.record} is not a file of weft train.")
         return data
 
     def begin(
         self, config: RunConfig, identity: Mapping[str, Any], facts: Mapping[str, Any]
     ) -> tuple[Path, int] | None:
-        """Write what is known before the first step; the checkpoint to go on from, and its step,
-        where there is one.
+        """Writes what is known before the first step. Returns the checkpoint to resume from, and
+        its step, or None.
 
-        Raises ConfigError where the directory's run had other data, another model or other trained
+        Raises ConfigError if the directory's run has other data, another model or other trained
         tensors.
         """
-        for left in self.root.glob(
-            ".*.tmp"
-        ):  # of a run that was killed while it wrote; this one is alone here
+        for left in self.root.glob(".*.tmp"):  # of a run that was killed in a write
             left.unlink()
         found = None
         begun = []
@@ -161,28 +164,28 @@ class RunDir:
             "status": "running",
             "identity": identity,
             **facts,
-            "sessions": [*begun, {"from_step": found[1] if found else 0, **_surroundings()}],
+            "sessions": [*begun, {"from_step": found[1] if found else 0, **_environment()}],
             "config": to_dict(config),
         }
-        self.write(record)  # first, so that a run that is killed now can be gone on with
+        self._put_record(record)  # first, so that a run that is killed now can be resumed
         self.put("config.yaml", dump(config))
         self.checkpoints.mkdir(exist_ok=True)
         self._cut_log(found[1] if found else 0)
         return found
 
     def finish(self, **result: Any) -> None:
-        """Add the result to run.json."""
-        self.write({**self.read(), **result})
+        """Adds the result to run.json."""
+        self._put_record({**self.read(), **result})
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def _put_record(self, record: Mapping[str, Any]) -> None:
         self.put("run.json", json.dumps(record, indent=1) + "\n")
 
     def put(self, name: str, text: str) -> None:
-        """A file, whole or not at all."""
+        """Writes a file, whole or not at all."""
         files.replace(self.root / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one line."""
+        """Appends one line to log.jsonl."""
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
@@ -191,7 +194,7 @@ class RunDir:
             file.write(json.dumps(plain) + "\n")  # JSON has no NaN
 
     def rows(self) -> list[dict[str, Any]]:
-        """The log; a line that was cut off by a kill is left out."""
+        """Returns the rows of log.jsonl, without a line that was cut off by a kill."""
         path = self.root / "log.jsonl"
         found = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -200,23 +203,44 @@ class RunDir:
         return found
 
     def _cut_log(self, step: int) -> None:
-        """What was logged behind the checkpoint will be logged again."""
+        """Removes the rows after the checkpoint, which will be logged again."""
         kept = [row for row in self.rows() if row["step"] <= step]
         self.put("log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that decide what a run computes; those that are not installed are left
-    out.
+def check_recorded_base(
+    model: nn.Module, missing: Collection[str], adapters: Iterable[Path]
+) -> None:
+    """Raises WeftError if one of these adapters is in the directory of a run with another base than
+    `model`, which has no adapter yet.
+
+    `missing`: names of its tensors that are in no checkpoint. An adapter in no run's directory
+    passes.
     """
-    found = {"python": platform.python_version()}
+    mine = base_fingerprint(base_digests(model), missing)
+    for adapter in adapters:
+        run = next((f for f in adapter.resolve().parents[:2] if (f / "run.json").is_file()), None)
+        if run is None:
+            continue
+        theirs = RunDir(run).read().get("identity", {}).get("model")
+        if theirs not in (None, mine):
+            raise WeftError(
+                f"{str(adapter)!r} was trained on a base whose weights have checksum {theirs}, and "
+                f"those of this model have {mine}. Give the base that the run names (config.yaml "
+                "beside it), in the dtype that it had there (--dtype, model.dtype)."
+            )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the installed packages that decide what a run computes."""
+    result = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            result[name] = metadata.version(name)
+    return result
 
 
-def _surroundings() -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     import torch
 
     from .. import __version__

@@ -1,8 +1,8 @@
-"""`adapter.start`: a run whose adapter begins with the tensors of another one, as the LoRA paper
-begins MRPC, RTE and STS-B with its MNLI adapter (arXiv:2106.09685, appendix D.1).
+"""`adapter.start`: a run that begins with the tensors of another adapter, as the LoRA paper begins
+MRPC, RTE and STS-B with its MNLI adapter (arXiv:2106.09685, appendix D.1).
 
-A head that the base does not have is taken over where it has the shape of this run's, and is new
-where the number of classes is another, as it is in the paper.
+A head that the base does not have is taken over if it has the shape of this run's head. If the
+number of classes differs, the head is new, as in the paper.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from ..checkpoint.content import SHOWN, Stored
 from ..checkpoint.load import read
 from ..checkpoint.placement import Placement
 from ..errors import CheckpointError, ConfigError, WeftError
-from ..methods.base import Stateful
 from ..model.adapter import Adapter
-from ..model.state import state_of, unwrapped
+from ..model.state import base_only, state_of, unwrapped
 from ..model.structure import canonical
-from ..model.switch import base_only
-from .pretrained import check_recorded
+from .run_dir import check_recorded_base
 
-# What may differ: where the method stands is compared layer by layer; the others decide how tensors
-# begin or train, and not what they mean.
+# Fields that may differ: the adapted layers are compared one by one; the others decide how tensors
+# are initialised or trained, and not their meaning.
 FREE = (
     "targets",
     "modules_to_save",
@@ -47,7 +45,7 @@ FREE = (
 
 @dataclass(frozen=True)
 class Start:
-    """An adapter on the disk that fits the configuration, as far as that can be said without the
+    """An adapter on the disk that fits the configuration, as far as that is known without the
     model.
     """
 
@@ -57,15 +55,16 @@ class Start:
 
 
 def open_start(path: str, method: Any) -> Start:
-    """Read the adapter. Raises ConfigError where it is none, or of another method than `method`."""
-    place = Path(path).expanduser()
+    """Reads the adapter. Raises ConfigError if it cannot be read or is not of the method `method`."""
+    folder = Path(path).expanduser()
     try:
-        stored = read(place)
+        stored = read(folder)
     except WeftError as error:
         inside = next(
-            (name for name in ("adapter", "best") if (place / name / files.TENSORS).is_file()), None
+            (name for name in ("adapter", "best") if (folder / name / files.TENSORS).is_file()),
+            None,
         )
-        cure = f" Give {place / inside}." if inside else ""
+        cure = f" Give {folder / inside}." if inside else ""
         raise ConfigError(f"adapter.start={path!r}: {error}{cure}") from None
     if stored.problems:
         raise ConfigError(f"adapter.start={path!r} is damaged: {stored.problems[0]}")
@@ -77,31 +76,28 @@ def open_start(path: str, method: Any) -> Start:
         )
     drawn = bool(stored.checksums)  # frozen tensors that the seed decides
     for f in fields(method):
-        there, here = (_meant(config, f.name) for config in (stored.config, method))
+        there, here = (_value(config, f.name) for config in (stored.config, method))
         if f.name not in FREE and (f.name != "seed" or drawn) and there != here:
             raise ConfigError(
                 f"adapter.start={path!r} was trained with method.{f.name}={there!r}, and this run "
-                "has "
-                f"{here!r}. Give method.{f.name}={there!r}."
+                f"has {here!r}. Give method.{f.name}={there!r}."
             )
     return Start(path, stored, _fingerprint(stored))
 
 
 def check_base(start: Start, model: nn.Module, missing: Collection[str]) -> None:
-    """The run that made the adapter was on these weights, where its directory says so. Raises
-    WeftError.
-    """
-    place = Path(start.path).expanduser()
-    check_recorded(model, missing, [place if place.is_dir() else place.parent])
+    """Raises WeftError if the adapter's run recorded another base than `model`."""
+    path = Path(start.path).expanduser()
+    check_recorded_base(model, missing, [path if path.is_dir() else path.parent])
 
 
 @torch.no_grad()
-def begin_with(start: Start, adapter: Adapter, missing: Collection[str]) -> dict[str, Any]:
-    """Put the tensors into the attached adapter; what run.json says of it. `missing`: base tensors
-    that no checkpoint has.
+def load_start(start: Start, adapter: Adapter, missing: Collection[str]) -> dict[str, Any]:
+    """Copies the tensors into the attached adapter and returns what run.json records of it.
+    `missing`: names of base tensors that are in no checkpoint.
 
-    Raises CheckpointError, naming the tensor, where something of either side would be left over;
-    nothing has changed then.
+    Raises CheckpointError, naming the tensor, if one of either side has no counterpart. Nothing has
+    changed then.
     """
     root, stored = unwrapped(adapter.model), start.stored
     mine = adapter.selected_tensors
@@ -115,7 +111,7 @@ def begin_with(start: Start, adapter: Adapter, missing: Collection[str]) -> dict
     with base_only(state_of(root)):
         plan = Placement(root, stored)
     _refuse(start, [*plan.problems, *_left_over(adapter, plan), *_drawn_otherwise(adapter, stored)])
-    for name, site in adapter.sites.items():
+    for name, site in adapter.layers.items():
         live = site.trainable()
         for tensor, value in plan.values[name].items():
             live[tensor].copy_(value)
@@ -128,36 +124,38 @@ def begin_with(start: Start, adapter: Adapter, missing: Collection[str]) -> dict
     }
 
 
-def said(told: Mapping[str, Any]) -> str:
-    """The same for the log and the card."""
+def describe(started: Mapping[str, Any]) -> str:
+    """Returns the result of `load_start` as a sentence, for the log and the card."""
     head = {
         "taken over": "; its head is taken over",
-        "new": "; the head is new, since the one there is of other classes or there is none",
+        "new": "; the head is new, since that adapter has none or one for other classes",
         None: "",
-    }[told["head"]]
-    return f"Begins with the adapter {told['path']} (fingerprint {told['fingerprint']}){head}."
+    }[started["head"]]
+    return (
+        f"Begins with the adapter {started['path']} (fingerprint {started['fingerprint']}){head}."
+    )
 
 
-def _meant(config: Any, name: str) -> Any:
-    """A field's value; alpha=None is r."""
+def _value(config: Any, name: str) -> Any:
+    """The value of a field; alpha=None means r."""
     value = getattr(config, name)
     return float(config.r) if name == "alpha" and value is None else value
 
 
 def _left_over(adapter: Adapter, plan: Placement) -> list[str]:
-    """What only one of the two sides trains, and layers whose rules mean other things."""
+    """Problems: what only one of the two trains, and layers with different fields."""
     found = []
-    for name in [*adapter.sites, *(n for n in plan.rules if n not in adapter.sites)]:
+    for name in [*adapter.layers, *(n for n in plan.rules if n not in adapter.layers)]:
         if name not in plan.rules:
             found.append(
                 f"{name!r} is adapted in this run and not there; leave it out of method.targets"
             )
-        elif name not in adapter.sites:
+        elif name not in adapter.layers:
             found.append(
                 f"{name!r} is adapted there and not in this run; name it in method.targets"
             )
         else:
-            found += _unlike(name, adapter.sites[name], plan)
+            found += _unlike(name, adapter.layers[name], plan)
     found += [
         f"{name!r} was trained there and is not in this run; name its module in "
         "method.modules_to_save"
@@ -182,9 +180,9 @@ def _drawn_otherwise(adapter: Adapter, stored: Stored) -> list[str]:
 
 
 def _unlike(name: str, site: Any, plan: Placement) -> list[str]:
-    theirs, mine = plan.rules[name], site.rule
+    theirs, mine = plan.rules[name], site.method
     for f in fields(mine):
-        there, here = (_meant(rule, f.name) for rule in (theirs, mine))
+        there, here = (_value(rule, f.name) for rule in (theirs, mine))
         if f.name not in (*FREE, "seed") and there != here:
             return [
                 (
@@ -192,11 +190,7 @@ def _unlike(name: str, site: Any, plan: Placement) -> list[str]:
                     "in method.targets"
                 )
             ]
-    if (
-        isinstance(mine, Stateful)
-        and name in plan.reached
-        and mine.reached(site) != plan.reached[name]
-    ):
+    if name in plan.reached and mine.extra_state(site) != plan.reached[name]:
         return [
             (
                 f"{name!r} has lost a part of its rank there, which a new schedule of "

@@ -1,51 +1,34 @@
-"""`transformers.Trainer` for one Weft adapter: its own parameter groups, order of the samples, and
-checkpoints.
+"""`transformers.Trainer` for one Weft adapter, with its own parameter groups, order of the samples,
+and checkpoints.
 
-Only this file and callbacks.py import transformers at their top, since they derive from its
-classes; `run.py` imports them when a run begins.
+This file, callbacks.py, log.py and reports.py import transformers at their top, since they derive
+from its classes. `run.py` imports them only when a run begins.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from ..encoding.collate import collate
 from ..errors import ConfigError
+from ..inference.generate import answer
 from ..model import prompts
 from ..model.adapter import Adapter
-from . import generate, processes
-from .config import OptimSection, RunConfig
-from .loop import seeded
-from .losses import collate, first, loss_for, metrics_for, reduced
-from .prepare import Data
+from . import processes
+from .config.sections import RunConfig
+from .losses import first, loss_for, metrics_for, reduced
+from .optimizer import groups
+from .prepare import Data, Length
 from .resume import read_state, write_state
-
-
-class EpochOrder(Sampler[int]):
-    """Row numbers in an order that is a function of the seed and the epoch, whatever was drawn
-    before.
-    """
-
-    def __init__(self, rows: int, seed: int) -> None:
-        self.rows, self.seed, self.epoch = rows, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.rows, generator=generator).tolist())
-
-    def __len__(self) -> int:
-        return self.rows
+from .sampling import EpochOrder, seeded
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
@@ -53,43 +36,43 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        adapter: Adapter,
-        optim: OptimSection,
+        config: RunConfig,
         data: Data,
+        adapter: Adapter,
         args: TrainingArguments,
-        callbacks: list[Any] | None = None,
-        records: int | None = None,
+        order: EpochOrder,
+        callbacks: list[Any],
     ) -> None:
-        self.adapter, self.optim, self.data, self.records = adapter, optim, data, records
-        self.answered: dict[str, float] = {}
-        self.order = EpochOrder(len(data.train), args.seed)
+        self.config, self.data, self.adapter, self.order = config, data, adapter, order
+        self.answer_scores: dict[str, float] = {}
         super().__init__(
             model=adapter.model,
             args=args,
             train_dataset=data.train,
             eval_dataset=data.eval,
             data_collator=partial(collate, pad=data.pad),
-            compute_loss_func=loss_for(data.kind, optim.label_smoothing),
-            compute_metrics=self._measured,
+            compute_loss_func=loss_for(data.kind, config.optim.label_smoothing),
+            compute_metrics=self._metrics,
             callbacks=callbacks,
             preprocess_logits_for_metrics=reduced if data.kind == "causal-lm" else first,
         )
-        self.remove_callback(PrinterCallback)  # callbacks.Log speaks
+        self.remove_callback(PrinterCallback)  # log.Log prints
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over the adapter's tensors."""
+        """Returns AdamW over the adapter's tensors. Raises ConfigError for a rate without tensors."""
         self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
+            optim = self.config.optim
             self.optimizer = torch.optim.AdamW(
-                groups(self.adapter, self.optim),
-                lr=self.optim.lr,
-                eps=self.optim.eps,
-                betas=(self.optim.betas[0], self.optim.betas[1]),
+                groups(self.adapter, optim),
+                lr=optim.lr,
+                eps=optim.eps,
+                betas=(optim.betas[0], optim.betas[1]),
             )
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Samples in the order of `EpochOrder`; nothing is drawn from a global generator."""
+        """Returns the samples in the order of `EpochOrder`, without use of a global generator."""
         loader: DataLoader[Any] = self.accelerator.prepare(
             DataLoader(
                 self.train_dataset,
@@ -103,7 +86,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """The evaluation samples in their order; nothing is drawn from a global generator."""
+        """Returns the evaluation samples in their order, without use of a global generator."""
         loader: DataLoader[Any] = self.accelerator.prepare(
             DataLoader(
                 eval_dataset if eval_dataset is not None else self.eval_dataset,
@@ -122,7 +105,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The Trainer's, which gives a model no labels where the loss is not its own."""
+        """Calls the Trainer's, which passes no labels to the model, and passes them to its virtual
+        tokens.
+        """
         with prompts.answering(self.adapter.model, inputs.get("labels")):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -132,23 +117,23 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The Trainer's, and before it the scores of a task's generated answers, which go into the
-        same log line.
+        """Scores a task's generated answers, then calls the Trainer's, so that all scores are in
+        one log line.
         """
-        self.answered = self._answers() if eval_dataset is None else {}
+        self.answer_scores = self._answers() if eval_dataset is None else {}
         found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return found
 
-    def _measured(self, found: Any) -> dict[str, float]:
-        return {**metrics_for(self.data.kind)(found), **self.answered}
+    def _metrics(self, found: Any) -> dict[str, float]:
+        return {**metrics_for(self.data.kind)(found), **self.answer_scores}
 
     def _answers(self) -> dict[str, float]:
-        task, renderer, most = self.data.task, self.data.renderer, self.records
-        if task is None or renderer is None or most == 0:
+        task, renderer, limit = self.data.task, self.data.renderer, self.config.eval.records
+        if task is None or renderer is None or limit == 0:
             return {}
-        records = task.eval_records("validation")[:most]
+        records = task.eval_records("validation")[:limit]
         with seeded(self.args.seed, self.args.device):
-            texts = generate.answer(
+            texts = answer(
                 self.model,
                 renderer,
                 [r["prompt"] for r in records],
@@ -162,19 +147,21 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter as `weft.save` writes it, and what it carries from step to step. Not finished
-        before `on_save`.
+        """Writes the adapter like `weft.save`, and its training state. The checkpoint is complete
+        only after `on_save`.
         """
-        place = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if self.args.should_save:
-            shutil.rmtree(place, ignore_errors=True)  # of a run that was killed while it wrote
-            self.adapter.save(place)
-            write_state(self.adapter, place)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed in a save
+            self.adapter.save(folder)
+            write_state(self.adapter, folder)
         if self.args.world_size > 1:
             torch.distributed.barrier()  # the others write their random states into the folder next
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's; a full disk, which torch.save calls a RuntimeError, is an OSError."""
+        """Calls the Trainer's. Raises OSError if the disk is full, for which torch.save raises
+        RuntimeError.
+        """
         try:
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:
@@ -193,42 +180,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         read_state(self.adapter, Path(resume_from_checkpoint))
 
 
-def groups(adapter: Adapter, optim: OptimSection) -> list[dict[str, Any]]:
-    """The optimiser's parameter groups: each has one rate and one weight decay. Raises ConfigError
-    for a useless rate.
-    """
-    found: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-
-    def add(name: str, rate: float, parameter: nn.Parameter) -> None:
-        decay = optim.weight_decay if parameter.ndim >= 2 else 0.0
-        found.setdefault((name, rate, decay), []).append(parameter)
-
-    for site in adapter.sites.values():
-        for tensor, parameter in site.trainable().items():
-            factor = optim.lr_factors.get(tensor, 1.0)
-            add(tensor if factor != 1.0 else "adapter", optim.lr * factor, parameter)
-    heads = [s for s in adapter.selected_tensors.values() if s.head]
-    for selected in adapter.selected_tensors.values():
-        rate = optim.head_lr if selected.head and optim.head_lr is not None else optim.lr
-        add("head" if selected.head else "base", rate, selected.trained)
-    if optim.head_lr is not None and not heads:
-        raise ConfigError(
-            "optim.head_lr is given, and no head is trained. Name it in method.modules_to_save, or "
-            "leave "
-            "optim.head_lr out."
-        )
-    return [
-        {"params": tensors, "lr": rate, "weight_decay": decay, "name": name}
-        for (name, rate, decay), tensors in found.items()
-    ]
-
-
-def arguments(
-    config: RunConfig, folder: Path, steps: int, per_epoch: int, data: Data
-) -> TrainingArguments:
-    """What the Trainer must know; checkpoints, logs and reports that are Weft's own are left to the
-    callbacks.
-    """
+def arguments(config: RunConfig, folder: Path, length: Length, data: Data) -> TrainingArguments:
+    """Returns the Trainer's arguments. Raises ConfigError if train.device is not available."""
     evaluates, text = data.eval is not None, data.kind != "image-classification"
     train, cuda = config.train, torch.cuda.is_available() and config.train.device != "cpu"
     if train.device == "cuda" and not cuda:
@@ -239,23 +192,23 @@ def arguments(
     )
     args = TrainingArguments(
         output_dir=str(folder),
-        max_steps=steps,
+        max_steps=length.steps,
         per_device_train_batch_size=train.batch,
         per_device_eval_batch_size=config.eval.batch or train.batch,
         gradient_accumulation_steps=train.accumulate,
         learning_rate=config.optim.lr,
         max_grad_norm=config.optim.clip,
         lr_scheduler_type=schedule,
-        warmup_steps=int(warm) if warm >= 1 else round(warm * steps),
+        warmup_steps=int(warm) if warm >= 1 else round(warm * length.steps),
         bf16=train.precision == "bfloat16",
         seed=train.seed,
         data_seed=train.seed,
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=config.eval.every or per_epoch,
+        eval_steps=config.eval.every or length.per_epoch,
         save_strategy="steps",
-        save_steps=config.save.every or per_epoch,
+        save_steps=config.save.every or length.per_epoch,
         logging_strategy="steps",
         logging_steps=config.log.every,
         logging_nan_inf_filter=False,
@@ -274,9 +227,9 @@ def arguments(
     return args
 
 
-def checkpointing(model: Any) -> None:
-    """Recompute activations in backward. Without re-entry, so that gradients reach adapters over a
-    frozen embedding.
+def recompute_activations(model: Any) -> None:
+    """Makes the model recompute activations in backward, without re-entry, so that gradients reach
+    adapters above a frozen embedding.
     """
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is not None:

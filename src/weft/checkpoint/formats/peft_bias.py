@@ -10,12 +10,15 @@ modules_to_save, which repeat the base's and the trained bias.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...model.layer import CHILD
+from ...model.structure import canonical
 from ..checkpoint import Checkpoint
 from ..matching import owner_of
 
@@ -37,18 +40,49 @@ def bias_field(checkpoint: Checkpoint) -> str | None:
         return "none"
     if not all(_is_bias(name) for name in names):
         return None
+    config: Any = checkpoint.config
+    if "biases" in config.train:
+        return "all"
     return "lora_only" if all(_module(name) in checkpoint.sites for name in names) else "all"
 
 
-def why_no_field(checkpoint: Checkpoint) -> str | None:
+def with_train(checkpoint: Checkpoint) -> Checkpoint:
+    """Returns the checkpoint with the biases that it has in its configuration's `train`.
+
+    The load plan names tensors in which "biases" and peft's "all" differ, which depends on the
+    model.
+    """
+    words = {"none": (), "all": ("biases",), "targets": ("target-biases",)}[checkpoint.biases]
+    trained = words if beside(checkpoint) else ()
+    return replace(checkpoint, config=replace(checkpoint.config, train=trained))
+
+
+def why_no_field(checkpoint: Checkpoint, model: nn.Module | None) -> str | None:
     """Returns why peft's `bias` cannot say which base tensors are trained, or None."""
-    other = next((name for name in beside(checkpoint) if not _is_bias(name)), None)
-    if other is None:
+    config: Any = checkpoint.config
+    names = beside(checkpoint)
+    other = next((name for name in names if not _is_bias(name)), None)
+    if other is not None:
+        return (
+            f"peft trains all biases or those of the adapted layers, and no other base tensors "
+            f"like {other!r}"
+        )
+    if not names or {"biases", "target-biases"} & set(config.train):
         return None
-    return (
-        f"peft trains all biases or those of the adapted layers, and no other base tensors like "
-        f"{other!r}"
-    )
+    some = f"peft trains all biases or those of the adapted layers, and not these: {names[:4]}"
+    if model is None:  # only a file that peft reads is known to have all
+        return None if checkpoint.peft_reads_it else some
+    every = {
+        name
+        for name in map(canonical, dict(model.named_parameters(remove_duplicate=False)))
+        if _is_bias(name)
+        and CHILD not in name.split(".")
+        and owner_of(name, config.modules_to_save) is None
+    }
+    targets = {name for name in every if _module(name) in checkpoint.sites}
+    if set(names) in (every, targets):
+        return None
+    return some
 
 
 def why_none(checkpoint: Checkpoint) -> str | None:

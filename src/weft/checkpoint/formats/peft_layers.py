@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from ...methods.target_spec import KEYWORDS, is_ending
-from ...model.structure import base_modules, canonical
+from ...model.structure import Structure, canonical
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..matching import bare, class_of, owner_of
 from ..problems import report_extra, take
@@ -96,7 +96,7 @@ def _target_modules(checkpoint: Checkpoint, model: nn.Module | None) -> list[str
     endings = {name.rpartition(".")[2] for name in names}
     if model is not None and names == {
         name
-        for name in map(canonical, dict(base_modules(model)))
+        for name in map(canonical, Structure.of(model).modules)
         if name.rpartition(".")[2] in endings
     }:
         return sorted(endings)
@@ -228,7 +228,7 @@ def restore_layers(
     present = set(tensors)
     plain = {name.removeprefix(PREFIX): t for name, t in tensors.items()}
     for module, layer in checkpoint.sites.items():
-        shapes = layer.rule.trained(*layer.known_shape())
+        shapes = layer.rule.shapes(*layer.known_shape())
         _take_layer(checkpoint, plain, module, {t: key(module, t, layer.kind) for t in shapes})
     for name in manifest["selected"]:  # under the names that they have in the base
         if (key_in_file := bias.key_of(checkpoint, name)) in plain:
@@ -248,7 +248,7 @@ def _take_layer(
     checkpoint: Checkpoint, tensors: dict[str, Tensor], module: str, keys: Mapping[str, str]
 ) -> None:
     layer = checkpoint.sites[module]
-    for tensor, shape in layer.rule.trained(*(layer.shape or (1, 1))).items():
+    for tensor, shape in layer.rule.shapes(*(layer.shape or (1, 1))).items():
         layer.keys[tensor] = PREFIX + keys[tensor]
         wanted = shape if layer.shape else None
         what = f"{tensor} of {module!r}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...methods import DoRA, LoRA, replace
+from ...methods.config import scaling
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
 from . import peft_layers as layers
@@ -62,7 +63,7 @@ class LoraFormat:
     stores_projections = False
 
     def why_not(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> str | None:
-        return bias.why_no_field(checkpoint)
+        return bias.why_no_field(checkpoint, model)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         return layers.write_layers(checkpoint, model, _lora_key, _lora_fields(checkpoint))
@@ -94,7 +95,8 @@ class LoraFormat:
             return CheckpointLayer(_layer_rule(built, module, config), kind=kind)
 
         layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
-        return layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
+        checkpoint = layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
+        return bias.with_train(checkpoint)
 
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
@@ -115,7 +117,7 @@ def _lora_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     ranks, alphas = {}, {}
     alpha = _int_if_whole(config.r if config.alpha is None else config.alpha)
     for module, layer in checkpoint.sites.items():
-        rule = getattr(layer.rule, "inner", layer.rule)  # the LoRA within DoRA
+        rule = layer.rule
         if rule.r != config.r:
             ranks[f"^{re.escape(module)}"] = rule.r
         if _alpha(rule, config.rslora) != alpha:
@@ -137,7 +139,9 @@ def _alpha(rule: LoRA, rslora: bool) -> float:
     """The alpha that gives a layer its scale, since all layers share peft's one use_rslora."""
     if rule.rslora == rslora:
         return _int_if_whole(rule.r if rule.alpha is None else rule.alpha)
-    return _int_if_whole(rule.scale * (math.sqrt(rule.r) if rslora else rule.r))
+    return _int_if_whole(
+        scaling(rule.r, rule.alpha, rule.rslora) * (math.sqrt(rule.r) if rslora else rule.r)
+    )
 
 
 def _int_if_whole(value: float) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError, UnsupportedError
 from ...methods import PreEmbed, Prefix
 from ...model import prompts
+from ...model.structure import Structure
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..matching import bare
 from ..problems import report_extra, take
@@ -72,7 +73,7 @@ class PrefixFormat:
         layers = list(checkpoint.sites.values())
         tensor = torch.cat([t for layer in layers for t in layer.tensors.values()], dim=1)
         # peft splits the width into key-value heads.
-        shape: Any = prompts.entry_of(root).module.config  # type: ignore[union-attr]
+        shape: Any = prompts.injection_point(Structure.of(root)).module.config  # type: ignore[union-attr]
         heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         config = {
             "peft_type": self.name,
@@ -111,7 +112,7 @@ class PrefixFormat:
         checkpoint = Checkpoint(built, "peft", self.name, in_order=True)
         shape = (int(width or 0), int(width or 0))
         for i in range(int(count)):
-            checkpoint.sites[f"layer {i}"] = CheckpointLayer(built, kind=built.at, shape=shape)
+            checkpoint.sites[f"layer {i}"] = CheckpointLayer(built, kind=built.where, shape=shape)
         rest = dict(tensors)
         _split_layers(checkpoint, rest)
         take_base_tensors(checkpoint, rest)
@@ -127,7 +128,7 @@ class PrefixFormat:
     def why_not_model(self, root: nn.Module) -> str | None:
         """Returns why peft computes something else in this model from the same tensors, or None."""
         model = bare(root)
-        entry = prompts.entry_of(model)
+        entry = prompts.injection_point(Structure.of(model))
         encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         if encoder_decoder or entry is None or not entry.decoder:
             return "it is no decoder, and there peft puts virtual tokens elsewhere"
@@ -157,7 +158,7 @@ def _split_layers(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
     parts = [
         (layer, name, shape)
         for layer in checkpoint.sites.values()
-        for name, shape in layer.rule.trained(*layer.known_shape()).items()
+        for name, shape in layer.rule.shapes(*layer.known_shape()).items()
     ]
     wanted = (parts[0][2][0], sum(shape[1] for _, _, shape in parts))
     what = f"{len(checkpoint.sites)} layers"

@@ -1,0 +1,159 @@
+"""The audit: did every declared tensor train, and is the base unchanged?
+
+    before = weft.snapshot(model); train two steps or more; after = weft.snapshot(model);
+    weft.audit(model, before, after)
+
+A declared tensor passes if it has had a finite, non-zero gradient since `before` and has moved. A
+change alone proves nothing: weight decay moves a tensor that no gradient reaches. LoRA's B starts
+at 0, so A's first gradient is 0 and one step is too few. A method with a schedule must have counted
+the steps that moved its tensors. The base passes if all its bits are the same, buffers included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AuditError
+from ..model.adapter import Adapter
+from ..model.attach import adapters
+from ..model.state import state_of
+from ..model.steps_watch import unseen
+from .base_digest import adapter_buffers, digest
+from .snapshot import Gradients, Snapshot, declared_tensors, frozen_tensors
+
+# LoRA's B starts at 0, so A moves from the second step on; the third is a margin.
+AUDIT_AFTER = 3
+
+
+def steps_until_audit(adapter: Adapter) -> int:
+    """Returns the number of steps after which every declared tensor of the adapter has moved."""
+    return max(AUDIT_AFTER, adapter.config.audit_after)
+
+
+def audit(
+    model: nn.Module,
+    before: Snapshot | Mapping[str, Tensor],
+    after: Snapshot | Mapping[str, Tensor],
+    name: str | None = None,
+) -> None:
+    """Raises AuditError, naming the tensors, unless every declared tensor trained and the base's
+    bits are the same.
+
+    before, after: from `weft.snapshot`, with two optimiser steps or more between them; or two
+    mappings from state_dict keys to tensors [...]. With mappings, gradients are judged by the
+    present `.grad`.
+    """
+    problems = (
+        _snapshots(model, before, after)
+        if isinstance(before, Snapshot) and isinstance(after, Snapshot)
+        else _mappings(model, before, after, name)
+    )
+    if problems:
+        shown = problems[:10] + (
+            [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        )
+        raise AuditError("the audit failed:\n  " + "\n  ".join(shown))
+
+
+def _snapshots(model: nn.Module, before: Snapshot, after: Snapshot) -> list[str]:
+    before.release()
+    after.release()
+    problems = []
+    for key, old in before.declared.items():
+        new = after.declared.get(key)
+        if new is None or new.shape != old.shape:
+            problems.append(f"{key}: gone or reshaped since the first snapshot")
+            continue
+        problems += _tensor_problem(key, old, new, before.gradients[key], key in after.frozen)
+    problems += [
+        f"{key}: base tensor changed" + _moving_buffer(key)
+        for key, bits in before.base.items()
+        if after.base.get(key) != bits
+    ]
+    return problems + _uncounted(model, before, after)
+
+
+def _uncounted(model: nn.Module, before: Snapshot, after: Snapshot) -> list[str]:
+    """Problems of adapters with a schedule whose tensors moved without a counted step."""
+    problems = []
+    for name, adapter in adapters(model).items():
+        prefix = next((p for p in (f"{name}: ", "") if p in before.steps), None)
+        if prefix is None or before.steps[prefix] != after.steps.get(prefix):
+            continue
+        own = {
+            f"{prefix}{module}.{tensor}"
+            for module, site in adapter.layers.items()
+            for tensor in site.names
+        }
+        both = own & before.declared.keys() & after.declared.keys()
+        if any(not torch.equal(before.declared[key], after.declared[key]) for key in both):
+            problems.append(unseen(name, adapter.config))
+    return problems
+
+
+def _mappings(model: nn.Module, before: Any, after: Any, name: str | None) -> list[str]:
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        raise AuditError(
+            "audit(model, before, after): both must be from weft.snapshot(model), or both mappings "
+            "from state_dict keys to tensors."
+        )
+    problems = []
+    declared = {id(p): key for key, p in declared_tensors(model, name).items()}
+    found, frozen = set(), frozen_tensors(model, name)
+    buffers = adapter_buffers(model)
+    for key, live in state_of(model).root.state_dict(keep_vars=True).items():
+        if key not in before or key not in after:
+            problems.append(f"{key}: not in both mappings")
+        elif id(live) in declared:
+            found.add(id(live))
+            seen = Gradients()
+            seen.see(live)
+            problems += _tensor_problem(
+                declared[id(live)],
+                before[key],
+                after[key],
+                seen if seen.count else None,
+                declared[id(live)] in frozen,
+            )
+        elif id(live) not in buffers and digest(before[key]) != digest(after[key]):
+            problems.append(f"{key}: base tensor changed" + _moving_buffer(key))
+    return problems + [
+        f"{key}: not in the model's state_dict" for i, key in declared.items() if i not in found
+    ]
+
+
+def _tensor_problem(
+    key: str, old: Tensor, new: Tensor, gradients: Gradients | None, frozen: bool
+) -> list[str]:
+    problem = None
+    if not bool(torch.isfinite(new).all()):
+        problem = "holds NaN or infinity"
+    elif gradients is not None and not gradients.count:
+        problem = "no gradient reached it (is the layer called, and is the adapter the active one?)"
+    elif gradients is not None and not gradients.finite:
+        problem = "its gradient was NaN or infinite"
+    elif frozen:
+        pass
+    elif gradients is not None and not gradients.nonzero:
+        problem = (
+            f"its gradient was zero in all {gradients.count} backward passes (one step is too few "
+            "if another factor starts at 0)"
+        )
+    elif torch.equal(old, new):
+        problem = (
+            "it has a gradient but did not move (is it in the optimiser, and is the learning rate "
+            "above 0?)"
+        )
+    return [] if problem is None else [f"{key}: {problem}"]
+
+
+def _moving_buffer(key: str) -> str:
+    return (
+        " (put BatchNorm layers of the frozen base into eval())"
+        if "running_" in key or "num_batches" in key
+        else ""
+    )

@@ -1,0 +1,79 @@
+"""What several commands share: options, values of options, and files that they write."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --model and --adapter."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="the base: a name of weft compare --list, a directory, or a hub name",
+    )
+    add_adapter_option(parser)
+
+
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --adapter."""
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="an adapter of weft train, weft.save or peft (default: the base alone)",
+    )
+
+
+def add_device_options(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
+    """Adds --dtype and --device."""
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, default=default, help="of the base's weights")
+    add("--device", choices=DEVICES, default=default, help="auto (default): CUDA if available")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Splits `field=value`. The value is a Python literal, or text if it is not one. Raises
+    ConfigError.
+    """
+    from ..errors import ConfigError
+
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise ConfigError(f"--set {text!r}: write FIELD=VALUE, for example --set dropout=0.05.")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def write_json(file: Path | None, data: Mapping[str, Any]) -> None:
+    """Writes the data as JSON, whole or not at all; nothing if `file` is None."""
+    if file is not None:
+        write_text(file, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    from ..checkpoint.files import replace
+
+    replace(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def scores_text(report: Any) -> str:
+    """Returns one line per metric, with the reason if it could not run, and the notes."""
+    width = max(len(name) for name in report.scores)
+    lines = [
+        f"{name:<{width}}  "
+        + (f"{value:.4f}" if value is not None else f"missing: {report.reasons[name]}")
+        for name, value in report.scores.items()
+    ]
+    return "\n".join([*lines, *report.notes])

@@ -1,0 +1,62 @@
+"""Texts with a class or a score to tokens."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import WeftError
+from .rows import Counts, EncodedRows
+from .samples import Samples
+
+
+def encode_labels(
+    samples: Samples, tokenizer: Any, max_length: int, classes: Sequence[str] | None
+) -> EncodedRows:
+    """Encodes samples for classification (labels become indices into `classes`) or, if classes is
+    None, for regression (labels become numbers).
+
+    Raises WeftError, naming the sample, if its label is not a class or not a number.
+    """
+    index = {name: i for i, name in enumerate(classes or ())}
+    rows, counts = [], Counts(len(samples))
+    for number, row in enumerate(samples.rows, 1):
+        where = f"{samples.source}, sample {number}"
+        coded = tokenizer(*row["texts"], truncation=True, max_length=max_length)
+        value: Any
+        if classes is None:
+            value = _as_score(row["label"], where)
+        elif str(row["label"]) in index:
+            value = index[str(row["label"])]
+        else:
+            raise WeftError(
+                f"{where}: label {row['label']!r} is none of the {len(index)} classes "
+                f"{list(index)[:8]}."
+            )
+        encoded = {"input_ids": array("i", coded["input_ids"]), "labels": value}
+        if "token_type_ids" in coded:
+            encoded["token_type_ids"] = array("i", coded["token_type_ids"])
+        rows.append(encoded)
+        counts.cut += (
+            len(coded["input_ids"]) >= max_length
+            and len(tokenizer(*row["texts"])["input_ids"]) > max_length
+        )
+    return EncodedRows(rows, counts)
+
+
+def classes_of(samples: Samples) -> tuple[str, ...]:
+    """Returns the labels that occur, sorted, as numbers if all are whole numbers."""
+    names = {str(row["label"]) for row in samples.rows}
+    whole = all(re.fullmatch(r"-?\d+", name) for name in names)
+    return tuple(sorted(names, key=int) if whole else sorted(names))
+
+
+def _as_score(value: Any, where: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise WeftError(
+            f"{where}: label {value!r} is not a number, and model.kind is regression."
+        ) from None

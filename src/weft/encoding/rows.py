@@ -1,0 +1,93 @@
+"""Encoded samples, and counts of what went wrong when they were encoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import WeftError
+
+IGNORED = -100  # the label of a token that is not in the loss
+TOO_LONG = "Raise data.max_length, or use --preview to see what is masked."
+
+
+@dataclass
+class Counts:
+    """How many samples have which problem."""
+
+    samples: int = 0
+    cut: int = 0  # longer than max_length
+    end_cut: int = 0
+    end_masked: int = 0
+    empty: int = 0
+
+    def notes(self, what: str, limit: str = "data.max_length") -> list[str]:
+        """Returns one line per problem that occurred."""
+        problems = (
+            (self.cut, f"longer than {limit} and cut off"),
+            (
+                self.end_cut,
+                "whose end-of-turn token was cut off: they do not teach the model to stop",
+            ),
+            (
+                self.end_masked,
+                "whose end-of-turn token is not in the loss: they do not teach the model to stop",
+            ),
+            (self.empty, "with no token in the loss, left out"),
+        )
+        return [f"{what}: {n} of {self.samples} samples {text}." for n, text in problems if n]
+
+    def check(self, what: str, cure: str = TOO_LONG) -> None:
+        """Raises WeftError if no sample is usable. `cure` is the advice for samples that are too
+        long.
+        """
+        if self.empty >= self.samples:
+            raise WeftError(
+                f"{what}: none of the {self.samples} samples has a token in the loss. {cure}"
+            )
+        if self.end_cut + self.end_masked >= self.samples:
+            if self.end_cut < self.end_masked:
+                cure = (
+                    "The chat template must close assistant turns with a special token, inside "
+                    "{% generation %} if it has that block."
+                )
+            raise WeftError(
+                f"{what}: in none of the {self.samples} samples the end-of-turn token is in the "
+                f"loss ({self.end_cut} cut off, {self.end_masked} masked), so the model would not "
+                f"learn to stop. {cure}"
+            )
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Samples ready for `collate`: input_ids, labels (one per token, or one number), and
+    token_type_ids if the model has them.
+
+    Tokens are kept in arrays: a list of Python integers takes eight times the memory.
+    """
+
+    rows: list[dict[str, Any]]
+    counts: Counts = field(default_factory=Counts)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    def fingerprint(self) -> str:
+        """Returns 16 hex digits over all tokens and labels, in order."""
+        sha = hashlib.sha256()
+        for row in self.rows:
+            sha.update(
+                json.dumps(
+                    [
+                        list(v) if isinstance(v, array) else v
+                        for v in (row["input_ids"], row["labels"])
+                    ]
+                ).encode()
+            )
+        return sha.hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""Samples of one format, and the splits of a labelled task as such."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..tasks import GENERATION, IMAGES, Task, find_generation, find_task
+from ..tasks.files import Row
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of one format, with Weft's column names.
+
+    `format` is "prompt", "messages", "text" or "label". `source` names the samples in messages.
+    """
+
+    format: str
+    rows: list[Row]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Sequence[int]) -> Samples:
+        """Returns the samples with these row numbers."""
+        return Samples(self.format, [self.rows[i] for i in rows], self.source)
+
+
+def label_samples(task: Task, split: str) -> Samples:
+    """Returns a split of a labelled text task."""
+    chosen = task.splits[split]
+    return Samples(
+        "label",
+        [
+            {
+                "texts": tuple(text) if isinstance(text, tuple | list) else (text,),
+                "label": task.classes[int(label)] if task.classes else label,
+            }
+            for text, label in zip(chosen.items, chosen.labels, strict=True)
+        ],
+        task.name,
+    )
+
+
+def check_task(name: str) -> None:
+    """Raises ConfigError if no task has this name or its files are missing."""
+    if is_generation(name):
+        find_generation(name)
+    else:
+        find_task(name)
+
+
+def is_image(name: str) -> bool:
+    """Whether the samples of the task with this name are images."""
+    return name.partition(":")[0] in (*IMAGES, "image-folder", "digits")
+
+
+def is_generation(name: str) -> bool:
+    """Whether the answers of the task with this name are text."""
+    return name.partition(":")[0] in {family.partition(":")[0] for family in GENERATION}

@@ -1,0 +1,48 @@
+"""A model's tokenizer, how many tokens it takes, and the tokens that end generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..tasks.models import ModelRef
+
+
+def tokenizer_and_stops(model: ModelRef, tokenizer: ModelRef) -> tuple[Any, Any, set[int]]:
+    """Returns the tokenizer, the model's configuration, and the ids at which its generation
+    stops.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer.source, local_files_only=tokenizer.local)
+    config = AutoConfig.from_pretrained(model.source, local_files_only=model.local)
+    stops = [getattr(config, "eos_token_id", None)]
+    if not model.local or (Path(model.source) / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(model.source, local_files_only=model.local)
+        stops.append(generation.eos_token_id)
+    ids = {
+        i
+        for stop in stops
+        for i in (stop if isinstance(stop, list) else [stop])
+        if isinstance(i, int)
+    }
+    return loaded, config, ids
+
+
+def max_positions(config: Any) -> int | None:
+    """Returns the number of positions of a model with this configuration, or None if it has no
+    limit.
+    """
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def max_tokens(tokenizer: Any, config: Any) -> int:
+    """Returns how many tokens both the tokenizer and the model accept."""
+    return int(min(tokenizer.model_max_length, max_positions(config) or tokenizer.model_max_length))
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Returns the id for padding: the pad token, else the end-of-text token, else 0."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return int(tokenizer.eos_token_id or 0)

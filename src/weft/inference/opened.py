@@ -1,0 +1,68 @@
+"""A model with its adapter, on its device, with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..checkpoint.load import load, read
+from ..encoding.render import Renderer
+from ..encoding.tokenizer import max_tokens, tokenizer_and_stops
+from ..errors import ConfigError, WeftError
+from ..tasks.models import ModelRef, loading, quiet
+from .pretrained import base_for, find_source
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in eval mode with its adapter active, if it has one, and its tokenizer. `limit` is
+    the number of tokens that both accept.
+    """
+
+    model: Any
+    tokenizer: Any
+    renderer: Renderer
+    limit: int
+
+
+def open_model(
+    model: str,
+    adapter: str | None,
+    dtype: str = "auto",
+    device: str = "auto",
+    template: str | None = None,
+) -> Opened:
+    """Loads the model with this name, its tokenizer, and the adapter if there is one.
+
+    Raises ConfigError if one of them does not exist, WeftError if they do not fit together.
+    """
+    ref = find_source(model)
+    with quiet(), loading(ref, "a tokenizer and a configuration"):
+        tokenizer, config, stops = tokenizer_and_stops(ref, ref)
+    limit = max_tokens(tokenizer, config)
+    return Opened(
+        load_model(ref, adapter, dtype, device),
+        tokenizer,
+        Renderer(tokenizer, limit, template=template, stops=stops),
+        limit,
+    )
+
+
+def load_model(ref: ModelRef, adapter: str | None, dtype: str, device: str) -> Any:
+    """Loads the model and the adapter, without a tokenizer. Raises ConfigError, WeftError."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here. See `weft doctor`.")
+    stored = None if adapter is None else read(adapter)
+    task_class = None if stored is None else stored.base.get("class")
+    model: Any = base_for(ref, task_class, {} if stored is None else stored.selected, dtype)[0]
+    if adapter is not None:
+        load(model, adapter)
+    return model.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu").eval()
+
+
+def check_generates(model: Any) -> None:
+    """Raises WeftError if the model generates no text."""
+    if not hasattr(model, "can_generate") or not model.can_generate():
+        raise WeftError(f"{type(model).__name__} generates no text.")

@@ -1,0 +1,145 @@
+"""A `transformers` model by name: its architecture without weights, or loaded for an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, WeftError
+from ..tasks.models import ModelRef, find_model, loading, quiet
+
+
+def find_source(name: str) -> ModelRef:
+    """Returns the model with this name: an embedded one, a directory, a config.json, or one on the
+    hub. Raises ConfigError.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return ModelRef(name, str(path), True)
+    return find_model(name)
+
+
+def empty_model(ref: ModelRef, task_class: str | None = None) -> nn.Module:
+    """Returns the architecture on the meta device, from the configuration alone. Raises
+    WeftError.
+    """
+    with quiet(), loading(ref, "a configuration"):
+        config = _config(ref)
+        cls = _class_of(config, task_class)
+        with torch.device("meta"):
+            model: nn.Module = (
+                cls(config) if hasattr(cls, "base_model_prefix") else cls.from_config(config)
+            )
+    return model.eval()
+
+
+def base_for(
+    ref: ModelRef, task_class: str | None, selected: Mapping[str, Tensor], dtype: str = "auto"
+) -> tuple[nn.Module, list[str]]:
+    """Loads the pretrained model for an adapter of a `task_class` that has its own values of the
+    base tensors `selected` [...].
+
+    Returns the model, and the names of its tensors that are not in its checkpoint. The number of
+    classes of a new head is that of `selected`. Raises WeftError if weights are neither in the
+    checkpoint nor in `selected`, since they would be random.
+    """
+    head = _head_size(ref, task_class, selected)
+    with quiet(), loading(ref, task_class or "a model"):
+        config = _config(ref, **head)
+        model, report = _class_of(config, task_class).from_pretrained(
+            ref.source,
+            config=config,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            ignore_mismatched_sizes=bool(head),
+            output_loading_info=True,
+            local_files_only=ref.local,
+        )
+    missing = {
+        *report["missing_keys"],
+        *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]),
+    }
+    _check_random(ref, missing - set(selected))
+    base: nn.Module = model.eval()
+    return base, sorted(missing)
+
+
+def _config(ref: ModelRef, **changes: Any) -> Any:
+    import transformers
+
+    path = Path(ref.source)
+    if path.is_file():
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return transformers.AutoConfig.for_model(**{**data, **changes})
+    return transformers.AutoConfig.from_pretrained(
+        ref.source, local_files_only=ref.local, **changes
+    )
+
+
+def _class_of(config: Any, task_class: str | None) -> Any:
+    """The adapter's class, else that of the configuration, else a causal language model, else the
+    model without a head.
+    """
+    import transformers
+
+    for name in (task_class, *(config.architectures or ())):
+        found = getattr(transformers, name, None) if name else None
+        if found is not None and getattr(found, "config_class", None) is type(config):
+            return found
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return causal.get(type(config), transformers.AutoModel)
+
+
+def _head_size(
+    ref: ModelRef, task_class: str | None, selected: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """num_labels, if the adapter's tensors have another number of rows than the configuration."""
+    shapes = {name: p.shape for name, p in empty_model(ref, task_class).named_parameters()}
+    rows = {
+        value.shape[0]
+        for name, value in selected.items()
+        if name in shapes
+        and value.ndim
+        and shapes[name][1:] == value.shape[1:]
+        and shapes[name] != value.shape
+    }
+    return {"num_labels": rows.pop()} if len(rows) == 1 else {}
+
+
+def _check_random(ref: ModelRef, names: Iterable[str]) -> None:
+    loose = sorted(names)
+    if loose:
+        more = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
+        raise WeftError(
+            f"model {ref.name!r} has no weights for {loose[0]!r}{more}, and the adapter does not "
+            "bring them; they would be random. Give the model that the adapter was trained on."
+        )
+
+
+def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Returns a small batch with fixed values: pixel_values [2, channels, height, width], or
+    input_ids [2, length]. Raises ConfigError if the model reads neither.
+    """
+    config: Any = getattr(model, "config", None)
+    name = getattr(model, "main_input_name", "input_ids")
+    generator = torch.Generator().manual_seed(0)
+    if name == "pixel_values" and getattr(config, "image_size", None):
+        from ..tasks.images import image_size
+
+        shape = (2, int(getattr(config, "num_channels", 3)), *image_size(config))
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+    words = getattr(config, "vocab_size", None)
+    if name != "input_ids" or not words:
+        raise ConfigError(
+            f"no test input is known for {type(model).__name__} (it reads {name!r}); use "
+            "--no-verify."
+        )
+    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
+    ids = torch.randint(0, words, (2, length), generator=generator)
+    extra = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+    return {"input_ids": ids, **extra}

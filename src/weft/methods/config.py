@@ -1,0 +1,211 @@
+"""The base classes of all configurations: common fields, their checks, and the defaults of a method.
+
+`Config` alone only trains tensors of the base model; a `TensorConfig` has tensors of its own; a
+`LayerConfig` adapts layers; a `LowRankConfig` by a low-rank update. A method overrides what differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..ops.low_rank import LowRank
+from . import train_spec
+from .base import BaseLayer, Params, Shape, Shared
+from .checks import check_choice, check_count, check_number
+from .rng import Rng
+from .target_spec import normalise
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every adapter has: tensors of the base model that train beside its own."""
+
+    modules_to_save: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+
+    learning_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)  # what `weft compare` tries
+    mergeable: ClassVar[bool] = True
+    not_mergeable: ClassVar[str] = ""  # why not, for messages
+    starts_at_base: ClassVar[bool] = True  # the output is unchanged until something trains
+    by_row: ClassVar[bool] = True  # rows of one batch may use different adapters
+    adapts_norms: ClassVar[bool] = False  # layer norms may be its targets
+    model_fields: ClassVar[tuple[str, ...]] = ()  # fields that cannot differ between layers
+    nested: ClassVar[bool] = False  # the first ranks are an adapter too: see `truncated`
+    moves_rank: ClassVar[bool] = False  # layers gain and lose ranks: see `rank`
+
+    def __post_init__(self) -> None:
+        value: Any = self.modules_to_save
+        if (
+            isinstance(value, str)
+            or not isinstance(value, Sequence)
+            or not all(isinstance(v, str) and v for v in value)
+        ):
+            raise ConfigError(
+                f"{type(self).__name__}(modules_to_save={value!r}): write a list of module name "
+                'endings, for example ["classifier"].'
+            )
+        object.__setattr__(self, "modules_to_save", tuple(value))
+        words = train_spec.normalise(type(self).__name__, self.train, isinstance(self, LayerConfig))
+        object.__setattr__(self, "train", words)
+
+    @property
+    def selection(self) -> tuple[str, ...]:
+        """The base tensors that the method itself trains, in the words of `train`."""
+        return ()
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether it acts around optimiser steps; then tensors that move without one are an error."""
+        return False
+
+    @property
+    def audit_after(self) -> int:
+        """Steps after which every tensor has moved, if they are more than the audit's own."""
+        return 0
+
+    def finished(self) -> Config:
+        """Returns the configuration that a file holds, if other tensors train than are saved."""
+        return self
+
+    def with_steps(self, total: int) -> Config:
+        """Returns the configuration for a run of `total` optimiser steps, if it left that open."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorConfig(Config):
+    """A method with tensors of its own: how they are drawn and stored."""
+
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        seed: Any = self.seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ConfigError(
+                f"{type(self).__name__}(seed={seed!r}): seed must be a whole number from 0 to "
+                "2**63-1."
+            )
+        dtype: Any = self.dtype
+        if isinstance(dtype, torch.dtype):
+            object.__setattr__(self, "dtype", str(dtype).removeprefix("torch."))
+        check_choice(self, "dtype", list(DTYPES))
+
+    def shapes(self, out: int, in_: int) -> dict[str, Shape]:
+        """Returns name and shape of every trained tensor of a layer [out, in], in the file's order."""
+        raise NotImplementedError
+
+    def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns float32 initial values; the output must not change if the class starts at base."""
+        raise NotImplementedError
+
+    def frozen(self, out: int, in_: int, takes_ids: bool, rng: Rng) -> dict[str, Tensor]:
+        """Returns the layer's own frozen tensors, which no file holds: a function of the arguments
+        with the same bits on every device and version.
+        """
+        return {}
+
+    def shared(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> Shared | None:
+        """Returns the tensors that layers of these (out, in) share, or None."""
+        return None
+
+    def share_key(self) -> tuple[Any, ...] | None:
+        """Returns a key that is equal for layers which share, or None."""
+        return None
+
+    def rank(self, p: Params) -> int | None:
+        """Returns the rank in force, or None for a method without ranks."""
+        return None
+
+    def truncated(self, r: int) -> TensorConfig:
+        """Returns the configuration of rank `r`, or itself if it has no more; for nested methods."""
+        return self
+
+    def finished_tensors(self, p: Params) -> dict[str, Tensor]:
+        """Returns the tensors that a file holds, by the names of the finished configuration."""
+        return {name: getattr(p, name) for name in self.shapes(*p.shape)}
+
+    def buffers(self, out: int, in_: int, device: torch.device) -> dict[str, Tensor]:
+        """Returns initial values of what it carries from step to step; `step` counts the steps.
+
+        They are buffers of the layer, so that a resumed run continues bit for bit.
+        """
+        return {}
+
+    def extra_state(self, p: Params) -> str | None:
+        """Extra state for the checkpoint header, or None."""
+        return None
+
+    def load_extra_state(self, p: Params, text: str) -> None:
+        """Restores what `extra_state` returned."""
+
+    def unmoved(self, p: Params) -> tuple[str, ...]:
+        """Returns trained tensors that the method itself keeps at their initial values."""
+        return ()
+
+    def before_step(self, layers: Mapping[str, Any], grad_scale: float, repeated: bool) -> None:
+        """Called before an optimiser step, without gradients being recorded.
+
+        `layers` maps module names to their tensors, whose gradients are `grad_scale` times too
+        large. `repeated`: a closure has computed new gradients within the same step.
+        """
+
+    def after_step(self, layers: Mapping[str, Any]) -> None:
+        """Called after an optimiser step; the gradients are still there, at their own size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig(TensorConfig):
+    """A method that adapts layers, which `targets` names."""
+
+    targets: Any = "all-linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "targets", normalise(self.targets))
+
+    @property
+    def blocks_left_out(self) -> int:
+        """How many blocks of every stack, counted from its input, are not adapted."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(LayerConfig):
+    """A method of the form W' = σ ∘ (W + s diag(b) B diag(d) A): it says its factors."""
+
+    r: int = 8
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "r", 1)
+        check_number(self, "dropout", low=0.0, high=1.0, open_high=True)
+
+    def rank(self, p: Params) -> int | None:
+        return self.r
+
+    def factors(self, p: Params, training: bool = False) -> LowRank:
+        """Returns the layer's tensors as they are, for evaluation or for the step at hand."""
+        raise NotImplementedError
+
+
+def scaling(r: int, alpha: float | None, rslora: bool = False) -> float:
+    """Returns s = alpha / r, or alpha / sqrt(r) with rslora; alpha=None means alpha = r."""
+    alpha = float(r if alpha is None else alpha)
+    return alpha / math.sqrt(r) if rslora else alpha / r

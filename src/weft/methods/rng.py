@@ -1,0 +1,29 @@
+"""Initial values of one layer's tensors: a function of the seed and the names, and of nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import philox
+
+
+class Rng:
+    """Draws float32 tensors on `device` for the layer `name`; equal arguments give equal bits."""
+
+    def __init__(self, seed: int, name: str, device: torch.device) -> None:
+        self.seed, self.name, self.device = seed, name, device
+
+    def normal(self, tensor: str, shape: tuple[int, ...], std: float) -> Tensor:
+        """Returns a Gaussian matrix of this shape."""
+        key = philox.key_of(self.seed, self.name, tensor)
+        return philox.normal(key, 0, shape[0], shape[1], std, self.device)
+
+    def uniform(self, tensor: str, shape: tuple[int, ...], bound: float) -> Tensor:
+        """Returns a matrix of this shape, uniform in (-bound, bound)."""
+        key = philox.key_of(self.seed, self.name, tensor)
+        return philox.uniform(key, 0, shape[0], shape[1], bound, self.device)
+
+    def full(self, shape: tuple[int, ...], value: float = 0.0) -> Tensor:
+        """Returns a tensor of this shape filled with `value`."""
+        return torch.full(shape, value, dtype=torch.float32, device=self.device)

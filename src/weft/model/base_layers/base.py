@@ -1,0 +1,155 @@
+"""The view of a layer that adapters get: one class per kind of layer, each in a file of this folder.
+
+All kinds but norms are linear maps W [out, in]. The class says how the layer stores W and what its input
+is; everything else in Weft asks it, and compares no kind by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ...methods.config import DTYPES
+from ...ops import projection
+
+INNER_FORWARD = "_weft_inner_forward"  # a forward found on the instance (accelerate's hooks)
+
+# Largest relative distance from W x + bias that counts as another rounding of the same number.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Returns the layer's own class, adapted or not."""
+    found: type[nn.Module] = getattr(type(module), "_weft_base", type(module))
+    return found
+
+
+def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Returns what a layer computes by itself, adapted or not."""
+    inner = module.__dict__.get(INNER_FORWARD)
+    if inner is not None:
+        found: Tensor = inner(*args, **kwargs)
+        return found
+    y: Tensor = own_class(module).forward(module, *args, **kwargs)
+    return y
+
+
+class BaseLayer:
+    """One layer of the base model. See methods/base.py for the protocol that methods rely on."""
+
+    kind: ClassVar[str]  # a name for tables and files
+    takes_ids: ClassVar[bool] = False  # the input holds ids: the map of one-hot vectors
+    transposed: ClassVar[bool] = False  # W is stored as [in, out]
+    has_weight: ClassVar[bool] = True  # there is a weight matrix
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether a module is of this kind, by its class alone."""
+        raise NotImplementedError
+
+    @classmethod
+    def plain(cls) -> type[nn.Module] | None:
+        """Returns the class whose forward is W x + bias and nothing else, if there is one."""
+        return None
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Returns the reason why a module of this kind cannot be adapted, or None."""
+        return weight_fault(module)
+
+    def weight(self) -> Tensor:
+        """Returns W [out, in], a view; for a norm, which has none, the gain [out]."""
+        stored: Tensor = self.module.weight  # type: ignore[assignment]
+        return stored.t() if self.transposed else stored
+
+    @property
+    def out_features(self) -> int:
+        return self.weight().shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight().shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight().device
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] or None; an embedding has none."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's own output [..., out] for another input, without any adapter."""
+        return own_forward(self.module, x)
+
+    def down(
+        self, x: Tensor, A: Tensor, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Returns dropout(x) Aᵀ [..., r] in `dtype` (None: A's own) for A [r, in]."""
+        return projection.down(x, A, dropout, dtype=dtype)
+
+    @property
+    def fallback_reason(self) -> str | None:
+        """Why only the layer itself may compute its output; None if its class does just W x + bias."""
+        if INNER_FORWARD in self.module.__dict__:
+            return "another library has put its own forward on the layer"
+        plain, cls = self.plain(), own_class(self.module)
+        if plain is None or cls.forward is not plain.forward:
+            return f"{cls.__name__} has a forward of its own"
+        return None
+
+
+def weight_fault(module: nn.Module) -> str | None:
+    """Returns what is wrong with a weight matrix for adapting its layer, or None."""
+    if parametrize.is_parametrized(module):
+        return (
+            "its weight is parametrised; call "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "it has no weight parameter of its own"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its shape is not known before its first forward; run the model once"
+    if weight.dtype not in DTYPES.values():
+        return f"its weight is quantised ({str(weight.dtype).removeprefix('torch.')})"
+    if weight.ndim != 2:
+        return f"its weight has {weight.ndim} dimensions"
+    return None
+
+
+def other_map(layer: BaseLayer, x: Tensor, wanted: Tensor) -> str | None:
+    """Returns why a subclass with a forward of its own is another map, tried on x; None if it is not.
+
+    `wanted` is W x + bias. On the meta device nothing can be tried.
+    """
+    module, plain = layer.module, layer.plain()
+    cls, W = own_class(module), layer.weight()
+    if (plain is not None and cls.forward is plain.forward) or W.is_meta or 0 in W.shape:
+        return None
+    reason = f"the forward of {type(module).__name__} computes something else than a plain {layer.kind} layer"
+    try:
+        with torch.no_grad():
+            found = cls.forward(module, x)
+    except Exception:  # it needs other arguments, or fails on them: it is not called as a plain one
+        return reason
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return reason
+    limit = _ROUNDING[W.dtype] * wanted.abs().max()
+    return None if bool((found - wanted).abs().max() <= limit) else reason
+
+
+def affine_probe(layer: BaseLayer) -> tuple[Tensor, Tensor]:
+    """Returns one input [1, in] and W x + bias [1, out] for it."""
+    W = layer.weight().detach()
+    x = torch.linspace(-1, 1, W.shape[1], dtype=W.dtype, device=W.device)[None]
+    bias = layer.bias
+    return x, x @ W.t() if bias is None else x @ W.t() + bias.detach()

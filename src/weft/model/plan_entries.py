@@ -1,0 +1,26 @@
+"""The lines of a plan: what an adapter trains, and what stays frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted layer or trained base tensor; `shape` is [out, in] for a layer."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    trainable: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A layer or tensor that could have been adapted and was not."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str

@@ -1,0 +1,77 @@
+"""Notices that tensors move although no optimiser step was seen, for methods that act around steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+
+
+class Watch:
+    """Sees tensors of one layer move twice, each time after a backward pass, while no optimiser
+    step was followed.
+
+    Moved by hand, from a file or by averaging they may be: then no gradient has reached them
+    before. And once they may be after a gradient: SAM takes a second gradient somewhere else before
+    it steps. A copy starts anew.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.forget()
+
+    def forget(self) -> None:
+        """What comes next is compared with the tensors of the forward to come."""
+        self._known: list[Tensor] = []
+        self._reached = False
+        self._moves = 0
+
+    def look(self, layer: Any, out: Tensor) -> None:
+        """Called in every forward in training, with the layer's output. Raises UnsupportedError."""
+        if not out.requires_grad:
+            return
+        now = [
+            getattr(layer, name).detach() for name in layer.names
+        ]  # FSDP leaves no parameters in the layer
+        if self._reached and not _alike(now, self._known):
+            self._moves, self._reached = self._moves + 1, False
+            if self._moves > 1:
+                raise UnsupportedError(unseen(self.name, layer.method))
+        if not self._reached:
+            self._known = [t.clone() for t in now]
+        out.register_hook(self._reach)  # type: ignore[no-untyped-call]
+
+    def _reach(self, gradient: Tensor) -> None:
+        self._reached = True
+
+    def __reduce__(self) -> Any:
+        return Watch, (self.name,)
+
+
+def _alike(now: list[Tensor], known: list[Tensor]) -> bool:
+    """Equal, or of another shape, dtype or device: then somebody has made them anew."""
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(now, known, strict=True)
+        if (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    )
+
+
+def unseen(name: str, config: Any) -> str:
+    """What to say where an adapter's tensors have moved without a step of an optimiser that holds
+    them.
+    """
+    method = type(config).__name__
+    return (
+        f"the tensors of adapter {name!r} have moved, and no optimiser that holds them has taken a "
+        f"step: {method} acts "
+        "at every step, and has not. An optimiser with flat shards or copies of the tensors (FSDP, "
+        "DeepSpeed, master "
+        "weights) or a step by hand does that. Give adapter.parameters() to a torch.optim "
+        "optimiser "
+        "(ZeroRedundancyOptimizer may wrap it), or take a method that follows no steps, such as "
+        "LoRA."
+    )

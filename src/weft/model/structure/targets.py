@@ -1,0 +1,233 @@
+"""From `targets=` to the layers of a model, and to the layers that stay frozen and the reasons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from ...errors import TargetError
+from ...methods.target_spec import KEYWORDS, ROLES, is_ending, patterns
+from .. import base_layers
+from ..plan_entries import Frozen
+from .names import canonical, ends_in, within
+from .structure import Structure
+
+
+@dataclass(frozen=True)
+class Found:
+    """`layers`: module name -> overridden fields. `routed`: those of them that see tokens regrouped
+    by a router.
+    """
+
+    layers: Mapping[str, Mapping[str, Any]]
+    frozen: list[Frozen] = field(default_factory=list)
+    routed: list[str] = field(default_factory=list)
+
+
+def resolve(structure: Structure, targets: Any, skip_layers: int = 0) -> Found:
+    """Matches a checked `targets` against a model. Every pattern must match something; the names
+    that compiling, FSDP and activation checkpointing add are ignored.
+
+    skip_layers: the number of blocks of every stack, from its input, that are left out. Raises
+    TargetError if a pattern matches nothing (with the nearest names), or if a layer named by its
+    ending cannot be adapted (with the reason).
+    """
+    left_out = _left_out(structure)
+    fields_of: dict[str, dict[str, Any]] = {}
+    without: list[Frozen] = []
+    for pattern, fields in patterns(targets):
+        names = (
+            _in_role(structure, pattern, without)
+            if pattern in ROLES
+            else _matching(structure, pattern, left_out)
+        )
+        if not names:
+            raise _no_match(structure, pattern, left_out)
+        for name in names:
+            fields_of[name] = {**fields_of.get(name, {}), **fields}
+    skipped = _skipped(structure, fields_of, skip_layers)
+    ordered = {
+        name: fields_of[name]
+        for name in structure.modules
+        if name in fields_of and name not in skipped
+    }
+    frozen, routed = leftovers(structure, ordered)
+    frozen = [
+        replace(f, reason=f"left out by skip_layers={skip_layers}") if f.name in skipped else f
+        for f in frozen
+    ]
+    return Found(ordered, [*frozen, *without], routed)
+
+
+def leftovers(structure: Structure, chosen: Collection[str]) -> tuple[list[Frozen], list[str]]:
+    """Returns what could have been adapted and was not, with the reason, and those of the chosen
+    layers that are routed experts.
+    """
+    left_out = _left_out(structure)
+    frozen = []
+    for name, module in structure.layers.items():
+        if name not in chosen:
+            reason = left_out.get(name, "not named by targets")
+            frozen.append(Frozen(name, _kind(module), _shape(module), reason))
+    frozen += _raw_tensors(structure)
+    return frozen, [name for name in chosen if within(name, structure.experts)]
+
+
+def _in_role(structure: Structure, role: str, without: list[Frozen]) -> list[str]:
+    """One module per block (an attention output per attention); blocks that have none are added to
+    `without`.
+    """
+    lacking = [block for block in structure.blocks if not block.of(role)]
+    if lacking and len(lacking) == len(structure.blocks):
+        other = "" if role == "attention-output" else ', for example "attention-output"'
+        raise TargetError(
+            f"targets={role!r} finds no layer: {lacking[0].name!r} has none, since "
+            f"{lacking[0].why_not(role)}. Name other layers{other}."
+        )
+    without += [
+        Frozen(block.name, "block", (block.width,), f"no {role}: {block.why_not(role)}")
+        for block in lacking
+    ]
+    names = [name for block in structure.blocks for name in block.of(role)]
+    for name in names:
+        why = base_layers.why_not(structure.root.get_submodule(name))
+        if why is not None:
+            raise TargetError(f"targets={role!r} means {name!r}, which cannot be adapted: {why}.")
+    return names
+
+
+def _skipped(structure: Structure, chosen: Collection[str], skip_layers: int) -> set[str]:
+    """The chosen layers in the lowest blocks."""
+    if not skip_layers:
+        return set()
+    low = [block.name for block in structure.blocks if block.index < skip_layers]
+    skipped = {name for name in chosen if within(name, low)}
+    if len(skipped) == len(chosen) or not structure.blocks:
+        raise TargetError(
+            f"skip_layers={skip_layers} leaves nothing to adapt: the model has "
+            f"{max((block.index + 1 for block in structure.blocks), default=0)} blocks. Skip fewer."
+        )
+    return skipped
+
+
+def _left_out(structure: Structure) -> dict[str, str]:
+    """The layers that "all-linear" leaves out, with the reasons."""
+    out = {}
+    for name, module in structure.layers.items():
+        why = base_layers.why_not(module)
+        if why is not None:
+            out[name] = why
+        elif within(name, structure.head):
+            out[name] = "output head"
+        elif isinstance(module, nn.Embedding):
+            out[name] = "embedding"
+        elif name in structure.routers:
+            out[name] = "router of a mixture of experts"
+    return out
+
+
+def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -> list[str]:
+    layers = structure.layers
+    if pattern in KEYWORDS:
+        parts = structure.map_parts if pattern != "all-linear" else {}
+        return [
+            name
+            for name in layers
+            if name not in left_out and pattern in ("all-linear", parts.get(name))
+        ]
+    if is_ending(pattern):
+        names = [name for name in layers if any(ends_in(n, pattern) for n in _called(name))]
+        for name in names:
+            why = base_layers.why_not(layers[name])
+            if why is not None:
+                raise TargetError(
+                    f"targets: {pattern!r} names {name!r} ({type(layers[name]).__name__}), which "
+                    f"cannot be adapted: {why}."
+                )
+        return names
+    return [
+        name
+        for name, module in layers.items()
+        if any(re.fullmatch(pattern, n) for n in _called(name))
+        and base_layers.why_not(module) is None
+    ]
+
+
+def _called(name: str) -> tuple[str, str]:
+    """A layer's name, and the same without the parts that wrappers add."""
+    return name, canonical(name)
+
+
+def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -> TargetError:
+    usable = [
+        name for name, module in structure.layers.items() if base_layers.why_not(module) is None
+    ]
+    have = sorted({canonical(name).rpartition(".")[2] for name in usable})
+    if pattern in KEYWORDS:
+        reasons = (
+            ", ".join(
+                sorted({f"{name.rpartition('.')[2]}: {why}" for name, why in left_out.items()})
+            )
+            or "none"
+        )
+        return TargetError(
+            f"targets={pattern!r} finds no layer in this model. It leaves out: {reasons}. Name "
+            f"what you want to adapt; the model's linear layers end in: {have}."
+        )
+    for raw in _raw_tensors(structure):
+        if is_ending(pattern) and f".{raw.name}".endswith(f".{pattern}"):
+            return TargetError(
+                f"targets: {pattern!r} names {raw.name!r} {list(raw.shape)}, which is no linear "
+                f"layer: {raw.reason}."
+            )
+    near = get_close_matches(pattern.rpartition(".")[2], have, n=3) or have[:8]
+    return TargetError(
+        f"targets: {pattern!r} matches none of the model's {len(usable)} linear layers"
+        f"{'' if is_ending(pattern) else ' (as a regular expression over the whole name)'}. "
+        f"Nearest endings: {near}. `weft plan --model MODEL` lists all layers."
+    )
+
+
+def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
+    """Weights outside linear layers: fused experts, routers, convolutions, raw matrices."""
+    for prefix, module in structure.modules.items():
+        if prefix in structure.layers:
+            continue
+        for tensor, p in module._parameters.items():
+            if p is None or p.ndim < 2 or min(p.shape[-2:]) < 2:
+                continue
+            name, shape = f"{prefix}.{tensor}".lstrip("."), tuple(p.shape)
+            if within(prefix, structure.experts) and p.ndim == 3:
+                reason = (
+                    f"{p.shape[0]} experts fused into one three-dimensional tensor, which Weft does "
+                    "not adapt"
+                )
+                yield Frozen(name, "experts", shape, reason)
+            elif prefix in structure.routers:
+                yield Frozen(name, "router", shape, "router of a mixture of experts")
+            elif isinstance(module, nn.modules.conv._ConvNd):
+                yield Frozen(name, "convolution", shape, "a convolution; Weft adapts linear maps")
+            else:
+                reason = f"read by {type(module).__name__} itself, not by a linear layer"
+                yield Frozen(name, "tensor", shape, reason)
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """(out, in) if the layer has a weight matrix."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return ()
+    shape = tuple(weight.shape)
+    kind = base_layers.kind_of(module)
+    return shape[::-1] if kind is not None and kind.transposed else shape
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of the kind, for the plan."""
+    kind = base_layers.kind_of(module)
+    return "layer" if kind is None else kind.kind

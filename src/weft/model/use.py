@@ -1,0 +1,141 @@
+"""`weft.use`: which adapter answers, for the whole batch or row by row."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from ..errors import MergeError, UnsupportedError, WeftError
+from . import fallback
+from .active import Active, PerRow
+from .state import State, state_of
+
+_counting = threading.Lock()
+Which = str | Sequence[str | None] | None
+
+
+class use:  # noqa: N801 - reads as a verb, like torch.no_grad
+    """Makes the base (None), one adapter (its name), or one per row of the batch (a list of names and
+    None) active for the caller: the current thread, or asyncio task.
+
+    As a context manager it restores what was active before; called as a statement it stays. A thread
+    that has not called it runs the adapter that was attached last. Rows may mix methods and ranks;
+    each row gets what its own adapter alone would give. With k beams or k samples per prompt, repeat
+    each name k times.
+
+    Raises, before any compute: WeftError (unknown name, empty list), MergeError (an adapter is merged),
+    UnsupportedError (per-row use of an adapter that trains base tensors or adapts routed experts).
+    """
+
+    def __init__(self, model: nn.Module, which: Which) -> None:
+        fallback.refresh()
+        self._state = state_of(model)
+        self._before = self._state.active.chosen()
+        self._chosen = checked(self._state, which)
+        if self._state.merged is None:  # a merged adapter answers from the weights
+            self._state.choose(self._chosen)
+
+    def __enter__(self) -> None:
+        names = self._names = _names(self._chosen)
+        with _counting:
+            self._state.open.update(names)
+        blocks = 0 if self._before is None else self._before.open
+        if self._state.merged is None:
+            self._state.choose(self._chosen, blocks + len(names))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        state = self._state
+        with _counting:
+            state.open.subtract(self._names)
+        if state.merged is None:
+            state.active.restore(self._before)
+            before = self._before
+            state.install_for(state.active.default if before is None else before.active)
+
+
+def checked(state: State, which: Which) -> Active:
+    """Returns what `use` was asked for, validated. Raises as `use` does."""
+    if state.merged is not None and which != state.merged.name:
+        raise MergeError(
+            f"adapter {state.merged.name!r} is merged into the weights, so {which!r} cannot be "
+            "switched on. Call weft.unmerge(model) first."
+        )
+    if which is None:
+        return None
+    if isinstance(which, str):
+        state.adapter(which)
+        return which
+    names: list[Any] = list(which)  # of whatever the caller has put in
+    if not names:
+        raise WeftError("weft.use(model, []): give one name or None per row of the batch.")
+    passed: set[str | None] = {None}
+    for name in names:
+        if not isinstance(name, str | None) or name not in passed:
+            _check_row(state, name)
+            passed.add(name)
+    _check_batch_first(state.root)
+    return PerRow(names)
+
+
+def check_not_in_use(state: State, name: str) -> None:
+    """Raises WeftError if an open `with weft.use(...)` block, of any caller, uses this adapter."""
+    if state.open[name] > 0:
+        raise WeftError(
+            f"adapter {name!r} is used by an open `with weft.use(...)`, of this or another thread "
+            "or task. Leave the block first."
+        )
+
+
+def check_alone(state: State, what: str) -> None:
+    """Raises MergeError if another caller has an open `with weft.use(...)` block on this model."""
+    choice = state.active.chosen()
+    others = sum(state.open.values()) - (0 if choice is None else choice.open)
+    if others > 0:
+        raise MergeError(
+            f"cannot {what}: another thread or task is inside `with weft.use(...)` of this model, "
+            "and its answers would change on the way. Wait until it has left the block."
+        )
+
+
+def _names(active: Active) -> tuple[str | None, ...]:
+    """What an open block counts: its one adapter or the base, or each adapter of its rows."""
+    return (active,) if not isinstance(active, PerRow) else tuple(active.groups) or (None,)
+
+
+def _check_row(state: State, name: Any) -> None:
+    adapter = state.adapter(name)
+    if adapter.selected_tensors:
+        raise UnsupportedError(
+            f"adapter {name!r} trains base tensors ({next(iter(adapter.selected_tensors))!r}, ...), "
+            "which all rows of a batch share. Run its rows in a batch of their own."
+        )
+    if not adapter.config.by_row:
+        raise UnsupportedError(
+            f"adapter {name!r} ({type(adapter.config).__name__}) adds tokens to the input, and all "
+            "rows of a batch have one length. Run its rows in a batch of their own."
+        )
+    if adapter.routed:
+        raise UnsupportedError(
+            f"adapter {name!r} adapts {adapter.routed[0]!r}, where a router has regrouped the tokens "
+            "and rows of the batch can no longer be told apart. Run its rows in a batch of their "
+            "own."
+        )
+
+
+def _check_batch_first(root: nn.Module) -> None:
+    for name, module in root.named_modules():
+        if getattr(module, "batch_first", True) is False:
+            raise UnsupportedError(
+                f"{name or type(root).__name__!r} has batch_first=False, so a layer's first "
+                "dimension is no row of the batch, and rows would be mixed up. Build it with "
+                "batch_first=True."
+            )

@@ -1,0 +1,169 @@
+"""Values computed from other tensors, kept until one of these changes.
+
+DoRA's norm depends on W, A and B, which do not change from one optimiser step to the next, however
+many micro-batches and recomputations there are between. A kept value is returned only if no source
+shows a change:
+
+* its address and dtype, and torch's version of it, are the same (in-place edits, `load_state_dict`,
+  `copy_`, `p.data = ...`);
+* no optimiser of torch has stepped since, for sources that train;
+* on the CPU its numbers are equal to a copy: all of them if it trains or is small, else at least one
+  per row. So an edit through `.data`, a pointer or a preserved version (FSDP) is seen unless it
+  misses all of these numbers; row_scale.py catches those.
+
+Inside `torch.compile` and CUDA graphs nothing is kept: there the value is part of the graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+counts: Counter[str] = Counter()  # computations per name in this process
+
+_SMALL = 1 << 12  # numbers up to which a frozen source is compared whole
+_TRAINED = 1 << 20  # the same for one that trains
+_FEW = 1 << 13  # numbers that are compared in one call
+_steps: list[int] = []  # optimiser steps since this module began to count
+
+
+def _count_step(*_: Any) -> None:
+    _steps[0] += 1
+
+
+def _steps_so_far() -> int:
+    """Counts from its first call on, so that torch has no hook of ours before a value is kept."""
+    if not _steps:
+        _steps.append(0)
+        register_optimizer_step_post_hook(_count_step)
+    return _steps[0]
+
+
+class _Entry:
+    """One kept value and the state of its sources when it was computed."""
+
+    __slots__ = ("copies", "seen", "steps", "value", "views")
+
+    def __init__(
+        self, value: Any, trained: Sequence[Tensor], frozen: Sequence[Tensor], last: _Entry | None
+    ) -> None:
+        sources = (*trained, *frozen)
+        self.value = value
+        self.steps = _steps_so_far() if trained else -1
+        self.seen = [(t.data_ptr(), t._version, t.dtype) for t in sources]
+        self.views: list[Tensor] = []
+        if last is not None and [s[::2] for s in last.seen] == [s[::2] for s in self.seen]:
+            self.views = last.views  # of the same memory
+        elif sources[0].device.type == "cpu":
+            found = [v for t in trained for v in _watched(t.detach(), _TRAINED)]
+            found += [v for t in frozen for v in _watched(t.detach(), _SMALL)]
+            self.views = found
+        self.copies = _joint(self.views) or [v.clone() for v in self.views]
+
+    def holds(self, sources: Sequence[Tensor]) -> bool:
+        if self.steps >= 0 and self.steps != _steps[0]:
+            return False
+        try:
+            for t, (address, version, dtype) in zip(sources, self.seen, strict=True):
+                if t._version != version or t.data_ptr() != address or t.dtype is not dtype:
+                    return False
+        except (RuntimeError, ValueError):  # an inference tensor has no version; or another number
+            return False
+        # The views share the memory whose addresses were just compared.
+        now = self.views if len(self.copies) == len(self.views) else [torch.cat(self.views)]
+        for view, copy in zip(now, self.copies, strict=True):
+            if not torch.equal(view, copy):
+                return False
+        return True
+
+
+def _joint(views: list[Tensor]) -> list[Tensor] | None:
+    """The numbers of these views [n] in one tensor if they are few: then calls cost more than numbers."""
+    if len(views) < 2 or sum(v.numel() for v in views) > _FEW:
+        return None
+    if any(v.ndim != 1 or v.dtype != views[0].dtype for v in views):
+        return None
+    return [torch.cat(views)]
+
+
+class Cache:
+    """The kept values of one adapted layer, by name. A copy or a pickle starts empty."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+
+    def __reduce__(self) -> Any:
+        return Cache, ()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def fresh(self, name: str, sources: Sequence[Tensor]) -> Any:
+        """Returns the kept value if no source has changed, else None. The sources are those of `get`."""
+        entry = self._entries.get(name)
+        if entry is None or not _may_keep(sources[0]) or not entry.holds(sources):
+            return None
+        return entry.value
+
+    def get(
+        self,
+        name: str,
+        trained: Sequence[Tensor],
+        frozen: Sequence[Tensor],
+        compute: Callable[[], Any],
+    ) -> Any:
+        """Returns `compute()`, or what it gave if no source has changed since. Never with a graph."""
+        sources = (*trained, *frozen)
+        entry = self._entries.get(name)
+        if entry is not None and _may_keep(sources[0]) and entry.holds(sources):
+            return entry.value
+        value = _computed(name, compute)
+        if _may_keep(sources[0]) and all(map(_is_plain, sources)):
+            self._entries[name] = _Entry(value, trained, frozen, entry)
+        return value
+
+    def value(self, name: str) -> Any:
+        """Returns the kept value, checked or not; None if there is none."""
+        entry = self._entries.get(name)
+        return None if entry is None else entry.value
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self._entries.clear()
+
+
+def _computed(name: str, compute: Callable[[], Any]) -> Any:
+    counts[name] += 1
+    if torch.is_inference_mode_enabled():  # its tensors could never meet autograd again
+        with torch.inference_mode(False), torch.no_grad():
+            return compute()
+    with torch.no_grad():
+        return compute()
+
+
+def _may_keep(first: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return not (first.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter) and not t.is_inference() and not t.is_meta
+
+
+def _watched(t: Tensor, whole: int) -> list[Tensor]:
+    """Views of the numbers of t that are compared: all of them, or a walk through all rows."""
+    if t.numel() <= whole:
+        turned = t if t.is_contiguous() else t.mT if t.ndim == 2 else t
+        return [turned.view(-1) if turned.is_contiguous() else t]
+    if t.ndim != 2:
+        return [t.reshape(-1)[:: t.numel() // whole]]
+    rows, columns = t.shape
+    (row, column), n = t.stride(), min(rows, columns)
+    diagonal = t.as_strided((n,), (row * (rows // n) + column * (columns // n),))
+    return [diagonal] if rows <= columns else [diagonal, t[:, 0]]

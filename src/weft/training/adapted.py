@@ -1,0 +1,118 @@
+"""From a configuration and its data to the pretrained model with the adapter attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import WeftError
+from ..model.adapter import Adapter
+from ..model.attach import attach
+from ..tasks.models import loading, quiet
+from .config.sections import RunConfig
+from .prepare import Data
+from .start import check_base, describe, load_start
+
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "regression": "AutoModelForSequenceClassification",
+}
+
+
+@dataclass
+class Adapted:
+    """A model with its adapter. `missing` names the base tensors that are in no checkpoint;
+    `started` is what run.json records of adapter.start.
+    """
+
+    adapter: Adapter
+    missing: list[str]
+    started: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_adapted(config: RunConfig, data: Data) -> Adapted:
+    """Loads the model and attaches the method.
+
+    Modules with tensors that are in no checkpoint (a new head) are trained with the method, from
+    values drawn from the seed, or from those of adapter.start if it has them. Raises WeftError if
+    the checkpoint does not fit, TargetError if the method does not, and ConfigError or
+    CheckpointError if adapter.start does not.
+    """
+    model, missing = _load_base(config, data)
+    modules = _new_modules(model, missing, data)
+    notes, method = [], config.method
+    if modules:
+        trained = tuple(dict.fromkeys([*method.modules_to_save, *modules]))
+        method = replace(method, modules_to_save=trained)
+        notes.append(f"Not in the checkpoint, so trained from new values: {', '.join(modules)}.")
+    if data.start is not None:
+        check_base(data.start, model, missing)
+    adapter = attach(model, method)
+    adapted = Adapted(adapter, missing, notes=notes)
+    if data.start is not None:
+        adapted.started = load_start(data.start, adapter, missing)
+        notes.append(describe(adapted.started))
+    return adapted
+
+
+def _new_modules(model: nn.Module, missing: list[str], data: Data) -> list[str]:
+    """The modules to train from new values. Raises WeftError if only a head may be new and more
+    is.
+    """
+    if not missing:
+        return []
+    if data.kind == "causal-lm" or len(missing) > len(model.state_dict()) // 2:
+        raise WeftError(
+            f"model {data.model.name!r} has no weights for {missing[0]!r} ({len(missing)} tensors "
+            "in all); they would be random. Give a checkpoint of this architecture."
+        )
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in missing))
+    if not all(modules):
+        raise WeftError(
+            f"{missing[0]!r} is not in the checkpoint and belongs to no module that could be "
+            "trained."
+        )
+    return modules
+
+
+def _load_base(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
+    import transformers
+
+    source, has_head = data.model, data.kind != "causal-lm"
+    name = AUTO_CLASSES[data.kind]
+    with quiet(), loading(source, name):
+        changes: dict[str, Any] = {}
+        if has_head:
+            names = data.classes or ("value",)
+            changes = {
+                "num_labels": len(names),
+                "id2label": dict(enumerate(names)),
+                "label2id": {name: i for i, name in enumerate(names)},
+            }
+        model_config = transformers.AutoConfig.from_pretrained(
+            source.source, local_files_only=source.local, **changes
+        )
+        if has_head and data.kind != "image-classification":
+            model_config.pad_token_id = data.pad
+        if has_head:
+            problem = "single_label_classification" if data.classes else "regression"
+            model_config.problem_type = problem
+        torch.manual_seed(config.train.seed)  # a new head is drawn from it
+        dtype = config.model.dtype
+        model, report = getattr(transformers, name).from_pretrained(
+            source.source,
+            config=model_config,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            ignore_mismatched_sizes=has_head,
+            output_loading_info=True,
+            local_files_only=source.local,
+        )
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    return model, sorted({*report["missing_keys"], *mismatched})

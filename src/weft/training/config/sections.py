@@ -1,0 +1,281 @@
+"""The sections of a configuration. Every key has its default here.
+
+Values and combinations of values that make no sense raise ConfigError, with the key. No model and
+no data is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ... import methods
+from ...errors import ConfigError
+from .checks import nearest, one_of, within
+
+KINDS = ("causal-lm", "classification", "regression")
+FORMATS = ("auto", "prompt", "text", "messages", "instruction", "label")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCHEDULES = ("linear", "cosine", "constant")
+REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+# The order of a section's fields is the order in which a resolved configuration is written.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model. `kind` None means classification if the data has labels, else a causal language
+    model.
+    """
+
+    path: str
+    tokenizer: str | None = None  # None: the model's own
+    kind: str | None = None
+    dtype: str = "float32"  # of the frozen weights; "auto" as the checkpoint has them
+    # Class names in the order of the outputs; None: those of the training data, sorted.
+    labels: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        one_of(self, "dtype", DTYPES)
+        if self.kind is not None:
+            one_of(self, "kind", KINDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSection:
+    """`start` is a saved adapter of the same method whose tensors this run begins with. None draws
+    new ones.
+    """
+
+    start: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """The samples and how they become tokens (docs/train.md lists the formats)."""
+
+    # A .jsonl, .json, .csv, .tsv or .parquet file, or a hub name; None if `task` has the data.
+    train: str | None = None
+    eval: str | None = None
+    eval_share: float = 0.0  # of the training samples, held out if `eval` is None
+    config: str | None = None  # of a hub name
+    split: str = "train"
+    eval_split: str = "validation"
+    format: str = "auto"
+    # Weft's name -> the file's, for example {prompt: question}.
+    columns: Mapping[str, str] = field(default_factory=dict)
+    max_length: int = 512
+    loss_on: str = "completion"  # or "all"
+    chat_template: str | None = None  # a file; None: the tokenizer's own
+
+    def __post_init__(self) -> None:
+        one_of(self, "format", FORMATS)
+        one_of(self, "loss_on", ("completion", "all"))
+        within(self, "max_length", 2)
+        within(self, "eval_share", 0.0, 1.0, open_high=True)
+        if self.eval is not None and self.eval_share:
+            raise ConfigError(
+                "data.eval_share holds out a part of data.train, but data.eval is given too; take "
+                "one."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    """AdamW. `lr` is the peak rate, `head_lr` that of the output head and `modules_to_save` (None:
+    lr). `lr_factors` multiplies lr for the method's tensors of that name: {B: 16} is LoRA+
+    (arXiv:2402.12354). For weight decay see `optimizer.grouped`.
+    """
+
+    lr: float = 2e-4
+    head_lr: float | None = None
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
+    weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float = 1.0  # largest gradient norm; 0 does not clip
+    schedule: str = "linear"
+    warm_up: float = 0.03  # a number of steps, or below 1 a share of them
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "head_lr", "eps"):
+            if getattr(self, name) is not None:
+                within(self, name, 0.0, open_low=True)
+        for name, value in self.lr_factors.items():
+            if not math.isfinite(value) or value <= 0:
+                raise ConfigError(f"optim.lr_factors.{name}={value!r}: write a number above 0.")
+        for name in ("weight_decay", "clip", "warm_up"):
+            within(self, name, 0.0)
+        within(self, "label_smoothing", 0.0, 1.0, open_high=True)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas={list(self.betas)}: write two numbers in [0, 1).")
+        if self.warm_up >= 1 and self.warm_up != int(self.warm_up):
+            raise ConfigError(
+                f"optim.warm_up={self.warm_up}: write a number of steps, or a share of them below "
+                "1."
+            )
+        one_of(self, "schedule", SCHEDULES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """Duration, batches and device. Give `steps` or `epochs`; neither means 3 epochs."""
+
+    steps: int | None = None
+    epochs: int | None = None
+    batch: int = 8  # samples per device and micro-batch
+    accumulate: int = 1  # micro-batches per optimiser step
+    precision: str = "float32"  # "bfloat16": autocast; trained tensors keep their dtype
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs"):
+            if getattr(self, name) is not None:
+                within(self, name, 1)
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("train.steps and train.epochs are both given; give one of them.")
+        for name in ("batch", "accumulate"):
+            within(self, name, 1)
+        within(self, "seed", 0, 2**32 - 1)
+        one_of(self, "precision", ("float32", "bfloat16"))
+        one_of(self, "device", ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSection:
+    """Evaluation. `every` None means once per epoch. `best` names the metric that chooses the
+    adapter to keep ("loss", "accuracy", ...; None keeps the last). `patience` stops after that many
+    evaluations without a better one.
+    """
+
+    every: int | None = None
+    batch: int | None = None  # None: train.batch
+    # How many answers are generated, for a task whose answers are text; None: all, 0: none.
+    records: int | None = None
+    best: str | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batch", "patience"):
+            if getattr(self, name) is not None:
+                within(self, name, 1)
+        within(self, "min_delta", 0.0)
+        if self.records is not None:
+            within(self, "records", 0)
+        if self.patience is not None and self.best is None:
+            raise ConfigError(
+                "eval.patience needs eval.best, the metric that must improve, for example loss."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveSection:
+    """Checkpoints for `--resume` and `weft analyze`. `every` None means once per epoch; one is
+    always written at the end and on Ctrl-C. `keep` is how many of the newest are kept; None keeps
+    all, like transformers' save_total_limit.
+    """
+
+    every: int | None = None
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) is not None:
+                within(self, name, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSection:
+    """`every` is the number of steps between lines of log.jsonl, which is always written.
+    `report_to` names other reporters.
+    """
+
+    every: int = 1
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        within(self, "every", 1)
+        for name in self.report_to:
+            if name not in REPORTERS:
+                raise ConfigError(
+                    f"log.report_to: {name!r} is not known. {nearest(name, REPORTERS)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A complete configuration. `method` is a Weft configuration. `task` is a name of `weft.tasks`
+    and replaces data.train.
+    """
+
+    out: str
+    model: ModelSection
+    method: Any
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    task: str | None = None
+    data: DataSection = field(default_factory=DataSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    save: SaveSection = field(default_factory=SaveSection)
+    log: LogSection = field(default_factory=LogSection)
+
+    def __post_init__(self) -> None:
+        _check_task_or_data(self)
+        if (
+            self.optim.warm_up >= 1
+            and self.train.steps is not None
+            and self.optim.warm_up >= self.train.steps
+        ):
+            raise ConfigError(
+                f"optim.warm_up={self.optim.warm_up:g} is all of train.steps={self.train.steps} or "
+                "more."
+            )
+        if self.task is None and self.data.eval is None and not self.data.eval_share:
+            for name in ("every", "best", "patience"):
+                if getattr(self.eval, name) is not None:
+                    raise ConfigError(
+                        f"eval.{name} needs evaluation data: give data.eval or data.eval_share."
+                    )
+        _check_factors(self.method, self.optim)
+
+
+def _check_task_or_data(config: RunConfig) -> None:
+    """Raises ConfigError unless data.train or task is given, and for keys that a task ignores."""
+    task, data, unset = config.task, config.data, DataSection()
+    if task is None:
+        if data.train is None:
+            raise ConfigError(
+                "data.train and task: give one of them, your own data or the name of a task."
+            )
+        return
+    if data.train is not None:
+        raise ConfigError(f"task={task!r} brings its data; leave data.train out.")
+    for f in dataclasses.fields(DataSection):
+        used = f.name in ("max_length", "loss_on")
+        if not used and getattr(data, f.name) != getattr(unset, f.name):
+            raise ConfigError(
+                f"task={task!r} brings its data, so data.{f.name} has no meaning; leave it out."
+            )
+
+
+def _check_factors(method: Any, optim: OptimSection) -> None:
+    """Raises ConfigError if the method trains no tensor with a name in lr_factors."""
+    own = list(method.shapes(8, 8)) if isinstance(method, methods.TensorConfig) else []
+    for name in optim.lr_factors:
+        if name not in own:
+            have = (
+                f"It trains {', '.join(own)}."
+                if own
+                else "It has no tensors of its own; use optim.lr."
+            )
+            raise ConfigError(
+                f"optim.lr_factors.{name}: {type(method).__name__} trains no tensor of that name. "
+                f"{have}"
+            )

@@ -1,0 +1,45 @@
+"""`weft train --preview`: the first samples as the model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..encoding.render import marked
+from ..encoding.rows import IGNORED
+from .config.sections import RunConfig
+from .prepare import Data, find_sources, open_data
+
+PROBLEMS = (
+    ("cut", "cut off"),
+    ("end_cut", "end-of-turn cut off"),
+    ("end_masked", "end-of-turn masked"),
+    ("empty", "nothing in the loss"),
+)
+
+
+def preview(config: RunConfig, count: int = 3) -> str:
+    """Returns the first `count` samples as the model reads them, with the tokens in the loss
+    between ⟦ and ⟧, and the counts of problems.
+
+    Loads the tokenizer and the data, but no weights. Raises ConfigError or WeftError.
+    """
+    data = open_data(config, find_sources(config))
+    shown = range(min(count, len(data.train)))
+    parts = [f"sample {i + 1} of {len(data.train)}: {_sample(data, i)}\n" for i in shown]
+    counts: Mapping[str, int] = vars(data.train.counts)
+    problems = ", ".join(f"{text} {counts[key]}" for key, text in PROBLEMS)
+    parts.append(f"{counts['samples']} samples ({data.format}); {problems}")
+    return "\n".join(parts + data.notes)
+
+
+def _sample(data: Data, index: int) -> str:
+    row = data.train[index]
+    if "pixel_values" in row:
+        label = (data.classes or ())[row["labels"]]
+        return f"pixels {list(row['pixel_values'].shape)}, label {label}"
+    ids, labels = row["input_ids"], row["labels"]
+    if isinstance(labels, int | float):
+        label = data.classes[int(labels)] if data.classes else labels
+        return f"{len(ids)} tokens, label {label}\n{data.tokenizer.decode(list(ids))}"
+    in_loss = sum(label != IGNORED for label in labels)
+    return f"{len(ids)} tokens, {in_loss} in the loss\n{marked(data.tokenizer, ids, labels)}"
