@@ -95,8 +95,8 @@ def test_saving_and_reading_at_once(tmp_path):
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_file_that_is_replaced_while_it_is_read_is_read_again(mixed, tmp_path, monkeypatch):
     """The library opens it twice, so the header of one file may meet the numbers of the next."""
-    module = sys.modules["weft.checkpoint.load"]
-    whole, calls = module._read, []
+    module = sys.modules["weft.checkpoint.read"]
+    whole, calls = module._read_files, []
 
     def read(*args):
         calls.append(args)
@@ -109,7 +109,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(mixed, tmp_path,
         return stored
 
     weft.save(awake("LoRA").model, tmp_path)
-    monkeypatch.setattr(module, "_read", read)
+    monkeypatch.setattr(module, "_read_files", read)
     assert type(weft.load(net(), tmp_path).config) is weft.DVoRA
     assert len(calls) == 2
 

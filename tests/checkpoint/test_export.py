@@ -23,7 +23,7 @@ from checkpoint_support import (
 
 import weft
 from support import KINDS, awake, config, inputs, net
-from weft.checkpoint import header
+from weft.checkpoint import conversions
 from weft.cli import main
 from weft.methods.projections import Projections
 
@@ -259,12 +259,16 @@ def test_a_model_of_conv1d_and_an_embedding(tmp_path):
 def test_vera_with_ranks_of_their_own_or_an_embedding_is_lora_and_not_peft_s_vera(tmp_path):
     for kind, changes, says in (
         ("embedding", {}, "no form for the embedding 'layer'"),
-        ("linear", {"targets": {"layer": {"r": 2}, "mid": {}}}, "one rank and one seed"),
+        (
+            "linear",
+            {"targets": {"layer": {"r": 2}, "mid": {}}},
+            "peft has one r for all layers, and 'layer' has r=2",
+        ),
     ):
         a = awake("VeRA", kind, **changes)
         a.model.eval()
         weft.save(a.model, tmp_path / kind)
-        with pytest.raises(weft.UnsupportedError, match=says):
+        with pytest.raises(weft.UnsupportedError, match=rf"{says}.*Export to 'lora'"):
             weft.export(tmp_path / kind, "peft", tmp_path / "peft")
         weft.export(tmp_path / kind, "lora", tmp_path / f"{kind}-lora")
         same(tmp_path / f"{kind}-lora", kind, a.x, logits(a.model, a.x))
@@ -272,8 +276,14 @@ def test_vera_with_ranks_of_their_own_or_an_embedding_is_lora_and_not_peft_s_ver
 
 def test_other_matrices_than_those_that_were_saved_are_refused(tmp_path, monkeypatch):
     weft.save(awake("VeRA").model, tmp_path / "a")
-    monkeypatch.setattr(header, "shared_checksum", lambda shared: "0" * 16)
+    monkeypatch.setattr(conversions, "shared_checksum", lambda shared: "0" * 16)
     with pytest.raises(
         weft.CheckpointError, match="A and B drawn from seed 7 are not those that were saved"
     ):
         weft.export(tmp_path / "a", "lora", tmp_path / "b")
+
+
+def test_the_command_offers_the_forms_of_the_table():
+    from weft.cli.export import FORMS
+
+    assert FORMS == conversions.FORMS

@@ -357,8 +357,6 @@ def wide() -> Any:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"bias": "all"}, "bias='all'"),
-        ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),

@@ -108,10 +108,10 @@ def test_what_load_refuses_inspect_refuses(tmp_path):
     with pytest.raises(weft.CheckpointError, match="checksum"):
         weft.inspect(tmp_path / "a")
     directory = peft_file(tmp_path / "b")
-    edit_config(directory, bias="all")
-    with pytest.raises(weft.UnsupportedError, match="bias='all'"):
+    edit_config(directory, lora_bias=True)
+    with pytest.raises(weft.UnsupportedError, match="lora_bias=True"):
         weft.inspect(directory)
-    edit_config(directory, bias="none")
+    edit_config(directory, lora_bias=False)
     rewrite(directory, lambda t: t.update({"odd": torch.ones(2)}))
     with pytest.raises(weft.CheckpointError, match="'odd'"):
         weft.inspect(directory)

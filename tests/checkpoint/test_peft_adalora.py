@@ -138,9 +138,9 @@ def test_what_peft_has_no_form_for_is_saved_in_weft_s_own(kind, changes, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"rank_pattern": {"layer.lora_E": [True]}}, "hold 3 marks"),
+        ({"rank_pattern": {"layer.lora_E": [True]}}, "have 3 marks, one per triplet"),
         ({"rank_pattern": {"layer": [True] * 3}}, "name a lora_E"),
-        ({"rank_pattern": {"layer.lora_E": "101"}}, "hold 3 marks"),
+        ({"rank_pattern": {"layer.lora_E": "101"}}, "have 3 marks, one per triplet"),
         ({"rank_pattern": [1]}, "an object of tensor names"),
         ({"init_r": 0}, "1 or more"),
         ({"total_step": 0}, "total_steps"),

@@ -372,13 +372,13 @@ def test_a_configuration_of_vera_that_was_edited_by_hand(tmp_path):
 @pytest.mark.parametrize("method", ["VeRA", "DVoRA"])
 def test_other_matrices_than_those_that_were_saved(method, tmp_path, monkeypatch):
     """A generator whose bits changed would make other matrices from the same seed."""
-    from weft.checkpoint import header
+    from weft.checkpoint import drawn
     from weft.ops import philox
 
     a = awake(method)
     weft.save(a.model, tmp_path)
     weft.load(net(), tmp_path)
-    wanted = header.shared_checksum(a.adapter.sites["mid"].shared)
+    wanted = drawn.shared_checksum(a.adapter.sites["mid"].shared)
     true = philox.uniform
 
     def other(*args, **kwargs):
@@ -387,9 +387,9 @@ def test_other_matrices_than_those_that_were_saved(method, tmp_path, monkeypatch
         return out
 
     monkeypatch.setattr(philox, "uniform", other)
-    header._drawn_checksum.cache_clear()
+    drawn._drawn_checksum.cache_clear()
     refused(net(), tmp_path, "seed 7, r=3", f"{wanted} was saved", x=a.x)
-    header._drawn_checksum.cache_clear()
+    drawn._drawn_checksum.cache_clear()
 
 
 def test_another_seed_in_the_configuration(tmp_path):
@@ -447,7 +447,7 @@ def test_an_unknown_type_of_adapter(kind, tmp_path):
         net(),
         directory,
         f"peft_type={kind!r}",
-        "['LORA', 'VERA', 'ADALORA', 'PREFIX_TUNING', 'PROMPT_TUNING']",
+        "['LORA', 'ADALORA', 'PREFIX_TUNING', 'PROMPT_TUNING', 'VERA']",
         error=weft.UnsupportedError,
     )
 

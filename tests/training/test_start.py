@@ -142,9 +142,13 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_begun(
     assert not (tmp_path / "o").exists()
 
 
-def test_a_directory_of_a_run_is_answered_with_where_its_adapter_is(place, tmp_path):
-    with pytest.raises(ConfigError, match=rf"Give {place / 'first' / 'adapter'}"):
-        run(place, tmp_path / "o", adapter__start=str(place / "first"))
+def test_the_directory_of_a_run_counts_as_its_adapter(place, tmp_path):
+    run(place, tmp_path / "a")
+    run(place, tmp_path / "b", adapter__start=str(place / "first"))
+    begun, again = (json.loads((tmp_path / out / "run.json").read_text()) for out in "ab")
+    assert begun["identity"]["start"] == again["identity"]["start"] is not None
+    one, other = (tensors(tmp_path / out / "adapter") for out in "ab")
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_alpha_and_dropout_that_mean_the_same_are_the_same(place, tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.files import TENSORS
+from ..checkpoint.files import RUN_ADAPTERS, RUN_RECORD, TENSORS
 from ..errors import ConfigError
 
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
@@ -87,6 +87,9 @@ def _checkpoints(path: Path) -> list[tuple[int, Path]]:
         ]
         if numbered:
             return sorted(numbered)
+    adapters = [path / name / TENSORS for name in RUN_ADAPTERS]
+    if (path / RUN_RECORD).is_file() and any(file.is_file() for file in adapters):
+        return []  # a run without checkpoints: its result, as every reader finds it
     raise ConfigError(
         f"--adapters {str(path)!r}: it has neither {TENSORS} nor folders checkpoint-N with one. "
         f"It has {sorted(child.name for child in path.iterdir())[:6] or 'nothing'}."

@@ -1,18 +1,20 @@
-"""ON DISK: one directory an adapter, strict in both directions, atomic, never unpickled.
+"""Adapters on disk: one directory per adapter, strict in both directions, atomic, never unpickled.
 
-files.py      safetensors and JSON on the disk: atomic writes, checked reads
-content.py    what a checkpoint says, whoever wrote it
-header.py     what the tensors' file says of itself, sealed
-native.py     Weft's own layout: the tensors of equal shape stacked, so that a file is little more than its numbers
-peft_*.py     the layouts of `peft`, both ways, one file a method
-placement.py  a checkpoint held against a model; matching.py for names, matrices.py for VeRA's A and B
-save.py load.py inspection.py export.py
+files.py          finds, writes and reads the two files of a directory
+header.py         Weft's header in the tensors' file, sealed; drawn.py has the checksums of seeds
+checkpoint.py     a checkpoint in memory; problems.py collects its faults
+formats/          one file per format (Weft's own and those of peft), one list
+from_adapter.py   adapter -> checkpoint; save.py writes it
+read.py           directory -> checkpoint; load_plan.py matches it with a model (matching.py: names,
+                  projections.py: VeRA's A and B); load.py fills the adapter
+export.py         directory -> directory in another form, by the table in conversions.py
+inspect.py        directory -> description
 """
 
 from ..model.adapter import bind_disk
-from .content import LoadReport
+from .checkpoint import LoadReport
 from .export import Exported, export
-from .inspection import Inspection, inspect
+from .inspect import Inspection, inspect
 from .load import load
 from .save import Disk, save
 

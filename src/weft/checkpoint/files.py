@@ -1,5 +1,5 @@
-"""Files of a checkpoint: written beside their place, flushed, renamed; read with every byte
-accounted for.
+"""The files of a checkpoint: written under another name, flushed and renamed; found and read
+strictly, and never unpickled.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,11 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# The layout of a run of `weft train` (training/run_dir.py), as far as it is needed here: its record,
+# and where its adapters are, the result first. With eval.best the result is that of the best
+# evaluation; best/ and the checkpoints count only if the run has no result yet.
+RUN_RECORD, RUN_ADAPTERS, RUN_CHECKPOINTS = "run.json", ("adapter", "best"), "checkpoints"
+_NUMBERED = re.compile(r"checkpoint-(\d+)")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # The order in which safetensors lays out dtypes, and the names it gives them; both decide the size
@@ -47,7 +53,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_ORDER = {dtype: place for place, dtype in enumerate(_DTYPES)}
+_ORDER = {dtype: position for position, dtype in enumerate(_DTYPES)}
 
 
 def write(
@@ -56,13 +62,13 @@ def write(
     metadata: Mapping[str, str],
     config: Mapping[str, Any],
 ) -> None:
-    """Both files of a checkpoint. Killed at any point, the directory holds a checkpoint that loads.
+    """Writes both files of a checkpoint. If the process is killed, the directory has a checkpoint
+    that loads.
 
-    Both are made in a hidden folder of their own and renamed from there. The tensors' file is
-    complete in itself: its header repeats the configuration, and its rename is the moment at which
-    the new checkpoint counts. Between the two renames the new configuration still lies in the
-    hidden folder, which is how a reader that finds header and configuration at odds tells an
-    interrupted save (`pending`) from an edited file.
+    Both are written into a hidden folder and renamed from there. The tensors' file is complete in
+    itself: its header repeats the configuration, and from its rename on the new checkpoint counts.
+    Between the two renames the new configuration is still in the hidden folder, by which a reader
+    tells an interrupted save (`pending`) from an edited file. Raises OSError.
     """
     plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
@@ -76,8 +82,8 @@ def write(
             shutil.copymode(
                 hidden / CONFIG, hidden / TENSORS
             )  # safetensors makes files that only the owner may read
-            for made in (hidden / CONFIG, hidden / TENSORS, hidden, directory):
-                flush(made)
+            for path in (hidden / CONFIG, hidden / TENSORS, hidden, directory):
+                flush(path)
             complete = True
             os.replace(hidden / TENSORS, directory / TENSORS)
         except BaseException:
@@ -93,7 +99,7 @@ def write(
 
 
 def pending(directory: Path, config: Mapping[str, Any]) -> bool:
-    """An interrupted save has left exactly this configuration behind."""
+    """Returns True if an interrupted save has left exactly this configuration behind."""
     for left in directory.glob(f".weft-*/{CONFIG}"):
         with contextlib.suppress(CheckpointError):
             if read_config(left) == config:
@@ -102,9 +108,7 @@ def pending(directory: Path, config: Mapping[str, Any]) -> bool:
 
 
 def replace(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill` write a temporary file beside `path`, flush it to the disk, and rename it over
-    `path`.
-    """
+    """Calls `fill` with a temporary path, flushes the file and renames it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         fill(temporary)
@@ -116,20 +120,19 @@ def replace(path: Path, fill: Callable[[Path], Any]) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors, on the CPU, and the header's metadata. Raises CheckpointError."""
+    """Returns all tensors [...], on the CPU, and the header's metadata. Raises CheckpointError."""
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is no readable safetensors file ({error}). It may have been cut off; copy or "
-            "save "
-            "it again."
+            "save it again."
         ) from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
+    """Reads a JSON object. Raises CheckpointError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -141,53 +144,88 @@ def read_config(path: Path) -> dict[str, Any]:
     return data
 
 
-def find(path: str | Path) -> tuple[Path, Path | None]:
-    """The tensors' file and the configuration of a checkpoint directory. Raises CheckpointError,
-    naming the cure.
+class Found(NamedTuple):
+    """The files of a checkpoint. `config` is None if there is none; `notes` say which of several
+    directories was chosen.
     """
-    directory = Path(path).expanduser()
-    if not directory.exists():
+
+    tensors: Path
+    config: Path | None
+    notes: tuple[str, ...] = ()
+
+
+def find(path: str | Path) -> Found:
+    """Returns the files of the checkpoint in a directory.
+
+    If the directory is a run of `weft train`, they are those of its result, adapter/; of a run
+    without a result those of best/, else of the newest checkpoint. Every reader of an adapter's
+    directory calls this. Raises CheckpointError, naming the cure.
+    """
+    given = Path(path).expanduser()
+    if not given.exists():
         raise CheckpointError(
-            f"{str(path)!r} does not exist. Give the directory that weft.save or peft's "
-            "save_pretrained wrote."
+            f"{str(path)!r} does not exist. Give the directory that weft.save, weft train or "
+            "peft's save_pretrained wrote."
         )
-    if directory.is_file():
-        if directory.name != TENSORS:
-            _refuse_pickles(directory.parent, [directory.name])
+    if given.is_file():
+        if given.name != TENSORS:
+            _refuse_pickles(given.parent, [given.name])
             raise CheckpointError(
-                f"{str(path)!r} is a file. Give the directory that weft.save or peft's "
-                "save_pretrained "
-                f"wrote, which holds {TENSORS}."
+                f"{str(path)!r} is a file. Give the directory that weft.save, weft train or peft's "
+                f"save_pretrained wrote, which holds {TENSORS}."
             )
-        directory = directory.parent
+        given = given.parent
+    directory, notes = _adapter_directory(given)
     tensors, config = directory / TENSORS, directory / CONFIG
     if tensors.is_file():
-        return tensors, config if config.is_file() else None
+        return Found(tensors, config if config.is_file() else None, notes)
     have = sorted(p.name for p in directory.iterdir())
     _refuse_pickles(directory, have)
     raise CheckpointError(f"{directory} has no {TENSORS}; it holds {have[:8] or 'nothing'}.")
 
 
+def _adapter_directory(directory: Path) -> tuple[Path, tuple[str, ...]]:
+    """The directory itself, or the one of a run that has its adapter, with a note."""
+    if (directory / TENSORS).is_file() or not (directory / RUN_RECORD).is_file():
+        return directory, ()
+    checkpoints = directory / RUN_CHECKPOINTS
+    numbered = sorted(
+        (int(match[1]), child)
+        for child in (checkpoints.iterdir() if checkpoints.is_dir() else ())
+        if (match := _NUMBERED.fullmatch(child.name))
+    )
+    candidates = [
+        *(directory / name for name in RUN_ADAPTERS),
+        *(child for _, child in reversed(numbered)),
+    ]
+    there = [child for child in candidates if (child / TENSORS).is_file()]
+    if not there:
+        raise CheckpointError(
+            f"{directory} is a run of weft train that has no adapter yet: neither "
+            f"{', '.join(f'{name}/' for name in RUN_ADAPTERS)} nor a checkpoint in "
+            f"{RUN_CHECKPOINTS}/. Finish it with weft train --resume."
+        )
+    names = [child.relative_to(directory).as_posix() for child in there]
+    rest = f"; it also has {', '.join(names[1:3])}" if names[1:] else ""
+    return there[0], (f"this is a run of weft train, and its {names[0]} was read{rest}",)
+
+
 def identity(path: Path) -> tuple[int, ...]:
-    """What changes where another file takes this one's place; the number alone is soon used
-    again.
-    """
+    """Returns values that change if another file replaces this one; inode numbers are reused."""
     found = path.stat()
     return found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size
 
 
 def checksum(t: Tensor) -> str:
-    """16 hex digits of SHA-256 over dtype, shape and bits."""
-    held = t.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{held.dtype}{tuple(held.shape)}".encode())
-    digest.update(held.reshape(-1).view(torch.uint8).numpy().data if held.numel() else b"")
+    """Returns 16 hex digits of SHA-256 over dtype, shape and bits of a tensor [...]."""
+    t = t.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode())
+    digest.update(t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b"")
     return digest.hexdigest()[:16]
 
 
 def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Bytes of the safetensors file that `write` makes of these, without making it (and without
-    values).
-    """
+    """Returns the size in bytes of the file that `write` makes of tensors [...], without values."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for key, t in sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])):
@@ -204,9 +242,7 @@ def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """One save into a directory at a time, whoever else does; the system frees the lock of a killed
-    one.
-    """
+    """One save into a directory at a time; the system frees the lock of a killed process."""
     if sys.platform == "win32":
         yield
         return
@@ -242,7 +278,7 @@ def _refuse_pickles(directory: Path, names: list[str]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Contents, or for a directory its renames, are on the disk."""
+    """Forces the contents of a file, or the renames in a directory, to the disk."""
     if os.name != "posix" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)

@@ -1,25 +1,22 @@
-"""`weft.save`: one directory an adapter, in peft's layout where peft has the method."""
+"""`weft.save`: writes an adapter into a directory, in the first format that can hold it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import methods
 from ..errors import CheckpointError, UnsupportedError
 from ..model.adapter import Adapter
 from ..model.state import state_of
-from . import files, header, native, peft_adalora, peft_common, peft_lora, peft_prompt, peft_vera
+from . import files, formats, header
+from .checkpoint import Checkpoint
+from .from_adapter import checkpoint_of
 
-NATIVE = "native"
 
-
-@dataclass(frozen=True)
-class Written:
+class FileContents(NamedTuple):
     """The two files of a checkpoint, in memory."""
 
     tensors: dict[str, Tensor]
@@ -28,89 +25,82 @@ class Written:
 
 
 class Disk:
-    """What `Adapter.save` and `Adapter.nbytes` call (model/adapter.py may not import this room)."""
+    """Called by `Adapter.save` and `Adapter.nbytes`; model/adapter.py may not import this room."""
 
     def save(self, model: nn.Module, path: str | Path, name: str, projections: bool) -> Path:
+        """See `save`."""
         return save(model, path, name, projections)
 
     def file_size(self, adapter: Adapter) -> int:
-        written = compose(adapter, values=False)
-        return files.file_size(written.tensors, written.metadata)
+        """Returns the size of the tensors' file in bytes, without writing it."""
+        content = files_of(adapter, values=False)
+        return files.file_size(content.tensors, content.metadata)
 
 
 def save(
     model: nn.Module, path: str | Path, name: str = "default", projections: bool = False
 ) -> Path:
-    """Write the adapter `name` into the directory `path` (created where missing) and return the
-    path.
+    """Writes the adapter `name` into the directory `path`, which is created if missing, and returns
+    the path.
 
-    adapter_model.safetensors and adapter_config.json: for LoRA, DoRA, AdaLoRA, and for Prefix and
-    PreEmbed of a causal language model, what peft reads too; for VeRA vectors, seed and checksum,
-    or with projections=True also A and B, as peft reads them. Atomic: killed at any point, the
-    directory holds a checkpoint that loads, the old one or the new one. Other files in it are left
-    alone.
+    The directory gets adapter_model.safetensors and adapter_config.json. For LoRA, DoRA, AdaLoRA,
+    and for Prefix and PreEmbed of a causal language model, peft reads them too. Of VeRA the
+    vectors, the seed and a checksum are saved, with projections=True also A and B, as peft reads
+    them. Atomic: if the process is killed, the directory has a checkpoint that loads, the old one
+    or the new one. Other files in it are left alone.
 
-    Raises WeftError (no such adapter), CheckpointError (the place cannot be written, tensors
-    without values, NaN), UnsupportedError (projections=True for what peft has no form for).
+    Raises WeftError (no such adapter), CheckpointError (`path` cannot be written, tensors without
+    values, NaN), UnsupportedError (projections=True for a method that peft has no form for).
     """
     adapter = state_of(model).adapter(name)
     directory = Path(path).expanduser()
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{str(path)!r} is a file; an adapter is saved into a directory.")
     _check_values(adapter)
-    written = compose(adapter, projections)
+    content = files_of(adapter, projections)
     try:
-        files.write(directory, written.tensors, written.metadata, written.config)
+        files.write(directory, *content)
     except OSError as error:
         raise CheckpointError(
             f"{str(path)!r} could not be written ({error}). A checkpoint that was there still "
-            "loads, "
-            "and is the old one."
+            "loads, and is the old one."
         ) from error
     return directory
 
 
-def compose(adapter: Adapter, projections: bool = False, values: bool = True) -> Written:
-    """Both files of an adapter; values=False leaves checksums at zero."""
-    config = adapter.config
-    if projections and type(config) is not methods.VeRA:
+def files_of(adapter: Adapter, projections: bool = False, values: bool = True) -> FileContents:
+    """Returns both files of an adapter; with values=False the checksums are zeros.
+
+    Raises UnsupportedError if no format can hold it.
+    """
+    checkpoint = checkpoint_of(adapter, values, projections)
+    choose = _choose_with_projections if projections else formats.choose
+    form = choose(checkpoint, adapter.model)
+    written = form.write(checkpoint, adapter.model)
+    metadata = header.metadata_of(checkpoint, form.name, written, values)
+    return FileContents(written.tensors, metadata, written.config)
+
+
+def _choose_with_projections(checkpoint: Checkpoint, model: nn.Module) -> formats.Format:
+    among = [each for each in formats.FORMATS if each.stores_projections]
+    method = type(checkpoint.config)
+    if not any(method in each.methods for each in among):
         raise UnsupportedError(
-            f"projections=True stores VeRA's A and B for peft; {type(config).__name__} has none "
-            "that "
-            "peft could read. Save without it."
+            f"projections=True stores frozen matrices that layers share, for peft; "
+            f"{method.__name__} has none that peft could read. Save without it."
         )
-    if type(config) in (methods.LoRA, methods.DoRA):
-        layout, (tensors, beside) = peft_lora.PEFT_TYPE, peft_lora.write(adapter)
-    elif type(config) is methods.VeRA and (projections or config.draw == "stored"):
-        layout, (tensors, beside) = peft_vera.PEFT_TYPE, peft_vera.write(adapter)
-    elif isinstance(config, methods.AdaLoRA) and peft_adalora.why_not(adapter) is None:
-        layout, (tensors, beside) = peft_adalora.PEFT_TYPE, peft_adalora.write(adapter)
-    elif (codec := peft_prompt.codec_of(adapter)) is not None:
-        tensors, beside = codec.write(adapter)
-        return Written(
-            tensors, header.make(adapter, codec.PEFT_TYPE, tensors, [], beside, values), beside
-        )
-    else:
-        layout, (tensors, selected) = NATIVE, native.write(adapter)
-        # A type that peft does not know makes it refuse the directory rather than misread it.
-        beside = {
-            "peft_type": f"WEFT_{type(config).__name__.upper()}",
-            "weft": methods.to_json(header.said(adapter)),
-        }
-    if layout != NATIVE:
-        selected, repeated = peft_common.base_tensors(adapter)
-        tensors |= {peft_common.PREFIX + key: t for key, t in {**repeated, **selected}.items()}
-    return Written(
-        tensors, header.make(adapter, layout, tensors, list(selected), beside, values), beside
-    )
+    try:
+        return formats.choose(checkpoint, model, among)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}; save without projections=True.") from None
 
 
 def _check_values(adapter: Adapter) -> None:
     shapes = {
         id(p): shape
-        for site in adapter.layers.values()
+        for layer in adapter.layers.values()
         for p, shape in zip(
-            site.trainable().values(), site.method.shapes(*site.shape).values(), strict=True
+            layer.trainable().values(), layer.method.shapes(*layer.shape).values(), strict=True
         )
     }
     shapes |= {id(p): tuple(p.shape) for p in adapter.shared_parameters.values()}
@@ -121,8 +111,8 @@ def _check_values(adapter: Adapter) -> None:
         if tuple(p.shape) != tuple(shapes[id(p)]) or type(p.data) is not torch.Tensor:
             raise CheckpointError(
                 f"{name!r} is a {type(p.data).__name__} of shape {list(p.shape)}, and the whole "
-                "tensor "
-                f"has {list(shapes[id(p)])}: a sharded model must gather its tensors before saving."
+                f"tensor has {list(shapes[id(p)])}: a sharded model must gather its tensors before "
+                "saving."
             )
         if not bool(p.isfinite().all()):
             raise CheckpointError(

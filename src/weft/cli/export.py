@@ -1,4 +1,4 @@
-"""`weft export`: an adapter in another form, with the error of the conversion as measured."""
+"""`weft export`: writes an adapter in another form and measures the error of the conversion."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 HELP = "write an adapter in another form (plain LoRA, or what peft reads), with the measured error"
 WIDTH = 80
+FORMS = ("lora", "peft")  # those of checkpoint/conversions.py, without importing torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,14 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         required=True,
         metavar="DIR",
-        help="what weft.save or peft's save_pretrained wrote",
+        help="a directory that weft.save, weft train or peft's save_pretrained wrote",
     )
-    add(
-        "--to",
-        required=True,
-        choices=("lora", "peft"),
-        help="lora: plain LoRA; peft: whatever form peft reads",
-    )
+    add("--to", required=True, choices=FORMS, help="lora: plain LoRA; peft: a form that peft reads")
     add("--out", required=True, metavar="DIR", type=Path, help="a new directory for the result")
 
 

@@ -1,4 +1,4 @@
-"""`weft inspect`: what an adapter directory is, checked."""
+"""`weft inspect`: describes and checks an adapter's directory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = "what an adapter directory holds, every tensor checked"
+HELP = "describe an adapter's directory, with every tensor checked"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "directory", metavar="DIR", help="what weft.save or peft's save_pretrained wrote"
+        "directory",
+        metavar="DIR",
+        help="a directory that weft.save, weft train or peft's save_pretrained wrote",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write it there too")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="also write the description to this file"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

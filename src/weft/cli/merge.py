@@ -1,4 +1,4 @@
-"""`weft merge`: a plain transformers model with the adapter in its weights."""
+"""`weft merge`: writes a plain transformers model with the adapter in its weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         required=True,
         metavar="DIR",
-        help="what weft.save or peft's save_pretrained wrote",
+        help="a directory that weft.save, weft train or peft's save_pretrained wrote",
     )
     add(
         "--out",
@@ -64,23 +64,23 @@ def run(args: argparse.Namespace) -> int:
     if args.no_verify and args.tolerance is not None:
         raise ConfigError("--tolerance has no meaning with --no-verify.")
     ref = find_source(args.model)
-    stored = read(args.adapter)
-    model: Any = base_for(ref, stored.base.get("class"), stored.selected, args.dtype)[0]
-    load(model, args.adapter)
+    checkpoint = read(args.adapter)
+    model: Any = base_for(ref, checkpoint.base.get("class"), checkpoint.selected, args.dtype)[0]
+    adapter = load(model, args.adapter)
     report = merge(
         model, verify=None if args.no_verify else dummy_inputs(model), tolerance=args.tolerance
     )
     detach(model, keep_merged=True)
-    _write(model, args.out, Path(ref.source))
+    _write_model(model, args.out, Path(ref.source))
     print(textwrap.fill(str(report), WIDTH))
+    for note in adapter.load_report.notes:
+        print(textwrap.fill(f"note: {note}", WIDTH))
     print(f"{args.out}:\n{type(model).__name__}, loads with {type(model).__name__}.from_pretrained")
     return 0
 
 
-def _write(model: Any, out: Path, source: Path) -> None:
-    """The whole directory under a temporary name, then renamed: there is a finished model or
-    none.
-    """
+def _write_model(model: Any, out: Path, source: Path) -> None:
+    """Writes the directory under a temporary name and renames it, so that it is whole or absent."""
     temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(temporary)
@@ -95,7 +95,5 @@ def _write(model: Any, out: Path, source: Path) -> None:
 
 
 def _belongs(file: Path) -> bool:
-    """Tokenizer, processor and generation files go along; weights and read-mes of the base do
-    not.
-    """
+    """Tokenizer, processor and generation files are copied; weights and read-mes are not."""
     return file.suffix in (".json", ".txt", ".model", ".jinja") and "safetensors" not in file.name

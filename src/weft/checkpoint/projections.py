@@ -1,4 +1,4 @@
-"""VeRA's A and B on loading: those of the file, or drawn again, and held against the checksum that
+"""A and B of VeRA on loading: those of the file, or drawn again and compared with the checksum that
 was saved.
 """
 
@@ -11,48 +11,47 @@ import torch
 
 from ..methods.projections import Projections
 from ..model.state import State
-from . import header
-from .content import Stored
+from .checkpoint import Checkpoint
+from .drawn import shared_checksum, shared_key
 
 Shapes = list[tuple[int, int]]  # (out, in) of each layer
 
 
-def place(
-    stored: Stored,
+def projections_for(
+    checkpoint: Checkpoint,
     shapes: Mapping[str, tuple[int, int]],
     device: torch.device,
     state: State | None,
     problems: list[str],
 ) -> dict[Any, Projections]:
-    """The matrices of every share_key. `shapes` are those of the stored layers that the model has.
+    """Returns the matrices of every share key. `shapes` are those of the layers that the model has.
 
-    They are drawn for the layers of the file, be they in this model or not: the largest decides
-    every number.
+    They are drawn for all layers of the file, even those that the model lacks: the largest decides
+    every value. Faults are added to `problems`.
     """
     groups: dict[Any, Shapes] = {}
     rules: dict[Any, Any] = {}
-    for module, site in stored.sites.items():
+    for module, site in checkpoint.sites.items():
         shape, key = site.shape or shapes.get(module), site.rule.share_key()
         if key is not None and shape is not None:
             rules.setdefault(key, site.rule)
             groups.setdefault(key, []).append(shape)
-    unknown = stored.matrices is None and any(
-        s.shape is None and m not in shapes for m, s in stored.sites.items()
+    unknown = checkpoint.projections is None and any(
+        s.shape is None and m not in shapes for m, s in checkpoint.sites.items()
     )
     if groups and unknown:
         problems.append(
             "VeRA's A and B were drawn again for the layers that the model has; had one of the "
-            "others been "
-            "larger, they would be other matrices"
+            "others been larger, they would be other matrices"
         )
     found = {
-        key: _matrices(stored, rules[key], groups[key], device, state, problems) for key in groups
+        key: _of_key(checkpoint, rules[key], groups[key], device, state, problems) for key in groups
     }
     return {key: shared for key, shared in found.items() if shared is not None}
 
 
-def _matrices(
-    stored: Stored,
+def _of_key(
+    checkpoint: Checkpoint,
     rule: Any,
     shapes: Shapes,
     device: torch.device,
@@ -60,8 +59,8 @@ def _matrices(
     problems: list[str],
 ) -> Projections | None:
     out, in_ = max(o for o, _ in shapes), max(i for _, i in shapes)
-    if stored.matrices is not None:
-        A, B = stored.matrices
+    if checkpoint.projections is not None:
+        A, B = checkpoint.projections
         if not (
             A.ndim == B.ndim == 2
             and A.shape[0] == B.shape[1] == rule.r
@@ -70,12 +69,11 @@ def _matrices(
         ):
             problems.append(
                 f"'base_model.vera_A' {list(A.shape)} and 'base_model.vera_B' {list(B.shape)} in "
-                "the file, at "
-                f"least [{rule.r}, {in_}] and [{out}, {rule.r}] expected"
+                f"the file, at least [{rule.r}, {in_}] and [{out}, {rule.r}] expected"
             )
             return None
         given = Projections(rule.r, A.shape[1], B.shape[0], rule.seed, "stored", stored=(A, B))
-        _check(stored, rule, given, problems)
+        _check_sum(checkpoint, rule, given, problems)
         if rule.draw == "stored":
             return given.to(device)
     if rule.draw == "stored":
@@ -83,24 +81,21 @@ def _matrices(
     shared = _on_model(state, (rule.share_key(), out, in_, device))
     if shared is None:
         shared = Projections(rule.r, in_, out, rule.seed, rule.draw, device)
-    _check(stored, rule, shared, problems)
+    _check_sum(checkpoint, rule, shared, problems)
     return shared
 
 
-def _check(stored: Stored, rule: Any, shared: Projections, problems: list[str]) -> None:
-    known, found = stored.checksums.get(header.shared_key(rule)), header.shared_checksum(shared)
-    if known != found and stored.writer == "weft":
+def _check_sum(checkpoint: Checkpoint, rule: Any, shared: Projections, problems: list[str]) -> None:
+    known, found = checkpoint.checksums.get(shared_key(rule)), shared_checksum(shared)
+    if known != found and checkpoint.writer == "weft":
         problems.append(
             f"VeRA's A and B (seed {rule.seed}, r={rule.r}) have checksum {found}, and {known} was "
-            "saved: these "
-            "are other matrices, so the vectors mean nothing with them"
+            "saved: these are other matrices, so the vectors mean nothing with them"
         )
 
 
 def _on_model(state: State | None, key: tuple[Any, ...]) -> Projections | None:
-    """The same matrices where an adapter on the model reads them already: they exist once a
-    model.
-    """
+    """The same matrices if an adapter on the model has them already: they exist once per model."""
     sites = (
         [site for adapter in state.adapters.values() for site in adapter.layers.values()]
         if state

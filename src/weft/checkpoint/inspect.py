@@ -1,4 +1,4 @@
-"""`weft.inspect`: what an adapter directory is, checked without a model."""
+"""`weft.inspect`: describes an adapter's directory, checked without a model."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .. import methods
 from ..model.plan import WIDTH, ranks_as_text, rows_as_text, size_text
 from ..model.plan_entries import Row
 from . import files
-from .content import Stored, StoredSite, refuse
-from .load import read
+from .checkpoint import Checkpoint, CheckpointLayer
+from .problems import refuse
+from .read import read
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`rows` as in a plan; `readable_by_peft` says whether `PeftModel.from_pretrained` reads the
-    directory.
+    """`rows` are those of a plan; `readable_by_peft` is True if `PeftModel.from_pretrained` reads the
+    directory; `ranks` are those in force, if the method moves rank between layers.
     """
 
     path: str
@@ -31,10 +34,10 @@ class Inspection:
     nbytes: int
     readable_by_peft: bool
     notes: list[str] = field(default_factory=list)
-    ranks: dict[str, int] | None = None  # in force, where the method moves rank between layers
+    ranks: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         rows = [{**vars(row), "shape": list(row.shape)} for row in self.rows]
         return {"schema": 1, **vars(self), "rows": rows}
 
@@ -70,68 +73,61 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Read an adapter directory (Weft's or peft's) and check everything that needs no model.
+    """Reads an adapter's directory (of Weft, of a `weft train` run, or of peft) and checks everything
+    that needs no model.
 
     Raises CheckpointError or UnsupportedError, as `weft.load` would.
     """
-    stored = read(path)
-    refuse(path, stored.problems)
-    size = files.find(path)[0].stat().st_size
+    checkpoint = read(path)
+    refuse(path, checkpoint.problems)
+    size = files.find(path).tensors.stat().st_size
     return Inspection(
         str(path),
-        type(stored.config).__name__,
-        stored.writer,
-        methods.to_json(stored.config),
-        stored.base,
-        _rows(stored),
-        stored.numbers,
+        type(checkpoint.config).__name__,
+        checkpoint.writer,
+        methods.to_json(checkpoint.config),
+        checkpoint.base,
+        _plan_rows(checkpoint),
+        checkpoint.numbers,
         size,
-        stored.peft_reads_it,
-        [*stored.mapped, *stored.notes],
-        _ranks(stored),
+        checkpoint.peft_reads_it,
+        [*checkpoint.mapped, *checkpoint.notes],
+        _ranks(checkpoint),
     )
 
 
-def _ranks(stored: Stored) -> dict[str, int] | None:
-    told = {
-        module: site.reached.count("1")
-        for module, site in stored.sites.items()
-        if site.reached is not None
+def _ranks(checkpoint: Checkpoint) -> dict[str, int] | None:
+    ranks = {
+        module: layer.reached.count("1")
+        for module, layer in checkpoint.sites.items()
+        if layer.reached is not None
     }
-    return told or None
+    return ranks or None
 
 
-def _rows(stored: Stored) -> list[Row]:
-    rows = []
-    for module, site in stored.sites.items():
-        held = list(site.tensors.values())
-        rows.append(
-            Row(
-                module,
-                site.kind or "linear",
-                site.shape or _shape(site),
-                sum(t.numel() for t in held),
-                sum(t.numel() * t.element_size() for t in held),
-            )
-        )
-    rows += [
-        Row(name, "tensor", tuple(t.shape), t.numel(), t.numel() * t.element_size())
-        for name, t in stored.selected.items()
+def _plan_rows(checkpoint: Checkpoint) -> list[Row]:
+    rows = [
+        _plan_row(module, layer.kind or "linear", _shape_of(layer), list(layer.tensors.values()))
+        for module, layer in checkpoint.sites.items()
     ]
-    return rows
+    selected = checkpoint.selected.items()
+    return rows + [_plan_row(name, "tensor", tuple(t.shape), [t]) for name, t in selected]
 
 
-def _shape(site: StoredSite) -> tuple[int, ...]:
-    """peft does not write (out, in); LoRA's and AdaLoRA's tensors tell both, VeRA's only out."""
-    if "P" in site.tensors:
-        return (site.tensors["P"].shape[0], site.tensors["Q"].shape[1])
-    if "A" in site.tensors:
-        return (site.tensors["B"].shape[0], site.tensors["A"].shape[1])
-    return tuple(site.tensors["b"].shape)
+def _plan_row(name: str, kind: str, shape: tuple[int, ...], tensors: list[Tensor]) -> Row:
+    numbers = sum(t.numel() for t in tensors)
+    return Row(name, kind, shape, numbers, sum(t.numel() * t.element_size() for t in tensors))
+
+
+def _shape_of(layer: CheckpointLayer) -> tuple[int, ...]:
+    """(out, in), or (out,) of VeRA in files of peft, which do not record `in`."""
+    if layer.shape is None and "b" in layer.tensors:
+        return tuple(layer.tensors["b"].shape)
+    return layer.known_shape()
 
 
 def _pieces(path: str) -> list[str]:
-    """A path on lines of its own; it has no blanks at which it could be wrapped."""
+    """A path on lines of its own; it has no blanks to wrap at."""
     return [f"  {path[i : i + WIDTH - 2]}" for i in range(0, len(path), WIDTH - 2)]
 
 

@@ -1,0 +1,123 @@
+"""A checkpoint in memory, whichever format it is written in, and the report of loading one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..model.adapter import Adapter
+
+
+@dataclass
+class CheckpointLayer:
+    """One adapted layer. `kind` and `shape` (out, in) are None if the file does not record them.
+
+    `keys` maps tensor names to keys in the file. `reached` is the training state that a method
+    saves as text beside its tensors, or None.
+    """
+
+    rule: Any
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    kind: str | None = None
+    shape: tuple[int, int] | None = None
+    reached: str | None = None
+
+    def known_shape(self) -> tuple[int, int]:
+        """Returns (out, in), derived from the tensors if the file does not record it.
+
+        Raises UnsupportedError if the tensors do not tell it either, as in VeRA files of peft.
+        """
+        if self.shape is not None:
+            return self.shape
+        for left, right in (("B", "A"), ("P", "Q")):
+            if left in self.tensors:
+                return self.tensors[left].shape[0], self.tensors[right].shape[1]
+        raise UnsupportedError(
+            "peft's VeRA files do not say the width of a layer. Load it with weft.load and save "
+            "it; that file can be exported."
+        )
+
+
+@dataclass
+class Checkpoint:
+    """The content of an adapter's files, not yet matched against a model.
+
+    `sites` are the adapted layers by canonical module name. `selected` are base tensors trained as
+    copies, by full name; `aliases` are the other names of those that are tied. `repeated` are base
+    tensors that the file stores but the adapter does not train. `projections` are VeRA's A [r, in]
+    and B [out, r] if the file stores them; `checksums` are those of tensors that are drawn from a
+    seed, by share key. `problems` are faults within the file. If `in_order`, the file names no
+    modules, and its layers are those of the model in order. `biases` says which biases of the base
+    a file of peft must have: "none", "all", or "targets" (those of the adapted layers).
+    """
+
+    config: Any
+    writer: str
+    format: str
+    base: dict[str, Any] = field(default_factory=dict)
+    sites: dict[str, CheckpointLayer] = field(default_factory=dict)
+    selected: dict[str, Tensor] = field(default_factory=dict)
+    aliases: dict[str, Tensor] = field(default_factory=dict)
+    repeated: dict[str, Tensor] = field(default_factory=dict)
+    projections: tuple[Tensor, Tensor] | None = None
+    checksums: dict[str, str] = field(default_factory=dict)
+    peft_reads_it: bool = True
+    in_order: bool = False
+    biases: str = "none"
+    problems: list[str] = field(default_factory=list)
+    mapped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def numbers(self) -> int:
+        """The number of trained values in the file."""
+        trained = [t for layer in self.sites.values() for t in layer.tensors.values()]
+        return sum(t.numel() for t in [*trained, *self.selected.values()])
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of the adapted layers, without embeddings."""
+        return {layer.kind or "linear" for layer in self.sites.values()} - {"embedding"}
+
+
+class Written(NamedTuple):
+    """The files of a checkpoint in a format: tensors by key, adapter_config.json, and the names of
+    the base tensors trained as copies.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    selected: list[str]
+
+
+@dataclass
+class LoadReport:
+    """The result of loading: problems (none if strict), names that were mapped, and notes."""
+
+    adapter: Adapter
+    problems: list[str]
+    mapped: list[str]
+    notes: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """True if every tensor of the file was used and every tensor of the adapter was filled."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        head = (
+            f"loaded {self.adapter.name!r}: {self.adapter.num_parameters:,} numbers, "
+            f"{len(self.problems)} problem{'' if len(self.problems) == 1 else 's'}"
+        )
+        return "\n".join(
+            [
+                head,
+                *(f"  problem: {p}" for p in self.problems),
+                *(f"  mapped: {m}" for m in self.mapped),
+                *(f"  note: {n}" for n in self.notes),
+            ]
+        )

@@ -1,0 +1,163 @@
+"""LoRA and DoRA in peft's format.
+
+base_model.model.<module>.lora_A.weight [r, in]      lora_B.weight [out, r]      lora_magnitude_vector [out]
+on an embedding: lora_embedding_A [r, num], lora_embedding_B [dim, r]
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...methods import DoRA, LoRA, replace
+from ...methods.config import scaling
+from ..checkpoint import Checkpoint, CheckpointLayer, Written
+from . import peft_bias as bias
+from . import peft_layers as layers
+
+_LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
+_EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
+_PARTS = {
+    "lora_A": "A",
+    "lora_B": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "m",
+}
+_KEY = re.compile(
+    rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})"
+    r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
+)  # a state_dict taken by hand has the adapter's name in it
+# Initialisations that leave the base as it was; the others (pissa, olora, ...) rewrite it, so the
+# tensors belong to another base.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_SUPPORTED = (
+    "bias",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+    # in every file; they act through fields that are refused
+    "eva_config",
+    "ensure_weight_tying",
+    "megatron_core",
+    "qalora_group_size",
+)
+
+
+class LoraFormat:
+    """See the module's text."""
+
+    name = "LORA"
+    methods = (LoRA, DoRA)
+    peft_reads_it = True
+    stores_projections = False
+
+    def why_not(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> str | None:
+        return bias.why_no_field(checkpoint, model)
+
+    def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
+        return layers.write_layers(checkpoint, model, _lora_key, _lora_fields(checkpoint))
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        return config.get("peft_type") == self.name
+
+    def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+        layers.refuse_fields(config, _SUPPORTED, "LoRA")
+        init = config.get("init_lora_weights")
+        if init not in _PLAIN_INITS:
+            layers.refuse_fields({"init_lora_weights": init}, (), "LoRA")
+        method = DoRA if config.get("use_dora") else LoRA
+        built = method(
+            r=config.get("r", 8),
+            alpha=float(config.get("lora_alpha", 8)),
+            dropout=float(config.get("lora_dropout") or 0.0),
+            init="gaussian" if init == "gaussian" else "kaiming",
+            rslora=bool(config.get("use_rslora")),
+            targets=layers.targets_of(config),
+            modules_to_save=config.get("modules_to_save") or (),
+            dtype=layers.dtype_of(tensors),
+        )
+        checkpoint = Checkpoint(built, "peft", self.name)
+        rest = layers.bare_keys(checkpoint, tensors)
+
+        def layer_of(module: str, part: str) -> CheckpointLayer:
+            kind = "embedding" if "embedding" in part else None
+            return CheckpointLayer(_layer_rule(built, module, config), kind=kind)
+
+        layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
+        checkpoint = layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
+        return bias.with_train(checkpoint)
+
+    def restore(
+        self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
+    ) -> None:
+        layers.restore_layers(checkpoint, tensors, manifest, _lora_key)
+
+    def why_not_model(self, root: nn.Module) -> str | None:
+        return None
+
+
+def _lora_key(module: str, tensor: str, kind: str | None) -> str:
+    names = _EMBEDDING if kind == "embedding" else _LINEAR
+    return f"{module}.{names[tensor]}"
+
+
+def _lora_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    config: Any = checkpoint.config
+    ranks, alphas = {}, {}
+    alpha = _int_if_whole(config.r if config.alpha is None else config.alpha)
+    for module, layer in checkpoint.sites.items():
+        rule = layer.rule
+        if rule.r != config.r:
+            ranks[f"^{re.escape(module)}"] = rule.r
+        if _alpha(rule, config.rslora) != alpha:
+            alphas[f"^{re.escape(module)}"] = _alpha(rule, config.rslora)
+    return {
+        "peft_type": LoraFormat.name,
+        "r": config.r,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "use_dora": isinstance(config, DoRA),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
+    }
+
+
+def _alpha(rule: LoRA, rslora: bool) -> float:
+    """The alpha that gives a layer its scale, since all layers share peft's one use_rslora."""
+    if rule.rslora == rslora:
+        return _int_if_whole(rule.r if rule.alpha is None else rule.alpha)
+    return _int_if_whole(
+        scaling(rule.r, rule.alpha, rule.rslora) * (math.sqrt(rule.r) if rslora else rule.r)
+    )
+
+
+def _int_if_whole(value: float) -> float:
+    return int(value) if value == int(value) else float(value)
+
+
+def _layer_rule(config: Any, module: str, peft: Mapping[str, Any]) -> Any:
+    """The rule of a layer: the first pattern that matches its name counts, as in peft."""
+    changed: dict[str, Any] = {}
+    for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+        values = peft.get(pattern) or {}
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"{pattern}={values!r}: an object of name patterns and numbers is expected."
+            )
+        fits = next((p for p in values if re.match(rf"(.*\.)?({p})$", module)), None)
+        if fits is not None:
+            changed[field] = values[fits] if field == "r" else float(values[fits])
+    return replace(config, changed)

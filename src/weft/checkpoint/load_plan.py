@@ -1,0 +1,393 @@
+"""Matches a checkpoint with a model before anything in the model is changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import methods
+from ..errors import TargetError
+from ..model import base_layers, prompts, structure
+from ..model.attach import parts_of
+from ..model.state import find_state
+from ..model.structure.selection import tensors_of_modules, trained_tensors
+from . import formats, matching
+from .checkpoint import Checkpoint, CheckpointLayer
+from .problems import fault_of, nearest
+from .projections import projections_for
+
+
+class LoadPlan:
+    """How a checkpoint fills a model: rules and values by the model's names, shared matrices, and
+    every problem. The base must be active (`base_only`).
+
+    `config` is the file's, without the entries of modules_to_save that the model does not have.
+    """
+
+    def __init__(self, root: nn.Module, checkpoint: Checkpoint) -> None:
+        self.root, self.checkpoint, self.config = root, checkpoint, checkpoint.config
+        self.structure = structure.Structure.of(root)
+        self.problems = list(checkpoint.problems)
+        self.notes = list(checkpoint.notes)
+        self.modules = {
+            name: module
+            for name, module in self.structure.modules.items()
+            if not matching.is_wrapper(module)
+        }
+        self.parameters = {
+            name: p
+            for name, p in root.named_parameters(remove_duplicate=False)
+            if _parent(name) in self.modules
+        }
+        tensors = [*checkpoint.selected, *checkpoint.repeated]
+        wanted = [*(() if checkpoint.in_order else checkpoint.sites), *map(_parent, tensors)]
+        self.names = matching.match(list(dict.fromkeys(wanted)), self.modules)
+        self.mapped = [*checkpoint.mapped, *self.names.mapped]
+        self._prompt_modules: dict[str, Any] | None = None
+        if checkpoint.in_order:
+            self._name_in_order()
+        self.nested = self._nested()
+        self.rules: dict[str, Any] = {}
+        self.values: dict[str, dict[str, Tensor]] = {}
+        self.reached: dict[str, str] = {}  # saved training state, as text
+        self.shapes: dict[str, tuple[int, int]] = {}  # by the file's name
+        self.selected: dict[str, Tensor] = {}
+        self._check_architecture()
+        for module, site in checkpoint.sites.items():
+            self._plan_layer(module, site)
+        self._plan_selected()
+        self._check_repeated()
+        self._check_complete()
+        layer = next(iter(self.rules), None)
+        device = (
+            next((p.device for p in self.modules[layer].parameters()), torch.device("cpu"))
+            if layer is not None
+            else torch.device("cpu")
+        )
+        self.shared = projections_for(
+            checkpoint, self.shapes, device, find_state(root), self.problems
+        )
+
+    # Layers
+
+    def _plan_layer(self, module: str, site: CheckpointLayer) -> None:
+        name = self.names.found.get(module)
+        if name is None:
+            first = next(iter(site.keys.values()), module)
+            self.problems.append(
+                f"{first!r}: the model has no module {module!r}"
+                f"{nearest('in the model', module, self.modules, self.problems)}"
+            )
+            return
+        host = self._host(module, name, site.rule)
+        if host is None:
+            return
+        shape = (host.out_features, host.in_features)
+        if _family(site.kind) != _family(host.kind) or (site.shape or shape) != shape:
+            self.problems.append(
+                f"{module!r} is a {site.kind or 'linear'} layer {list(site.shape or shape)} (out, "
+                f"in) in the file, and the model's {name!r} a {host.kind} layer {list(shape)}"
+            )
+            return
+        if host.device.type == "meta":
+            self.problems.append(
+                f"{name!r} is on the meta device and has no values; load the base model first"
+            )
+        self.rules[name], self.shapes[module] = site.rule, shape
+        self.values[name] = {}
+        if site.reached is not None:
+            self.reached[name] = site.reached
+        for tensor, wanted in site.rule.shapes(*shape).items():
+            if tensor not in site.tensors:
+                continue  # its absence is among the problems already
+            fault = fault_of(site.tensors[tensor], wanted)
+            if fault is None:
+                self.values[name][tensor] = site.tensors[tensor]
+            else:
+                self.problems.append(f"{site.keys[tensor]!r} ({tensor} of {name!r}): {fault}")
+
+    def _name_in_order(self) -> None:
+        """Names the layers of a file that names no modules: those of the model, in order."""
+        form = formats.by_name(self.checkpoint.format)
+        why = form.why_not_model(self.root) if form is not None else None
+        if why is not None:
+            self.problems.append(
+                f"peft's file means something else in this {type(self.root).__name__}: {why}"
+            )
+        places, sites = list(self._prompt_hosts(self.config.where)), list(self.checkpoint.sites)
+        if len(places) != len(sites):
+            self.problems.append(f"the file has {len(sites)} layers, and the model {len(places)}")
+        self.names.found |= dict(zip(sites, places, strict=False))
+
+    def _host(self, module: str, name: str, rule: Any) -> Any:
+        """Returns the view of a module that the rule adapts; None, with a problem, if it cannot."""
+        layer = self.modules[name]
+        if isinstance(rule, methods.PromptMethod):
+            if name not in self._prompt_hosts(rule.where):
+                self.problems.append(
+                    f"{module!r}: the model's {name!r}, a {type(layer).__name__}, is no place for "
+                    f"{type(rule).__name__}, which belongs on: "
+                    f"{list(self._prompt_hosts(rule.where))[:4]}"
+                )
+            return self._prompt_hosts(rule.where).get(name)
+        why = base_layers.why_not(layer)
+        if why is not None or base_layers.kind_of(layer) is None:
+            why = why or "it is no linear layer"
+            self.problems.append(
+                f"{module!r}: the model's {name!r}, a {type(layer).__name__}, cannot be adapted: "
+                f"{why}"
+            )
+            return None
+        return base_layers.view(layer)
+
+    def _prompt_hosts(self, at: str) -> dict[str, Any]:
+        """Returns the modules of this model that a prompt attaches to; none, with a problem, if the
+        model has none.
+        """
+        if self._prompt_modules is None:
+            try:
+                self._prompt_modules = prompts.find_places(self.structure, at)[0]
+            except TargetError as error:
+                self.problems.append(str(error))
+                self._prompt_modules = {}
+        return self._prompt_modules
+
+    # Base tensors
+
+    def _plan_selected(self) -> None:
+        seen: dict[int, str] = {}
+        rounded = set()
+        for full, value in self.checkpoint.selected.items():
+            live = self.parameters.get(self._model_name(full))
+            if live is None:
+                self._check_buffer(full, value)
+                continue
+            fault = _misfit(value, live)
+            if fault is not None:
+                self.problems.append(f"{full!r}: {fault}")
+            elif id(live) in seen:  # the other name of a tied tensor
+                if not torch.equal(self.selected[seen[id(live)]], value):
+                    self.problems.append(
+                        f"{full!r} and {seen[id(live)]!r} differ in the file, and are one tied "
+                        "tensor in the model"
+                    )
+            else:
+                seen[id(live)] = self._model_name(full)
+                self.selected[self._model_name(full)] = value
+                if torch.promote_types(value.dtype, live.dtype) != live.dtype:
+                    rounded.add(f"{value.dtype} to {live.dtype}".replace("torch.", ""))
+        self.notes += [
+            f"base tensors trained as copies were rounded from {how}, the model's dtype"
+            for how in sorted(rounded)
+        ]
+
+    def _check_repeated(self) -> None:
+        """Base tensors that the file repeats, as peft does for an adapted embedding, must equal the
+        model's.
+        """
+        for full, value in self.checkpoint.repeated.items():
+            live = self.parameters.get(self._model_name(full))
+            if live is None:
+                self._check_buffer(full, value)
+            elif not _same(live, value):
+                self.problems.append(
+                    f"{full!r}: the file repeats this tensor of its base, and the model's is "
+                    "another (a resized vocabulary, or another base model?)"
+                )
+
+    def _check_buffer(self, full: str, value: Tensor) -> None:
+        buffer = dict(self.root.named_buffers(remove_duplicate=False)).get(self._model_name(full))
+        if buffer is None:
+            self.problems.append(
+                f"extra: {full!r} {list(value.shape)}: the model has no such tensor"
+                f"{nearest('in the model', full, self.parameters, self.problems)}"
+            )
+        elif not _same(buffer, value):
+            self.problems.append(
+                f"{full!r} is a buffer, and the file's is not the model's; Weft trains parameters "
+                "only"
+            )
+
+    def _model_name(self, full: str) -> str:
+        """Returns a tensor's name in the model."""
+        parent, _, tensor = full.rpartition(".")
+        return f"{self.names.found.get(parent, parent)}.{tensor}".lstrip(".")
+
+    # Is it the right base?
+
+    def _nested(self) -> str | None:
+        """Returns the module of this larger model that the adapter was trained on, or None."""
+        for wanted, name in self.names.found.items():
+            parts = name.split(".")
+            if matching.NESTED in parts and matching.NESTED not in wanted.split("."):
+                return ".".join(parts[: parts.index(matching.NESTED) + 1])
+        return None
+
+    def _check_architecture(self) -> None:
+        base = self.checkpoint.base
+        if not base:
+            return
+        model = self.modules[self.nested] if self.nested is not None else self.root
+        if matching.architecture(model)["model_type"] is None:
+            model = self.root
+        inner = base.get("inner")  # a model within the file's base that has all trained tensors
+        here = self.modules.get(self.names.found.get(inner["at"], inner["at"])) if inner else None
+        if matching.same_architecture(base, model) and (
+            not inner or (here is not None and matching.same_architecture(inner, here))
+        ):
+            return
+        if inner and matching.same_architecture(inner, model):
+            return
+        within = any(matching.NESTED in module.split(".") for module in self.checkpoint.sites)
+        if self.checkpoint.writer == "peft" and within and self.mapped:
+            self.notes.append(
+                f"the file names {base['class']} as its base, and not the architecture of the "
+                "model nested in it, so that could not be compared"
+            )
+            return
+        self.problems.append(
+            f"the adapter is for {matching.architecture_text(base)}, and this model is "
+            f"{matching.architecture_text(matching.architecture(model))}"
+        )
+
+    # Is everything there?
+
+    def _check_complete(self) -> None:
+        """Everything that the configuration names in this model must be in the file."""
+        have = {id(self.parameters[name]) for name in self.selected}
+        for name in dict.fromkeys([*self._saved_tensors(), *self._trained_tensors()]):
+            if id(self.parameters[name]) not in have:
+                self.problems.append(
+                    f"missing: the file has no {name!r}, which the adapter trains in this model"
+                    f"{nearest('in the file', name, self.checkpoint.selected, self.problems)}"
+                )
+        self._check_biases(have)
+        try:
+            alone = replace(self.config, modules_to_save=(), train=())
+            layers = parts_of(self.structure, alone).rules
+        except TargetError:
+            # It names modules that only the file's base has; the problems above say so.
+            return
+        found = set(self.names.found.values())
+        for name in layers:
+            if name not in found and (self.nested is None or structure.within(name, [self.nested])):
+                self.problems.append(
+                    f"missing: the file has nothing for {name!r}, which its targets name in this "
+                    "model; its base had fewer layers, or tensors were taken out"
+                )
+
+    def _check_biases(self, have: set[int]) -> None:
+        """A file of peft that trained biases has all that the model has."""
+        names = self.names.found
+        wanted = {
+            "none": [],
+            "all": [name for name in self.parameters if _ends(name, "bias")],
+            "targets": [
+                f"{names[module]}.bias" for module in self.checkpoint.sites if module in names
+            ],
+        }[self.checkpoint.biases]
+        for name in wanted:
+            inside = self.nested is None or structure.within(name, [self.nested])
+            if inside and name in self.parameters and id(self.parameters[name]) not in have:
+                self.problems.append(
+                    f"missing: the file has no {name!r}, and its bias field says that it was trained"
+                    f"{nearest('in the file', name, self.checkpoint.selected, self.problems)}"
+                )
+
+    def _trained_tensors(self) -> list[str]:
+        """Returns the base tensors that the configuration trains in this model by `train`."""
+        try:
+            saved = tensors_of_modules(self.structure, self.config.modules_to_save)
+            self._fit_train(saved)
+            return self._tensors_of(self.config, saved)
+        except TargetError as error:
+            self.problems.append(str(error))
+            return []
+
+    def _tensors_of(self, config: Any, saved: list[str]) -> list[str]:
+        adapted = [
+            n for n, rule in self.rules.items() if not isinstance(rule, methods.PromptMethod)
+        ]
+        trained = trained_tensors(self.structure, config, adapted, saved)
+        inside = [] if self.nested is None else [self.nested]
+        return [name for name in trained if not inside or structure.within(name, inside)]
+
+    def _fit_train(self, saved: list[str]) -> None:
+        """Writes the biases that peft trained as `train`.
+
+        peft's "all" includes the head's, which "biases" does not, and leaves out biases of other
+        names, like in_proj_bias; then the tensors are named one by one.
+        """
+        beside = [name for name in self.selected if name not in saved]
+        if self.checkpoint.biases == "none":
+            return
+        words: list[str] = ["target-biases"] if beside else []
+        if self.checkpoint.biases == "all":
+            try:
+                usual = self._tensors_of(replace(self.config, train=("biases",)), saved)
+            except TargetError:  # no biases outside the head
+                usual = []
+            known = {id(self.structure.readers[name]) for name in usual}
+            have = {id(self.structure.readers[name]) for name in (*beside, *saved)}
+            others = [n for n in beside if id(self.structure.readers[n]) not in known]
+            words = ["biases", *others] if known and known <= have else beside
+        self.config = replace(self.config, train=tuple(words))
+
+    def _saved_tensors(self) -> list[str]:
+        """Returns the tensors of modules_to_save. peft lists all names that the head of a task may
+        have, and a model has one of them.
+        """
+        asked = self.config.modules_to_save
+        if self.checkpoint.writer == "peft":
+            owners = [
+                o for name in self.parameters if (o := matching.owner_of(name, asked)) is not None
+            ]
+            kept = tuple(dict.fromkeys(next((e for e in asked if _ends(o, e)), o) for o in owners))
+            self.notes += [
+                f"modules_to_save names {e!r}, which this model does not have"
+                for e in asked
+                if not any(o.endswith(e) for o in owners)
+            ]
+        else:
+            kept = tuple(e for e in asked if any(_ends(name, e) for name in self.modules))
+            self.problems += [
+                f"modules_to_save names {e!r}, and the model has no such module"
+                f"{nearest('in the model', e, self.modules, self.problems)}"
+                for e in asked
+                if e not in kept
+            ]
+        self.config = replace(self.config, modules_to_save=kept)
+        return tensors_of_modules(self.structure, kept)
+
+
+def _family(kind: str | None) -> str:
+    """Layers of one family can take each other's tensors; a matrix may be stored transposed."""
+    return kind if kind in ("embedding", "norm") else "linear"
+
+
+def _parent(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _misfit(value: Tensor, live: Tensor) -> str | None:
+    """Returns why a base tensor from a file cannot replace this parameter, or None."""
+    if live.is_meta:
+        return "the model's is on the meta device and has no values; load the base model first"
+    if not live.is_floating_point() and value.dtype == live.dtype and value.shape == live.shape:
+        return None
+    return fault_of(value, tuple(live.shape))
+
+
+def _same(live: Tensor, value: Tensor) -> bool:
+    """Returns True if the tensors are equal in the coarser of their dtypes."""
+    live = live.detach().cpu()
+    if live.shape != value.shape or live.is_floating_point() != value.is_floating_point():
+        return False
+    return torch.equal(live.to(value.dtype), value) or torch.equal(live, value.to(live.dtype))

@@ -1,0 +1,84 @@
+"""Faults in a checkpoint, collected as sentences, so that one error lists them all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..methods.base import Shape
+
+SHOWN = 12  # problems in the text of an error
+
+
+def take(
+    tensors: dict[str, Tensor], key: str, shape: Shape | None, what: str, problems: list[str]
+) -> Tensor | None:
+    """Removes `key` from `tensors` and returns its tensor [shape].
+
+    Returns None and adds a problem if it is missing or not usable.
+    """
+    found = tensors.pop(key, None)
+    fault = None if found is None else fault_of(found, shape)
+    if found is None:
+        problems.append(
+            f"missing: {key!r} ({what}){nearest('in the file', key, tensors, problems)}"
+        )
+    elif fault is not None:
+        problems.append(f"{key!r} ({what}): {fault}")
+    return found if fault is None else None
+
+
+def fault_of(t: Tensor, shape: Shape | None) -> str | None:
+    """Returns why a tensor from a file cannot be used as one of `shape` ([...] if None), or None."""
+    if t.numel() == 0 and shape != tuple(t.shape):
+        return (
+            f"it is empty, shape {list(t.shape)}; a sharded model must gather its tensors before "
+            "saving"
+        )
+    if shape is not None and tuple(t.shape) != tuple(shape):
+        return f"shape {list(t.shape)} in the file, {list(shape)} expected"
+    if not t.is_floating_point():
+        return f"dtype {t.dtype} in the file, a floating-point type expected"
+    if not bool(torch.isfinite(t).all()):
+        return "it holds NaN or infinity"
+    return None
+
+
+def report_extra(
+    problems: list[str], tensors: Mapping[str, Tensor], expected: Collection[str]
+) -> None:
+    """Adds a problem for every tensor that is left over."""
+    for key, t in tensors.items():
+        problems.append(
+            f"extra: {key!r} {list(t.shape)} belongs to nothing in this adapter"
+            f"{nearest('expected', key, expected, problems)}"
+        )
+
+
+def nearest(where: str, name: str, have: Collection[str], problems: Collection[str]) -> str:
+    """Returns the end of a message, with the most similar names.
+
+    The search is slow, so the text is empty once there are more problems than an error shows.
+    """
+    if len(problems) >= SHOWN:
+        return ""
+    near = get_close_matches(name, [h for h in have if h], n=2, cutoff=0.5)
+    return f"; nearest {where}: {near or 'none'}"
+
+
+def refuse(path: Any, problems: list[str]) -> None:
+    """Raises CheckpointError with the problems, if there are any."""
+    if problems:
+        shown = problems[:SHOWN] + (
+            [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        )
+        raise CheckpointError(
+            f"{path} does not fit:\n  "
+            + "\n  ".join(shown)
+            + "\nload(..., strict=False) fills what fits and returns a report."
+        )

@@ -1,0 +1,78 @@
+"""Reads an adapter's directory without a model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError, UnsupportedError
+from . import files, formats, header
+from .checkpoint import Checkpoint
+
+
+def read(path: str | Path) -> Checkpoint:
+    """Reads the checkpoint in a directory, whoever wrote it; see `files.find` for the run of
+    `weft train`.
+
+    Faults within the file become `problems`. Raises CheckpointError if it cannot be read at all,
+    UnsupportedError for a method or field of peft that Weft does not support.
+    """
+    while True:
+        found = files.find(path)
+        before = files.identity(found.tensors)
+        try:
+            checkpoint = _read_files(found)
+        except (CheckpointError, UnsupportedError):
+            if files.identity(found.tensors) == before:
+                raise
+        else:
+            if files.identity(found.tensors) == before:
+                return checkpoint
+        # It was saved again in the meantime. The library opens the file more than once, so two
+        # files may have been mixed.
+
+
+def _read_files(found: files.Found) -> Checkpoint:
+    tensors, metadata = files.read_tensors(found.tensors)
+    if not header.is_ours(metadata):
+        checkpoint = _read_foreign(found, tensors)
+    else:
+        parsed = header.parse(found.tensors, metadata)
+        checkpoint = parsed.checkpoint
+        form = formats.by_name(parsed.layout)
+        header.check_tensors(parsed, tensors, metadata["weft_checksums"])
+        if found.config is None:
+            checkpoint.notes.append(
+                f"{files.CONFIG} is missing; the configuration in the tensors' file was used"
+            )
+        else:
+            header.check_config(found.config, parsed)
+        if form is None:
+            raise CheckpointError(
+                f"{found.tensors} has the layout {parsed.layout!r}, which this Weft does not "
+                "know. Update weft."
+            )
+        checkpoint.peft_reads_it = form.peft_reads_it
+        form.restore(checkpoint, tensors, parsed.manifest)
+    checkpoint.notes += found.notes
+    return checkpoint
+
+
+def _read_foreign(found: files.Found, tensors: dict[str, Tensor]) -> Checkpoint:
+    if found.config is None:
+        raise CheckpointError(
+            f"{found.tensors.parent} has no {files.CONFIG}, which says what the tensors are."
+        )
+    config = files.read_config(found.config)
+    form = formats.recognise(config)
+    if form is None:
+        known = [each.name for each in formats.FORMATS if each.peft_reads_it]
+        raise UnsupportedError(
+            f"{found.config} says peft_type={config.get('peft_type')!r}; Weft reads {known}."
+        )
+    try:
+        return form.read(config, tensors)
+    except (ConfigError, CheckpointError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise CheckpointError(f"{found.config}: {error}") from None
