@@ -345,5 +345,5 @@ def test_held_out_prompts_are_held_out_with_all_their_answers(tmp_path: Path) ->
         sample["prompt"] for sample in found.samples
     }
     assert with_validation(found) is found
-    with pytest.raises(weft.WeftError, match="leave train=validation out"):
+    with pytest.raises(weft.WeftError, match="remove train=validation"):
         find_any(f"boolq:{boolq(tmp_path / 'boolq')}:train=validation").load()

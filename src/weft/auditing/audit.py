@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AuditError
-from ..model.adapter import Adapter
+from ..model.adapter import STALE_NORM, Adapter
 from ..model.attach import adapters
 from ..model.state import state_of
 from ..model.steps_watch import unseen
@@ -31,7 +31,7 @@ AUDIT_AFTER = 3
 
 def steps_until_audit(adapter: Adapter) -> int:
     """Returns the number of steps after which every declared tensor of the adapter has moved."""
-    return max(AUDIT_AFTER, adapter.config.audit_after)
+    return max(AUDIT_AFTER, int(adapter.config.audit_after))
 
 
 def audit(
@@ -52,6 +52,12 @@ def audit(
         if isinstance(before, Snapshot) and isinstance(after, Snapshot)
         else _mappings(model, before, after, name)
     )
+    problems += [
+        f"{layer}: {STALE_NORM}"
+        for each, adapter in adapters(model).items()
+        if name in (None, each)
+        for layer in adapter.stale_layers()
+    ]
     if problems:
         shown = problems[:10] + (
             [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []

@@ -25,7 +25,7 @@ from .. import methods
 from ..errors import CheckpointError, ConfigError
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer, Written
-from .drawn import FIXED, UNKNOWN, fixed_checksum
+from .drawn import UNKNOWN
 from .problems import nearest
 
 SCHEMA = 1
@@ -204,13 +204,4 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-__all__ = [
-    "FIXED",
-    "Header",
-    "check_config",
-    "check_tensors",
-    "metadata_of",
-    "fixed_checksum",
-    "is_ours",
-    "parse",
-]
+__all__ = ["Header", "check_config", "check_tensors", "metadata_of", "is_ours", "parse"]

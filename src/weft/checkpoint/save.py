@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedError
-from ..model.adapter import Adapter
+from ..model.adapter import STALE_NORM, Adapter
 from ..model.state import state_of
 from . import files, formats, header
 from .checkpoint import Checkpoint
@@ -105,6 +105,8 @@ def _check_values(adapter: Adapter) -> None:
     }
     shapes |= {id(p): tuple(p.shape) for p in adapter.shared_parameters.values()}
     shapes |= {id(s.trained): tuple(s.original.shape) for s in adapter.selected_tensors.values()}
+    for name in adapter.stale_layers():
+        raise CheckpointError(f"{name!r}: {STALE_NORM} Nothing was saved.")
     for name, p in adapter.named_parameters():
         if p.is_meta:
             raise CheckpointError(f"{name!r} is on the meta device and has no values to save.")

@@ -72,11 +72,13 @@ def examine() -> dict[str, Any]:
 def _kernels() -> dict[str, str]:
     import torch
 
-    from ..model import paths
+    from ..model import fallback
     from ..ops import kernels
 
     x, device = torch.zeros(1, 1), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plain, torch_form = paths.why_plain(x, x, None), kernels.why_not(device, torch.float32)
+    plain = fallback.of_the_tensors(x, x, None) or fallback.of_the_moment(x)
+    plain = f"{fallback.VARIABLE}=1 asks for it" if fallback.reference_asked() else plain
+    torch_form = kernels.why_not(device, torch.float32)
     return {
         "layers": "one fused function each (LoRA, VeRA and their kin)"
         if plain is None

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..ops.low_rank import LowRank
 from . import train_spec
 from .base import BaseLayer, Params, Shape, Shared
-from .checks import check_choice, check_count, check_number
+from .checks import check_alpha, check_choice, check_count, check_flag, check_number
 from .rng import Rng
 from .target_spec import normalise
 
@@ -203,6 +203,24 @@ class LowRankConfig(LayerConfig):
     def factors(self, p: Params, training: bool = False) -> LowRank:
         """Returns the layer's tensors as they are, for evaluation or for the step at hand."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledConfig(LowRankConfig):
+    """A low-rank method with LoRA's scale s. alpha=None means alpha = r, so s = 1 for every r."""
+
+    alpha: float | None = None
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_alpha(self)
+        check_flag(self, "rslora")
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r, or alpha / sqrt(r) with rslora."""
+        return scaling(self.r, self.alpha, self.rslora)
 
 
 def scaling(r: int, alpha: float | None, rslora: bool = False) -> float:

@@ -10,9 +10,9 @@ paper writes ‖·‖_c, "column-wise", over a d x k matrix with m in R^{1 x k},
 (out, in) and takes the norm along the inputs; read "column" as "the weight vector of one output unit".
 The norm is a constant for the gradient (section 4.3), which changes no forward value; norm_grad="exact"
 keeps the full gradient. With dropout, x is dropped on the update only; the authors' code drops it in the
-(m/‖V‖ - 1) W x term too. Without dropout both are the merged form. σ and the norm are float32 or wider.
-Source: arXiv:2402.09353, equation 5, section 4.3; s appears in the authors' code, not in the equation.
+(m/‖V‖ - 1) W x term too. σ and the norm are float32 or wider.
 How σ = m / ‖V‖ is computed once per optimiser step: ops/row_scale.py.
+Source: arXiv:2402.09353, equation 5, section 4.3; s appears in the authors' code, not in the equation.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from .config import LowRankConfig
 from .lora import LoRA
 from .rng import Rng
 
-# At runtime no base class: a dataclass would take its default values from it after those of VeRA.
-_Base = LowRankConfig if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = LowRankConfig
+else:  # a dataclass would take default values from it, after those of VeRA
+    _Base = object
 
 
 class Magnitude(_Base):

@@ -21,5 +21,4 @@ from .vera import VeRA
 class DVoRA(Magnitude, VeRA):
     """DoRA over VeRA. The fields are VeRA's, and norm_grad."""
 
-    r: int = 256  # VeRA's default; Magnitude would give 8
     norm_grad: str = "constant"

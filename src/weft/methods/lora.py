@@ -22,29 +22,25 @@ from torch import Tensor
 
 from ..ops.low_rank import LowRank
 from .base import BaseLayer, Params, Shape, Shared
-from .checks import check_alpha, check_choice, check_flag
-from .config import LowRankConfig, scaling
+from .checks import check_choice
+from .config import ScaledConfig
 from .rng import Rng
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(LowRankConfig):
-    """See the module's equation. alpha=None means alpha = r, so s = 1 whatever r a layer has."""
+class LoRA(ScaledConfig):
+    """See the module's equation."""
 
-    alpha: float | None = None
     init: str = "gaussian"
-    rslora: bool = False
 
     learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alpha(self)
-        check_flag(self, "rslora")
         check_choice(self, "init", ("gaussian", "kaiming"))
 
     def factors(self, p: Params, training: bool = False) -> LowRank:
-        return LowRank(p.A, p.B, s=scaling(self.r, self.alpha, self.rslora))
+        return LowRank(p.A, p.B, s=self.scale)
 
     def shapes(self, out: int, in_: int) -> dict[str, Shape]:
         return {"A": (self.r, in_), "B": (out, self.r)}

@@ -6,10 +6,9 @@
     B [out, r]  trained, starts at 0, so W' = W at step 0
 
 Trained numbers per layer: r out. For backward only h = x Aᵀ is kept, r numbers per token, also with dropout
-(ops/projection.py). A is in no file: its bits are the same everywhere, and a checksum in the file is compared
-with them on loading. precondition=True multiplies B's gradient by (1/s)² (A Aᵀ)⁻¹ before every optimiser step,
-which is then the step on B whose change of W' comes nearest to that of full fine-tuning (the later version of
-the method, as in peft's LoraFAOptimizer; 1e-8 is added to the diagonal of A Aᵀ).
+(ops/projection.py). A is in no file, only a checksum that is compared on loading: its bits are the same
+everywhere. precondition=True multiplies B's gradient by (1/s)² (A Aᵀ)⁻¹ before every step, which then changes W'
+most like full fine-tuning (the method's later version, as in peft's LoraFAOptimizer, with its 1e-8 on A Aᵀ).
 Source: arXiv:2308.03303, section 3. Differs from the paper: A is uniform as in LoRA's code, not Gaussian, since
 no library reproduces Gaussian bits everywhere.
 """
@@ -27,43 +26,22 @@ from torch import Tensor
 from ..ops.low_rank import LowRank
 from ..ops.norm import at_least_float32
 from .base import BaseLayer, Params, Shape, Shared
-from .checks import check_alpha, check_flag
-from .config import LowRankConfig, scaling
+from .checks import check_flag
+from .config import ScaledConfig
 from .rng import Rng
-
-# Parts of names that wrappers and nesting add: A does not depend on them, so an adapter finds its A
-# in either form.
-_NESTING = {
-    "module",
-    "base_model",
-    "model",
-    "language_model",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAFA(LowRankConfig):
-    """See the module's equation. alpha=None means alpha = r, so s = 1 whatever r a layer has."""
+class LoRAFA(ScaledConfig):
+    """See the module's equation."""
 
-    alpha: float | None = None
-    rslora: bool = False
     precondition: bool = False
 
     learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alpha(self)
-        for field in ("rslora", "precondition"):
-            check_flag(self, field)
-
-    @property
-    def scale(self) -> float:
-        """s in the equation."""
-        return scaling(self.r, self.alpha, self.rslora)
+        check_flag(self, "precondition")
 
     def factors(self, p: Params, training: bool = False) -> LowRank:
         return LowRank(p.A, p.B, s=self.scale)
@@ -75,9 +53,8 @@ class LoRAFA(LowRankConfig):
         return {"B": rng.full((layer.out_features, self.r))}
 
     def frozen(self, out: int, in_: int, takes_ids: bool, rng: Rng) -> dict[str, Tensor]:
-        name = ".".join(part for part in rng.name.split(".") if part not in _NESTING)
         bound = 1.0 if takes_ids else 1 / math.sqrt(in_)
-        return {"A": Rng(rng.seed, name, rng.device).uniform("A", (self.r, in_), bound)}
+        return {"A": rng.without_nesting().uniform("A", (self.r, in_), bound)}
 
     @property
     def follows_steps(self) -> bool:

@@ -5,13 +5,12 @@
     A [r, in]   frozen, drawn once from `seed`, sliced from [r, max in]      d [r]    trained, starts at d_init
     B [out, r]  frozen, drawn once from `seed`, sliced from [max out, r]     b [out]  trained, starts at 0
 
-b = 0 makes W' = W at step 0. Trained numbers per layer: out + r; there is no alpha, b and d carry the
-scale. A and B are Kaiming-uniform (bound sqrt(6 / fan_in), as in the paper's runs). `d_init` is 0.1 as in
-the paper's runs; its ablation (table 7) finds 1.0, the value that summaries of the method quote, clearly
-worse (MRPC 70.3, RTE 60.3). Raises ConfigError if a value is out of range.
-Source: arXiv:2310.11454, equation 2 and section 3. Differs from the paper: A and B come from our own
-counter-based generator, whose bits no library version changes (`draw="peft"` redraws peft's matrices
-instead, `draw="stored"` keeps matrices read from a file).
+b = 0 makes W' = W at step 0. Trained numbers per layer: out + r; no alpha, b and d carry the scale. A and B
+are Kaiming-uniform (bound sqrt(6 / fan_in), as in the paper's runs). `d_init` is 0.1 as in those; the ablation
+(table 7) finds 1.0, which summaries of the method quote, clearly worse (MRPC 70.3, RTE 60.3).
+Raises ConfigError if a value is out of range. Source: arXiv:2310.11454, equation 2 and section 3. Differs from
+the paper: A and B come from our own counter-based generator, whose bits no library version changes
+(`draw="peft"` redraws peft's matrices instead, `draw="stored"` keeps matrices read from a file).
 """
 
 from __future__ import annotations
@@ -47,10 +46,8 @@ class VeRA(LowRankConfig):
         check_number(self, "d_init", low=float("-inf"), open_low=True)
         check_choice(self, "draw", ("weft", "peft", "stored"))
         if self.d_init == 0:
-            raise ConfigError(
-                f"{type(self).__name__}(d_init=0): with d and b both 0 no gradient reaches either. "
-                "The paper's runs start at 0.1."
-            )
+            why = "with d and b both 0 no gradient reaches either. The paper's runs start at 0.1."
+            raise ConfigError(f"{type(self).__name__}(d_init=0): {why}")
 
     def factors(self, p: Params, training: bool = False) -> LowRank:
         out, in_ = p.shape

@@ -33,6 +33,11 @@ def bind_disk(disk: Disk) -> None:
     _disk[:] = [disk]
 
 
+STALE_NORM = (
+    "its weight was edited through `.data` or a pointer, in numbers that no check looks at, so outputs "
+    "since then used an old norm. It is computed again from now on. Edit weights in place under "
+    "torch.no_grad() instead."
+)
 STATE = "_weft_model_state"  # where a model keeps its adapters (state.py)
 
 
@@ -178,6 +183,10 @@ class Adapter:
         for layer in self.layers.values():
             layer.become(layer.method.truncated(r))
         self.config = self.config.truncated(r)
+
+    def stale_layers(self) -> list[str]:
+        """Returns the layers whose kept norm is not that of their weights, and drops these norms."""
+        return [name for name, layer in self.layers.items() if layer.is_stale()]
 
     def training_state(self) -> dict[str, Tensor]:
         """What a run that goes on bit for bit needs beside tensors and optimiser: copies of the

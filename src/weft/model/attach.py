@@ -75,10 +75,10 @@ def parts_of(structure: Structure, config: Any) -> Parts:
                 f"{tensor!r} has no shape before the model's first forward. Run the model once, "
                 "then attach."
             )
-    saved = tensors_of_modules(structure, config.modules_to_save)
+    saved, whole = tensors_of_modules(structure, config.modules_to_save), config
     if isinstance(config, PromptMethod):
         places, without = prompts.find_places(structure, config.where)
-        trained = trained_tensors(structure, config, (), saved)
+        trained = trained_tensors(structure, whole, (), saved)
         return Parts(dict.fromkeys(places, config), _union(trained, saved), without)
     if not isinstance(config, LayerConfig):
         return Parts({}, _union(trained_tensors(structure, config, (), saved), saved))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import MergeError, UnsupportedError, WeftError
 from ..methods.base import effective_weight as effective_weight_of
 from ..ops.norm import full_precision
-from .adapter import Adapter
+from .adapter import STALE_NORM, Adapter
 from .layer import AdapterLayer, active_of, is_adapted, layers_of
 from .state import Merged, State, state_of
 from .use import check_alone
@@ -173,13 +173,8 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
             raise MergeError(f"{name!r} is on the meta device and has no values to merge.")
         if not bool(torch.isfinite(parameter).all()):
             raise MergeError(f"{name!r} holds NaN or infinity; nothing was merged.")
-    for name, layer in adapter.layers.items():
-        if layer.is_stale():
-            raise MergeError(
-                f"{name!r}: its weight was edited through `.data` (or a pointer) where no check looks, "
-                "so its outputs since then used an old norm; nothing was merged. The norm is computed "
-                "again from now on. Edit weights in place under torch.no_grad() instead."
-            )
+    for name in adapter.stale_layers():
+        raise MergeError(f"{name!r}: {STALE_NORM} Nothing was merged.")
 
 
 @torch.no_grad()

@@ -219,7 +219,10 @@ def check_recorded_base(
     """
     mine = base_fingerprint(base_digests(model), missing)
     for adapter in adapters:
-        run = next((f for f in adapter.resolve().parents[:2] if (f / "run.json").is_file()), None)
+        directory = (
+            files.find(adapter).tensors.resolve().parent
+        )  # that of a run stands for its adapter
+        run = next((f for f in directory.parents[:2] if (f / "run.json").is_file()), None)
         if run is None:
             continue
         theirs = RunDir(run).read().get("identity", {}).get("model")

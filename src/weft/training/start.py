@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import files, header
-from ..checkpoint.content import SHOWN, Stored
+from ..checkpoint import files
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.drawn import FIXED, fixed_checksum
 from ..checkpoint.load import read
-from ..checkpoint.placement import Placement
+from ..checkpoint.load_plan import LoadPlan
+from ..checkpoint.problems import SHOWN
 from ..errors import CheckpointError, ConfigError, WeftError
 from ..model.adapter import Adapter
 from ..model.state import base_only, state_of, unwrapped
@@ -50,7 +52,7 @@ class Start:
     """
 
     path: str
-    stored: Stored
+    stored: Checkpoint
     fingerprint: str  # 16 hex digits over its tensors by name
 
 
@@ -60,12 +62,7 @@ def open_start(path: str, method: Any) -> Start:
     try:
         stored = read(folder)
     except WeftError as error:
-        inside = next(
-            (name for name in ("adapter", "best") if (folder / name / files.TENSORS).is_file()),
-            None,
-        )
-        cure = f" Give {folder / inside}." if inside else ""
-        raise ConfigError(f"adapter.start={path!r}: {error}{cure}") from None
+        raise ConfigError(f"adapter.start={path!r}: {error}") from None
     if stored.problems:
         raise ConfigError(f"adapter.start={path!r} is damaged: {stored.problems[0]}")
     theirs, mine = type(stored.config).__name__, type(method).__name__
@@ -87,8 +84,7 @@ def open_start(path: str, method: Any) -> Start:
 
 def check_base(start: Start, model: nn.Module, missing: Collection[str]) -> None:
     """Raises WeftError if the adapter's run recorded another base than `model`."""
-    path = Path(start.path).expanduser()
-    check_recorded_base(model, missing, [path if path.is_dir() else path.parent])
+    check_recorded_base(model, missing, [Path(start.path).expanduser()])
 
 
 @torch.no_grad()
@@ -109,7 +105,7 @@ def load_start(start: Start, adapter: Adapter, missing: Collection[str]) -> dict
     if not taken:
         stored.selected |= {name: t.detach().cpu().clone() for name, t in head.items()}  # its own
     with base_only(state_of(root)):
-        plan = Placement(root, stored)
+        plan = LoadPlan(root, stored)
     _refuse(start, [*plan.problems, *_left_over(adapter, plan), *_drawn_otherwise(adapter, stored)])
     for name, site in adapter.layers.items():
         live = site.trainable()
@@ -142,7 +138,7 @@ def _value(config: Any, name: str) -> Any:
     return float(config.r) if name == "alpha" and value is None else value
 
 
-def _left_over(adapter: Adapter, plan: Placement) -> list[str]:
+def _left_over(adapter: Adapter, plan: LoadPlan) -> list[str]:
     """Problems: what only one of the two trains, and layers with different fields."""
     found = []
     for name in [*adapter.layers, *(n for n in plan.rules if n not in adapter.layers)]:
@@ -165,11 +161,11 @@ def _left_over(adapter: Adapter, plan: Placement) -> list[str]:
     return found
 
 
-def _drawn_otherwise(adapter: Adapter, stored: Stored) -> list[str]:
-    known = stored.checksums.get(header.FIXED)
+def _drawn_otherwise(adapter: Adapter, stored: Checkpoint) -> list[str]:
+    known = stored.checksums.get(FIXED)
     return (
         []
-        if known in (None, header.fixed_checksum(adapter))
+        if known in (None, fixed_checksum(adapter))
         else [
             (
                 "its frozen tensors, drawn by layer and seed, are not those of this run: the layers "
@@ -179,7 +175,7 @@ def _drawn_otherwise(adapter: Adapter, stored: Stored) -> list[str]:
     )
 
 
-def _unlike(name: str, site: Any, plan: Placement) -> list[str]:
+def _unlike(name: str, site: Any, plan: LoadPlan) -> list[str]:
     theirs, mine = plan.rules[name], site.method
     for f in fields(mine):
         there, here = (_value(rule, f.name) for rule in (theirs, mine))
@@ -210,7 +206,7 @@ def _refuse(start: Start, problems: list[str]) -> None:
         )
 
 
-def _fingerprint(stored: Stored) -> str:
+def _fingerprint(stored: Checkpoint) -> str:
     tensors = {
         f"{module}.{tensor}": t
         for module, site in stored.sites.items()
