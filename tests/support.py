@@ -20,6 +20,7 @@ import weft
 from weft.methods import METHODS, LayerConfig
 from weft.model import fallback
 from weft.model.adapter import Adapter
+from weft.ops import plan
 
 # One tolerance a dtype, never one a method: relative to the largest number compared.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -355,6 +356,12 @@ def check_close(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str = "
     assert gap <= TOLERANCE[dtype], (
         f"{what or 'values'} differ by {gap:.2e} (relative; allowed {TOLERANCE[dtype]:.0e})"
     )
+
+
+def set_way(monkeypatch: Any, way: str) -> None:
+    """Make layers attached from here on compute by one way of ops/plan.py: tiny, native or fused."""
+    monkeypatch.setattr(plan, "TINY", plan.TINY if way == "tiny" else 0)
+    monkeypatch.setattr(plan, "CALLS_OF_FUSED", 0 if way == "fused" else plan.CALLS_OF_FUSED)
 
 
 def reference_paths(monkeypatch: Any, value: str = "1") -> None:

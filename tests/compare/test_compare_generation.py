@@ -313,7 +313,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(llama: Path, tmp_path:
         (
             ("--task", f"e2e:{data}", "--model", str(llama)),
             1,
-            f"evaluated only. e2e:{data}:train=validation trains on its",
+            f"can only be evaluated. e2e:{data}:train=validation trains on its",
         ),
         (("--task", f"e2e:{tmp_path / 'no-test'}", "--model", str(llama)), 1, "has no test data"),
         (
@@ -325,7 +325,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(llama: Path, tmp_path:
         (("--task", f"e2e:{data}", "--head-lr", "1e-2"), 2, "no new head"),
         (("--task", "e2", "--model", str(llama)), 2, "'e2' is not known. Nearest: ['e2e:DIR'"),
         (("--warm-up", "1"), 2, "from 0 to below 1"),
-        (("--weight-decay", "-1"), 2, "0 or a number above it"),
+        (("--weight-decay", "-1"), 2, "0 or more"),
     ]
     for given, status, said in cases:
         found = weft_command("compare", "--out", str(tmp_path / "out"), *given)

@@ -29,6 +29,7 @@ from support import (
     oracle_output,
     oracle_weight,
     same_bits,
+    set_way,
 )
 from weft.ops.norm import at_least_float32
 
@@ -118,6 +119,42 @@ def test_the_gradient_of_the_input_is_the_oracles(variant, kind):
     a.model(ours).pow(2).sum().backward()
     oracle_output(a, a.declared(), theirs).pow(2).sum().backward()
     check_close(ours.grad, theirs.grad, torch.float32)
+
+
+LOW_RANK = [v for v in TURNS_WEIGHTS if issubclass(METHODS[v.partition(":")[0]], LowRankConfig)]
+
+
+@pytest.mark.parametrize("way", ["native", "fused"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("variant", LOW_RANK)
+def test_the_ways_of_larger_layers_are_the_oracles_too(variant, kind, dtype, way, monkeypatch):
+    """Layers as small as those of these tests are built; ops/plan.py has two more ways."""
+    set_way(monkeypatch, way)
+    a = awake(variant, kind, dtype, held="float64" if dtype == torch.float64 else "float32")
+    with torch.no_grad():
+        check_close(a.run(), oracle_output(a, a.declared()), dtype)
+    declared, ours = a.declared(), a.x.clone().requires_grad_()
+    theirs = a.x.double().requires_grad_()
+    a.model(ours).pow(2).sum().backward()
+    wanted = oracle_output(a, declared, theirs).pow(2).sum()
+    leaves = [theirs, *declared.values()]
+    found = [ours.grad, *(p.grad for p in a.adapter.parameters())]
+    for mine, gradient in zip(found, torch.autograd.grad(wanted, leaves), strict=True):
+        check_close(mine, gradient, dtype)
+
+
+@pytest.mark.parametrize("way", ["native", "fused"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("variant", LOW_RANK)
+def test_an_untrained_adapter_of_a_larger_layer_equals_the_base(variant, kind, way, monkeypatch):
+    set_way(monkeypatch, way)
+    model, x = net(kind), inputs(kind)
+    before = model(x)
+    weft.attach(model, config(variant))
+    with torch.no_grad():
+        assert same_bits(model(x), before)
+    assert same_bits(model(x), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,11 +8,18 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import weft
-from support import awake, check_close, config, reference_paths
+from support import awake, check_close, config, reference_paths, set_way
 from weft.model import fallback
 from weft.ops import cache
 
 METHODS = ["DoRA", "DVoRA"]
+
+
+@pytest.fixture(autouse=True, params=["native", "fused", "tiny"])
+def _way(request, monkeypatch):
+    """The three ways keep norms differently; the tiny one keeps none, and must be right all the same."""
+    set_way(monkeypatch, request.param)
+    return request.param
 
 
 def true_output(a):

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import weft
-from support import check_close, reference_paths
+from support import check_close, reference_paths, set_way
 from weft.ops import cache, plan
 
 
 @pytest.fixture(autouse=True)
 def _large(monkeypatch):
     """Small work shares nothing: one product is cheaper than looking for another."""
-    monkeypatch.setattr(plan, "CALLS_OF_FUSED", 0)
+    set_way(monkeypatch, "fused")
 
 
 class Three(nn.Module):

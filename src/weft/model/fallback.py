@@ -18,6 +18,7 @@ asked = False  # what the variable said when it was read last
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _current_level = torch._C._functorch.maybe_current_level
 _is_tracing = torch._C._is_tracing
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def reference_asked() -> bool:
@@ -61,10 +62,14 @@ def of_the_tensors(x: Tensor, W: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
+def _other_autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
+
+
 def of_the_moment(x: Tensor) -> str | None:
     """Returns what goes on now that needs the general definition, or None: a few cheap tests."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+    if _any_autocast() and _other_autocast(x):
         return "autocast computes in another dtype than the weight's"
     if _current_level() is not None or forward_ad._current_level >= 0 or _is_tracing():
         return "a transform of torch.func, forward-mode differentiation or a trace is at work"

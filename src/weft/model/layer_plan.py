@@ -56,6 +56,8 @@ class LayerPlan:
         """Returns the layer's output [..., out] with its adapter, for x [..., in]."""
         f: LowRank = self._f if self._f is not None else layer.factors()
         W: Any = self.W.t() if self._transposed else self.W
+        if self._tiny:
+            return native.of_built(x, native.built(W, f), self.bias, f.m)
         small = x.numel() < self._native_below
         if self._native and (small or self._stays_native(x, W, f)):
             scale = None if f.m is None else self._scale(layer, f, W)
@@ -93,6 +95,9 @@ class LayerPlan:
         self._native = not self._dropout and all(
             t.dtype is self.dtype for t in tensors if t is not f.d or fixed
         )
+        wide = self.dtype in (torch.float32, torch.float64)
+        few = wide and out * in_ <= plan.TINY
+        self._tiny = self._native and few and (self.grad or f.b is None)
         self._native_below = plan.CALLS_OF_FUSED * in_ // (in_ + out)
         self._shared_down = None if layer.shared is None else layer.shared.down
         # A tensor that is computed from parameters (a view, a mask) is asked for in every call.

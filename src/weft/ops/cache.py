@@ -4,14 +4,15 @@ DoRA's norm depends on W, A and B, which do not change from one optimiser step t
 many micro-batches and recomputations there are between. A kept value is returned only if no source
 shows a change:
 
-* its address and dtype, and torch's version of it, are the same (in-place edits, `load_state_dict`,
+* its address and torch's version of it are the same (in-place edits, `load_state_dict`,
   `copy_`, `p.data = ...`);
 * no optimiser of torch has stepped since, for sources that train;
 * on the CPU its numbers are equal to a copy: all of them if it trains or is small, else at least one
   per row. So an edit through `.data`, a pointer or a preserved version (FSDP) is seen unless it
   misses all of these numbers; row_scale.py catches those.
 
-Inside `torch.compile` and CUDA graphs nothing is kept: there the value is part of the graph.
+Inside CUDA graphs nothing is kept: there the value is part of the graph. `torch.compile` sees the
+general definition, which keeps nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 counts: Counter[str] = Counter()  # computations per name in this process
 
-_SMALL = 1 << 12  # numbers up to which a frozen source is compared whole
+_SMALL = 1 << 8  # numbers up to which a frozen source is compared whole
 _TRAINED = 1 << 20  # the same for one that trains
 _FEW = 1 << 13  # numbers that are compared in one call
 _steps: list[int] = []  # optimiser steps since this module began to count
@@ -47,7 +48,7 @@ def _steps_so_far() -> int:
 class _Entry:
     """One kept value and the state of its sources when it was computed."""
 
-    __slots__ = ("copies", "seen", "steps", "value", "views")
+    __slots__ = ("apart", "copies", "joint", "joint_copy", "seen", "steps", "value", "views")
 
     def __init__(
         self, value: Any, trained: Sequence[Tensor], frozen: Sequence[Tensor], last: _Entry | None
@@ -55,40 +56,38 @@ class _Entry:
         sources = (*trained, *frozen)
         self.value = value
         self.steps = _steps_so_far() if trained else -1
-        self.seen = [(t.data_ptr(), t._version, t.dtype) for t in sources]
+        self.seen = [(t.data_ptr(), t._version) for t in sources]
         self.views: list[Tensor] = []
-        if last is not None and [s[::2] for s in last.seen] == [s[::2] for s in self.seen]:
+        if last is not None and [s[0] for s in last.seen] == [s[0] for s in self.seen]:
             self.views = last.views  # of the same memory
         elif sources[0].device.type == "cpu":
             found = [v for t in trained for v in _watched(t.detach(), _TRAINED)]
             found += [v for t in frozen for v in _watched(t.detach(), _SMALL)]
             self.views = found
-        self.copies = _joint(self.views) or [v.clone() for v in self.views]
+        # Of few numbers a joint copy is compared: there a call costs more than the numbers.
+        few = sum(v.numel() for v in self.views) <= _FEW
+        self.joint = [v for v in self.views if few and v.is_contiguous() and v.ndim == 1]
+        self.apart = [v for v in self.views if all(v is not w for w in self.joint)]
+        self.copies = [v.clone() for v in self.apart]
+        self.joint_copy = torch.cat(self.joint) if self.joint else None
 
     def holds(self, sources: Sequence[Tensor]) -> bool:
+        """Whether no source has changed since."""
         if self.steps >= 0 and self.steps != _steps[0]:
             return False
         try:
-            for t, (address, version, dtype) in zip(sources, self.seen, strict=True):
-                if t._version != version or t.data_ptr() != address or t.dtype is not dtype:
+            for t, (address, version) in zip(sources, self.seen, strict=True):
+                if t._version != version or t.data_ptr() != address:
                     return False
         except (RuntimeError, ValueError):  # an inference tensor has no version; or another number
             return False
         # The views share the memory whose addresses were just compared.
-        now = self.views if len(self.copies) == len(self.views) else [torch.cat(self.views)]
-        for view, copy in zip(now, self.copies, strict=True):
+        if self.joint_copy is not None and not torch.equal(torch.cat(self.joint), self.joint_copy):
+            return False
+        for view, copy in zip(self.apart, self.copies, strict=True):
             if not torch.equal(view, copy):
                 return False
         return True
-
-
-def _joint(views: list[Tensor]) -> list[Tensor] | None:
-    """The numbers of these views [n] in one tensor if they are few: then calls cost more than numbers."""
-    if len(views) < 2 or sum(v.numel() for v in views) > _FEW:
-        return None
-    if any(v.ndim != 1 or v.dtype != views[0].dtype for v in views):
-        return None
-    return [torch.cat(views)]
 
 
 class Cache:
@@ -142,8 +141,6 @@ def _computed(name: str, compute: Callable[[], Any]) -> Any:
 
 
 def _may_keep(first: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
     return not (first.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

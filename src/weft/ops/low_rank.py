@@ -61,6 +61,15 @@ class LowRank:
         return tuple(t for t in (self.A, self.B, self.d, self.b, self.m) if t is not None)
 
 
+def added(W: Tensor, up: Tensor, A: Tensor, s: float = 1.0) -> Tensor:
+    """Returns W + s up A [out, in] with its graph, for up [out, r] and A [r, in], laid out as W is: so
+    that a product with it, or its norm, rounds as that of W does.
+    """
+    if not W.is_contiguous() and W.t().is_contiguous():
+        return torch.addmm(W.t(), A.t(), up.t(), alpha=s).t()
+    return torch.addmm(W, up, A, alpha=s)
+
+
 def row_scale(m: Tensor, norm: Tensor) -> Tensor:
     """Returns σ = m / ‖V‖ [out] in norm's dtype, for m [out] and norm [out]."""
     return m.to(norm.dtype) / norm

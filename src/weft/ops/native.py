@@ -2,6 +2,8 @@
 
     y = W x + bias,    y += s (h ∘ d) Bᵀ ∘ b,    y = σ (y - bias) + bias        h = x Aᵀ
 
+For the smallest layers it is cheaper to build V = W + ΔW in every call: `built` and `of_built`.
+
 `adapted` takes h and y as they come and works under autocast, torch.compile, torch.func and with tensor
 subclasses. `evaluate` and `train` compute the whole layer for plain tensors of one dtype.
 """
@@ -12,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .low_rank import LowRank, row_scale, scaled
+from .low_rank import LowRank, added, row_scale, scaled
+from .norm import row_norm
 from .row_scale import RowScale
+
+FOLDED = 1 << 12  # numbers of B up to which σ, b and d are folded into a copy that is kept
 
 
 def adapted(
@@ -37,6 +42,10 @@ def evaluate(
     rows = y
     if y.dim() != 2:
         rows, h = y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1])
+    if scale is not None and f.b is not None and f.B.numel() <= FOLDED:
+        _scale_rows(rows, scale)
+        rows.addmm_(h, scale.folded(f).t())
+        return y
     if f.d is not None:
         h.mul_(f.d)
     if f.b is None:
@@ -44,11 +53,16 @@ def evaluate(
     else:
         rows.addcmul_(F.linear(h, f.B), f.b, value=f.s)
     if scale is not None:
-        if scale.shift is None:
-            rows.mul_(scale.sigma)
-        else:
-            torch.addcmul(scale.shift, rows, scale.sigma, out=rows)
+        _scale_rows(rows, scale)
     return y
+
+
+def _scale_rows(rows: Tensor, scale: RowScale) -> None:
+    """rows [tokens, out] <- σ (rows - bias) + bias."""
+    if scale.shift is None:
+        rows.mul_(scale.sigma)
+    else:
+        torch.addcmul(scale.shift, rows, scale.sigma, out=rows)
 
 
 def train(
@@ -64,6 +78,30 @@ def train(
     if f.m is not None and norm is not None:
         y = scaled(y, bias, f.m / norm)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], W.shape[0])
+
+
+def built(W: Tensor, f: LowRank) -> Tensor:
+    """Returns V = W + ΔW [out, in] with its graph, in W's dtype, for W [out, in]."""
+    if f.d is None and f.b is None:
+        return added(W, f.B, f.A, f.s)
+    if f.d is not None and f.b is not None:
+        outer = torch.addr(f.B, f.b, f.d, beta=0, alpha=f.s)  # two products backwards, and no sums
+        return added(W, f.B * outer, f.A)
+    return added(W, f.up(W.dtype), f.A)
+
+
+def of_built(x: Tensor, V: Tensor, bias: Tensor | None, m: Tensor | None) -> Tensor:
+    """Returns y [..., out] = (σ ∘ V) x + bias for x [..., in], V [out, in], bias [out] and m [out].
+
+    The norm is that of V at hand, which costs no more than to see whether a kept one is still true.
+    Without gradients V is written to.
+    """
+    if m is None:
+        return F.linear(x, V, bias)
+    if torch.is_grad_enabled():
+        sigma = row_scale(m, row_norm(V.detach()))
+        return F.linear(x, V * sigma.unsqueeze(1), bias)
+    return F.linear(x, V.mul_(row_scale(m, row_norm(V)).unsqueeze(1)), bias)
 
 
 def _updated(y: Tensor, h: Tensor, f: LowRank) -> Tensor:

@@ -45,7 +45,7 @@ def row_norm(V: Tensor) -> Tensor:
     if V.is_meta:  # vector_norm is slow on the meta device
         return V.new_empty(V.shape[0], dtype=torch.promote_types(V.dtype, torch.float32))
     norm: Tensor = torch.linalg.vector_norm(at_least_float32(V), dim=1)
-    return norm.clamp_min(SMALLEST)
+    return norm.clamp_min(SMALLEST) if norm.requires_grad else norm.clamp_min_(SMALLEST)
 
 
 def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,12 @@
-"""Which way a layer computes its output: a count of operations, chosen per call from three ways.
+"""Which way a layer computes its output: a count of operations, chosen per call from four ways.
 
+    tiny     the weight W' of a layer of few numbers, built in every call (native.py)
     native   the products of the definition, as torch records them: fewest calls (native.py)
     fused    one autograd function, which keeps and moves less (fused.py)
     built    the fused function through W' = σ ∘ (W + C A), C = s diag(b) B diag(d)
 
-An autograd function in Python costs CALLS_OF_FUSED numbers moved; below that the native way is faster.
+A layer of TINY numbers or less is built: that saves calls, forwards and backwards, which cost more there
+than the numbers. An autograd function in Python costs CALLS_OF_FUSED numbers moved; below that the native way is faster.
 Beside W the update costs tokens · r · out multiply-adds, and y is read and written. Building costs out ·
 in · r multiply-adds, W is read, and W' is written, read and written again: it does not grow with the
 tokens. The same holds backwards, where "beside" needs g C and then (g C) A. A row scale is one more pass
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 PER_NUMBER = 8.0
+TINY = 1 << 13  # numbers of W, out · in
 CALLS_OF_FUSED = 1 << 17  # numbers of input and output, tokens · (in + out)
 
 

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from . import philox
 from .cache import Cache
-from .low_rank import LowRank, row_scale
+from .low_rank import LowRank, added, row_scale
 from .norm import (
     DENSE_BELOW,
     at_least_float32,
@@ -44,6 +44,7 @@ class RowScale:
 
     def __init__(self, m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self._m, self.norm, self._bias, self._dtype = m.detach(), norm, bias, dtype
+        self._folded: Tensor | None = None
 
     @cached_property
     def sigma(self) -> Tensor:
@@ -58,6 +59,18 @@ class RowScale:
             return None
         with torch.no_grad():
             return self._bias - self.sigma * self._bias
+
+    @cached_property
+    def column(self) -> Tensor:
+        """σ [out, 1]."""
+        return self.sigma[:, None]
+
+    def folded(self, f: LowRank) -> Tensor:
+        """Returns σ ∘ (s diag(b) B diag(d)) [out, r]; for small layers only, as it is kept."""
+        if self._folded is None:
+            with torch.no_grad():
+                self._folded = self.column * f.up(self.sigma.dtype)
+        return self._folded
 
     @cached_property
     def output_tells(self) -> bool:
@@ -156,7 +169,7 @@ def _norm(
     if W.numel() < DENSE_BELOW or (frozen and 4 * A.shape[0] > W.shape[1]):
         bare = f.d is None and f.b is None and W.dtype is A.dtype is f.B.dtype
         if bare and not build and W.dtype in (torch.float32, torch.float64):
-            return row_norm(torch.addmm(W, f.B, A, alpha=f.s))
+            return row_norm(added(W, f.B, A, f.s))
         exact = at_least_float32(W)
         V = built(exact, A.to(exact.dtype), f.up(exact.dtype))
         ready.V = V if build else None
