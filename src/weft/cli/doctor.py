@@ -167,6 +167,7 @@ def _two_blocks() -> tuple[Any, Any]:
             )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Returns the block's output [..., width] for x [..., width]."""
             own: Any = self
             out: torch.Tensor = x + own["down"](own["up"](x + own["attention"]["output"](x)))
             return out
@@ -177,6 +178,7 @@ def _two_blocks() -> tuple[Any, Any]:
             self.blocks, self.head = torch.nn.ModuleList([Block(), Block()]), linear(5, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Returns the head's output [..., classes] for x [..., width]."""
             out: torch.Tensor = self.head(self.blocks[1](self.blocks[0](x)))
             return out
 
@@ -203,6 +205,7 @@ def _tiny_transformer() -> tuple[Any, Any]:
             self.body = transformers.GPT2Model(config)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Returns the last hidden state [batch, tokens, width] for embeddings x of that shape."""
             out: torch.Tensor = self.body(inputs_embeds=x).last_hidden_state
             return out
 

@@ -83,7 +83,10 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(data: Any) -> Any:
-    """The configuration that `to_json` wrote; unknown fields and methods are refused by name."""
+    """Returns the configuration that `to_json` wrote.
+
+    Raises ConfigError, which names the field or method, if one of them is unknown.
+    """
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
         raise ConfigError(
             'a configuration in JSON is an object with a "method" field, for example {"method": '

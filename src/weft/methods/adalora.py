@@ -187,6 +187,7 @@ class AdaLoRA(LowRankConfig):
         return {"P": (out, self.r), "lam": (self.r, 1), "Q": (self.r, in_)}
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns Gaussian P [out, r] and Q [r, in], and lam [r, 1] of zeros."""
         return {
             "P": rng.normal("P", (layer.out_features, self.r), 0.02),
             "lam": rng.full((self.r, 1)),

@@ -125,6 +125,11 @@ class Bottleneck(LayerConfig):
         return self.r
 
     def forward(self, x: Tensor, y: Tensor, layer: BaseLayer, p: Params) -> Tensor:
+        """Returns y' [..., out] for the layer's input x [..., in] and its own output y [..., out].
+
+        On a layer norm, which has no weight, the update is added to the input, and the norm is
+        applied again.
+        """
         update = self._update(x, y, layer, p)
         if not layer.has_weight:
             return layer.forward(x + update.to(x.dtype))
@@ -163,6 +168,11 @@ class Bottleneck(LayerConfig):
         return names
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns down [r, width], up [out, r], and the biases and gain and shift [width] if
+        configured.
+
+        Raises TargetError if a parallel adapter with a LayerNorm is to read an embedding's ids.
+        """
         ids = self.place == "parallel" and layer.takes_ids
         if ids and self.layer_norm:
             raise TargetError(

@@ -101,10 +101,11 @@ class DyLoRA(LowRankConfig):
         return {"A": (self.r, in_), "B": (out, self.r)}
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns A [r, in] and B [out, r] as LoRA draws them."""
         return LoRA(r=self.r, init=self.init).initial(layer, rng, shared)
 
     def buffers(self, out: int, in_: int, device: torch.device) -> dict[str, Tensor]:
-        """`step`, and the rank `b` of the step to come."""
+        """Returns `step` [] and the rank `b` [] of the next step."""
         return {
             "step": torch.zeros((), dtype=torch.int64, device=device),
             "b": torch.full((), self.rank_at(0), dtype=torch.int64, device=device),

@@ -118,6 +118,9 @@ class Prefix(TensorConfig):
         return {"up": (out + in_, self.hidden), "b_up": (out + in_,)}
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns keys [n, out] and values [n, in]; with `hidden`, up [out + in, hidden] and its
+        bias.
+        """
         if self.hidden is None:
             return _gaussian(self, layer, rng)
         shape = (layer.out_features + layer.in_features, self.hidden)
@@ -148,7 +151,7 @@ class Prefix(TensorConfig):
         return replace(self, hidden=None)
 
     def finished_tensors(self, p: Params) -> dict[str, Tensor]:
-        """Its tensors."""
+        """Returns keys [n, out] and values [n, in], computed by the MLP if there is one."""
         keys, values = self.keys_values(p)
         return {"keys": keys, "values": values}
 
@@ -178,6 +181,7 @@ class VirtualTokens(TensorConfig):
         }
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns Gaussian before [l_p, out] and after [l_i, out], without those of length 0."""
         return _gaussian(self, layer, rng)
 
 

@@ -41,13 +41,16 @@ class PerRow:
         self.groups = {n: [i for i, m in enumerate(names) if m == n] for n in distinct}
 
     def index(self, name: str, rows: int, device: torch.device) -> Tensor:
-        """Returns the rows of a layer's first dimension that belong to `name`, several per batch row."""
+        """Returns [n] indices: the rows of a layer's first dimension that belong to adapter `name`.
+
+        Flattened tokens give several such rows per row of the batch.
+        """
         span = rows // len(self.names)
         first = torch.tensor(self.groups[name], device=device)[:, None] * span
         return (first + torch.arange(span, device=device)).reshape(-1)
 
     def check(self, x: Tensor, feature_dims: int) -> None:
-        """Raises WeftError unless the first dimension is the batch, or batch x tokens flattened."""
+        """Raises WeftError unless x is [batch, ...] or, flattened, [batch x tokens, in]."""
         n, have = len(self.names), x.shape[0] if x.dim() > feature_dims else 0
         # Ids in one dimension are as likely positions as tokens, so those must be the batch itself.
         flat = feature_dims > 0 and x.dim() == feature_dims + 1 and have % n == 0

@@ -180,8 +180,10 @@ class Adapter:
         self.config = self.config.truncated(r)
 
     def training_state(self) -> dict[str, Tensor]:
-        """What a run that goes on bit for bit needs beside tensors and optimiser: copies of the
-        buffers that `model.state_dict()` has too. Empty for most methods.
+        """Returns the state beside tensors and optimiser that a run needs to resume bit for bit.
+
+        It has copies of the layers' buffers, which `model.state_dict()` has too: for DyLoRA
+        "<module>.step" []. Most methods have none.
         """
         return {
             f"{module}.{name}": layer.get_buffer(name).detach().clone()
@@ -191,8 +193,9 @@ class Adapter:
 
     @torch.no_grad()
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `training_state` gave. Raises CheckpointError where names or shapes
-        differ.
+        """Copies the buffers that `training_state` returned, such as step [], into the layers.
+
+        Raises CheckpointError if names or shapes differ.
         """
         live = {
             f"{module}.{name}": layer.get_buffer(name)

@@ -37,8 +37,8 @@ def estimate(adapter: Adapter, inputs: Mapping[str, Tensor] | None = None) -> Me
     """Returns the memory of a training step with AdamW: exact for tensors, without the allocator's
     rounding and temporaries.
 
-    inputs: a batch on the model's device, which may be meta. With it, one forward counts the
-    activations.
+    `inputs` is a batch, for example input_ids [batch, tokens], on the model's device, which may be
+    meta. If it is given, one forward measures the activations.
     """
     trained = list(adapter.parameters())
     ours = {id(p) for site in adapter.layers.values() for p in site.parameters()}

@@ -30,7 +30,12 @@ class Watch:
         self._moves = 0
 
     def look(self, layer: Any, out: Tensor) -> None:
-        """Called in every forward in training, with the layer's output. Raises UnsupportedError."""
+        """Compares the tensors of a layer with those of the last forward; `out` [..., out] is its
+        output.
+
+        Every forward in training calls it. Raises UnsupportedError at the second move without a
+        step.
+        """
         if not out.requires_grad:
             return
         now = [

@@ -101,8 +101,10 @@ class Gathered:
 
 
 def gathered(x: Tensor, n: int) -> Gathered:
-    """What this thread has gathered of x as n rows. With gradients nothing is shared: a second
-    backward pass over the same input would go through a graph that the first has freed.
+    """Returns this thread's cache of rows gathered from x, seen as [n, tokens, in].
+
+    With gradients nothing is shared: a second backward pass over the same input would go through a
+    graph that the first has freed.
     """
     if torch.is_grad_enabled() or x.is_inference():
         return Gathered(n)

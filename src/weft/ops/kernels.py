@@ -44,7 +44,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def use(t: Tensor) -> bool:
-    """The kernels run for this tensor."""
+    """Returns True if the kernels run for tensors of t's device and dtype."""
     return (t.is_cuda or interpreted()) and why_not(t.device, t.dtype) is None
 
 
@@ -57,8 +57,10 @@ def compose_up(
     bias: Tensor | None,
     index: Tensor | None = None,
 ) -> Tensor:
-    """In place: y [rows, tokens, out], h [rows, tokens, r]; B [out, r] and σ [out], or B [k, out,
-    r] and σ [k, out] with the adapter of each row in index [rows]. Sums in float32. Returns y.
+    """Writes σ ∘ (y + s h Bᵀ - bias) + bias to y [rows, tokens, out], and returns y.
+
+    h is [rows, tokens, r]. B is [out, r] and σ [out]; or B is [k, out, r] and σ [k, out], and index
+    [rows] has each row's adapter. Sums are in float32. Raises ValueError if y is not contiguous.
     """
     from . import triton_kernels
 
@@ -73,7 +75,9 @@ def compose_up(
 
 
 def compose_grad(g: Tensor, y: Tensor, sigma: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """g and y [tokens, out] -> σ ∘ g in g's dtype, and Σ_tokens g ∘ (y - bias) [out] in float32."""
+    """Returns σ ∘ g in g's dtype, and Σ_tokens g ∘ (y - bias) [out] in float32, for g and y
+    [tokens, out].
+    """
     from . import triton_kernels
 
     return triton_kernels.compose_grad(

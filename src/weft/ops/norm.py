@@ -26,7 +26,7 @@ _LEFT = 0.05
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """Returns t in float32, or t itself in float64: the dtypes in which an effective weight is defined."""
+    """Returns t [...] in float32, or t itself if it is float64: the dtypes of an effective weight."""
     return t if t.dtype == torch.float64 else t.float()
 
 
@@ -60,7 +60,10 @@ def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def can_join(x: Tensor, W: Tensor, dtype: torch.dtype) -> bool:
-    """`joint_product` gives W Aᵀ in `dtype`, and costs less than reading W twice."""
+    """Returns True if `joint_product` gives W Aᵀ in `dtype` and is faster than reading W twice.
+
+    x is [..., in] and W is [out, in].
+    """
     return x.dtype == W.dtype == dtype and 0 < x.numel() <= JOINT_BELOW
 
 

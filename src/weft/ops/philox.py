@@ -36,8 +36,9 @@ def key_of(*parts: object) -> int:
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32 over int64 tensors that hold unsigned 32-bit values; the key has 64
-    bits.
+    """Returns ten rounds of Philox4x32 of four counters [...]; the key has 64 bits.
+
+    The tensors are int64 and contain unsigned 32-bit values.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key & _MASK, (key >> 32) & _MASK

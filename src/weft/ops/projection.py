@@ -94,12 +94,16 @@ def _dropped(x: Tensor, words: Tensor, dropout: float) -> Tensor:
 class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, words: Tensor, dropout: float) -> Tensor:
+        """Returns dropout(x) Aᵀ [..., r] for x [..., in] and A [r, in], and keeps only A and two
+        words.
+        """
         ctx.save_for_backward(A, words)
         ctx.dropout, ctx.dtype = dropout, x.dtype
         return F.linear(_dropped(x, words, dropout), A)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """Returns the gradient of x [..., in], (g A) under the same mask, for g [..., r]."""
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         A, words = ctx.saved_tensors

@@ -40,6 +40,7 @@ class SplitMap(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = q_proj, k_proj, v_proj
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns q, k and v side by side [..., 3 width] for x [..., width]."""
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
 
 

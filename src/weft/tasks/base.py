@@ -94,6 +94,7 @@ class WithLabels:
         return len(self.labels)
 
     def wanted(self, rows: Tensor) -> Tensor:
+        """Returns the labels of these rows [n]."""
         return self.labels[rows]
 
 
@@ -199,7 +200,9 @@ def divide(
 
 
 def digest(labels: Tensor, *tensors: Tensor) -> str:
-    """Returns 16 hex digits of SHA-256 over shapes, dtypes and bits of tensors of any shape."""
+    """Returns 16 hex digits of SHA-256 over shapes, dtypes and bits of labels [n] and tensors
+    [...].
+    """
     sha = hashlib.sha256()
     for t in (labels, *tensors):
         sha.update(f"{tuple(t.shape)}{t.dtype}".encode())

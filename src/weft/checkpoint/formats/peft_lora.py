@@ -72,6 +72,11 @@ class LoraFormat:
         return config.get("peft_type") == self.name
 
     def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+        """Reads A [r, in], B [out, r] and, for DoRA, m [out] of every layer.
+
+        Raises UnsupportedError if a field of peft is not supported, and ConfigError if a value is
+        invalid.
+        """
         layers.refuse_fields(config, _SUPPORTED, "LoRA")
         init = config.get("init_lora_weights")
         if init not in _PLAIN_INITS:
@@ -101,6 +106,7 @@ class LoraFormat:
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
+        """Fills A [r, in], B [out, r] and, for DoRA, m [out] of every layer."""
         layers.restore_layers(checkpoint, tensors, manifest, _lora_key)
 
     def why_not_model(self, root: nn.Module) -> str | None:

@@ -138,6 +138,10 @@ def _over(name: str) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        """Attends from query [batch, heads, tokens, width] to the prefix, keys and values.
+
+        The mask [batch, 1, tokens, keys] is widened by the n columns of the prefix.
+        """
         run = _own(module, name)
         found = _prefix(module, key, value)
         if found is None:

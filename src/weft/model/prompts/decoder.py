@@ -47,7 +47,8 @@ class DecoderInputs:
     ) -> tuple[dict[str, Any], TokenLayout]:
         """Returns the arguments for the first tokens of a sequence, and their layout.
 
-        layer: the trained tensors of PreEmbed, or None if every block replaces the states. Raises
+        The layout extends input_ids or inputs_embeds [batch, tokens] by the virtual tokens. `layer`
+        has the trained tensors of PreEmbed, or is None if every block replaces the states. Raises
         UnsupportedError if an argument has no meaning with virtual tokens.
         """
         if given.get("token_type_ids") is not None:
