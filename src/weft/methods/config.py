@@ -1,7 +1,7 @@
 """The base classes of all configurations: common fields, their checks, and the defaults of a method.
 
 `Config` alone only trains tensors of the base model; a `TensorConfig` has tensors of its own; a
-`LayerConfig` adapts layers; a `LowRankConfig` by a low-rank update. A method overrides what differs.
+`LayerConfig` adapts layers; a `LowRankConfig` by a low-rank update. A method overrides the defaults.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What every adapter has: tensors of the base model that train beside its own."""
+    """The base of all configurations: tensors of the base model that train beside the adapter's
+    own.
+    """
 
     modules_to_save: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
 
-    learning_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)  # what `weft compare` tries
+    learning_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)  # tried by `weft compare`
     mergeable: ClassVar[bool] = True
     not_mergeable: ClassVar[str] = ""  # why not, for messages
     starts_at_base: ClassVar[bool] = True  # the output is unchanged until something trains
@@ -164,7 +166,7 @@ class TensorConfig(Config):
         return None
 
     def load_extra_state(self, p: Params, text: str) -> None:
-        """Restores what `extra_state` returned."""
+        """Restores the state that `extra_state` returned."""
 
     def unmoved(self, p: Params) -> tuple[str, ...]:
         """Returns trained tensors that the method itself keeps at their initial values."""
@@ -199,7 +201,7 @@ class LayerConfig(TensorConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(LayerConfig):
-    """A method of the form W' = σ ∘ (W + s diag(b) B diag(d) A): it says its factors."""
+    """A method of the form W' = σ ∘ (W + s diag(b) B diag(d) A), defined by its factors."""
 
     r: int = 8
     dropout: float = 0.0
