@@ -29,7 +29,7 @@ arXiv:2304.01933 (LLaMA's rows: targets=["up_proj", "down_proj"]). He et al. sca
 Differs from them: the originals start `up` at small random numbers (standard deviation 0.01 or
 0.02), so the initial output is only close to the base's; Houlsby trains the model's LayerNorms too,
 which the counts of arXiv:2106.09685 leave out; Lin's code reads the block's output after the
-residual sum, here the MLP's output before it is read. Differs from the package `adapters`: its
+residual sum, here h is the MLP's output before that sum. Differs from the package `adapters`: its
 dropout follows `up`, its Pfeiffer on a pre-norm model reads the sum of residual and MLP output
 (original_ln_before), and its parallel adapter spans the whole MLP. Tests compare everything else
 with it.

@@ -70,7 +70,7 @@ class DyLoRA(LowRankConfig):
 
     @property
     def audit_after(self) -> int:
-        """The number of steps after which both A and B have moved.
+        """The number of steps after which both A and B have moved, or 0 without last_only.
 
         With last_only, A moves only after the same b has been drawn twice.
         """

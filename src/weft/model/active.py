@@ -1,7 +1,7 @@
 """Which adapter is active, for each caller: one object per model, which every adapted layer reads.
 
-What `weft.use` chose belongs to the calling thread or asyncio task (a context variable). A caller that
-has chosen nothing gets the model's default, the adapter that was attached last.
+The choice of `weft.use` belongs to the calling thread or asyncio task (a context variable). A
+caller that has chosen nothing gets the model's default, the adapter that was attached last.
 
 Gradient checkpointing runs a forward again inside backward, in whatever thread and under whatever
 choice backward runs. So the choice of the forward is written on torch's own record of the checkpointed

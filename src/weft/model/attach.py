@@ -1,4 +1,4 @@
-"""Attach adapters to a model in place, and take them off again."""
+"""Attaches adapters to a model in place, and detaches them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class Parts:
-    """What an adapter consists of in one model: a rule per module, base tensors trained as copies,
-    and what stays frozen and why. `routed`: modules whose tokens a router has regrouped.
+    """The parts of an adapter in one model: a configuration per module, base tensors trained as
+    copies, and frozen tensors with the reason why. `routed`: modules whose tokens a router has
+    regrouped.
     """
 
     rules: Mapping[str, Any]
@@ -45,12 +46,12 @@ class Parts:
 
 
 def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
-    """Attach `config` to `model` in place, freeze the base, make the adapter active, and return its
-    handle.
+    """Attaches `config` to `model` in place, freezes the base, activates the adapter, and returns
+    its handle.
 
-    No wrapper is made and no base parameter is renamed. The output is unchanged until the adapter
-    is trained, but for the methods that say `starts_at_base = False` (Prefix, PreEmbed, PreLayer).
-    A failed attach leaves the model as it was. Adapters share a model under different names.
+    There is no wrapper, and no base parameter is renamed. The output is unchanged until the adapter
+    is trained, except for methods with `starts_at_base = False` (Prefix, PreEmbed, PreLayer). If
+    attaching fails, the model is unchanged. A model can have several adapters with different names.
 
     Raises ConfigError (not a Weft configuration, bad name), TargetError (the targets do not fit the
     model), WeftError (the name is taken), MergeError (an adapter is merged).
@@ -67,7 +68,7 @@ def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
 def parts_of(structure: Structure, config: Any) -> Parts:
     """Resolves a configuration against a model, before the model is changed.
 
-    Raises TargetError if something that the configuration names does not fit the model.
+    Raises TargetError if a name in the configuration does not fit the model.
     """
     for tensor, parameter in structure.root.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -110,10 +111,10 @@ def attach_resolved(
     shared: Mapping[Any, Shared] | None = None,
     fill: Callable[[Adapter], None] | None = None,
 ) -> Adapter:
-    """Attaches exactly these parts. `shared` has frozen tensors read from a file, by share_key; `fill`
-    is called with the adapter before the model is touched, to give its tensors their values.
+    """Attaches exactly these parts. `shared` has frozen tensors read from a file, by share_key;
+    `fill` is called with the adapter before the model is changed, to fill its tensors.
 
-    Raises as `attach` does; everything that can fail happens before the model is touched.
+    Raises as `attach` does; everything that can fail happens before the model is changed.
     """
     fallback.refresh()
     root = structure.root
@@ -159,12 +160,11 @@ def _attach(
 
 
 def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -> None:
-    """Take an adapter off: the model has the modules, keys, flags and outputs that it had before.
+    """Detaches an adapter: the model has the modules, keys, flags and outputs that it had before.
 
-    Where it was the active adapter, the base is active afterwards. keep_merged=True drops a merged
-    adapter and leaves its effective weights in the model for good. Raises WeftError (no such
-    adapter, or an open `with weft.use(...)` uses it), MergeError (it is merged and keep_merged was
-    not given).
+    If it was the active adapter, the base becomes active. keep_merged=True drops a merged adapter
+    and leaves its effective weights in the model permanently. Raises WeftError (no such adapter, or
+    an open `with weft.use(...)` uses it), MergeError (it is merged and keep_merged was not given).
     """
     state = state_of(model)
     with state.gate.alone(f"detach adapter {name!r}"):
@@ -200,7 +200,7 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Name -> handle of every adapter on the model; empty where there is none."""
+    """Returns the handles of all adapters on the model by name; empty if there are none."""
     state = find_state(model)
     return dict(state.adapters) if state else {}
 
@@ -248,7 +248,9 @@ def _check_ownership(
 
 
 def _check_tied(structure: Structure, rules: Mapping[str, Any]) -> None:
-    """Adapting one of two modules that read one Parameter would give other outputs when merged."""
+    """Raises TargetError if a target is tied: merging would change the outputs of its other
+    readers.
+    """
     readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in structure.modules.items():
         for tensor, parameter in module._parameters.items():
@@ -310,8 +312,8 @@ def _build_sites(
 
 
 def _pool(state: State | None) -> dict[Any, Any]:
-    """The shared tensors of adapters already on the model, so that equal ones exist once a
-    model.
+    """Returns the shared tensors of adapters already on the model, so that equal ones exist only
+    once per model.
     """
     sites = (
         [site for adapter in state.adapters.values() for site in adapter.layers.values()]
