@@ -1,4 +1,4 @@
-"""What an update does: magnitude and direction of the weights over the checkpoints of a run, and
+"""The effect of an update: magnitude and direction of the weights over the checkpoints of a run, and
 their correlation.
 
 changes.py   delta M and delta D of one matrix, and of every matrix that an adapter changes

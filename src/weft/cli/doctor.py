@@ -149,8 +149,8 @@ def _run_method(method: Any) -> str:
 
 
 def _two_blocks() -> tuple[Any, Any]:
-    """A model with what methods look for in a transformer's block: attention and MLP with output
-    layers.
+    """Returns a model with the parts of a transformer's block that methods look for, and an input
+    [2, 5].
     """
     import torch
 
@@ -186,7 +186,7 @@ def _two_blocks() -> tuple[Any, Any]:
 
 
 def _tiny_transformer() -> tuple[Any, Any]:
-    """A GPT-2 of two blocks of width 6 that reads embeddings."""
+    """Returns a GPT-2 of two blocks of width 6 that reads embeddings, and an input [2, 5, 6]."""
     import torch
     import transformers
 

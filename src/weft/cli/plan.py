@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what an adapter would train. Returns 0. Raises ConfigError if --batch and --tokens are
-    not given together.
+    """Prints the tensors that an adapter would train. Returns 0. Raises ConfigError if --batch and
+    --tokens are not given together.
     """
     from ..errors import ConfigError
 

@@ -67,8 +67,8 @@ Active = str | PerRow | None
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Choice:
-    """What one caller chose, the checkpointed region and the backward pass in which it did, and how
-    many `with weft.use(...)` blocks of this caller are open.
+    """The selection of one caller, the checkpointed region and the backward pass in which it did,
+    and how many `with weft.use(...)` blocks of this caller are open.
     """
 
     active: Active
@@ -88,7 +88,9 @@ class _Traced(threading.local):
 
 
 class ActiveAdapters:
-    """The active adapter or rows of one model. A copy starts with what its maker sees as default."""
+    """The active adapter or rows of one model. A copy starts with the choice of its creator as
+    default.
+    """
 
     def __init__(self, default: Active = None) -> None:
         self.key = next(_keys)
@@ -108,7 +110,8 @@ class ActiveAdapters:
         self.merged, self.base_weights = state["merged"], state["base_weights"]
 
     def current(self, checkpointed: bool = False) -> Active:
-        """Returns what is active for this caller, or was in the forward that is being recomputed.
+        """Returns the selection that is active for this caller, or was in the forward that is being
+        recomputed.
 
         `checkpointed`: without gradients, this may be the first forward of a reentrant checkpoint.
         """
@@ -129,7 +132,7 @@ class ActiveAdapters:
         return active
 
     def chosen(self) -> Choice | None:
-        """Returns what this caller chose, or None."""
+        """Returns the choice of this caller, or None."""
         return _choices.get().get(self.key)
 
     def choose(self, active: Active, open_blocks: int) -> None:
@@ -139,7 +142,7 @@ class ActiveAdapters:
         self.restore(Choice(active, region, _task(), open_blocks))
 
     def restore(self, choice: Choice | None) -> None:
-        """Puts back what `chosen` returned."""
+        """Restores the choice that `chosen` returned."""
         others = {k: v for k, v in _choices.get().items() if k != self.key}
         _choices.set(others if choice is None else {**others, self.key: choice})
         self.traced.choice = choice
@@ -150,7 +153,7 @@ class ActiveAdapters:
         self.default = active
 
     def _record(self, region: Any, choice: Choice | None, active: Active) -> None:
-        """Notes on a checkpointed region what is active, unless the region itself chose it."""
+        """Records the active selection on a checkpointed region, unless the region itself chose it."""
         if region is None or (choice is not None and choice.region is region):
             return
         record = getattr(region, _RECORD, None)
@@ -160,7 +163,7 @@ class ActiveAdapters:
         record.setdefault(self.key, active)
 
     def _of_the_forward(self, choice: Choice | None, active: Active) -> Active:
-        """What was active in the forward that this backward pass recomputes."""
+        """Returns the selection of the forward that this backward pass recomputes."""
         if choice is not None and choice.task == _task():
             return active  # chosen within the recomputation, as it was within the forward
         region = _recomputed_region()

@@ -39,7 +39,7 @@ class Parts:
     regrouped.
     """
 
-    rules: Mapping[str, Any]
+    configs: Mapping[str, Any]
     selected: Sequence[str] = ()
     frozen: Sequence[Frozen] = ()
     routed: Sequence[str] = ()
@@ -84,19 +84,19 @@ def parts_of(structure: Structure, config: Any) -> Parts:
     if not isinstance(config, LayerConfig):
         return Parts({}, _union(trained_tensors(structure, config, (), saved), saved))
     found = targets.resolve(structure, config.targets, config.blocks_left_out)
-    rules = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
+    configs = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]
         if config.targets in KEYWORDS:  # "all-linear" means all that are not trained in full
-            rules.pop(module, None)
-        if module in rules:
+            configs.pop(module, None)
+        if module in configs:
             raise TargetError(
                 f"{module!r} is named by targets and by "
                 f"modules_to_save={list(config.modules_to_save)}: "
                 "a layer is adapted or trained in full. Take it out of one of the two."
             )
-    trained = trained_tensors(structure, config, rules, saved)
-    return Parts(rules, _union(trained, saved), found.frozen, found.routed)
+    trained = trained_tensors(structure, config, configs, saved)
+    return Parts(configs, _union(trained, saved), found.frozen, found.routed)
 
 
 def _union(first: Sequence[str], second: Sequence[str]) -> list[str]:
@@ -137,19 +137,19 @@ def _attach(
     _check_name(state, name)
     with base_only(state):
         modules = dict(root.named_modules())
-        _check_ownership(modules, parts.rules, state)
+        _check_ownership(modules, parts.configs, state)
         _check_tied(
             structure,
             {
-                name: rule
-                for name, rule in parts.rules.items()
-                if not isinstance(rule, PromptMethod)
+                name: method
+                for name, method in parts.configs.items()
+                if not isinstance(method, PromptMethod)
             },
         )
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
-        adapter.layers = _build_sites(structure, modules, parts.rules, state, shared)
+        adapter.layers = _build_layers(structure, modules, parts.configs, state, shared)
         adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)
         if fill is not None:
             fill(adapter)
@@ -184,11 +184,11 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     state.forget(name)
     if isinstance(adapter.config, PromptMethod):
         prompts.uninstall(state, adapter)
-    for site in adapter.layers.values():
-        layer = site.base.module
-        del layers_of(layer)[name]
-        if not len(layers_of(layer)):
-            restore(layer)
+    for layer in adapter.layers.values():
+        module = layer.base.module
+        del layers_of(module)[name]
+        if not len(layers_of(module)):
+            restore(module)
     del state.adapters[name]
     unfollow(adapter)
     if not state.adapters:
@@ -228,7 +228,7 @@ def _check_name(state: State | None, name: str) -> None:
 
 
 def _check_ownership(
-    modules: Mapping[str, nn.Module], rules: Mapping[str, Any], state: State | None
+    modules: Mapping[str, nn.Module], configs: Mapping[str, Any], state: State | None
 ) -> None:
     mine = None if state is None else state.active
     for name, module in modules.items():
@@ -237,7 +237,7 @@ def _check_ownership(
                 f"{name!r} carries an adapter that was attached through another root module. Use "
                 "that module, or detach it first."
             )
-    for name in rules:
+    for name in configs:
         if name not in modules:
             raise TargetError(f"the model has no module {name!r}.")
         if not is_adapted(modules[name]) and hasattr(modules[name], CHILD):
@@ -247,7 +247,7 @@ def _check_ownership(
             )
 
 
-def _check_tied(structure: Structure, rules: Mapping[str, Any]) -> None:
+def _check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
     """Raises TargetError if a target is tied: merging would change the outputs of its other
     readers.
     """
@@ -255,7 +255,7 @@ def _check_tied(structure: Structure, rules: Mapping[str, Any]) -> None:
     for name, module in structure.modules.items():
         for tensor, parameter in module._parameters.items():
             readers.setdefault(id(parameter), []).append((name, module, tensor))
-    for name in rules:
+    for name in configs:
         layer = structure.root.get_submodule(name)
         for other, module, tensor in readers[id(layer._parameters["weight"])]:
             if module is layer and tensor == "weight":
@@ -269,61 +269,61 @@ def _check_tied(structure: Structure, rules: Mapping[str, Any]) -> None:
             )
 
 
-def _build_sites(
+def _build_layers(
     structure: Structure,
     modules: Mapping[str, nn.Module],
-    rules: Mapping[str, Any],
+    configs: Mapping[str, Any],
     state: State | None,
     given: Mapping[Any, Shared],
 ) -> dict[str, AdapterLayer]:
-    views: dict[str, Any] = dict(prompts.hosts_of(structure, rules))
-    views |= {name: base_layers.view(modules[name]) for name in rules if name not in views}
-    for name, rule in rules.items():
-        if not views[name].has_weight and not rule.adapts_norms:
+    views: dict[str, Any] = dict(prompts.hosts_of(structure, configs))
+    views |= {name: base_layers.view(modules[name]) for name in configs if name not in views}
+    for name, method in configs.items():
+        if not views[name].has_weight and not method.adapts_norms:
             raise TargetError(
                 f"{name!r} is a layer norm ({type(modules[name]).__name__}), and "
-                f"{type(rule).__name__} adapts weight matrices. "
+                f"{type(method).__name__} adapts weight matrices. "
                 'Target "mlp-output", or another linear layer.'
             )
     groups: dict[Any, list[tuple[int, int]]] = {}
-    for name, rule in rules.items():
-        groups.setdefault(rule.share_key(), []).append(
+    for name, method in configs.items():
+        groups.setdefault(method.share_key(), []).append(
             (views[name].out_features, views[name].in_features)
         )
     pool = _pool(state)
     written = any(
         getattr(module, "inplace", False) is True for module in structure.root.modules()
     )  # nn.ReLU(inplace=True)
-    sites = {}
-    for name, rule in rules.items():
-        key, device = rule.share_key(), views[name].device
+    layers = {}
+    for name, method in configs.items():
+        key, device = method.share_key(), views[name].device
         shared = given.get(key)
         if shared is None and key is not None:
             full = (key, max(o for o, _ in groups[key]), max(i for _, i in groups[key]), device)
             if full not in pool:
-                made = rule.shared(groups[key], device)
+                made = method.shared(groups[key], device)
                 pool[full] = made
             shared = pool[full]
-        sites[name] = AdapterLayer(rule, views[name], shared)
-        sites[name].written = written
-        sites[name].initialise(Rng(rule.seed, name, device))
-        sites[name].train(modules[name].training)
-    return sites
+        layers[name] = AdapterLayer(method, views[name], shared)
+        layers[name].written = written
+        layers[name].initialise(Rng(method.seed, name, device))
+        layers[name].train(modules[name].training)
+    return layers
 
 
 def _pool(state: State | None) -> dict[Any, Any]:
     """Returns the shared tensors of adapters already on the model, so that equal ones exist only
     once per model.
     """
-    sites = (
-        [site for adapter in state.adapters.values() for site in adapter.layers.values()]
+    layers = (
+        [layer for adapter in state.adapters.values() for layer in adapter.layers.values()]
         if state
         else []
     )
     return {
-        site.shared.pool_key(): site.shared
-        for site in sites
-        if site.shared is not None and site.shared.pool_key() is not None
+        layer.shared.pool_key(): layer.shared
+        for layer in layers
+        if layer.shared is not None and layer.shared.pool_key() is not None
     }
 
 
@@ -339,11 +339,11 @@ def _install(
         state.watch_root()
     if isinstance(adapter.config, PromptMethod):
         prompts.install(state, adapter, structure)
-    for name, site in adapter.layers.items():
+    for name, layer in adapter.layers.items():
         if not is_adapted(modules[name]):
             adapt(modules[name], state.active)
-        site.active = state.active
-        layers_of(modules[name])[adapter.name] = site
+        layer.active = state.active
+        layers_of(modules[name])[adapter.name] = layer
     state.adapters[adapter.name] = adapter
     follow(adapter)
     if follows(adapter):

@@ -27,11 +27,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torc
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge measured.
+    """The measurements of a merge.
 
     rounding: largest ‖cast(W') - W'‖ / ‖W'‖ over the merged weights. change: largest ‖W' - W‖ /
     ‖W‖. With `verify`: output_error is max |merged - attached| / max |attached| over all outputs,
-    effect is the same for attached against base, and tolerance is what output_error was held to.
+    effect is the same for attached against base, and tolerance is the limit of output_error.
     """
 
     name: str
@@ -92,7 +92,7 @@ def merge(
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts the base's weights back bit for bit and makes active what was active before `merge`.
+    """Puts the base's weights back bit for bit and restores the selection from before `merge`.
 
     Raises MergeError if nothing is merged, or another caller is inside `with weft.use(...)`.
     """

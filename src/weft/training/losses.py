@@ -73,8 +73,8 @@ def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def reduced(logits: Any, labels: Tensor) -> Tensor:
-    """Reduces a language model's logits [rows, length, words] to what its metrics need, [rows, 3]:
-    the summed loss, the number of tokens in it, and how many of them had the highest logit.
+    """Reduces a language model's logits [rows, length, words] to the inputs of its metrics [rows,
+    3]: the summed loss, the number of tokens in it, and how many of them had the highest logit.
 
     labels [rows, length].
     """

@@ -1,7 +1,7 @@
 """The view of a layer that adapters get: one class per kind of layer, each in a file of this folder.
 
-All kinds but norms are linear maps W [out, in]. The class says how the layer stores W and what its input
-is; everything else in Weft asks it, and compares no kind by name.
+All kinds but norms are linear maps W [out, in]. The class defines how the layer stores W and reads
+its input; the rest of Weft never compares kinds by name.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class BaseLayer:
 
 
 def weight_fault(module: nn.Module) -> str | None:
-    """Returns what is wrong with a weight matrix for adapting its layer, or None."""
+    """Returns why a weight matrix cannot be adapted, or None."""
     if parametrize.is_parametrized(module):
         return (
             "its weight is parametrised; call "
