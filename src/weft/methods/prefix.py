@@ -158,7 +158,7 @@ class Prefix(TensorConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualTokens(TensorConfig):
-    """The base of PreEmbed and PreLayer: l_p trained vectors before the prompt and l_i behind it."""
+    """The base of PreEmbed and PreLayer: l_p trained vectors before the prompt and l_i after it."""
 
     l_p: int = 20
     l_i: int = 0

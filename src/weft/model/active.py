@@ -148,7 +148,7 @@ class ActiveAdapters:
         self.traced.choice = choice
 
     def set_default(self, active: Active) -> None:
-        """Makes this active for every caller that has chosen nothing."""
+        """Makes this active for every caller without a choice of its own."""
         self.several = self.several or (self.default is not None and active != self.default)
         self.default = active
 

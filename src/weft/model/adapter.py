@@ -213,7 +213,7 @@ class Adapter:
             t.copy_(state[name])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Lets a copy, or an adapter from a pickle, follow steps like the original."""
+        """Restores a copy or a pickle, which follows optimiser steps like the original."""
         self.__dict__.update(state)
         follow(self)
 

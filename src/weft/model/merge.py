@@ -1,4 +1,4 @@
-"""Merge an adapter into the weights, measured, and give the base back bit for bit."""
+"""Merges an adapter into the weights, measures the error, and restores the base bit for bit."""
 
 from __future__ import annotations
 
@@ -126,10 +126,10 @@ def _merge(state: State, adapter: Adapter) -> MergeReport:
 
 
 def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
-    """W' [out, in] of one adapted layer in float32 (float64 where the weight is), detached.
+    """Returns W' [out, in] of one adapted layer, detached, in float32 (float64 if the weight is).
 
-    Raises WeftError (the layer carries no such adapter), UnsupportedError (it is no change of
-    weights).
+    Raises WeftError (the layer has no such adapter), UnsupportedError (the method changes no
+    weight).
     """
     active = active_of(layer)
     found = layers_of(layer)._modules.get(name) if active is not None else None
@@ -252,8 +252,8 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
-    """All floating outputs of the model for `inputs` in eval mode, as float64; empty where there
-    are no inputs.
+    """Returns all floating outputs of the model for `inputs` in eval mode, as float64; empty
+    without inputs.
     """
     if inputs is None:
         return []

@@ -149,8 +149,8 @@ def divide(
     labels: Sequence[str],
     test: tuple[Sequence[Any], Sequence[str]] | None,
 ) -> tuple[tuple[str, ...], dict[str, Split], list[str]]:
-    """Returns classes, splits and notes from named labels. If `test` is None, a test split is held
-    out.
+    """Returns classes, splits and notes from named labels. If `test` is None, part of the data is
+    held out for testing.
 
     Raises WeftError if there is one class only, if a class is too small to be split, or if a test
     label does not occur in training.

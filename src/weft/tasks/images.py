@@ -59,9 +59,7 @@ class StreamedSplit(WithLabels):
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Over the encoded images, and the pixels of the first one, which stand for
-        the processing.
-        """
+        """Over the encoded images, and the pixels of the first one, which represent the processing."""
         sha = hashlib.sha256()
         for item in self.items:
             sha.update(

@@ -92,7 +92,7 @@ class DecoderInputs:
     def shifted_positions(
         self, shifts: Sequence[int], given: Mapping[str, Any], past: int
     ) -> Tensor | None:
-        """Returns position ids [1 or rows, tokens] behind a prefix, or None if nothing is shifted.
+        """Returns position ids [1 or rows, tokens] after a prefix, or None if nothing is shifted.
 
         shifts: one number for the whole batch, or one per row.
         """
@@ -128,8 +128,8 @@ class DecoderInputs:
 def prompt_end(
     config: Any, length: int, mask: Tensor | None, labels: Tensor | None, prompt_length: int | None
 ) -> int | Tensor:
-    """Returns the column behind the prompt, a number or [rows, 1]: the length of `generate`'s
-    prompt, or the column of the first label, or that behind the last token.
+    """Returns the column after the prompt, a number or [rows, 1]: the length of `generate`'s
+    prompt, or the column of the first label, or that after the last token.
 
     Raises UnsupportedError if only a part of `generate`'s prompt is given.
     """
@@ -153,7 +153,7 @@ def prompt_end(
 
 
 def vectors(config: Any, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the embeddings [l_p, width] before and [l_i, width] behind the prompt of x [rows,
+    """Returns the embeddings [l_p, width] before and [l_i, width] after the prompt of x [rows,
     tokens, width]. They are zeros if the layer does not train them.
     """
     before = getattr(layer, "before", x.new_zeros(config.l_p, x.shape[2]))

@@ -5,7 +5,7 @@ Only the states of real tokens leave a decoder, so heads, losses and poolers see
 With a key-value cache the virtual tokens enter with the first tokens and stay in the cache; the
 cache is marked with the adapter, so continuing it under another one is an error. In an encoder they
 follow the embedding module's output, at the end, until the last block has run: a norm or a pooler
-behind it reads real tokens.
+after it reads real tokens.
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ class VirtualTokenHooks:
         self.behind_blocks = True
 
     def drop_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook of the modules behind an encoder's blocks: real tokens only, since a pooler
-        would take the mean of all.
+        """Pre-hook of the modules after an encoder's blocks: real tokens only, since a pooler would
+        take the mean of all.
         """
         layout = self.layout
         if layout is None or not self.behind_blocks:

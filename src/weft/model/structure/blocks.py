@@ -30,7 +30,7 @@ class Block:
     input.
 
     `attention_outputs`: one per attention module, so two in a decoder with cross-attention.
-    `mlp_norm`: the layer norm behind the MLP's residual sum, in a post-norm block only. `missing`:
+    `mlp_norm`: the layer norm after the MLP's residual sum, in a post-norm block only. `missing`:
     the reason why a part is missing, by role.
     """
 

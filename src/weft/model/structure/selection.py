@@ -99,8 +99,8 @@ def _is_bias(structure: Structure, name: str) -> bool:
 
 
 def _last_blocks(structure: Structure, config: Config, word: str, count: int) -> list[str]:
-    """The tensors of the last blocks before the output, and of the norm behind them. A model
-    without blocks counts its own children that hold parameters, except the head.
+    """The tensors of the last blocks before the output, and of the norm after them. A model without
+    blocks counts its own children that hold parameters, except the head.
     """
     stack = structure.last_stack
     if stack is not None:
