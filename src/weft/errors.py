@@ -26,4 +26,4 @@ class AuditError(WeftError, RuntimeError):
 
 
 class UnsupportedError(WeftError):
-    """What was asked is understood, and Weft does not do it."""
+    """The request is valid, but Weft does not support it."""

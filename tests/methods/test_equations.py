@@ -31,6 +31,7 @@ from support import (
     same_bits,
     set_way,
 )
+from weft.methods.config import LowRankConfig
 from weft.ops.norm import at_least_float32
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

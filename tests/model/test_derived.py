@@ -42,8 +42,10 @@ def sites(a):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("accumulation", [1, 8])
 def test_one_norm_a_layer_and_step_whatever_the_micro_batches_and_recomputations(
-    method, accumulation
+    method, accumulation, _way
 ):
+    if _way == "tiny":
+        pytest.skip("the tiny way computes the norm with the weight, which it builds anyway")
     a = awake(method)
     optimiser = torch.optim.AdamW(a.adapter.parameters(), lr=1e-3)
     cache.counts.clear()

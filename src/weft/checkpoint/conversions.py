@@ -28,12 +28,12 @@ def as_lora(checkpoint: Checkpoint) -> Checkpoint:
 
     Layers without a rank in force are left out. Raises UnsupportedError if none remains.
     """
-    sites: dict[str, CheckpointLayer] = {}
+    layers: dict[str, CheckpointLayer] = {}
     for module, layer in checkpoint.sites.items():
         A, B, scale = _plain_factors(layer.rule.factors(params(checkpoint, module)))
         if not len(A):
             continue
-        rule = methods.LoRA(
+        lora = methods.LoRA(
             r=len(A),
             alpha=scale * len(A),
             init="kaiming",
@@ -42,16 +42,16 @@ def as_lora(checkpoint: Checkpoint) -> Checkpoint:
         )
         dtype = DTYPES[layer.rule.dtype]
         tensors = {"A": A.to(dtype), "B": B.to(dtype)}
-        sites[module] = replace(layer, rule=rule, tensors=tensors, reached=None)
-    if not sites:
+        layers[module] = replace(layer, rule=lora, tensors=tensors, reached=None)
+    if not layers:
         raise UnsupportedError(
             "no triplet of any layer is in force, so there is nothing to export."
         )
-    old, first = checkpoint.config, next(iter(sites.values())).rule
+    old, first = checkpoint.config, next(iter(layers.values())).rule
     config = replace(
-        first, targets=list(sites), modules_to_save=old.modules_to_save, train=old.train
+        first, targets=list(layers), modules_to_save=old.modules_to_save, train=old.train
     )
-    return replace(checkpoint, config=config, sites=sites, projections=None, checksums={})
+    return replace(checkpoint, config=config, sites=layers, projections=None, checksums={})
 
 
 def _plain_factors(f: LowRank) -> tuple[Tensor, Tensor, float]:
@@ -90,7 +90,7 @@ FORMS = tuple(CONVERSIONS)
 
 
 def params(checkpoint: Checkpoint, module: str) -> Any:
-    """Returns one layer's tensors as its rule reads them, with the frozen ones drawn again.
+    """Returns one layer's tensors as its configuration reads them, with the frozen ones drawn again.
 
     Raises CheckpointError if those are not the ones that were saved.
     """
@@ -123,20 +123,20 @@ def _fixed(layer: CheckpointLayer, module: str) -> dict[str, Tensor]:
     return {name: t.to(DTYPES[layer.rule.dtype]) for name, t in drawn.items()}
 
 
-def _shared_matrices(checkpoint: Checkpoint, rule: Any) -> Projections:
+def _shared_matrices(checkpoint: Checkpoint, config: Any) -> Projections:
     shapes = [
         layer.known_shape()
         for layer in checkpoint.sites.values()
-        if layer.rule.share_key() == rule.share_key()
+        if layer.rule.share_key() == config.share_key()
     ]
     max_out, max_in = max(o for o, _ in shapes), max(i for _, i in shapes)
     if checkpoint.projections is not None:
         A, B = checkpoint.projections
-        return Projections(rule.r, A.shape[1], B.shape[0], rule.seed, "stored", stored=(A, B))
-    shared = Projections(rule.r, max_in, max_out, rule.seed, rule.draw)
-    known = checkpoint.checksums.get(shared_key(rule))
+        return Projections(config.r, A.shape[1], B.shape[0], config.seed, "stored", stored=(A, B))
+    shared = Projections(config.r, max_in, max_out, config.seed, config.draw)
+    known = checkpoint.checksums.get(shared_key(config))
     if known is not None and known != shared_checksum(shared):
         raise CheckpointError(
-            f"A and B drawn from seed {rule.seed} are not those that were saved (checksum {known})."
+            f"A and B drawn from seed {config.seed} are not those that were saved (checksum {known})."
         )
     return shared

@@ -1,8 +1,8 @@
 """`weft.export`: writes an adapter's directory in another form, without a model, and measures the
 error.
 
-Every conversion is exact in mathematics; the error is the rounding of the numbers written. What
-would only be an approximation is refused.
+Every conversion is exact in mathematics; the error is the rounding of the numbers written.
+Approximations are refused.
 """
 
 from __future__ import annotations

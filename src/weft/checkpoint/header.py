@@ -185,13 +185,13 @@ def check_config(path: Path, header: Header) -> None:
             )
 
 
-def _differences(rule: Any, config: Any) -> dict[str, Any]:
-    """The fields in which a layer's rule differs from the adapter's configuration."""
+def _differences(own: Any, config: Any) -> dict[str, Any]:
+    """The fields in which a layer's own configuration differs from the adapter's configuration."""
     return {
-        f.name: getattr(rule, f.name)
-        for f in fields(rule)
+        f.name: getattr(own, f.name)
+        for f in fields(own)
         if f.name not in ("targets", "modules_to_save", "train")
-        and getattr(rule, f.name) != getattr(config, f.name)
+        and getattr(own, f.name) != getattr(config, f.name)
     }
 
 

@@ -45,12 +45,12 @@ def load(
     `load_report.notes` says from where.
 
     If strict, anything that does not fit raises CheckpointError and leaves the model unchanged;
-    returns the handle (its `load_report` lists the names that were mapped). With strict=False what
-    fits is filled, the rest keeps its initial values; returns the LoadReport (with `.adapter` and
-    `.problems`).
+    returns the handle (its `load_report` lists the names that were mapped). With strict=False,
+    tensors that fit are filled and the rest keep their initial values; returns the LoadReport (with
+    `.adapter` and `.problems`).
 
     Raises CheckpointError, UnsupportedError (a field or method of peft that Weft does not support),
-    and what `weft.attach` raises.
+    and the errors of `weft.attach`.
     """
     checkpoint = read(path)
     root = unwrapped(model)
@@ -59,21 +59,21 @@ def load(
         plan = LoadPlan(root, checkpoint)
     if strict:
         refuse(path, plan.problems)
-    elif not plan.rules and not plan.selected:
+    elif not plan.configs and not plan.selected:
         raise CheckpointError(
             f"{path} has nothing that fits this {type(root).__name__}:\n  "
             + "\n  ".join(plan.problems)
         )
     # In the order of the model.
-    rules = {module: plan.rules[module] for module in plan.modules if module in plan.rules}
-    weights = rules and not isinstance(plan.config, methods.PromptMethod)
-    frozen, routed = targets.leftovers(plan.structure, rules) if weights else ([], [])
+    configs = {module: plan.configs[module] for module in plan.modules if module in plan.configs}
+    weights = configs and not isinstance(plan.config, methods.PromptMethod)
+    frozen, routed = targets.leftovers(plan.structure, configs) if weights else ([], [])
 
     def fill(adapter: Adapter) -> None:
         _fill(adapter, plan)
         _check_fixed(adapter, checkpoint, plan, path if strict else None)
 
-    parts = Parts(rules, list(plan.selected), frozen, routed)
+    parts = Parts(configs, list(plan.selected), frozen, routed)
     adapter = attach_resolved(plan.structure, plan.config, parts, name, plan.shared, fill)
     adapter.load_report = LoadReport(adapter, plan.problems, plan.mapped, plan.notes)
     return adapter if strict else adapter.load_report

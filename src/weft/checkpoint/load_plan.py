@@ -21,7 +21,7 @@ from .projections import projections_for
 
 
 class LoadPlan:
-    """How a checkpoint fills a model: rules and values by the model's names, shared matrices, and
+    """How a checkpoint fills a model: configurations and values by the model's names, shared matrices, and
     every problem. The base must be active (`base_only`).
 
     `config` is the file's, without the entries of modules_to_save that the model does not have.
@@ -50,21 +50,21 @@ class LoadPlan:
         if checkpoint.in_order:
             self._name_in_order()
         self.nested = self._nested()
-        self.rules: dict[str, Any] = {}
+        self.configs: dict[str, Any] = {}
         self.values: dict[str, dict[str, Tensor]] = {}
         self.reached: dict[str, str] = {}  # saved training state, as text
         self.shapes: dict[str, tuple[int, int]] = {}  # by the file's name
         self.selected: dict[str, Tensor] = {}
         self._check_architecture()
-        for module, site in checkpoint.sites.items():
-            self._plan_layer(module, site)
+        for module, layer in checkpoint.sites.items():
+            self._plan_layer(module, layer)
         self._plan_selected()
         self._check_repeated()
         self._check_complete()
-        layer = next(iter(self.rules), None)
+        first = next(iter(self.configs), None)
         device = (
-            next((p.device for p in self.modules[layer].parameters()), torch.device("cpu"))
-            if layer is not None
+            next((p.device for p in self.modules[first].parameters()), torch.device("cpu"))
+            if first is not None
             else torch.device("cpu")
         )
         self.shared = projections_for(
@@ -73,22 +73,22 @@ class LoadPlan:
 
     # Layers
 
-    def _plan_layer(self, module: str, site: CheckpointLayer) -> None:
+    def _plan_layer(self, module: str, layer: CheckpointLayer) -> None:
         name = self.names.found.get(module)
         if name is None:
-            first = next(iter(site.keys.values()), module)
+            first = next(iter(layer.keys.values()), module)
             self.problems.append(
                 f"{first!r}: the model has no module {module!r}"
                 f"{nearest('in the model', module, self.modules, self.problems)}"
             )
             return
-        host = self._host(module, name, site.rule)
+        host = self._host(module, name, layer.rule)
         if host is None:
             return
         shape = (host.out_features, host.in_features)
-        if _family(site.kind) != _family(host.kind) or (site.shape or shape) != shape:
+        if _family(layer.kind) != _family(host.kind) or (layer.shape or shape) != shape:
             self.problems.append(
-                f"{module!r} is a {site.kind or 'linear'} layer {list(site.shape or shape)} (out, "
+                f"{module!r} is a {layer.kind or 'linear'} layer {list(layer.shape or shape)} (out, "
                 f"in) in the file, and the model's {name!r} a {host.kind} layer {list(shape)}"
             )
             return
@@ -96,18 +96,18 @@ class LoadPlan:
             self.problems.append(
                 f"{name!r} is on the meta device and has no values; load the base model first"
             )
-        self.rules[name], self.shapes[module] = site.rule, shape
+        self.configs[name], self.shapes[module] = layer.rule, shape
         self.values[name] = {}
-        if site.reached is not None:
-            self.reached[name] = site.reached
-        for tensor, wanted in site.rule.shapes(*shape).items():
-            if tensor not in site.tensors:
+        if layer.reached is not None:
+            self.reached[name] = layer.reached
+        for tensor, wanted in layer.rule.shapes(*shape).items():
+            if tensor not in layer.tensors:
                 continue  # its absence is among the problems already
-            fault = fault_of(site.tensors[tensor], wanted)
+            fault = fault_of(layer.tensors[tensor], wanted)
             if fault is None:
-                self.values[name][tensor] = site.tensors[tensor]
+                self.values[name][tensor] = layer.tensors[tensor]
             else:
-                self.problems.append(f"{site.keys[tensor]!r} ({tensor} of {name!r}): {fault}")
+                self.problems.append(f"{layer.keys[tensor]!r} ({tensor} of {name!r}): {fault}")
 
     def _name_in_order(self) -> None:
         """Names the layers of a file that names no modules: those of the model, in order."""
@@ -117,22 +117,22 @@ class LoadPlan:
             self.problems.append(
                 f"peft's file means something else in this {type(self.root).__name__}: {why}"
             )
-        places, sites = list(self._prompt_hosts(self.config.where)), list(self.checkpoint.sites)
-        if len(places) != len(sites):
-            self.problems.append(f"the file has {len(sites)} layers, and the model {len(places)}")
-        self.names.found |= dict(zip(sites, places, strict=False))
+        places, modules = list(self._prompt_hosts(self.config.where)), list(self.checkpoint.sites)
+        if len(places) != len(modules):
+            self.problems.append(f"the file has {len(modules)} layers, and the model {len(places)}")
+        self.names.found |= dict(zip(modules, places, strict=False))
 
-    def _host(self, module: str, name: str, rule: Any) -> Any:
-        """Returns the view of a module that the rule adapts; None, with a problem, if it cannot."""
+    def _host(self, module: str, name: str, config: Any) -> Any:
+        """Returns the view of a module that `config` adapts; None, with a problem, if it cannot."""
         layer = self.modules[name]
-        if isinstance(rule, methods.PromptMethod):
-            if name not in self._prompt_hosts(rule.where):
+        if isinstance(config, methods.PromptMethod):
+            if name not in self._prompt_hosts(config.where):
                 self.problems.append(
                     f"{module!r}: the model's {name!r}, a {type(layer).__name__}, is no place for "
-                    f"{type(rule).__name__}, which belongs on: "
-                    f"{list(self._prompt_hosts(rule.where))[:4]}"
+                    f"{type(config).__name__}, which belongs on: "
+                    f"{list(self._prompt_hosts(config.where))[:4]}"
                 )
-            return self._prompt_hosts(rule.where).get(name)
+            return self._prompt_hosts(config.where).get(name)
         why = base_layers.why_not(layer)
         if why is not None or base_layers.kind_of(layer) is None:
             why = why or "it is no linear layer"
@@ -267,7 +267,7 @@ class LoadPlan:
         self._check_biases(have)
         try:
             alone = replace(self.config, modules_to_save=(), train=())
-            layers = parts_of(self.structure, alone).rules
+            layers = parts_of(self.structure, alone).configs
         except TargetError:
             # It names modules that only the file's base has; the problems above say so.
             return
@@ -309,7 +309,7 @@ class LoadPlan:
 
     def _tensors_of(self, config: Any, saved: list[str]) -> list[str]:
         adapted = [
-            n for n, rule in self.rules.items() if not isinstance(rule, methods.PromptMethod)
+            n for n, config in self.configs.items() if not isinstance(config, methods.PromptMethod)
         ]
         trained = trained_tensors(self.structure, config, adapted, saved)
         inside = [] if self.nested is None else [self.nested]

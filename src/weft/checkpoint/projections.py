@@ -30,11 +30,11 @@ def projections_for(
     every value. Faults are added to `problems`.
     """
     groups: dict[Any, Shapes] = {}
-    rules: dict[Any, Any] = {}
-    for module, site in checkpoint.sites.items():
-        shape, key = site.shape or shapes.get(module), site.rule.share_key()
+    configs: dict[Any, Any] = {}
+    for module, layer in checkpoint.sites.items():
+        shape, key = layer.shape or shapes.get(module), layer.rule.share_key()
         if key is not None and shape is not None:
-            rules.setdefault(key, site.rule)
+            configs.setdefault(key, layer.rule)
             groups.setdefault(key, []).append(shape)
     unknown = checkpoint.projections is None and any(
         s.shape is None and m not in shapes for m, s in checkpoint.sites.items()
@@ -45,14 +45,15 @@ def projections_for(
             "others been larger, they would be other matrices"
         )
     found = {
-        key: _of_key(checkpoint, rules[key], groups[key], device, state, problems) for key in groups
+        key: _of_key(checkpoint, configs[key], groups[key], device, state, problems)
+        for key in groups
     }
     return {key: shared for key, shared in found.items() if shared is not None}
 
 
 def _of_key(
     checkpoint: Checkpoint,
-    rule: Any,
+    config: Any,
     shapes: Shapes,
     device: torch.device,
     state: State | None,
@@ -63,48 +64,50 @@ def _of_key(
         A, B = checkpoint.projections
         if not (
             A.ndim == B.ndim == 2
-            and A.shape[0] == B.shape[1] == rule.r
+            and A.shape[0] == B.shape[1] == config.r
             and A.shape[1] >= in_
             and B.shape[0] >= out
         ):
             problems.append(
                 f"'base_model.vera_A' {list(A.shape)} and 'base_model.vera_B' {list(B.shape)} in "
-                f"the file, at least [{rule.r}, {in_}] and [{out}, {rule.r}] expected"
+                f"the file, at least [{config.r}, {in_}] and [{out}, {config.r}] expected"
             )
             return None
-        given = Projections(rule.r, A.shape[1], B.shape[0], rule.seed, "stored", stored=(A, B))
-        _check_sum(checkpoint, rule, given, problems)
-        if rule.draw == "stored":
+        given = Projections(config.r, A.shape[1], B.shape[0], config.seed, "stored", stored=(A, B))
+        _check_sum(checkpoint, config, given, problems)
+        if config.draw == "stored":
             return given.to(device)
-    if rule.draw == "stored":
+    if config.draw == "stored":
         return None  # that the file lacks them is among the problems
-    shared = _on_model(state, (rule.share_key(), out, in_, device))
+    shared = _on_model(state, (config.share_key(), out, in_, device))
     if shared is None:
-        shared = Projections(rule.r, in_, out, rule.seed, rule.draw, device)
-    _check_sum(checkpoint, rule, shared, problems)
+        shared = Projections(config.r, in_, out, config.seed, config.draw, device)
+    _check_sum(checkpoint, config, shared, problems)
     return shared
 
 
-def _check_sum(checkpoint: Checkpoint, rule: Any, shared: Projections, problems: list[str]) -> None:
-    known, found = checkpoint.checksums.get(shared_key(rule)), shared_checksum(shared)
+def _check_sum(
+    checkpoint: Checkpoint, config: Any, shared: Projections, problems: list[str]
+) -> None:
+    known, found = checkpoint.checksums.get(shared_key(config)), shared_checksum(shared)
     if known != found and checkpoint.writer == "weft":
         problems.append(
-            f"VeRA's A and B (seed {rule.seed}, r={rule.r}) have checksum {found}, and {known} was "
+            f"VeRA's A and B (seed {config.seed}, r={config.r}) have checksum {found}, and {known} was "
             "saved: these are other matrices, so the vectors mean nothing with them"
         )
 
 
 def _on_model(state: State | None, key: tuple[Any, ...]) -> Projections | None:
     """The same matrices if an adapter on the model has them already: they exist once per model."""
-    sites = (
-        [site for adapter in state.adapters.values() for site in adapter.layers.values()]
+    layers = (
+        [layer for adapter in state.adapters.values() for layer in adapter.layers.values()]
         if state
         else []
     )
     return next(
         (
             s.shared
-            for s in sites
+            for s in layers
             if isinstance(s.shared, Projections) and s.shared.pool_key() == key
         ),
         None,

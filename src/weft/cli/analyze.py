@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Analyzes the runs. Returns 0."""
+    """Analyzes the runs. Returns 0. Raises ConfigError if --targets or --out is invalid."""
     from ..analysis.series import read_series
     from ..errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""What several commands share: options, values of options, and files that they write."""
+"""Shared by several commands: options, values of options, and files that they write."""
 
 from __future__ import annotations
 

@@ -151,8 +151,8 @@ def _run_method(method: Any) -> str:
 
 
 def _two_blocks() -> tuple[Any, Any]:
-    """A model with what methods look for in a transformer's block: attention and MLP with output
-    layers.
+    """Returns a model with the parts of a transformer's block that methods look for, and an input
+    [2, 5].
     """
     import torch
 
@@ -169,6 +169,7 @@ def _two_blocks() -> tuple[Any, Any]:
             )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Returns the block's output [..., width] for x [..., width]."""
             own: Any = self
             out: torch.Tensor = x + own["down"](own["up"](x + own["attention"]["output"](x)))
             return out
@@ -179,6 +180,7 @@ def _two_blocks() -> tuple[Any, Any]:
             self.blocks, self.head = torch.nn.ModuleList([Block(), Block()]), linear(5, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Returns the head's output [..., classes] for x [..., width]."""
             out: torch.Tensor = self.head(self.blocks[1](self.blocks[0](x)))
             return out
 
@@ -186,7 +188,7 @@ def _two_blocks() -> tuple[Any, Any]:
 
 
 def _tiny_transformer() -> tuple[Any, Any]:
-    """A GPT-2 of two blocks of width 6 that reads embeddings."""
+    """Returns a GPT-2 of two blocks of width 6 that reads embeddings, and an input [2, 5, 6]."""
     import torch
     import transformers
 
@@ -205,6 +207,7 @@ def _tiny_transformer() -> tuple[Any, Any]:
             self.body = transformers.GPT2Model(config)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Returns the last hidden state [batch, tokens, width] for embeddings x of that shape."""
             out: torch.Tensor = self.body(inputs_embeds=x).last_hidden_state
             return out
 

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Evaluates a model or an adapter. Returns 0. Raises ConfigError if the options do not fit."""
     from ..encoding.samples import check_task, is_generation, is_image
     from ..errors import ConfigError
     from ..inference.evaluate import evaluate, evaluate_images

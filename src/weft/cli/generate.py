@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Generates text. Returns 0. Raises ConfigError if --max-new-tokens is not positive."""
     import torch
 
     from ..errors import ConfigError

@@ -137,7 +137,7 @@ def _add_judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 if all answers exist and are graded, 1 if some have no grade, 130 if interrupted;
-    what was done until then is kept.
+    the answers and grades until then are kept.
     """
     from ..tasks.journal import Journal
     from ..tasks.mt_bench import read_answers, read_questions

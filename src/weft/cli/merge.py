@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Merges an adapter into a copy of its model. Returns 0. Raises ConfigError if --out is not
+    empty or --tolerance is given with --no-verify.
+    """
     from ..checkpoint.load import load, read
     from ..errors import ConfigError
     from ..inference.pretrained import base_for, dummy_inputs, find_source

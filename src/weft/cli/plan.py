@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Prints the tensors that an adapter would train. Returns 0. Raises ConfigError if --batch and
+    --tokens are not given together.
+    """
     from ..errors import ConfigError
 
     config = _config(args)

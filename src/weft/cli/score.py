@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Scores outputs against references. Returns 0. Raises ConfigError if the folder of --json does
+    not exist.
+    """
     from ..errors import ConfigError
     from ..tasks.scoring import score_files
 

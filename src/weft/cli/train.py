@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 if training ended, 130 if Ctrl-C stopped it with a checkpoint."""
+    """Returns 0 if training finished, 130 if Ctrl-C stopped it with a checkpoint.
+
+    Raises ConfigError if --preview and --resume are given together.
+    """
     from ..errors import ConfigError
     from ..training.config.read import read_config
 

@@ -37,7 +37,7 @@ IDENTITY_NAMES = {
 
 
 def compare(request: Request, progress: Progress) -> Comparison:
-    """Runs what is missing and returns the rows. Finished runs are in the study if this is
+    """Runs the missing trials and returns the rows. Finished runs are in the study if this is
     interrupted.
 
     Other processes can work on the same study at the same time: each claims its runs, and all of

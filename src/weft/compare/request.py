@@ -70,7 +70,9 @@ class Request:
         check_budget(self.budget.equal, self.entries)
 
     def identity(self) -> dict[str, Any]:
-        """Returns what must be equal for --resume. Methods, rates and seeds may be added."""
+        """Returns the values that must be equal for --resume. Methods, rates and seeds may be
+        added.
+        """
         budget = {name: getattr(self.budget, name) for name in LEAST}
         test = str(self.task.test) if self.task.test is not None else None
         return {

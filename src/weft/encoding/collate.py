@@ -25,6 +25,7 @@ def collate(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, fill: int) -> Tensor:
+        """Returns this field of all rows [batch, longest], padded on the right with `fill`."""
         return torch.tensor([[*row[key], *[fill] * (longest - len(row[key]))] for row in rows])
 
     batch = {

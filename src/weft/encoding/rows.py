@@ -1,4 +1,4 @@
-"""Encoded samples, and counts of what went wrong when they were encoded."""
+"""Encoded samples, and counts of the problems in encoding them."""
 
 from __future__ import annotations
 

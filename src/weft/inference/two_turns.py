@@ -2,8 +2,8 @@
 
 The second turn follows the model's own first answer. As in MT-Bench, writing and roleplay are
 sampled, stem and humanities nearly greedy, all else greedy. Sampled questions are answered one at a
-time, each with its own seed, so an answer does not depend on what was answered before, in this run
-or in one that was killed.
+time, each with its own seed, so an answer does not depend on earlier answers, in this run or in one
+that was killed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ MAX_NEW_TOKENS = 1024
 def maker(
     model: str, adapter: str | None, settings: Mapping[str, Any], seed: int, template: str | None
 ) -> dict[str, Any]:
-    """Returns what answers depend on besides their question. Answers of different makers are not
-    mixed in one file.
+    """Returns the settings on which answers depend besides their question. Answers of different
+    makers are not mixed in one file.
     """
     found = {
         "model": model,

@@ -43,8 +43,8 @@ METHODS: dict[str, type[Any]] = {
 
 
 def by_name(name: str) -> type[Any]:
-    """The configuration class of a method, by its name in any case; ConfigError names the
-    nearest.
+    """Returns the configuration class of a method, by its name in any case. Raises ConfigError with
+    the nearest names.
     """
     folded = {known.lower(): known for known in METHODS}
     if name.lower() in folded:
@@ -54,7 +54,9 @@ def by_name(name: str) -> type[Any]:
 
 
 def replace(config: Any, overrides: dict[str, Any]) -> Any:
-    """A rule with some fields changed for one layer; ConfigError names an unknown field."""
+    """Returns a configuration with some fields changed for one layer. Raises ConfigError for an
+    unknown field.
+    """
     if not overrides:
         return config
     values = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -70,7 +72,7 @@ def replace(config: Any, overrides: dict[str, Any]) -> Any:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """The configuration as plain JSON values, with its name under "method"."""
+    """Returns the configuration as plain JSON values, with its name under "method"."""
     from .target_spec import to_plain
 
     values = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -83,7 +85,10 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(data: Any) -> Any:
-    """The configuration that `to_json` wrote; unknown fields and methods are refused by name."""
+    """Returns the configuration that `to_json` wrote.
+
+    Raises ConfigError, which names the field or method, if one of them is unknown.
+    """
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
         raise ConfigError(
             'a configuration in JSON is an object with a "method" field, for example {"method": '

@@ -11,22 +11,22 @@ gradient g has
 
     I = |w g|,   mean I' = beta1 I' + (1 - beta1) I,   spread U' = beta2 U' + (1 - beta2) |I - I'|,   score = I' U'
 
-and triplet i of a layer the score of lam_i plus the mean of those of P[:, i] and of Q[i]. When t is
-a multiple of `interval`, all but the b(t) best triplets of all layers get lam = 0. They keep their
-vectors and can return.
+and triplet i of a layer has the score of lam_i plus the mean scores of P[:, i] and of Q[i]. When t
+is a multiple of `interval`, lam of all but the b(t) best triplets of all layers is set to 0. These
+keep their vectors and can return.
 
     b(t) = b_0 for t <= t_i,   b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))³ rounded down,   b_T from T - t_f on
 
-with b_0 and b_T the sums of r and target_r over the layers; from T - t_f on the choice is final and
-held. The orthogonality loss gamma · mean(‖PᵀP - I‖_F, ‖QQᵀ - I‖_F over all layers) enters as its
-gradient, just before the step. Trained numbers per layer: r (out + in + 1), all of them to the end;
-`adapter.ranks` has what is in force. warm_up and final are steps, or (as fractions below 1) shares
-of T. T may be left to the trainer (`adapter.plan_steps`). Source: arXiv:2303.10512, equations 2 to
-12, algorithm 1. Differs from the paper, as the authors' code and peft do: the norms of the loss are
-not squared, and are averaged; I takes w after the step. s stays alpha / r for the initial r, so
-that pruning changes nothing but the triplet pruned. Differs from peft (0.21.2): it divides by r +
-1e-5 (this r a parameter, which an optimiser of all its trainable ones moves and no file holds),
-prunes all that tie with the best pruned triplet (here exactly b(t) stay), and must be called by the
+with b_0 and b_T the sums of r and target_r over the layers; from T - t_f on the selection is final.
+The orthogonality loss gamma · mean(‖PᵀP - I‖_F, ‖QQᵀ - I‖_F over all layers) is added as its
+gradient, just before the step. Trained numbers per layer: r (out + in + 1), until the end;
+`adapter.ranks` has the current ranks. warm_up and final are steps or, below 1, fractions of T. T
+may be set by the trainer (`adapter.plan_steps`). Source: arXiv:2303.10512, equations 2 to 12,
+algorithm 1. Differs from the paper, as the authors' code and peft do: the norms of the loss are not
+squared, and are averaged; I uses w after the step. s stays alpha / r for the initial r, so pruning
+changes only the pruned triplet. Differs from peft (0.21.2): peft divides by r + 1e-5 (this r is a
+parameter, which an optimiser of all trainable parameters moves and no file contains), prunes all
+triplets that tie with the best pruned one (here exactly b(t) remain), and must be called by the
 user after every step.
 """
 
@@ -56,7 +56,7 @@ _SCHEDULE = {"total_steps", "warm_up", "final", "interval", "beta1", "beta2"}
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(LowRankConfig):
     """See the module's equation. target_r=None means two thirds of r; alpha=None means alpha = r,
-    that is s = 1.
+    so s = 1.
     """
 
     r: int = 12
@@ -147,8 +147,8 @@ class AdaLoRA(LowRankConfig):
 
     @property
     def phases(self) -> tuple[int, int]:
-        """Steps of the warm-up, in which the budget is b_0, and of the final phase, in which the
-        choice is held.
+        """The numbers of steps of the warm-up, in which the budget is b_0, and of the final phase,
+        in which the selection is fixed.
         """
         warm_up, final = (
             int(v) if v >= 1 else round(v * (self.total_steps or 0))
@@ -157,8 +157,9 @@ class AdaLoRA(LowRankConfig):
         return warm_up, final
 
     def budget(self, step: int, first: int, last: int) -> int:
-        """b(t) for `first` triplets at the start and `last` at the end. Raises ConfigError without
-        total_steps.
+        """Returns b(t) for `first` triplets at the start and `last` at the end.
+
+        Raises ConfigError if total_steps is None.
         """
         if self.total_steps is None:
             raise self._wrong(
@@ -176,7 +177,7 @@ class AdaLoRA(LowRankConfig):
         return int((first - last) * (1 - (step - start) / (end - start)) ** 3 + last)
 
     def _span(self) -> tuple[int, int]:
-        """t_i and T - t_f."""
+        """Returns t_i and T - t_f."""
         warm_up, final = self.phases
         return warm_up, (self.total_steps or 0) - final
 
@@ -187,6 +188,7 @@ class AdaLoRA(LowRankConfig):
         return {"P": (out, self.r), "lam": (self.r, 1), "Q": (self.r, in_)}
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns Gaussian P [out, r] and Q [r, in], and lam [r, 1] of zeros."""
         return {
             "P": rng.normal("P", (layer.out_features, self.r), 0.02),
             "lam": rng.full((self.r, 1)),
@@ -194,8 +196,8 @@ class AdaLoRA(LowRankConfig):
         }
 
     def buffers(self, out: int, in_: int, device: torch.device) -> dict[str, Tensor]:
-        """`step`, `kept` [r] (the last choice), and for every trained tensor its mean and spread of
-        sensitivity.
+        """Returns `step` [], `kept` [r] (the last selection), and the mean and spread of the
+        sensitivity of every trained tensor, in its shape.
         """
         trained = self.shapes(out, in_).items()
         return {
@@ -209,19 +211,19 @@ class AdaLoRA(LowRankConfig):
         }
 
     def rank(self, p: Params) -> int:
-        """Triplets kept by the last choice; r on the meta device, where nothing has been chosen."""
+        """Returns the number of triplets in the last selection, or r on the meta device."""
         return self.r if p.kept.is_meta else int(p.kept.sum())
 
     def extra_state(self, p: Params) -> str:
-        """The choice as text, "1" for a triplet that is kept."""
+        """Returns the selection as text: "1" for a kept triplet, "0" for a pruned one."""
         return "1" * self.r if p.kept.is_meta else "".join("01"[kept] for kept in p.kept.tolist())
 
     def load_extra_state(self, p: Params, text: str) -> None:
         p.kept.copy_(torch.tensor([mark == "1" for mark in text]))
 
     def unmoved(self, p: Params) -> tuple[str, ...]:
-        """All of a layer that has lost its last triplet: lam is 0 again, as at the start, and P and
-        Q have no gradient.
+        """Returns all tensors of a layer without triplets: lam is 0 again, as at the start, so P
+        and Q have no gradient.
         """
         return () if p.kept.any() else _TENSORS
 
@@ -252,7 +254,7 @@ class AdaLoRA(LowRankConfig):
             p.step.fill_(step)
 
     def _measure(self, layers: Mapping[str, Any]) -> None:
-        """Mean and spread of the sensitivity |w g|, smoothed."""
+        """Updates the smoothed mean and spread of the sensitivity |w g|."""
         for p in layers.values():
             for name in _TENSORS:
                 w, mean, spread = (
@@ -264,7 +266,7 @@ class AdaLoRA(LowRankConfig):
 
 
 def _choose(layers: Mapping[str, Any], budget: int) -> None:
-    """Mark the `budget` best triplets of all layers as kept; of equal ones those of earlier
+    """Marks the `budget` best triplets of all layers as kept; of equal ones, those of earlier
     layers.
     """
     scores = [_scores(p).cpu() for p in layers.values()]
@@ -276,14 +278,14 @@ def _choose(layers: Mapping[str, Any], budget: int) -> None:
 
 
 def _scores(p: Any) -> Tensor:
-    """[r]: the importance of every triplet of a layer."""
+    """Returns the importance [r] of every triplet of a layer."""
     P, lam, Q = (getattr(p, f"{name}_mean") * getattr(p, f"{name}_spread") for name in _TENSORS)
     total: Tensor = lam[:, 0] + (Q.mean(dim=1) + P.mean(dim=0))
     return total
 
 
 def _skewness_gradient(M: Tensor, wide_side: bool) -> Tensor:
-    """Gradient of ‖M Mᵀ - I‖_F (of ‖MᵀM - I‖_F for a tall M); 0 where that norm is 0."""
+    """Returns the gradient of ‖M Mᵀ - I‖_F (of ‖MᵀM - I‖_F for a tall M), or 0 if that norm is 0."""
     gram = M @ M.t() if wide_side else M.t() @ M
     off = gram - torch.eye(len(gram), dtype=M.dtype, device=M.device)
     unit: Tensor = 2 * off / torch.linalg.matrix_norm(off).clamp_min(torch.finfo(M.dtype).tiny)

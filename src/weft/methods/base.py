@@ -1,11 +1,11 @@
-"""What a method is. A configuration is a frozen dataclass, and the configuration is the method.
+"""The interface of a method: a frozen dataclass that is both its configuration and its code.
 
-    LowRankMethod    says its factors (ops/low_rank.py); the forward, merging, export and mixed batches follow
+    LowRankMethod    returns its factors (ops/low_rank.py); the forward, merging, export and mixed batches follow
     BranchMethod     computes something beside a layer that is no change of its weight (Bottleneck)
     PromptMethod     adds positions that tokens attend to (Prefix, PreEmbed, PreLayer)
 
-Defaults for everything else that the library asks a method are in config.py. Tensors reach a method as
-attributes of `p` (`p.A`, `p.B`), so that it can be read and tested without a model.
+Everything else that the library needs from a method has defaults in config.py. Tensors reach a
+method as attributes of `p` (`p.A`, `p.B`), so that it can be read and tested without a model.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class BaseLayer(Protocol):
     @property
     def device(self) -> torch.device: ...
     @property
-    def bias(self) -> Tensor | None: ...
+    def bias(self) -> Tensor | None:
+        """The layer's bias [out], or None."""
+        ...
+
     def weight(self) -> Tensor:
         """Returns W [out, in], a view without a copy."""
         ...
@@ -73,8 +76,8 @@ class BaseLayer(Protocol):
     ) -> Tensor:
         """Returns dropout(x) Aᵀ [..., r] for A [r, in]; x holds ids [...] if the layer takes ids.
 
-        A tensor that trains is passed as it is, with the `dtype` to compute in: a cast made where no
-        gradient is recorded would hide that it trains, and dropout would draw another mask.
+        A trained tensor is passed without a cast, with the `dtype` to compute in: a cast without
+        gradients would hide that it is trained, and dropout would draw another mask.
         """
         ...
 

@@ -1,5 +1,5 @@
-"""Bottleneck adapters: a small network with a nonlinearity beside or behind a frozen layer, six
-presets of one equation.
+"""Bottleneck adapters: a small network with a nonlinearity parallel to or after a frozen layer, and
+six presets of one equation.
 
     y' = y + s (W_up phi(W_down h + b_down) + b_up)      y = the layer's own output
     h  = y (place="series") or the layer's input x (place="parallel"), through a LayerNorm of its own if layer_norm
@@ -12,26 +12,27 @@ presets of one equation.
     lin       mlp-output                     relu   yes   yes         L (2dr + r + d) + 2 L d
     pfeiffer  block-output                   relu   yes               L (2dr + r + d)
     drop      block-output                   relu   yes               (L - skip_layers)(2dr + r + d), skip_layers = 5
-    series    mlp-output                     tanh   no                2 d r a layer
-    parallel  mlp-output, h = x              tanh   no                r (in + out) a layer
+    series    mlp-output                     tanh   no                2 d r per layer
+    parallel  mlp-output, h = x              tanh   no                r (in + out) per layer
 
-A preset gives defaults to the fields that are not given, and nothing else: every field may be given
-beside it. Targets are found by structure and stand before the residual sum. "block-output" is the
-layer norm behind the MLP in post-norm models (BERT): there y = LN(s) and y' = LN(s + a(y)), with
-the same frozen norm again; in pre-norm models it is the MLP's output map. "attention-output" is
-every attention, a decoder's cross-attention too. `skip_layers` counts from the input of every
-stack, of encoder and decoder both.
+A preset only gives defaults to fields that are not given; every field may be combined with it.
+Targets are found by structure, before the residual sum. "block-output" is the layer norm after the
+MLP in post-norm models (BERT): there y = LN(s) and y' = LN(s + a(y)), with the same frozen norm
+applied again; in pre-norm models it is the MLP's output map. "attention-output" is that of every
+attention, including a decoder's cross-attention. `skip_layers` counts from the input of every
+stack, in encoder and decoder alike.
 
-Not mergeable: the nonlinearity cannot be folded into a weight. Dropout acts on phi's output. Dtype:
-float32 unless asked. Sources: Houlsby arXiv:1902.00751; Lin arXiv:2004.03829; Pfeiffer
+Not mergeable: the nonlinearity cannot be folded into a weight. Dropout applies to phi's output.
+Dtype: float32 by default. Sources: Houlsby arXiv:1902.00751; Lin arXiv:2004.03829; Pfeiffer
 arXiv:2005.00247; AdapterDrop arXiv:2010.11918; series and parallel as in LLM-Adapters
 arXiv:2304.01933 (LLaMA's rows: targets=["up_proj", "down_proj"]). He et al. scale parallel by 4.
 Differs from them: the originals start `up` at small random numbers (standard deviation 0.01 or
-0.02), so only near the base; Houlsby trains the model's LayerNorms too, which the counts of
-arXiv:2106.09685 leave out; Lin's code reads the block's output after the residual sum, here it is
-the MLP's before it. Differs from the package `adapters`: that drops out after `up`, its Pfeiffer on
-a pre-norm model reads the sum of residual and MLP output (original_ln_before), and its parallel
-adapter spans the whole MLP. All else is held equal to it by tests.
+0.02), so the initial output is only close to the base's; Houlsby trains the model's LayerNorms too,
+which the counts of arXiv:2106.09685 leave out; Lin's code reads the block's output after the
+residual sum, here h is the MLP's output before that sum. Differs from the package `adapters`: its
+dropout follows `up`, its Pfeiffer on a pre-norm model reads the sum of residual and MLP output
+(original_ln_before), and its parallel adapter spans the whole MLP. Tests compare everything else
+with it.
 """
 
 from __future__ import annotations
@@ -79,9 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(LayerConfig):
-    """See the module's equation. A field that is None takes the preset's value, and holds it from
-    then on.
-    """
+    """See the module's equation. A field that is None takes the preset's value at construction."""
 
     preset: str = "houlsby"
     r: int = 64
@@ -125,14 +124,19 @@ class Bottleneck(LayerConfig):
         return self.r
 
     def forward(self, x: Tensor, y: Tensor, layer: BaseLayer, p: Params) -> Tensor:
+        """Returns y' [..., out] for the layer's input x [..., in] and its own output y [..., out].
+
+        On a layer norm, which has no weight, the update is added to the input, and the norm is
+        applied again.
+        """
         update = self._update(x, y, layer, p)
         if not layer.has_weight:
             return layer.forward(x + update.to(x.dtype))
         return y + update.to(y.dtype)
 
     def _update(self, x: Tensor, y: Tensor, layer: BaseLayer, p: Params) -> Tensor:
-        """s (W_up phi(W_down h + b_down) + b_up) [..., out]; x holds ids where the layer is an
-        embedding.
+        """Returns s (W_up phi(W_down h + b_down) + b_up) [..., out]; x has ids [...] if the layer
+        is an embedding.
         """
         parallel, dtype = self.place == "parallel", y.dtype
         h = x if parallel else y
@@ -163,6 +167,11 @@ class Bottleneck(LayerConfig):
         return names
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns down [r, width], up [out, r], and the biases and gain and shift [width] if
+        configured.
+
+        Raises TargetError if a parallel adapter with a LayerNorm is to read an embedding's ids.
+        """
         ids = self.place == "parallel" and layer.takes_ids
         if ids and self.layer_norm:
             raise TargetError(

@@ -1,7 +1,7 @@
 """The base classes of all configurations: common fields, their checks, and the defaults of a method.
 
 `Config` alone only trains tensors of the base model; a `TensorConfig` has tensors of its own; a
-`LayerConfig` adapts layers; a `LowRankConfig` by a low-rank update. A method overrides what differs.
+`LayerConfig` adapts layers; a `LowRankConfig` by a low-rank update. A method overrides the defaults.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What every adapter has: tensors of the base model that train beside its own."""
+    """The base of all configurations: tensors of the base model that train beside the adapter's
+    own.
+    """
 
     modules_to_save: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
 
-    learning_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)  # what `weft compare` tries
+    learning_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)  # tried by `weft compare`
     mergeable: ClassVar[bool] = True
     not_mergeable: ClassVar[str] = ""  # why not, for messages
     starts_at_base: ClassVar[bool] = True  # the output is unchanged until something trains
@@ -107,16 +109,24 @@ class TensorConfig(Config):
         check_choice(self, "dtype", list(DTYPES))
 
     def shapes(self, out: int, in_: int) -> dict[str, Shape]:
-        """Returns name and shape of every trained tensor of a layer [out, in], in the file's order."""
+        """Returns name and shape of every trained tensor of a layer [out, in], in the file's order.
+
+        Raises NotImplementedError: every method defines its own.
+        """
         raise NotImplementedError
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
-        """Returns float32 initial values; the output must not change if the class starts at base."""
+        """Returns float32 initial values of a layer [out, in], with the shapes of `shapes`.
+
+        They must leave the output unchanged if `starts_at_base`. Raises NotImplementedError here:
+        every method defines its own.
+        """
         raise NotImplementedError
 
     def frozen(self, out: int, in_: int, takes_ids: bool, rng: Rng) -> dict[str, Tensor]:
-        """Returns the layer's own frozen tensors, which no file holds: a function of the arguments
-        with the same bits on every device and version.
+        """Returns the frozen tensors of one layer [out, in], which no file contains.
+
+        They are a function of the arguments, with the same bits on every device and version.
         """
         return {}
 
@@ -137,13 +147,17 @@ class TensorConfig(Config):
         return self
 
     def finished_tensors(self, p: Params) -> dict[str, Tensor]:
-        """Returns the tensors that a file holds, by the names of the finished configuration."""
+        """Returns the tensors that a file contains, with the shapes of the finished configuration:
+        the trained ones, unless others are saved (Prefix with an MLP saves keys [n, out], values
+        [n, in]).
+        """
         return {name: getattr(p, name) for name in self.shapes(*p.shape)}
 
     def buffers(self, out: int, in_: int, device: torch.device) -> dict[str, Tensor]:
-        """Returns initial values of what it carries from step to step; `step` counts the steps.
+        """Returns initial values of the state that a layer [out, in] carries from step to step.
 
-        They are buffers of the layer, so that a resumed run continues bit for bit.
+        They are buffers of the layer, so a resumed run continues bit for bit. The buffer `step` []
+        counts the steps.
         """
         return {}
 
@@ -152,7 +166,7 @@ class TensorConfig(Config):
         return None
 
     def load_extra_state(self, p: Params, text: str) -> None:
-        """Restores what `extra_state` returned."""
+        """Restores the state that `extra_state` returned."""
 
     def unmoved(self, p: Params) -> tuple[str, ...]:
         """Returns trained tensors that the method itself keeps at their initial values."""
@@ -187,7 +201,7 @@ class LayerConfig(TensorConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(LayerConfig):
-    """A method of the form W' = σ ∘ (W + s diag(b) B diag(d) A): it says its factors."""
+    """A method of the form W' = σ ∘ (W + s diag(b) B diag(d) A), defined by its factors."""
 
     r: int = 8
     dropout: float = 0.0
@@ -201,7 +215,11 @@ class LowRankConfig(LayerConfig):
         return self.r
 
     def factors(self, p: Params, training: bool = False) -> LowRank:
-        """Returns the layer's tensors as they are, for evaluation or for the step at hand."""
+        """Returns the layer's factors, without copies, for evaluation or for the current training
+        step.
+
+        Raises NotImplementedError here: every method defines its own.
+        """
         raise NotImplementedError
 
 

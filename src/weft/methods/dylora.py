@@ -1,4 +1,4 @@
-"""DyLoRA: LoRA of which every smaller rank, from r_min on, is an adapter too.
+"""DyLoRA: LoRA in which every smaller rank, from r_min on, is an adapter of its own.
 
     W' = W + s B A              y = x W'ᵀ + bias,   s = alpha / r                                 in evaluation
     y = x Wᵀ + s_b x A[:b]ᵀ B[:, :b]ᵀ + bias,       s_b = alpha / b,  b drawn from [r_min, r]     in training
@@ -6,18 +6,18 @@
     A [r, in]   trained, Gaussian (standard deviation 1/r) or Kaiming-uniform, as in LoRA
     B [out, r]  trained, starts at 0, so W' = W at step 0
 
-Trained numbers per layer: r (in + out). b is a function of the seed and of the number of optimiser
-steps taken, so micro-batches, recomputation, processes and a resumed run see the same b, and no
-random generator is touched; all layers of equal rank draw the same b. last_only=True moves only the
-b-th row of A and column of B in that step (the paper's frozen variant), whatever momentum or decay
-the optimiser would give the others; without it the first b have gradients and the optimiser's
-momentum may move the others on, as in the authors' code. `adapter.truncate(b)` takes the first b
-ranks, as does loading and truncating; that adapter is the LoRA of A[:b], B[:, :b] and alpha. In
-training the b ranks are chosen by factors of x Aᵀ (s_b, and 0 beyond b), not by slicing: a model is
-compiled once, whatever b comes, and the products cost those of rank r. Source: arXiv:2210.07558,
-algorithm 1. alpha=None means that every s_b is 1. Raises ConfigError for values that cannot be
-meant. Differs from the paper: b is uniform (as in its experiments); no other distribution is
-offered.
+Trained numbers per layer: r (in + out). b is a function of the seed and of the number of finished
+optimiser steps, so micro-batches, recomputation, processes and a resumed run use the same b, and no
+random generator is advanced; all layers of equal rank use the same b. If last_only=True, a step
+moves only the b-th row of A and column of B (the paper's frozen variant), whatever momentum or
+decay the optimiser would apply to the others. Otherwise the first b have gradients, and the
+optimiser's momentum may move the others too, as in the authors' code. `adapter.truncate(b)` keeps
+the first b ranks; truncating after loading gives the same. The result is the LoRA with A[:b], B[:,
+:b] and alpha. In training the b ranks are selected by factors of x Aᵀ (s_b, and 0 beyond b), not by
+slicing: a model is compiled once for all b, and the products cost those of rank r. Source:
+arXiv:2210.07558, algorithm 1. alpha=None means that every s_b is 1. Raises ConfigError for invalid
+values. Differs from the paper: b is uniform (as in its experiments); no other distribution is
+supported.
 """
 
 from __future__ import annotations
@@ -70,13 +70,14 @@ class DyLoRA(LowRankConfig):
 
     @property
     def audit_after(self) -> int:
-        """Steps after which both A and B have moved: last_only moves A only where one b has come
-        twice.
+        """The number of steps after which both A and B have moved, or 0 without last_only.
+
+        With last_only, A moves only after the same b has been drawn twice.
         """
         return self.r - self.r_min + 3 if self.last_only else 0
 
     def rank_at(self, step: int) -> int:
-        """b of the training step after `step` finished ones."""
+        """Returns b of the training step after `step` finished ones."""
         word = int(philox.bits(philox.key_of(self.seed, "rank"), step, 1, 1))
         return self.r_min + word % (self.r - self.r_min + 1)
 
@@ -89,10 +90,10 @@ class DyLoRA(LowRankConfig):
         return LowRank(p.A, p.B, d=self._scales(p.b))
 
     def _scales(self, b: Tensor) -> Tensor:
-        """[r]: s_b for the first b ranks, 0 beyond; b is a tensor, so that no compiled graph
+        """Returns [r]: s_b for the first b ranks, and 0 beyond. b is a tensor, so no compiled graph
         depends on its value.
         """
-        # alpha / b is no number of float32; MPS has no other
+        # alpha / b may not be exact in float32, but MPS has no float64
         dtype = torch.float32 if b.device.type == "mps" else torch.float64
         scale = torch.ones_like(b, dtype=dtype) if self.alpha is None else self.alpha / b.to(dtype)
         return torch.where(torch.arange(self.r, device=b.device) < b, scale, 0.0)
@@ -101,10 +102,11 @@ class DyLoRA(LowRankConfig):
         return {"A": (self.r, in_), "B": (out, self.r)}
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns A [r, in] and B [out, r] as LoRA draws them."""
         return LoRA(r=self.r, init=self.init).initial(layer, rng, shared)
 
     def buffers(self, out: int, in_: int, device: torch.device) -> dict[str, Tensor]:
-        """`step`, and the rank `b` of the step to come."""
+        """Returns `step` [] and the rank `b` [] of the next step."""
         return {
             "step": torch.zeros((), dtype=torch.int64, device=device),
             "b": torch.full((), self.rank_at(0), dtype=torch.int64, device=device),
@@ -135,6 +137,6 @@ class DyLoRA(LowRankConfig):
 
     @staticmethod
     def _others(p: Any) -> Tensor:
-        """[r], True but for the b-th rank."""
+        """Returns [r]: True for all ranks but the b-th."""
         others: Tensor = torch.arange(p.method.r, device=p.A.device) != p.b - 1
         return others

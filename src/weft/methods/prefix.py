@@ -1,45 +1,45 @@
-"""The prompt family: trained vectors at virtual positions, which every real token can attend to; no
+"""The prompt family: trained vectors at virtual positions, to which every real token can attend; no
 weight changes.
 
     Prefix     attention over [P_K; K] and [P_V; V]     keys, values [n, kv heads * head width]   trained, each attention
     PreEmbed   input embeddings [before; prompt; after] before [l_p, d], after [l_i, d]           trained, once
     PreLayer   the same, and the state of these positions at the input of every block is trained: before, after, each block
 
-Trained numbers: Prefix 2 n (kv width) a self-attention, so 2 n d L in a GPT-2; PreEmbed d (l_p +
-l_i); PreLayer L d (l_p + l_i). A softmax over more positions is another softmax, so **no start
-leaves the output as it was**: all tensors start Gaussian with standard deviation `std` (0.02, the
-width at which GPT-2 and BERT start their embeddings).
+Trained numbers: Prefix 2 n (kv width) per self-attention, so 2 n d L in a GPT-2; PreEmbed d (l_p +
+l_i); PreLayer L d (l_p + l_i). A softmax over more positions is another softmax, so **no initial
+value leaves the output unchanged**: all tensors start Gaussian with standard deviation `std` (0.02,
+that of the embeddings in GPT-2 and BERT).
 
-Prefix, hidden=h: the paper's reparameterisation. In place of the keys and values an embedding E [n,
-kv width] trains, and one MLP: [P_K, P_V] of a layer = up_layer tanh(down E + b_down) + b_layer,
-with `down` shared by all layers. A file holds the keys and values that come out, and no MLP;
-loaded, they train on directly.
+Prefix, hidden=h: the paper's reparameterisation. Instead of the keys and values, an embedding E [n,
+kv width] and one MLP are trained: [P_K, P_V] of a layer = up_layer tanh(down E + b_down) + b_layer,
+with `down` shared by all layers. A file contains the resulting keys and values and no MLP; after
+loading, they are trained directly.
 
-Prefix, positions="shifted": real tokens count their positions from n on, as they do in the papers'
-code and in peft, where the prefix lies in the key-value cache. "kept": they count from 0. Models
-without position ids (T5, ViT) and encoders (BERT) have nothing to shift.
+Prefix, positions="shifted": positions of real tokens start at n, as in the papers' code and in
+peft, which put the prefix into the key-value cache. "kept": they start at 0. Models without
+position ids (T5, ViT) and encoders (BERT) have nothing to shift.
 
-Where PreEmbed and PreLayer put them. In a decoder: `before` before the first column, `after` behind
-the prompt, that is behind the last real token of each row; in training before the first label that
-is not -100 (of a model that generates: the labels of a token classifier say nothing of the prompt).
-They take up positions, and what the user sees has the shape it always has: the logits at the
-prompt's last token, which predict the first token of the answer, are those of the last `after`. In
-an encoder (BERT, ViT) they stand behind the embedding module and have no position embedding;
-attention there knows no order, so before and after are the same, real tokens keep their positions,
-and each answers for itself; a pooler reads real tokens only. Encoders whose tokens look back only
-(CLIP's text) are refused. The state after the last block is not replaced: no real token reads it.
-Where nothing stands behind the prompt (a classifier on the last token), the `after` of all blocks
-but the last is read by nobody, gets no gradient, and the audit says so.
+Positions of PreEmbed and PreLayer. In a decoder, `before` precedes the first column and `after`
+follows the prompt: the last real token of each row or, in training, the token before the first
+label that is not -100 (for models that generate; the labels of a token classifier do not show the
+end of a prompt). The vectors take up positions, but outputs keep their usual shape: the logits at
+the prompt's last token, which predict the first token of the answer, are those of the last `after`.
+In an encoder (BERT, ViT) the vectors follow the embedding module and have no position embedding.
+Attention there has no order, so before and after are equivalent; real tokens keep their positions
+and their own outputs, and a pooler reads real tokens only. Encoders with causal attention (CLIP's
+text encoder) are refused. The state after the last block is not replaced, since no real token reads
+it. If no token follows the prompt (a classifier on the last token), the `after` vectors of all
+blocks but the last are never read and get no gradient, and the audit reports them.
 
-Not mergeable, and no export to LoRA: they are no change of weights. Rows of one batch may mix
-prefixes, not virtual tokens. Dtype: float32 unless asked. Raises ConfigError for values that cannot
-be meant; at attach TargetError where a model's attention does not go through transformers'
-AttentionInterface, or its embeddings are not within reach. A prefix is seen by every token, in
-layers with a sliding window too; virtual tokens are tokens, and fall out of it: left padding stands
-between them and the prompt, so there, and nowhere else, it changes what a row sees. Sources: Prefix
-arXiv:2101.00190, equation 3 and section 4.3; PreEmbed and PreLayer arXiv:2106.09685, section 5.1
-(after arXiv:2104.08691). Differs from them: Li and Liang start from the activations of real words.
-Cross-attention gets no prefix.
+Not mergeable and not exportable to LoRA, since no weight changes. The rows of one batch may use
+different prefixes, but not different virtual tokens. Dtype: float32 by default. Raises ConfigError
+for invalid values, and TargetError at attach if the model's attention does not use transformers'
+AttentionInterface or its embeddings are not accessible. Every token sees a prefix, even in layers
+with a sliding window. Virtual tokens are tokens, and leave the window: left padding lies between
+them and the prompt, so with a sliding window (and only there) padding changes the result of a row.
+Sources: Prefix arXiv:2101.00190, equation 3 and section 4.3; PreEmbed and PreLayer
+arXiv:2106.09685, section 5.1 (after arXiv:2104.08691). Differs from them: Li and Liang start from
+the activations of real words. Cross-attention gets no prefix.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ from .rng import Rng
 
 
 class PrefixEncoder(Shared):
-    """What all layers share of a reparameterised prefix: E [n, width], down [hidden, width] and
-    b_down [hidden], trained.
+    """The trained tensors that all layers of a reparameterised prefix share: E [n, width], down
+    [hidden, width] and b_down [hidden].
     """
 
     def __init__(self, n: int, width: int, hidden: int, seed: int, device: torch.device) -> None:
@@ -74,7 +74,7 @@ class PrefixEncoder(Shared):
         self.b_down = nn.Parameter(rng.full((hidden,)))
 
     def hidden(self) -> Tensor:
-        """tanh(down E + b_down) [n, hidden], in float32 or wider."""
+        """Returns tanh(down E + b_down) [n, hidden], in float32 or float64."""
         return torch.tanh(
             F.linear(
                 at_least_float32(self.E), at_least_float32(self.down), at_least_float32(self.b_down)
@@ -109,7 +109,7 @@ class Prefix(TensorConfig):
 
     @property
     def shift(self) -> int:
-        """By how much real tokens count their positions later."""
+        """The number of positions by which real tokens are shifted."""
         return self.n if self.positions == "shifted" else 0
 
     def shapes(self, out: int, in_: int) -> dict[str, Shape]:
@@ -118,6 +118,9 @@ class Prefix(TensorConfig):
         return {"up": (out + in_, self.hidden), "b_up": (out + in_,)}
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns keys [n, out] and values [n, in]; with `hidden`, up [out + in, hidden] and its
+        bias.
+        """
         if self.hidden is None:
             return _gaussian(self, layer, rng)
         shape = (layer.out_features + layer.in_features, self.hidden)
@@ -127,7 +130,7 @@ class Prefix(TensorConfig):
         }
 
     def keys_values(self, p: Params) -> tuple[Tensor, Tensor]:
-        """P_K [n, width of the keys] and P_V [n, width of the values]."""
+        """Returns P_K [n, width of the keys] and P_V [n, width of the values]."""
         if self.hidden is None:
             return p.keys, p.values
         both = F.linear(p.shared.hidden(), at_least_float32(p.up), at_least_float32(p.b_up))
@@ -144,18 +147,18 @@ class Prefix(TensorConfig):
         return None if self.hidden is None else ("prefix encoder", self.n, self.hidden, self.seed)
 
     def finished(self) -> Prefix:
-        """What a file holds: the same prefix without the MLP that made it."""
+        """Returns the configuration that a file contains: the same prefix without its MLP."""
         return replace(self, hidden=None)
 
     def finished_tensors(self, p: Params) -> dict[str, Tensor]:
-        """Its tensors."""
+        """Returns keys [n, out] and values [n, in], computed by the MLP if there is one."""
         keys, values = self.keys_values(p)
         return {"keys": keys, "values": values}
 
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualTokens(TensorConfig):
-    """What PreEmbed and PreLayer share: l_p trained vectors before the prompt and l_i behind it."""
+    """The base of PreEmbed and PreLayer: l_p trained vectors before the prompt and l_i after it."""
 
     l_p: int = 20
     l_i: int = 0
@@ -178,12 +181,13 @@ class VirtualTokens(TensorConfig):
         }
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
+        """Returns Gaussian before [l_p, out] and after [l_i, out], without those of length 0."""
         return _gaussian(self, layer, rng)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreEmbed(VirtualTokens):
-    """The vectors are embeddings and enter with the input; see the module's text."""
+    """The vectors are embeddings that enter with the input; see the module's text."""
 
     where: ClassVar[str] = "embeddings"
     learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
@@ -192,7 +196,7 @@ class PreEmbed(VirtualTokens):
 
 @dataclass(frozen=True, kw_only=True)
 class PreLayer(VirtualTokens):
-    """The vectors are states, others at every block; see the module's text."""
+    """The vectors are states, new ones at every block; see the module's text."""
 
     where: ClassVar[str] = "block"
     not_mergeable: ClassVar[str] = "it adds positions to every block, and no weight can hold them"

@@ -23,12 +23,12 @@ _STREAM_A, _STREAM_B = 0, 1
 
 
 class Projections(Shared):
-    """A and B as buffers that are never saved with the model and never trained.
+    """A [r, max_in] and B [max_out, r] as buffers that are never saved with the model and never
+    trained.
 
-    A cast to bfloat16 and back would lose bits for ever, and `to_empty` fills them with whatever
-    the memory holds. So whenever the model's tensors are replaced (`to`, `half`, `to_empty`, ...)
-    the matrices are made again: drawn from the seed, or taken from the float32 pair that a file
-    brought, and then cast.
+    A cast to bfloat16 and back would lose bits, and `to_empty` leaves them uninitialised. So
+    whenever the model's tensors are replaced (`to`, `half`, `to_empty`, ...), the matrices are
+    recreated: drawn from the seed, or copied from the float32 pair of a file, and then cast.
     """
 
     A: Tensor
@@ -61,8 +61,8 @@ class Projections(Shared):
         self.register_buffer("B", B, persistent=False)
 
     def _made(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Float32 A [r, max_in] and B [max_out, r], Kaiming-uniform with gain sqrt(2): bound sqrt(6
-        / fan_in).
+        """Returns float32 A [r, max_in] and B [max_out, r], Kaiming-uniform with gain sqrt(2):
+        bound sqrt(6 / fan_in).
         """
         if device.type == "meta":
             return (
@@ -93,9 +93,7 @@ class Projections(Shared):
         )
 
     def checksum(self) -> str:
-        """16 hex digits of SHA-256 over the float32 bits of A and B, whatever dtype they are held
-        in.
-        """
+        """Returns 16 hex digits of SHA-256 over A and B in float32, whatever their current dtype."""
         digest = hashlib.sha256()
         for t in self._made(torch.device("cpu")):
             t = t.contiguous()

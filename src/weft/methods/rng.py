@@ -34,15 +34,15 @@ class Rng:
         return Rng(self.seed, name, self.device)
 
     def normal(self, tensor: str, shape: tuple[int, ...], std: float) -> Tensor:
-        """Returns a Gaussian matrix of this shape."""
+        """Returns a Gaussian matrix [rows, columns] of this shape, in float32."""
         key = philox.key_of(self.seed, self.name, tensor)
         return philox.normal(key, 0, shape[0], shape[1], std, self.device)
 
     def uniform(self, tensor: str, shape: tuple[int, ...], bound: float) -> Tensor:
-        """Returns a matrix of this shape, uniform in (-bound, bound)."""
+        """Returns a matrix [rows, columns] of this shape, uniform in (-bound, bound), in float32."""
         key = philox.key_of(self.seed, self.name, tensor)
         return philox.uniform(key, 0, shape[0], shape[1], bound, self.device)
 
     def full(self, shape: tuple[int, ...], value: float = 0.0) -> Tensor:
-        """Returns a tensor of this shape filled with `value`."""
+        """Returns a float32 tensor [*shape] filled with `value`."""
         return torch.full(shape, value, dtype=torch.float32, device=self.device)

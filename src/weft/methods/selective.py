@@ -34,7 +34,7 @@ class Full(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TopLayers(Config):
-    """The last k blocks before the output, and the norm behind them if the model has one (a
+    """The last k blocks before the output, and the norm after them if the model has one (a
     post-norm model ends each block in its own). Embeddings, poolers and the head stay.
 
     The blocks are those of one stack: the decoder's of an encoder-decoder, and of several towers

@@ -1,10 +1,10 @@
-"""`targets=`: which layers a rule adapts, checked and brought into one immutable form.
+"""`targets=`: the layers that a method adapts, validated and converted to one immutable form.
 
 A *pattern* is one of
     "all-linear"   every linear map but the output head, embeddings and routers
     "attention"    the linear maps of the attention modules        "mlp"   all others inside the model's blocks
     "attention-output"   the last map of every attention, before the residual sum    "mlp-output"   that of every MLP
-    "block-output"       in post-norm models the layer norm behind the MLP, else the same as "mlp-output"
+    "block-output"       in post-norm models the layer norm after the MLP, else the same as "mlp-output"
     "q_proj"       letters, digits, '_' and '.': the ending of a module's name, cut at a dot
     other text     a regular expression that must match a module's whole name
 and `targets` is a pattern, a list of patterns, or a dict of patterns to the fields they override:
@@ -26,28 +26,30 @@ ROLES = (
     "attention-output",
     "mlp-output",
     "block-output",
-)  # one module a block; model/structure/blocks.py finds them
+)  # one module per block; model/structure/blocks.py finds them
 KEYWORDS = ("all-linear", "attention", "mlp", *ROLES)
 _ENDING = re.compile(r"[A-Za-z0-9_.]+")
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """Patterns with the fields they change, in order; where two match a layer, the later one wins
-    field by field.
+    """Patterns with the fields they override, in order. If two patterns match a layer, the later
+    one wins, field by field.
     """
 
     entries: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 
 def is_ending(pattern: str) -> bool:
-    """The pattern is the ending of a name rather than a keyword or a regular expression."""
+    """Returns True if the pattern is the ending of a name: neither a keyword nor a regular
+    expression.
+    """
     return pattern not in KEYWORDS and _ENDING.fullmatch(pattern) is not None
 
 
 def normalise(targets: Any) -> str | tuple[str, ...] | Overrides:
-    """The immutable form. Raises ConfigError: another type, an empty list, a broken regular
-    expression.
+    """Returns `targets` in an immutable form. Raises ConfigError if it has another type, is empty,
+    or has an invalid regular expression.
     """
     if isinstance(targets, Overrides):
         return targets
@@ -67,7 +69,7 @@ def normalise(targets: Any) -> str | tuple[str, ...] | Overrides:
             entries.append(
                 (
                     _checked(pattern),
-                    tuple((field, _plain(value)) for field, value in fields.items()),
+                    tuple((field, _json_value(value)) for field, value in fields.items()),
                 )
             )
         return Overrides(tuple(entries))
@@ -81,21 +83,21 @@ def normalise(targets: Any) -> str | tuple[str, ...] | Overrides:
 
 
 def patterns(targets: str | tuple[str, ...] | Overrides) -> list[tuple[str, dict[str, Any]]]:
-    """Every pattern with the fields it overrides."""
+    """Returns every pattern with the fields that it overrides."""
     if isinstance(targets, Overrides):
         return [(pattern, dict(fields)) for pattern, fields in targets.entries]
     return [(pattern, {}) for pattern in ((targets,) if isinstance(targets, str) else targets)]
 
 
 def to_plain(targets: Any) -> Any:
-    """JSON values from which `normalise` makes the same again."""
+    """Returns JSON values from which `normalise` restores the same targets."""
     if isinstance(targets, Overrides):
         return {pattern: dict(fields) for pattern, fields in targets.entries}
     return targets if isinstance(targets, str) else list(targets)
 
 
-def _plain(value: Any) -> Any:
-    """A field's value as JSON can hold it."""
+def _json_value(value: Any) -> Any:
+    """Returns a field's value as a JSON value."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 

@@ -38,7 +38,7 @@ def is_name(word: str) -> bool:
     return word not in WORDS and _ENDING.fullmatch(word) is not None
 
 
-def nearest(word: str) -> list[str]:
+def nearest_words(word: str) -> list[str]:
     """Returns the known words that are most like this one."""
     return get_close_matches(word.lower(), [*WORDS, "last:2"], n=2, cutoff=0.5)
 
@@ -56,7 +56,7 @@ def normalise(method: str, train: Any, adapts_layers: bool) -> tuple[str, ...]:
         )
     for word in words:
         if word not in WORDS and last_blocks(word) is None and not is_name(word):
-            near = nearest(word) or [*WORDS, "last:2"]
+            near = nearest_words(word) or [*WORDS, "last:2"]
             raise ConfigError(
                 f"{method}(train=[{word!r}]): neither a known word nor the ending of a name. "
                 f"Nearest: {near}."

@@ -1,1 +1,3 @@
-"""WHERE: hosts, targets, attach, switch, merge. This room knows no method by name."""
+"""Adapters in a model: base layers, structure, attaching, the active adapter, merging. No method is
+known here by name.
+"""

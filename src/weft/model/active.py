@@ -1,7 +1,7 @@
 """Which adapter is active, for each caller: one object per model, which every adapted layer reads.
 
-What `weft.use` chose belongs to the calling thread or asyncio task (a context variable). A caller that
-has chosen nothing gets the model's default, the adapter that was attached last.
+The choice of `weft.use` belongs to the calling thread or asyncio task (a context variable). A
+caller that has chosen nothing gets the model's default, the adapter that was attached last.
 
 Gradient checkpointing runs a forward again inside backward, in whatever thread and under whatever
 choice backward runs. So the choice of the forward is written on torch's own record of the checkpointed
@@ -41,13 +41,16 @@ class PerRow:
         self.groups = {n: [i for i, m in enumerate(names) if m == n] for n in distinct}
 
     def index(self, name: str, rows: int, device: torch.device) -> Tensor:
-        """Returns the rows of a layer's first dimension that belong to `name`, several per batch row."""
+        """Returns [n] indices: the rows of a layer's first dimension that belong to adapter `name`.
+
+        Flattened tokens give several such rows per row of the batch.
+        """
         span = rows // len(self.names)
         first = torch.tensor(self.groups[name], device=device)[:, None] * span
         return (first + torch.arange(span, device=device)).reshape(-1)
 
     def check(self, x: Tensor, feature_dims: int) -> None:
-        """Raises WeftError unless the first dimension is the batch, or batch x tokens flattened."""
+        """Raises WeftError unless x is [batch, ...] or, flattened, [batch x tokens, in]."""
         n, have = len(self.names), x.shape[0] if x.dim() > feature_dims else 0
         # Ids in one dimension are as likely positions as tokens, so those must be the batch itself.
         flat = feature_dims > 0 and x.dim() == feature_dims + 1 and have % n == 0
@@ -64,8 +67,8 @@ Active = str | PerRow | None
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Choice:
-    """What one caller chose, the checkpointed region and the backward pass in which it did, and how
-    many `with weft.use(...)` blocks of this caller are open.
+    """The selection of one caller, the checkpointed region and the backward pass in which it did,
+    and how many `with weft.use(...)` blocks of this caller are open.
     """
 
     active: Active
@@ -85,7 +88,9 @@ class _Traced(threading.local):
 
 
 class ActiveAdapters:
-    """The active adapter or rows of one model. A copy starts with what its maker sees as default."""
+    """The active adapter or rows of one model. A copy starts with the choice of its creator as
+    default.
+    """
 
     def __init__(self, default: Active = None) -> None:
         self.key = next(_keys)
@@ -105,7 +110,8 @@ class ActiveAdapters:
         self.merged, self.base_weights = state["merged"], state["base_weights"]
 
     def current(self, checkpointed: bool = False) -> Active:
-        """Returns what is active for this caller, or was in the forward that is being recomputed.
+        """Returns the selection that is active for this caller, or was in the forward that is being
+        recomputed.
 
         `checkpointed`: without gradients, this may be the first forward of a reentrant checkpoint.
         """
@@ -126,7 +132,7 @@ class ActiveAdapters:
         return active
 
     def chosen(self) -> Choice | None:
-        """Returns what this caller chose, or None."""
+        """Returns the choice of this caller, or None."""
         return _choices.get().get(self.key)
 
     def choose(self, active: Active, open_blocks: int) -> None:
@@ -136,18 +142,18 @@ class ActiveAdapters:
         self.restore(Choice(active, region, _task(), open_blocks))
 
     def restore(self, choice: Choice | None) -> None:
-        """Puts back what `chosen` returned."""
+        """Restores the choice that `chosen` returned."""
         others = {k: v for k, v in _choices.get().items() if k != self.key}
         _choices.set(others if choice is None else {**others, self.key: choice})
         self.traced.choice = choice
 
     def set_default(self, active: Active) -> None:
-        """Makes this active for every caller that has chosen nothing."""
+        """Makes this active for every caller without a choice of its own."""
         self.several = self.several or (self.default is not None and active != self.default)
         self.default = active
 
     def _record(self, region: Any, choice: Choice | None, active: Active) -> None:
-        """Notes on a checkpointed region what is active, unless the region itself chose it."""
+        """Records the active selection on a checkpointed region, unless the region itself chose it."""
         if region is None or (choice is not None and choice.region is region):
             return
         record = getattr(region, _RECORD, None)
@@ -157,7 +163,7 @@ class ActiveAdapters:
         record.setdefault(self.key, active)
 
     def _of_the_forward(self, choice: Choice | None, active: Active) -> Active:
-        """What was active in the forward that this backward pass recomputes."""
+        """Returns the selection of the forward that this backward pass recomputes."""
         if choice is not None and choice.task == _task():
             return active  # chosen within the recomputation, as it was within the forward
         region = _recomputed_region()

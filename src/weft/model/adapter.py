@@ -19,7 +19,7 @@ from .stepping import follow
 
 
 class Disk(Protocol):
-    """What the checkpoint room lends to the handle; the model room may not import it."""
+    """The functions of weft.checkpoint that the handle needs; weft.model may not import it."""
 
     def save(self, model: nn.Module, path: str | Path, name: str, projections: bool) -> Path: ...
     def file_size(self, adapter: Adapter) -> int: ...
@@ -29,7 +29,7 @@ _disk: list[Disk] = []
 
 
 def bind_disk(disk: Disk) -> None:
-    """Called once, by the checkpoint room."""
+    """Called once, by weft.checkpoint."""
     _disk[:] = [disk]
 
 
@@ -46,7 +46,8 @@ class Adapter:
     """An adapter attached to `model` under `name`.
 
     `layers` maps module names to the adapted layers' tensors, `selected_tensors` maps full tensor
-    names to base tensors trained as copies (`train` and `modules_to_save`), `frozen` lists what stays frozen and why.
+    names to base tensors trained as copies (`train` and `modules_to_save`), and `frozen` lists the
+    layers and tensors that stay frozen, with the reason.
     """
 
     name: str
@@ -70,18 +71,18 @@ class Adapter:
 
     @property
     def is_attached(self) -> bool:
-        """Whether the model carries this very handle; not a copy of it, nor one that was detached."""
+        """Whether the model has exactly this handle; False for a copy of it or after a detach."""
         state = self.model.__dict__.get(STATE)
         return state is not None and state.adapters.get(self.name) is self
 
     @property
     def selected(self) -> dict[str, nn.Parameter]:
-        """Full tensor name -> the trained copy."""
+        """The trained copies by full tensor name."""
         return {name: s.trained for name, s in self.selected_tensors.items()}
 
     @property
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """Trained tensors that all layers share: "shared.<tensor>"; none for most methods."""
+        """The trained tensors that all layers share, as "shared.<tensor>"; most methods have none."""
         modules = {
             id(layer.shared): layer.shared
             for layer in self.layers.values()
@@ -94,8 +95,8 @@ class Adapter:
         }
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every declared tensor: "<module>.<tensor>" for layers, the base tensor's own name for
-        selected ones, and "shared.<tensor>" for what all layers share.
+        """Yields every trained tensor: "<module>.<tensor>" for layers, the base tensor's own name
+        for selected ones, and "shared.<tensor>" for those that all layers share.
         """
         for module, layer in self.layers.items():
             for tensor, parameter in layer.trainable().items():
@@ -104,7 +105,7 @@ class Adapter:
         yield from self.selected.items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What the optimiser gets."""
+        """Yields every trained tensor, for the optimiser."""
         return (parameter for _, parameter in self.named_parameters())
 
     @property
@@ -114,14 +115,14 @@ class Adapter:
 
     @property
     def num_head_parameters(self) -> int:
-        """Those of them that belong to the head or to `modules_to_save`; the papers count these
-        apart.
+        """The number of those that belong to the head or to `modules_to_save`; the papers count
+        them separately.
         """
         return sum(s.trained.numel() for s in self.selected_tensors.values() if s.head)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of adapter_model.safetensors as `save` writes it, header and all."""
+        """The size in bytes of adapter_model.safetensors as `save` writes it, including the header."""
         return self._on_disk().file_size(self)
 
     def save(self, path: str | Path, projections: bool = False) -> Path:
@@ -130,9 +131,7 @@ class Adapter:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps that an adapter of a rule with a schedule has been through; 0 for
-        others.
-        """
+        """The optimiser steps that an adapter of a method with a schedule has taken; 0 for others."""
         counts = [
             int(layer.get_buffer("step"))
             for layer in self.layers.values()
@@ -142,18 +141,16 @@ class Adapter:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Module -> rank in force; where a method moves rank between layers, what it has
-        reached.
-        """
+        """The current rank of each module; methods that move rank between layers change it."""
         return {
             module: layer.rank for module, layer in self.layers.items() if layer.rank is not None
         }
 
     def plan_steps(self, total: int) -> None:
-        """Tell a method with a schedule how many optimiser steps will be taken, where its
-        configuration leaves that open.
+        """Sets the number of optimiser steps of a method with a schedule, if its configuration left
+        it open.
 
-        Weft's trainer calls it. Raises ConfigError where the schedule does not fit into so many
+        Weft's trainer calls it. Raises ConfigError if the schedule does not fit into that many
         steps.
         """
         self.config = self.config.with_steps(total)
@@ -161,11 +158,12 @@ class Adapter:
             layer.method = layer.method.with_steps(total)
 
     def truncate(self, r: int) -> None:
-        """Keep the first `r` ranks of every layer and drop the rest, where a method has trained
-        nested ranks.
+        """Keeps the first `r` ranks of every layer and drops the rest, for methods with nested
+        ranks.
 
-        The tensors are new ones, which an optimiser made before does not hold. Raises ConfigError
-        (no such rank), UnsupportedError (the method's ranks are not nested), MergeError (merged).
+        The tensors are new ones, which an optimiser created before does not have. Raises
+        ConfigError (no such rank), UnsupportedError (the method's ranks are not nested), MergeError
+        (merged).
         """
         if any(layer.active.merged == self.name for layer in self.layers.values()):
             raise MergeError(
@@ -189,8 +187,10 @@ class Adapter:
         return [name for name, layer in self.layers.items() if layer.is_stale()]
 
     def training_state(self) -> dict[str, Tensor]:
-        """What a run that goes on bit for bit needs beside tensors and optimiser: copies of the
-        buffers that `model.state_dict()` has too. Empty for most methods.
+        """Returns the state beside tensors and optimiser that a run needs to resume bit for bit.
+
+        It has copies of the layers' buffers, which `model.state_dict()` has too: for DyLoRA
+        "<module>.step" []. Most methods have none.
         """
         return {
             f"{module}.{name}": layer.get_buffer(name).detach().clone()
@@ -200,8 +200,9 @@ class Adapter:
 
     @torch.no_grad()
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `training_state` gave. Raises CheckpointError where names or shapes
-        differ.
+        """Copies the buffers that `training_state` returned, such as step [], into the layers.
+
+        Raises CheckpointError if names or shapes differ.
         """
         live = {
             f"{module}.{name}": layer.get_buffer(name)
@@ -221,12 +222,12 @@ class Adapter:
             t.copy_(state[name])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or an adapter from a pickle, goes on stepping like the original."""
+        """Restores a copy or a pickle, which follows optimiser steps like the original."""
         self.__dict__.update(state)
         follow(self)
 
     def plan(self) -> Plan:
-        """Returns a table of what is trained, and of what stays frozen and why; print it."""
+        """Returns a printable table of the trained and the frozen tensors, with reasons."""
         return plan_of(
             type(self.config).__name__,
             self.model,

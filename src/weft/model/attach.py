@@ -1,4 +1,4 @@
-"""Attach adapters to a model in place, and take them off again."""
+"""Attaches adapters to a model in place, and detaches them."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class Parts:
-    """What an adapter consists of in one model: a rule per module, base tensors trained as copies,
-    and what stays frozen and why. `routed`: modules whose tokens a router has regrouped.
+    """The parts of an adapter in one model: a configuration per module, base tensors trained as
+    copies, and frozen tensors with the reason why. `routed`: modules whose tokens a router has
+    regrouped.
     """
 
-    rules: Mapping[str, Any]
+    configs: Mapping[str, Any]
     selected: Sequence[str] = ()
     frozen: Sequence[Frozen] = ()
     routed: Sequence[str] = ()
 
 
 def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
-    """Attach `config` to `model` in place, freeze the base, make the adapter active, and return its
-    handle.
+    """Attaches `config` to `model` in place, freezes the base, activates the adapter, and returns
+    its handle.
 
-    No wrapper is made and no base parameter is renamed. The output is unchanged until the adapter
-    is trained, but for the methods that say `starts_at_base = False` (Prefix, PreEmbed, PreLayer).
-    A failed attach leaves the model as it was. Adapters share a model under different names.
+    There is no wrapper, and no base parameter is renamed. The output is unchanged until the adapter
+    is trained, except for methods with `starts_at_base = False` (Prefix, PreEmbed, PreLayer). If
+    attaching fails, the model is unchanged. A model can have several adapters with different names.
 
     Raises ConfigError (not a Weft configuration, bad name), TargetError (the targets do not fit the
     model), WeftError (the name is taken), MergeError (an adapter is merged).
@@ -67,7 +68,7 @@ def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
 def parts_of(structure: Structure, config: Any) -> Parts:
     """Resolves a configuration against a model, before the model is changed.
 
-    Raises TargetError if something that the configuration names does not fit the model.
+    Raises TargetError if a name in the configuration does not fit the model.
     """
     for tensor, parameter in structure.root.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -83,19 +84,19 @@ def parts_of(structure: Structure, config: Any) -> Parts:
     if not isinstance(config, LayerConfig):
         return Parts({}, _union(trained_tensors(structure, config, (), saved), saved))
     found = targets.resolve(structure, config.targets, config.blocks_left_out)
-    rules = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
+    configs = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]
         if config.targets in KEYWORDS:  # "all-linear" means all that are not trained in full
-            rules.pop(module, None)
-        if module in rules:
+            configs.pop(module, None)
+        if module in configs:
             raise TargetError(
                 f"{module!r} is named by targets and by "
                 f"modules_to_save={list(config.modules_to_save)}: "
                 "a layer is adapted or trained in full. Take it out of one of the two."
             )
-    trained = trained_tensors(structure, config, rules, saved)
-    return Parts(rules, _union(trained, saved), found.frozen, found.routed)
+    trained = trained_tensors(structure, config, configs, saved)
+    return Parts(configs, _union(trained, saved), found.frozen, found.routed)
 
 
 def _union(first: Sequence[str], second: Sequence[str]) -> list[str]:
@@ -110,10 +111,10 @@ def attach_resolved(
     shared: Mapping[Any, Shared] | None = None,
     fill: Callable[[Adapter], None] | None = None,
 ) -> Adapter:
-    """Attaches exactly these parts. `shared` has frozen tensors read from a file, by share_key; `fill`
-    is called with the adapter before the model is touched, to give its tensors their values.
+    """Attaches exactly these parts. `shared` has frozen tensors read from a file, by share_key;
+    `fill` is called with the adapter before the model is changed, to fill its tensors.
 
-    Raises as `attach` does; everything that can fail happens before the model is touched.
+    Raises as `attach` does; everything that can fail happens before the model is changed.
     """
     fallback.refresh()
     root = structure.root
@@ -136,19 +137,19 @@ def _attach(
     _check_name(state, name)
     with base_only(state):
         modules = dict(root.named_modules())
-        _check_ownership(modules, parts.rules, state)
+        _check_ownership(modules, parts.configs, state)
         _check_tied(
             structure,
             {
-                name: rule
-                for name, rule in parts.rules.items()
-                if not isinstance(rule, PromptMethod)
+                name: method
+                for name, method in parts.configs.items()
+                if not isinstance(method, PromptMethod)
             },
         )
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
-        adapter.layers = _build_sites(structure, modules, parts.rules, state, shared)
+        adapter.layers = _build_layers(structure, modules, parts.configs, state, shared)
         adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)
         if fill is not None:
             fill(adapter)
@@ -159,12 +160,11 @@ def _attach(
 
 
 def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -> None:
-    """Take an adapter off: the model has the modules, keys, flags and outputs that it had before.
+    """Detaches an adapter: the model has the modules, keys, flags and outputs that it had before.
 
-    Where it was the active adapter, the base is active afterwards. keep_merged=True drops a merged
-    adapter and leaves its effective weights in the model for good. Raises WeftError (no such
-    adapter, or an open `with weft.use(...)` uses it), MergeError (it is merged and keep_merged was
-    not given).
+    If it was the active adapter, the base becomes active. keep_merged=True drops a merged adapter
+    and leaves its effective weights in the model permanently. Raises WeftError (no such adapter, or
+    an open `with weft.use(...)` uses it), MergeError (it is merged and keep_merged was not given).
     """
     state = state_of(model)
     with state.gate.alone(f"detach adapter {name!r}"):
@@ -184,11 +184,11 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     state.forget(name)
     if isinstance(adapter.config, PromptMethod):
         prompts.uninstall(state, adapter)
-    for site in adapter.layers.values():
-        layer = site.base.module
-        del layers_of(layer)[name]
-        if not len(layers_of(layer)):
-            restore(layer)
+    for layer in adapter.layers.values():
+        module = layer.base.module
+        del layers_of(module)[name]
+        if not len(layers_of(module)):
+            restore(module)
     del state.adapters[name]
     unfollow(adapter)
     if not state.adapters:
@@ -200,7 +200,7 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Name -> handle of every adapter on the model; empty where there is none."""
+    """Returns the handles of all adapters on the model by name; empty if there are none."""
     state = find_state(model)
     return dict(state.adapters) if state else {}
 
@@ -228,7 +228,7 @@ def _check_name(state: State | None, name: str) -> None:
 
 
 def _check_ownership(
-    modules: Mapping[str, nn.Module], rules: Mapping[str, Any], state: State | None
+    modules: Mapping[str, nn.Module], configs: Mapping[str, Any], state: State | None
 ) -> None:
     mine = None if state is None else state.active
     for name, module in modules.items():
@@ -237,7 +237,7 @@ def _check_ownership(
                 f"{name!r} carries an adapter that was attached through another root module. Use "
                 "that module, or detach it first."
             )
-    for name in rules:
+    for name in configs:
         if name not in modules:
             raise TargetError(f"the model has no module {name!r}.")
         if not is_adapted(modules[name]) and hasattr(modules[name], CHILD):
@@ -247,13 +247,15 @@ def _check_ownership(
             )
 
 
-def _check_tied(structure: Structure, rules: Mapping[str, Any]) -> None:
-    """Adapting one of two modules that read one Parameter would give other outputs when merged."""
+def _check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
+    """Raises TargetError if a target is tied: merging would change the outputs of its other
+    readers.
+    """
     readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in structure.modules.items():
         for tensor, parameter in module._parameters.items():
             readers.setdefault(id(parameter), []).append((name, module, tensor))
-    for name in rules:
+    for name in configs:
         layer = structure.root.get_submodule(name)
         for other, module, tensor in readers[id(layer._parameters["weight"])]:
             if module is layer and tensor == "weight":
@@ -267,61 +269,61 @@ def _check_tied(structure: Structure, rules: Mapping[str, Any]) -> None:
             )
 
 
-def _build_sites(
+def _build_layers(
     structure: Structure,
     modules: Mapping[str, nn.Module],
-    rules: Mapping[str, Any],
+    configs: Mapping[str, Any],
     state: State | None,
     given: Mapping[Any, Shared],
 ) -> dict[str, AdapterLayer]:
-    views: dict[str, Any] = dict(prompts.hosts_of(structure, rules))
-    views |= {name: base_layers.view(modules[name]) for name in rules if name not in views}
-    for name, rule in rules.items():
-        if not views[name].has_weight and not rule.adapts_norms:
+    views: dict[str, Any] = dict(prompts.hosts_of(structure, configs))
+    views |= {name: base_layers.view(modules[name]) for name in configs if name not in views}
+    for name, method in configs.items():
+        if not views[name].has_weight and not method.adapts_norms:
             raise TargetError(
                 f"{name!r} is a layer norm ({type(modules[name]).__name__}), and "
-                f"{type(rule).__name__} adapts weight matrices. "
+                f"{type(method).__name__} adapts weight matrices. "
                 'Target "mlp-output", or another linear layer.'
             )
     groups: dict[Any, list[tuple[int, int]]] = {}
-    for name, rule in rules.items():
-        groups.setdefault(rule.share_key(), []).append(
+    for name, method in configs.items():
+        groups.setdefault(method.share_key(), []).append(
             (views[name].out_features, views[name].in_features)
         )
     pool = _pool(state)
     written = any(
         getattr(module, "inplace", False) is True for module in structure.root.modules()
     )  # nn.ReLU(inplace=True)
-    sites = {}
-    for name, rule in rules.items():
-        key, device = rule.share_key(), views[name].device
+    layers = {}
+    for name, method in configs.items():
+        key, device = method.share_key(), views[name].device
         shared = given.get(key)
         if shared is None and key is not None:
             full = (key, max(o for o, _ in groups[key]), max(i for _, i in groups[key]), device)
             if full not in pool:
-                made = rule.shared(groups[key], device)
+                made = method.shared(groups[key], device)
                 pool[full] = made
             shared = pool[full]
-        sites[name] = AdapterLayer(rule, views[name], shared)
-        sites[name].written = written
-        sites[name].initialise(Rng(rule.seed, name, device))
-        sites[name].train(modules[name].training)
-    return sites
+        layers[name] = AdapterLayer(method, views[name], shared)
+        layers[name].written = written
+        layers[name].initialise(Rng(method.seed, name, device))
+        layers[name].train(modules[name].training)
+    return layers
 
 
 def _pool(state: State | None) -> dict[Any, Any]:
-    """The shared tensors of adapters already on the model, so that equal ones exist once a
-    model.
+    """Returns the shared tensors of adapters already on the model, so that equal ones exist only
+    once per model.
     """
-    sites = (
-        [site for adapter in state.adapters.values() for site in adapter.layers.values()]
+    layers = (
+        [layer for adapter in state.adapters.values() for layer in adapter.layers.values()]
         if state
         else []
     )
     return {
-        site.shared.pool_key(): site.shared
-        for site in sites
-        if site.shared is not None and site.shared.pool_key() is not None
+        layer.shared.pool_key(): layer.shared
+        for layer in layers
+        if layer.shared is not None and layer.shared.pool_key() is not None
     }
 
 
@@ -337,11 +339,11 @@ def _install(
         state.watch_root()
     if isinstance(adapter.config, PromptMethod):
         prompts.install(state, adapter, structure)
-    for name, site in adapter.layers.items():
+    for name, layer in adapter.layers.items():
         if not is_adapted(modules[name]):
             adapt(modules[name], state.active)
-        site.active = state.active
-        layers_of(modules[name])[adapter.name] = site
+        layer.active = state.active
+        layers_of(modules[name])[adapter.name] = layer
     state.adapters[adapter.name] = adapter
     follow(adapter)
     if follows(adapter):

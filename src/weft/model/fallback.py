@@ -52,7 +52,7 @@ def note(reason: str) -> None:
 
 
 def of_the_tensors(x: Tensor, W: Tensor, bias: Tensor | None) -> str | None:
-    """Returns what about these tensors needs the general definition, or None."""
+    """Returns why x [..., in], W [out, in] or the bias [out] needs the general definition, or None."""
     if type(x) not in _PLAIN_TYPES or type(W) not in _PLAIN_TYPES:
         return "a tensor is of a class of its own (sharded, quantised or traced)"
     if bias is not None and type(bias) not in _PLAIN_TYPES:
@@ -68,7 +68,10 @@ def _other_autocast(x: Tensor) -> bool:
 
 
 def of_the_moment(x: Tensor) -> str | None:
-    """Returns what goes on now that needs the general definition, or None: a few cheap tests."""
+    """Returns why the current mode needs the general definition for x [..., in], or None.
+
+    Autocast, transforms and tracing are such modes; the tests are few and cheap.
+    """
     if _any_autocast() and _other_autocast(x):
         return "autocast computes in another dtype than the weight's"
     if _current_level() is not None or forward_ad._current_level >= 0 or _is_tracing():

@@ -1,8 +1,8 @@
 """Lets forwards of a model run side by side, and changes of the model only between them.
 
-A forward enters through a hook on the root. A change (attach, load, detach, merge) waits until no other
-thread is inside; forwards that come meanwhile wait for the change. Adapters that train tensors of the
-base put copies in their places, of which a model has one set at a time: forwards that need another set
+A forward enters through a hook on the root. A change (attach, load, detach, merge) waits until no
+other thread is inside; forwards that come meanwhile wait for the change. Adapters that train base
+tensors replace them by copies, and a model has one set at a time: forwards that need another set
 wait for those that run.
 """
 

@@ -37,16 +37,16 @@ def estimate(adapter: Adapter, inputs: Mapping[str, Tensor] | None = None) -> Me
     """Returns the memory of a training step with AdamW: exact for tensors, without the allocator's
     rounding and temporaries.
 
-    inputs: a batch on the model's device, which may be meta. With it, one forward counts the
-    activations.
+    `inputs` is a batch, for example input_ids [batch, tokens], on the model's device, which may be
+    meta. If it is given, one forward measures the activations.
     """
     trained = list(adapter.parameters())
-    ours = {id(p) for site in adapter.layers.values() for p in site.parameters()}
+    ours = {id(p) for layer in adapter.layers.values() for p in layer.parameters()}
     live = {id(p): p for p in adapter.model.parameters() if id(p) not in ours}
     originals = {id(s.original): s.original for s in adapter.selected_tensors.values()}
     copies = {id(s.trained) for s in adapter.selected_tensors.values()}
     base = sum(_size(p) for key, p in {**live, **originals}.items() if key not in copies)
-    shared = {id(b): b for site in adapter.layers.values() for b in site.buffers()}
+    shared = {id(b): b for layer in adapter.layers.values() for b in layer.buffers()}
     own = sum(_size(p) for p in trained)
     trained_and_shared = own + sum(_size(b) for b in shared.values())
     activations = None if inputs is None else _saved(adapter.model, inputs)

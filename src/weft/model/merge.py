@@ -1,4 +1,4 @@
-"""Merge an adapter into the weights, measured, and give the base back bit for bit."""
+"""Merges an adapter into the weights, measures the error, and restores the base bit for bit."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torc
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge measured.
+    """The measurements of a merge.
 
     rounding: largest ‖cast(W') - W'‖ / ‖W'‖ over the merged weights. change: largest ‖W' - W‖ /
     ‖W‖. With `verify`: output_error is max |merged - attached| / max |attached| over all outputs,
-    effect is the same for attached against base, and tolerance is what output_error was held to.
+    effect is the same for attached against base, and tolerance is the limit of output_error.
     """
 
     name: str
@@ -92,7 +92,7 @@ def merge(
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts the base's weights back bit for bit and makes active what was active before `merge`.
+    """Puts the base's weights back bit for bit and restores the selection from before `merge`.
 
     Raises MergeError if nothing is merged, or another caller is inside `with weft.use(...)`.
     """
@@ -126,10 +126,10 @@ def _merge(state: State, adapter: Adapter) -> MergeReport:
 
 
 def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
-    """W' [out, in] of one adapted layer in float32 (float64 where the weight is), detached.
+    """Returns W' [out, in] of one adapted layer, detached, in float32 (float64 if the weight is).
 
-    Raises WeftError (the layer carries no such adapter), UnsupportedError (it is no change of
-    weights).
+    Raises WeftError (the layer has no such adapter), UnsupportedError (the method changes no
+    weight).
     """
     active = active_of(layer)
     found = layers_of(layer)._modules.get(name) if active is not None else None
@@ -247,8 +247,8 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
-    """All floating outputs of the model for `inputs` in eval mode, as float64; empty where there
-    are no inputs.
+    """Returns all floating outputs of the model for `inputs` in eval mode, as float64; empty
+    without inputs.
     """
     if inputs is None:
         return []

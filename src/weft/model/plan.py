@@ -1,4 +1,4 @@
-"""The plan of an adapter: what it trains, layer by layer, and what stays frozen and why."""
+"""The plan of an adapter: its trained tensors, layer by layer, and the frozen ones with reasons."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class Plan:
             lines.append("stays frozen:")
         for pattern, cold in _folded(self.frozen):
             lines += _wrapped(
-                f"{pattern} ({cold[0].kind} {_shape(cold[0].shape)}, x{len(cold)})", cold[0].reason
+                f"{pattern} ({cold[0].kind} {_shape_text(cold[0].shape)}, x{len(cold)})",
+                cold[0].reason,
             )
         return "\n".join(lines)
 
@@ -80,7 +81,7 @@ def rows_as_text(rows: list[Row]) -> list[str]:
             (
                 pattern,
                 first.kind,
-                _shape(first.shape),
+                _shape_text(first.shape),
                 str(len(group)),
                 f"{trained:,}",
                 size_text(nbytes),
@@ -195,7 +196,7 @@ def _wrapped(name: str, text: str) -> list[str]:
     ]
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 

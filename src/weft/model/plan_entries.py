@@ -1,4 +1,4 @@
-"""The lines of a plan: what an adapter trains, and what stays frozen."""
+"""The lines of a plan: trained and frozen tensors."""
 
 from __future__ import annotations
 

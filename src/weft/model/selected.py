@@ -72,7 +72,7 @@ def select(
         done.add(id(parameter))
         holders = readers[id(parameter)]
         if name in saved:
-            _check_tied(name, [full for full, _, _ in holders], saved)
+            _check_readers(name, [full for full, _, _ in holders], saved)
         # A tied tensor goes by its first name, so a head tied to the embedding is not a head.
         head = name in saved or within(holders[0][0], structure.head)
         copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.is_floating_point())
@@ -80,7 +80,7 @@ def select(
     return built
 
 
-def _check_tied(name: str, readers: Sequence[str], asked: Collection[str]) -> None:
+def _check_readers(name: str, readers: Sequence[str], asked: Collection[str]) -> None:
     """Training one reader of a tied tensor trains the others; that must have been asked for."""
     for other in readers:
         if other not in asked:

@@ -24,7 +24,9 @@ ATTRIBUTE = STATE
 
 @dataclass
 class Merged:
-    """What is merged, the choice of the caller who did it, and the bits that `unmerge` puts back."""
+    """The merged adapter, the choice of the caller who merged it, and the bits that `unmerge`
+    restores.
+    """
 
     name: str
     choice: Choice | None
@@ -76,14 +78,14 @@ class State:
         self._hooks = []
 
     def choose(self, active: Active, open_blocks: int | None = None) -> None:
-        """Makes this active for the caller, and puts the base tensors that go with it in place."""
+        """Activates this for the caller, and installs its base tensors."""
         choice = self.active.chosen()
         blocks = (0 if choice is None else choice.open) if open_blocks is None else open_blocks
         self.active.choose(active, blocks)
         self.install_for(active)
 
     def set_default(self, active: Active) -> None:
-        """Makes this active for the caller and for every caller that has chosen nothing."""
+        """Activates this for the caller and for every caller without a choice."""
         self.active.set_default(active)
         choice = self.active.chosen()
         if choice is not None:
@@ -101,17 +103,17 @@ class State:
             self.install(None)
 
     def install_for(self, active: Active) -> None:
-        """Puts the base tensors of this selection in place, when no other thread is inside."""
+        """Installs the base tensors of this selection as soon as no other thread is inside."""
         if not self.installed_for(active):
             with self.gate.alone("switch to another adapter's base tensors"):
                 self.install(self._owner(active))
 
     def installed_for(self, active: Active) -> bool:
-        """Whether the base tensors that go with this selection are in place."""
+        """Returns True if the base tensors of this selection are installed."""
         return self._installed == self._owner(active)
 
     def install(self, name: str | None) -> None:
-        """Puts the trained base tensors of this adapter in place, or the originals."""
+        """Installs the trained base tensors of this adapter, or the originals."""
         if self._installed == name:
             return
         before = self.adapters.get(self._installed or "")
@@ -134,7 +136,7 @@ class State:
         self.active.base_weights = record.base_weights
 
     def end_merge(self) -> None:
-        """Forgets what was merged; the weights are the caller's matter."""
+        """Forgets the merged adapter, and leaves the weights as they are."""
         self.merged, self.active.merged, self.active.base_weights = None, None, {}
 
     def _owner(self, active: Active) -> str | None:
@@ -147,7 +149,9 @@ class State:
 
 @contextmanager
 def base_only(state: State | None) -> Iterator[None]:
-    """Puts the pretrained tensors in place, and back what was, while no other thread is inside."""
+    """Installs the pretrained tensors, and afterwards the previous ones, while no other thread is
+    inside.
+    """
     if state is None:
         yield
         return

@@ -1,17 +1,16 @@
 """Methods that act around the optimiser's step, without a call from the user.
 
 torch calls two hooks around every `step` of every torch optimiser
-(`register_optimizer_step_pre_hook`, `..._post_hook`); ours look for adapters of such
-methods (`Config.follows_steps`) among those attached, and act where that optimiser holds their tensors and
-a gradient has reached them. So gradient accumulation, wrappers of optimisers (accelerate), a
-closure, and several adapters need nothing; a step that a GradScaler leaves out does not count; and
-what an adapter has counted lies in its layers' buffers, so that a copy of the model or its
-state_dict takes it along. An optimiser that steps others inside its own step
-(ZeroRedundancyOptimizer, SAM) is one step.
+(`register_optimizer_step_pre_hook`, `..._post_hook`). Ours act for attached adapters of such
+methods (`Config.follows_steps`) if the optimiser has their tensors and a gradient has reached them.
+So gradient accumulation, wrappers of optimisers (accelerate), closures and several adapters work
+without further code, and a step that a GradScaler skips does not count. The counters are buffers of
+the layers, so a copy of the model or its state_dict includes them. An optimiser that steps others
+inside its own step (ZeroRedundancyOptimizer, SAM) takes one step.
 
-An optimiser that holds other tensors than the adapter's (flat shards, copies in float32) and writes
-into these is not seen here. That is an error: a `Watch` raises it in the third forward of the
-training, and the audit has it too.
+An optimiser that has other tensors than the adapter's (flat shards, copies in float32) and writes
+the results back is not seen here. That is an error: a `Watch` raises it in the third forward of the
+training, and the audit reports it too.
 """
 
 from __future__ import annotations
@@ -38,14 +37,12 @@ _hooks: list[Any] = []
 
 
 def follows(adapter: Any) -> bool:
-    """Something of this adapter depends on the optimiser's steps."""
+    """Returns True if a layer of this adapter has a method that follows the optimiser's steps."""
     return any(layer.method.follows_steps for layer in adapter.layers.values())
 
 
 def follow(adapter: Any) -> None:
-    """Act for this adapter from now on, if its rule asks for it and for as long as it is
-    attached.
-    """
+    """Follows the steps of this adapter, if its method needs it, for as long as it is attached."""
     if follows(adapter):
         _followed.add(adapter)
         if not _hooks:
@@ -58,7 +55,7 @@ def follow(adapter: Any) -> None:
 
 
 def unfollow(adapter: Any) -> None:
-    """No longer; without any adapter to follow, torch is left without our hooks."""
+    """Stops following this adapter. If it was the last one, the hooks are removed from torch."""
     _followed.discard(adapter)
     if not len(_followed):
         for hook in _hooks:
@@ -67,7 +64,7 @@ def unfollow(adapter: Any) -> None:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-    _begun.pop(optimizer, None)  # of a step that raised
+    _begun.pop(optimizer, None)  # left by a step that raised
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
         _begin(optimizer)
@@ -87,12 +84,12 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
 def _begin(optimizer: Optimizer) -> None:
     found_inf = getattr(
         optimizer, "found_inf", None
-    )  # a fused optimiser is called, and leaves the step out itself
+    )  # a fused optimiser is called anyway, and skips the step itself
     if isinstance(found_inf, Tensor) and bool(found_inf):
         return
     scale = getattr(optimizer, "grad_scale", None)
     again = optimizer in _begun  # a closure is evaluated more than once
-    _begun[optimizer] = list(_held(optimizer))
+    _begun[optimizer] = list(_adapters_to_move(optimizer))
     for adapter in _begun[optimizer]:
         adapter.config.before_step(adapter.layers, 1.0 if scale is None else float(scale), again)
         _forget(
@@ -113,9 +110,9 @@ def _forget(adapter: Any) -> None:
             layer.watch.forget()
 
 
-def _held(optimizer: Optimizer) -> Iterator[Any]:
-    """The attached adapters that this optimiser is about to move, but for those that one around it
-    is moving.
+def _adapters_to_move(optimizer: Optimizer) -> Iterator[Any]:
+    """Yields the attached adapters that this optimiser is about to move, except those that an outer
+    optimiser is moving.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     busy = {
@@ -125,7 +122,7 @@ def _held(optimizer: Optimizer) -> Iterator[Any]:
         for adapter in adapters
     }
     for adapter in list(_followed):
-        if not adapter.is_attached:  # a copy of a handle, or taken off
+        if not adapter.is_attached:  # a copy of a handle, or detached
             _followed.discard(
                 adapter
             )  # torch is going through the hooks, so they stay until a detach
@@ -146,7 +143,7 @@ def _held(optimizer: Optimizer) -> Iterator[Any]:
 
 
 def _is_stepping(optimizer: Optimizer) -> bool:
-    """Its `step` is on the call stack; else what it has begun is left of a step that raised."""
+    """Returns True if this optimiser's `step` is on the call stack; otherwise that step has raised."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
@@ -156,9 +153,7 @@ def _is_stepping(optimizer: Optimizer) -> bool:
 
 
 def _check_alone(adapter: Any, optimizer: Optimizer) -> None:
-    """An optimiser with a part of the tensors is good only where no other one has the rest: a step
-    would count twice.
-    """
+    """Raises UnsupportedError if another optimiser has the other tensors: a step would count twice."""
     first = _partial.get(adapter)
     other = first() if first is not None else None
     if other is not None and other is not optimizer:

@@ -1,4 +1,4 @@
-"""Notices that tensors move although no optimiser step was seen, for methods that act around steps."""
+"""Detects tensors that move although no optimiser step was seen, for methods that act around steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..errors import UnsupportedError
 
 
 class Watch:
-    """Sees tensors of one layer move twice, each time after a backward pass, while no optimiser
-    step was followed.
+    """Detects that the tensors of one layer move twice, each time after a backward pass, although
+    no optimiser step was followed.
 
-    Moved by hand, from a file or by averaging they may be: then no gradient has reached them
-    before. And once they may be after a gradient: SAM takes a second gradient somewhere else before
-    it steps. A copy starts anew.
+    Tensors may also change without a gradient: by hand, by loading, or by averaging. They may
+    change once after a gradient, since SAM computes a second gradient at another point before its
+    step. A copy starts anew.
     """
 
     def __init__(self, name: str) -> None:
@@ -24,13 +24,18 @@ class Watch:
         self.forget()
 
     def forget(self) -> None:
-        """What comes next is compared with the tensors of the forward to come."""
+        """Makes the next forward the one that later forwards are compared with."""
         self._known: list[Tensor] = []
         self._reached = False
         self._moves = 0
 
     def look(self, layer: Any, out: Tensor) -> None:
-        """Called in every forward in training, with the layer's output. Raises UnsupportedError."""
+        """Compares the tensors of a layer with those of the last forward; `out` [..., out] is its
+        output.
+
+        Every forward in training calls it. Raises UnsupportedError at the second move without a
+        step.
+        """
         if not out.requires_grad:
             return
         now = [
@@ -52,7 +57,9 @@ class Watch:
 
 
 def _alike(now: list[Tensor], known: list[Tensor]) -> bool:
-    """Equal, or of another shape, dtype or device: then somebody has made them anew."""
+    """Returns True if the tensors are equal, or replaced by others of another shape, dtype or
+    device.
+    """
     return all(
         torch.equal(a, b)
         for a, b in zip(now, known, strict=True)
@@ -61,7 +68,7 @@ def _alike(now: list[Tensor], known: list[Tensor]) -> bool:
 
 
 def unseen(name: str, config: Any) -> str:
-    """What to say where an adapter's tensors have moved without a step of an optimiser that holds
+    """Returns the error message for tensors that moved without a step of an optimiser that has
     them.
     """
     method = type(config).__name__

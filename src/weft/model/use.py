@@ -22,9 +22,9 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
     """Makes the base (None), one adapter (its name), or one per row of the batch (a list of names and
     None) active for the caller: the current thread, or asyncio task.
 
-    As a context manager it restores what was active before; called as a statement it stays. A thread
-    that has not called it runs the adapter that was attached last. Rows may mix methods and ranks;
-    each row gets what its own adapter alone would give. With k beams or k samples per prompt, repeat
+    As a context manager it restores the previous selection; called as a statement it stays. A
+    thread that has not called it runs the adapter that was attached last. Rows may mix methods and
+    ranks; each row gets the output of its own adapter. With k beams or k samples per prompt, repeat
     each name k times.
 
     Raises, before any compute: WeftError (unknown name, empty list), MergeError (an adapter is merged),
@@ -63,7 +63,7 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
 
 
 def checked(state: State, which: Which) -> Active:
-    """Returns what `use` was asked for, validated. Raises as `use` does."""
+    """Returns the selection of `use`, validated. Raises as `use` does."""
     if state.merged is not None and which != state.merged.name:
         raise MergeError(
             f"adapter {state.merged.name!r} is merged into the weights, so {which!r} cannot be "
@@ -107,7 +107,9 @@ def check_alone(state: State, what: str) -> None:
 
 
 def _names(active: Active) -> tuple[str | None, ...]:
-    """What an open block counts: its one adapter or the base, or each adapter of its rows."""
+    """Returns the names that an open block counts: its adapter or the base, or each adapter of its
+    rows.
+    """
     return (active,) if not isinstance(active, PerRow) else tuple(active.groups) or (None,)
 
 

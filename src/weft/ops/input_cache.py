@@ -32,7 +32,7 @@ class SharedDown:
     def __call__(self, x: Tensor, A: Tensor, detached: bool) -> Tensor:
         """Returns x Aᵀ [..., r] for x [..., in] and A [r, in], with or without the gradient of x.
 
-        The product is kept until x is gone or was written to, or a backward pass has gone through it.
+        The product is kept until x is freed or modified, or a backward pass has gone through it.
         """
         version = None if x.is_inference() else x._version
         key = (
@@ -70,17 +70,15 @@ class SharedDown:
 
 
 class Gathered:
-    """Of x as n rows [n, tokens, in]: what was gathered of it, until x is gone or has been written
-    to.
-    """
+    """Rows gathered from x [n, tokens, in] and their products, kept until x is freed or modified."""
 
     def __init__(self, n: int, version: int | None = None) -> None:
         self.n, self.version = n, version
         self._found: dict[Any, Any] = {}
 
     def rows(self, x: Tensor, rows: Sequence[int]) -> tuple[Tensor | None, Tensor]:
-        """These rows' numbers as a tensor, and x [n, tokens, in] there; None where they are all
-        rows as they stand.
+        """Returns the rows' indices [k] and x[rows] [k, tokens, in]; or None and x itself if they
+        are all rows in order.
         """
         key = tuple(rows)
         if key == tuple(range(self.n)):
@@ -92,7 +90,9 @@ class Gathered:
         return found
 
     def down(self, some_x: Tensor, rows: Sequence[int], A: Tensor) -> Tensor:
-        """some_x Aᵀ [..., r] for what `rows` gave of these rows, and an A that does not train."""
+        """Returns some_x Aᵀ [..., r] for the x that `rows` returned for these rows, and a frozen A
+        [r, in].
+        """
         key = tuple(rows), A.data_ptr(), A._version, A.shape, A.stride()
         if key not in self._found:
             self._found[key] = torch.nn.functional.linear(some_x, A.to(some_x.dtype))
@@ -101,8 +101,10 @@ class Gathered:
 
 
 def gathered(x: Tensor, n: int) -> Gathered:
-    """What this thread has gathered of x as n rows. With gradients nothing is shared: a second
-    backward pass over the same input would go through a graph that the first has freed.
+    """Returns this thread's cache of rows gathered from x, seen as [n, tokens, in].
+
+    With gradients nothing is shared: a second backward pass over the same input would go through a
+    graph that the first has freed.
     """
     if torch.is_grad_enabled() or x.is_inference():
         return Gathered(n)

@@ -1,10 +1,10 @@
-"""Triton kernels for the two places where a GPU would read and write an activation twice: loaded
-only where they can run.
+"""Triton kernels for two steps in which a GPU would read and write an activation twice: imported
+only if they can run.
 
-    compose_up      y <- σ ∘ (y + s h Bᵀ - bias) + bias     y = W x + bias; for one adapter, or one of many a row
+    compose_up      y <- σ ∘ (y + s h Bᵀ - bias) + bias     y = W x + bias; for one adapter, or one per row
     compose_grad    σ ∘ g, and Σ_tokens g ∘ (y - bias)      in one pass over g and y
 
-Every kernel has its torch form in `fused.py` and `mixed.py`, to which tests hold it equal, on the
+Every kernel has an equivalent in torch, in `fused.py` and `mixed.py`; tests compare the two on the
 CPU under Triton's interpreter. `why_not` says which of the two runs, for `weft doctor`.
 """
 
@@ -22,13 +22,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreted() -> bool:
-    """Triton runs its kernels in Python, on CPU tensors: for tests."""
+    """Returns True if Triton interprets its kernels in Python, on CPU tensors: for tests."""
     return environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why tensors of this device and dtype take the torch form; None where the kernels
-    run.
+    """Returns the reason why tensors of this device and dtype do not use the kernels, or None if
+    they do.
     """
     if device.type != "cuda" and not interpreted():
         return f"the kernels are for GPUs, and this is {device.type!r}"
@@ -44,7 +44,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def use(t: Tensor) -> bool:
-    """The kernels run for this tensor."""
+    """Returns True if the kernels run for tensors of t's device and dtype."""
     return (t.is_cuda or interpreted()) and why_not(t.device, t.dtype) is None
 
 
@@ -57,8 +57,10 @@ def compose_up(
     bias: Tensor | None,
     index: Tensor | None = None,
 ) -> Tensor:
-    """In place: y [rows, tokens, out], h [rows, tokens, r]; B [out, r] and σ [out], or B [k, out,
-    r] and σ [k, out] with the adapter of each row in index [rows]. Sums in float32. Returns y.
+    """Writes σ ∘ (y + s h Bᵀ - bias) + bias to y [rows, tokens, out], and returns y.
+
+    h is [rows, tokens, r]. B is [out, r] and σ [out]; or B is [k, out, r] and σ [k, out], and index
+    [rows] has each row's adapter. Sums are in float32. Raises ValueError if y is not contiguous.
     """
     from . import triton_kernels
 
@@ -68,18 +70,20 @@ def compose_up(
             "contiguous"
         )
     return triton_kernels.compose_up(
-        y, h.contiguous(), B.contiguous(), s, _plain(sigma), _plain(bias), index
+        y, h.contiguous(), B.contiguous(), s, _contiguous(sigma), _contiguous(bias), index
     )
 
 
 def compose_grad(g: Tensor, y: Tensor, sigma: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """g and y [tokens, out] -> σ ∘ g in g's dtype, and Σ_tokens g ∘ (y - bias) [out] in float32."""
+    """Returns σ ∘ g in g's dtype, and Σ_tokens g ∘ (y - bias) [out] in float32, for g and y
+    [tokens, out].
+    """
     from . import triton_kernels
 
     return triton_kernels.compose_grad(
-        g.contiguous(), y.contiguous(), sigma.contiguous(), _plain(bias)
+        g.contiguous(), y.contiguous(), sigma.contiguous(), _contiguous(bias)
     )
 
 
-def _plain(t: Any) -> Any:
+def _contiguous(t: Any) -> Any:
     return None if t is None else t.detach().contiguous()

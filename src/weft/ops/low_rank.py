@@ -57,7 +57,9 @@ class LowRank:
         return V if self.m is None else row_scale(self.m, row_norm(V))[:, None] * V
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Returns the tensors that are there, A and B first."""
+        """Returns the tensors that are not None: A [r, in], B [out, r], then d [r], b [out] and m
+        [out].
+        """
         return tuple(t for t in (self.A, self.B, self.d, self.b, self.m) if t is not None)
 
 

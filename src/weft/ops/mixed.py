@@ -1,9 +1,9 @@
 """Many adapters over one base in one batch: the updates of all rows in a few products, whatever the
 number of adapters.
 
-Rows whose adapters have tensors of their own (LoRA, DoRA, ...) go through batched products over
-stacked A and B; rows that share A and B (VeRA, DVoRA) through one product each, with d and b
-gathered row by row. σ is gathered alike. An adapter's rows give what it alone would give them.
+Rows whose adapters have tensors of their own (LoRA, DoRA, ...) use batched products over stacked A
+and B. Rows that share A and B (VeRA, DVoRA) use one product each, with d, b and σ gathered per row.
+Each row gets the output that its adapter alone would give.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class Part:
     factors: LowRank
     rows: tuple[int, ...]
     sigma: Tensor | None = None  # [out], with its graph
-    shared: bool = False  # A and B are those of other adapters too
+    shared: bool = False  # other adapters use the same A and B
 
 
 def apply(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part], n: int) -> Tensor:
-    """x [..., in] and the base's output y [..., out] of n rows of the batch -> y [n, tokens, out]
-    with each part's adapter on its rows. Without gradients y itself is written to.
+    """Returns y [n, tokens, out] with each part's adapter applied to its rows of the batch.
+
+    x [..., in] is the input and y [..., out] the base's output, both of n rows. Without gradients
+    the result is written to y.
     """
     held, x = gathered(x, n), x.reshape(n, -1, x.shape[-1])
     y = y.reshape(n, -1, y.shape[-1])
@@ -49,8 +51,8 @@ def apply(x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part], n: i
 def _written(
     held: Gathered, x: Tensor, y: Tensor, bias: Tensor | None, parts: Sequence[Part]
 ) -> Tensor:
-    """Each bucket's update added to its rows, then every row scaled at once: as few passes over y
-    as there can be.
+    """Adds each bucket's update to its rows, then scales every row at once, in as few passes over y
+    as possible.
     """
     for bucket in _buckets(parts):
         index, some_x = held.rows(x, _rows(bucket))
@@ -83,19 +85,19 @@ def _written(
 def _add(
     y: Tensor, rows: Sequence[int], index: Tensor | None, update: Tensor, scale: Tensor | None
 ) -> None:
-    """y[rows] += update ∘ scale, for update [n, tokens, out] and scale [n, 1, out]."""
+    """Adds update ∘ scale to y[rows], for update [n, tokens, out] and scale [n, 1, out]."""
     if index is None:
         y.add_(update) if scale is None else y.addcmul_(update, scale)
     elif update[0].numel() < _LONG:
         y.index_add_(0, index, update if scale is None else update.mul_(scale))
-    # row by row: one pass instead of two or three, which is worth the calls where rows are long
+    # row by row: one pass instead of two or three, which is faster if rows are long
     else:
         for i, row in enumerate(rows):
             y[row].add_(update[i]) if scale is None else y[row].addcmul_(update[i], scale[i])
 
 
 def _scaled_rows(y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
-    """y with σ on the rows that have one, in place."""
+    """Scales y [n, tokens, out] in place by σ [out] on the rows that have one."""
     found = [(part, sigma) for part in parts if (sigma := part.sigma) is not None]
     if not found:
         return y
@@ -106,13 +108,13 @@ def _scaled_rows(y: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tenso
 
 
 def _rows(bucket: Sequence[Part]) -> list[int]:
-    """The bucket's rows in the order of its parts."""
+    """Returns the bucket's rows in the order of its parts."""
     return [row for part in bucket for row in part.rows]
 
 
 def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Parts that one set of products can take: the same A and B, or the same rank and number of
-    rows.
+    """Yields parts that one set of products can compute: those with the same A and B, or with the
+    same rank and number of rows.
     """
     found: dict[object, list[Part]] = {}
     for part in parts:
@@ -129,8 +131,8 @@ def _buckets(parts: Sequence[Part]) -> Iterator[list[Part]]:
 def _adapted(
     held: Gathered, x: Tensor, y: Tensor, bias: Tensor | None, bucket: Sequence[Part]
 ) -> Tensor:
-    """The rows of one bucket, in its order: x [n, tokens, in], y [n, tokens, out] -> [n, tokens,
-    out].
+    """Returns the output [n, tokens, out] of one bucket's rows, in its order, for x [n, tokens, in]
+    and y [n, tokens, out].
     """
     shared = bucket[0].shared
     sigmas = _sigmas(bucket)
@@ -144,7 +146,7 @@ def _adapted(
 
 
 def _sigmas(bucket: Sequence[Part]) -> list[Tensor] | None:
-    """One σ [out] a part, ones where it has none; None where no part has one."""
+    """Returns one σ [out] per part, ones for parts without; None if no part has one."""
     found = [part.sigma for part in bucket]
     some = next((sigma for sigma in found if sigma is not None), None)
     return (
@@ -155,7 +157,7 @@ def _sigmas(bucket: Sequence[Part]) -> list[Tensor] | None:
 
 
 def _stacked(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
-    """h [k, tokens of a part, r] and B [k, out, r] of k parts."""
+    """Returns h [k, tokens of a part, r] and B [k, out, r] of k parts."""
     k, (n, tokens, _) = len(bucket), x.shape
     A = torch.stack([part.factors.A for part in bucket]).to(x.dtype)
     B = torch.stack([part.factors.up(x.dtype) for part in bucket])
@@ -163,8 +165,8 @@ def _stacked(x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
 
 
 def _shared(held: Gathered, x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, Tensor]:
-    """h B' [n, tokens, out] and b [n, 1, out] of parts that share A and B: their update is the
-    product of the two.
+    """Returns h Bᵀ [n, tokens, out] and b [n, 1, out] of parts that share A and B: their update is
+    the product of both.
     """
     first = bucket[0].factors
     d = [part.factors.d for part in bucket if part.factors.d is not None]
@@ -174,7 +176,7 @@ def _shared(held: Gathered, x: Tensor, bucket: Sequence[Part]) -> tuple[Tensor, 
 
 
 def _by_row(vectors: Sequence[Tensor], bucket: Sequence[Part]) -> Tensor:
-    """One vector a part -> [rows of the bucket, 1, length]."""
+    """Returns [rows of the bucket, 1, length] for one vector [length] per part."""
     repeats = [len(part.rows) for part in bucket]
     stacked = torch.stack(list(vectors))
     if len(set(repeats)) == 1:

@@ -10,23 +10,21 @@ from torch import Tensor
 
 from .scratch import scratch
 
-# Below this a row has no direction; the norm is held here so that an all-zero row stays zero and
-# never turns NaN.
+# The smallest norm: so an all-zero row, which has no direction, stays zero instead of NaN.
 SMALLEST = torch.finfo(torch.float32).tiny
-# Numbers of a layer's W up to which the sum W + B A is quicker than the formula without it, which
-# takes more calls.
+# Numbers of W up to which the sum W + B A is faster than the formula without it, which takes more
+# calls.
 DENSE_BELOW = 1 << 16
 JOINT_BELOW = (
     1 << 22
-)  # numbers of an input that is worth copying to read W once for output and norm
-_BLOCK = 1 << 22  # numbers of W that are held in a wider dtype at one time
-# A row of which less than this share is left of the squared lengths that it is the sum of has lost
-# digits to cancellation.
+)  # numbers of an input up to which a copy pays, so that W is read once for output and norm
+_BLOCK = 1 << 22  # numbers of W that are converted to a wider dtype at a time
+# If less than this share of the summed squared lengths remains in a row, cancellation cost digits.
 _LEFT = 0.05
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """Returns t in float32, or t itself in float64: the dtypes in which an effective weight is defined."""
+    """Returns t [...] in float32, or t itself if it is float64: the dtypes of an effective weight."""
     return t if t.dtype == torch.float64 else t.float()
 
 
@@ -49,7 +47,7 @@ def row_norm(V: Tensor) -> Tensor:
 
 
 def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    """W Aᵀ [out, r] in `dtype`, for W [out, in] and A [r, in], without a wide copy of the whole of
+    """Returns W Aᵀ [out, r] in `dtype`, for W [out, in] and A [r, in], without a cast of the whole
     W.
     """
     A = A.to(dtype).t()
@@ -60,12 +58,17 @@ def product(W: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def can_join(x: Tensor, W: Tensor, dtype: torch.dtype) -> bool:
-    """`joint_product` gives W Aᵀ in `dtype`, and costs less than reading W twice."""
+    """Returns True if `joint_product` gives W Aᵀ in `dtype` and is faster than reading W twice.
+
+    x is [..., in] and W is [out, in].
+    """
     return x.dtype == W.dtype == dtype and 0 < x.numel() <= JOINT_BELOW
 
 
 def joint_product(x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """x Wᵀ [tokens, out] and W Aᵀ [out, r] in one product, for x [..., in]: so W is read once."""
+    """Returns x Wᵀ [tokens, out] and W Aᵀ [out, r] from one product that reads W once, for x [...,
+    in].
+    """
     rows = x.reshape(-1, x.shape[-1])
     joined = torch.cat(
         [rows, A.to(x.dtype)],
@@ -76,8 +79,8 @@ def joint_product(x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def without_unit(norm: Tensor) -> Tensor:
-    """The rows [k] whose ‖W‖ is no good unit to measure a change in: zero, or so small or large
-    that its square is lost.
+    """Returns the indices [k] of rows whose ‖W‖ [out] cannot be a unit for changes: zero, or so
+    small or large that its square is inaccurate.
     """
     return ((norm < 1e-15) | (norm > 1e15)).nonzero()[:, 0]
 
@@ -91,14 +94,15 @@ def updated_norm(
     gram: Tensor | None = None,
     odd: Tensor | None = None,
 ) -> Tensor:
-    """`row_norm(W + C A)` [out] for W [out, in], A [r, in], C [out, r] and norm = row_norm(W),
-    without the product C A.
+    """Returns `row_norm(W + C A)` [out] without the product C A, in norm's dtype.
+
+    W is [out, in], A [r, in], C [out, r] and norm = row_norm(W) [out].
 
         ‖W + CA‖² = ‖W‖² + 2 Σ (W Aᵀ ∘ C) + Σ (C (A Aᵀ) ∘ C)      row by row
 
-    `known` is W Aᵀ [out, r], `gram` A Aᵀ [r, r] and `odd` without_unit(norm), where they are known.
-    In norm's dtype. It is computed as ‖W‖ sqrt(1 + ...), so that C = 0 gives ‖W‖ bit for bit; rows
-    in which much cancels are computed from the sum.
+    Optional inputs save work: `known` is W Aᵀ [out, r], `gram` A Aᵀ [r, r] and `odd`
+    without_unit(norm). The result is computed as ‖W‖ sqrt(1 + ...), so C = 0 gives ‖W‖ bit for bit;
+    rows with much cancellation are computed from the sum.
     """
     dtype = norm.dtype
     A, C = A.to(dtype), C.to(dtype)
@@ -112,7 +116,7 @@ def updated_norm(
         parts = (
             torch.mv(C.square(), gram.diagonal()).div_(square).add_(1)
         )  # of W and of each rank's share of C A
-        bad = ~(ratio > parts.mul_(_LEFT))  # True for what is not a number or has overflowed
+        bad = ~(ratio > parts.mul_(_LEFT))  # True also for NaN and overflow
         rows = torch.cat([rows, bad.nonzero()[:, 0]])
     if rows.numel():
         found[rows] = row_norm(torch.addmm(W[rows].to(dtype), C[rows], A))
@@ -120,8 +124,8 @@ def updated_norm(
 
 
 def _all_are_good(ratio: Tensor, norm: Tensor, C: Tensor, gram: Tensor) -> bool:
-    """No row can have lost digits, by a bound of few numbers: what the ranks add is max(C)² trace(A
-    Aᵀ) at most.
+    """Returns True if no row can have lost digits, by a cheap bound: the ranks add at most max(C)²
+    trace(A Aᵀ).
     """
     if not C.numel():
         return False
@@ -129,4 +133,4 @@ def _all_are_good(ratio: Tensor, norm: Tensor, C: Tensor, gram: Tensor) -> bool:
     most = (C.abs().max() / least).square() * gram.diagonal().sum() + 1
     return bool(
         (ratio.min() > _LEFT * most) & (least > 1e-15)
-    )  # False where one of them is not a number
+    )  # False if one of them is not a number

@@ -1,4 +1,4 @@
-"""VeRA's frozen matrices as `peft` draws them from `projection_prng_key`, for reading what it saved
+"""VeRA's frozen matrices as `peft` draws them from `projection_prng_key`, for reading files saved
 without them.
 
 peft (0.10 to 0.21) seeds one CPU generator of torch and draws A [r, in], then B [out, r], float32

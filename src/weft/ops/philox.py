@@ -1,11 +1,11 @@
 """Random numbers as a pure function of (seed, stream, row, column): Philox4x32-10 in integer tensor
 operations.
 
-A counter-based generator has no state, so the same element gets the same bits on every device, in
-every order, whatever ran before, and a larger matrix contains the smaller one as its upper-left
-corner. Only integer operations and one IEEE multiplication by a constant take part, so no library
-version can change a bit. Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as
-1, 2, 3", SC 2011 (Philox, section 3.3).
+A counter-based generator has no state, so an element has the same bits on every device and in every
+order, whatever ran before, and a larger matrix contains the smaller one as its upper-left corner.
+Only integer operations and one IEEE multiplication by a constant are used, so no library version
+can change a bit. Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011 (Philox, section 3.3).
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ _MASK = 0xFFFFFFFF
 _MUL0, _MUL1 = 0xD2511F53, 0xCD9E8D57
 _WEYL0, _WEYL1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
-# A row band small enough that the int64 temporaries stay in cache-sized memory: 2**20 counters are
-# 8 MiB a tensor.
+# Counters per band of rows, so that the int64 temporaries stay small: 2**20 are 8 MiB per tensor.
 _BAND = 1 << 20
 
 
 def key_of(*parts: object) -> int:
-    """A 64-bit key from any printable parts, by SHA-256: independent streams for independent
-    names.
+    """Returns a 64-bit key of any printable parts, by SHA-256: different parts give independent
+    streams.
     """
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
@@ -36,8 +35,9 @@ def key_of(*parts: object) -> int:
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32 over int64 tensors that hold unsigned 32-bit values; the key has 64
-    bits.
+    """Returns ten rounds of Philox4x32 of four counters [...]; the key has 64 bits.
+
+    The tensors are int64 and contain unsigned 32-bit values.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key & _MASK, (key >> 32) & _MASK
@@ -56,8 +56,8 @@ def philox(
 
 
 def bits(key: int, stream: int, rows: int, cols: int, device: torch.device | str = "cpu") -> Tensor:
-    """Unsigned 32-bit values [rows, cols] as int64; element (i, j) depends on key, stream, i and j
-    only.
+    """Returns unsigned 32-bit values [rows, cols] as int64; element (i, j) depends only on key,
+    stream, i and j.
     """
     blocks = (cols + 3) // 4
     out = torch.empty(rows, cols, dtype=torch.int64, device=device)
@@ -77,10 +77,11 @@ def bits(key: int, stream: int, rows: int, cols: int, device: torch.device | str
 def uniform(
     key: int, stream: int, rows: int, cols: int, bound: float, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Float32 [rows, cols], uniform and symmetric in (-bound, bound), the same bits everywhere.
+    """Returns float32 [rows, cols], uniform and symmetric in (-bound, bound), with the same bits
+    everywhere.
 
-    24 bits become an odd integer of magnitude below 2**24, which float32 holds exactly; one
-    correctly rounded multiplication by a float32 constant makes the number. Zero never occurs.
+    24 bits become an odd integer of magnitude below 2**24, which float32 represents exactly; one
+    correctly rounded multiplication by a float32 constant gives the number. Zero never occurs.
     """
     if torch.device(device).type == "meta":
         return torch.empty(rows, cols, dtype=torch.float32, device=device)
@@ -93,8 +94,8 @@ def uniform(
 def normal(
     key: int, stream: int, rows: int, cols: int, std: float, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Float32 [rows, cols], Gaussian with standard deviation std, through the inverse distribution
-    function.
+    """Returns float32 [rows, cols], Gaussian with standard deviation std, by the inverse
+    distribution function.
 
     Computed in float64 on the CPU and rounded once. The last bit may depend on the mathematics
     library, so this is for tensors that are stored (LoRA's A), never for those that are redrawn

@@ -1,11 +1,11 @@
 """The product x -> dropout(x) Aᵀ with the thin factor of an update.
 
-For an A that never trains nothing of x is kept for backward.
+If A is never trained, nothing of x is kept for backward.
 
-With A frozen the gradient of the result needs A alone: d x = (g A) · mask. torch would keep the
-mask, as large as x (as floats on the CPU); here the mask is a function of two random words, and
-backward makes it again from them. So of the whole low-rank branch x (A, B) only h = dropout(x) Aᵀ
-[..., r] is kept, by the product with B that follows.
+With A frozen, the gradient needs A alone: d x = (g A) · mask. torch would keep the mask, as large
+as x (as floats on the CPU). Here the mask is a function of two random words, and backward
+recomputes it from them. So of the whole low-rank branch x (A, B), only h = dropout(x) Aᵀ [..., r]
+is kept, by the product with B that follows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def down(
     training: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns dropout(x) Aᵀ [..., r] for x [..., in] and A [r, in], computed in `dtype` (None: as it
-    is). Dropout acts on x, as in the LoRA paper's code.
+    """Returns dropout(x) Aᵀ [..., r] for x [..., in] and A [r, in], computed in `dtype` (None: that
+    of A). Dropout acts on x, as in the LoRA paper's code.
     """
     dropout = dropout if training else 0.0
     cast = A if dtype is None or A.dtype is dtype else A.to(dtype)
@@ -39,7 +39,7 @@ def down(
 def down_index(
     ids: Tensor, A: Tensor, dropout: float = 0.0, padding_idx: int | None = None
 ) -> Tensor:
-    """The same for one-hot rows: returns [..., r] for ids [...] and A [r, in].
+    """Returns `down` [..., r] of the one-hot vectors of ids [...], for A [r, in].
 
     Dropout of a one-hot vector keeps it whole (scaled) or removes it, so one draw per token is exact.
     """
@@ -61,11 +61,11 @@ def down_frozen(x: Tensor, A: Tensor, dropout: float) -> Tensor:
 
 
 def mask(rows: int, columns: int, words: Tensor, dropout: float) -> Tensor:
-    """[rows, columns], True where an element stays: a pure function of two int32 `words` and the
-    place.
+    """Returns [rows, columns], True for elements that stay: a pure function of two int32 `words`
+    and the indices.
 
-    Rows and columns are hashed each with its word, and their exclusive or once more. The products
-    wrap in int32.
+    Each row and column is hashed with its word, and their exclusive or is hashed once more. The
+    products wrap in int32.
     """
     row = _hash(torch.arange(rows, dtype=torch.int32, device=words.device) ^ words[0])
     column = _hash(torch.arange(columns, dtype=torch.int32, device=words.device) ^ words[1])
@@ -75,8 +75,8 @@ def mask(rows: int, columns: int, words: Tensor, dropout: float) -> Tensor:
 
 
 def _hash(x: Tensor) -> Tensor:
-    """A bijection of int32 in which every bit depends on every other ("lowbias32", Chris Wellons
-    2018).
+    """Applies a bijection of int32 in which every bit depends on every other ("lowbias32", Chris
+    Wellons 2018).
     """
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * 0x7FEB352D
@@ -94,12 +94,16 @@ def _dropped(x: Tensor, words: Tensor, dropout: float) -> Tensor:
 class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, words: Tensor, dropout: float) -> Tensor:
+        """Returns dropout(x) Aᵀ [..., r] for x [..., in] and A [r, in], and keeps only A and two
+        words.
+        """
         ctx.save_for_backward(A, words)
         ctx.dropout, ctx.dtype = dropout, x.dtype
         return F.linear(_dropped(x, words, dropout), A)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """Returns the gradient of x [..., in], (g A) under the same mask, for g [..., r]."""
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         A, words = ctx.saved_tensors

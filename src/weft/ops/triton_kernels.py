@@ -103,7 +103,7 @@ def compose_up(
     bias: Tensor | None,
     index: Tensor | None,
 ) -> Tensor:
-    """See `kernels.compose_up`."""
+    """Writes σ ∘ (y + s h Bᵀ - bias) + bias to y [rows, tokens, out]; see `kernels.compose_up`."""
     rows, tokens, out = y.shape
     r = h.shape[-1]
     T, OUT, R = _tile(tokens, 64), 64, _tile(r, 64)
@@ -135,7 +135,7 @@ def compose_up(
 
 
 def compose_grad(g: Tensor, y: Tensor, sigma: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `kernels.compose_grad`."""
+    """Returns σ ∘ g [tokens, out] and a sum [out]; see `kernels.compose_grad`."""
     tokens, out = g.shape
     T, OUT = 64, 64
     scaled, blocks = torch.empty_like(g), triton.cdiv(tokens, T)

@@ -1,8 +1,8 @@
 """The models of the papers' tables, from transformers' classes, on the meta device: all shapes, no
 numbers.
 
-Sizes are as published by the authors. What a table needs and a class does not have is added here
-and stated in `remark`: separate q, k and v for GPT-2 and GPT-3, and VL-BART's visual embedding.
+Sizes are as published by the authors. Parts that a table needs and a class lacks are added here and
+stated in `remark`: separate q, k and v for GPT-2 and GPT-3, and VL-BART's visual embedding.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class SplitMap(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = q_proj, k_proj, v_proj
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns q, k and v side by side [..., 3 width] for x [..., width]."""
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
 
 

@@ -1,6 +1,4 @@
-"""Reads tables.json, the papers' tables: what each row prints, and which method and model it is
-about.
-"""
+"""Reads tables.json, the papers' tables: the printed values of each row, and its method and model."""
 
 from __future__ import annotations
 

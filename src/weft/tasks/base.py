@@ -94,6 +94,7 @@ class WithLabels:
         return len(self.labels)
 
     def wanted(self, rows: Tensor) -> Tensor:
+        """Returns the labels of these rows [n]."""
         return self.labels[rows]
 
 
@@ -148,8 +149,8 @@ def divide(
     labels: Sequence[str],
     test: tuple[Sequence[Any], Sequence[str]] | None,
 ) -> tuple[tuple[str, ...], dict[str, Split], list[str]]:
-    """Returns classes, splits and notes from named labels. If `test` is None, a test split is held
-    out.
+    """Returns classes, splits and notes from named labels. If `test` is None, part of the data is
+    held out for testing.
 
     Raises WeftError if there is one class only, if a class is too small to be split, or if a test
     label does not occur in training.
@@ -199,7 +200,9 @@ def divide(
 
 
 def digest(labels: Tensor, *tensors: Tensor) -> str:
-    """Returns 16 hex digits of SHA-256 over shapes, dtypes and bits of tensors of any shape."""
+    """Returns 16 hex digits of SHA-256 over shapes, dtypes and bits of labels [n] and tensors
+    [...].
+    """
     sha = hashlib.sha256()
     for t in (labels, *tensors):
         sha.update(f"{tuple(t.shape)}{t.dtype}".encode())

@@ -225,7 +225,10 @@ def score_commonsense(outputs: Sequence[str], records: Sequence[Record]) -> Repo
 
 
 def read_commonsense_references(path: Path) -> list[Record]:
-    """Reads the answers: the column answer of a table, or one per line ("answer3")."""
+    """Reads the answers: the column answer of a table, or one per line ("answer3").
+
+    Raises WeftError if an answer is not one of the key words.
+    """
     answers = _column(path, "answer")
     known = [bool(_keywords(answer.lower().removeprefix(ANSWERED))) for answer in answers]
     wrong = known.index(False) + 1 if False in known else None

@@ -85,6 +85,7 @@ class TextSplit(WithLabels):
     pad: int
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """Returns the tokenizer's fields for these rows [n], each [n, length of the longest]."""
         chosen = [self.rows[i] for i in rows.tolist()]
         longest = max(len(row["input_ids"]) for row in chosen)
         fill = {"input_ids": self.pad, "attention_mask": 0, "token_type_ids": 0}

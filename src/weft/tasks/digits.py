@@ -41,8 +41,9 @@ def load_digits() -> Task:
 
 
 def digit_images(wanted: range) -> tuple[list[Image.Image], list[int]]:
-    """Returns 8 x 8 grey images [n, 8, 8] (0 to 255) and their digits [n], in
-    scikit-learn's order.
+    """Returns 8 x 8 grey images [n, 8, 8] (0 to 255) and their digits [n], in scikit-learn's order.
+
+    Raises WeftError if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits

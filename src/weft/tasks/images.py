@@ -31,6 +31,7 @@ class ImageSplit(WithLabels):
     pixels: Tensor
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """Returns pixel_values [n, channels, height, width] for these rows [n]."""
         return {"pixel_values": self.pixels[rows]}
 
     @cached_property
@@ -43,21 +44,22 @@ class ImageSplit(WithLabels):
 
 @dataclass(frozen=True)
 class StreamedSplit(WithLabels):
-    """A split that is too large to keep: items (PIL images or `Stored`), and a function that makes
-    pixels from them.
+    """A split that is too large to keep in memory: items (PIL images or `Stored`), and a function
+    that computes pixels [n, channels, height, width] from images.
     """
 
     items: Sequence[Any]
     make: Callable[[Sequence[Image.Image]], Tensor]
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """Returns pixel_values [n, channels, height, width] for these rows [n], read from their
+        files.
+        """
         return {"pixel_values": self.make([open_image(self.items[i]) for i in rows.tolist()])}
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Over the encoded images, and the pixels of the first one, which stand for
-        the processing.
-        """
+        """Over the encoded images, and the pixels of the first one, which represent the processing."""
         sha = hashlib.sha256()
         for item in self.items:
             sha.update(
@@ -82,6 +84,7 @@ def encode(split: Split, config: Any, processor: Any | None) -> Labelled:
     """
 
     def make(images: Sequence[Image.Image]) -> Tensor:
+        """Returns pixels [n, channels, height, width] of n images."""
         return plain(images, config) if processor is None else _processed(images, processor)
 
     labels = torch.tensor(split.labels, dtype=torch.int64)
@@ -96,8 +99,10 @@ def encode(split: Split, config: Any, processor: Any | None) -> Labelled:
 
 
 def plain(images: Sequence[Image.Image], config: Any) -> Tensor:
-    """Returns images [n, channels, height, width] in [-1, 1]: resized (bilinear) to the model's
-    size, grey or RGB as it needs.
+    """Returns images [n, channels, height, width] in [-1, 1], resized (bilinear) to the model's
+    size, in grey or RGB as it needs.
+
+    Raises WeftError if the model needs another number of channels, or has no image size.
     """
     height, width = image_size(config)
     channels = int(getattr(config, "num_channels", 3))
@@ -118,7 +123,7 @@ def plain(images: Sequence[Image.Image], config: Any) -> Tensor:
 
 
 def image_size(config: Any) -> tuple[int, int]:
-    """Returns (height, width) from a model's configuration."""
+    """Returns (height, width) from a model's configuration. Raises WeftError if it has none."""
     size = getattr(config, "image_size", None)
     if isinstance(size, int):
         return size, size

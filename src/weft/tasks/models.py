@@ -60,7 +60,7 @@ class Prepared:
 
 
 def find_model(name: str) -> ModelRef:
-    """Decides what `name` is, without loading anything.
+    """Finds the model that `name` refers to, without loading it.
 
     Embedded names and packages come first, then existing directories. A name that looks like a path
     is never looked up on the network. A package with a packed file is unpacked the first time.
@@ -98,8 +98,8 @@ def find_model(name: str) -> ModelRef:
 def prepare(task: Task, ref: ModelRef, most: dict[str, int | None]) -> Prepared:
     """Loads the model in float32 with a head for the task's classes, and encodes the splits for it.
 
-    `most` has the largest number of examples per split. Raises WeftError with one line that says
-    what failed.
+    `most` has the largest number of examples per split. Raises WeftError with one line that names
+    the failure.
     """
     notes = list(task.notes)
     with quiet(), loading(ref, _CLASS[task.family]):

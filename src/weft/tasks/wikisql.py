@@ -222,8 +222,8 @@ def is_right_query(output: str, record: Record) -> bool:
 
 
 def read_wikisql_references(path: Path) -> list[Record]:
-    """Reads SQL as rendered here, one per line; or the authors' NAME.jsonl with NAME.tables.jsonl
-    in the same folder.
+    """Reads SQL as rendered here, one query per line; or the authors' NAME.jsonl with
+    NAME.tables.jsonl in the same folder. Raises WeftError if a line is not such SQL.
     """
     if format_of(path) not in (".jsonl", ".json"):
         lines = read_lines(path)
@@ -244,8 +244,8 @@ def read_wikisql_references(path: Path) -> list[Record]:
 
 
 def read_wikisql_outputs(path: Path, references: Path) -> list[str]:
-    """Reads SQL, one per line; or the authors' predictions, {"query": {sel, agg, conds}} or
-    {"error": ...} per line.
+    """Reads SQL, one query per line; or the authors' predictions, {"query": {sel, agg, conds}} or
+    {"error": ...} per line. Raises WeftError if their number differs from that of the references.
     """
     if format_of(path) not in (".jsonl", ".json"):
         return read_lines(path)

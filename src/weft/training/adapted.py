@@ -27,7 +27,7 @@ AUTO_CLASSES = {
 @dataclass
 class Adapted:
     """A model with its adapter. `missing` names the base tensors that are in no checkpoint;
-    `started` is what run.json records of adapter.start.
+    `started` is the record of adapter.start in run.json.
     """
 
     adapter: Adapter

@@ -17,8 +17,8 @@ def scores(
 ) -> list[float]:
     """Returns the metric eval.best of every evaluation, with its sign such that more is better.
 
-    -inf stands for no value (a correlation with predictions that are all equal). Every evaluation
-    has a loss.
+    -inf means no value (a correlation with predictions that are all equal). Every evaluation has a
+    loss.
     """
     sign = -1.0 if section.best in LOWER_IS_BETTER else 1.0
     values = [entry.get(f"{prefix}{section.best}") for entry in history if f"{prefix}loss" in entry]

@@ -35,6 +35,7 @@ class Audit(TrainerCallback):  # type: ignore[misc]
         self.last = 0  # the step after which the audit runs; 0: no audit
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Chooses the step of the audit. Raises WeftError if the run has fewer steps than it needs."""
         self.last = state.global_step + self.steps
         if state.global_step:
             # Later on a method may rightly keep a tensor unchanged: AdaLoRA's pruned triplets.

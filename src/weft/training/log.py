@@ -49,6 +49,7 @@ class Log(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
+        """Writes a row of the log. Raises DivergedError if the loss is infinite or NaN."""
         if "loss" in logs and not math.isfinite(logs["loss"]):
             raise DivergedError(
                 f"the loss became {logs['loss']} at step {state.global_step}; the last checkpoint "

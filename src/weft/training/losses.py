@@ -28,7 +28,7 @@ class DivergedError(WeftError):
 
 
 def loss_for(kind: str, smoothing: float = 0.0) -> Callable[..., Tensor]:
-    """Returns the trainer's `compute_loss_func`.
+    """Returns the trainer's `compute_loss_func`, which returns a loss [].
 
     The loss is a sum over tokens (or rows) divided by `num_items_in_batch`. That counts the tokens
     of all micro-batches of an optimiser step, so accumulation does not change the gradient.
@@ -36,12 +36,14 @@ def loss_for(kind: str, smoothing: float = 0.0) -> Callable[..., Tensor]:
     if kind == "regression":
 
         def squares(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+            """Returns the mean square error [] for logits [rows, 1] and labels [rows]."""
             total = mse_loss(outputs.logits.float().squeeze(-1), labels.float(), reduction="sum")
             return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
         return squares
 
     def entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """Returns the mean cross-entropy [] for logits [..., classes] and labels [...]."""
         return mean_entropy(outputs.logits, labels, smoothing, num_items_in_batch)
 
     return entropy
@@ -71,8 +73,8 @@ def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def reduced(logits: Any, labels: Tensor) -> Tensor:
-    """Reduces a language model's logits [rows, length, words] to what its metrics need, [rows, 3]:
-    the summed loss, the number of tokens in it, and how many of them had the highest logit.
+    """Reduces a language model's logits [rows, length, words] to the inputs of its metrics [rows,
+    3]: the summed loss, the number of tokens in it, and how many of them had the highest logit.
 
     labels [rows, length].
     """

@@ -1,4 +1,4 @@
-"""What run.json records of a run before its first step."""
+"""The record of a run in run.json before its first step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def facts(data: Data, adapted: Adapted, steps: int) -> dict[str, Any]:
 
 
 def identity(data: Data, adapted: Adapted, before: Snapshot) -> dict[str, Any]:
-    """Returns what must be the same when a run is resumed."""
+    """Returns the values that must not change when a run is resumed."""
     return {
         "model": base_fingerprint(before.base, adapted.missing),
         "train": data.train.fingerprint(),

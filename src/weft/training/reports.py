@@ -46,7 +46,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
             )
 
     def close(self, failed: bool) -> None:
-        """Closes what was opened for this run."""
+        """Closes the reports of this run."""
         for name in self.own:
             if _ACTIVE[name]() is not None:
                 _END[name](failed)

@@ -74,7 +74,7 @@ def write_result(
 
 @contextmanager
 def failures_recorded(run: RunDir, stream: TextIO) -> Iterator[None]:
-    """Records in run.json what ends a run early, and reports which checkpoint is left.
+    """Records in run.json the failure that ends a run early, and reports which checkpoint is left.
 
     Raises WeftError if the disk refused a write.
     """

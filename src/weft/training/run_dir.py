@@ -145,8 +145,8 @@ class RunDir:
     def begin(
         self, config: RunConfig, identity: Mapping[str, Any], facts: Mapping[str, Any]
     ) -> tuple[Path, int] | None:
-        """Writes what is known before the first step. Returns the checkpoint to resume from, and
-        its step, or None.
+        """Writes the record before the first step. Returns the checkpoint to resume from, and its
+        step, or None.
 
         Raises ConfigError if the directory's run has other data, another model or other trained
         tensors.
@@ -235,7 +235,7 @@ def check_recorded_base(
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of the installed packages that decide what a run computes."""
+    """Returns the versions of the installed packages on which a run's results depend."""
     result = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What is random in training: the order of the samples, and torch's generators."""
+"""The random choices in training: the order of the samples, and torch's generators."""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ def check_base(start: Start, model: nn.Module, missing: Collection[str]) -> None
 
 @torch.no_grad()
 def load_start(start: Start, adapter: Adapter, missing: Collection[str]) -> dict[str, Any]:
-    """Copies the tensors into the attached adapter and returns what run.json records of it.
-    `missing`: names of base tensors that are in no checkpoint.
+    """Copies the tensors into the attached adapter and returns its record for run.json. `missing`:
+    names of base tensors that are in no checkpoint.
 
     Raises CheckpointError, naming the tensor, if one of either side has no counterpart. Nothing has
     changed then.
@@ -141,8 +141,8 @@ def _value(config: Any, name: str) -> Any:
 def _left_over(adapter: Adapter, plan: LoadPlan) -> list[str]:
     """Problems: what only one of the two trains, and layers with different fields."""
     found = []
-    for name in [*adapter.layers, *(n for n in plan.rules if n not in adapter.layers)]:
-        if name not in plan.rules:
+    for name in [*adapter.layers, *(n for n in plan.configs if n not in adapter.layers)]:
+        if name not in plan.configs:
             found.append(
                 f"{name!r} is adapted in this run and not there; leave it out of method.targets"
             )
@@ -176,7 +176,7 @@ def _drawn_otherwise(adapter: Adapter, stored: Checkpoint) -> list[str]:
 
 
 def _unlike(name: str, site: Any, plan: LoadPlan) -> list[str]:
-    theirs, mine = plan.rules[name], site.method
+    theirs, mine = plan.configs[name], site.method
     for f in fields(mine):
         there, here = (_value(rule, f.name) for rule in (theirs, mine))
         if f.name not in (*FREE, "seed") and there != here:

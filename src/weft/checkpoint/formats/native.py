@@ -58,6 +58,7 @@ class NativeFormat:
         return isinstance(kind, str) and kind.startswith(_MARKER)
 
     def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+        """Raises CheckpointError: without its header a file of this format cannot be read."""
         raise CheckpointError(
             "the tensors' file has lost the header that Weft wrote into it; some tool has written "
             "the file again without its metadata. Use the original."
@@ -66,6 +67,7 @@ class NativeFormat:
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
+        """Splits each stack [layers, ...] into one tensor per layer, in the manifest's order."""
         groups: dict[str, list[tuple[str, str]]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for module, layer in checkpoint.sites.items():

@@ -77,6 +77,11 @@ class AdaLoraFormat:
         return config.get("peft_type") == self.name
 
     def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+        """Reads P [out, r], lam [r, 1] and Q [r, in] of every layer; pruned triplets are zeros.
+
+        Raises UnsupportedError if a field of peft is not supported, and ConfigError if a value is
+        invalid.
+        """
         layers.refuse_fields(config, _SUPPORTED, "AdaLoRA")
         built = _parse_config(config, tensors)
         checkpoint = Checkpoint(built, "peft", self.name)
@@ -102,6 +107,7 @@ class AdaLoraFormat:
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
+        """Fills P [out, r], lam [r, 1] and Q [r, in] of every layer."""
         layers.restore_layers(checkpoint, tensors, manifest, _key_of)
 
     def why_not_model(self, root: nn.Module) -> str | None:

@@ -101,9 +101,9 @@ def key_of(checkpoint: Checkpoint, name: str) -> str:
 
 
 def take_biases(checkpoint: Checkpoint, rest: dict[str, Tensor], field: Any) -> None:
-    """Moves the biases that peft trained out of `rest`, for a value of its field `bias`.
+    """Moves the biases [out] that peft trained out of `rest`, as its field `bias` demands.
 
-    Those of modules_to_save remain there. Raises ConfigError for another value.
+    Biases of modules_to_save remain there. Raises ConfigError if the value is not one of peft's.
     """
     if not isinstance(field, str) or field not in MODES:
         raise ConfigError(f"bias={field!r}: peft has {list(MODES)}.")

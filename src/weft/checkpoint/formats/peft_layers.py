@@ -131,8 +131,8 @@ def dtype_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def bare_keys(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors [...] without peft's prefix, and without what wrappers of the whole
-    PeftModel have put before it.
+    """Returns the tensors [...] without peft's prefix, and without any prefix of wrappers around
+    the whole PeftModel.
     """
     out: dict[str, Tensor] = {}
     prefixes = set()
@@ -162,8 +162,9 @@ def read_layers(
 ) -> None:
     """Moves the tensors of the layers out of `rest` into the checkpoint.
 
-    `pattern` splits a key into "module" and "part", `parts` maps parts to names of tensors, and
-    `layer_of(module, part)` makes a new layer.
+    `pattern` splits a key into "module" and "part": "h.0.attn.lora_A.weight" [r, in] has the module
+    "h.0.attn" and the part "lora_A". `parts` maps parts to names of tensors, and `layer_of(module,
+    part)` creates a new layer.
     """
     spelled: dict[str, dict[str, str]] = {}
     for name in rest:
@@ -181,7 +182,8 @@ def read_layers(
 def finish_reading(
     checkpoint: Checkpoint, rest: dict[str, Tensor], config: Mapping[str, Any], first: list[str]
 ) -> Checkpoint:
-    """Takes the base model and the base tensors from peft's files and reports what is left over.
+    """Takes the base model and the base tensors from peft's files and reports the tensors left
+    over.
 
     `first` are the first keys in the file, for the message if it has no layer.
     """
@@ -205,7 +207,9 @@ def finish_reading(
 
 
 def take_base_tensors(checkpoint: Checkpoint, rest: dict[str, Tensor]) -> None:
-    """Moves tensors of modules_to_save, and an adapted layer's own weights, out of `rest`."""
+    """Moves tensors of modules_to_save, and an adapted layer's own weight [out, in] and bias [out],
+    out of `rest`.
+    """
     config: Any = checkpoint.config
     for name in list(rest):
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
@@ -224,7 +228,9 @@ def restore_layers(
     key: KeyOf,
     taken: Collection[str] = (),
 ) -> None:
-    """Fills a checkpoint from a file of Weft in a format of peft. `taken`: keys that are done."""
+    """Fills a checkpoint from a file that Weft wrote in a format of peft. `taken`: keys already
+    read.
+    """
     present = set(tensors)
     plain = {name.removeprefix(PREFIX): t for name, t in tensors.items()}
     for module, layer in checkpoint.sites.items():

@@ -72,6 +72,11 @@ class LoraFormat:
         return config.get("peft_type") == self.name
 
     def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+        """Reads A [r, in], B [out, r] and, for DoRA, m [out] of every layer.
+
+        Raises UnsupportedError if a field of peft is not supported, and ConfigError if a value is
+        invalid.
+        """
         layers.refuse_fields(config, _SUPPORTED, "LoRA")
         init = config.get("init_lora_weights")
         if init not in _PLAIN_INITS:
@@ -92,7 +97,7 @@ class LoraFormat:
 
         def layer_of(module: str, part: str) -> CheckpointLayer:
             kind = "embedding" if "embedding" in part else None
-            return CheckpointLayer(_layer_rule(built, module, config), kind=kind)
+            return CheckpointLayer(_layer_config(built, module, config), kind=kind)
 
         layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
         checkpoint = layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
@@ -101,6 +106,7 @@ class LoraFormat:
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
+        """Fills A [r, in], B [out, r] and, for DoRA, m [out] of every layer."""
         layers.restore_layers(checkpoint, tensors, manifest, _lora_key)
 
     def why_not_model(self, root: nn.Module) -> str | None:
@@ -117,11 +123,11 @@ def _lora_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     ranks, alphas = {}, {}
     alpha = _int_if_whole(config.r if config.alpha is None else config.alpha)
     for module, layer in checkpoint.sites.items():
-        rule = layer.rule
-        if rule.r != config.r:
-            ranks[f"^{re.escape(module)}"] = rule.r
-        if _alpha(rule, config.rslora) != alpha:
-            alphas[f"^{re.escape(module)}"] = _alpha(rule, config.rslora)
+        method = layer.rule
+        if method.r != config.r:
+            ranks[f"^{re.escape(module)}"] = method.r
+        if _alpha(method, config.rslora) != alpha:
+            alphas[f"^{re.escape(module)}"] = _alpha(method, config.rslora)
     return {
         "peft_type": LoraFormat.name,
         "r": config.r,
@@ -135,12 +141,13 @@ def _lora_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _alpha(rule: LoRA, rslora: bool) -> float:
+def _alpha(method: LoRA, rslora: bool) -> float:
     """The alpha that gives a layer its scale, since all layers share peft's one use_rslora."""
-    if rule.rslora == rslora:
-        return _int_if_whole(rule.r if rule.alpha is None else rule.alpha)
+    if method.rslora == rslora:
+        return _int_if_whole(method.r if method.alpha is None else method.alpha)
     return _int_if_whole(
-        scaling(rule.r, rule.alpha, rule.rslora) * (math.sqrt(rule.r) if rslora else rule.r)
+        scaling(method.r, method.alpha, method.rslora)
+        * (math.sqrt(method.r) if rslora else method.r)
     )
 
 
@@ -148,8 +155,8 @@ def _int_if_whole(value: float) -> float:
     return int(value) if value == int(value) else float(value)
 
 
-def _layer_rule(config: Any, module: str, peft: Mapping[str, Any]) -> Any:
-    """The rule of a layer: the first pattern that matches its name counts, as in peft."""
+def _layer_config(config: Any, module: str, peft: Mapping[str, Any]) -> Any:
+    """Returns the configuration of a layer; the first pattern that matches its name counts, as in peft."""
     changed: dict[str, Any] = {}
     for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
         values = peft.get(pattern) or {}

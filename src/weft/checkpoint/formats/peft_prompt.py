@@ -92,6 +92,11 @@ class PrefixFormat:
         return config.get("peft_type") == self.name
 
     def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+        """Splits prompt_embeddings [n, sum of the layers' widths] into one tensor per layer.
+
+        Raises UnsupportedError if a field or the task type is not supported, and CheckpointError if
+        a size is not a whole number.
+        """
         refuse_fields(config, _SUPPORTED, self.name)
         task, parts = config.get("task_type"), config.get("num_transformer_submodules")
         if task not in ("CAUSAL_LM", None) or parts not in (1, None):
@@ -122,6 +127,7 @@ class PrefixFormat:
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
+        """Fills the layers from prompt_embeddings [n, sum of the layers' widths]."""
         _split_layers(checkpoint, tensors)
         report_extra(checkpoint.problems, tensors, [_TENSOR])
 

@@ -69,6 +69,12 @@ class VeraFormat:
         return config.get("peft_type") == self.name
 
     def read(self, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+        """Reads d [r] and b [out] of every layer, and A [r, in] and B [out, r] if the file has
+        them.
+
+        Raises UnsupportedError if a field of peft is not supported, and ConfigError if a value is
+        invalid.
+        """
         layers.refuse_fields(config, _SUPPORTED, "VeRA")
         has_matrices = any(map(_MATRIX.fullmatch, tensors))
         built = VeRA(
@@ -95,6 +101,7 @@ class VeraFormat:
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
+        """Fills d [r] and b [out] of every layer, and the shared A [r, in] and B [out, r]."""
         matrices = [name for name in manifest["keys"] if _MATRIX.fullmatch(name)]
         _take_matrices(checkpoint, tensors)
         layers.restore_layers(checkpoint, tensors, manifest, _key_of, matrices)

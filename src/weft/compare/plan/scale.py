@@ -20,7 +20,7 @@ class Scale:
 
     @property
     def factor(self) -> float:
-        """What a score is multiplied with for display."""
+        """Returns the number by which a score is multiplied for display."""
         return 1.0 if self.lowest else 100.0
 
     @property

@@ -103,7 +103,8 @@ def tune(sweep: Sweep, entry: Entry, done: Results) -> Tuned:
     """Chooses the rate with the best mean validation score, then with the lower loss.
 
     The grid grows if the best rate is at its edge. The best score is the highest one, or the lowest
-    one if `sweep.chosen_by.lowest`.
+    one if `sweep.chosen_by.lowest`. Failures are recorded in the result; no error is raised for
+    them.
     """
     sign = -1.0 if sweep.chosen_by.lowest else 1.0
     if entry.refused:

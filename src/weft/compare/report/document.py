@@ -68,7 +68,7 @@ Part = str | Table | Picture | Items | Code | Fold
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is under it."""
+    """A heading and its contents."""
 
     title: str
     parts: Sequence[Part]
@@ -76,7 +76,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """How a comparison was made: command, date, machine, versions."""
+    """The origin of a comparison: command, date, machine, versions."""
 
     command: str
     date: str

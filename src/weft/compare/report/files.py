@@ -55,7 +55,7 @@ def write_report(
 
 
 def printed_text(comparison: Comparison, paper: paper_table.SideBySide | None) -> str:
-    """Returns what is printed at the end, with the paper's table if there is one."""
+    """Returns the text printed at the end, with the paper's table if there is one."""
     return table_text(comparison) + (
         f"\n\n{paper_table.side_by_side_text(paper)}" if paper is not None else ""
     )

@@ -3,7 +3,7 @@
 The rows are paired: with one seed, every method starts from the same head and sees the same
 batches. Each method is tested against the one with the highest mean (one-sided paired t-test: is it
 worse?), with Holm's correction over these tests. If the correct answers are known per test example,
-the same test is made over the examples: few seeds can only show large gaps, many examples show
+the same test is applied to the examples: few seeds can only show large gaps, many examples show
 smaller ones. The recommended method is the smallest that neither test finds worse. That is weaker
 than "as good", since there may be too little data to see a gap; the report therefore always states
 a bound on the gap.

@@ -117,7 +117,7 @@ def size(number: float | None) -> str:
 
 
 def legend(comparison: Comparison) -> list[str]:
-    """Returns what the columns mean."""
+    """Returns the legend of the columns."""
     head = (
         f", which adds {comparison.head_trainable:,} to every row (bytes include it)"
         if comparison.head_trainable
@@ -160,7 +160,7 @@ def headline(ranking: Ranking) -> str:
 
 
 def test_description(comparison: Comparison, ranking: Ranking) -> str:
-    """Returns which statistical test was made."""
+    """Returns the name of the statistical test."""
     over = (
         f" and, separately, over the {len(comparison.row(ranking.best).right[0]):,} test examples"
         if ranking.on_examples

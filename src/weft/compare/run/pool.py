@@ -92,7 +92,7 @@ class Pool:
     def __init__(self, logs: Path, gpus: Sequence[str] = ()) -> None:
         """`gpus` are names as in CUDA_VISIBLE_DEVICES. Each worker sees one of them.
 
-        Without `gpus`, workers see what this process sees.
+        Without `gpus`, workers see the GPUs of this process.
         """
         self.logs, self.gpus = logs, gpus
         self.workers: dict[int, Worker] = {}

@@ -46,7 +46,7 @@ class Progress:
             )
 
     def step(self, done: int, total: int, text: str) -> None:
-        """Shows what has just finished. `total` may have next_rate."""
+        """Shows that `done` of `total` runs are finished; `total` may grow from call to call."""
         if self._bar is not None:
             self._bar.total = total
             self._bar.set_description_str(text, refresh=False)

@@ -30,7 +30,7 @@ from . import measure
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
-    """What a worker needs to open a runner, as plain values for a pipe."""
+    """The settings with which a worker opens a runner, as plain values for a pipe."""
 
     task: str
     model: str
@@ -48,7 +48,7 @@ class TrialRunner:
         self.model = task.model.to(device)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what the plan needs: fingerprints, head, sizes, notes."""
+        """Returns the facts for the plan: fingerprints, head, sizes, notes."""
         facts = self.task.facts()
         return {
             "context": {

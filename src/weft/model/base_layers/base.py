@@ -1,7 +1,7 @@
 """The view of a layer that adapters get: one class per kind of layer, each in a file of this folder.
 
-All kinds but norms are linear maps W [out, in]. The class says how the layer stores W and what its input
-is; everything else in Weft asks it, and compares no kind by name.
+All kinds but norms are linear maps W [out, in]. The class defines how the layer stores W and reads
+its input; the rest of Weft never compares kinds by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Returns what a layer computes by itself, adapted or not."""
+    """Returns the output [..., out] that a layer computes without adapters, adapted or not."""
     inner = module.__dict__.get(INNER_FORWARD)
     if inner is not None:
         found: Tensor = inner(*args, **kwargs)
@@ -50,7 +50,9 @@ class BaseLayer:
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether a module is of this kind, by its class alone."""
+        """Returns True if a module is of this kind, by its class alone. Raises NotImplementedError
+        here.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -108,7 +110,7 @@ class BaseLayer:
 
 
 def weight_fault(module: nn.Module) -> str | None:
-    """Returns what is wrong with a weight matrix for adapting its layer, or None."""
+    """Returns why a weight matrix cannot be adapted, or None."""
     if parametrize.is_parametrized(module):
         return (
             "its weight is parametrised; call "
@@ -127,9 +129,10 @@ def weight_fault(module: nn.Module) -> str | None:
 
 
 def other_map(layer: BaseLayer, x: Tensor, wanted: Tensor) -> str | None:
-    """Returns why a subclass with a forward of its own is another map, tried on x; None if it is not.
+    """Returns why a subclass with its own forward is another map than W x + bias, or None.
 
-    `wanted` is W x + bias. On the meta device nothing can be tried.
+    It is tried on x [..., in] (or ids [...]); `wanted` [..., out] is W x + bias. On the meta device
+    nothing can be tried.
     """
     module, plain = layer.module, layer.plain()
     cls, W = own_class(module), layer.weight()

@@ -37,5 +37,6 @@ class EmbeddingLayer(BaseLayer):
     def down(
         self, x: Tensor, A: Tensor, dropout: float = 0.0, dtype: torch.dtype | None = None
     ) -> Tensor:
+        """Returns [..., r]: the columns of A [r, in] that the ids x [...] select, after dropout."""
         padding: int | None = self.module.padding_idx  # type: ignore[assignment]
         return projection.down_index(x, A.to(dtype or A.dtype), dropout, padding)

@@ -3,10 +3,10 @@ AttentionInterface.
 
 An attention module asks that interface for the function that its config names ("sdpa", "eager"). We
 register a function "weft_sdpa" (and one for masks, the same as for "sdpa"), which puts the active
-prefix before the keys and values, widens the mask, and calls what the model would have called; and
-write its name into the config for as long as a prefix is attached. Nothing is in the key-value
-cache, so any kind of cache works, and none. transformers is never imported here: a model whose
-module asks for the interface has done that.
+prefix before the keys and values, widens the mask, and calls the model's own function; and write
+its name into the config for as long as a prefix is attached. Nothing is in the key-value cache, so
+any kind of cache works, and none. transformers is never imported here: a model whose module asks
+for the interface has done that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def asks(module: nn.Module) -> bool:
     return INTERFACE in code_names(type(module))
 
 
-def why_not(module: nn.Module) -> str | None:
+def why_no_prefix(module: nn.Module) -> str | None:
     """Returns the reason why such a module cannot have a prefix, or None if it can."""
     name = own_name(module)
     if name not in KNOWN:
@@ -138,6 +138,10 @@ def _over(name: str) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        """Attends from query [batch, heads, tokens, width] to the prefix, keys and values.
+
+        The mask [batch, 1, tokens, keys] is widened by the n columns of the prefix.
+        """
         run = _own(module, name)
         found = _prefix(module, key, value)
         if found is None:
@@ -226,7 +230,7 @@ def _by_row(
 def _mask(
     mask: Tensor | None, name: str, query: Tensor, key: Tensor, causal: bool
 ) -> Tensor | None:
-    """The mask, or the causal one that sdpa would have made by itself."""
+    """Returns the mask, or the causal one that sdpa would create by itself."""
     if mask is not None or name != "sdpa" or not causal or query.shape[2] == 1:
         return mask
     return torch.ones(

@@ -39,7 +39,7 @@ class DecoderInputs:
 
     def begin(
         self,
-        rule: Any,
+        config: Any,
         layer: Any,
         given: dict[str, Any],
         labels: Tensor | None,
@@ -47,7 +47,8 @@ class DecoderInputs:
     ) -> tuple[dict[str, Any], TokenLayout]:
         """Returns the arguments for the first tokens of a sequence, and their layout.
 
-        layer: the trained tensors of PreEmbed, or None if every block replaces the states. Raises
+        The layout extends input_ids or inputs_embeds [batch, tokens] by the virtual tokens. `layer`
+        has the trained tensors of PreEmbed, or is None if every block replaces the states. Raises
         UnsupportedError if an argument has no meaning with virtual tokens.
         """
         if given.get("token_type_ids") is not None:
@@ -56,25 +57,25 @@ class DecoderInputs:
             )
         mask, ids = plain_mask(given.get("attention_mask")), given.pop("input_ids", None)
         x = given["inputs_embeds"] if ids is None else self.base.get_input_embeddings()(ids)  # type: ignore[operator]
-        end = prompt_end(rule, x.shape[1], mask, labels, prompt_length)
+        end = prompt_end(config, x.shape[1], mask, labels, prompt_length)
         positions = given.get("position_ids")
         _check_positions(positions, mask)
-        layout = TokenLayout(rule.l_p, rule.l_i, end, x.shape[1], x.device)
+        layout = TokenLayout(config.l_p, config.l_i, end, x.shape[1], x.device)
         self._check_room(layout.total)
         given.pop("cache_position", None)
-        given["inputs_embeds"] = layout.extend(x, *vectors(rule, layer, x))
+        given["inputs_embeds"] = layout.extend(x, *vectors(config, layer, x))
         if mask is not None:
             given["attention_mask"] = layout.mask(mask)
         if positions is not None:
             given["position_ids"] = layout.positions(positions, mask)
         return given, layout
 
-    def resume(self, rule: Any, given: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+    def resume(self, config: Any, given: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """Returns the arguments for further tokens of a sequence whose cache holds the virtual
         ones. Raises UnsupportedError if these tokens may belong to the prompt.
         """
         x = tokens_of(given)
-        if rule.l_i and x is not None and x.shape[1] > 1:
+        if config.l_i and x is not None and x.shape[1] > 1:
             raise UnsupportedError(
                 f"{x.shape[1]} tokens continue a cache that has virtual tokens behind the prompt, "
                 "and they may belong to the prompt or to the answer. Give the prompt whole, then "
@@ -91,7 +92,7 @@ class DecoderInputs:
     def shifted_positions(
         self, shifts: Sequence[int], given: Mapping[str, Any], past: int
     ) -> Tensor | None:
-        """Returns position ids [1 or rows, tokens] behind a prefix, or None if nothing is shifted.
+        """Returns position ids [1 or rows, tokens] after a prefix, or None if nothing is shifted.
 
         shifts: one number for the whole batch, or one per row.
         """
@@ -125,14 +126,14 @@ class DecoderInputs:
 
 
 def prompt_end(
-    rule: Any, length: int, mask: Tensor | None, labels: Tensor | None, prompt_length: int | None
+    config: Any, length: int, mask: Tensor | None, labels: Tensor | None, prompt_length: int | None
 ) -> int | Tensor:
-    """Returns the column behind the prompt, a number or [rows, 1]: the length of `generate`'s
-    prompt, or the column of the first label, or that behind the last token.
+    """Returns the column after the prompt, a number or [rows, 1]: the length of `generate`'s
+    prompt, or the column of the first label, or that after the last token.
 
     Raises UnsupportedError if only a part of `generate`'s prompt is given.
     """
-    if not rule.l_i:
+    if not config.l_i:
         return length
     if prompt_length is not None:
         if length < prompt_length:
@@ -151,12 +152,12 @@ def prompt_end(
     return torch.where(labelled.any(dim=1, keepdim=True), first, last)
 
 
-def vectors(rule: Any, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the embeddings [l_p, width] before and [l_i, width] behind the prompt of x [rows,
+def vectors(config: Any, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the embeddings [l_p, width] before and [l_i, width] after the prompt of x [rows,
     tokens, width]. They are zeros if the layer does not train them.
     """
-    before = getattr(layer, "before", x.new_zeros(rule.l_p, x.shape[2]))
-    after = getattr(layer, "after", x.new_zeros(rule.l_i, x.shape[2]))
+    before = getattr(layer, "before", x.new_zeros(config.l_p, x.shape[2]))
+    after = getattr(layer, "after", x.new_zeros(config.l_i, x.shape[2]))
     return before, after
 
 

@@ -25,7 +25,7 @@ def code_names(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(code.co_names) if code is not None else ()
 
 
-def by_name(
+def arguments_by_name(
     names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns all arguments of a forward by name."""

@@ -5,7 +5,7 @@ Only the states of real tokens leave a decoder, so heads, losses and poolers see
 With a key-value cache the virtual tokens enter with the first tokens and stay in the cache; the
 cache is marked with the adapter, so continuing it under another one is an error. In an encoder they
 follow the embedding module's output, at the end, until the last block has run: a norm or a pooler
-behind it reads real tokens.
+after it reads real tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...errors import UnsupportedError, WeftError
 from ..active import Active, ActiveAdapters, PerRow, recomputed
 from ..layer import layers_of
 from .decoder import DecoderInputs, plain_mask, vectors
-from .forward import by_name, parameters_of
+from .forward import arguments_by_name, parameters_of
 from .injection import InjectionPoint
 from .layout import TokenLayout, take
 
@@ -34,14 +34,14 @@ _NO_TOKENS = TokenLayout(0, 0, 0, 0, torch.device("cpu"))
 
 
 class VirtualTokenHooks:
-    """The hooks by which virtual tokens enter and leave one model. `rules` are the prompts attached
+    """The hooks by which virtual tokens enter and leave one model. `configs` are the prompts attached
     to it, by adapter name.
     """
 
     def __init__(self, point: InjectionPoint, active: ActiveAdapters) -> None:
         self.base, self.decoder, self._active = point.module, point.decoder, active
         self.outer = tuple(point.outer)
-        self.rules: dict[str, Any] = {}
+        self.configs: dict[str, Any] = {}
         self._names = parameters_of(type(self.base))
         self._reset()
         self._hooks = [
@@ -92,13 +92,13 @@ class VirtualTokenHooks:
         passing = dict.fromkeys(("layout", "labels", "outside_labels", "prompt_length"))
         return {**self.__dict__, **passing, "_layouts": deque(maxlen=_MEMORY)}
 
-    def add(self, name: str, rule: Any) -> None:
+    def add(self, name: str, config: Any) -> None:
         """Adds the prompt of an adapter."""
-        self.rules[name] = rule
+        self.configs[name] = config
 
     def drop(self, name: str) -> None:
         """Removes the prompt of an adapter, if there is one."""
-        self.rules.pop(name, None)
+        self.configs.pop(name, None)
 
     def close(self) -> None:
         """Removes all hooks."""
@@ -121,7 +121,7 @@ class VirtualTokenHooks:
         kwargs: Mapping[str, Any],
     ) -> None:
         """Pre-hook of the modules around the decoder: the first label ends the prompt."""
-        labels = by_name(names, args, kwargs).get("labels")
+        labels = arguments_by_name(names, args, kwargs).get("labels")
         if isinstance(labels, Tensor) or module is self.outer[0]:
             self.labels = labels if isinstance(labels, Tensor) else None
 
@@ -131,9 +131,9 @@ class VirtualTokenHooks:
         """
         labels = self.labels if self.labels is not None else self.outside_labels
         self.labels, self.layout, self.behind_blocks = None, None, False
-        active, given = self._current(), by_name(self._names, args, kwargs)
-        rule = self.rules.get(active) if isinstance(active, str) else None
-        virtual = rule is not None and rule.where != "attention"
+        active, given = self._current(), arguments_by_name(self._names, args, kwargs)
+        config = self.configs.get(active) if isinstance(active, str) else None
+        virtual = config is not None and config.where != "attention"
         cache = next((given[key] for key in _CACHES if given.get(key) is not None), None)
         past = int(cache.get_seq_length()) if cache is not None else 0
         filled_by, layout = getattr(cache, _MARK, (None, _NO_TOKENS))
@@ -146,11 +146,11 @@ class VirtualTokenHooks:
             shifted = self._shifted_positions(active, given, past)
             return None if shifted is None else ((), {**given, "position_ids": shifted})
         if self._inputs is None:
-            return (), self._enter_encoder(rule, given)
+            return (), self._enter_encoder(config, given)
         if past:
-            return (), self._inputs.resume(rule, given, layout)
+            return (), self._inputs.resume(config, given, layout)
         given, layout = self._inputs.begin(
-            rule, self._embedded(str(active)), given, labels, self.prompt_length
+            config, self._embedded(str(active)), given, labels, self.prompt_length
         )
         self._begin(layout)
         return (), given
@@ -185,11 +185,11 @@ class VirtualTokenHooks:
                 "virtual tokens cannot follow it. Keys and values (weft.Prefix) have no such limit."
             )
         active = str(self._current())
-        rule, (rows, length, _) = self.rules[active], output.shape
+        config, (rows, length, _) = self.configs[active], output.shape
         self._begin(
-            TokenLayout(0, rule.l_p + rule.l_i, length, length, output.device, answers=False)
+            TokenLayout(0, config.l_p + config.l_i, length, length, output.device, answers=False)
         )
-        added = vectors(rule, self._embedded(active), output)
+        added = vectors(config, self._embedded(active), output)
         return torch.cat([output, *(t.to(output.dtype).expand(rows, -1, -1) for t in added)], dim=1)
 
     def end_blocks(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -197,8 +197,8 @@ class VirtualTokenHooks:
         self.behind_blocks = True
 
     def drop_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook of the modules behind an encoder's blocks: real tokens only, since a pooler
-        would take the mean of all.
+        """Pre-hook of the modules after an encoder's blocks: real tokens only, since a pooler would
+        take the mean of all.
         """
         layout = self.layout
         if layout is None or not self.behind_blocks:
@@ -239,23 +239,23 @@ class VirtualTokenHooks:
         """The adapter, or the adapters per row, that the caller uses."""
         return self._active.current(self.base.training)
 
-    def _enter_encoder(self, rule: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def _enter_encoder(self, config: Any, given: dict[str, Any]) -> dict[str, Any]:
         mask = plain_mask(given.get("attention_mask"))
         if mask is not None:
-            more = mask.new_ones(mask.shape[0], rule.l_p + rule.l_i)
+            more = mask.new_ones(mask.shape[0], config.l_p + config.l_i)
             given["attention_mask"] = torch.cat([mask, more], dim=1)
         self.layout = _NO_TOKENS  # until the embedding module's output gives the length
         return given
 
     def _embedded(self, active: str) -> Any:
         """The layer with the trained embeddings, or None if every block replaces them."""
-        return layers_of(self.base)[active] if self.rules[active].where == "embeddings" else None
+        return layers_of(self.base)[active] if self.configs[active].where == "embeddings" else None
 
     def _shifted_positions(self, active: Any, given: Mapping[str, Any], past: int) -> Any:
         if self._inputs is None:
             return None
         names = active.names if isinstance(active, PerRow) else [active]
-        shifts = [getattr(self.rules.get(str(name)), "shift", 0) for name in names]
+        shifts = [getattr(self.configs.get(str(name)), "shift", 0) for name in names]
         return self._inputs.shifted_positions(shifts, given, past)
 
     def _begin(self, layout: TokenLayout) -> None:

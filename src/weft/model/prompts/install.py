@@ -19,22 +19,22 @@ from .places import PromptHost
 
 def install(state: State, adapter: Adapter, structure: Structure) -> None:
     """Attaches an adapter's prompts to their modules, which keep their class and forward."""
-    rule = adapter.config
+    config = adapter.config
     if state.virtual is None:
         point = injection_point(structure)
-        if point is not None and (rule.where != "attention" or point.decoder):
+        if point is not None and (config.where != "attention" or point.decoder):
             state.virtual = VirtualTokenHooks(point, state.active)
     hooks: VirtualTokenHooks | None = state.virtual
     if hooks is not None:
-        hooks.add(adapter.name, rule)
+        hooks.add(adapter.name, config)
     before = {
         "attention": attention.check,
         "block": hooks.replace_states if hooks is not None else None,
-    }.get(rule.where)
+    }.get(config.where)
     for layer in adapter.layers.values():
         if not is_adapted(layer.base.module):
             adopt(layer.base.module, state.active, before)
-    if rule.where == "attention":
+    if config.where == "attention":
         attention.claim(_attentions(adapter))
 
 
@@ -43,7 +43,7 @@ def uninstall(state: State, adapter: Adapter) -> None:
     hooks: VirtualTokenHooks | None = state.virtual
     if hooks is not None:
         hooks.drop(adapter.name)
-        if not hooks.rules:
+        if not hooks.configs:
             hooks.close()
             state.virtual = None
     if adapter.config.where == "attention":

@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """One forward with virtual tokens: `before` of them in front, `after` of them behind column
+    """One forward with virtual tokens: `before` of them in front, `after` of them after column
     `end` of the input.
 
     `end` is one number, or one per row [rows, 1]. `length` is the input's. `answers`: the last one
-    behind the prompt predicts the next token, as in a decoder; in an encoder every token answers
-    for itself.
+    after the prompt predicts the next token, as in a decoder; in an encoder every token answers for
+    itself.
     """
 
     before: int
@@ -36,7 +36,7 @@ class TokenLayout:
         return t + self.before + self.after * (t >= self.end).long()
 
     def behind(self) -> Tensor:
-        """Returns [1 or rows, after]: the columns behind the prompt."""
+        """Returns [1 or rows, after]: the columns after the prompt."""
         j = torch.arange(self.after, device=self.device)[None]
         return j + self.before + self.end
 
@@ -48,7 +48,7 @@ class TokenLayout:
 
     def outputs(self) -> Tensor:
         """Returns [1 or rows, length]: the column whose state answers for each real token. For the
-        prompt's last token it is the last one behind the prompt, which precedes the next token.
+        prompt's last token it is the last one after the prompt, which precedes the next token.
         """
         t = torch.arange(self.length, device=self.device)[None]
         real = self.real()
@@ -84,9 +84,9 @@ class TokenLayout:
         return self.extend(mask, mask.new_ones(self.before), mask.new_ones(self.after))
 
     def positions(self, given: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns position ids [1 or rows, length] with those of the virtual tokens inserted.
-        Behind the prompt they continue from the last real token before `end`, or, if there is none,
-        lead up to the first one behind it.
+        """Returns position ids [1 or rows, length] with those of the virtual tokens inserted. After
+        the prompt they continue from the last real token before `end`, or, if there is none, lead
+        up to the first one after it.
         """
         t, end = (
             torch.arange(self.length, device=self.device)[None],

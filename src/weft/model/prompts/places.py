@@ -65,7 +65,7 @@ class PromptHost:
 def find_places(structure: Structure, where: str) -> tuple[dict[str, PromptHost], list[Frozen]]:
     """Returns the hosts of a prompt by module name, and modules that could be one and are not.
 
-    Raises TargetError, with what the model would need, if there is no host.
+    Raises TargetError, which says what the model would need, if there is no host.
     """
     if where == "attention":
         return _attentions(structure)
@@ -87,14 +87,14 @@ def find_places(structure: Structure, where: str) -> tuple[dict[str, PromptHost]
     }, []
 
 
-def hosts_of(structure: Structure, rules: Mapping[str, Any]) -> dict[str, PromptHost]:
-    """Returns the hosts of the prompts among these rules, by module name."""
-    kinds = {rule.where for rule in rules.values() if isinstance(rule, PromptMethod)}
+def hosts_of(structure: Structure, configs: Mapping[str, Any]) -> dict[str, PromptHost]:
+    """Returns the hosts of the prompts among these configurations, by module name."""
+    kinds = {config.where for config in configs.values() if isinstance(config, PromptMethod)}
     return {
         name: host
         for where in kinds
         for name, host in find_places(structure, where)[0].items()
-        if name in rules
+        if name in configs
     }
 
 
@@ -141,7 +141,7 @@ def _attentions(structure: Structure) -> tuple[dict[str, PromptHost], list[Froze
                 reason = "a cross-attention, which gets no keys and values"
                 frozen.append(Frozen(full, "attention", (), reason))
                 continue
-            why = attention.why_not(module)
+            why = attention.why_no_prefix(module)
             if why is not None:
                 raise TargetError(f"{full!r} can have no keys and values of its own: {why}.")
             found[full] = PromptHost(module, "attention", *_widths(full, module))

@@ -30,7 +30,7 @@ class Block:
     input.
 
     `attention_outputs`: one per attention module, so two in a decoder with cross-attention.
-    `mlp_norm`: the layer norm behind the MLP's residual sum, in a post-norm block only. `missing`:
+    `mlp_norm`: the layer norm after the MLP's residual sum, in a post-norm block only. `missing`:
     the reason why a part is missing, by role.
     """
 
@@ -138,7 +138,7 @@ def norm_behind(root: nn.Module, stack: str) -> str | None:
 def _block(root: nn.Module, name: str, stack: str, index: int, behind: str | None) -> Block:
     inside = {n: m for n, m in base_modules(root.get_submodule(name)) if n}
     attentions = _attention_modules(inside)
-    maps = {n: shape for n, m in inside.items() if (shape := _shape(m)) is not None}
+    maps = {n: shape for n, m in inside.items() if (shape := _map_shape(m)) is not None}
     of_attention = {a: [n for n in maps if within(n, [a])] for a in attentions}
     # The first map of the attention reads the block's own stream.
     entry = next((names[0] for names in of_attention.values() if names), next(iter(maps), None))
@@ -192,7 +192,7 @@ def _attention_modules(inside: Mapping[str, nn.Module]) -> list[str]:
     return found
 
 
-def _shape(module: nn.Module) -> tuple[int, int] | None:
+def _map_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear map, adaptable or not; None for any other module."""
     if not is_linear(module):
         return None

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from ...errors import TargetError
 from ...methods.config import Config
-from ...methods.train_spec import WORDS, is_name, last_blocks, nearest
+from ...methods.train_spec import WORDS, is_name, last_blocks, nearest_words
 from ..base_layers import has_map
 from .names import canonical, ends_in, within
 from .structure import Structure
@@ -33,7 +33,7 @@ def trained_tensors(
             raise _nothing(structure, config, word, adapted)
         chosen |= {name: chosen.get(name, word) for name in found}
         named |= set(found) if is_name(word) else set()
-    _check_tied(structure, config, chosen, named)
+    _check_tied_names(structure, config, chosen, named)
     _check_adapted(structure, config, chosen, adapted)
     return [name for name in structure.readers if name in chosen]
 
@@ -99,8 +99,8 @@ def _is_bias(structure: Structure, name: str) -> bool:
 
 
 def _last_blocks(structure: Structure, config: Config, word: str, count: int) -> list[str]:
-    """The tensors of the last blocks before the output, and of the norm behind them. A model
-    without blocks counts its own children that hold parameters, except the head.
+    """The tensors of the last blocks before the output, and of the norm after them. A model without
+    blocks counts its own children that hold parameters, except the head.
     """
     stack = structure.last_stack
     if stack is not None:
@@ -122,7 +122,7 @@ def _last_blocks(structure: Structure, config: Config, word: str, count: int) ->
     return [name for name in structure.parameters if within(name, chosen)] if blocks else []
 
 
-def _check_tied(
+def _check_tied_names(
     structure: Structure, config: Config, chosen: dict[str, str], named: Collection[str]
 ) -> None:
     """Training one reader of a tied tensor trains the others; if it was named, they must be too."""
@@ -173,7 +173,7 @@ def _nothing(
         reason = "it has neither repeated blocks nor children with parameters beside its head"
     if reason is None:
         have = _labels([*structure.modules, *structure.readers])
-        near = [*nearest(word), *get_close_matches(word.rpartition(".")[2], have, n=3)]
+        near = [*nearest_words(word), *get_close_matches(word.rpartition(".")[2], have, n=3)]
         reason = (
             f"{word!r} is the ending of no module or tensor with a parameter. Nearest: "
             f"{list(dict.fromkeys(near)) or [*WORDS, *have[:8]]}"

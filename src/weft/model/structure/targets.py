@@ -65,15 +65,15 @@ def resolve(structure: Structure, targets: Any, skip_layers: int = 0) -> Found:
 
 
 def leftovers(structure: Structure, chosen: Collection[str]) -> tuple[list[Frozen], list[str]]:
-    """Returns what could have been adapted and was not, with the reason, and those of the chosen
-    layers that are routed experts.
+    """Returns the layers that could have been adapted but were not, with the reason, and those of
+    the chosen layers that are routed experts.
     """
     left_out = _left_out(structure)
     frozen = []
     for name, module in structure.layers.items():
         if name not in chosen:
             reason = left_out.get(name, "not named by targets")
-            frozen.append(Frozen(name, _kind(module), _shape(module), reason))
+            frozen.append(Frozen(name, _kind(module), _weight_shape(module), reason))
     frozen += _raw_tensors(structure)
     return frozen, [name for name in chosen if within(name, structure.experts)]
 
@@ -217,7 +217,7 @@ def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
                 yield Frozen(name, "tensor", shape, reason)
 
 
-def _shape(module: nn.Module) -> tuple[int, ...]:
+def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     """(out, in) if the layer has a weight matrix."""
     weight = module._parameters.get("weight")
     if weight is None:

@@ -12,7 +12,11 @@ _FLOAT = re.compile(
 
 
 def loader() -> type[Any]:
-    """Returns a subclass of yaml.SafeLoader. Weft's core works without yaml, so it is imported here."""
+    """Returns a subclass of yaml.SafeLoader, whose mappings raise ConstructorError if a key is
+    repeated.
+
+    Weft's core works without yaml, so it is imported here.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
