@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import weft
+from support import set_way
 from weft.cli import main
 from weft.tasks.models import EMBEDDED
 
@@ -119,8 +120,10 @@ def test_plan_of_7b_stays_below_one_gigabyte(llama):
     assert resource.RLIM_INFINITY is not None
 
 
-def test_plan_counts_the_activations_that_autograd_really_keeps(capsys, tmp_path):
+def test_plan_counts_the_activations_that_autograd_really_keeps(capsys, tmp_path, monkeypatch):
     import transformers
+
+    set_way(monkeypatch, "fused")  # as all layers of a real model
 
     config = transformers.LlamaConfig(
         hidden_size=24,

@@ -16,7 +16,7 @@ METHODS = ["DoRA", "DVoRA"]
 
 
 @pytest.fixture(autouse=True, params=["native", "fused", "tiny"])
-def _way(request, monkeypatch):
+def way(request, monkeypatch):
     """The three ways keep norms differently; the tiny one keeps none, and must be right all the same."""
     set_way(monkeypatch, request.param)
     return request.param
@@ -42,9 +42,9 @@ def sites(a):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("accumulation", [1, 8])
 def test_one_norm_a_layer_and_step_whatever_the_micro_batches_and_recomputations(
-    method, accumulation, _way
+    method, accumulation, way
 ):
-    if _way == "tiny":
+    if way == "tiny":
         pytest.skip("the tiny way computes the norm with the weight, which it builds anyway")
     a = awake(method)
     optimiser = torch.optim.AdamW(a.adapter.parameters(), lr=1e-3)

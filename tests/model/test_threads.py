@@ -63,9 +63,9 @@ def test_a_statement_stays_with_its_thread_and_others_have_the_one_attached_last
     model, _, x, answers = crowd()
     weft.use(model, "a1")
     with torch.no_grad(), ThreadPoolExecutor(1) as pool:
-        assert same_bits(pool.submit(lambda: model(x)).result(), answers["a3"])
+        check_close(pool.submit(model, x).result(), answers["a3"], torch.float32)
         pool.submit(lambda: weft.use(model, "a2")).result()
-        assert same_bits(pool.submit(lambda: model(x)).result(), answers["a2"])
+        check_close(pool.submit(model, x).result(), answers["a2"], torch.float32)
         assert same_bits(model(x), answers["a1"])
 
 

@@ -9,8 +9,7 @@ Trained numbers per layer: r out. For backward only h = x Aᵀ is kept, r number
 (ops/projection.py). A is in no file, only a checksum that is compared on loading: its bits are the same
 everywhere. precondition=True multiplies B's gradient by (1/s)² (A Aᵀ)⁻¹ before every step, which then changes W'
 most like full fine-tuning (the method's later version, as in peft's LoraFAOptimizer, with its 1e-8 on A Aᵀ).
-Source: arXiv:2308.03303, section 3. Differs from the paper: A is uniform as in LoRA's code, not Gaussian, since
-no library reproduces Gaussian bits everywhere.
+Source: arXiv:2308.03303, section 3. Differs: A is uniform, as Gaussian bits are not reproduced everywhere.
 """
 
 from __future__ import annotations

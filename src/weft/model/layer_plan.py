@@ -62,8 +62,10 @@ class LayerPlan:
         if self._native and (small or self._stays_native(x, W, f)):
             scale = None if f.m is None else self._scale(layer, f, W)
             if not self.grad:
-                return native.evaluate(x, W, self.bias, f, scale)
-            return native.train(x, W, self.bias, f, None if scale is None else scale.norm)
+                return native.forward_inference(x, W, self.bias, f, scale)
+            return native.forward_training(
+                x, W, self.bias, f, None if scale is None else scale.norm
+            )
         return self._fused(layer, x, W, f)
 
     def _why_not(self, layer: Any, x: Tensor) -> str | None:

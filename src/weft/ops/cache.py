@@ -131,8 +131,18 @@ class Cache:
         self._entries.clear()
 
 
+def kept(compute: Callable[[], Tensor]) -> Tensor:
+    """Returns `compute()`, a tensor [...] without a graph that may meet autograd later."""
+    found: Tensor = _without_graph(compute)
+    return found
+
+
 def _computed(name: str, compute: Callable[[], Any]) -> Any:
     counts[name] += 1
+    return _without_graph(compute)
+
+
+def _without_graph(compute: Callable[[], Any]) -> Any:
     if torch.is_inference_mode_enabled():  # its tensors could never meet autograd again
         with torch.inference_mode(False), torch.no_grad():
             return compute()

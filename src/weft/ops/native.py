@@ -5,7 +5,7 @@
 For the smallest layers it is cheaper to build V = W + ΔW in every call: `built` and `of_built`.
 
 `adapted` takes h and y as they come and works under autocast, torch.compile, torch.func and with tensor
-subclasses. `evaluate` and `train` compute the whole layer for plain tensors of one dtype.
+subclasses. `forward_inference` and `forward_training` compute the whole layer for plain tensors of one dtype.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def adapted(
     return scaled(y, bias, row_scale(f.m, norm))
 
 
-def evaluate(
+def forward_inference(
     x: Tensor, W: Tensor, bias: Tensor | None, f: LowRank, scale: RowScale | None = None
 ) -> Tensor:
     """Returns y [..., out] for x [..., in], W [out, in] and bias [out], without a graph."""
@@ -65,7 +65,7 @@ def _scale_rows(rows: Tensor, scale: RowScale) -> None:
         torch.addcmul(scale.shift, rows, scale.sigma, out=rows)
 
 
-def train(
+def forward_training(
     x: Tensor, W: Tensor, bias: Tensor | None, f: LowRank, norm: Tensor | None = None
 ) -> Tensor:
     """Returns y [..., out] with its graph, for x [..., in], W [out, in], bias [out] and norm [out]."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import philox
-from .cache import Cache
+from .cache import Cache, kept
 from .low_rank import LowRank, added, row_scale
 from .norm import (
     DENSE_BELOW,
@@ -49,27 +49,23 @@ class RowScale:
     @cached_property
     def sigma(self) -> Tensor:
         """σ [out]."""
-        with torch.no_grad():
-            return row_scale(self._m, self.norm)
+        return kept(lambda: row_scale(self._m, self.norm))
 
     @cached_property
     def shift(self) -> Tensor | None:
         """(1 - σ) bias [out], or None without bias."""
-        if self._bias is None:
-            return None
-        with torch.no_grad():
-            return self._bias - self.sigma * self._bias
+        bias = self._bias
+        return None if bias is None else kept(lambda: bias - self.sigma * bias)
 
     @cached_property
     def column(self) -> Tensor:
         """σ [out, 1]."""
-        return self.sigma[:, None]
+        return kept(lambda: self.sigma[:, None])
 
     def folded(self, f: LowRank) -> Tensor:
         """Returns σ ∘ (s diag(b) B diag(d)) [out, r]; for small layers only, as it is kept."""
         if self._folded is None:
-            with torch.no_grad():
-                self._folded = self.column * f.up(self.sigma.dtype)
+            self._folded = kept(lambda: self.column * f.up(self.sigma.dtype))
         return self._folded
 
     @cached_property
