@@ -109,7 +109,7 @@ def test_text_classification_from_a_csv_file_and_a_local_bert(tmp_path: Path) ->
         "classifier",
         "bert.pooler.dense",
     }  # the file has no tensors for the two
-    assert any("test is what you gave" in note for note in done.json["notes"])
+    assert any("test is --test" in note for note in done.json["notes"])
     assert "- A step sees 36 examples, not 50" in done.printed
     dora, full = done.json["rows"]
     assert full["scores"][0] > 0.5  # chance is a third
