@@ -104,17 +104,22 @@ def test_gradients_are_not_lost_to_a_product_made_without_them():
     assert torch.autograd.grad(out.sum(), x)[0].abs().sum() > 0
 
 
-def test_nothing_is_held_beyond_the_input():
+@pytest.mark.parametrize("grad", [False, True])
+def test_nothing_is_held_beyond_the_input(grad):
     model, _ = adapted()
+    seen = []
+
+    def look(x):
+        seen.append(weakref.ref(model.q.weft["default"].shared.down._last[3]))
+
+    # A leaf is held by its own graph, until the next input.
+    x = 1 * torch.randn(5, 6, requires_grad=True)
+    with torch.set_grad_enabled(grad):
+        out = model(x, between=look)
     shared = model.q.weft["default"].shared
-    x = 1 * torch.randn(
-        5, 6, requires_grad=True
-    )  # a leaf is held by its own graph, until the next input
-    out = model.q(x)
-    product = weakref.ref(shared.down._last[2])
     del out, x
     gc.collect()
-    assert shared.down._last is None and product() is None
+    assert shared.down._last is None and seen[0]() is None
 
 
 def test_dropout_draws_for_each_layer():

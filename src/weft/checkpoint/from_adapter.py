@@ -142,7 +142,7 @@ def _other_names(
     }
     state = find_state(adapter.model)
     merged = (
-        {id(p): bits for p, bits in state.merged.backups}
+        {id(b.parameter): b.bits for b in state.merged.backups}
         if state is not None and state.merged is not None
         else {}
     )

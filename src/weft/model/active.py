@@ -10,10 +10,12 @@ region (its frame, or the node of the reentrant kind), where the recomputation f
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from ..errors import WeftError
+from ..errors import MergeError, WeftError
+from .gate import Gate
 
 _keys = itertools.count()
 _RECORD = "_weft_active"
+NO_TASK = 0  # in place of a task, outside asyncio
 _node = torch._C._current_autograd_node
 _task = torch._C._current_graph_task_id
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -67,14 +71,16 @@ Active = str | PerRow | None
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Choice:
-    """The selection of one caller, the checkpointed region and the backward pass in which it did,
-    and how many `with weft.use(...)` blocks of this caller are open.
+    """What one caller chose, the checkpointed region and the backward pass in which it did, and how
+    many adapters its open `with weft.use(...)` blocks use. `owner`: the thread and task that chose;
+    a task that was started inside a block inherits the choice, and not the block.
     """
 
     active: Active
     region: Any
     task: int
     open: int
+    owner: tuple[int, int]
 
 
 _choices: ContextVar[Mapping[int, Choice]] = ContextVar("weft_choices", default={})  # noqa: B039 - never written to
@@ -95,41 +101,72 @@ class ActiveAdapters:
     def __init__(self, default: Active = None) -> None:
         self.key = next(_keys)
         self.default = default
+        self.gate = Gate()  # the model's
+        self.names: set[str] = set()  # the attached adapters
         self.merged: str | None = None  # the adapter that is in the weights; then all are off
+        self.merged_by: tuple[int, int] | None = None  # the caller who merged it
         self.base_weights: dict[nn.Module, Tensor] = {}  # layer -> its own weight while replaced
+        self.was_traced = False  # whether torch.compile has traced a forward
         self.several = False  # whether more than one has ever been active
         self.traced = _Traced()
 
     def __getstate__(self) -> dict[str, Any]:
         choice = self.chosen()
         default = self.default if choice is None else choice.active
-        return {"default": default, "merged": self.merged, "base_weights": self.base_weights}
+        return {
+            "default": default,
+            "gate": self.gate,
+            "names": set(self.names),
+            "merged": self.merged,
+            "base_weights": self.base_weights,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["default"])  # type: ignore[misc]
-        self.merged, self.base_weights = state["merged"], state["base_weights"]
+        self.gate, self.names, self.merged = state["gate"], state["names"], state["merged"]
+        self.base_weights = state["base_weights"]
 
     def current(self, checkpointed: bool = False) -> Active:
-        """Returns the selection that is active for this caller, or was in the forward that is being
-        recomputed.
+        """Returns what is active for this caller, or was in the forward that is being recomputed.
 
         `checkpointed`: without gradients, this may be the first forward of a reentrant checkpoint.
+        Raises MergeError if an adapter is merged and the caller has chosen another, and WeftError if it
+        cannot be known which adapter the recomputed forward used.
         """
-        if self.merged is not None:
-            return None
         if torch.compiler.is_compiling():
             traced = self.traced.choice
+            self.was_traced = True
+            if self.merged is not None:
+                return None
             return self.default if traced is None else traced.active
         choice = _choices.get().get(self.key)
         active = self.default if choice is None else choice.active
+        if self.merged is not None:
+            self._check_merged(choice, active)
+            return None
+        if _node() is not None:
+            return self._of_the_forward(choice, active)
         if torch.is_grad_enabled():
-            if _node() is not None:
-                return self._of_the_forward(choice, active)
             if _hooks(True) is not None:
-                self._record(_region(), choice, active)
+                self._record(choice, active)
         elif checkpointed:
-            self._record(_reentrant_region(), choice, active)
+            self._record(choice, active)
         return active
+
+    def _check_merged(self, choice: Choice | None, active: Active) -> None:
+        if choice is not None and active != self.merged and choice.owner != self.merged_by:
+            raise MergeError(
+                f"adapter {self.merged!r} is merged into the weights, and this caller has chosen "
+                f"{describe(active)}. Call weft.unmerge(model) first."
+            )
+
+    def check_attached(self, name: str) -> None:
+        """Raises WeftError if the adapter that the caller has chosen is no longer attached."""
+        if name not in self.names:
+            raise WeftError(
+                f"adapter {name!r}, which this caller has chosen, was detached. Have: "
+                f"{sorted(self.names)}; choose again with weft.use."
+            )
 
     def chosen(self) -> Choice | None:
         """Returns the choice of this caller, or None."""
@@ -138,8 +175,8 @@ class ActiveAdapters:
     def choose(self, active: Active, open_blocks: int) -> None:
         """Makes this active for the caller."""
         self.several = self.several or active != self.default
-        region = _region() if torch.is_grad_enabled() and _hooks(True) is not None else None
-        self.restore(Choice(active, region, _task(), open_blocks))
+        region = next(_regions(), None)
+        self.restore(Choice(active, region, _task(), open_blocks, caller()))
 
     def restore(self, choice: Choice | None) -> None:
         """Restores the choice that `chosen` returned."""
@@ -152,30 +189,39 @@ class ActiveAdapters:
         self.several = self.several or (self.default is not None and active != self.default)
         self.default = active
 
-    def _record(self, region: Any, choice: Choice | None, active: Active) -> None:
-        """Records the active selection on a checkpointed region, unless the region itself chose it."""
-        if region is None or (choice is not None and choice.region is region):
+    def _record(self, choice: Choice | None, active: Active) -> None:
+        """Notes on the checkpointed regions around this call what is active, from the innermost
+        outwards to that in which it was chosen: that one will choose again by itself.
+        """
+        innermost = _innermost_region() if torch.is_grad_enabled() else None
+        if innermost is not None and self.key in getattr(innermost, _RECORD, ()):
             return
-        record = getattr(region, _RECORD, None)
-        if record is None:
-            record = {}
-            setattr(region, _RECORD, record)
-        record.setdefault(self.key, active)
+        regions = list(_regions())
+        if innermost is not None and all(innermost is not region for region in regions):
+            regions.insert(0, innermost)
+        for region in regions:
+            if choice is not None and choice.region is region:
+                return
+            _note(region, self.key, active)
 
     def _of_the_forward(self, choice: Choice | None, active: Active) -> Active:
-        """Returns the selection of the forward that this backward pass recomputes."""
+        """What was active in the forward that this backward pass recomputes."""
         if choice is not None and choice.task == _task():
             return active  # chosen within the recomputation, as it was within the forward
-        region = _recomputed_region()
-        record = getattr(region, _RECORD, {})
-        if self.key in record:
-            found: Active = record[self.key]
-            return found
+        new: list[Any] = []  # regions that begin within the recomputation
+        for region in _regions():
+            record = getattr(region, _RECORD, {})
+            if self.key in record:
+                found: Active = record[self.key]
+                for inner in new:
+                    _note(inner, self.key, found)
+                return found
+            new.append(region)
         if self.several:
             raise WeftError(
-                "backward recomputes a forward of which it cannot be told which adapter was "
-                "active. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or one "
-                "adapter at a time."
+                "backward recomputes a forward of which it cannot be known which adapter was "
+                "active. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or train() "
+                "mode, or one adapter."
             )
         return active
 
@@ -193,8 +239,26 @@ def describe(active: Active) -> str:
     return f"rows {list(active.names)}" if isinstance(active, PerRow) else repr(active)
 
 
-def _region() -> Any:
-    """The checkpointed region whose first forward runs now; None if there is none."""
+def caller() -> tuple[int, int]:
+    """Returns the thread and the asyncio task that run now."""
+    asyncio = sys.modules.get("asyncio")
+    task = None
+    if asyncio is not None:
+        with contextlib.suppress(RuntimeError):  # no loop runs in this thread
+            task = asyncio.current_task()
+    return threading.get_ident(), NO_TASK if task is None else id(task)
+
+
+def _note(region: Any, key: int, active: Active) -> None:
+    record = getattr(region, _RECORD, None)
+    if record is None:
+        record = {}
+        setattr(region, _RECORD, record)
+    record.setdefault(key, active)
+
+
+def _innermost_region() -> Any:
+    """The non-reentrant region whose first forward runs now, by the hooks that torch has set for it."""
     hooks = _hooks(True)
     for cell in getattr(hooks[0], "__closure__", None) or ():
         if isinstance(cell.cell_contents, checkpoint._CheckpointFrame):
@@ -202,30 +266,35 @@ def _region() -> Any:
     return None
 
 
-def _reentrant_region() -> Any:
-    """The same for the reentrant kind: the node that torch makes for it."""
-    return _from_the_stack(checkpoint.CheckpointFunction.forward.__code__, "ctx")
-
-
-def _recomputed_region() -> Any:
-    """The innermost checkpointed region that is being recomputed."""
-    node = _node()
-    if getattr(node, "_forward_cls", None) is checkpoint.CheckpointFunction:
-        return node
-    return _from_the_stack(None, "frame")
-
-
-def _from_the_stack(code: Any, variable: str) -> Any:
-    """A local variable of the innermost call of `code`, or of torch's function that recomputes."""
-    frame: Any = sys._getframe(2)
+def _regions() -> Iterator[Any]:
+    """The checkpointed regions around this call, innermost first: those whose first forward runs, and
+    those that are recomputed. A region is torch's own record of it: a frame, or the reentrant node.
+    """
+    frame: Any = sys._getframe(1)
     while frame is not None:
-        here = frame.f_code
-        if here is code or (
-            code is None
-            and here.co_name == _UNPACK
-            and here.co_filename == checkpoint.__file__
-            and variable in here.co_freevars
-        ):
-            return frame.f_locals.get(variable)
+        code = frame.f_code
+        if code.co_filename == checkpoint.__file__:
+            found = _region_of(frame, code)
+            if found is not None:
+                yield found
         frame = frame.f_back
+
+
+def _region_of(frame: Any, code: Any) -> Any:
+    """The region of one call of torch.utils.checkpoint, or None."""
+    if code in _REENTRANT:
+        return frame.f_locals.get("ctx")
+    if code.co_name == _UNPACK and "frame" in code.co_freevars:
+        return frame.f_locals.get("frame")
+    if code is _CHECKPOINT:
+        generator = frame.f_locals.get("gen")
+        inside = getattr(generator, "gi_frame", None)
+        return None if inside is None else inside.f_locals.get("new_frame")
     return None
+
+
+_REENTRANT = (
+    checkpoint.CheckpointFunction.forward.__code__,
+    checkpoint.CheckpointFunction.backward.__code__,
+)
+_CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__

@@ -190,6 +190,9 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
         if not len(layers_of(module)):
             restore(module)
     del state.adapters[name]
+    state.active.names.discard(name)
+    if not any(other.selected_tensors for other in state.adapters.values()):
+        state.unguard()
     unfollow(adapter)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
@@ -345,6 +348,8 @@ def _install(
         layer.active = state.active
         layers_of(modules[name])[adapter.name] = layer
     state.adapters[adapter.name] = adapter
+    state.active.names.add(adapter.name)
+    state.guard(adapter)
     follow(adapter)
     if follows(adapter):
         next(iter(adapter.layers.values())).watch = Watch(adapter.name)

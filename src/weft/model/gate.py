@@ -8,10 +8,14 @@ wait for those that run.
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import nn
 
 from ..errors import WeftError
 
@@ -23,15 +27,19 @@ class Gate:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._inside: dict[int, int] = {}  # thread -> forwards that it is inside of
+        # Thread -> the calls of the model that it is inside of, as frames. A call that an interrupt has
+        # ended, or that a part of the model has entered, stays until somebody looks whether it runs.
+        self._inside: dict[int, list[Any]] = {}
         self._changing: int | None = None  # the thread that changes the model
+        self._wanted = 0  # threads that wait to change it; new forwards wait for them
         self._depth = 0
 
     def __reduce__(self) -> Any:
         return Gate, ()
 
-    def enter(self, ready: Callable[[], bool], prepare: Callable[[], None]) -> None:
-        """Called before a forward. If not `ready()`, waits to be alone and calls `prepare()`.
+    def enter(self, call: Any, ready: Callable[[], bool], prepare: Callable[[], None]) -> None:
+        """Called before a forward, with the frame of its call. If not `ready()`, waits to be alone and
+        calls `prepare()`.
 
         Raises WeftError if other threads keep the model busy for a minute.
         """
@@ -46,25 +54,49 @@ class Gate:
                         "run this model. Run them one after the other."
                     )
                 prepare()
-            self._inside[me] = self._inside.get(me, 0) + 1
+            self._inside.setdefault(me, []).append(call)
 
-    def leave(self) -> None:
-        """Called after a forward."""
+    def leave(self, call: Any) -> None:
+        """Called after a forward, as `enter`; does nothing if that call did not enter."""
         me = threading.get_ident()
         with self._changed:
-            depth = self._inside.get(me, 0) - 1
-            if depth > 0:
-                self._inside[me] = depth
-            else:
-                self._inside.pop(me, None)
+            calls = self._inside.get(me, [])
+            place = next((i for i, c in enumerate(calls) if c is call), None)
+            if place is None:
+                return
+            del calls[place:]
+            if not calls:
+                del self._inside[me]
                 self._changed.notify_all()
+
+    def enter_part(self) -> None:
+        """Called by an adapted layer that runs outside a forward of the root: the outermost module that
+        is being called passes the gate. Raises WeftError as `enter`.
+        """
+        me, frame, call = threading.get_ident(), _frame_above(), None
+        while frame is not None:
+            call = frame if frame.f_code is CALL else call
+            frame = frame.f_back
+        with self._changed:
+            if any(call is c for c in self._inside.get(me, ())):
+                return
+            self._inside.pop(me, None)  # a part that has ended
+            if not self._open(me):
+                self._wait(lambda: self._open(me), "run a layer")
+            if call is not None:
+                self._inside[me] = [call]
 
     @contextmanager
     def alone(self, what: str) -> Iterator[None]:
         """Waits until no other thread is inside, and keeps others out. Raises WeftError as `enter`."""
         me = threading.get_ident()
         with self._changed:
-            self._wait(lambda: self._changing in (None, me) and self._alone(me), what)
+            self._wanted += 1
+            try:
+                self._wait(lambda: self._changing in (None, me) and self._alone(me), what)
+            finally:
+                self._wanted -= 1
+                self._changed.notify_all()
             self._changing, self._depth = me, self._depth + 1
         try:
             yield
@@ -75,27 +107,52 @@ class Gate:
                     self._changing = None
                     self._changed.notify_all()
 
-    @property
-    def closed_to_me(self) -> bool:
-        """Whether another thread is changing the model."""
-        return self._changing is not None and self._changing != threading.get_ident()
-
-    def wait_until_open(self) -> None:
-        """Waits for a change by another thread. Raises WeftError as `enter`."""
-        with self._changed:
-            self._wait(lambda: not self.closed_to_me, "run a layer")
-
     def _alone(self, me: int) -> bool:
+        for thread in [t for t in self._inside if t != me]:
+            if not _still_runs(thread, self._inside[thread]):
+                del self._inside[thread]
         return all(thread == me for thread in self._inside)
 
+    def _open(self, me: int) -> bool:
+        return self._changing == me or (self._changing is None and not self._wanted)
+
     def _free(self, me: int, ready: Callable[[], bool]) -> bool:
-        if me in self._inside or self._changing == me:
+        if self._changing == me or (me in self._inside and _still_runs(me, self._inside[me])):
             return True
-        return self._changing is None and (ready() or self._alone(me))
+        return self._open(me) and (ready() or self._alone(me))
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        if not self._changed.wait_for(condition, PATIENCE):
-            raise WeftError(
-                f"cannot {what}: other threads have kept this model busy for {PATIENCE:.0f} s. End "
-                "their forward first."
-            )
+        """Looks again and again: a part of the model leaves without a sign."""
+        until = time.monotonic() + PATIENCE
+        while not condition():
+            if time.monotonic() > until:
+                raise WeftError(
+                    f"cannot {what}: other threads have kept this model busy for {PATIENCE:.0f} s. "
+                    "End their forward first."
+                )
+            self._changed.wait(0.005)
+
+
+def _still_runs(thread: int, calls: list[Any]) -> bool:
+    """Whether one of these calls is on the thread's stack."""
+    frame: Any = sys._current_frames().get(thread)
+    while frame is not None:
+        if any(frame is call for call in calls):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _frame_above() -> Any:
+    return sys._getframe(2)
+
+
+def this_call() -> Any:
+    """Returns the innermost call of a module on this thread's stack, as its frame."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not CALL:
+        frame = frame.f_back
+    return frame
+
+
+CALL = nn.Module._call_impl.__code__

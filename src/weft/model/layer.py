@@ -23,6 +23,7 @@ from ..methods.config import DTYPES
 from ..methods.rng import Rng
 from ..ops import native
 from ..ops.cache import Cache
+from ..ops.input_cache import in_forward
 from ..ops.low_rank import LowRank
 from ..ops.norm import full_precision, row_norm
 from ..ops.row_scale import RowScale, cached_row_scale, stale
@@ -195,6 +196,8 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     active: ActiveAdapters | None = self.__dict__.get(_ACTIVE)
     if active is None:  # accelerate's hooks keep the forward that they found, even beyond detach
         return own_forward(self, *args, **kwargs)
+    if not in_forward() and not torch.compiler.is_compiling():
+        active.gate.enter_part()
     name = active.current(self.training)
     if name is None:
         return own_forward(self, *args, **kwargs)
@@ -204,6 +207,7 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return by_row(name, layers, x, own_forward(self, *args, **kwargs))
     layer: Any = layers.get(name)
     if layer is None:
+        active.check_attached(name)
         return own_forward(self, *args, **kwargs)
     found: Tensor = layer.run(self, args, kwargs)
     return found

@@ -44,10 +44,12 @@ class LayerPlan:
             if place.get(name) is not tensor:
                 return False
         W = self.W
-        if x.dtype is not self.dtype or type(x) is not self._type or W is None:
+        if x.dtype is not self.dtype or type(x) is not self._type:
             return False
         if self._asked is not fallback.asked:
             return False
+        if W is None:
+            return self.reason is not None
         if W.dtype is not self._W_dtype or W.requires_grad is not self._W_trains:
             return False
         return self._A is None or self._A.dtype is self._A_dtype
@@ -77,7 +79,8 @@ class LayerPlan:
             return reason
         if fallback.asked:
             return f"{fallback.VARIABLE}=1 asks for it"
-        assert self.W is not None
+        if self.W is None:
+            return "its weight is no parameter any more (pruned, parametrised or normalised)"
         reason = fallback.of_the_tensors(x, self.W, self.bias)
         if reason is None and self.grad and self.W.requires_grad:
             return "the layer's own weight trains too"

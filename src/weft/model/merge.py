@@ -16,7 +16,7 @@ from ..methods.base import effective_weight as effective_weight_of
 from ..ops.norm import full_precision
 from .adapter import STALE_NORM, Adapter
 from .layer import AdapterLayer, active_of, is_adapted, layers_of
-from .state import Merged, State, state_of
+from .state import Backup, Merged, State, state_of
 from .use import check_alone
 
 # Largest relative change of the output that a merge may cause, by the dtype of the merged weights.
@@ -101,25 +101,21 @@ def unmerge(model: nn.Module) -> None:
         if state.merged is None:
             raise MergeError("nothing is merged, so there is nothing to unmerge.")
         check_alone(state, "unmerge")
-        record = state.merged
-        _put_back(record)
+        _check_untouched(state, state.merged)
+        _put_back(state.merged)
         state.end_merge()
-        if record.choice is not None:
-            state.choose(record.choice.active)
-        else:
-            state.install_for(state.active.default)
+        state.install_for_caller()
 
 
 def _merge(state: State, adapter: Adapter) -> MergeReport:
     """Writes W' and switches all adapters off. A failure puts the base back."""
-    record = Merged(adapter.name, state.active.chosen())
+    record = Merged(adapter.name)
     state.install(None)
     try:
         rounding, change = _write(adapter, record)
     except BaseException:
         _put_back(record)
-        choice = record.choice
-        state.install_for(state.active.default if choice is None else choice.active)
+        state.install_for_caller()
         raise
     state.begin_merge(record)
     return MergeReport(adapter.name, len(record.backups), rounding, change)
@@ -188,24 +184,44 @@ def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
             raise MergeError(f"{name!r}: W' is not finite in {stored.dtype}; nothing was merged.")
         rounding = max(rounding, _relative(cast - wanted, wanted))
         change = max(change, _relative(wanted - layer.base.weight(), layer.base.weight()))
-        _replace(stored, cast.t() if layer.base.transposed else cast, record)
-        record.base_weights[layer.base.module] = record.backups[-1][1]
-    for selected in adapter.selected_tensors.values():
+        value = cast.t() if layer.base.transposed else cast
+        _replace(stored, value, record, f"{name}.weight".lstrip("."))
+        record.base_weights[layer.base.module] = record.backups[-1].bits
+    for name, selected in adapter.selected_tensors.items():
         change = max(change, _relative(selected.trained - selected.original, selected.original))
-        _replace(selected.original, selected.trained, record)
-        record.base_weights |= dict.fromkeys(selected.layers(), record.backups[-1][1])
+        _replace(selected.original, selected.trained, record, name)
+        record.base_weights |= dict.fromkeys(selected.layers(), record.backups[-1].bits)
     return rounding, change
 
 
-def _replace(parameter: nn.Parameter, value: Tensor, record: Merged) -> None:
-    record.backups.append((parameter, parameter.detach().clone()))
+def _replace(parameter: nn.Parameter, value: Tensor, record: Merged, name: str) -> None:
+    bits = parameter.detach().clone()
     parameter.copy_(value)
+    record.backups.append(Backup(name, parameter, bits, parameter._version))
 
 
 @torch.no_grad()
 def _put_back(record: Merged) -> None:
-    for parameter, bits in record.backups:
-        parameter.copy_(bits)
+    for backup in record.backups:
+        backup.parameter.copy_(backup.bits)
+
+
+def _check_untouched(state: State, record: Merged) -> None:
+    """Raises MergeError if a merged weight is no longer the tensor, or the value, that was written."""
+    live = dict(state.root.named_parameters(remove_duplicate=False))
+    for backup in record.backups:
+        now = live.get(backup.name)
+        if now is not backup.parameter:
+            why = "was replaced by another tensor"
+        elif now._version != backup.version:
+            why = "was written to"
+        else:
+            continue
+        raise MergeError(
+            f"{backup.name!r} {why} while adapter {record.name!r} was merged into it, so unmerge would "
+            "not give the base back. Load the base model again, or keep the weights as they are with "
+            f"weft.detach(model, {record.name!r}, keep_merged=True)."
+        )
 
 
 def _relative(difference: Tensor, of: Tensor) -> float:
@@ -222,7 +238,7 @@ def _verified(
     tolerance: float | None,
 ) -> MergeReport:
     if tolerance is None:
-        dtypes = {p.dtype for p, _ in state.merged.backups} if state.merged else set()
+        dtypes = {b.parameter.dtype for b in state.merged.backups} if state.merged else set()
         tolerance = max(TOLERANCE.get(d, 1e-1) for d in dtypes)
     error, effect = _distance(after, before), _distance(before, base)
     if not error <= tolerance:  # written so that NaN is refused too
@@ -259,7 +275,7 @@ def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
             return _run(state.root, inputs)
         finally:
             state.active.restore(before)
-            state.install_for(state.active.default if before is None else before.active)
+            state.install_for_caller()
     return _run(state.root, inputs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,24 +13,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import MergeError, WeftError
-from .active import Active, ActiveAdapters, Choice, PerRow, describe
+from ..errors import WeftError
+from ..ops import input_cache
+from .active import Active, ActiveAdapters, Choice, PerRow, caller, describe
 from .adapter import STATE, Adapter
 from .fastpath import FastPaths
-from .gate import Gate
+from .gate import Gate, this_call
+from .norm_watch import NormWatch
 
 ATTRIBUTE = STATE
 
 
-@dataclass
-class Merged:
-    """The merged adapter, the choice of the caller who merged it, and the bits that `unmerge`
-    restores.
-    """
+@dataclass(frozen=True, eq=False)
+class Backup:
+    """One merged weight: its name, the parameter, its bits [...] before, and its version after."""
 
     name: str
-    choice: Choice | None
-    backups: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    parameter: nn.Parameter
+    bits: Tensor
+    version: int
+
+
+@dataclass
+class Merged:
+    """What is merged, and the bits that `unmerge` restores."""
+
+    name: str
+    backups: list[Backup] = field(default_factory=list)
     base_weights: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
@@ -40,7 +49,8 @@ class State:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.active = ActiveAdapters()
-        self.gate = Gate()
+        self.gate = self.active.gate = Gate()
+        self.norms = NormWatch()
         self.adapters: dict[str, Adapter] = {}
         self.merged: Merged | None = None
         self.required_grad: dict[
@@ -51,9 +61,16 @@ class State:
         self.open: Counter[str | None] = Counter()  # open `with weft.use(...)` blocks per adapter
         self._installed: str | None = None  # the adapter whose base tensors are in place
         self._hooks: list[RemovableHandle] = []
+        self._guards: dict[nn.Module, RemovableHandle] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "open": Counter()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.merged is not None:  # a copy of a parameter counts its versions from 0
+            backups = self.merged.backups
+            self.merged.backups = [replace(b, version=b.parameter._version) for b in backups]
 
     def adapter(self, name: Any) -> Adapter:
         """Returns the adapter of that name. Raises WeftError that lists those that exist."""
@@ -80,7 +97,7 @@ class State:
     def choose(self, active: Active, open_blocks: int | None = None) -> None:
         """Activates this for the caller, and installs its base tensors."""
         choice = self.active.chosen()
-        blocks = (0 if choice is None else choice.open) if open_blocks is None else open_blocks
+        blocks = open_blocks if open_blocks is not None else own_blocks(choice)
         self.active.choose(active, blocks)
         self.install_for(active)
 
@@ -89,7 +106,7 @@ class State:
         self.active.set_default(active)
         choice = self.active.chosen()
         if choice is not None:
-            self.active.choose(active, choice.open)
+            self.active.choose(active, own_blocks(choice))
         self.install_for(active)
 
     def forget(self, name: str) -> None:
@@ -98,7 +115,7 @@ class State:
             self.active.set_default(None)
         choice = self.active.chosen()
         if choice is not None and name in _names(choice.active):
-            self.active.choose(None, choice.open)
+            self.active.choose(None, own_blocks(choice))
         if self._installed == name:
             self.install(None)
 
@@ -129,15 +146,44 @@ class State:
 
     def begin_merge(self, record: Merged) -> None:
         """Switches all adapters off while the weights hold W'."""
-        choice = self.active.chosen()
-        if choice is not None:
-            self.active.choose(record.name, choice.open)
-        self.merged, self.active.merged = record, record.name
-        self.active.base_weights = record.base_weights
+        self.merged, self.active.base_weights = record, record.base_weights
+        self.active.merged, self.active.merged_by = record.name, caller()
 
     def end_merge(self) -> None:
-        """Forgets the merged adapter, and leaves the weights as they are."""
-        self.merged, self.active.merged, self.active.base_weights = None, None, {}
+        """Forgets what was merged; the weights are not touched."""
+        self.merged, self.active.base_weights = None, {}
+        self.active.merged = self.active.merged_by = None
+
+    def install_for_caller(self) -> None:
+        """Puts the base tensors in place that go with what the caller has active."""
+        choice = self.active.chosen()
+        self.install_for(self.active.default if choice is None else choice.active)
+
+    def guard(self, adapter: Adapter) -> None:
+        """Lets every module that reads a base tensor of this adapter check which set is in place: a
+        recomputation in backward, or a submodule on its own, does not pass the root's hooks.
+        """
+        for selected in adapter.selected_tensors.values():
+            for module, _ in selected.holders:
+                if module not in self._guards:
+                    self._guards[module] = module.register_forward_pre_hook(self._check_holder)
+
+    def unguard(self) -> None:
+        """Takes the checks of `guard` off."""
+        for hook in self._guards.values():
+            hook.remove()
+        self._guards.clear()
+
+    def _check_holder(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        active = self.active.current(module.training)
+        if not self.installed_for(active):
+            raise WeftError(
+                f"{describe(active)} needs its own base tensors here, and those of "
+                f"{describe(self._installed)} are in place. Call the model itself and not a part of "
+                "it, and backward() with gradient checkpointing inside the same `with weft.use(...)`."
+            )
 
     def _owner(self, active: Active) -> str | None:
         """The adapter whose base tensors this selection needs; None for the originals."""
@@ -145,6 +191,11 @@ class State:
         if adapter is None or self.merged is not None or not adapter.selected_tensors:
             return None
         return adapter.name
+
+
+def own_blocks(choice: Choice | None) -> int:
+    """Returns how many adapters the caller's own open `with weft.use(...)` blocks use."""
+    return choice.open if choice is not None and choice.owner == caller() else 0
 
 
 @contextmanager
@@ -165,42 +216,39 @@ def base_only(state: State | None) -> Iterator[None]:
 
 
 def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Before a forward of the root: checks the caller's choice and passes the gate."""
+    """Before a forward of the root: passes the gate and checks the caller's choice."""
     state = root.__dict__.get(ATTRIBUTE)
     if state is None or torch.compiler.is_compiling():
         return
     choice = state.active.chosen()
     active = state.active.default if choice is None else choice.active
-    if isinstance(active, PerRow):
-        _check_rows(len(active.names), args, kwargs)
     state.gate.enter(
-        lambda: state.installed_for(active), lambda: state.install(state._owner(active))
+        this_call(),
+        lambda: state.installed_for(active),
+        lambda: state.install(state._owner(active)),
     )
+    input_cache.begin_forward()
+    state.norms.check(state.adapters)
     # Inside the gate, where nobody can merge any more; if it raises, torch still calls `_leave`.
     _check_choice(state, active, chosen=choice is not None)
+    if isinstance(active, PerRow):
+        _check_rows(len(active.names), args, kwargs)
 
 
 def _leave(root: nn.Module, args: Any, output: Any) -> None:
     state = root.__dict__.get(ATTRIBUTE)
     if state is not None and not torch.compiler.is_compiling():
-        state.gate.leave()
+        input_cache.end_forward()
+        state.gate.leave(this_call())
 
 
 def _check_choice(state: State, active: Active, chosen: bool) -> None:
-    merged = state.merged
-    if merged is not None:
-        if chosen and active != merged.name:
-            raise MergeError(
-                f"adapter {merged.name!r} is merged into the weights, and this caller has chosen "
-                f"{describe(active)}. Call weft.unmerge(model) first."
-            )
+    if state.merged is not None:
+        if chosen:
+            state.active.current()  # raises if another adapter is merged
         return
     for name in _names(active):
-        if name not in state.adapters:
-            raise WeftError(
-                f"adapter {name!r}, which this caller has chosen, was detached. Have: "
-                f"{list(state.adapters)}; choose again with weft.use."
-            )
+        state.active.check_attached(name)
 
 
 def _names(active: Active) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..errors import MergeError, UnsupportedError, WeftError
 from . import fallback
-from .active import Active, PerRow
-from .state import State, state_of
+from .active import NO_TASK, Active, PerRow, caller
+from .state import State, own_blocks, state_of
 
 _counting = threading.Lock()
 Which = str | Sequence[str | None] | None
@@ -34,18 +34,20 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
     def __init__(self, model: nn.Module, which: Which) -> None:
         fallback.refresh()
         self._state = state_of(model)
+        if self._state.active.was_traced and caller()[1] != NO_TASK:
+            raise UnsupportedError(
+                "weft.use in an asyncio task of a compiled model: torch.compile follows the thread's "
+                "choice, not the task's. Use the model uncompiled, or a thread per adapter."
+            )
         self._before = self._state.active.chosen()
         self._chosen = checked(self._state, which)
-        if self._state.merged is None:  # a merged adapter answers from the weights
-            self._state.choose(self._chosen)
+        self._state.choose(self._chosen)
 
     def __enter__(self) -> None:
         names = self._names = _names(self._chosen)
         with _counting:
             self._state.open.update(names)
-        blocks = 0 if self._before is None else self._before.open
-        if self._state.merged is None:
-            self._state.choose(self._chosen, blocks + len(names))
+        self._state.choose(self._chosen, own_blocks(self._before) + len(names))
 
     def __exit__(
         self,
@@ -56,10 +58,8 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
         state = self._state
         with _counting:
             state.open.subtract(self._names)
-        if state.merged is None:
-            state.active.restore(self._before)
-            before = self._before
-            state.install_for(state.active.default if before is None else before.active)
+        state.active.restore(self._before)
+        state.install_for_caller()
 
 
 def checked(state: State, which: Which) -> Active:
@@ -97,9 +97,7 @@ def check_not_in_use(state: State, name: str) -> None:
 
 def check_alone(state: State, what: str) -> None:
     """Raises MergeError if another caller has an open `with weft.use(...)` block on this model."""
-    choice = state.active.chosen()
-    others = sum(state.open.values()) - (0 if choice is None else choice.open)
-    if others > 0:
+    if sum(state.open.values()) > own_blocks(state.active.chosen()):
         raise MergeError(
             f"cannot {what}: another thread or task is inside `with weft.use(...)` of this model, "
             "and its answers would change on the way. Wait until it has left the block."

@@ -9,7 +9,8 @@ shows a change:
 * no optimiser of torch has stepped since, for sources that train;
 * on the CPU its numbers are equal to a copy: all of them if it trains or is small, else at least one
   per row. So an edit through `.data`, a pointer or a preserved version (FSDP) is seen unless it
-  misses all of these numbers; row_scale.py catches those.
+  misses all of these numbers; row_scale.py catches those. On other devices model/norm_watch.py
+  compares sums, once per forward of the model.
 
 Inside CUDA graphs nothing is kept: there the value is part of the graph. `torch.compile` sees the
 general definition, which keeps nothing.
@@ -30,6 +31,7 @@ counts: Counter[str] = Counter()  # computations per name in this process
 _SMALL = 1 << 8  # numbers up to which a frozen source is compared whole
 _TRAINED = 1 << 20  # the same for one that trains
 _FEW = 1 << 13  # numbers that are compared in one call
+compared = {"cpu"}  # kinds of devices whose numbers are compared in every call
 _steps: list[int] = []  # optimiser steps since this module began to count
 
 
@@ -37,7 +39,7 @@ def _count_step(*_: Any) -> None:
     _steps[0] += 1
 
 
-def _steps_so_far() -> int:
+def steps_so_far() -> int:
     """Counts from its first call on, so that torch has no hook of ours before a value is kept."""
     if not _steps:
         _steps.append(0)
@@ -55,12 +57,12 @@ class _Entry:
     ) -> None:
         sources = (*trained, *frozen)
         self.value = value
-        self.steps = _steps_so_far() if trained else -1
+        self.steps = steps_so_far() if trained else -1
         self.seen = [(t.data_ptr(), t._version) for t in sources]
         self.views: list[Tensor] = []
         if last is not None and [s[0] for s in last.seen] == [s[0] for s in self.seen]:
             self.views = last.views  # of the same memory
-        elif sources[0].device.type == "cpu":
+        elif sources[0].device.type in compared:
             found = [v for t in trained for v in _watched(t.detach(), _TRAINED)]
             found += [v for t in frozen for v in _watched(t.detach(), _SMALL)]
             self.views = found

@@ -14,9 +14,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import philox
 from .cache import Cache, counts
 
 _last = threading.local()
+
+
+class _Forward(threading.local):
+    """The forwards of models that this thread is inside of, by number; `number` is 0 outside any."""
+
+    def __init__(self) -> None:
+        self.begun, self.number, self.outer = 0, 0, [0]
+
+
+_forward = _Forward()
+_vectors: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+_task = torch._C._current_graph_task_id
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def begin_forward() -> None:
+    """Called before a forward of a model: what needs gradients is shared within one forward only."""
+    _forward.begun += 1
+    _forward.outer.append(_forward.number)
+    _forward.number = _forward.begun
+
+
+def in_forward() -> bool:
+    """Whether this thread is inside a forward that began with `begin_forward`."""
+    return _forward.number > 0
+
+
+def end_forward() -> None:
+    """Called after a forward of a model."""
+    _forward.number = _forward.outer.pop() if len(_forward.outer) > 1 else 0
+
+
+def mark(x: Tensor) -> Tensor:
+    """Returns x v [tokens] for x [..., in] and a fixed random v [in]: another one if numbers of x were
+    written to in a way that torch does not count (numpy, `.data`).
+    """
+    x = x.detach()
+    key = (x.shape[-1], x.dtype, x.device)
+    if key not in _vectors:
+        made = philox.uniform(0x1A9E7, 0, 1, x.shape[-1], 1.0, x.device)[0]
+        _vectors[key] = made.to(x.dtype)
+    return torch.mv(x.reshape(-1, x.shape[-1]), _vectors[key])
 
 
 class SharedDown:
@@ -24,7 +67,7 @@ class SharedDown:
 
     def __init__(self) -> None:
         self._cast = Cache()
-        self._last: tuple[Any, tuple[Any, ...], Tensor] | None = None
+        self._last: tuple[Any, tuple[Any, ...], Tensor, Tensor] | None = None
 
     def __reduce__(self) -> Any:
         return SharedDown, ()
@@ -32,29 +75,37 @@ class SharedDown:
     def __call__(self, x: Tensor, A: Tensor, detached: bool) -> Tensor:
         """Returns x Aᵀ [..., r] for x [..., in] and A [r, in], with or without the gradient of x.
 
-        The product is kept until x is freed or modified, or a backward pass has gone through it.
+        The product is kept until x is gone or was written to. With gradients it serves one forward of
+        the model, in one checkpointed region: another forward has a backward pass of its own, and a
+        recomputation must save what the first forward of its region saved.
         """
-        version = None if x.is_inference() else x._version
+        graph = torch.is_grad_enabled()
+        region = _hooks(True) if graph else None
         key = (
-            version,
+            None if x.is_inference() else x._version,
             A.data_ptr(),
             A._version,
             A.shape,
             A.dtype,
             detached,
-            torch.is_grad_enabled(),
             threading.get_ident(),
+            _forward.number if graph else None,
+            _task() if graph else None,
+            None if region is None else region[0],
         )
-        last = self._last
-        if last is not None and last[0]() is x and last[1] == key and version is not None:
-            return last[2]
+        last, marked = self._last, None
+        within = not graph or _forward.number > 0 or key[8] != -1  # a forward, or a recomputation
+        may_share = key[0] is not None and within
+        if may_share and last is not None and last[0]() is x and last[1] == key:
+            marked = mark(x)
+            if torch.equal(marked, last[2]):
+                return last[3]
         counts["A x"] += 1
         source = x.detach() if detached else x
         h = torch.nn.functional.linear(source, self._in_dtype(A, x.dtype))
-        reader = weakref.ref(x, self._forget)
-        self._last = (reader, key, h)
-        if h.requires_grad:  # a backward pass frees its graph, and x may be read again after it
-            h.register_hook(lambda grad: self._forget(reader))  # type: ignore[no-untyped-call]
+        if may_share:
+            marked = mark(x) if marked is None else marked
+            self._last = (weakref.ref(x, self._forget), key, marked, h)
         return h
 
     def _in_dtype(self, A: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,8 +123,8 @@ class SharedDown:
 class Gathered:
     """Rows gathered from x [n, tokens, in] and their products, kept until x is freed or modified."""
 
-    def __init__(self, n: int, version: int | None = None) -> None:
-        self.n, self.version = n, version
+    def __init__(self, n: int, version: int | None = None, marked: Tensor | None = None) -> None:
+        self.n, self.version, self.marked = n, version, marked
         self._found: dict[Any, Any] = {}
 
     def rows(self, x: Tensor, rows: Sequence[int]) -> tuple[Tensor | None, Tensor]:
@@ -109,9 +160,14 @@ def gathered(x: Tensor, n: int) -> Gathered:
     if torch.is_grad_enabled() or x.is_inference():
         return Gathered(n)
     held: tuple[Any, Gathered] | None = getattr(_last, "held", None)
-    if held is None or held[0]() is not x or (held[1].n, held[1].version) != (n, x._version):
-        held = weakref.ref(x, _forget), Gathered(n, x._version)
-        _last.held = held
+    marked = mark(x)
+    if held is not None and held[0]() is x:
+        found = held[1]
+        same = (found.n, found.version) == (n, x._version) and found.marked is not None
+        if same and torch.equal(found.marked, marked):  # type: ignore[arg-type]
+            return found
+    held = weakref.ref(x, _forget), Gathered(n, x._version, marked)
+    _last.held = held
     return held[1]
 
 
