@@ -1,6 +1,7 @@
 """How σ = m / ‖W + ΔW‖ of a layer is computed once per optimiser step, and never from a stale norm.
 
-Small layers, and frozen factors of a high rank: from the sum V = W + ΔW, which is exact. Others: from
+Small layers, frozen factors of more than half the rank of W, and layers whose W' is built anyway: from the
+sum V = W + ΔW, which is exact. Others: from
 ‖W‖, W Aᵀ and A Aᵀ (`norm.updated_norm`), of which those that only depend on frozen tensors are kept.
 In training W Aᵀ is read off the product with the layer's input, which reads W anyway.
 
@@ -162,7 +163,8 @@ def _norm(
 ) -> Tensor:
     """Returns ‖W + ΔW‖ [out]; adds to `ready` what the output of x needs too."""
     A, frozen = f.A, type(f.A) is not Parameter
-    if W.numel() < DENSE_BELOW or (frozen and 4 * A.shape[0] > W.shape[1]):
+    thick = frozen and (build or 2 * A.shape[0] > W.shape[1])
+    if W.numel() < DENSE_BELOW or thick:
         bare = f.d is None and f.b is None and W.dtype is A.dtype is f.B.dtype
         if bare and not build and W.dtype in (torch.float32, torch.float64):
             return row_norm(added(W, f.B, A, f.s))
@@ -173,7 +175,7 @@ def _norm(
     base: _BaseNorm = cache.get("norm of W", (), (W,), lambda: _base_norm(W))
     dtype = base.norm.dtype
     known, gram = None, None
-    if frozen:  # these are kept, and cost a quarter of W's memory at most
+    if frozen:  # these are kept, and cost half of W's memory at most
         gram = cache.get("A A'", (), (A,), lambda: product(A, A, dtype))
         known = cache.get("W A'", (), (W, A), lambda: product(W, A, dtype))
         mark = torch.mv(W.to(dtype), _vector(W, dtype)) if training else base.mark
