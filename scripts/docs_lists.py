@@ -1,10 +1,11 @@
-"""Writes the lists of methods in docs/overview.md, docs/from-peft.md, docs/reference/methods.md and
-mkdocs.yml.
+"""Writes the lists of methods in README.md, docs/overview.md, docs/from-peft.md,
+docs/reference/methods.md and mkdocs.yml.
 
 Usage: python scripts/docs_lists.py     (make docs-tables runs it too)
 
-A method is listed if its page docs/methods/<name>.md has a comment `<!-- family: NAME -->` below
-its title. So a new method needs no edit of these files.
+Below the title of a method's page, docs/methods/<name>.md, are two comments: `<!-- family: NAME -->`
+and `<!-- row: CALL | WHAT TRAINS | NUMBERS PER LAYER -->`, its row in the README. So a new method needs
+no edit of these files. <name> is the name of the class in lower case.
 """
 
 from __future__ import annotations
@@ -48,6 +49,21 @@ def family(method: str) -> str:
     return found[1]
 
 
+def row(method: str) -> list[str]:
+    """Returns the method's row in the README: how it is called, what trains, and numbers per layer.
+
+    Raises KeyError with the line to write.
+    """
+    found = re.search(r"^<!-- row: (.+?) -->$", page(method).read_text("utf-8"), re.MULTILINE)
+    cells = [] if found is None else found[1].split(" | ")
+    if len(cells) != 3:
+        raise KeyError(
+            f"docs/methods/{method.lower()}.md: write <!-- row: weft.{method}(...) | WHAT TRAINS | "
+            "NUMBERS PER LAYER --> below its title"
+        )
+    return cells
+
+
 def heading(method: str) -> str:
     """Returns the first word of the page's title: "Bottleneck" of "# Bottleneck adapters"."""
     return page(method).read_text("utf-8").splitlines()[0].split()[1]
@@ -65,6 +81,16 @@ def overview() -> str:
     for name, methods in members().items():
         links = ", ".join(f"[{heading(m)}](methods/{m.lower()}.md)" for m in methods)
         lines.append(f"| {name} | {FAMILIES[name]} | {links} |")
+    return "\n".join([*lines, "", ""])
+
+
+def method_table() -> str:
+    """Returns the README's table of the methods."""
+    lines = ["", "| method | what trains, per adapted layer | numbers |", "|---|---|---|"]
+    for method in (method for methods in members().values() for method in methods):
+        call, trains, numbers = row(method)
+        link = f"[`{call}`](docs/methods/{method.lower()}.md)"
+        lines.append(f"| {link} | {trains} | {numbers} |")
     return "\n".join([*lines, "", ""])
 
 
@@ -97,11 +123,13 @@ def reference() -> str:
 
 LISTS: dict[str, Callable[[], str]] = {
     "all methods": overview,
+    "method table": method_table,
     "own layout": own_layout,
     "navigation": navigation,
     "reference": reference,
 }
 PAGES = (
+    ROOT / "README.md",
     DOCS / "overview.md",
     DOCS / "from-peft.md",
     DOCS / "reference" / "methods.md",

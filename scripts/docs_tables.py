@@ -384,6 +384,10 @@ def pages() -> list[Path]:
 
 
 def main() -> None:
+    if len(sys.argv) == 1:
+        import docs_lists
+
+        docs_lists.main()  # first: the table of the reference is made from its lists
     chosen = [Path(name).resolve() for name in sys.argv[1:]] or pages()
     for page in chosen:
         before = page.read_text(encoding="utf-8")
@@ -391,10 +395,6 @@ def main() -> None:
         if after != before:
             page.write_text(after, encoding="utf-8")
             print(f"written: {page.relative_to(ROOT)}")
-    if len(sys.argv) == 1:
-        import docs_lists
-
-        docs_lists.main()
 
 
 if __name__ == "__main__":

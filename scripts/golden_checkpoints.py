@@ -4,8 +4,10 @@ it, and what each computes.
     python scripts/golden_checkpoints.py [NAME ...]
 
 The files are proof that checkpoints of earlier versions load, so those that exist are not written
-again; run it for new names only. The bases are those of tests/checkpoint/golden_bases.py. The
-outputs lie in expected.safetensors, one tensor per adapter, beside the output of the bases.
+again. A method that is new since the last release gets its file at the next one: add a case to CASES and
+run this script. The bases are those of tests/checkpoint/golden_bases.py. The outputs are in
+expected.safetensors, one tensor per adapter, beside the output of the bases; methods.txt lists the
+methods that have a file.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import weft  # noqa: E402
 
 FOLDER = ROOT / "tests" / "golden" / "checkpoints"
 EXPECTED = FOLDER / "expected.safetensors"
+METHODS = FOLDER / "methods.txt"
 TWO = ["q_proj", "down_proj"]
 # name: (base, configuration, keywords of weft.save)
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -102,6 +105,9 @@ def main(names: list[str]) -> None:
     save_file({key: t.contiguous() for key, t in expected.items()}, str(temporary))
     temporary.chmod(0o644)
     shutil.move(temporary, EXPECTED)
+    folders = [path for path in FOLDER.iterdir() if path.is_dir()]
+    written = sorted({weft.inspect(folder).method for folder in folders})
+    METHODS.write_text("\n".join([*written, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ reason.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -24,8 +25,12 @@ from checkpoint_support import (
 import weft
 from support import KINDS, awake, config, inputs, net
 from weft.checkpoint import conversions
+from weft.checkpoint.formats.native import NativeFormat
 from weft.cli import main
+from weft.methods import METHODS, LayerConfig
+from weft.methods.config import LowRankConfig
 from weft.methods.projections import Projections
+from weft.ops.low_rank import LowRank
 
 TO_LORA = ["LoRA", "LoRA:rslora=True", "LoRAFA", "LoRAFA:rslora=True", "AdaLoRA", "DyLoRA", "VeRA"]
 
@@ -287,3 +292,121 @@ def test_the_command_offers_the_forms_of_the_table():
     from weft.cli.export import FORMS
 
     assert FORMS == conversions.FORMS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Core(LowRankConfig):
+    """A method that Weft does not have: W' = W + s U (C V), its factors products of parameters, with a
+    frozen V, a buffer that is saved as text, and a negative s.
+    """
+
+    def factors(self, p, training=False):
+        return LowRank(p.core.double() @ p.V.double(), p.U * p.sign, s=-0.5)
+
+    def shapes(self, out, in_):
+        return {"U": (out, self.r), "core": (self.r, self.r)}
+
+    def initial(self, layer, rng, shared):
+        return {"U": rng.full((layer.out_features, self.r)), "core": torch.eye(self.r)}
+
+    def frozen(self, out, in_, takes_ids, rng):
+        return {"V": rng.without_nesting().uniform("V", (self.r, in_), 1.0)}
+
+    def buffers(self, out, in_, device):
+        return {"sign": torch.ones((), device=device)}
+
+    def extra_state(self, p):
+        return str(float(p.sign))
+
+    def load_extra_state(self, p, text):
+        p.sign.fill_(float(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized(Core):
+    """The same with a row scale of its own name."""
+
+    def factors(self, p, training=False):
+        return replace(super().factors(p), m=p.lengths)
+
+    def shapes(self, out, in_):
+        return {**super().shapes(out, in_), "lengths": (out,)}
+
+    def initial(self, layer, rng, shared):
+        return {**super().initial(layer, rng, shared), "lengths": layer.weight().norm(dim=1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(LayerConfig):
+    """W' = W + D: a change of weights that is no product of thin matrices."""
+
+    def forward(self, x, y, layer, p):
+        return y + layer.down(x, p.D)
+
+    def effective_weight(self, W, p):
+        return W + p.D
+
+    def shapes(self, out, in_):
+        return {"D": (out, in_)}
+
+    def initial(self, layer, rng, shared):
+        return {"D": rng.full((layer.out_features, layer.in_features))}
+
+
+@pytest.fixture
+def new_methods(monkeypatch):
+    """The classes above, registered as a new method is."""
+    for cls in (Core, Sized, Dense):
+        monkeypatch.setitem(METHODS, cls.__name__, cls)
+    monkeypatch.setattr(NativeFormat, "methods", tuple(METHODS.values()))
+
+
+@pytest.mark.parametrize("to", ["lora", "peft"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("new_methods")
+def test_a_new_method_without_m_is_lora_without_an_edit(kind, to, tmp_path):
+    a = awake("Core", kind, modules_to_save=["head"])
+    for site in a.adapter.sites.values():
+        site.sign.fill_(-1.0)
+    a.model.eval()
+    weft.save(a.model, tmp_path / "a")
+    found = weft.export(tmp_path / "a", to, tmp_path / "b")
+    assert (found.method, found.to, found.layers) == ("Core", "LoRA", 2)
+    assert 0 < found.error < 1e-6  # the products were rounded once
+    adapter = same(tmp_path / "b", kind, a.x, logits(a.model, a.x))
+    assert {site.rank for site in adapter.sites.values()} == {3}
+    assert set(adapter.selected) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("held", ["float64", "bfloat16"])
+@pytest.mark.usefixtures("new_methods")
+def test_a_new_method_keeps_its_dtype(held, tmp_path):
+    weft.save(awake("Core", held=held).model, tmp_path / "a")
+    found = weft.export(tmp_path / "a", "lora", tmp_path / "b")
+    assert found.error < 1e-14 if held == "float64" else 1e-4 < found.error < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("method", "to", "says"),
+    [
+        ("Sized", "lora", "Sized cannot be exported to 'lora': its magnitudes rescale the rows"),
+        ("Sized", "peft", "Sized cannot be exported to 'peft': peft has no such method"),
+        ("Dense", "lora", "Dense cannot be exported to 'lora': its update is no product of two"),
+        ("Dense", "peft", "Dense cannot be exported to 'peft': peft has no such method"),
+    ],
+)
+@pytest.mark.usefixtures("new_methods")
+def test_a_new_method_that_is_no_lora_is_refused_with_its_own_reason(method, to, says, tmp_path):
+    weft.save(awake(method).model, tmp_path / "a")
+    with pytest.raises(weft.UnsupportedError, match=says):
+        weft.export(tmp_path / "a", to, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_peft_s_adalora_cannot_hold_is_lora_for_peft(tmp_path):
+    a = awake("AdaLoRA", targets={"layer": {"r": 2}, "mid": {}})
+    a.model.eval()
+    weft.save(a.model, tmp_path / "a")
+    assert config_of(tmp_path / "a")["peft_type"] == "WEFT_ADALORA"
+    assert weft.export(tmp_path / "a", "peft", tmp_path / "b").to == "LoRA"
+    same(tmp_path / "b", "linear", a.x, logits(a.model, a.x))

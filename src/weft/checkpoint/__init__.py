@@ -7,7 +7,7 @@ formats/          one file per format (Weft's own and those of peft), one list
 from_adapter.py   adapter -> checkpoint; save.py writes it
 read.py           directory -> checkpoint; load_plan.py matches it with a model (matching.py: names,
                   projections.py: VeRA's A and B); load.py fills the adapter
-export.py         directory -> directory in another form, by the table in conversions.py
+export.py         directory -> directory in another form, by the functions in conversions.py
 inspect.py        directory -> description
 """
 

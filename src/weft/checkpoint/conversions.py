@@ -1,11 +1,12 @@
 """The conversions of `weft.export`: what a checkpoint becomes in another form, without a model.
 
-A new conversion is a function and a line in CONVERSIONS.
+Every low-rank method without m becomes LoRA, from its factors: A' = A, s' B' = s diag(b) B diag(d). So a
+new method needs no edit here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,46 @@ from ..methods.config import DTYPES
 from ..methods.projections import Projections
 from ..methods.rng import Rng
 from ..ops.low_rank import LowRank
+from . import formats
 from .checkpoint import Checkpoint, CheckpointLayer
 from .drawn import FIXED, digest_of, shared_checksum, shared_key
+
+FORMS = ("lora", "peft")
+
+
+def conversion(checkpoint: Checkpoint, to: str) -> Callable[[Checkpoint], Checkpoint] | None:
+    """Returns the function that brings a checkpoint into the form `to`, or None if there is none.
+
+    A checkpoint that has the form already is copied, and needs none. Raises as `params`.
+    """
+    config = checkpoint.config
+    held = any(type(config) in each.methods for each in formats.FORMATS if each.peft_reads_it)
+    if to == "peft" and held and config.mergeable and config.share_key() is not None:
+        return with_projections
+    if type(config) is not methods.LoRA and _is_update(checkpoint):
+        return as_lora
+    # The format says what it is about the checkpoint that it cannot hold.
+    as_it_is = held and config.mergeable and (to == "peft" or type(config) is methods.LoRA)
+    return _unchanged if as_it_is else None
+
+
+def _unchanged(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint
+
+
+def _is_update(checkpoint: Checkpoint) -> bool:
+    """Whether W' of every layer is W + ΔW of low rank, without an m that rescales the rows of W."""
+    one_of_each = {layer.rule: module for module, layer in checkpoint.sites.items()}
+    return bool(one_of_each) and all(
+        isinstance(rule, methods.LowRankMethod) and factors(checkpoint, module).m is None
+        for rule, module in one_of_each.items()
+    )
+
+
+def factors(checkpoint: Checkpoint, module: str) -> LowRank:
+    """Returns one layer's factors: A [r, in], B [out, r], and the vectors. Raises as `params`."""
+    found: LowRank = checkpoint.sites[module].rule.factors(params(checkpoint, module))
+    return found
 
 
 def as_lora(checkpoint: Checkpoint) -> Checkpoint:
@@ -30,7 +69,7 @@ def as_lora(checkpoint: Checkpoint) -> Checkpoint:
     """
     layers: dict[str, CheckpointLayer] = {}
     for module, layer in checkpoint.sites.items():
-        A, B, scale = _plain_factors(layer.rule.factors(params(checkpoint, module)))
+        A, B, scale = _plain_factors(factors(checkpoint, module))
         if not len(A):
             continue
         lora = methods.LoRA(
@@ -62,6 +101,8 @@ def _plain_factors(f: LowRank) -> tuple[Tensor, Tensor, float]:
     if f.d is not None:
         kept = f.d != 0
         A, B = A[kept], (B.double() * f.d.double())[:, kept]
+    if f.s <= 0:  # LoRA's alpha must be above 0
+        return A, B.double() * f.s, 1.0
     return A, B, f.s
 
 
@@ -69,24 +110,6 @@ def with_projections(checkpoint: Checkpoint) -> Checkpoint:
     """Returns the checkpoint with A [r, in] and B [out, r] of its first share key."""
     shared = params(checkpoint, next(iter(checkpoint.sites))).shared
     return replace(checkpoint, projections=(shared.A, shared.B))
-
-
-# By form and method. A checkpoint that has the form already is copied, and needs no line here.
-CONVERSIONS: Mapping[str, Mapping[type[Any], Callable[[Checkpoint], Checkpoint]]] = {
-    "lora": {
-        methods.LoRAFA: as_lora,
-        methods.DyLoRA: as_lora,
-        methods.AdaLoRA: as_lora,
-        methods.VeRA: as_lora,
-    },
-    "peft": {
-        methods.LoRAFA: as_lora,
-        methods.DyLoRA: as_lora,
-        methods.AdaLoRA: as_lora,
-        methods.VeRA: with_projections,
-    },
-}
-FORMS = tuple(CONVERSIONS)
 
 
 def params(checkpoint: Checkpoint, module: str) -> Any:
@@ -98,8 +121,13 @@ def params(checkpoint: Checkpoint, module: str) -> Any:
     tensors: dict[str, Any] = dict(layer.tensors)
     tensors |= _fixed(layer, module)
     if layer.rule.share_key() is not None:
-        tensors["shared"] = _shared_matrices(checkpoint, layer.rule)
-    return SimpleNamespace(shape=layer.known_shape(), training=False, **tensors)
+        tensors["shared"] = _shared_tensors(checkpoint, layer.rule)
+    shape, cpu = layer.known_shape(), torch.device("cpu")
+    tensors |= layer.rule.buffers(*shape, cpu)
+    found = SimpleNamespace(shape=shape, training=False, method=layer.rule, **tensors)
+    if layer.reached is not None:
+        layer.rule.load_extra_state(found, layer.reached)
+    return found
 
 
 def check_fixed(checkpoint: Checkpoint) -> None:
@@ -123,17 +151,16 @@ def _fixed(layer: CheckpointLayer, module: str) -> dict[str, Tensor]:
     return {name: t.to(DTYPES[layer.rule.dtype]) for name, t in drawn.items()}
 
 
-def _shared_matrices(checkpoint: Checkpoint, config: Any) -> Projections:
+def _shared_tensors(checkpoint: Checkpoint, config: Any) -> Any:
     shapes = [
         layer.known_shape()
         for layer in checkpoint.sites.values()
         if layer.rule.share_key() == config.share_key()
     ]
-    max_out, max_in = max(o for o, _ in shapes), max(i for _, i in shapes)
     if checkpoint.projections is not None:
         A, B = checkpoint.projections
         return Projections(config.r, A.shape[1], B.shape[0], config.seed, "stored", stored=(A, B))
-    shared = Projections(config.r, max_in, max_out, config.seed, config.draw)
+    shared = config.shared(shapes, torch.device("cpu"))
     known = checkpoint.checksums.get(shared_key(config))
     if known is not None and known != shared_checksum(shared):
         raise CheckpointError(

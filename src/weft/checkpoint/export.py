@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from . import files, formats, header
 from .checkpoint import Checkpoint
-from .conversions import CONVERSIONS, FORMS, check_fixed, params
+from .conversions import FORMS, check_fixed, conversion, factors
 from .problems import refuse
 from .read import read
 
@@ -48,10 +47,10 @@ class Exported:
 def export(path: str | Path, to: str, out: str | Path) -> Exported:
     """Writes the adapter in the directory `path` into the directory `out` in the form `to`.
 
-    to="lora": plain LoRA, for LoRA, LoRA-FA, AdaLoRA (the triplets in force), DyLoRA and VeRA.
-    to="peft": a form that peft reads: the same LoRA for LoRA-FA and DyLoRA, VeRA with its matrices,
-    and LoRA, DoRA and AdaLoRA unchanged. The result is read again, and its updates are compared
-    with the original's, layer by layer.
+    to="lora": plain LoRA, for every low-rank method without magnitudes (of AdaLoRA the triplets in
+    force). to="peft": a form that peft reads: LoRA, DoRA and AdaLoRA unchanged, VeRA with its
+    matrices, and the same LoRA for the others. The result is read again, and its updates are
+    compared with the original's, layer by layer.
 
     Raises ConfigError (an unknown form), UnsupportedError (the method has no such form, with the
     reason), and CheckpointError (the file is damaged, `out` is not empty or cannot be written).
@@ -107,17 +106,14 @@ def _has_form(checkpoint: Checkpoint, to: str) -> bool:
 
 def _converted(checkpoint: Checkpoint, to: str) -> tuple[Any, Any, Any]:
     """Tensors, header and configuration in the new form."""
-    method = type(checkpoint.config)
-    convert = CONVERSIONS[to].get(method)
-    readable = [each for each in formats.FORMATS if each.peft_reads_it]
-    by_peft = any(method in each.methods for each in readable) and checkpoint.config.mergeable
-    if convert is None and not (by_peft and (to == "peft" or method is methods.LoRA)):
+    convert = conversion(checkpoint, to)
+    if convert is None:
         raise UnsupportedError(_why_not(checkpoint.config, to))
-    new = convert(checkpoint) if convert is not None else checkpoint
+    new = convert(checkpoint)
     try:
-        form = formats.choose(new, among=readable)
+        form = formats.choose(new, among=[f for f in formats.FORMATS if f.peft_reads_it])
     except UnsupportedError as error:
-        other = next((f for f in FORMS if f != to and method in CONVERSIONS[f]), "")
+        other = next((f for f in FORMS if conversion(checkpoint, f) not in (None, convert)), "")
         hint = f" Export to {other!r}." if other else ""
         raise UnsupportedError(f"{error}.{hint}") from None
     written = form.write(new)
@@ -135,12 +131,15 @@ def _why_not(config: Any, to: str) -> str:
     if not config.mergeable:
         why = config.not_mergeable if to == "lora" else "peft has no form for it as it is"
         return f"{name} cannot be exported to {to!r}: it is no change of weights; {why}."
-    why = (
-        "its magnitudes rescale the rows of the base weight itself, which no product of two thin "
-        "matrices can do; weft merge writes it into the weights"
-        if to == "lora"
-        else "peft has no such method; weft merge writes it into the weights of a plain model"
-    )
+    if to == "peft":
+        why = "peft has no such method; weft merge writes it into the weights of a plain model"
+    elif isinstance(config, methods.LowRankMethod):
+        why = (
+            "its magnitudes rescale the rows of the base weight itself, which no product of two "
+            "thin matrices can do; weft merge writes it into the weights"
+        )
+    else:
+        why = "its update is no product of two thin matrices; weft merge writes it into the weights"
     return f"{name} cannot be exported to {to!r}: {why}."
 
 
@@ -159,33 +158,23 @@ def _conversion_notes(checkpoint: Checkpoint) -> list[str]:
 
 
 def _error(before: Checkpoint, after: Checkpoint) -> float:
-    """Largest relative difference of a layer's update. DoRA has no update; its tensors are compared
-    bit for bit.
+    """Largest relative difference of a layer's update. With m there is no update; then the tensors
+    are compared bit for bit.
     """
     worst = 0.0
     for module, layer in before.sites.items():
-        if not _is_update(layer.rule):
+        low_rank = isinstance(layer.rule, methods.LowRankMethod)
+        f = factors(before, module) if low_rank else None
+        if f is None or f.m is not None:
             same = all(
                 torch.equal(t, after.sites[module].tensors[name])
                 for name, t in layer.tensors.items()
             )
             worst = max(worst, 0.0 if same else float("inf"))
             continue
-        wanted = _update(before, module)
+        wanted = f.delta(torch.float64)
         size = float(wanted.norm())
-        found = _update(after, module) if module in after.sites else 0 * wanted
+        left_out = module not in after.sites
+        found = 0 * wanted if left_out else factors(after, module).delta(torch.float64)
         worst = max(worst, float((found - wanted).norm()) / (size or 1.0))
     return worst
-
-
-def _is_update(method: Any) -> bool:
-    """W' of the method is W + ΔW, without a scale of the rows."""
-    low_rank: bool = isinstance(method, methods.LowRankMethod)
-    return low_rank and "m" not in method.shapes(2, 2)
-
-
-def _update(checkpoint: Checkpoint, module: str) -> Tensor:
-    """ΔW [out, in] in float64."""
-    factors = checkpoint.sites[module].rule.factors(params(checkpoint, module))
-    found: Tensor = factors.delta(torch.float64)
-    return found

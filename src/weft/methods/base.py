@@ -43,7 +43,7 @@ class Params(Protocol):
 
 
 class BaseLayer(Protocol):
-    """The view of an adapted layer that a method gets; model/base_layer.py has one class per kind.
+    """The view of an adapted layer that a method gets; model/base_layers/ has one class per file.
 
     `takes_ids`: its input holds ids and its map is that of one-hot vectors. `has_weight`: it has a
     weight matrix, which layer norms lack.
