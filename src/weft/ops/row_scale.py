@@ -1,8 +1,8 @@
 """How σ = m / ‖W + ΔW‖ of a layer is computed once per optimiser step, and never from a stale norm.
 
-Small layers, frozen factors of more than half the rank of W, and layers whose W' is built anyway: from the
-sum V = W + ΔW, which is exact. Others: from
-‖W‖, W Aᵀ and A Aᵀ (`norm.updated_norm`), of which those that only depend on frozen tensors are kept.
+Small layers, frozen factors of more than half the rank of W, and frozen factors of layers whose W' is
+built anyway: from the sum V = W + ΔW, which is exact. Others: from ‖W‖, W Aᵀ and A Aᵀ
+(`norm.updated_norm`), of which those that only depend on frozen tensors are kept.
 In training W Aᵀ is read off the product with the layer's input, which reads W anyway.
 
 The cache compares one number per row of W. An edit of W through `.data` that misses these numbers is
