@@ -260,12 +260,12 @@ def test_a_stale_norm_is_found_by_the_audit_and_at_save_and_merge(tmp_path, monk
     weft.save(model, tmp_path / "a")  # the norm was dropped, so the next try is right
 
 
-def test_a_row_edited_through_data_is_seen_in_the_next_call_and_a_number_at_the_next_step(
+def test_a_row_edited_through_data_is_seen_in_evaluation_at_once_and_in_training_at_the_next_step(
     monkeypatch,
 ):
     set_way(monkeypatch, "native")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(300, 290))
+    model = nn.Sequential(nn.Linear(300, 290)).eval()
     adapter = weft.attach(model, weft.DoRA(r=2, targets=["0"]))
     move(adapter)
     optimiser = torch.optim.SGD(adapter.parameters(), lr=1e-3)
@@ -279,7 +279,10 @@ def test_a_row_edited_through_data_is_seen_in_the_next_call_and_a_number_at_the_
     right()
     model[0].weight.data[1] += 0.5
     right()
-    model[0].weight.data[7, 3] += 50.0
-    model(x).pow(2).sum().backward()
-    optimiser.step()
-    right()
+    model.train()
+    for edit in (lambda W: W[1].add_(0.5), lambda W: W[7, 3].add_(50.0)):
+        right()
+        edit(model[0].weight.data)
+        model(x).pow(2).sum().backward()
+        optimiser.step()
+        right()

@@ -65,8 +65,11 @@ class LayerPlan:
             scale = None if f.m is None else self._scale(layer, f, W)
             if not self.grad:
                 return native.forward_inference(x, W, self.bias, f, scale)
+            h = None
+            if self._shared_down is not None and x.numel() * len(f.A) >= plan.SHARED:
+                h = self._shared_down(x, f.A, False)
             return native.forward_training(
-                x, W, self.bias, f, None if scale is None else scale.norm
+                x, W, self.bias, f, None if scale is None else scale.norm, h
             )
         return self._fused(layer, x, W, f)
 
@@ -103,7 +106,8 @@ class LayerPlan:
         wide = self.dtype in (torch.float32, torch.float64)
         few = wide and out * in_ <= plan.TINY
         self._tiny = self._native and few and (self.grad or f.b is None)
-        self._native_below = plan.CALLS_OF_FUSED * in_ // (in_ + out)
+        diagonal = f.b is not None
+        self._native_below = plan.native_below(out, in_, f.m is not None, diagonal)
         self._shared_down = None if layer.shared is None else layer.shared.down
         # A tensor that is computed from parameters (a view, a mask) is asked for in every call.
         self._f = f if fixed else None

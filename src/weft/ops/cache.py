@@ -30,6 +30,7 @@ counts: Counter[str] = Counter()  # computations per name in this process
 
 _SMALL = 1 << 8  # numbers up to which a frozen source is compared whole
 _TRAINED = 1 << 20  # the same for one that trains
+_SAMPLED = 1 << 13  # numbers of a frozen source that is compared whether `sampled` or not
 _FEW = 1 << 13  # numbers that are compared in one call
 compared = {"cpu"}  # kinds of devices whose numbers are compared in every call
 _steps: list[int] = []  # optimiser steps since this module began to count
@@ -53,7 +54,12 @@ class _Entry:
     __slots__ = ("apart", "copies", "joint", "joint_copy", "seen", "steps", "value", "views")
 
     def __init__(
-        self, value: Any, trained: Sequence[Tensor], frozen: Sequence[Tensor], last: _Entry | None
+        self,
+        value: Any,
+        trained: Sequence[Tensor],
+        frozen: Sequence[Tensor],
+        last: _Entry | None,
+        sampled: bool,
     ) -> None:
         sources = (*trained, *frozen)
         self.value = value
@@ -64,7 +70,8 @@ class _Entry:
             self.views = last.views  # of the same memory
         elif sources[0].device.type in compared:
             found = [v for t in trained for v in _watched(t.detach(), _TRAINED)]
-            found += [v for t in frozen for v in _watched(t.detach(), _SMALL)]
+            compared_too = [t.detach() for t in frozen if sampled or t.numel() <= _SAMPLED]
+            found += [v for t in compared_too for v in _watched(t, _SMALL)]
             self.views = found
         # Of few numbers a joint copy is compared: there a call costs more than the numbers.
         few = sum(v.numel() for v in self.views) <= _FEW
@@ -117,15 +124,19 @@ class Cache:
         trained: Sequence[Tensor],
         frozen: Sequence[Tensor],
         compute: Callable[[], Any],
+        sampled: bool = True,
     ) -> Any:
-        """Returns `compute()`, or what it gave if no source has changed since. Never with a graph."""
+        """Returns `compute()`, or what it gave if no source has changed since. Never with a graph.
+
+        `sampled`: numbers of large frozen sources are compared too, one per row.
+        """
         sources = (*trained, *frozen)
         entry = self._entries.get(name)
         if entry is not None and _may_keep(sources[0]) and entry.holds(sources):
             return entry.value
         value = _computed(name, compute)
         if _may_keep(sources[0]) and all(map(_is_plain, sources)):
-            self._entries[name] = _Entry(value, trained, frozen, entry)
+            self._entries[name] = _Entry(value, trained, frozen, entry, sampled)
         return value
 
     def clear(self) -> None:

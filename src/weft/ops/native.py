@@ -66,11 +66,20 @@ def _scale_rows(rows: Tensor, scale: RowScale) -> None:
 
 
 def forward_training(
-    x: Tensor, W: Tensor, bias: Tensor | None, f: LowRank, norm: Tensor | None = None
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    f: LowRank,
+    norm: Tensor | None = None,
+    h: Tensor | None = None,
 ) -> Tensor:
-    """Returns y [..., out] with its graph, for x [..., in], W [out, in], bias [out] and norm [out]."""
+    """Returns y [..., out] with its graph, for x [..., in], W [out, in], bias [out] and norm [out].
+
+    `h` is x Aᵀ [..., r] if it is there already.
+    """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y, h = F.linear(rows, W, bias), F.linear(rows, f.A)
+    y = F.linear(rows, W, bias)
+    h = F.linear(rows, f.A) if h is None else h.reshape(-1, h.shape[-1])
     if f.d is None and f.b is None:
         y = torch.addmm(y, h, f.B.t(), alpha=f.s)
     else:

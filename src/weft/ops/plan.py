@@ -21,12 +21,19 @@ from torch import Tensor
 
 PER_NUMBER = 8.0
 TINY = 1 << 13  # numbers of W, out · in
-CALLS_OF_FUSED = 1 << 17  # numbers of input and output, tokens · (in + out)
+CALLS_OF_FUSED = 1 << 18  # numbers of input and output, tokens · (in + out)
+SHARED = 1 << 22  # multiply-adds of x Aᵀ from which on it is shared between the layers that read x
 
 
-def is_small(numbers: int) -> bool:
-    """Whether a call that reads and writes so many numbers, tokens · (in + out), goes the native way."""
-    return numbers < CALLS_OF_FUSED
+def native_below(out: int, in_: int, scaled: bool, diagonal: bool) -> int:
+    """Returns the numbers of x, tokens · in, below which a layer with gradients goes the native way.
+
+    With a σ (`scaled`) the fused function also saves reading W twice. With d and b (`diagonal`) it folds
+    them into B [out, r], which costs more than to scale the activations while tokens < in and out.
+    """
+    calls = CALLS_OF_FUSED // 2 if scaled else CALLS_OF_FUSED
+    numbers = calls * in_ // (in_ + out)
+    return max(numbers, in_ * min(in_, out)) if diagonal and CALLS_OF_FUSED else numbers
 
 
 def builds(x: Tensor, W: Tensor, r: int, scaled: bool) -> bool:

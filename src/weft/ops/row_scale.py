@@ -5,8 +5,8 @@ built anyway: from the sum V = W + ΔW, which is exact. Others: from ‖W‖, W 
 (`norm.updated_norm`), of which those that only depend on frozen tensors are kept.
 In training W Aᵀ is read off the product with the layer's input, which reads W anyway.
 
-The cache compares one number per row of W. An edit of W through `.data` that misses these numbers is
-caught in training at the next step: with the product W Aᵀ (or alone, if that is kept) a fixed random
+In evaluation the cache compares one number per row of W. In training an edit of a large W through `.data`
+is caught at the next step: with the product W Aᵀ (or alone, if that is kept) a fixed random
 vector v is multiplied, and W v is compared with that of the kept ‖W‖. `stale` is the full check, for
 the audit, merge and save.
 """
@@ -139,7 +139,7 @@ def cached_row_scale(
         return RowScale(f.m, norm, bias, W.dtype)
 
     name = "norm" if training else "norm in use"
-    found: RowScale = cache.get(name, sources.trained, sources.frozen, compute)
+    found: RowScale = cache.get(name, sources.trained, sources.frozen, compute, not training)
     return found, ready
 
 
@@ -172,20 +172,19 @@ def _norm(
         V = built(exact, A.to(exact.dtype), f.up(exact.dtype))
         ready.V = V if build else None
         return row_norm(V)
-    base: _BaseNorm = cache.get("norm of W", (), (W,), lambda: _base_norm(W))
+    base: _BaseNorm = cache.get("norm of W", (), (W,), lambda: _base_norm(W), not training)
     dtype = base.norm.dtype
     known, gram = None, None
     if frozen:  # these are kept, and cost half of W's memory at most
         gram = cache.get("A A'", (), (A,), lambda: product(A, A, dtype))
         known = cache.get("W A'", (), (W, A), lambda: product(W, A, dtype))
         mark = torch.mv(W.to(dtype), _vector(W, dtype)) if training else base.mark
-    elif training:
+    elif training and not build and x is not None and can_join(x, W, dtype):
         rows = torch.cat([A.to(dtype), _vector(W, dtype)[None]])
-        if not build and x is not None and can_join(x, W, dtype):
-            ready.base, both = joint_product(x, W, rows)
-        else:
-            both = product(W, rows, dtype)
+        ready.base, both = joint_product(x, W, rows)
         known, mark = both[:, :-1], both[:, -1]
+    elif training:  # apart: a product with one column more costs half as much again
+        known, mark = product(W, A, dtype), torch.mv(W.to(dtype), _vector(W, dtype))
     else:
         mark = base.mark
     if mark is not base.mark and _has_moved(mark, base):
