@@ -7,7 +7,7 @@ shows a change:
 * its address and torch's version of it are the same (in-place edits, `load_state_dict`,
   `copy_`, `p.data = ...`);
 * no optimiser of torch has stepped since, for sources that train;
-* on the CPU its numbers are equal to a copy: all of them if it trains or is small, else at least one
+* on the CPU its numbers are equal to a copy: all of them if it trains or is small, for W at least one
   per row. So an edit through `.data`, a pointer or a preserved version (FSDP) is seen unless it
   misses all of these numbers; row_scale.py catches those. On other devices model/norm_watch.py
   compares sums, once per forward of the model.
@@ -30,7 +30,7 @@ counts: Counter[str] = Counter()  # computations per name in this process
 
 _SMALL = 1 << 8  # numbers up to which a frozen source is compared whole
 _TRAINED = 1 << 20  # the same for one that trains
-_SAMPLED = 1 << 13  # numbers of a frozen source that is compared whether `sampled` or not
+_SAMPLED = 1 << 13  # numbers of W up to which it is compared whether `sampled` or not
 _FEW = 1 << 13  # numbers that are compared in one call
 compared = {"cpu"}  # kinds of devices whose numbers are compared in every call
 _steps: list[int] = []  # optimiser steps since this module began to count
@@ -70,8 +70,10 @@ class _Entry:
             self.views = last.views  # of the same memory
         elif sources[0].device.type in compared:
             found = [v for t in trained for v in _watched(t.detach(), _TRAINED)]
-            compared_too = [t.detach() for t in frozen if sampled or t.numel() <= _SAMPLED]
-            found += [v for t in compared_too for v in _watched(t, _SMALL)]
+            for i, t in enumerate(frozen):
+                limit = _SMALL if i else _SAMPLED
+                if t.numel() <= limit or (sampled and not i):
+                    found += _watched(t.detach(), _SMALL)
             self.views = found
         # Of few numbers a joint copy is compared: there a call costs more than the numbers.
         few = sum(v.numel() for v in self.views) <= _FEW
@@ -128,7 +130,7 @@ class Cache:
     ) -> Any:
         """Returns `compute()`, or what it gave if no source has changed since. Never with a graph.
 
-        `sampled`: numbers of large frozen sources are compared too, one per row.
+        `sampled`: numbers of the first frozen source, W, are compared even if it is large, one per row.
         """
         sources = (*trained, *frozen)
         entry = self._entries.get(name)
