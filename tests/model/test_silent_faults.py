@@ -193,6 +193,12 @@ def test_an_interrupted_forward_keeps_nobody_out():
         pool.submit(weft.detach, model, "a").result(20)
 
 
+def test_the_gate_never_asks_for_the_frames_of_all_threads(monkeypatch):
+    """`sys._current_frames()` can collect garbage while it holds the interpreter's lock of threads."""
+    monkeypatch.delattr("sys._current_frames")
+    test_an_interrupted_forward_keeps_nobody_out()
+
+
 def test_tasks_and_a_compiled_model_are_refused():
     a = awake("LoRA")
     torch.compile(a.model, backend="eager")(a.x)

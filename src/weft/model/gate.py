@@ -109,7 +109,7 @@ class Gate:
 
     def _alone(self, me: int) -> bool:
         for thread in [t for t in self._inside if t != me]:
-            if not _still_runs(thread, self._inside[thread]):
+            if not any(map(_runs, self._inside[thread])):
                 del self._inside[thread]
         return all(thread == me for thread in self._inside)
 
@@ -117,7 +117,7 @@ class Gate:
         return self._changing == me or (self._changing is None and not self._wanted)
 
     def _free(self, me: int, ready: Callable[[], bool]) -> bool:
-        if self._changing == me or (me in self._inside and _still_runs(me, self._inside[me])):
+        if self._changing == me or (me in self._inside and any(map(_runs, self._inside[me]))):
             return True
         return self._open(me) and (ready() or self._alone(me))
 
@@ -133,13 +133,14 @@ class Gate:
             self._changed.wait(0.005)
 
 
-def _still_runs(thread: int, calls: list[Any]) -> bool:
-    """Whether one of these calls is on the thread's stack."""
-    frame: Any = sys._current_frames().get(thread)
-    while frame is not None:
-        if any(frame is call for call in calls):
-            return True
-        frame = frame.f_back
+def _runs(call: Any) -> bool:
+    """Whether a call has not ended. `sys._current_frames()` would say so too, but it can lock up the
+    process (CPython issue 106883).
+    """
+    try:
+        call.clear()  # only raises if the call runs; one that has ended no longer needs its locals
+    except RuntimeError:
+        return True
     return False
 
 
