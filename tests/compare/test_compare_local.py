@@ -110,7 +110,7 @@ def test_text_classification_from_a_csv_file_and_a_local_bert(tmp_path: Path) ->
         "bert.pooler.dense",
     }  # the file has no tensors for the two
     assert any("test is --test" in note for note in done.json["notes"])
-    assert "- A step sees 36 examples, not 50" in done.printed
+    assert "A step has 36 examples instead of 50" in " ".join(done.printed.split())
     dora, full = done.json["rows"]
     assert full["scores"][0] > 0.5  # chance is a third
     assert full["score_interval"] is None

@@ -105,8 +105,10 @@ class LayerPlan:
         )
         wide = self.dtype in (torch.float32, torch.float64)
         few = wide and out * in_ <= plan.TINY
-        self._tiny = self._native and few and (self.grad or f.b is None)
         diagonal = f.b is not None
+        # W' keeps the input for its gradient. LoRA-FA, whose A is frozen, is chosen to keep only h.
+        worth_it = f.A.requires_grad or diagonal if self.grad else not diagonal
+        self._tiny = self._native and few and worth_it
         self._native_below = plan.native_below(out, in_, f.m is not None, diagonal)
         self._shared_down = None if layer.shared is None else layer.shared.down
         # A tensor that is computed from parameters (a view, a mask) is asked for in every call.
