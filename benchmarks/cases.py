@@ -324,7 +324,7 @@ _USE = [
     ),
 ]
 
-QUICK: Sequence[Case] = (*_STEPS, *_MEMORY, *_USE, *small_work.QUICK)
+QUICK: Sequence[Case] = (*small_work.QUICK, *_STEPS, *_MEMORY, *_USE)
 
 _ALL = (
     "limit",
