@@ -90,7 +90,7 @@ def _name(contender: str) -> str:
 
 def _generate(over: str, text: str, rows: int, at_most: float | None, peer: str = "") -> Claim:
     return Claim(
-        f"{MODEL}, {rows} row{'s' if rows > 1 else ''}: {text} / bare",
+        f"{MODEL} x {rows}: {text} / bare",
         f"seconds_{rows}",
         over,
         "base",
@@ -122,7 +122,7 @@ GENERATE = Case(
             _generate(f"merged.{LORA}", "merged LoRA", rows, 1.01),
             _generate(f"merged.{DORA}", "merged DoRA", rows, 1.01),
             Claim(
-                f"{MODEL}, {rows} row{'s' if rows > 1 else ''}: LoRA tokens/s",
+                f"{MODEL} x {rows}: LoRA tokens/s",
                 f"tokens_{rows}",
                 f"weft.{LORA}",
                 peer=(f"peft.{LORA}", None),

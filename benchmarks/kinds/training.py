@@ -67,7 +67,7 @@ def _work(
     side, method, own = split(name, setup)
     if side not in ("weft", "peft") or method not in ("LoRA", "DoRA"):
         raise ValueError(f"{name!r} cannot be trained; write weft or peft, and LoRA or DoRA.")
-    out = folder / name.replace(":", "-")
+    out = folder / f"{name.replace(':', '-')}-{steps}"
     prepare = _weft if side == "weft" else _peft
     words = prepare(method, own, model, folder / "pairs.jsonl", out, steps)
     threads = setup.threads or torch.get_num_threads()
@@ -115,7 +115,7 @@ def _weft(
         "optim": {"lr": LR, "warm_up": 0},
         "train": {"steps": steps, "batch": BATCH, "device": "cpu"},
     }
-    path = out.with_suffix(".yaml")
+    path = out.with_name(f"{out.name}.yaml")
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     return "weft", "train", str(path)
 

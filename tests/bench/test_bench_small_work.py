@@ -151,6 +151,16 @@ def test_both_training_runs_see_the_same_tokens_and_train_the_same_numbers(monke
     assert "3 steps of 8 rows" in found["notes"][0]
 
 
+def test_every_training_run_has_a_configuration_of_its_own(tmp_path):
+    names = ("weft.LoRA:4", "weft.DoRA:4")
+    asked = [(name, steps) for name in names for steps in (3, 60)]
+    for name, steps in asked:
+        training._work(name, LLAMA, tmp_path / "model", tmp_path, steps, {})
+    configs = [json.loads(path.read_text()) for path in tmp_path.glob("*.yaml")]
+    found = {(f"weft.{c['method']['name']}:4", c["train"]["steps"]) for c in configs}
+    assert found == set(asked) and len({c["out"] for c in configs}) == len(asked)
+
+
 def test_training_runs_that_differ_are_refused():
     same = {"trained": 8, "tokens": 100, "steps": 2}
     training._check(
