@@ -97,6 +97,17 @@ def test_a_second_process_in_the_same_directory_is_refused(place, tmp_path):
     train(config(place, tmp_path / "o"), stream=StringIO())
 
 
+def test_a_directory_that_cannot_be_locked_is_said_to_be_so(tmp_path, monkeypatch):
+    from weft.training.run_dir import RunDir
+
+    def no_locks(handle, how):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.warns(UserWarning, match="cannot be locked .*no locks"), RunDir(tmp_path).alone():
+        pass
+
+
 def test_a_warm_up_that_never_ends_is_refused(place, tmp_path):
     with pytest.raises(ConfigError, match=r"optim.warm_up=500 is all of the 9 steps or more"):
         train(

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -125,8 +126,12 @@ class RunDir:
                 f"out={str(self.root)!r}: another process is training there. Wait for it, or give "
                 "another out."
             ) from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:  # a file system without locks
+            warnings.warn(
+                f"out={str(self.root)!r} cannot be locked ({error}), so a second run in it would not "
+                "be noticed. Start only one.",
+                stacklevel=3,
+            )
         try:
             yield
         finally:
