@@ -185,7 +185,7 @@ def short_form(data: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
         *(_markdown(row) for row in targets if row.get("headline")),
         "",
-        f"{len(targets) - reached} of {len(targets)} targets are missed.",
+        f"{reached} of {len(targets)} targets are reached.",
     ]
     return "\n".join([*lines, busy_note(data)]).rstrip()
 
