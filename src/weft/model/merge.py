@@ -280,7 +280,7 @@ def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
 
 
 def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with _eval(model), torch.no_grad():
+    with in_eval(model), torch.no_grad():
         if isinstance(inputs, Mapping):
             out = model(**inputs)
         else:
@@ -304,7 +304,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Inside this context, every module of the model is in eval mode."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:

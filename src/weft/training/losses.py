@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from ..encoding.rows import IGNORED
 from ..errors import WeftError
 from ..tasks.metrics import METRICS as METRIC_FUNCTIONS
+from .scored import at, next_tokens
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 METRICS = {
@@ -55,20 +56,16 @@ def mean_entropy(
     """Returns the mean cross-entropy, computed in float32: the sum divided by `count`, or by the
     number of labels in the loss if that is None.
 
-    logits [n, classes] with labels [n], or logits [n, length, words] with labels [n, length].
+    logits [n, classes] with labels [n], or logits [n, length, words] (or those of the tokens in the
+    loss alone, see `scored.answering`) with labels [n, length].
     """
-    logits, wanted = _aligned(logits, labels)
-    total = cross_entropy(
-        logits.float(), wanted, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
-    return total / ((wanted != IGNORED).sum() if count is None else count)
-
-
-def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [n, classes] and labels [n]; of a language model, position i predicts token i + 1."""
     if labels.ndim == 1:
-        return logits, labels
-    return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        wanted = labels
+    else:
+        inside, wanted = next_tokens(labels)
+        logits = at(logits, inside)
+    total = cross_entropy(logits.float(), wanted, reduction="sum", label_smoothing=smoothing)
+    return total / ((wanted != IGNORED).sum() if count is None else count)
 
 
 @torch.no_grad()
@@ -76,16 +73,16 @@ def reduced(logits: Any, labels: Tensor) -> Tensor:
     """Reduces a language model's logits [rows, length, words] to the inputs of its metrics [rows,
     3]: the summed loss, the number of tokens in it, and how many of them had the highest logit.
 
-    labels [rows, length].
+    labels [rows, length]. The logits may be those of the tokens in the loss alone.
     """
     logits = logits[0] if isinstance(logits, tuple | list) else logits
-    wanted, logits = labels[:, 1:], logits[:, :-1].float()
-    inside = wanted != IGNORED
-    each = cross_entropy(
-        logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(wanted.shape)
-    hits = (logits.argmax(-1) == wanted) & inside
-    return torch.stack([each.double().sum(1), inside.double().sum(1), hits.double().sum(1)], dim=1)
+    inside, wanted = next_tokens(labels)
+    logits = at(logits, inside).float()
+    each = cross_entropy(logits, wanted, reduction="none").double()
+    hits = (logits.argmax(-1) == wanted).double()
+    values = torch.stack([each, torch.ones_like(each), hits], dim=1)
+    row = inside.nonzero()[:, 0]
+    return values.new_zeros(len(labels), 3).index_add_(0, row, values)
 
 
 def first(logits: Any, labels: Tensor) -> Any:

@@ -20,9 +20,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from ..encoding.collate import collate
 from ..errors import ConfigError
 from ..inference.generate import answer
-from ..model import prompts
 from ..model.adapter import Adapter
-from . import processes
+from . import processes, scored
 from .config.sections import RunConfig
 from .losses import first, loss_for, metrics_for, reduced
 from .optimizer import groups
@@ -105,10 +104,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Calls the Trainer's, which passes no labels to the model, and passes them to its virtual
-        tokens.
+        """Calls the Trainer's, which passes no labels to the model. The logits of a language model
+        are those of the tokens in the loss.
         """
-        with prompts.answering(self.adapter.model, inputs.get("labels")):
+        labels = inputs.get("labels")
+        others = {key: value for key, value in inputs.items() if key != "labels"}
+        with scored.answering(self.adapter.model, others, labels):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(

@@ -24,11 +24,11 @@ from ...encoding.samples import Samples
 from ...encoding.tokenizer import max_positions, max_tokens, pad_token, tokenizer_and_stops
 from ...errors import WeftError
 from ...inference.generate import answer
-from ...model import prompts
 from ...tasks import Encoded, GenerationRef, GenerationTask, Record, Sample, Split
 from ...tasks.base import capped
 from ...tasks.generation import as_samples, with_validation
 from ...tasks.models import ModelRef, causal_model, check_generates, loading, quiet
+from ...training import scored
 from ...training.losses import reduced
 from .base import Facts, Tested
 from .loop import Score, on_device
@@ -130,7 +130,7 @@ class GeneratedTask:
         self.model.eval()
         for rows in torch.split(self.validation.by_length(), ROWS):
             inputs, labels = on_device(self.validation, rows, self.model.device)
-            with prompts.answering(self.model, labels):
+            with scored.answering(self.model, inputs, labels):
                 parts.append(reduced(self.model(**inputs).logits, labels).sum(0))
         self.model.train(was_training)
         total, count, _ = torch.stack(parts).sum(0).tolist()

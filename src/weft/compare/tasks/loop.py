@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 from ...auditing.audit import AUDIT_AFTER, audit, steps_until_audit
 from ...auditing.snapshot import Snapshot, snapshot
 from ...errors import ConfigError, WeftError
-from ...model import prompts
 from ...model.adapter import Adapter
 from ...tasks import Encoded, Labelled
 from ...tasks.metrics import of_logits
+from ...training import scored
 from ...training.losses import DivergedError, mean_entropy
 from ...training.optimizer import grouped
 from ...training.sampling import seeded
@@ -145,10 +145,8 @@ def on_device(
 
 
 def forward_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """Returns the mean loss [] of one batch; labels [n] or [n, length]. The labels also tell
-    virtual tokens between prompt and answer where the answer begins.
-    """
-    with prompts.answering(model, labels if labels.ndim == 2 else None):
+    """Returns the mean loss [] of one batch; labels [n] or [n, length]."""
+    with scored.answering(model, inputs, labels):
         logits = model(**inputs).logits
     return loss(logits, labels)
 
