@@ -196,7 +196,10 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     active: ActiveAdapters | None = self.__dict__.get(_ACTIVE)
     if active is None:  # accelerate's hooks keep the forward that they found, even beyond detach
         return own_forward(self, *args, **kwargs)
-    if not in_forward() and not torch.compiler.is_compiling():
+    if in_forward():
+        if active.merged is not None:  # the forward of the root has checked the caller's choice
+            return own_forward(self, *args, **kwargs)
+    elif not torch.compiler.is_compiling():
         active.gate.enter_part()
     name = active.current(self.training)
     if name is None:

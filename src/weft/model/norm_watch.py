@@ -8,7 +8,7 @@ with those of the forward before: one wait, and none in the forward after an opt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,33 +18,38 @@ from ..ops import cache
 
 
 class NormWatch:
-    """The sums of one model's forward before. A copy starts empty."""
+    """The sums of one model's forward before, per adapter. A copy starts empty."""
 
     def __init__(self) -> None:
-        self._steps, self._sums = -1, torch.empty(0)
+        self._last: dict[str, tuple[int, Tensor]] = {}  # the optimiser step and the sums
 
     def __reduce__(self) -> Any:
         return NormWatch, ()
 
-    def check(self, adapters: Mapping[str, Any]) -> None:
-        """Drops the kept norms of all layers if their tensors are others than in the forward before and
-        no optimiser has stepped since.
+    def check(self, adapters: Iterable[Any]) -> None:
+        """Drops the kept norms of these adapters' layers if their tensors are others than in the
+        forward before and no optimiser has stepped since.
         """
-        layers = [
-            layer
-            for adapter in adapters.values()
-            for layer in adapter.layers.values()
-            if len(layer.cache) and layer.base.device.type not in cache.compared
-        ]
-        if not layers:
+        if not cache.kept_on:
             return
+        for adapter in adapters:
+            layers = [
+                layer
+                for layer in adapter.layers.values()
+                if len(layer.cache) and layer.base.device.type not in cache.compared
+            ]
+            if layers:
+                self._check(adapter.name, layers)
+
+    def _check(self, name: str, layers: list[Any]) -> None:
         tensors = [p.detach() for layer in layers for p in layer.trainable().values()]
-        sums, steps = _sums(tensors), cache.steps_so_far()
-        known = steps == self._steps and sums.shape == self._sums.shape
-        if known and not torch.equal(sums, self._sums):
+        sums, step = _sums(tensors), cache.steps_so_far()
+        last_step, last = self._last.get(name, (-1, torch.empty(0)))
+        known = step == last_step and sums.shape == last.shape
+        if known and not torch.equal(sums, last):
             for layer in layers:
                 layer.cache.clear()
-        self._steps, self._sums = steps, sums
+        self._last[name] = step, sums
 
 
 @torch.no_grad()

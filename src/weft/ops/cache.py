@@ -33,6 +33,7 @@ _TRAINED = 1 << 20  # the same for one that trains
 _SAMPLED = 1 << 13  # numbers of W up to which it is compared whether `sampled` or not
 _FEW = 1 << 13  # numbers that are compared in one call
 compared = {"cpu"}  # kinds of devices whose numbers are compared in every call
+kept_on: set[str] = set()  # the other kinds of devices on which something is kept
 _steps: list[int] = []  # optimiser steps since this module began to count
 
 
@@ -75,6 +76,8 @@ class _Entry:
                 if t.numel() <= limit or (sampled and not i):
                     found += _watched(t.detach(), _SMALL)
             self.views = found
+        else:
+            kept_on.add(sources[0].device.type)
         # Of few numbers a joint copy is compared: there a call costs more than the numbers.
         few = sum(v.numel() for v in self.views) <= _FEW
         self.joint = [v for v in self.views if few and v.is_contiguous() and v.ndim == 1]
