@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.attach import adapters
+from ..model.packings import parts
 from ..model.state import base_only, find_state, unwrapped
 
 
@@ -51,6 +52,11 @@ def digest(t: Tensor) -> tuple[int, int]:
     """Returns two wrapping sums over the bits of t [...]. They change if any one element changes or
     any two elements are exchanged.
     """
+    plain = parts(t)
+    if len(plain) > 1:
+        found = [digest(p) for p in plain]
+        return sum(a for a, _ in found), sum((i + 1) * b for i, (_, b) in enumerate(found))
+    t = plain[0]
     if t.numel() == 0 or t.is_meta:
         return (0, t.numel())
     flat = t.detach().contiguous().reshape(-1)

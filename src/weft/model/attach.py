@@ -260,7 +260,7 @@ def _check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
             readers.setdefault(id(parameter), []).append((name, module, tensor))
     for name in configs:
         layer = structure.root.get_submodule(name)
-        for other, module, tensor in readers[id(layer._parameters["weight"])]:
+        for other, module, tensor in readers.get(id(layer._parameters.get("weight")), ()):
             if module is layer and tensor == "weight":
                 continue
             full = f"{other}.{tensor}".lstrip(".")

@@ -26,7 +26,7 @@ from ..ops.cache import Cache
 from ..ops.input_cache import in_forward
 from ..ops.low_rank import LowRank
 from ..ops.norm import full_precision, row_norm
-from ..ops.row_scale import RowScale, cached_row_scale, stale
+from ..ops.row_scale import RowScale, cached_row_scale, packed_norm, stale
 from . import fallback
 from .active import ActiveAdapters, PerRow
 from .base_layers import INNER_FORWARD, own_forward
@@ -150,6 +150,10 @@ class AdapterLayer(nn.Module):
 
     def _norm(self, f: LowRank) -> Tensor:
         """‖W + ΔW‖ [out], with its graph if the method asks for it."""
+        codes = self.base.codes()
+        if codes is not None and not f.norm_grad:
+            with full_precision(self.base.device):
+                return packed_norm(f, self.base.weight, codes, self.cache)
         W = self.base.weight()
         with (
             torch.set_grad_enabled(f.norm_grad and torch.is_grad_enabled()),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .adapter import Adapter
+from .packings import parts
 
 ADAM_MOMENTS = 2
 
@@ -78,4 +79,4 @@ def _saved(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 
 
 def _size(t: Tensor) -> int:
-    return t.numel() * t.element_size()
+    return sum(p.numel() * p.element_size() for p in parts(t))

@@ -164,6 +164,13 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
             f"{type(adapter.config).__name__} is not a change of weights, so it cannot be merged"
             f"{': ' + why if why else ''}."
         )
+    for name, layer in adapter.layers.items():
+        why = layer.base.not_mergeable
+        if why is not None:
+            raise MergeError(
+                f"{name!r}: {why}, and rounding W' to so few bits would lose most of the adapter. Load the "
+                "base model without quantisation, weft.load the adapter onto it, and merge there."
+            )
     for name, parameter in adapter.named_parameters():
         if parameter.is_meta:
             raise MergeError(f"{name!r} is on the meta device and has no values to merge.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -85,8 +86,14 @@ def without_unit(norm: Tensor) -> Tensor:
     return ((norm < 1e-15) | (norm > 1e15)).nonzero()[:, 0]
 
 
+class Rows(Protocol):
+    """W [out, in] by rows, as `updated_norm` reads it: a tensor, or one that is unpacked when asked."""
+
+    def __getitem__(self, rows: Tensor) -> Tensor: ...
+
+
 def updated_norm(
-    W: Tensor,
+    W: Rows,
     norm: Tensor,
     A: Tensor,
     C: Tensor,
@@ -106,7 +113,9 @@ def updated_norm(
     """
     dtype = norm.dtype
     A, C = A.to(dtype), C.to(dtype)
-    known = product(W, A, dtype) if known is None else known
+    if known is None:
+        assert isinstance(W, Tensor)
+        known = product(W, A, dtype)
     gram = A @ A.t() if gram is None else gram
     square = norm.square()
     ratio = torch.addmm(known, C, gram, beta=2).mul_(C).sum(1).div_(square).add_(1)

@@ -13,6 +13,7 @@ the audit, merge and save.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,6 +38,7 @@ from .norm import (
 from .scratch import built
 
 _MOVED = 1e-4  # of ‖W‖ per row: a difference of W v that is no rounding
+_SAMPLED = 256  # bytes of packed weights that are compared in every call
 _vectors: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 
@@ -141,6 +143,62 @@ def cached_row_scale(
     name = "norm" if training else "norm in use"
     found: RowScale = cache.get(name, sources.trained, sources.frozen, compute, not training)
     return found, ready
+
+
+def packed_norm(
+    f: LowRank, read: Callable[[], Tensor], codes: tuple[Tensor, ...], cache: Cache
+) -> Tensor:
+    """Returns ‖W + ΔW‖ [out] for a W [out, in] that `read` unpacks from `codes` [...].
+
+    W is unpacked once per optimiser step at most, and once in all if A is frozen. It is not kept.
+    """
+    unpacked = _Unpacked(read)
+    codes = tuple(map(_sample, codes))
+
+    def compute() -> Tensor:
+        base: _BaseNorm = cache.get("norm of W", (), codes, lambda: _packed_base(unpacked()))
+        dtype = base.norm.dtype
+        A = f.A.detach()
+        if type(f.A) is Parameter:
+            known, gram = product(unpacked(), A, dtype), None
+        else:
+            known = cache.get("W A'", (), (*codes, A), lambda: product(unpacked(), A, dtype))
+            gram = cache.get("A A'", (), (A,), lambda: product(A, A, dtype))
+        return updated_norm(unpacked, base.norm, A, f.up(dtype).detach(), known, gram, base.odd)
+
+    own = [(t, type(t) is Parameter) for t in f.tensors() if t is not f.m]
+    trained = tuple(t for t, trains in own if trains)
+    frozen = (*codes, *(t for t, trains in own if not trains))
+    found: Tensor = cache.get("norm, packed", trained, frozen, compute)
+    return found
+
+
+def _sample(t: Tensor) -> Tensor:
+    """Some bytes of t [...], a view: what the cache compares."""
+    flat = t.detach().view(-1) if t.is_contiguous() else t.detach()
+    flat = flat.view(torch.uint8) if flat.is_contiguous() else flat
+    return flat[:: max(1, len(flat) // _SAMPLED)]
+
+
+class _Unpacked:
+    """W [out, in], unpacked when it is first asked for, and for `updated_norm` by rows."""
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self._read = read
+        self._W: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._W is None:
+            self._W = self._read()
+        return self._W
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self()[rows]
+
+
+def _packed_base(W: Tensor) -> _BaseNorm:
+    norm = row_norm(W)
+    return _BaseNorm(norm, without_unit(norm), norm)
 
 
 def stale(f: LowRank, W: Tensor, bias: Tensor | None, cache: Cache) -> bool:

@@ -9,8 +9,16 @@ from .conv1d import Conv1DLayer
 from .embedding import EmbeddingLayer
 from .linear import LinearLayer
 from .norm import NormLayer, is_norm
+from .packed import PackedLayer
 
-KINDS: tuple[type[BaseLayer], ...] = (LinearLayer, EmbeddingLayer, Conv1DLayer, NormLayer)
+# The first that matches: a packed layer may be an nn.Linear too.
+KINDS: tuple[type[BaseLayer], ...] = (
+    PackedLayer,
+    LinearLayer,
+    EmbeddingLayer,
+    Conv1DLayer,
+    NormLayer,
+)
 
 
 def kind_of(module: nn.Module) -> type[BaseLayer] | None:

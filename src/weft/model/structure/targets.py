@@ -13,6 +13,7 @@ from torch import nn
 from ...errors import TargetError
 from ...methods.target_spec import KEYWORDS, ROLES, is_ending, patterns
 from .. import base_layers
+from ..packings import packing_of
 from ..plan_entries import Frozen
 from .names import canonical, ends_in, within
 from .structure import Structure
@@ -219,6 +220,9 @@ def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     """(out, in) if the layer has a weight matrix."""
+    packing = packing_of(module)
+    if packing is not None:
+        return packing.shape(module)
     weight = module._parameters.get("weight")
     if weight is None:
         return ()

@@ -1,0 +1,90 @@
+"""bitsandbytes: Linear4bit (NF4 and FP4) and Linear8bitLt."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Packing, own_name
+
+_NOT_YET = "its weight is not packed yet; move the model to its device first"
+
+
+class FourBit(Packing):
+    """W in blocks of 4-bit codes, each with a scale (`absmax`)."""
+
+    library = "bitsandbytes"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return own_name(module) == ("bitsandbytes", "Linear4bit")
+
+    @classmethod
+    def fault(cls, module: Any) -> str | None:
+        state = getattr(module.weight, "quant_state", None)
+        if state is None:
+            return _NOT_YET
+        if getattr(state, "packing_format_for_cpu", False):
+            return (
+                "its first evaluation packed the weight anew for the CPU, after which bitsandbytes can "
+                "neither unpack it nor give its input a gradient; load the model again and attach first"
+            )
+        return None
+
+    @classmethod
+    def prepare(cls, module: Any) -> None:
+        # With AVX512-BF16 the first evaluation would pack the weight in a way that cannot be undone.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+    @classmethod
+    def label(cls, module: Any) -> str:
+        state = getattr(module.weight, "quant_state", None)
+        return "4 bit" if state is None else str(state.quant_type).upper()
+
+    @classmethod
+    def weight(cls, module: Any) -> Tensor:
+        functional = import_module("bitsandbytes.functional")  # loaded: the layer is of its class
+        found: Tensor = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        return found
+
+    @classmethod
+    def tensors(cls, module: Any) -> tuple[Tensor, ...]:
+        return module.weight.data, module.weight.quant_state.absmax
+
+
+class EightBit(Packing):
+    """LLM.int8(): W in bytes, with a scale per row (`SCB`)."""
+
+    library = "bitsandbytes"
+    rounds_input = 2e-2  # in eval mode the product is one of bytes
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return own_name(module) == ("bitsandbytes", "Linear8bitLt")
+
+    @classmethod
+    def fault(cls, module: Any) -> str | None:
+        if module.state.has_fp16_weights:
+            return (
+                "it keeps its weight in 16 bits (has_fp16_weights=True); use has_fp16_weights=False"
+            )
+        return None if module.weight.dtype == torch.int8 else _NOT_YET
+
+    @classmethod
+    def label(cls, module: nn.Module) -> str:
+        return "int8"
+
+    @classmethod
+    def weight(cls, module: Any) -> Tensor:
+        codes, scales = cls.tensors(module)
+        return codes.float() * (scales.float() / 127)[:, None]
+
+    @classmethod
+    def tensors(cls, module: Any) -> tuple[Tensor, ...]:
+        state, weight = module.state, module.weight
+        codes = state.CB if state.CB is not None else weight.data
+        return codes, state.SCB if state.SCB is not None else weight.SCB

@@ -1,0 +1,39 @@
+"""HQQ: HQQLinear, which is no nn.Linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Packing, own_name
+
+
+class HQQ(Packing):
+    """W in groups of 1 to 8 bits, each with a scale and a zero point."""
+
+    library = "hqq"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return own_name(module) == ("hqq", "HQQLinear")
+
+    @classmethod
+    def fault(cls, module: Any) -> str | None:
+        return None if module.ready else "its weight is not packed yet; call its initialize() first"
+
+    @classmethod
+    def label(cls, module: Any) -> str:
+        return f"HQQ, {module.meta['nbits']} bit"
+
+    @classmethod
+    def weight(cls, module: Any) -> Tensor:
+        found: Tensor = module.dequantize()
+        return found
+
+    @classmethod
+    def tensors(cls, module: Any) -> tuple[Tensor, ...]:
+        meta = module.meta
+        return tuple(
+            t for t in (module.W_q.data, meta["scale"], meta["zero"]) if isinstance(t, Tensor)
+        )

@@ -1,0 +1,222 @@
+"""Methods over quantised bases: at the start the base bit for bit, then the same adapter over the
+dequantised base.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import weft
+from weft.model import packings
+from weft.ops.cache import counts
+
+METHODS = {
+    "LoRA": weft.LoRA(r=4, targets=["0", "2"]),
+    "VeRA": weft.VeRA(r=4, targets=["0", "2"]),
+    "DoRA": weft.DoRA(r=4, targets=["0", "2"]),
+    "DVoRA": weft.DVoRA(r=4, targets=["0", "2"]),
+    "LoRAFA": weft.LoRAFA(r=4, targets=["0", "2"]),
+    "AdaLoRA": weft.AdaLoRA(r=4, targets=["0", "2"], total_steps=100),
+    "DyLoRA": weft.DyLoRA(r=4, targets=["0", "2"]),
+}
+
+
+def dense():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64, bias=False))
+
+
+def bitsandbytes(kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = dense()
+    for name in ("0", "2"):
+        old = model[int(name)]
+        bias = old.bias is not None
+        if kind == "int8":
+            new = bnb.nn.Linear8bitLt(
+                old.in_features, old.out_features, bias, has_fp16_weights=False
+            )
+        else:
+            new = bnb.nn.Linear4bit(
+                old.in_features,
+                old.out_features,
+                bias,
+                quant_type=kind,
+                compute_dtype=torch.float32,
+            )
+        new.load_state_dict(old.state_dict())
+        model[int(name)] = new.requires_grad_(False)
+    return model.to("cpu")
+
+
+def torchao(make):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = dense()
+    quantization.quantize_(model, make(quantization))
+    return model
+
+
+def quanto(kind):
+    library = pytest.importorskip("optimum.quanto")
+    model = dense()
+    library.quantize(model, weights=getattr(library, kind))
+    library.freeze(model)
+    return model
+
+
+def hqq():
+    quantize = pytest.importorskip("hqq.core.quantize")
+    model, config = dense(), quantize.BaseQuantizeConfig(nbits=4, group_size=64)
+    for i in (0, 2):
+        model[i] = quantize.HQQLinear(model[i], config, compute_dtype=torch.float32, device="cpu")
+    return model
+
+
+BASES = {
+    "NF4": lambda: bitsandbytes("nf4"),
+    "FP4": lambda: bitsandbytes("fp4"),
+    "LLM.int8": lambda: bitsandbytes("int8"),
+    "torchao int8": lambda: torchao(lambda q: q.Int8WeightOnlyConfig()),
+    "torchao float8": lambda: torchao(lambda q: q.Float8WeightOnlyConfig()),
+    "torchao intx": lambda: torchao(lambda q: q.IntxWeightOnlyConfig()),
+    "quanto int8": lambda: quanto("qint8"),
+    "quanto int4": lambda: quanto("qint4"),
+    "quanto float8": lambda: quanto("qfloat8"),
+    "HQQ": hqq,
+}
+
+
+def dequantised(model):
+    """The same model with dense layers of the same numbers."""
+    found = dense()
+    with torch.no_grad():
+        for name in ("0", "2"):
+            layer, own = model[int(name)], found[int(name)]
+            own.weight.copy_(packings.packing_of(layer).weight(layer))
+            if own.bias is not None:
+                own.bias.copy_(layer.bias)
+    return found
+
+
+def moved(adapter):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+
+def distance(found, wanted):
+    return float(((found - wanted).abs().max() / wanted.abs().max()).detach())
+
+
+@pytest.fixture(params=BASES)
+def base(request):
+    return BASES[request.param]()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantised_base_carries_the_adapter_of_the_dequantised_one(base, method):
+    x = torch.randn(5, 64)
+    other = dequantised(base)
+    rounds = next(p.rounds_input for p in packings.PACKINGS if p.matches(base[0]))
+    base.train()
+    with torch.no_grad():
+        start = base(x)
+    adapter = weft.attach(base, METHODS[method])
+    twin = weft.attach(other, METHODS[method])
+    with torch.no_grad():
+        if method not in ("LoRAFA", "AdaLoRA", "DyLoRA"):
+            assert torch.equal(base(x), start)
+        assert distance(base(x), start) < 1e-6
+    moved(adapter), moved(twin)
+    for mode in (True, False):
+        base.train(mode), other.train(mode)
+        torch.manual_seed(0)  # DyLoRA draws a rank
+        found = base(x)
+        torch.manual_seed(0)
+        wanted = other(x)
+        assert distance(found, wanted) < (1e-5 if mode or not rounds else rounds)
+        if mode:
+            found.square().sum().backward()
+            wanted.square().sum().backward()
+            for (name, p), q in zip(adapter.named_parameters(), twin.parameters(), strict=True):
+                assert p.grad is not None, name
+                assert float(q.grad.abs().max()) > 0 or method == "DyLoRA"
+                assert distance(p.grad, q.grad) < 1e-4 or not q.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    ("method", "per_step"), [("LoRA", 0), ("VeRA", 0), ("DoRA", 2), ("DVoRA", 0)]
+)
+def test_a_weight_is_unpacked_once_per_layer_and_step_at_most(base, method, per_step):
+    adapter = weft.attach(base.train(), METHODS[method])
+    moved(adapter)
+    optimiser = torch.optim.SGD(adapter.parameters(), lr=1e-3)
+    x = torch.randn(5, 64)
+    base(x)  # DVoRA unpacks once in its life
+    for _ in range(3):
+        before = counts["unpacked"]
+        for _ in range(2):  # micro-batches
+            base(x).square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        base(x)
+        assert counts["unpacked"] - before <= per_step
+
+
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "DVoRA"])
+def test_training_is_audited_and_the_file_fits_the_dense_base(base, method, tmp_path):
+    other = dequantised(base)
+    adapter = weft.attach(base.train(), METHODS[method])
+    before = weft.snapshot(base)
+    optimiser = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    for step in range(4):
+        torch.manual_seed(step)
+        optimiser.zero_grad()
+        base(torch.randn(8, 64)).square().sum().backward()
+        optimiser.step()
+    weft.audit(base, before, weft.snapshot(base))
+    weft.save(base, tmp_path / "adapter")
+    weft.load(other, tmp_path / "adapter")
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        assert distance(base.train()(x), other.train()(x)) < 1e-5
+
+
+def test_merging_into_few_bits_is_refused_by_name(base):
+    weft.attach(base, METHODS["LoRA"])
+    with pytest.raises(
+        weft.MergeError, match=r"'0': its weight is quantised .*without quantisation"
+    ):
+        weft.merge(base)
+
+
+def test_detach_gives_the_layers_back(base):
+    classes = [type(m) for m in base]
+    weft.attach(base, METHODS["DoRA"])
+    weft.detach(base)
+    assert [type(m) for m in base] == classes
+
+
+def test_a_layer_that_gives_its_input_no_gradient_is_refused_by_name():
+    model = torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig())
+    with pytest.raises(weft.TargetError, match="gives its input no gradient"):
+        weft.attach(model, METHODS["LoRA"])
+
+
+def test_codes_that_nothing_unpacks_are_refused_by_name_and_in_the_plan():
+    class GPTQLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 64, 32
+            self.register_buffer("qweight", torch.zeros(8, 32, dtype=torch.int32))
+
+        def forward(self, x):
+            return x[..., :32]
+
+    model = nn.Sequential(nn.Linear(64, 64), GPTQLinear())
+    with pytest.raises(weft.TargetError, match=r"'1' \(GPTQLinear\).*Weft cannot unpack"):
+        weft.attach(model, weft.LoRA(targets=["1"]))
+    adapter = weft.attach(model, weft.LoRA(targets="all-linear"))
+    assert [(f.name, f.shape) for f in adapter.frozen] == [("1", (32, 64))]
+    assert "Weft cannot unpack" in adapter.frozen[0].reason
