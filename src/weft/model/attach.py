@@ -199,7 +199,14 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
             parameter.requires_grad_(state.required_grad.get(full, parameter.requires_grad))
         state.fast_paths.restore()
         state.unwatch_root()
+        _tell_trainers(state.root, False)
         del state.root.__dict__[ATTRIBUTE]
+
+
+def _tell_trainers(root: Any, attached: bool) -> None:
+    """transformers.Trainer and TRL refuse a quantised model unless they see this sign of an adapter."""
+    if getattr(root, "is_quantized", False):
+        root._hf_peft_config_loaded = attached
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -340,6 +347,7 @@ def _install(
             parameter.requires_grad_(False)
         root.__dict__[ATTRIBUTE] = state
         state.watch_root()
+        _tell_trainers(root, True)
     if isinstance(adapter.config, PromptMethod):
         prompts.install(state, adapter, structure)
     for name, layer in adapter.layers.items():

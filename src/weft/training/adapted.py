@@ -12,6 +12,7 @@ from ..errors import WeftError
 from ..model.adapter import Adapter
 from ..model.attach import attach
 from ..tasks.models import loading, quiet
+from ..tasks.quantize import quantization_config
 from .config.sections import RunConfig
 from .prepare import Data
 from .start import check_base, describe, load_start
@@ -104,15 +105,20 @@ def _load_base(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
             problem = "single_label_classification" if data.classes else "regression"
             model_config.problem_type = problem
         torch.manual_seed(config.train.seed)  # a new head is drawn from it
-        dtype = config.model.dtype
+        dtype: Any = config.model.dtype
+        packed: dict[str, Any] = {}
+        dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+        if config.model.quantize is not None:
+            packed = {"quantization_config": quantization_config(config.model.quantize, dtype)}
         model, report = getattr(transformers, name).from_pretrained(
             source.source,
             config=model_config,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=has_head,
             output_loading_info=True,
             local_files_only=source.local,
+            **packed,
         )
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     return model, sorted({*report["missing_keys"], *mismatched})

@@ -8,13 +8,16 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..inference.generate import check_fits
+from ..tasks.quantize import check_package
 from .config.sections import REPORTERS, RunConfig
 from .losses import METRICS
 from .prepare import Data
 
 
-def check_reporters(config: RunConfig) -> None:
-    """Raises ConfigError, with the install command, if a package for log.report_to is missing."""
+def check_packages(config: RunConfig) -> None:
+    """Raises ConfigError, with the install command, if a package that the run needs is missing."""
+    if config.model.quantize is not None:
+        check_package(config.model.quantize)
     for name in config.log.report_to:
         if importlib.util.find_spec(REPORTERS[name]) is None:
             raise ConfigError(

@@ -16,7 +16,7 @@ from ..auditing.snapshot import Snapshot, snapshot
 from ..model.adapter import Adapter
 from . import processes, record
 from .adapted import Adapted, load_adapted
-from .checks import check_best, check_prompts_fit, check_reporters
+from .checks import check_best, check_packages, check_prompts_fit
 from .config.sections import RunConfig
 from .prepare import Data, Length, find_sources, length_of, open_data
 from .previews import preview
@@ -52,7 +52,7 @@ def train(config: RunConfig, go_on: bool = False, stream: TextIO | None = None) 
 
     # Configuration: nothing is loaded yet.
     sources = find_sources(config)
-    check_reporters(config)
+    check_packages(config)
     run.check(config, go_on)
 
     # Data.

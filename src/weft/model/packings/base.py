@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Packing:
     """One way to store W. All methods take the layer, with or without adapters on it."""
 
-    library: ClassVar[str]
+    package: ClassVar[str]
     # The largest relative distance from W x + bias of the layer's own output, in eval mode: some
     # libraries round the input too, as a part of their product.
     rounds_input: ClassVar[float] = 0.0
@@ -34,7 +34,7 @@ class Packing:
     @classmethod
     def label(cls, module: nn.Module) -> str:
         """Returns a name of the format, for tables and messages: "NF4"."""
-        return cls.library
+        return cls.package
 
     @classmethod
     def details(cls, module: nn.Module) -> str:

@@ -16,7 +16,7 @@ _NOT_YET = "its weight is not packed yet; move the model to its device first"
 class FourBit(Packing):
     """W in blocks of 4-bit codes, each with a scale (`absmax`)."""
 
-    library = "bitsandbytes"
+    package = "bitsandbytes"
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -59,7 +59,7 @@ class FourBit(Packing):
 class EightBit(Packing):
     """LLM.int8(): W in bytes, with a scale per row (`SCB`)."""
 
-    library = "bitsandbytes"
+    package = "bitsandbytes"
     rounds_input = 2e-2  # in eval mode the product is one of bytes
 
     @classmethod

@@ -12,7 +12,7 @@ from .base import Packing, own_name
 class HQQ(Packing):
     """W in groups of 1 to 8 bits, each with a scale and a zero point."""
 
-    library = "hqq"
+    package = "hqq"
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

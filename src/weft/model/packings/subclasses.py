@@ -16,7 +16,7 @@ class TensorSubclass(Packing):
     package of the tensor's class decides.
     """
 
-    library = "torchao or quanto"
+    package = "torchao or quanto"
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ _CODES = ("qweight", "weight_packed", "Wqweight")
 class Unread(Packing):
     """A layer whose codes nothing here unpacks; the plan lists it, and targets refuse it by name."""
 
-    library = "another library"
+    package = "another library"
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -25,11 +25,11 @@ class Unread(Packing):
 
     @classmethod
     def fault(cls, module: Any) -> str | None:
-        package, name = own_name(module)
+        source, name = own_name(module)
         if hasattr(module, "quantization_scheme"):
-            package = "compressed-tensors"
+            source = "compressed-tensors"
         return (
-            f"its weight is packed by {package} ({name}), which Weft cannot unpack; load the model "
+            f"its weight is packed by {source} ({name}), which Weft cannot unpack; load the model "
             "without quantisation, or with bitsandbytes, torchao, quanto or hqq"
         )
 

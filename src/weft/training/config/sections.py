@@ -14,6 +14,7 @@ from typing import Any
 
 from ... import methods
 from ...errors import ConfigError
+from ...tasks.quantize import QUANTIZE
 from .checks import nearest, one_of, within
 
 KINDS = ("causal-lm", "classification", "regression")
@@ -34,11 +35,14 @@ class ModelSection:
     tokenizer: str | None = None  # None: the model's own
     kind: str | None = None
     dtype: str = "float32"  # of the frozen weights; "auto" as the checkpoint has them
+    quantize: str | None = None  # a name of tasks.quantize.QUANTIZE; None: not quantised
     # Class names in the order of the outputs; None: those of the training data, sorted.
     labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         one_of(self, "dtype", DTYPES)
+        if self.quantize is not None:
+            one_of(self, "quantize", tuple(QUANTIZE))
         if self.kind is not None:
             one_of(self, "kind", KINDS)
 
