@@ -22,8 +22,8 @@ def encode_labels(
     """
     index = {name: i for i, name in enumerate(classes or ())}
     rows, counts = [], Counts(len(samples))
-    for number, row in enumerate(samples.rows, 1):
-        where = f"{samples.source}, sample {number}"
+    for number, row in enumerate(samples.rows):
+        where = samples.name_of(number)
         coded = tokenizer(*row["texts"], truncation=True, max_length=max_length)
         value: Any
         if classes is None:

@@ -4,12 +4,12 @@ whether every turn ends.
 A sample teaches the model to stop only if the token at which generation stops is in the loss. That
 token may be cut off by `max_length`, or masked (by a chat template whose `{% generation %}` block
 leaves it out, or that prints none). Such samples are counted. Samples without any token in the loss
-are counted and left out; it is an error if none is left.
+are counted and left out; it is an error if none is left. So is a text or key of a conversation that
+the chat template does not render.
 """
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,21 +18,27 @@ from typing import Any
 
 from ..errors import UnsupportedError, WeftError
 from ..tasks.files import Row
+from .borders import continued, decode, plain_ids, with_borders
+from .conversation import Conversation, asked, conversation
+from .leaves import Found, find, refuse_unread
 from .rows import IGNORED, TOO_LONG, Counts, EncodedRows
 from .samples import Samples
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+from .template import ChatTemplate, forms
+from .turns import Turn, end_of, find_turns, next_header
 
 
 @dataclass(frozen=True)
 class Tokens:
     """One sample for a causal model. `ends` has the index of each turn's last token, or None if
-    nothing ends the turn.
+    nothing ends the turn. `blank` tells of an answer that says nothing; `remarks` are for the
+    preview.
     """
 
     ids: list[int]
     in_loss: list[bool]
     ends: list[int | None]
+    blank: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 class Renderer:
@@ -48,28 +54,30 @@ class Renderer:
         template: str | None = None,
         stops: Iterable[int] = (),
     ) -> None:
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer, template)
         self.max_length, self.loss_on = max_length, loss_on
         self.stops = frozenset(stops)
-        self.ends = {*stops, *tokenizer.all_special_ids}
+        self.special = {*stops, *tokenizer.all_special_ids}
         self.start = _special_start(tokenizer)
 
     def encode(self, samples: Samples, what: str, cure: str = TOO_LONG) -> EncodedRows:
         """Encodes all samples, cut to max_length, without those that have no token in the loss.
 
-        Raises WeftError if none is usable, or if the chat template refuses one.
+        Raises WeftError if none is usable, if the chat template refuses one, or if it does not
+        render a part of one.
         """
         counts, rows = Counts(len(samples)), []
-        for row in samples.rows:
-            tokens = self.render(row, samples.format)
+        for index, row in enumerate(samples.rows):
+            tokens = self.render(row, samples.format, samples.name_of(index))
             counted = self._labels(tokens, counts)
             if counted is not None:
-                rows.append(
-                    {
-                        "input_ids": array("i", tokens.ids[: self.max_length]),
-                        "labels": array("i", counted),
-                    }
-                )
+                encoded: dict[str, Any] = {
+                    "input_ids": array("i", tokens.ids[: self.max_length]),
+                    "labels": array("i", counted),
+                }
+                if tokens.remarks:
+                    encoded["remarks"] = tokens.remarks
+                rows.append(encoded)
         counts.check(what, cure)
         return EncodedRows(rows, counts)
 
@@ -79,6 +87,7 @@ class Renderer:
         """
         limit = self.max_length
         counts.cut += len(tokens.ids) > limit
+        counts.blank += tokens.blank
         lost = [
             end for end in tokens.ends if end is None or end >= limit or not tokens.in_loss[end]
         ]
@@ -95,33 +104,52 @@ class Renderer:
             return None
         return labels
 
-    def render(self, row: Row, kind: str) -> Tokens:
-        """Renders one sample, without cutting it. Raises WeftError."""
+    def render(self, row: Row, kind: str, where: str = "a sample") -> Tokens:
+        """Renders one sample, without cutting it. `where` names it in errors. Raises WeftError."""
         if kind == "messages":
-            return self._chat(row["messages"])
+            return self._chat(row, where)
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise WeftError(
                 "the tokenizer has no eos token, so no sample could end. Set eos_token in its "
                 "configuration."
             )
-        prompt = self.prompt_ids(row["prompt"] if kind == "prompt" else "")
-        learnt = [*self._ids(row["completion"] if kind == "prompt" else row["text"]), eos]
+        given = row["prompt"] if kind == "prompt" else ""
+        text = row["completion"] if kind == "prompt" else row["text"]
+        before, answer, remarks = continued(self.tokenizer, given, text)
+        prompt, learnt = [*self.start, *before], [*answer, eos]
         everything = self.loss_on == "all" or kind == "text"
         ids = prompt + learnt
-        return Tokens(ids, [everything] * len(prompt) + [True] * len(learnt), [len(ids) - 1])
+        return Tokens(
+            ids,
+            [everything] * len(prompt) + [True] * len(learnt),
+            [len(ids) - 1],
+            not text.strip(),
+            tuple(remarks),
+        )
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> str:
         """Returns a conversation as text, up to the beginning of the assistant's answer. Raises
         WeftError if there is no chat template.
         """
-        self._template()
-        return self._text(messages, True)
+        refused, first = None, None
+        for form in forms(asked(messages)):
+            try:
+                text = self.template.prompt(form)
+            except WeftError as error:
+                refused = refused or error
+                continue
+            if all(m["content"].strip() in text for m in messages if m["role"] != "assistant"):
+                return text
+            first = first or text
+        if first is None and refused is not None:
+            raise refused
+        return first or ""
 
     def bare(self) -> Renderer:
         """Returns a renderer that adds no start token, for the output of a chat template."""
         renderer = Renderer(
-            self.tokenizer, self.max_length, self.loss_on, self.template, self.stops
+            self.tokenizer, self.max_length, self.loss_on, self.template.given, self.stops
         )
         renderer.start = []
         return renderer
@@ -130,95 +158,141 @@ class Renderer:
         """Returns the tokens of a prompt: the tokenizer's start (a bos token, or nothing) and the
         text.
         """
-        return [*self.start, *self._ids(text)]
+        return [*self.start, *plain_ids(self.tokenizer, text)]
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-    def _chat(self, messages: list[dict[str, Any]]) -> Tokens:
-        if _GENERATION.search(self._template()):
-            out = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-            ids, in_loss = list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
-            ends = [self._end_near(ids, stop) for _, stop in runs(in_loss)]
+    def _chat(self, row: Row, where: str) -> Tokens:
+        found = self._found(conversation(row, where), where)
+        if self.template.marks_turns(found.talk.tools):
+            tokens = self._marked_turns(found)
         else:
-            ids, in_loss, ends = self._turns(messages)
-        if self.loss_on == "all":
-            in_loss = [True] * len(ids)
-        return Tokens(ids, in_loss, ends)
+            tokens = self._located_turns(found, where)
+        return tokens
 
-    def _template(self) -> str:
-        source = self.template or getattr(self.tokenizer, "chat_template", None)
-        if not source:
-            raise WeftError(
-                "messages need a chat template, and the tokenizer has none. Give one in a file: "
-                "data.chat_template, or --chat-template of weft judge."
-            )
-        return str(source)
-
-    def _end_near(self, ids: Sequence[int], stop: int) -> int | None:
-        """The index of the token that ends a turn whose mask ends at `stop`: the last in the mask,
-        or the one after it.
+    def _found(self, talk: Conversation, where: str) -> Found:
+        """The rendered conversation, in the first form that the template renders whole. Raises
+        WeftError, with what is wrong with the record's own form, if there is none.
         """
-        return next((i for i in (stop - 1, stop) if i < len(ids) and ids[i] in self.ends), None)
+        refused: list[WeftError] = []
+        for form in forms(talk):
+            found = self._attempt(form, where, refused)
+            if found is not None:
+                return found
+        raise refused[0]
 
-    def _turns(
-        self, messages: list[dict[str, Any]]
-    ) -> tuple[list[int], list[bool], list[int | None]]:
-        """Finds assistant turns by rendering the conversation up to each of them. A turn includes
-        the token that ends it.
+    def _attempt(self, talk: Conversation, where: str, refused: list[WeftError]) -> Found | None:
+        """None, with the reason added to `refused`, if the template does not render all of it."""
+        try:
+            found = find(talk, self.template.render)
+            refuse_unread(found, where)
+        except WeftError as error:
+            named = str(error).startswith(where)
+            refused.append(error if named else WeftError(f"{where}: {error}"))
+            return None
+        return found
+
+    def _marked_turns(self, found: Found) -> Tokens:
+        """Takes the loss from the template's {% generation %} blocks."""
+        out = self.template.render(
+            found.talk,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        ids, in_loss = list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
+        offsets = [tuple(place) for place in out["offset_mapping"]]
+        inserted: list[str] = []
+        ends: list[int | None] = []
+        for start, stop in runs(in_loss):
+            low, high = offsets[start][0], offsets[stop - 1][1]
+            own = [
+                (span, inside)
+                for index, inside in enumerate(found.talk.trained)
+                for span in found.of_message(index, low)
+                if found.talk.messages[index]["role"] == "assistant" and low <= span[0] < high
+            ]
+            if not all(inside for _, inside in own):
+                in_loss[start:stop] = [False] * (stop - start)
+                continue
+            spans = sorted(span for span, _ in own) or [(high, low)]
+            inserted.append(found.text[low : spans[0][0]])
+            ends.append(self._end_in(ids, offsets, (start, stop), spans[-1][1]))
+        return self._tokens(found, ids, in_loss, ends, inserted, [])
+
+    def _end_in(
+        self, ids: list[int], offsets: list[tuple[int, ...]], run: tuple[int, int], after: int
+    ) -> int | None:
+        """The index of the token that ends a turn with this mask: among the tokens in the mask
+        whose text begins at `after` or later, or the one that follows the mask.
         """
+        start, stop = run
+        own = [t for t in range(start, stop) if offsets[t][0] >= after and ids[t] in self.special]
+        stopping = [t for t in own if ids[t] in self._stopping]
+        if own:
+            return (stopping or own[-1:])[0]
+        return stop if stop < len(ids) and ids[stop] in self.special else None
+
+    @property
+    def _stopping(self) -> set[int]:
+        return {*self.stops, self.tokenizer.eos_token_id}
+
+    def _located_turns(self, found: Found, where: str) -> Tokens:
+        """Finds the turns by rendering the conversation up to each of them."""
         if not self.tokenizer.is_fast:
             raise UnsupportedError(
                 f"{type(self.tokenizer).__name__} does not return the offsets of its tokens in the "
                 "text. Use a chat template with a {% generation %} block."
             )
-        text = self._text(messages)
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
+        try:
+            turns = find_turns(found, self.template)
+        except WeftError as error:
+            raise WeftError(f"{where}: {error}") from None
+        ids, offsets, remarks = with_borders(
+            self.tokenizer, found.text, [turn.start for turn in turns], self.special
+        )
         in_loss: list[bool] = [False] * len(ids)
         ends: list[int | None] = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, after = self._text(messages[:i], True), self._text(messages[: i + 1])
-            if not (text.startswith(after) and after.startswith(before)):
-                raise WeftError(
-                    f"the chat template renders the conversation up to message {i + 1} differently "
-                    "from the same messages within the whole, so that turn cannot be located. Use "
-                    "a template with a {% generation %} block."
-                )
-            turn = [t for t, (start, _) in enumerate(offsets) if len(before) <= start < len(after)]
-            end = max((t for t in turn if ids[t] in self.ends), default=None)
+        stopping = self._stopping
+        for turn in turns:
+            end = end_of(turn, ids, offsets, self.special, stopping)
+            last = turn.content_end + turn.close if end is None else offsets[end][1]
+            for t, (start, stop) in enumerate(offsets):
+                in_loss[t] |= start < last and stop > turn.start
+            if end is None and turn.next == len(found.text) == last:
+                end = self._added_end(found, turn, ids, in_loss, stopping)
             ends.append(end)
-            for t in turn:
-                in_loss[t] = end is None or t <= end
-        return ids, in_loss, ends
+        inserted = [turn.inserted for turn in turns]
+        return self._tokens(found, ids, in_loss, ends, inserted, remarks)
 
-    def _text(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        try:
-            return (
-                str(
-                    self.tokenizer.apply_chat_template(
-                        messages,
-                        chat_template=self.template,
-                        tokenize=False,
-                        add_generation_prompt=prompt,
-                    )
-                )
-                if messages
-                else ""
-            )
-        except Exception as error:  # jinja's own errors, and raise_exception of the template
-            raise WeftError(
-                f"the chat template refuses a conversation with the roles "
-                f"{[m['role'] for m in messages]}: {error}"
-            ) from error
+    def _added_end(
+        self, found: Found, turn: Turn, ids: list[int], in_loss: list[bool], stopping: set[int]
+    ) -> int | None:
+        """Adds the token that the template would print next, if generation stops at it."""
+        header = plain_ids(self.tokenizer, next_header(found, self.template))
+        token = next((token for token in header if token in self.special), None)
+        if token is None or token not in stopping:
+            return None
+        ids.append(token)
+        in_loss.append(True)
+        return len(ids) - 1
+
+    def _tokens(
+        self,
+        found: Found,
+        ids: list[int],
+        in_loss: list[bool],
+        ends: list[int | None],
+        inserted: list[str],
+        remarks: list[str],
+    ) -> Tokens:
+        added = list(dict.fromkeys(text for text in inserted if text.strip()))
+        remarks = [
+            *remarks,
+            *(f"in the loss, but added by the chat template itself: {text!r}" for text in added),
+        ]
+        if self.loss_on == "all":
+            in_loss = [True] * len(ids)
+        return Tokens(ids, in_loss, ends, found.talk.blank(), tuple(remarks))
 
 
 def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
@@ -237,9 +311,7 @@ def marked(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
     inside = [label != IGNORED for label in labels]
     borders = sorted({0, len(ids), *(edge for run in runs(inside) for edge in run)})
     for start, stop in pairwise(borders):
-        text = tokenizer.decode(
-            list(ids[:stop]), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        text = decode(tokenizer, ids[:stop])
         piece = text[len(done) :]
         out += f"⟦{piece}⟧" if inside[start] else piece
         done = text

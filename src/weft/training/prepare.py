@@ -175,10 +175,15 @@ def _encode(
 ) -> None:
     train, evaluation = samples
     if data.kind == "causal-lm":
-        template = config.data.chat_template
-        text = None if template is None else Path(template).expanduser().read_text(encoding="utf-8")
-        renderer = Renderer(data.tokenizer, limit, config.data.loss_on, text, stops)
+        if config.data.chat_template is not None:  # saved with the tokenizer, for all later use
+            data.tokenizer.chat_template = _read_template(config.data.chat_template)
+        renderer = Renderer(data.tokenizer, limit, config.data.loss_on, stops=stops)
         data.renderer = renderer
+        if train.format == "messages" and renderer.template.prints_date():
+            date = renderer.template.now.strftime("%Y-%m-%d")
+            data.notes.append(
+                f"The chat template prints the date; all samples have that of {date}."
+            )
         data.train = renderer.encode(train, "training")
         data.eval = None if evaluation is None else renderer.encode(evaluation, "evaluation")
     else:
@@ -186,6 +191,13 @@ def _encode(
         data.train = encode_labels(train, data.tokenizer, limit, data.classes)
         if evaluation is not None:
             data.eval = encode_labels(evaluation, data.tokenizer, limit, data.classes)
+
+
+def _read_template(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template={name!r} cannot be read: {error}") from None
 
 
 def _kind(config: RunConfig, train: Samples, has_scores: bool) -> str:
