@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
@@ -43,7 +44,7 @@ class Tokens:
 
 class Renderer:
     """Renders samples with one tokenizer. `stops` are the ids at which the model's generation
-    stops, besides the special tokens.
+    stops, besides the special tokens; `now` is the time for templates that print the date.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Renderer:
         loss_on: str = "completion",
         template: str | None = None,
         stops: Iterable[int] = (),
+        now: datetime | None = None,
     ) -> None:
-        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer, template)
+        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer, template, now)
         self.max_length, self.loss_on = max_length, loss_on
         self.stops = frozenset(stops)
         self.special = {*stops, *tokenizer.all_special_ids}
@@ -149,7 +151,12 @@ class Renderer:
     def bare(self) -> Renderer:
         """Returns a renderer that adds no start token, for the output of a chat template."""
         renderer = Renderer(
-            self.tokenizer, self.max_length, self.loss_on, self.template.given, self.stops
+            self.tokenizer,
+            self.max_length,
+            self.loss_on,
+            self.template.given,
+            self.stops,
+            self.template.now,
         )
         renderer.start = []
         return renderer
@@ -173,22 +180,24 @@ class Renderer:
         WeftError, with what is wrong with the record's own form, if there is none.
         """
         refused: list[WeftError] = []
+        rendered: list[Found] = []
         for form in forms(talk):
-            found = self._attempt(form, where, refused)
-            if found is not None:
+            found = self._attempt(form, refused)
+            if found is not None and not found.unread:
                 return found
-        raise refused[0]
+            rendered += [] if found is None else [found]
+        if not rendered:
+            raise WeftError(f"{where}: {refused[0]}")
+        refuse_unread(min(rendered, key=lambda found: len(found.unread)), where)
+        raise AssertionError  # that found has something unread
 
-    def _attempt(self, talk: Conversation, where: str, refused: list[WeftError]) -> Found | None:
-        """None, with the reason added to `refused`, if the template does not render all of it."""
+    def _attempt(self, talk: Conversation, refused: list[WeftError]) -> Found | None:
+        """None, with the reason added to `refused`, if the template refuses this form."""
         try:
-            found = find(talk, self.template.render)
-            refuse_unread(found, where)
+            return find(talk, self.template.render)
         except WeftError as error:
-            named = str(error).startswith(where)
-            refused.append(error if named else WeftError(f"{where}: {error}"))
+            refused.append(error)
             return None
-        return found
 
     def _marked_turns(self, found: Found) -> Tokens:
         """Takes the loss from the template's {% generation %} blocks."""

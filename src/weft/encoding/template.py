@@ -26,9 +26,12 @@ class ChatTemplate:
     Raises WeftError, when it is used, if there is none, or if it refuses a conversation.
     """
 
-    def __init__(self, tokenizer: Any, source: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, source: str | None = None, now: datetime | None = None
+    ) -> None:
         self.tokenizer, self.given = tokenizer, source
-        self.now = datetime.now().astimezone()  # of the machine, as the template would print it
+        self._asks = False
+        self.now = now or datetime.now().astimezone()  # local, as the template would print it
 
     def source(self, tools: Any = None) -> str:
         """Returns the template for a conversation with these tools; a tokenizer may have several."""
@@ -91,6 +94,11 @@ class ChatTemplate:
         header = before[len(text) :] if found and before.startswith(text) else ""
         return text + header if header.strip() else text
 
+    def asks(self, talk: Conversation, count: int) -> bool:
+        """Whether the template has a generation prompt. One that has it once always has."""
+        self._asks = self._asks or self.generation_prompt(talk, count) != ""
+        return self._asks
+
     def generation_prompt(self, talk: Conversation, count: int) -> str:
         """Returns what is added to the first `count` messages for the assistant to answer; "" if
         the template ignores add_generation_prompt.
@@ -116,18 +124,20 @@ def _has_text(talk: Conversation) -> bool:
 
 
 def forms(talk: Conversation) -> Iterator[Conversation]:
-    """Yields a conversation in the forms that templates want, its own first."""
-    yield talk
-    for as_text in (False, True):
-        turned = with_call_arguments(talk, as_text)
-        if turned is not None:
-            yield turned
+    """Yields a conversation in the forms that templates want, its own first: the arguments of calls
+    as objects or as JSON text, no content or an empty one, content as text or in parts.
+    """
+    filled = [{"content": "", **message} for message in talk.messages]
+    for base in (talk, *([talk.with_messages(filled)] if filled != talk.messages else [])):
+        yield base
+        for as_text in (False, True):
+            turned = with_call_arguments(base, as_text)
+            if turned is not None:
+                yield turned
     yield talk.with_messages(
         [
             {**message, "content": [{"type": "text", "text": message["content"]}]}
-            if "content" in message
-            else message
-            for message in talk.messages
+            for message in filled
         ]
     )
 

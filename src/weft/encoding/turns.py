@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from ..errors import WeftError
 from .leaves import Found
-from .template import ChatTemplate, common_length
+from .template import PROBE, ChatTemplate, common_length
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def _turn(found: Found, template: ChatTemplate, index: int) -> Turn | None:
     talk, text = found.talk, found.text
     start = len(_before(found, template, index))
     own = found.of_message(index, start)
-    asks = index > 0 and template.generation_prompt(talk, index) != ""
-    if not asks:  # what stands before the answer is its header, and is given in generation too
+    if index == 0 or not template.asks(talk, index):
+        # what stands before the answer is its header, and is given in generation too
         if not own:
             return None  # a blank turn without a place
         start = own[0][0] if text[start : own[0][0]].strip() else start
@@ -135,15 +135,20 @@ def end_of(
 
 
 def next_header(found: Found, template: ChatTemplate) -> str:
-    """Returns what the template would print after the whole conversation if the user went on, up to
-    the user's text.
+    """Returns what the template would print after the whole conversation if it went on, with the
+    user or with a tool that was called, up to the next message's text.
     """
-    talk = found.talk
-    parts = isinstance(talk.messages[-1].get("content"), list)
-    text = [{"type": "text", "text": "x"}] if parts else "x"
-    more = talk.with_messages([*talk.messages, {"role": "user", "content": text}])
+    talk, text = found.talk, found.text
+    last = talk.messages[-1]
+    parts = isinstance(last.get("content"), list)
+    role = "tool" if last.get("tool_calls") else "user"
+    more = {"role": role, "content": [{"type": "text", "text": PROBE}] if parts else PROBE}
     try:
-        longer: str = template.render(more)
+        longer: str = template.render(talk.with_messages([*talk.messages, more]))
     except WeftError:
         return ""
-    return longer[len(found.text) :] if longer.startswith(found.text) else ""
+    longer = longer.partition(PROBE)[0]
+    if longer.startswith(text):
+        return longer[len(text) :]
+    own = found.of_message(len(talk.messages) - 1)  # the turn is rendered differently in the middle
+    return longer.rpartition(text[slice(*own[-1])])[2] if own else ""

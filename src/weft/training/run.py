@@ -56,7 +56,7 @@ def train(config: RunConfig, go_on: bool = False, stream: TextIO | None = None) 
     run.check(config, go_on)
 
     # Data.
-    data = open_data(config, sources)
+    data = open_data(config, sources, run.rendered_at() if go_on else None)
     check_best(config, data)
     length = length_of(config, len(data.train))
 

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,11 @@ class RunDir:
         if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
             raise WeftError(f"{self.record} is not a file of weft train.")
         return data
+
+    def rendered_at(self) -> datetime | None:
+        """Returns the time in the samples of the run here, if its chat template prints the date."""
+        found = self.read().get("rendered_at") if self.record.is_file() else None
+        return None if found is None else datetime.fromisoformat(found)
 
     def begin(
         self, config: RunConfig, identity: Mapping[str, Any], facts: Mapping[str, Any]
