@@ -94,7 +94,7 @@ def find(talk: Conversation, render: Callable[[Conversation], str]) -> Found:
         for leaf in leaves
         if not isinstance(leaf.value, str) and not _matters(talk, text, leaf, render)
     ]
-    unread += [leaf for leaf in _arguments(talk) if _as_python(leaf, text)]
+    unread += [leaf for leaf in _mappings(talk) if _as_python(leaf, text)]
     return Found(talk, text, spans, unread)
 
 
@@ -283,8 +283,12 @@ def _matters(
         return True
 
 
-def _arguments(talk: Conversation) -> Iterator[Leaf]:
+def _mappings(talk: Conversation) -> Iterator[Leaf]:
+    """Mappings of which templates print the texts: parts of content, arguments of calls."""
     for index, message in enumerate(talk.messages):
+        parts = message.get("content")
+        for number, part in enumerate(parts if isinstance(parts, list) else ()):
+            yield Leaf(("messages", index, "content", number), part)
         for number, call in enumerate(message.get("tool_calls") or ()):
             inner = ("function",) if "function" in call else ()
             held = call.get("function", call).get("arguments")

@@ -18,6 +18,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..errors import WeftError
+from .conversation import Conversation
 from .leaves import Found
 from .template import PROBE, ChatTemplate, common_length
 
@@ -55,16 +56,41 @@ def _turn(found: Found, template: ChatTemplate, index: int) -> Turn | None:
         if not own:
             return None  # a blank turn without a place
         start = own[0][0] if text[start : own[0][0]].strip() else start
-    content_end = max((stop for _, stop in own), default=start)
+    talk, last = found.talk, ""
+    if own:
+        content_end = max(stop for _, stop in own)
+        last = text[slice(*max(own, key=lambda span: span[1]))]
+    else:
+        talk, content_end, last = _probed(found, template, index, start)
     later = [
         low
         for message in range(index + 1, len(talk.messages))
         for low, _ in found.of_message(message, content_end)
     ]
     following = min(later, default=len(text))
-    close = _close(found, template, index, own, content_end, following)
-    inserted = text[start : own[0][0]] if own else text[start : content_end + close]
+    if index == len(talk.messages) - 1:
+        close = len(text) - content_end
+    else:
+        close = _close(talk, template, index, last, text, (content_end, following))
+    inserted = text[start : own[0][0] if own else content_end]
     return Turn(index, start, content_end, close, following, inserted if inserted.strip() else "")
+
+
+def _probed(
+    found: Found, template: ChatTemplate, index: int, start: int
+) -> tuple[Conversation, int, str]:
+    """For a blank turn the conversation with a mark as its text, where that stands, and the mark;
+    the conversation itself and `start` if the mark changes anything else.
+    """
+    messages = list(found.talk.messages)
+    content = messages[index].get("content", "")
+    if isinstance(content, str):
+        messages[index] = {**messages[index], "content": content + PROBE}
+        talk = found.talk.with_messages(messages)
+        before, _, after = template.render(talk).partition(PROBE)
+        if before + after == found.text:
+            return talk, len(before), PROBE
+    return found.talk, start, ""
 
 
 def _before(found: Found, template: ChatTemplate, index: int) -> str:
@@ -84,32 +110,28 @@ def _before(found: Found, template: ChatTemplate, index: int) -> str:
 
 
 def _close(
-    found: Found,
+    talk: Conversation,
     template: ChatTemplate,
     index: int,
-    own: list[tuple[int, int]],
-    content_end: int,
-    following: int,
+    last: str,
+    text: str,
+    between: tuple[int, int],
 ) -> int:
-    """How many characters after the texts belong to the turn, whatever message follows."""
-    talk, text = found.talk, found.text
-    if index == len(talk.messages) - 1:
-        return len(text) - content_end
-    rest = text[content_end:following]
-    last = text[slice(*max(own, key=lambda span: span[1]))] if own else ""
+    """How many characters after the texts belong to the turn, whatever message follows. `last` is
+    the last of the texts, `between` the part of `text` before the next message's.
+    """
 
     def after(rendered: str) -> str:
         if text.startswith(rendered):
-            return rendered[content_end:]
+            return rendered[between[0] :]
         return rendered.rpartition(last)[2] if last else ""
 
+    rest = text[slice(*between)]
     alone = after(template.render(talk, index + 1))
     if rest.startswith(alone):
         return len(alone)
     answered = after(template.render(talk, index + 1, prompt=True))
-    header = template.generation_prompt(talk, index)
-    answered = answered.removesuffix(header)
-    return common_length(rest, answered)
+    return common_length(rest, answered.removesuffix(template.generation_prompt(talk, index)))
 
 
 def end_of(
