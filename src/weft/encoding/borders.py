@@ -38,9 +38,7 @@ def continued(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list
     after = _continuation(tokenizer, alone, answer, decode(tokenizer, whole))
     if after is not None:
         return alone, [token for token, _ in after], []
-    same = next(
-        i for i in range(len(whole) + 1) if i >= len(alone) or whole[i : i + 1] != alone[i : i + 1]
-    )
+    same = _common(whole, alone)
     return whole[:same], whole[same:], [_moved(decode(tokenizer, whole[same : same + 1]))]
 
 
@@ -62,10 +60,29 @@ def with_borders(
         wanted = decode(tokenizer, plain_ids(tokenizer, text[:stop]))
         after = _continuation(tokenizer, made, text[start:stop], wanted)
         if after is None:
-            return ids, offsets, [_moved(text[max(0, b - 1) : b + 1]) for b in cuts]
+            return ids, *_over(tokenizer, text, ids, offsets, cuts, special)
         made += [token for token, _ in after]
         places += [(start + low, start + high) for _, (low, high) in after]
     return made, places, []
+
+
+def _over(
+    tokenizer: Any,
+    text: str,
+    ids: Sequence[int],
+    offsets: Offsets,
+    cuts: Sequence[int],
+    special: Collection[int],
+) -> tuple[Offsets, list[str]]:
+    """The places of the tokens, those over a border reaching beyond it, and a remark on each."""
+    placed, remarks = list(offsets), []
+    for cut in cuts:
+        first = _same_until(tokenizer, text, ids, offsets, cut, special)[0]
+        over = [t for t in range(first, len(ids)) if offsets[t][0] < cut]  # one letter, many bytes
+        for token in over:
+            placed[token] = (placed[token][0], max(placed[token][1], cut + 1))
+        remarks.append(_moved(decode(tokenizer, [ids[token] for token in over])))
+    return placed, remarks
 
 
 def _is_border(
@@ -76,15 +93,28 @@ def _is_border(
     border: int,
     special: Collection[int],
 ) -> bool:
-    """Whether the tokens before the border are those of the text before it, alone. Tokens before a
-    special one are not affected by what comes after it.
+    """Whether the tokens before the border are those of the text before it, alone."""
+    return _same_until(tokenizer, text, ids, offsets, border, special)[1]
+
+
+def _same_until(
+    tokenizer: Any,
+    text: str,
+    ids: Sequence[int],
+    offsets: Offsets,
+    border: int,
+    special: Collection[int],
+) -> tuple[int, bool]:
+    """The first token that is not one of the text before the border, alone, and whether that is
+    after all of those. Tokens before a special one are not affected by what comes after it.
     """
     start = max(
         (t for t, (_, stop) in enumerate(offsets) if stop <= border and ids[t] in special),
         default=0,
     )
     alone = plain_ids(tokenizer, text[offsets[start][0] if start else 0 : border])
-    return list(ids[start : start + len(alone)]) == alone
+    same = _common(ids[start:], alone)
+    return start + same, same == len(alone)
 
 
 def _continuation(
@@ -114,8 +144,13 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], Offsets]:
     return list(coded["input_ids"]), [tuple(place) for place in coded["offset_mapping"]]
 
 
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+
+
 def _moved(token: str) -> str:
     return (
-        f"the border before the answer was moved: the token {token!r} has the end of the prompt and "
-        "the beginning of the answer; all of it is in the loss"
+        f"the border before the answer was moved: the end of the prompt and the beginning of the "
+        f"answer are one token, {token!r}, and all of it is in the loss"
     )

@@ -28,6 +28,7 @@ from ..tasks.generation import as_samples
 from .config.sections import DataSection
 from .records import (
     CHAT,
+    EMPTY,
     OPTIONAL,
     chat_row,
     check_ignored,
@@ -116,8 +117,9 @@ def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
 def _samples(rows: list[Row], name: str, section: DataSection, kind: str | None) -> Samples:
     check_pairs(rows, section.ignore, name)
     rows = _renamed(left_out(rows, section.ignore), section.columns, name)
-    chosen = section.format if section.format != "auto" else _format_of(rows[0], kind, name)
-    wanted = _columns(chosen, rows[0], name)
+    there = _filled(rows)
+    chosen = section.format if section.format != "auto" else _format_of(there, kind, name)
+    wanted = _columns(chosen, there, name)
     check_read(rows, (*wanted, *OPTIONAL.get(chosen, ())), name)
     checked = [
         _checked(row, chosen, wanted, f"{name}, sample {i}") for i, row in enumerate(rows, 1)
@@ -126,6 +128,20 @@ def _samples(rows: list[Row], name: str, section: DataSection, kind: str | None)
         checked = [chat_row(row, chosen, f"{name}, sample {i}") for i, row in enumerate(checked, 1)]
         return Samples("messages", checked, name)
     return Samples(chosen, checked, name)
+
+
+def _filled(rows: list[Row]) -> Row:
+    """The first row's columns, without those that no row fills if the others fit a format: tables
+    and data sets fill up what a record lacks.
+    """
+    filled = {
+        column: value
+        for column, value in rows[0].items()
+        if column == "label" or any(row.get(column) not in EMPTY for row in rows)
+    }
+    groups = (*NEEDED.values(), *((*texts, "label") for texts in TEXTS))
+    fits = any(all(column in filled for column in group) for group in groups)
+    return filled if fits else rows[0]
 
 
 def _renamed(rows: list[Row], columns: Mapping[str, str], name: str) -> list[Row]:
