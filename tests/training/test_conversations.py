@@ -86,7 +86,8 @@ def learnt(text):
         (tiny.CHATML, {"messages": CHAT, "tools": TOOLS}, r"'tools\[0\].function.name'"),
         (QWEN3, {"messages": CHAT, "documents": [{"text": "d"}]}, r"'documents\[0\].text'"),
         (NAMED, [said("system", "Be brief."), *CHAT], "'content' of message 1 .system.: 'Be"),
-        (QWEN3, [said("function", "sunny", name="w"), *CHAT], "'content' of message 1 .function"),
+        (QWEN3, [said("function", "sunny", name="w"), *CHAT], "'name' of message 1 .tool.: 'w'"),
+        (NAMED.replace("== 'tool'", "== 'x'"), CALLED, "'content' of message 3 .tool."),
         (QWEN3, [*answer(reasoning_content="so"), *CHAT], "'reasoning_content' of message 2 "),
         (QWEN3, [*answer(), *answer(name="Bo")], "'name' of message 4 .assistant.: 'Bo'"),
         (QWEN3, [*answer(score=0.5)], "'score' of message 2 .assistant.: '0.5'"),
@@ -151,6 +152,24 @@ def test_a_call_without_content_suits_templates_that_need_one():
         shown([*answer()[:1], {"role": "user"}, *CHAT])
 
 
+def test_a_call_of_a_function_is_one_of_a_tool_if_the_template_knows_those_only():
+    older = [
+        CALLED[0],
+        {"role": "assistant", "content": None, "function_call": {"name": "w", "arguments": "{}"}},
+        {"role": "function", "name": "w", "content": "sunny"},
+        CALLED[3],
+    ]
+    text = shown(older, QWEN3)
+    assert learnt(text)[0] == '<tool_call>{"name": "w", "arguments": {}}</tool_call><|im_end|>'
+    assert "<tool_response>sunny</tool_response>" in text
+    own = tiny.CHATML.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] or '' }}{% if m.function_call %}{{ m.function_call | tojson }}{% endif %}"
+        "{% if m.role == 'function' %} from {{ m.name }}{% endif %}",
+    )
+    assert "<|im_start|>function\nsunny from w<|im_end|>" in shown(older, own)
+
+
 def test_answers_of_tools_in_another_order_than_their_calls_need_ids_in_the_text():
     calls = [{**CALL["tool_calls"][0], "id": i} for i in ("c1", "c2")]
     answers = [
@@ -191,6 +210,8 @@ def test_weight_and_train_take_a_turn_out_of_the_loss():
     ):
         with pytest.raises(WeftError, match=named):
             shown(answer(**more))
+    with pytest.raises(WeftError, match=r"message 2 is taken out of the loss .*data.loss_on=all"):
+        shown([*answer(train=False), *CHAT[2:]], loss_on="all")
     with pytest.raises(WeftError, match="message 1: train puts a user message into the loss"):
         shown([said("user", "hi", train=True), *CHAT[1:]])
 
@@ -247,6 +268,8 @@ def test_a_header_never_ends_a_turn():
     assert (
         renderer.chat_prompt(CHAT[:3]) == "<|user|>hi\n<|assistant|>yo\n<|user|>a?\n<|assistant|>"
     )
+    blanks = [CHAT[0], said("assistant", "  yo")]
+    assert learnt(shown(blanks, HEADERS.replace("\n", "</s>")))[0] == "  yo</s>"
     closed = HEADERS.replace("\n", "</s>\n")
     assert learnt(shown(CHAT, closed)) == ["yo</s>", "b!</s>"]
 

@@ -242,6 +242,14 @@ def test_an_answer_that_would_merge_with_its_prompt_stays_whole_and_alone():
     )
     assert list(row["input_ids"][: len(asked)]) == asked
     assert "remarks" not in row
+    tokenizer.chat_template = tiny.CHATML.replace(
+        "{{ m['content'] }}<|im_end|>\n",
+        "{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% else %}{% generation %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}{{ '\n' }}",
+    )
+    again = encoded(tokenizer, "hi", "\nyo", "messages")
+    assert list(again["input_ids"]) == list(row["input_ids"])
+    assert in_loss(tokenizer, again)[0] == "\nyo<|im_end|>"
 
 
 def test_a_border_that_cannot_be_kept_moves_before_the_answer_and_is_remarked():

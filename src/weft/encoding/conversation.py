@@ -26,14 +26,15 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as the template gets them, which of them are in the loss, and the template's other
-    inputs.
+    """Messages as the template gets them, which of them are in the loss, the template's other
+    inputs, and which messages the record itself takes out of the loss.
     """
 
     messages: list[Message]
     trained: list[bool]
     tools: list[Message] | None = None
     documents: list[Message] | None = None
+    left_out: tuple[int, ...] = ()
 
     @property
     def roles(self) -> list[str]:
@@ -78,6 +79,7 @@ def conversation(row: Mapping[str, Any], where: str = "a conversation") -> Conve
         trained,
         _mappings(row.get("tools"), f"{where}: tools"),
         _mappings(row.get("documents"), f"{where}: documents"),
+        tuple(i for i, message in enumerate(given) if _excluded(message)),
     )
 
 
@@ -181,6 +183,10 @@ def _in_loss(message: Mapping[str, Any], place: str) -> bool:
             "assistant's turns are; data.loss_on=all trains on everything."
         )
     return role == "assistant" and chosen is not False
+
+
+def _excluded(message: Mapping[str, Any]) -> bool:
+    return any(message.get(key) is not None and not message[key] for key in IN_LOSS)
 
 
 def _plain(message: Mapping[str, Any], place: str) -> Message:

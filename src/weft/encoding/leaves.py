@@ -70,6 +70,18 @@ class Found:
         ]
         return sorted(span for span in firsts if span is not None)
 
+    def begin(self, start: int) -> int:
+        """Returns where a message's content begins of which the span starts at `start`, with the
+        blanks before it that are its own.
+        """
+        for path, spans in self.spans.items():
+            if path[0] == "messages" and path[2:] == ("content",):
+                content = self.talk.messages[int(path[1])]["content"]
+                own = content[: len(content) - len(content.lstrip())]
+                if any(low == start for low, _ in spans) and self.text.endswith(own, 0, start):
+                    return start - len(own)
+        return start
+
 
 def find(talk: Conversation, render: Callable[[Conversation], str]) -> Found:
     """Renders a conversation and finds its leaves in the text."""
@@ -276,7 +288,7 @@ def _matters(
     talk: Conversation, text: str, leaf: Leaf, render: Callable[[Conversation], str]
 ) -> bool:
     """Whether the text changes with a number or a truth value."""
-    other = not leaf.value if isinstance(leaf.value, bool) else leaf.value + 1
+    other = not leaf.value if isinstance(leaf.value, bool) else int(leaf.value == 0)
     try:
         return render(_with(talk, leaf.path, other)) != text
     except WeftError:

@@ -168,7 +168,13 @@ class Renderer:
         return [*self.start, *plain_ids(self.tokenizer, text)]
 
     def _chat(self, row: Row, where: str) -> Tokens:
-        found = self._found(conversation(row, where), where)
+        talk = conversation(row, where)
+        if self.loss_on == "all" and talk.left_out:
+            raise WeftError(
+                f"{where}: message {talk.left_out[0] + 1} is taken out of the loss (weight or "
+                "train), and data.loss_on=all puts everything into it. Take one of them."
+            )
+        found = self._found(talk, where)
         if self.template.marks_turns(found.talk.tools):
             tokens = self._marked_turns(found)
         else:
@@ -208,38 +214,39 @@ class Renderer:
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
-        ids, in_loss = list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
-        offsets = [tuple(place) for place in out["offset_mapping"]]
-        inserted: list[str] = []
+        places, spans = out["offset_mapping"], runs([bool(m) for m in out["assistant_masks"]])
+        blocks = [
+            block
+            for start, stop in spans
+            if (block := _block(found, places[start], places[stop - 1][1])) is not None
+        ]
+        borders = [block.start for block in blocks]
+        ids, offsets, remarks = with_borders(self.tokenizer, found.text, borders, self.special)
+        in_loss = [False] * len(ids)
         ends: list[int | None] = []
-        for start, stop in runs(in_loss):
-            low, high = offsets[start][0], offsets[stop - 1][1]
-            own = [
-                (span, inside)
-                for index, inside in enumerate(found.talk.trained)
-                for span in found.of_message(index, low)
-                if found.talk.messages[index]["role"] == "assistant" and low <= span[0] < high
+        for block in blocks:
+            chosen = [
+                t
+                for t, (start, stop) in enumerate(offsets)
+                if start < block.stop and stop > block.start
             ]
-            if not all(inside for _, inside in own):
-                in_loss[start:stop] = [False] * (stop - start)
-                continue
-            spans = sorted(span for span, _ in own) or [(high, low)]
-            inserted.append(found.text[low : spans[0][0]])
-            ends.append(self._end_in(ids, offsets, (start, stop), spans[-1][1]))
-        return self._tokens(found, ids, in_loss, ends, inserted, [])
+            for token in chosen:
+                in_loss[token] = True
+            ends.append(self._end_in(ids, offsets, chosen, block.content_end))
+        inserted = [block.inserted for block in blocks]
+        return self._tokens(found, ids, in_loss, ends, inserted, remarks)
 
     def _end_in(
-        self, ids: list[int], offsets: list[tuple[int, ...]], run: tuple[int, int], after: int
+        self, ids: list[int], offsets: list[tuple[int, int]], chosen: list[int], after: int
     ) -> int | None:
-        """The index of the token that ends a turn with this mask: among the tokens in the mask
-        whose text begins at `after` or later, or the one that follows the mask.
+        """The index of the token that ends a turn with these tokens in the loss: among those whose
+        text begins at `after` or later, or the one that follows them.
         """
-        start, stop = run
-        own = [t for t in range(start, stop) if offsets[t][0] >= after and ids[t] in self.special]
-        stopping = [t for t in own if ids[t] in self._stopping]
+        own = [t for t in chosen if offsets[t][0] >= after and ids[t] in self.special]
         if own:
-            return (stopping or own[-1:])[0]
-        return stop if stop < len(ids) and ids[stop] in self.special else None
+            return next((t for t in own if ids[t] in self._stopping), own[-1])
+        following = chosen[-1] + 1 if chosen else len(ids)
+        return following if following < len(ids) and ids[following] in self.special else None
 
     @property
     def _stopping(self) -> set[int]:
@@ -302,6 +309,38 @@ class Renderer:
         if self.loss_on == "all":
             in_loss = [True] * len(ids)
         return Tokens(ids, in_loss, ends, found.talk.blank(), tuple(remarks))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What a {% generation %} block marks, in characters; where its messages' texts end in it; and
+    what the template prints before them.
+    """
+
+    start: int
+    stop: int
+    content_end: int
+    inserted: str
+
+
+def _block(found: Found, first: Sequence[int], stop: int) -> _Block | None:
+    """The block from the place of its first token to `stop`; None if its message is taken out of
+    the loss. A token over the beginning of the text began before the block.
+    """
+    own = [
+        (span, inside)
+        for index, inside in enumerate(found.talk.trained)
+        for span in found.of_message(index, first[0])
+        if found.talk.messages[index]["role"] == "assistant" and first[0] <= span[0] < stop
+    ]
+    if not all(inside for _, inside in own):
+        return None
+    texts = sorted(span for span, _ in own)
+    if not texts:
+        return _Block(first[0], stop, first[0], "")
+    begin = found.begin(texts[0][0])
+    start = begin if first[0] < begin < first[1] else first[0]
+    return _Block(start, stop, texts[-1][1], found.text[start : texts[0][0]])
 
 
 def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:

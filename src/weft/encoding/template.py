@@ -125,10 +125,15 @@ def _has_text(talk: Conversation) -> bool:
 
 def forms(talk: Conversation) -> Iterator[Conversation]:
     """Yields a conversation in the forms that templates want, its own first: the arguments of calls
-    as objects or as JSON text, no content or an empty one, content as text or in parts.
+    as objects or as JSON text, calls of functions or of tools, no content or an empty one, content
+    as text or in parts.
     """
     filled = [{"content": "", **message} for message in talk.messages]
-    for base in (talk, *([talk.with_messages(filled)] if filled != talk.messages else [])):
+    bases = [talk.messages]
+    for messages in (list(map(_of_tools, talk.messages)), filled, list(map(_of_tools, filled))):
+        if messages not in bases:
+            bases.append(messages)
+    for base in map(talk.with_messages, bases):
         yield base
         for as_text in (False, True):
             turned = with_call_arguments(base, as_text)
@@ -140,6 +145,16 @@ def forms(talk: Conversation) -> Iterator[Conversation]:
             for message in filled
         ]
     )
+
+
+def _of_tools(message: Message) -> Message:
+    """A message with a function's call or answer, as it was written before there were tools, as one
+    of a tool.
+    """
+    made = {key: value for key, value in message.items() if key != "function_call"}
+    if message.get("function_call"):
+        made["tool_calls"] = [{"type": "function", "function": message["function_call"]}]
+    return {**made, "role": "tool"} if message["role"] == "function" else made
 
 
 def with_call_arguments(talk: Conversation, as_text: bool) -> Conversation | None:

@@ -55,7 +55,7 @@ def _turn(found: Found, template: ChatTemplate, index: int) -> Turn | None:
         # what stands before the answer is its header, and is given in generation too
         if not own:
             return None  # a blank turn without a place
-        start = own[0][0] if text[start : own[0][0]].strip() else start
+        start = max(start, found.begin(own[0][0])) if text[start : own[0][0]].strip() else start
     talk, last = found.talk, ""
     if own:
         content_end = max(stop for _, stop in own)

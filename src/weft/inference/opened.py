@@ -42,7 +42,7 @@ def open_model(
     """
     ref = find_source(model)
     folder = tokenizer_folder(adapter)
-    own = ref if folder is None else ModelRef(str(folder), str(folder), True)
+    own = ref if folder is None else ModelRef(f"{folder} (the adapter's)", str(folder), True)
     with quiet(), loading(own, "a tokenizer and a configuration"):
         tokenizer, config, stops = tokenizer_and_stops(ref, own)
     template = template or lone_template(adapter)
