@@ -10,6 +10,7 @@ import pytest
 import tiny
 from chat_templates import GLM4, GPT_OSS, HEADERS, QWEN3
 
+from weft.encoding.labels import encode_labels
 from weft.encoding.render import Renderer, marked
 from weft.encoding.samples import Samples
 from weft.errors import WeftError
@@ -294,6 +295,19 @@ def test_blank_answers_are_counted_and_reported():
     tokenizer = tiny.tokenizer()
     rows = [{"prompt": "a", "completion": c} for c in ("", "b", " ")]
     assert Renderer(tokenizer, 99).encode(Samples("prompt", rows, "x"), "x").counts.blank == 2
+
+
+def test_answers_that_a_block_leaves_out_and_unknown_characters_are_counted():
+    last = with_generation().replace("m['role'] == 'assistant' %}", "loop.last %}")
+    _, found = encoded(CHAT, last)
+    assert found.counts.unmarked == 1 and "leaves out of the loss" in found.counts.notes("t")[0]
+    assert encoded(CHAT, with_generation())[1].counts.unmarked == 0
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"unk_token": "<unk>"})
+    rows = [{"text": "<unk>a"}, {"text": "a"}]
+    assert Renderer(tokenizer, 9).encode(Samples("text", rows, "x"), "x").counts.unknown == 1
+    labelled = Samples("label", [{"texts": (row["text"],), "label": 1} for row in rows], "x")
+    assert encode_labels(labelled, tokenizer, 9, None).counts.unknown == 1
 
 
 def test_what_the_template_adds_to_the_loss_is_remarked():

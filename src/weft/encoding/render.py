@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
 from typing import Any
@@ -25,20 +25,22 @@ from .leaves import Found, find, refuse_unread
 from .rows import IGNORED, TOO_LONG, Counts, EncodedRows
 from .samples import Samples
 from .template import ChatTemplate, forms
+from .tokenizer import unknown_token
 from .turns import Turn, end_of, find_turns, next_header
 
 
 @dataclass(frozen=True)
 class Tokens:
     """One sample for a causal model. `ends` has the index of each turn's last token, or None if
-    nothing ends the turn. `blank` tells of an answer that says nothing; `remarks` are for the
-    preview.
+    nothing ends the turn. `blank` tells of an answer that says nothing, `unmarked` of one that the
+    template's own block leaves out of the loss; `remarks` are for the preview.
     """
 
     ids: list[int]
     in_loss: list[bool]
     ends: list[int | None]
     blank: bool = False
+    unmarked: bool = False
     remarks: tuple[str, ...] = ()
 
 
@@ -60,6 +62,7 @@ class Renderer:
         self.max_length, self.loss_on = max_length, loss_on
         self.stops = frozenset(stops)
         self.special = {*stops, *tokenizer.all_special_ids}
+        self.unknown = unknown_token(tokenizer)
         self.start = _special_start(tokenizer)
 
     def encode(self, samples: Samples, what: str, cure: str = TOO_LONG) -> EncodedRows:
@@ -90,6 +93,8 @@ class Renderer:
         limit = self.max_length
         counts.cut += len(tokens.ids) > limit
         counts.blank += tokens.blank
+        counts.unmarked += tokens.unmarked
+        counts.unknown += self.unknown in tokens.ids
         lost = [
             end for end in tokens.ends if end is None or end >= limit or not tokens.in_loss[end]
         ]
@@ -127,7 +132,7 @@ class Renderer:
             [everything] * len(prompt) + [True] * len(learnt),
             [len(ids) - 1],
             not text.strip(),
-            tuple(remarks),
+            remarks=tuple(remarks),
         )
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> str:
@@ -234,7 +239,8 @@ class Renderer:
                 in_loss[token] = True
             ends.append(self._end_in(ids, offsets, chosen, block.content_end))
         inserted = [block.inserted for block in blocks]
-        return self._tokens(found, ids, in_loss, ends, inserted, remarks)
+        made = self._tokens(found, ids, in_loss, ends, inserted, remarks)
+        return replace(made, unmarked=_left_unmarked(found, blocks))
 
     def _end_in(
         self, ids: list[int], offsets: list[tuple[int, int]], chosen: list[int], after: int
@@ -308,7 +314,7 @@ class Renderer:
         ]
         if self.loss_on == "all":
             in_loss = [True] * len(ids)
-        return Tokens(ids, in_loss, ends, found.talk.blank(), tuple(remarks))
+        return Tokens(ids, in_loss, ends, found.talk.blank(), remarks=tuple(remarks))
 
 
 @dataclass(frozen=True)
@@ -341,6 +347,15 @@ def _block(found: Found, first: Sequence[int], stop: int) -> _Block | None:
     begin = found.begin(texts[0][0])
     start = begin if first[0] < begin < first[1] else first[0]
     return _Block(start, stop, texts[-1][1], found.text[start : texts[0][0]])
+
+
+def _left_unmarked(found: Found, blocks: Sequence[_Block]) -> bool:
+    """Whether a turn to learn has texts, and none of them is in a block."""
+    turns = (found.of_message(index) for index, inside in enumerate(found.talk.trained) if inside)
+    return any(
+        spans and not any(b.start <= low < b.stop for low, _ in spans for b in blocks)
+        for spans in turns
+    )
 
 
 def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:

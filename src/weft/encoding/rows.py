@@ -24,6 +24,8 @@ class Counts:
     end_masked: int = 0
     empty: int = 0
     blank: int = 0
+    unmarked: int = 0
+    unknown: int = 0
 
     def notes(self, what: str, limit: str = "data.max_length") -> list[str]:
         """Returns one line per problem that occurred."""
@@ -39,6 +41,14 @@ class Counts:
             ),
             (self.empty, "with no token in the loss, left out"),
             (self.blank, "with an answer that is empty or blank: they teach to say nothing"),
+            (
+                self.unmarked,
+                "with an answer that the template's {% generation %} block leaves out of the loss",
+            ),
+            (
+                self.unknown,
+                "with characters that the tokenizer does not know: the model sees an unknown token",
+            ),
         )
         return [f"{what}: {n} of {self.samples} samples {text}." for n, text in problems if n]
 
