@@ -201,6 +201,7 @@ def test_labels_become_places_among_the_classes(tokenizer):
         0,
     ]
     assert [row["labels"] for row in encode_labels(samples, tokenizer, 9, None).rows] == [10.0, 9.0]
+    assert tokenizer.backend_tokenizer.truncation is None  # it is saved with the adapter
     with pytest.raises(WeftError, match="sample 1: label '10' is none of the 1 classes"):
         encode_labels(samples, tokenizer, 9, ("9",))
     assert IGNORED == -100

@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint
 from .conversions import FORMS, check_fixed, conversion, factors
 from .problems import refuse
 from .read import read
+from .tokenizer_files import copy_tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
 
     to="lora": plain LoRA, for every low-rank method without magnitudes (of AdaLoRA the triplets in
     force). to="peft": a form that peft reads: LoRA, DoRA and AdaLoRA unchanged, VeRA with its
-    matrices, and the same LoRA for the others. The result is read again, and its updates are
-    compared with the original's, layer by layer.
+    matrices, and the same LoRA for the others. The adapter's tokenizer goes along. The result is
+    read again, and its updates are compared with the original's, layer by layer.
 
     Raises ConfigError (an unknown form), UnsupportedError (the method has no such form, with the
     reason), and CheckpointError (the file is damaged, `out` is not empty or cannot be written).
@@ -72,6 +73,7 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
         notes += _conversion_notes(checkpoint)
     try:
         files.write(target, *content)
+        copy_tokenizer(source, target)
     except OSError as error:
         raise CheckpointError(f"{str(out)!r} could not be written ({error}).") from error
     again = read(target)

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         model, verify=None if args.no_verify else dummy_inputs(model), tolerance=args.tolerance
     )
     detach(model, keep_merged=True)
-    _write_model(model, args.out, Path(ref.source))
+    _write_model(model, args.out, Path(ref.source), args.adapter)
     print(textwrap.fill(str(report), WIDTH))
     for note in adapter.load_report.notes:
         print(textwrap.fill(f"note: {note}", WIDTH))
@@ -82,14 +82,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_model(model: Any, out: Path, source: Path) -> None:
-    """Writes the directory under a temporary name and renames it, so that it is whole or absent."""
+def _write_model(model: Any, out: Path, source: Path, adapter: str) -> None:
+    """Writes the directory under a temporary name and renames it, so that it is whole or absent.
+    The tokenizer is the adapter's, if that has one.
+    """
+    from ..checkpoint.tokenizer_files import MORE_TEMPLATES, NAMES, copy_tokenizer
+
     temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(temporary)
+        left = NAMES if copy_tokenizer(adapter, temporary) else ()
         for file in source.iterdir() if source.is_dir() else ():
-            if file.is_file() and not (temporary / file.name).exists() and _belongs(file):
+            if (temporary / file.name).exists() or file.name in left:
+                continue
+            if file.is_file() and _belongs(file):
                 shutil.copy(file, temporary / file.name)
+            elif file.name == MORE_TEMPLATES and not left:
+                shutil.copytree(file, temporary / file.name)
         if out.is_dir():
             out.rmdir()
         os.replace(temporary, out)

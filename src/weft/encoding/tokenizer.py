@@ -41,6 +41,13 @@ def max_tokens(tokenizer: Any, config: Any) -> int:
     return int(min(tokenizer.model_max_length, max_positions(config) or tokenizer.model_max_length))
 
 
+def unknown_token(tokenizer: Any) -> int | None:
+    """Returns the id for what the tokenizer does not know, None if it has none of its own."""
+    unknown = tokenizer.unk_token_id
+    other = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return None if unknown in other else unknown
+
+
 def pad_token(tokenizer: Any) -> int:
     """Returns the id for padding: the pad token, else the end-of-text token, else 0."""
     if tokenizer.pad_token_id is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.load import load, read
+from ..checkpoint.tokenizer_files import lone_template, tokenizer_folder
 from ..encoding.render import Renderer
 from ..encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ..errors import ConfigError, WeftError
@@ -34,13 +35,17 @@ def open_model(
     device: str = "auto",
     template: str | None = None,
 ) -> Opened:
-    """Loads the model with this name, its tokenizer, and the adapter if there is one.
+    """Loads the model with this name, and the adapter if there is one. The tokenizer with its chat
+    template is the adapter's if that has one, else the model's; `template` replaces the template.
 
     Raises ConfigError if one of them does not exist, WeftError if they do not fit together.
     """
     ref = find_source(model)
-    with quiet(), loading(ref, "a tokenizer and a configuration"):
-        tokenizer, config, stops = tokenizer_and_stops(ref, ref)
+    folder = tokenizer_folder(adapter)
+    own = ref if folder is None else ModelRef(f"{folder} (the adapter's)", str(folder), True)
+    with quiet(), loading(own, "a tokenizer and a configuration"):
+        tokenizer, config, stops = tokenizer_and_stops(ref, own)
+    template = template or lone_template(adapter)
     limit = max_tokens(tokenizer, config)
     return Opened(
         load_model(ref, adapter, dtype, device),

@@ -41,7 +41,7 @@ def card(record: Mapping[str, Any], adapter: str, in_peft_format: bool) -> str:
 
 def _load(record: Mapping[str, Any], adapter: str) -> list[str]:
     base, kind, classes = record["config"]["model"]["path"], record["kind"], record["classes"]
-    labels = ""
+    labels, text = "", record["format"] != "image"
     if classes:
         labels = f", num_labels={len(classes)}"
     elif kind == "regression":
@@ -49,10 +49,11 @@ def _load(record: Mapping[str, Any], adapter: str) -> list[str]:
     return [
         "```python",
         "import weft",
-        f"from transformers import {AUTO_CLASSES[kind]}",
+        f"from transformers import {AUTO_CLASSES[kind]}" + (", AutoTokenizer" if text else ""),
         "",
         f'model = {AUTO_CLASSES[kind]}.from_pretrained("{base}"{labels})',
         f'weft.load(model, "{adapter}")',
+        *([f'tokenizer = AutoTokenizer.from_pretrained("{adapter}")'] if text else []),
         "```",
         "",
     ]

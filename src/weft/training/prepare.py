@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class Data:
     """The samples of a run with its tokenizer (or image processor, if the model has one).
 
     kind: a key of `losses.METRICS`. classes: in the order of the model's outputs, for a
-    classification. start: the adapter to begin with, if there is one.
+    classification. start: the adapter to begin with, if there is one. rendered_at: the time in the
+    samples, if the chat template prints the date.
     """
 
     model: ModelRef
@@ -53,6 +55,7 @@ class Data:
     task: GenerationTask | None = None
     renderer: Renderer | None = None
     start: Start | None = None
+    rendered_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,15 @@ def find_sources(config: RunConfig) -> Sources:
     return Sources(model, tokenizer or model)
 
 
-def open_data(config: RunConfig, sources: Sources) -> Data:
-    """Reads, renders and encodes the samples. Raises ConfigError or WeftError."""
+def open_data(config: RunConfig, sources: Sources, now: datetime | None = None) -> Data:
+    """Reads, renders and encodes the samples. `now` is the time for a chat template that prints the
+    date, None that of the machine. Raises ConfigError or WeftError.
+    """
     path = config.adapter.start
     start = None if path is None else open_start(path, config.method)
     if config.task is not None and is_image(config.task):
         return _open_images(config, config.task, sources, start)
-    return _open_text(config, sources, start)
+    return _open_text(config, sources, start, now)
 
 
 def length_of(config: RunConfig, samples: int) -> Length:
@@ -127,7 +132,9 @@ def _open_images(config: RunConfig, task: str, sources: Sources, start: Start | 
     )
 
 
-def _open_text(config: RunConfig, sources: Sources, start: Start | None) -> Data:
+def _open_text(
+    config: RunConfig, sources: Sources, start: Start | None, now: datetime | None
+) -> Data:
     task, names = None, config.model.labels
     notes: list[str] = []
     if config.task is not None:
@@ -159,7 +166,7 @@ def _open_text(config: RunConfig, sources: Sources, start: Start | None) -> Data
         start=start,
     )
     with quiet():  # texts that are too long are counted and reported at the end
-        _encode(config, data, (train, evaluation), limit, stops, names)
+        _encode(config, data, (train, evaluation), limit, stops, names, now)
     data.notes += data.train.counts.notes("training")
     data.notes += data.eval.counts.notes("evaluation") if data.eval is not None else []
     return data
@@ -172,13 +179,19 @@ def _encode(
     limit: int,
     stops: set[int],
     names: tuple[str, ...] | None,
+    now: datetime | None,
 ) -> None:
     train, evaluation = samples
     if data.kind == "causal-lm":
-        template = config.data.chat_template
-        text = None if template is None else Path(template).expanduser().read_text(encoding="utf-8")
-        renderer = Renderer(data.tokenizer, limit, config.data.loss_on, text, stops)
+        if config.data.chat_template is not None:  # saved with the tokenizer, for all later use
+            data.tokenizer.chat_template = _read_template(config.data.chat_template)
+        renderer = Renderer(data.tokenizer, limit, config.data.loss_on, stops=stops, now=now)
         data.renderer = renderer
+        if train.format == "messages" and renderer.template.prints_date():
+            data.rendered_at = renderer.template.now
+            data.notes.append(
+                f"The chat template prints the date; all samples have {data.rendered_at:%Y-%m-%d}."
+            )
         data.train = renderer.encode(train, "training")
         data.eval = None if evaluation is None else renderer.encode(evaluation, "evaluation")
     else:
@@ -186,6 +199,13 @@ def _encode(
         data.train = encode_labels(train, data.tokenizer, limit, data.classes)
         if evaluation is not None:
             data.eval = encode_labels(evaluation, data.tokenizer, limit, data.classes)
+
+
+def _read_template(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template={name!r} cannot be read: {error}") from None
 
 
 def _kind(config: RunConfig, train: Samples, has_scores: bool) -> str:

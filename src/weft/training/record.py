@@ -24,6 +24,7 @@ def facts(data: Data, adapted: Adapted, steps: int) -> dict[str, Any]:
         "head_numbers": adapted.adapter.num_head_parameters,
         "counts": vars(data.train.counts),
         "started_from": adapted.started,
+        "rendered_at": None if data.rendered_at is None else data.rendered_at.isoformat(),
         "notes": data.notes + adapted.notes,
     }
 

@@ -45,6 +45,7 @@ MAY_DIFFER = (
     "data.split",
     "data.eval_split",
     "data.columns",
+    "data.ignore",
     "train.device",
     "eval.batch",
     "save",

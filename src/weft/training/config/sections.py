@@ -70,6 +70,8 @@ class DataSection:
     format: str = "auto"
     # Weft's name -> the file's, for example {prompt: question}.
     columns: Mapping[str, str] = field(default_factory=dict)
+    # Columns and keys of messages that have no meaning for training; all others must be read.
+    ignore: tuple[str, ...] = ()
     max_length: int = 512
     loss_on: str = "completion"  # or "all"
     chat_template: str | None = None  # a file; None: the tokenizer's own
