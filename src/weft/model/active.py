@@ -15,6 +15,7 @@ import inspect
 import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ..errors import MergeError, WeftError
 from .gate import Gate
 
 _keys = itertools.count()
+ROWS_FOUND = "_weft_rows"  # on an adapted module: where its rows have been found, in any call
 _RECORD = "_weft_active"
 NO_TASK = 0  # in place of a task, outside asyncio
 _node = torch._C._current_autograd_node
@@ -37,10 +39,15 @@ _UNPACK = "unpack_hook"  # the function of torch.utils.checkpoint that recompute
 
 
 class PerRow:
-    """One adapter name (or None for the base) per row of the batch, grouped by adapter."""
+    """One adapter name (or None for the base) per row of the batch, grouped by adapter. `differ`: whether
+    there is more than one name.
+    """
 
-    def __init__(self, names: Sequence[str | None]) -> None:
+    def __init__(self, names: Sequence[str | None], root: nn.Module | None = None) -> None:
         self.names = tuple(names)
+        self.differ = len(set(names)) > 1
+        self.root = None if root is None else weakref.ref(root)  # of the model
+        self.parts: weakref.WeakSet[nn.Module] | None = None  # its modules, once asked for
         distinct = dict.fromkeys(n for n in names if n is not None)
         self.groups = {n: [i for i, m in enumerate(names) if m == n] for n in distinct}
 
@@ -53,17 +60,8 @@ class PerRow:
         first = torch.tensor(self.groups[name], device=device)[:, None] * span
         return (first + torch.arange(span, device=device)).reshape(-1)
 
-    def check(self, x: Tensor, feature_dims: int) -> None:
-        """Raises WeftError unless x is [batch, ...] or, flattened, [batch x tokens, in]."""
-        n, have = len(self.names), x.shape[0] if x.dim() > feature_dims else 0
-        # Ids in one dimension are as likely positions as tokens, so those must be the batch itself.
-        flat = feature_dims > 0 and x.dim() == feature_dims + 1 and have % n == 0
-        if have != n and not flat:
-            raise WeftError(
-                f"weft.use was given {n} names, one per row, but a layer received an input of shape "
-                f"{tuple(x.shape)}, whose first dimension is not these rows. Give one name per row "
-                "of the batch; with k beams repeat each name k times."
-            )
+    def __reduce__(self) -> Any:
+        return PerRow, (self.names,)
 
 
 Active = str | PerRow | None
@@ -109,6 +107,7 @@ class ActiveAdapters:
         self.was_traced = False  # whether torch.compile has traced a forward
         self.several = False  # whether more than one has ever been active
         self.traced = _Traced()
+        self.probes: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         choice = self.chosen()

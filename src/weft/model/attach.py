@@ -191,6 +191,7 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
             restore(module)
     del state.adapters[name]
     state.active.names.discard(name)
+    state.active.probes.clear()
     if not any(other.selected_tensors for other in state.adapters.values()):
         state.unguard()
     unfollow(adapter)
@@ -349,6 +350,7 @@ def _install(
         layers_of(modules[name])[adapter.name] = layer
     state.adapters[adapter.name] = adapter
     state.active.names.add(adapter.name)
+    state.active.probes.clear()
     state.guard(adapter)
     follow(adapter)
     if follows(adapter):

@@ -156,4 +156,14 @@ def this_call() -> Any:
     return frame
 
 
+def calls() -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """Yields the calls of modules on this thread's stack, innermost first, as (module, args, kwargs)."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CALL:
+            given = frame.f_locals
+            yield given["self"], given["args"], given["kwargs"]
+        frame = frame.f_back
+
+
 CALL = nn.Module._call_impl.__code__

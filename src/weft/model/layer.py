@@ -28,7 +28,7 @@ from ..ops.low_rank import LowRank
 from ..ops.norm import full_precision, row_norm
 from ..ops.row_scale import RowScale, cached_row_scale, stale
 from . import fallback
-from .active import ActiveAdapters, PerRow
+from .active import ROWS_FOUND, ActiveAdapters, PerRow
 from .base_layers import INNER_FORWARD, own_forward
 from .layer_plan import LayerPlan
 from .per_row import by_row
@@ -205,9 +205,13 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if name is None:
         return own_forward(self, *args, **kwargs)
     layers = self._modules[CHILD]._modules  # type: ignore[union-attr]
+    if isinstance(name, PerRow) and not name.differ:
+        name = name.names[0]
+        if name is None:
+            return own_forward(self, *args, **kwargs)
     if isinstance(name, PerRow):
         x = args[0] if args else next(iter(kwargs.values()))
-        return by_row(name, layers, x, own_forward(self, *args, **kwargs))
+        return by_row(name, active, self, layers, x, own_forward(self, *args, **kwargs))
     layer: Any = layers.get(name)
     if layer is None:
         active.check_attached(name)
@@ -275,6 +279,7 @@ def restore(module: nn.Module) -> None:
         if INNER_FORWARD in module.__dict__:
             module.__dict__["forward"] = module.__dict__.pop(INNER_FORWARD)
     del module.__dict__[_ACTIVE]
+    module.__dict__.pop(ROWS_FOUND, None)
     del module._modules[CHILD]
 
 

@@ -15,11 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import WeftError
 from ..ops import input_cache
+from . import row_calls
 from .active import Active, ActiveAdapters, Choice, PerRow, caller, describe
 from .adapter import STATE, Adapter
 from .fastpath import FastPaths
 from .gate import Gate, this_call
 from .norm_watch import NormWatch
+from .row_inputs import main_input
 
 ATTRIBUTE = STATE
 
@@ -222,10 +224,9 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return
     choice = state.active.chosen()
     active = state.active.default if choice is None else choice.active
+    call = this_call()
     state.gate.enter(
-        this_call(),
-        lambda: state.installed_for(active),
-        lambda: state.install(state._owner(active)),
+        call, lambda: state.installed_for(active), lambda: state.install(state._owner(active))
     )
     input_cache.begin_forward()
     state.norms.check(state.adapters[n] for n in _names(active) if n in state.adapters)
@@ -233,13 +234,17 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     _check_choice(state, active, chosen=choice is not None)
     if isinstance(active, PerRow):
         _check_rows(len(active.names), args, kwargs)
+    rows = active if isinstance(active, PerRow) else None
+    row_calls.begin(call, root, state.active, rows, args, kwargs)
 
 
 def _leave(root: nn.Module, args: Any, output: Any) -> None:
     state = root.__dict__.get(ATTRIBUTE)
     if state is not None and not torch.compiler.is_compiling():
         input_cache.end_forward()
-        state.gate.leave(this_call())
+        call = this_call()
+        row_calls.end(call)
+        state.gate.leave(call)
 
 
 def _check_choice(state: State, active: Active, chosen: bool) -> None:
@@ -259,19 +264,13 @@ def _names(active: Active) -> tuple[str, ...]:
 
 
 def _check_rows(rows: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    batch = _batch(args, kwargs)
-    if batch is not None and batch != rows:
+    main = main_input(args, kwargs)
+    batch = rows if main is None else int(main.shape[0])
+    if batch != rows:
         raise WeftError(
             f"weft.use was given {rows} names, one per row, but the batch has {batch} rows. Give "
             "one name per row; with k beams or samples per prompt, repeat each name k times."
         )
-
-
-def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Rows of the model's input: of input_ids or inputs_embeds if present, else the first tensor."""
-    named = [kwargs[k] for k in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(k), Tensor)]
-    tensors = named or [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
-    return int(tensors[0].shape[0]) if tensors else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

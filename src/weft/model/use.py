@@ -83,7 +83,7 @@ def checked(state: State, which: Which) -> Active:
             _check_row(state, name)
             passed.add(name)
     _check_batch_first(state.root)
-    return PerRow(names)
+    return PerRow(names, state.root)
 
 
 def check_not_in_use(state: State, name: str) -> None:
