@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Mapping
@@ -116,7 +117,8 @@ def _table(rows: PerRow, active: ActiveAdapters) -> tuple[PerRow, Table]:
     main = main_input(args, kwargs)
     if main is not None and main.dim() and main.shape[0] != len(rows.names):
         rows = _of_prompts(rows, root, part, main)
-    return rows, _known(part, active, rows, args, kwargs)
+    found: Table = _eagerly(_known, part, active, rows, args, kwargs)
+    return rows, found
 
 
 def _of_prompts(rows: PerRow, root: nn.Module, part: nn.Module, main: Tensor) -> PerRow:
@@ -145,14 +147,14 @@ def _known(
 ) -> Table:
     """What is known of this call of a module. Raises UnsupportedError as `begin`."""
     inputs = Inputs(args, kwargs, len(rows.names))
-    if any(not t.numel() for _, t in inputs.rows[:1]):
+    if inputs.is_empty():
         return _Unknown("its input is empty")
     probes: list[Probe] = active.probes.setdefault(module, {}).setdefault(inputs.key(), [])
     single = inputs.single()
     probe = next((p for p in probes if p.single <= single), None)
     if probe is None:
         try:
-            probe = Probe(module, active, inputs)
+            probe = _eagerly(Probe, module, active, inputs)
         except Exception as error:  # of whatever model: its own forward raises it again
             return _Unknown(
                 f"running the base on this input raised {type(error).__name__}: {error}"
@@ -169,6 +171,13 @@ def _known(
     if bad:
         raise _refused(rows, bad)
     return probe.found
+
+
+def _eagerly(make: Any, *given: Any) -> Any:
+    """Returns make(*given), of which torch.compile, if it is in use, compiles nothing."""
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.disable(make)(*given)  # type: ignore[no-untyped-call]
+    return make(*given)
 
 
 def _refused(rows: PerRow, bad: Mapping[nn.Module, str]) -> WeftError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,17 +37,26 @@ def main_input(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 class Inputs:
-    """The inputs of one call. `rows`: the tensors whose first dimension is n, the main input first."""
+    """The inputs of one call, and those of its tensors that may have one row per row of the batch."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int) -> None:
         self.all, self.n = (tuple(args), dict(kwargs)), n
-        found = {id(t): (path[1:], t) for path, t in tensors(self.all)}
-        named = [(p, t) for p, t in found.values() if t.dim() and t.shape[0] == n]
-        main = main_input(args, kwargs)
+        self._found = {id(t): (path[1:], t) for path, t in tensors(self.all)}
+        self._named = [(p, t) for p, t in self._found.values() if t.dim() and t.shape[0] == n]
+
+    @cached_property
+    def rows(self) -> list[tuple[Path, Tensor]]:
+        """The tensors whose first dimension is n, with their names: first the main input, which the
+        layers read.
+        """
+        main = main_input(*self.all)
         if main is None or is_mask(main):
-            main = next((t for _, t in named if not is_mask(t)), main)  # what the layers read
-        self.rows: list[tuple[Path, Tensor]] = sorted(named, key=lambda p: p[1] is not main)
-        self._whole = [t for _, t in found.values()]
+            main = next((t for _, t in self._named if not is_mask(t)), main)
+        return sorted(self._named, key=lambda named: named[1] is not main)
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to run a model on."""
+        return any(not t.numel() for _, t in self._named)
 
     def key(self) -> Any:
         """What the calls have in common that one probe speaks for."""
@@ -54,13 +64,13 @@ class Inputs:
 
     def single(self) -> frozenset[Path]:
         """The inputs whose second dimension is 1, where a layout may not show."""
-        return frozenset(p for p, t in self.rows if t.dim() > 1 and t.shape[1] == 1)
+        return frozenset(p for p, t in self._named if t.dim() > 1 and t.shape[1] == 1)
 
     def changed(self, changes: Mapping[int, Tensor] | None = None) -> tuple[Any, Any]:
-        """Returns (args, kwargs) with some tensors, by id, replaced. Caches and other objects are
-        copied, as a forward may write to them.
+        """Returns copies of (args, kwargs), to which a forward may write, with some tensors, by id,
+        replaced.
         """
-        memo: dict[int, Any] = {id(t): t.detach() for t in self._whole}
+        memo: dict[int, Any] = {id(t): t.detach().clone() for _, t in self._found.values()}
         memo.update(changes or {})
         _keep(self.all, memo, set())
         found: tuple[Any, Any] = copy.deepcopy(self.all, memo)
@@ -105,6 +115,13 @@ def zero_row(t: Tensor, row: int) -> Tensor:
     """Returns t [n, ...] with one row of zeros, as an image that only pads a batch is."""
     found = t.detach().clone()
     found[row] = 0
+    return found
+
+
+def padded_row(t: Tensor, row: int, pad: int) -> Tensor:
+    """Returns ids [n, tokens, ...] in which the second half of one row is padding."""
+    found = t.detach().clone()
+    found[row, t.shape[1] // 2 :] = pad
     return found
 
 

@@ -5,7 +5,7 @@ images that belong to whichever rows. So the first call with one adapter per row
 inputs that differ in one row, and looks where the layers' inputs differ:
 
     values   other ids or other numbers in one row, then in another
-    sizes    one row with a mask of one token, one row of zeros (an image that only pads the batch)
+    sizes    one row with a mask of one token, with padding, of zeros (an image that only pads the batch)
     ties     for layers that do not read the main input: nothing in the other inputs may decide which
              row of the batch a row of theirs belongs to
 
@@ -15,8 +15,7 @@ rows cannot be told apart, and using it is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +23,19 @@ from torch import Tensor, nn
 
 from ..ops import philox
 from .active import ActiveAdapters, Choice, PerRow, caller
-from .row_inputs import Inputs, filled, is_mask, other_row, repeated, short_row, tensors, zero_row
+from .row_inputs import (
+    Inputs,
+    filled,
+    is_mask,
+    other_row,
+    padded_row,
+    repeated,
+    short_row,
+    tensors,
+    zero_row,
+)
 from .row_layout import Layout, layouts
+from .unchanged import unchanged
 
 Found = Layout | str  # where the rows are, or why that is unknown
 Told = (
@@ -66,7 +76,7 @@ class Probe:
         self._empty_fails = False
         self._others: dict[int, Run | None] = {}  # by input: a run on other numbers in its row 1
         self._tied: dict[int, bool] = {}
-        with _quiet(module):
+        with unchanged(module):
             self._base = self._run({})
             self._values, self._sizes = self._differences()
             self.found = {m: self._found(m) for m in self._base.seen}
@@ -109,6 +119,10 @@ class Probe:
             values.append(self._try({id(main): other_row(main, 0)}, 0))
         if main.is_floating_point():
             sizes.append(self._try({id(main): zero_row(main, 1)}, 1))
+        elif main.dim() > 1:
+            pad = getattr(getattr(self._module, "config", None), "pad_token_id", None)
+            pad = pad if isinstance(pad, int) and pad >= 0 else 0
+            sizes.append(self._try({id(main): padded_row(main, 1, pad)}, 1))
         if others:  # their rows may be no rows of the batch, so only shapes tell something
             empty = {id(t): short_row(t, 1) if is_mask(t) else zero_row(t, 1) for t in others}
             sizes.append(self._try(empty, None))
@@ -263,46 +277,6 @@ def _differs(before: Tensor, after: Tensor) -> Tensor:
     if not size.numel() or bool(most <= 1e-2 * noise * size.max()):
         return odd
     return odd | (gap > noise * most)
-
-
-@contextmanager
-def _quiet(module: nn.Module) -> Iterator[None]:
-    """Runs without gradients, compilation or dropout, and puts back what a forward sets on modules."""
-    modules = list(module.modules())
-    training = [m for m in modules if m.training]
-    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
-    buffers = [(b, b._version, b.clone()) for m in modules if not _ours(m) for b in _own(m)]
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            for m in training:
-                m.training = False
-            yield
-        finally:
-            for m, attributes, named in before:
-                _restore(m.__dict__, attributes)
-                _restore(m._buffers, named)
-            for buffer, version, bits in buffers:
-                if buffer._version != version:
-                    buffer.copy_(bits)
-
-
-def _ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("weft.")
-
-
-def _own(module: nn.Module) -> list[Tensor]:
-    return [b for b in module._buffers.values() if b is not None and not b.is_inference()]
-
-
-def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:
-    for key in [k for k in now if k not in before]:
-        del now[key]
-    for key, value in before.items():
-        if now.get(key) is not value:
-            now[key] = value
 
 
 def _devices(module: nn.Module) -> list[int]:
