@@ -29,6 +29,7 @@ from ..errors import MergeError, WeftError
 from .gate import Gate
 
 _keys = itertools.count()
+STATE = "_weft_model_state"  # where a model keeps its adapters (state.py)
 ROWS_FOUND = "_weft_rows"  # on an adapted module: where its rows have been found, in any call
 _RECORD = "_weft_active"
 NO_TASK = 0  # in place of a task, outside asyncio
@@ -100,7 +101,8 @@ class ActiveAdapters:
         self.key = next(_keys)
         self.default = default
         self.gate = Gate()  # the model's
-        self.names: set[str] = set()  # the attached adapters
+        self.names: dict[str, int] = {}  # the attached adapters, each with a number of its own
+        self.marked: set[str] = set()  # adapters whose virtual tokens mark a cache by themselves
         self.merged: str | None = None  # the adapter that is in the weights; then all are off
         self.merged_by: tuple[int, int] | None = None  # the caller who merged it
         self.base_weights: dict[nn.Module, Tensor] = {}  # layer -> its own weight while replaced
@@ -115,7 +117,8 @@ class ActiveAdapters:
         return {
             "default": default,
             "gate": self.gate,
-            "names": set(self.names),
+            "names": dict(self.names),
+            "marked": set(self.marked),
             "merged": self.merged,
             "base_weights": self.base_weights,
         }
@@ -123,7 +126,7 @@ class ActiveAdapters:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["default"])  # type: ignore[misc]
         self.gate, self.names, self.merged = state["gate"], state["names"], state["merged"]
-        self.base_weights = state["base_weights"]
+        self.base_weights, self.marked = state["base_weights"], state["marked"]
 
     def current(self, checkpointed: bool = False) -> Active:
         """Returns what is active for this caller, or was in the forward that is being recomputed.

@@ -156,14 +156,18 @@ def this_call() -> Any:
     return frame
 
 
-def calls() -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
-    """Yields the calls of modules on this thread's stack, innermost first, as (module, args, kwargs)."""
+def calls(kind: Any = None) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """Yields the calls of modules on this thread's stack, innermost first, as (module, args, kwargs).
+
+    `kind`: the code that is looked for, CALL by default.
+    """
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is CALL:
+        if frame.f_code is (kind or CALL):
             given = frame.f_locals
             yield given["self"], given["args"], given["kwargs"]
         frame = frame.f_back
 
 
 CALL = nn.Module._call_impl.__code__
+COMPILED_CALL = nn.Module._wrapped_call_impl.__code__  # also of a call that is being compiled

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, WeftError
-from .active import ROWS_FOUND, ActiveAdapters, PerRow
-from .gate import calls
+from .active import ROWS_FOUND, STATE, ActiveAdapters, PerRow
+from .gate import COMPILED_CALL, calls
 from .row_inputs import Inputs, main_input
 from .row_layout import Layout
 from .row_probe import Found, Probe
 
 Table = Mapping[nn.Module, Found]
+_NO_CALL = (
+    "no call of the model has shown yet where its rows are. Run the model once as it is, not compiled, "
+    "with these rows"
+)
 
 
 class _Unknown(dict[nn.Module, Found]):
@@ -70,7 +74,7 @@ def layout_of(
     """
     positions = tuple(x.shape[: x.dim() - feature_dims])
     if torch.compiler.is_compiling() or torch._C._current_autograd_node() is not None:
-        found = _only_layout(module)
+        found: Found | None = _only_layout(module)
     else:
         rows, table = _table(rows, active)
         found = table.get(module)
@@ -88,7 +92,7 @@ def layout_of(
     )
 
 
-def _only_layout(module: nn.Module) -> Found | None:
+def _only_layout(module: nn.Module) -> Found:
     """The layout of a module that runs outside the call that was probed: in a compiled model, or in
     backward again.
     """
@@ -97,10 +101,29 @@ def _only_layout(module: nn.Module) -> Found | None:
         return found[0]
     if found:
         return "it has other rows in other calls, and this one is compiled or runs in backward"
-    return (
-        "no call of the model has shown yet where its rows are. Run the model once as it is, not "
-        "compiled, with these rows"
-    )
+    traced = _look_while_tracing(module) if torch.compiler.is_compiling() else _NO_CALL
+    return traced if isinstance(traced, str) else Layout(*traced)
+
+
+def _look_while_tracing(module: nn.Module) -> tuple[int, str] | str:
+    """The layout of a module of a model whose compiled forward is traced for the first time. Called by
+    torch.compile itself and not traced, so the inputs are those of the call on this thread's stack.
+    """
+    for root, args, kwargs in calls(COMPILED_CALL):
+        root = root._modules.get("_orig_mod") or root
+        state: Any = root.__dict__.get(STATE)
+        choice = None if state is None else state.active.chosen()
+        if choice is None or not isinstance(choice.active, PerRow):
+            continue
+        try:
+            found = _known(root, state.active, choice.active, args, kwargs).get(module)
+        except UnsupportedError as error:
+            return str(error)
+        return (found.dim, found.kind) if isinstance(found, Layout) else found or _NO_CALL
+    return _NO_CALL
+
+
+_look_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _table(rows: PerRow, active: ActiveAdapters) -> tuple[PerRow, Table]:
@@ -175,7 +198,7 @@ def _known(
 
 def _eagerly(make: Any, *given: Any) -> Any:
     """Returns make(*given), of which torch.compile, if it is in use, compiles nothing."""
-    if "torch._dynamo" in sys.modules:
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
         return torch.compiler.disable(make)(*given)  # type: ignore[no-untyped-call]
     return make(*given)
 

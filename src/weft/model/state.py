@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import WeftError
 from ..ops import input_cache
-from . import row_calls
-from .active import Active, ActiveAdapters, Choice, PerRow, caller, describe
-from .adapter import STATE, Adapter
+from . import cache_marks, row_calls
+from .active import STATE, Active, ActiveAdapters, Choice, PerRow, caller, describe
+from .adapter import Adapter
 from .fastpath import FastPaths
 from .gate import Gate, this_call
 from .norm_watch import NormWatch
@@ -89,6 +89,14 @@ class State:
             self.root.register_forward_pre_hook(_enter, with_kwargs=True),
             self.root.register_forward_hook(_leave, always_call=True),
         ]
+        if getattr(getattr(self.root, "config", None), "is_encoder_decoder", False):
+            encoder = self.root.get_encoder()  # type: ignore[operator]
+            self._hooks.append(encoder.register_forward_hook(self._mark_encoded))
+
+    def _mark_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            active = self.active.current(encoder.training)
+            cache_marks.put(self.active, active, {"encoder_outputs": output})
 
     def unwatch_root(self) -> None:
         """Undoes `watch_root`."""
@@ -234,6 +242,7 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     _check_choice(state, active, chosen=choice is not None)
     if isinstance(active, PerRow):
         _check_rows(len(active.names), args, kwargs)
+    cache_marks.check(state.active, active, [*enumerate(args), *kwargs.items()])
     rows = active if isinstance(active, PerRow) else None
     row_calls.begin(call, root, state.active, rows, args, kwargs)
 
@@ -241,6 +250,9 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 def _leave(root: nn.Module, args: Any, output: Any) -> None:
     state = root.__dict__.get(ATTRIBUTE)
     if state is not None and not torch.compiler.is_compiling():
+        choice = state.active.chosen()
+        active = state.active.default if choice is None else choice.active
+        cache_marks.put(state.active, active, output)
         input_cache.end_forward()
         call = this_call()
         row_calls.end(call)
