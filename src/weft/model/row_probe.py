@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import philox
-from .active import ActiveAdapters, Choice, PerRow, caller
+from .active import ActiveAdapters, PerRow
 from .row_inputs import (
     Inputs,
     filled,
@@ -84,15 +84,10 @@ class Probe:
         del self._base, self._values, self._sizes, self._others, self._inputs
 
     def _run(self, changes: Mapping[int, Any]) -> Recorder:
-        recorder, before = Recorder(self._inputs.n), self._active.chosen()
+        recorder = Recorder(self._inputs.n)
         args, kwargs = self._inputs.changed(changes)
-        region, task = (None, -1) if before is None else (before.region, before.task)
-        self._active.restore(Choice(recorder, region, task, 0, caller()))
-        try:
-            with torch.random.fork_rng(_devices(self._module)):
-                out = self._module.forward(*args, **kwargs)
-        finally:
-            self._active.restore(before)
+        with self._active.instead(recorder), torch.random.fork_rng(_devices(self._module)):
+            out = self._module.forward(*args, **kwargs)
         for path, t in tensors(out):
             if t.dim() and t.shape[0] == self._inputs.n:
                 recorder.output[path] = _digest(t.detach(), max(0, t.dim() - 1)).cpu()

@@ -20,6 +20,7 @@ from .active import STATE, Active, ActiveAdapters, Choice, PerRow, caller, descr
 from .adapter import Adapter
 from .fastpath import FastPaths
 from .gate import Gate, this_call
+from .generator_block import Block
 from .norm_watch import NormWatch
 from .row_inputs import main_input
 
@@ -104,11 +105,13 @@ class State:
             hook.remove()
         self._hooks = []
 
-    def choose(self, active: Active, open_blocks: int | None = None) -> None:
-        """Activates this for the caller, and installs its base tensors."""
+    def choose(
+        self, active: Active, open_blocks: int | None = None, block: Block | None = None
+    ) -> None:
+        """Activates this for the caller, or the generator of the block, and installs its base tensors."""
         choice = self.active.chosen()
         blocks = open_blocks if open_blocks is not None else own_blocks(choice)
-        self.active.choose(active, blocks)
+        self.active.choose(active, blocks, block)
         self.install_for(active)
 
     def set_default(self, active: Active) -> None:
@@ -231,6 +234,8 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if state is None or torch.compiler.is_compiling():
         return
     choice = state.active.chosen()
+    if choice is not None and choice.block is not None:
+        state.active.check_running(choice)
     active = state.active.default if choice is None else choice.active
     call = this_call()
     state.gate.enter(
