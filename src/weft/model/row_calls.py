@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, WeftError
+from ..ops.input_cache import runs
 from .active import ROWS_FOUND, STATE, ActiveAdapters, PerRow
 from .gate import COMPILED_CALL, calls
 from .row_inputs import Inputs, main_input
@@ -128,6 +129,8 @@ _look_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _table(rows: PerRow, active: ActiveAdapters) -> tuple[PerRow, Table]:
     """What is known of the call that runs: of the root, or of a part of it that is called alone."""
+    while _calls.open and not runs(_calls.open[-1][0]):
+        _calls.open.pop()  # an interrupt has ended it
     table = _calls.open[-1][1] if _calls.open else None
     if table is not None:
         return rows, table

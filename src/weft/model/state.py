@@ -241,7 +241,7 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     state.gate.enter(
         call, lambda: state.installed_for(active), lambda: state.install(state._owner(active))
     )
-    input_cache.begin_forward()
+    input_cache.begin_forward(call)
     state.norms.check(state.adapters[n] for n in _names(active) if n in state.adapters)
     # Inside the gate, where nobody can merge any more; if it raises, torch still calls `_leave`.
     _check_choice(state, active, chosen=choice is not None)
@@ -258,8 +258,8 @@ def _leave(root: nn.Module, args: Any, output: Any) -> None:
         choice = state.active.chosen()
         active = state.active.default if choice is None else choice.active
         cache_marks.put(state.active, active, output)
-        input_cache.end_forward()
         call = this_call()
+        input_cache.end_forward(call)
         row_calls.end(call)
         state.gate.leave(call)
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import MergeError, UnsupportedError, WeftError
+from ..ops.input_cache import forget_ended
 from . import fallback
 from .active import NO_TASK, Active, ActiveAdapters, PerRow, caller
 from .generator_block import Block, generator_frame
@@ -37,6 +38,7 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
 
     def __init__(self, model: nn.Module, which: Which) -> None:
         fallback.refresh()
+        forget_ended()
         self._state = state_of(model)
         if self._state.active.was_traced and caller()[1] != NO_TASK:
             raise UnsupportedError(
