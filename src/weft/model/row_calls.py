@@ -153,7 +153,7 @@ def _of_prompts(rows: PerRow, root: nn.Module, part: nn.Module, main: Tensor) ->
     """
     n, m = len(rows.names), main.shape[0]
     names = rows.names[:: n // m] if m and n % m == 0 else ()
-    encoder = getattr(root, "get_encoder", lambda: None)()
+    encoder = encoder_of(root)
     if part is encoder and tuple(name for name in names for _ in range(n // m)) == rows.names:
         return PerRow(names, root)
     beams = f"the {n // m} beams or samples of one prompt" if names and part is encoder else "rows"
@@ -162,6 +162,14 @@ def _of_prompts(rows: PerRow, root: nn.Module, part: nn.Module, main: Tensor) ->
         f"shape {tuple(main.shape)}, whose first dimension is not these {beams}. Give one name per "
         "row of the batch; with k beams repeat each name k times, one after another."
     )
+
+
+def encoder_of(root: nn.Module) -> nn.Module | None:
+    """Returns the encoder of a transformers encoder-decoder; None for any other model."""
+    if not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        return None
+    found = getattr(root, "get_encoder", lambda: None)()
+    return found if isinstance(found, nn.Module) and found is not root else None
 
 
 def _known(

@@ -90,8 +90,8 @@ class State:
             self.root.register_forward_pre_hook(_enter, with_kwargs=True),
             self.root.register_forward_hook(_leave, always_call=True),
         ]
-        if getattr(getattr(self.root, "config", None), "is_encoder_decoder", False):
-            encoder = self.root.get_encoder()  # type: ignore[operator]
+        encoder = row_calls.encoder_of(self.root)
+        if encoder is not None:
             self._hooks.append(encoder.register_forward_hook(self._mark_encoded))
 
     def _mark_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
