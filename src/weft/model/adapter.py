@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, MergeError, UnsupportedError, WeftError
+from .active import STATE
 from .layer import AdapterLayer
 from .plan import Plan, plan_of
 from .plan_entries import Frozen
@@ -38,7 +40,6 @@ STALE_NORM = (
     "since then used an old norm. It is computed again from now on. Edit weights in place under "
     "torch.no_grad() instead."
 )
-STATE = "_weft_model_state"  # where a model keeps its adapters (state.py)
 
 
 @dataclass(eq=False, repr=False)
@@ -58,6 +59,7 @@ class Adapter:
     frozen: list[Frozen] = field(default_factory=list)
     routed: list[str] = field(default_factory=list)
     load_report: Any = None
+    number: int = field(default_factory=itertools.count().__next__)  # no other adapter has it
 
     def __repr__(self) -> str:
         parts = [(len(self.layers), "layer"), (len(self.selected_tensors), "base tensor")]

@@ -190,7 +190,9 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
         if not len(layers_of(module)):
             restore(module)
     del state.adapters[name]
-    state.active.names.discard(name)
+    state.active.names.pop(name, None)
+    state.active.marked.discard(name)
+    state.active.probes.clear()
     if not any(other.selected_tensors for other in state.adapters.values()):
         state.unguard()
     unfollow(adapter)
@@ -356,7 +358,10 @@ def _install(
         layer.active = state.active
         layers_of(modules[name])[adapter.name] = layer
     state.adapters[adapter.name] = adapter
-    state.active.names.add(adapter.name)
+    state.active.names[adapter.name] = adapter.number
+    if isinstance(adapter.config, PromptMethod) and adapter.config.where != "attention":
+        state.active.marked.add(adapter.name)
+    state.active.probes.clear()
     state.guard(adapter)
     follow(adapter)
     if follows(adapter):

@@ -5,21 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import mixed
 from ..ops.low_rank import row_scale
-from .active import PerRow
+from .active import ActiveAdapters, PerRow
+from .row_calls import layout_of
+from .row_probe import Recorder
 
 
-def by_row(rows: PerRow, layers: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
-    """Returns the layer's output [..., out] from its input x [..., in] and own output y [..., out],
-    each row with its own adapter. Raises WeftError if the first dimension is not the rows.
+def by_row(
+    rows: PerRow,
+    active: ActiveAdapters,
+    module: nn.Module,
+    layers: Mapping[str, Any],
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """Returns the output [..., out] of an adapted module from its input x [..., in] and own output y
+    [..., out], each row with its own adapter.
+
+    Raises WeftError if it is not known where in x the rows are.
     """
-    rows.check(x, feature_dims=x.dim() + 1 - y.dim())  # ids have no feature dimension
-    if not y.shape[0]:
+    feature_dims = x.dim() + 1 - y.dim()  # ids have no feature dimension
+    if isinstance(rows, Recorder):
+        rows.see(module, layers, x, feature_dims)
         return y
     here = [name for name in rows.groups if name in layers]
+    if not here or not y.numel():
+        return y
+    rows, layout = layout_of(rows, active, module, x, feature_dims)
+    if layout.is_first:
+        return _by_first(rows, here, layers, x, y)
+    n = len(rows.names)
+    found = _by_first(rows, here, layers, layout.rows_first(x, n), layout.rows_first(y, n))
+    return layout.restored(found, y.shape)
+
+
+def _by_first(
+    rows: PerRow, here: list[str], layers: Mapping[str, Any], x: Tensor, y: Tensor
+) -> Tensor:
+    """`by_row` of an input whose first dimension is the rows, or the tokens of one after another."""
     together = [name for name in here if layers[name].joins(x)]
     out = y
     if together:

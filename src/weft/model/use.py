@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from ..errors import MergeError, UnsupportedError, WeftError
+from ..ops.input_cache import forget_ended
 from . import fallback
-from .active import NO_TASK, Active, PerRow, caller
+from .active import NO_TASK, Active, ActiveAdapters, PerRow, caller
+from .generator_block import Block, generator_frame
 from .state import State, own_blocks, state_of
 
 _counting = threading.Lock()
+_NO_ROWS = (bytes, Mapping, set, frozenset)  # iterable, and without an order or names
 Which = str | Sequence[str | None] | None
 
 
@@ -22,17 +25,20 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
     """Makes the base (None), one adapter (its name), or one per row of the batch (a list of names and
     None) active for the caller: the current thread, or asyncio task.
 
-    As a context manager it restores the previous selection; called as a statement it stays. A
-    thread that has not called it runs the adapter that was attached last. Rows may mix methods and
+    As a context manager it restores the previous selection; called as a statement it stays. In a
+    generator the block is the generator's: while it is paused at a yield, a forward of its consumer
+    raises WeftError unless the consumer chooses for itself. A thread that has not called it runs the
+    adapter that was attached last. Rows may mix methods and
     ranks; each row gets the output of its own adapter. With k beams or k samples per prompt, repeat
     each name k times.
 
-    Raises, before any compute: WeftError (unknown name, empty list), MergeError (an adapter is merged),
+    Raises, before any compute: WeftError (unknown name, empty or nested list), MergeError (an adapter is merged),
     UnsupportedError (per-row use of an adapter that trains base tensors or adapts routed experts).
     """
 
     def __init__(self, model: nn.Module, which: Which) -> None:
         fallback.refresh()
+        forget_ended()
         self._state = state_of(model)
         if self._state.active.was_traced and caller()[1] != NO_TASK:
             raise UnsupportedError(
@@ -47,7 +53,14 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
         names = self._names = _names(self._chosen)
         with _counting:
             self._state.open.update(names)
-        self._state.choose(self._chosen, own_blocks(self._before) + len(names))
+        active, frame = self._state.active, generator_frame()
+        block = None
+        if frame is not None:
+            block = active.blocks.setdefault(frame, Block(frame, self._before))
+        self._state.choose(self._chosen, own_blocks(self._before) + len(names), block)
+        self._block = block
+        if block is not None:
+            block.depth += 1
 
     def __exit__(
         self,
@@ -58,8 +71,17 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
         state = self._state
         with _counting:
             state.open.subtract(self._names)
-        state.active.restore(self._before)
+        self._leave(state.active)
         state.install_for_caller()
+
+    def _leave(self, active: ActiveAdapters) -> None:
+        active.restore(self._before)
+        block = self._block
+        if block is not None:
+            block.depth -= 1
+            if not block.depth:
+                active.blocks.pop(block.frame, None)
+                block.close()
 
 
 def checked(state: State, which: Which) -> Active:
@@ -74,16 +96,28 @@ def checked(state: State, which: Which) -> Active:
     if isinstance(which, str):
         state.adapter(which)
         return which
+    given: Any = which
+    if not hasattr(given, "__iter__") or isinstance(given, _NO_ROWS):
+        raise WeftError(
+            f"weft.use(model, {which!r}): give an adapter's name, None for the base, or a list with "
+            "one name or None per row of the batch, in the order of the rows."
+        )
     names: list[Any] = list(which)  # of whatever the caller has put in
     if not names:
         raise WeftError("weft.use(model, []): give one name or None per row of the batch.")
+    nested = next((n for n in names if isinstance(n, list | tuple | set | dict)), None)
+    if nested is not None:
+        raise WeftError(
+            f"weft.use(model, [..., {nested!r}, ...]): no adapter is named {nested!r}. A row has one "
+            "adapter: give one name or None per row of the batch."
+        )
     passed: set[str | None] = {None}
     for name in names:
         if not isinstance(name, str | None) or name not in passed:
             _check_row(state, name)
             passed.add(name)
     _check_batch_first(state.root)
-    return PerRow(names)
+    return PerRow(names, state.root)
 
 
 def check_not_in_use(state: State, name: str) -> None:
