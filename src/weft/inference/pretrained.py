@@ -58,7 +58,7 @@ def base_for(
             use_safetensors=True,
             ignore_mismatched_sizes=bool(head),
             output_loading_info=True,
-            local_files_only=ref.local,
+            **ref.options,
         )
     missing = {
         *report["missing_keys"],
@@ -76,9 +76,7 @@ def _config(ref: ModelRef, **changes: Any) -> Any:
     if path.is_file():
         data = json.loads(path.read_text(encoding="utf-8"))
         return transformers.AutoConfig.for_model(**{**data, **changes})
-    return transformers.AutoConfig.from_pretrained(
-        ref.source, local_files_only=ref.local, **changes
-    )
+    return transformers.AutoConfig.from_pretrained(ref.source, **ref.options, **changes)
 
 
 def _class_of(config: Any, task_class: str | None) -> Any:
@@ -119,6 +117,11 @@ def _check_random(ref: ModelRef, names: Iterable[str]) -> None:
             f"model {ref.name!r} has no weights for {loose[0]!r}{more}, and the adapter does not "
             "bring them; they would be random. Give the model that the adapter was trained on."
         )
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model gives one output per text, which decoders read at the last token of a row."""
+    return "SequenceClassification" in type(model).__name__
 
 
 def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from ..errors import WeftError
 from ..model.adapter import Adapter
 from ..model.attach import attach
 from ..tasks.models import loading, quiet
+from ..tasks.vocabulary import use_padding
 from .config.sections import RunConfig
 from .prepare import Data
 from .start import check_base, describe, load_start
@@ -96,10 +97,10 @@ def _load_base(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
                 "label2id": {name: i for i, name in enumerate(names)},
             }
         model_config = transformers.AutoConfig.from_pretrained(
-            source.source, local_files_only=source.local, **changes
+            source.source, **source.options, **changes
         )
         if has_head and data.kind != "image-classification":
-            model_config.pad_token_id = data.pad
+            use_padding(model_config, data.pad)
         if has_head:
             problem = "single_label_classification" if data.classes else "regression"
             model_config.problem_type = problem
@@ -112,7 +113,7 @@ def _load_base(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
             use_safetensors=True,
             ignore_mismatched_sizes=has_head,
             output_loading_info=True,
-            local_files_only=source.local,
+            **source.options,
         )
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     return model, sorted({*report["missing_keys"], *mismatched})
