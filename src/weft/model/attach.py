@@ -25,7 +25,7 @@ from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
 from .stepping import follow, follows, unfollow
 from .steps_watch import Watch
 from .structure import Structure, targets
-from .structure.selection import tensors_of_modules, trained_tensors
+from .structure.selection import tensors_of_modules, trained_tensors, unsupported
 from .use import check_not_in_use
 
 _attaching = threading.RLock()
@@ -148,6 +148,7 @@ def _attach(
         )
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
+        frozen += unsupported(structure, {f.name for f in frozen})
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
         adapter.layers = _build_layers(structure, modules, parts.configs, state, shared)
         adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import INNER_FORWARD, BaseLayer, own_class, own_forward
+from .base import INNER_FORWARD, BaseLayer, dtype_fault, own_class, own_forward
 from .conv1d import Conv1DLayer
 from .embedding import EmbeddingLayer
 from .linear import LinearLayer
@@ -48,6 +48,7 @@ __all__ = [
     "INNER_FORWARD",
     "KINDS",
     "BaseLayer",
+    "dtype_fault",
     "has_map",
     "is_linear",
     "is_norm",

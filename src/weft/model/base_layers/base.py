@@ -121,11 +121,21 @@ def weight_fault(module: nn.Module) -> str | None:
         return "it has no weight parameter of its own"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its shape is not known before its first forward; run the model once"
-    if weight.dtype not in DTYPES.values():
+    if dtype_fault(weight) is not None:
         return f"its weight is quantised ({str(weight.dtype).removeprefix('torch.')})"
+    bias = module._parameters.get("bias")
+    if bias is not None and dtype_fault(bias) is not None:
+        return f"its bias is quantised ({str(bias.dtype).removeprefix('torch.')})"
     if weight.ndim != 2:
         return f"its weight has {weight.ndim} dimensions"
     return None
+
+
+def dtype_fault(t: Tensor) -> str | None:
+    """Returns why a tensor [...] of its dtype can neither train nor be adapted, or None."""
+    if t.dtype in DTYPES.values():
+        return None
+    return f"{str(t.dtype).removeprefix('torch.')}, which cannot train"
 
 
 def other_map(layer: BaseLayer, x: Tensor, wanted: Tensor) -> str | None:
