@@ -26,11 +26,11 @@ def gpt2(folder, positions=64, pad="<pad>"):
     return folder
 
 
-def run(tmp_path, model, data, method="{name: LoRA, r: 2}", **sections):
+def run(tmp_path, model, data, method="{name: LoRA, r: 2}", out="run", **sections):
     rest = "".join(f"{name}: {text}\n" for name, text in sections.items())
     file = tmp_path / "c.yaml"
     file.write_text(
-        f"out: {tmp_path}/run\nmodel: {{path: {model}}}\nmethod: {method}\n"
+        f"out: {tmp_path}/{out}\nmodel: {{path: {model}}}\nmethod: {method}\n"
         f"data: {{train: {data}}}\ntrain: {{steps: 3, batch: 4}}\n{rest}"
     )
     return main(["train", str(file)])
@@ -199,3 +199,58 @@ def test_every_load_passes_the_options_of_its_model():
             if not any(isinstance(v, ast.Attribute) and v.attr == "options" for v in spread):
                 loose.append(f"{path.name}:{node.lineno}")
     assert not loose
+
+
+def labelled_encoder(tmp_path, spoil):
+    """A BERT whose classifier reads the pooler, and which `spoil` changes before it is saved."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        **{k: v for k, v in tiny.WIDTH.items() if not k.startswith(("bos", "eos"))}
+    )
+    spoil(config)
+    transformers.BertModel(config).save_pretrained(tmp_path / "model")
+    tiny.tokenizer(None).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_layers_that_no_gradient_reaches_are_named_or_allowed(tmp_path, capsys, monkeypatch):
+    model = labelled_encoder(tmp_path, lambda config: None)
+    layers = transformers.models.bert.modeling_bert.BertLayer
+    forward, calls = layers.forward, []
+
+    def dropped(self, hidden, *args, **kwargs):  # the second of two blocks, as layerdrop would
+        calls.append(self)
+        return forward(self, hidden, *args, **kwargs) if len(calls) % 2 else hidden
+
+    monkeypatch.setattr(layers, "forward", dropped)
+    data = tiny.labelled(tmp_path / "l.csv")
+    assert run(tmp_path, model, data) == 1
+    assert "No gradient reached bert.encoder.layer.1.attention" in capsys.readouterr().err
+    assert run(tmp_path, model, data, out="second", audit="{unreached: allow}") == 0
+    assert "audit: no gradient reached 6 modules in the first 3 steps" in capsys.readouterr().err
+    names = json.loads((tmp_path / "second/run.json").read_text())["unreached"]
+    assert len(names) == 6 and all(".layer.1." in name for name in names)
+
+
+def test_batch_norms_need_the_switch(tmp_path, capsys, monkeypatch):
+    model = labelled_encoder(tmp_path, lambda config: None)
+    output = transformers.models.bert.modeling_bert.BertOutput
+    made, called = output.__init__, output.forward
+
+    def built(self, config):
+        made(self, config)
+        self.batch_norm = torch.nn.BatchNorm1d(config.hidden_size)
+
+    def normed(self, hidden, residual):
+        return self.batch_norm(called(self, hidden, residual).mT).mT
+
+    monkeypatch.setattr(output, "__init__", built)
+    monkeypatch.setattr(output, "forward", normed)
+    labelled_encoder(tmp_path, lambda config: None)
+    data = tiny.labelled(tmp_path / "l.csv")
+    assert run(tmp_path, model, data) == 2
+    assert "2 batch norms of the frozen base, 'bert.encoder.layer.0.output.batch_norm' first" in (
+        capsys.readouterr().err
+    )
+    method = "{name: LoRA, r: 2, freeze_batch_norm: true}"
+    assert run(tmp_path, model, data, method) == 0

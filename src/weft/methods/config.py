@@ -38,6 +38,7 @@ class Config:
 
     modules_to_save: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
+    freeze_batch_norm: bool = False
 
     learning_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)  # tried by `weft compare`
     mergeable: ClassVar[bool] = True
@@ -63,6 +64,7 @@ class Config:
         object.__setattr__(self, "modules_to_save", tuple(value))
         words = train_spec.normalise(type(self).__name__, self.train, isinstance(self, LayerConfig))
         object.__setattr__(self, "train", words)
+        check_flag(self, "freeze_batch_norm")
 
     @property
     def selection(self) -> tuple[str, ...]:

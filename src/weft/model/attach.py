@@ -16,7 +16,7 @@ from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS
-from . import base_layers, fallback, prompts
+from . import base_layers, fallback, prompts, statistics
 from .adapter import Adapter
 from .layer import CHILD, AdapterLayer, active_of, adapt, is_adapted, layers_of, restore
 from .plan_entries import Frozen
@@ -135,6 +135,11 @@ def _attach(
 ) -> Adapter:
     root = structure.root
     _check_name(state, name)
+    if config.freeze_batch_norm and not statistics.with_statistics(root):
+        raise TargetError(
+            f"freeze_batch_norm=True: {type(root).__name__} has no batch norm that keeps running "
+            "statistics. Leave it out."
+        )
     with base_only(state):
         modules = dict(root.named_modules())
         _check_ownership(modules, parts.configs, state)
@@ -194,6 +199,8 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     state.active.names.discard(name)
     if not any(other.selected_tensors for other in state.adapters.values()):
         state.unguard()
+    if not any(other.config.freeze_batch_norm for other in state.adapters.values()):
+        statistics.release(statistics.with_statistics(state.root).values())
     unfollow(adapter)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
@@ -351,6 +358,8 @@ def _install(
     state.adapters[adapter.name] = adapter
     state.active.names.add(adapter.name)
     state.guard(adapter)
+    if adapter.config.freeze_batch_norm:
+        statistics.freeze(statistics.with_statistics(root).values())
     follow(adapter)
     if follows(adapter):
         next(iter(adapter.layers.values())).watch = Watch(adapter.name)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import WeftError
+from ..errors import ConfigError, WeftError
+from ..model import statistics
 from ..model.adapter import Adapter
 from ..model.attach import attach
 from ..tasks.models import loading, quiet
@@ -55,11 +56,23 @@ def load_adapted(config: RunConfig, data: Data) -> Adapted:
     if data.start is not None:
         check_base(data.start, model, missing)
     adapter = attach(model, method)
+    _check_statistics(model)
     adapted = Adapted(adapter, missing, notes=notes)
     if data.start is not None:
         adapted.started = load_start(data.start, adapter, missing)
         notes.append(describe(adapted.started))
     return adapted
+
+
+def _check_statistics(model: nn.Module) -> None:
+    """Raises ConfigError if training would move statistics, which no adapter file contains."""
+    moving = statistics.moving(model)
+    if moving:
+        raise ConfigError(
+            f"{len(moving)} batch norms of the frozen base, {moving[0]!r} first, would move their "
+            "running statistics in training, and an adapter does not contain them. Keep them with "
+            "method.freeze_batch_norm=true."
+        )
 
 
 def _new_modules(model: nn.Module, missing: list[str], data: Data) -> list[str]:

@@ -33,6 +33,7 @@ from .run_dir import check_recorded_base
 FREE = (
     "targets",
     "modules_to_save",
+    "freeze_batch_norm",
     "dropout",
     "init",
     "norm_grad",

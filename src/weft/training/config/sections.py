@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ... import methods
+from ...auditing.audit import UNREACHED
 from ...errors import ConfigError
 from .checks import nearest, one_of, within
 
@@ -147,6 +148,18 @@ class TrainSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditSection:
+    """`unreached` "allow" accepts layers that no gradient reaches in the audited steps (layerdrop, an
+    unused pooler, an expert without tokens) and names them in the log and in run.json.
+    """
+
+    unreached: str = "refuse"
+
+    def __post_init__(self) -> None:
+        one_of(self, "unreached", UNREACHED)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalSection:
     """Evaluation. `every` None means once per epoch. `best` names the metric that chooses the
     adapter to keep ("loss", "accuracy", ...; None keeps the last). `patience` stops after that many
@@ -222,6 +235,7 @@ class RunConfig:
     data: DataSection = field(default_factory=DataSection)
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
+    audit: AuditSection = field(default_factory=AuditSection)
     eval: EvalSection = field(default_factory=EvalSection)
     save: SaveSection = field(default_factory=SaveSection)
     log: LogSection = field(default_factory=LogSection)
