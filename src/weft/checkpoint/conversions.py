@@ -93,6 +93,7 @@ def as_lora(checkpoint: Checkpoint) -> Checkpoint:
         modules_to_save=old.modules_to_save,
         train=old.train,
         freeze_batch_norm=old.freeze_batch_norm,
+        new_tokens=old.new_tokens,
     )
     return replace(checkpoint, config=config, sites=layers, projections=None, checksums={})
 

@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--tolerance has no meaning with --no-verify.")
     ref = find_source(args.model)
     checkpoint = read(args.adapter)
-    model: Any = base_for(ref, checkpoint.base.get("class"), checkpoint.selected, args.dtype)[0]
+    model: Any = base_for(
+        ref, checkpoint.base.get("class"), checkpoint.selected, args.dtype, checkpoint.words
+    )[0]
     adapter = load(model, args.adapter)
     if is_classifier(model):
         set_padding(model, ref)

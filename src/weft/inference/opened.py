@@ -71,7 +71,13 @@ def load_model(ref: ModelRef, adapter: str | None, dtype: str, device: str) -> A
         raise ConfigError("--device cuda: torch sees no CUDA device here. See `weft doctor`.")
     stored = None if adapter is None else read(adapter)
     task_class = None if stored is None else stored.base.get("class")
-    model: Any = base_for(ref, task_class, {} if stored is None else stored.selected, dtype)[0]
+    model: Any = base_for(
+        ref,
+        task_class,
+        {} if stored is None else stored.selected,
+        dtype,
+        0 if stored is None else stored.words,
+    )[0]
     if adapter is not None:
         load(model, adapter)
     return model.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu").eval()

@@ -39,10 +39,14 @@ def empty_model(ref: ModelRef, task_class: str | None = None) -> nn.Module:
 
 
 def base_for(
-    ref: ModelRef, task_class: str | None, selected: Mapping[str, Tensor], dtype: str = "auto"
+    ref: ModelRef,
+    task_class: str | None,
+    selected: Mapping[str, Tensor],
+    dtype: str = "auto",
+    words: int = 0,
 ) -> tuple[nn.Module, list[str]]:
     """Loads the pretrained model for an adapter of a `task_class` that has its own values of the
-    base tensors `selected` [...].
+    base tensors `selected` [...], with `words` token embeddings if it has fewer.
 
     Returns the model, and the names of its tensors that are not in its checkpoint. The number of
     classes of a new head is that of `selected`. Raises WeftError if weights are neither in the
@@ -65,8 +69,24 @@ def base_for(
         *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]),
     }
     _check_random(ref, missing - set(selected))
-    base: nn.Module = model.eval()
+    base: nn.Module = grow_embeddings(model, words).eval()
     return base, sorted(missing)
+
+
+@torch.no_grad()
+def grow_embeddings(model: Any, words: int) -> nn.Module:
+    """Returns the model with at least `words` token embeddings. New rows, also of a head, are the
+    mean of the old ones, so they are the same in every process.
+    """
+    before = model.get_input_embeddings().weight.shape[0] if words else 0
+    if before < words:
+        model.resize_token_embeddings(words, mean_resizing=False)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:
+                rows = module.weight
+                rows[before:] = rows[:before].float().mean(0).to(rows.dtype)
+    found: nn.Module = model
+    return found
 
 
 def _config(ref: ModelRef, **changes: Any) -> Any:

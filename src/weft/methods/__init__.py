@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import ConfigError
+from . import token_spec
 from .adalora import AdaLoRA
 from .base import BranchMethod, LowRankMethod, PromptMethod
 from .bottleneck import Bottleneck
@@ -42,7 +43,7 @@ METHODS: dict[str, type[Any]] = {
 }
 
 # Fields of all methods that the first version did not have.
-LATER = ("train", "freeze_batch_norm")
+LATER = ("train", "freeze_batch_norm", "new_tokens")
 
 
 def by_name(name: str) -> type[Any]:
@@ -81,6 +82,7 @@ def to_json(config: Any) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     if "targets" in values:
         values["targets"] = to_plain(values["targets"])
+    values["new_tokens"] = token_spec.to_plain(values["new_tokens"])
     for name in LATER:
         if not values[name]:  # so that versions without the field read the file
             del values[name]

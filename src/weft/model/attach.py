@@ -16,7 +16,7 @@ from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS
-from . import base_layers, fallback, prompts, statistics
+from . import base_layers, fallback, prompts, statistics, token_layers
 from .adapter import Adapter
 from .layer import CHILD, AdapterLayer, active_of, adapt, is_adapted, layers_of, restore
 from .plan_entries import Frozen
@@ -26,6 +26,7 @@ from .stepping import follow, follows, unfollow
 from .steps_watch import Watch
 from .structure import Structure, targets
 from .structure.selection import tensors_of_modules, trained_tensors, unsupported
+from .structure.tokens import token_tables
 from .use import check_not_in_use
 
 _attaching = threading.RLock()
@@ -157,6 +158,10 @@ def _attach(
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
         adapter.layers = _build_layers(structure, modules, parts.configs, state, shared)
         adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)
+        tables = token_tables(structure, config)
+        token_layers.check(tables, parts.configs, adapter.selected_tensors)
+        adapter.token_layers = token_layers.build(tables, config)
+        adapter.frozen = token_layers.noted(tables, adapter.frozen)
         if fill is not None:
             fill(adapter)
     if not any(True for _ in adapter.parameters()):
@@ -190,7 +195,7 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     state.forget(name)
     if isinstance(adapter.config, PromptMethod):
         prompts.uninstall(state, adapter)
-    for layer in adapter.layers.values():
+    for layer in adapter.every_layer().values():
         module = layer.base.module
         del layers_of(module)[name]
         if not len(layers_of(module)):
@@ -350,7 +355,7 @@ def _install(
         state.watch_root()
     if isinstance(adapter.config, PromptMethod):
         prompts.install(state, adapter, structure)
-    for name, layer in adapter.layers.items():
+    for name, layer in adapter.every_layer().items():
         if not is_adapted(modules[name]):
             adapt(modules[name], state.active)
         layer.active = state.active
@@ -363,5 +368,5 @@ def _install(
     follow(adapter)
     if follows(adapter):
         next(iter(adapter.layers.values())).watch = Watch(adapter.name)
-    state.fast_paths.switch_off(modules.values(), [modules[name] for name in adapter.layers])
+    state.fast_paths.switch_off(modules.values(), [modules[n] for n in adapter.every_layer()])
     state.set_default(adapter.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import INNER_FORWARD, BaseLayer, dtype_fault, own_class, own_forward
+from .base import INNER_FORWARD, BaseLayer, dtype_fault, own_class, own_forward, weight_fault
 from .conv1d import Conv1DLayer
 from .embedding import EmbeddingLayer
 from .linear import LinearLayer
@@ -56,5 +56,6 @@ __all__ = [
     "own_class",
     "own_forward",
     "view",
+    "weight_fault",
     "why_not",
 ]

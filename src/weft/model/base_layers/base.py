@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from ...methods.config import DTYPES
@@ -91,6 +92,23 @@ class BaseLayer:
     def forward(self, x: Tensor) -> Tensor:
         """Returns the layer's own output [..., out] for another input, without any adapter."""
         return own_forward(self.module, x)
+
+    def of_rows(self, x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Returns what the layer itself would compute if `rows` [n, width] were its table, or its W
+        with the bias [n]: [..., width] for places x [...], or [..., n] for x [..., width].
+        """
+        cls = own_class(self.module)
+        if cls.forward is nn.Embedding.forward:
+            return functional.embedding(x, rows)
+        if cls.forward is nn.Linear.forward:
+            return functional.linear(x, rows, bias)
+        twin, own = cls.__new__(cls), self.module.__dict__
+        stored = rows if self.takes_ids or not self.transposed else rows.t()
+        twin.__dict__.update(own, _parameters={"weight": stored, "bias": bias})
+        if self.takes_ids:  # no row without gradient, and no sparse gradients
+            twin.__dict__.update(padding_idx=None, sparse=False)
+        found: Tensor = cls.forward(twin, x)
+        return found
 
     def down(
         self, x: Tensor, A: Tensor, dropout: float = 0.0, dtype: torch.dtype | None = None

@@ -84,7 +84,7 @@ def _fault(structure: Structure, name: str) -> str | None:
     """
     parameter = structure.readers[name]
     plain = not parameter.is_floating_point() and not parameter.is_complex()
-    if plain and not has_map(structure.modules[_parent(name)]):
+    if plain and not has_map(structure.root.get_submodule(_parent(name))):
         return None
     return dtype_fault(parameter)
 
