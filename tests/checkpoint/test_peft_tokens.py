@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 import weft
 from support import distance
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own
+
 WORDS, IDS = 40, torch.tensor([[1, 37, 5, 39, 2], [39, 37, 3, 4, 5]])
 NEW = [39, 37]  # in peft the order of the rows
 
