@@ -84,7 +84,7 @@ def grow_embeddings(model: Any, words: int) -> nn.Module:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if module is not None:
                 rows = module.weight
-                rows[before:] = rows[:before].float().mean(0).to(rows.dtype)
+                rows[before:] = rows[:before].double().mean(0).to(rows.dtype)
     found: nn.Module = model
     return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, WeftError
+from ..inference.pretrained import grow_embeddings
 from ..model import statistics
 from ..model.adapter import Adapter
 from ..model.attach import attach
@@ -53,6 +54,9 @@ def load_adapted(config: RunConfig, data: Data) -> Adapted:
         trained = tuple(dict.fromkeys([*method.modules_to_save, *modules]))
         method = replace(method, modules_to_save=trained)
         notes.append(f"Not in the checkpoint, so trained from new values: {', '.join(modules)}.")
+    if data.new_tokens.ids:
+        grow_embeddings(model, data.new_tokens.words)
+        method = replace(method, new_tokens=data.new_tokens.ids)
     if data.start is not None:
         check_base(data.start, model, missing)
     adapter = attach(model, method)

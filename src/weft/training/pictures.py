@@ -61,6 +61,7 @@ def check_text_keys(config: RunConfig) -> None:
         for key, value in (
             ("model.tokenizer", config.model.tokenizer),
             ("model.labels", config.model.labels),
+            ("model.new_tokens", config.model.new_tokens),
             ("eval.records", config.eval.records),
         )
         if value is not None

@@ -24,6 +24,7 @@ from ..tasks.vocabulary import check_ids, learned_positions, padding
 from . import processes
 from .config.sections import DataSection, RunConfig
 from .data import check_source, load_samples, load_task
+from .new_tokens import NewTokens, add_new_tokens, check_start
 from .pictures import ImageRows, check_text_keys, open_pictures
 from .start import Start, open_start
 
@@ -43,7 +44,8 @@ class Data:
     """The samples of a run with its tokenizer (or image processor, if the model has one).
 
     kind: a key of `losses.METRICS`. classes: in the order of the model's outputs, for a
-    classification. start: the adapter to begin with, if there is one.
+    classification. start: the adapter to begin with, if there is one. new_tokens: those of
+    model.new_tokens.
     """
 
     model: ModelRef
@@ -58,6 +60,7 @@ class Data:
     task: GenerationTask | None = None
     renderer: Renderer | None = None
     start: Start | None = None
+    new_tokens: NewTokens = field(default_factory=NewTokens)
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,9 @@ def _open_text(config: RunConfig, sources: Sources, start: Start | None) -> Data
     _check_keys(config, kind, train.format)
     with quiet(), loading(sources.model, "a tokenizer and a configuration"):
         tokenizer, model_config, stops = tokenizer_and_stops(sources.model, sources.tokenizer)
+    new_tokens = add_new_tokens(config, tokenizer, model_config, notes)
+    if start is not None:
+        check_start(start, tokenizer, new_tokens)
     architecture = empty_model(sources.model)
     limit = max_tokens(tokenizer, model_config, architecture)
     limit = _max_length(config, limit, _room(config, architecture), notes)
@@ -161,6 +167,7 @@ def _open_text(config: RunConfig, sources: Sources, start: Start | None) -> Data
         notes=notes,
         task=task,
         start=start,
+        new_tokens=new_tokens,
     )
     with quiet():  # texts that are too long are counted and reported at the end
         _encode(config, data, (train, evaluation), limit, stops, names)

@@ -37,11 +37,29 @@ class ModelSection:
     dtype: str = "float32"  # of the frozen weights; "auto" as the checkpoint has them
     # Class names in the order of the outputs; None: those of the training data, sorted.
     labels: tuple[str, ...] | None = None
+    # Tokens to add, whose rows train; "tokenizer": those for which the model has no embedding.
+    new_tokens: Any = None
 
     def __post_init__(self) -> None:
         one_of(self, "dtype", DTYPES)
+        if self.new_tokens is not None:
+            object.__setattr__(self, "new_tokens", _new_tokens(self.new_tokens))
         if self.kind is not None:
             one_of(self, "kind", KINDS)
+
+
+def _new_tokens(given: Any) -> Any:
+    """Checks model.new_tokens. Raises ConfigError."""
+    if given == "tokenizer":
+        return given
+    texts = isinstance(given, list | tuple) and all(isinstance(t, str) and t for t in given)
+    if not texts or not given or len(set(given)) != len(given):
+        raise ConfigError(
+            f"model.new_tokens={given!r}: write a list of different tokens, for example "
+            '["<tool>", "</tool>"], or tokenizer for those that the tokenizer has and the model '
+            "has no embeddings for."
+        )
+    return tuple(given)
 
 
 @dataclass(frozen=True, kw_only=True)
