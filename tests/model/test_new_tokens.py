@@ -331,6 +331,8 @@ def test_tied_modules_with_different_ids_and_layers_that_are_adapted_too():
         ([1.5], "1.5 is no id"),
         (7, "these are no ids"),
         ({"": [1]}, "is no ending"),
+        ([2**31], "2147483648 is no id"),
+        ([10**40], "is no id"),
     ],
 )
 def test_values_that_are_no_tokens(given, words):

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import weft
 from weft.checkpoint.files import read_tensors
@@ -155,3 +156,20 @@ def test_a_start_must_have_the_same_tokens(place, capsys):
     assert run(place, source, *start, tokens='["<call>", "<other>"]') == 2
     assert "token 261 is '</call>' there and '<other>' in this run" in capsys.readouterr().err
     assert run(place, source, *start, tokens='["<call>"]') == 2
+
+
+@pytest.mark.parametrize("ids", [[10**6], [2**31 - 1]])
+def test_a_file_cannot_make_the_base_grow_beyond_its_own_rows(place, capsys, ids):
+    """Of another, larger model, or made to fill the memory."""
+    source = model(place / "lm", tied=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(source)
+    weft.attach(base, weft.LoRA(r=2, new_tokens=[7]))
+    weft.save(base, place / "adapter")
+    config = json.loads((place / "adapter/adapter_config.json").read_text())
+    config["trainable_token_indices"] = {"model.embed_tokens": ids}
+    (place / "adapter/adapter_config.json").write_text(json.dumps(config))
+    tensors = read_tensors(place / "adapter/adapter_model.safetensors")[0]
+    save_file(tensors, place / "adapter/adapter_model.safetensors")  # as a file of peft
+    adapter = ["--model", str(source), "--adapter", str(place / "adapter")]
+    assert main(["generate", *adapter, "--prompt", "a"]) == 1
+    assert "has 1 of them, and this model has 260" in capsys.readouterr().err

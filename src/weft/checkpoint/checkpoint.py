@@ -90,6 +90,11 @@ class Checkpoint:
         return max([*self.token_counts.values(), *(number + 1 for number in last)], default=0)
 
     @property
+    def new_rows(self) -> int:
+        """The number of different tokens whose rows the file has."""
+        return len({number for ids in self.token_ids.values() for number in ids})
+
+    @property
     def kinds(self) -> set[str]:
         """The kinds of the adapted layers, without embeddings."""
         return {layer.kind or "linear" for layer in self.sites.values()} - {"embedding"}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError
+from ..methods import token_spec
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer, Written
 from .drawn import UNKNOWN
@@ -131,8 +132,8 @@ def parse(path: Path, metadata: Mapping[str, str]) -> Header:
                 reached=manifest.get("reached", {}).get(module),
             )
         for name, (count, ids) in manifest.get("tokens", {}).items():
-            found.token_ids[name] = tuple(ids)
-            found.token_counts |= {} if count is None else {name: count}
+            found.token_ids[name] = token_spec.ids_of("its tokens", ids)
+            found.token_counts |= {} if count is None else {name: int(count)}
         return Header(found, layout, manifest)
     except ConfigError as error:
         raise CheckpointError(

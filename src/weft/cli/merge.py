@@ -70,7 +70,12 @@ def run(args: argparse.Namespace) -> int:
     ref = find_source(args.model)
     checkpoint = read(args.adapter)
     model: Any = base_for(
-        ref, checkpoint.base.get("class"), checkpoint.selected, args.dtype, checkpoint.words
+        ref,
+        checkpoint.base.get("class"),
+        checkpoint.selected,
+        args.dtype,
+        checkpoint.words,
+        checkpoint.new_rows,
     )[0]
     adapter = load(model, args.adapter)
     if is_classifier(model):

@@ -76,7 +76,7 @@ def load_model(ref: ModelRef, adapter: str | None, dtype: str, device: str) -> A
         task_class,
         {} if stored is None else stored.selected,
         dtype,
-        0 if stored is None else stored.words,
+        *((0, 0) if stored is None else (stored.words, stored.new_rows)),
     )[0]
     if adapter is not None:
         load(model, adapter)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError, WeftError
 from ..tasks.models import ModelRef, find_model, loading, quiet
 
+# Rows that a vocabulary may have beyond its tokens: it is rounded up to a multiple.
+SPARE = 4096
+
 
 def find_source(name: str) -> ModelRef:
     """Returns the model with this name: an embedded one, a directory, a config.json, or one on the
@@ -44,9 +47,11 @@ def base_for(
     selected: Mapping[str, Tensor],
     dtype: str = "auto",
     words: int = 0,
+    trained: int = 0,
 ) -> tuple[nn.Module, list[str]]:
     """Loads the pretrained model for an adapter of a `task_class` that has its own values of the
-    base tensors `selected` [...], with `words` token embeddings if it has fewer.
+    base tensors `selected` [...], with `words` token embeddings if it has fewer, of which the
+    adapter has `trained`.
 
     Returns the model, and the names of its tensors that are not in its checkpoint. The number of
     classes of a new head is that of `selected`. Raises WeftError if weights are neither in the
@@ -69,16 +74,24 @@ def base_for(
         *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]),
     }
     _check_random(ref, missing - set(selected))
-    base: nn.Module = grow_embeddings(model, words).eval()
+    base: nn.Module = grow_embeddings(model, words, trained).eval()
     return base, sorted(missing)
 
 
 @torch.no_grad()
-def grow_embeddings(model: Any, words: int) -> nn.Module:
+def grow_embeddings(model: Any, words: int, trained: int) -> nn.Module:
     """Returns the model with at least `words` token embeddings. New rows, also of a head, are the
     mean of the old ones, so they are the same in every process.
+
+    trained: how many rows an adapter has. Raises WeftError if most of the new ones would not be
+    its own, as for an adapter of another model.
     """
     before = model.get_input_embeddings().weight.shape[0] if words else 0
+    if words > before + trained + SPARE:
+        raise WeftError(
+            f"the adapter needs {words} token embeddings and has {trained} of them, and this model "
+            f"has {before}. Give the model that it was trained on."
+        )
     if before < words:
         model.resize_token_embeddings(words, mean_resizing=False)
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):

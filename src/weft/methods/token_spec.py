@@ -22,18 +22,18 @@ def normalise(method: str, given: Any) -> Spec:
     """Returns the ids in ascending order, or one pair (name ending, ids) per entry of a mapping.
 
     `method` is the configuration's name, for messages. Raises ConfigError for anything else, for
-    text, for an id below 0, and for one that is given twice.
+    text, for an id below 0 or beyond 2**31, and for one that is given twice.
     """
     if isinstance(given, Mapping):
         pairs = list(given.items())
     elif isinstance(given, list | tuple) and given and all(_is_pair(entry) for entry in given):
         pairs = [tuple(entry) for entry in given]
     else:
-        return _ids(method, given)
+        return ids_of(method, given)
     for name, _ in pairs:
         if not isinstance(name, str) or not name:
             raise _refusal(method, given, f"{name!r} is no ending of a module's name")
-    return tuple((name, _ids(method, ids)) for name, ids in pairs)
+    return tuple((name, ids_of(method, ids)) for name, ids in pairs)
 
 
 def by_module(spec: Spec) -> dict[str | None, Ids]:
@@ -51,7 +51,8 @@ def to_plain(spec: Spec) -> Any:
     return {name: list(ids) for name, ids in found.items()}
 
 
-def _ids(method: str, given: Any) -> Ids:
+def ids_of(method: str, given: Any) -> Ids:
+    """Returns ids in ascending order. Raises ConfigError as `normalise`."""
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise _refusal(method, given, "these are no ids")
     found = []
@@ -64,7 +65,7 @@ def _ids(method: str, given: Any) -> Ids:
             value = operator.index(entry)
         except TypeError:
             raise _refusal(method, given, f"{entry!r} is no id") from None
-        if isinstance(entry, bool) or value < 0:
+        if isinstance(entry, bool) or not 0 <= value < 2**31:
             raise _refusal(method, given, f"{entry!r} is no id")
         found.append(value)
     if len(set(found)) != len(found):

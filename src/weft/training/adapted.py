@@ -55,7 +55,7 @@ def load_adapted(config: RunConfig, data: Data) -> Adapted:
         method = replace(method, modules_to_save=trained)
         notes.append(f"Not in the checkpoint, so trained from new values: {', '.join(modules)}.")
     if data.new_tokens.ids:
-        grow_embeddings(model, data.new_tokens.words)
+        grow_embeddings(model, data.new_tokens.words, data.new_tokens.words)
         method = replace(method, new_tokens=data.new_tokens.ids)
     if data.start is not None:
         check_base(data.start, model, missing)
