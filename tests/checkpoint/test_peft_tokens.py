@@ -153,3 +153,45 @@ def test_a_dictionary_that_names_a_head_without_rows_of_its_own(tmp_path):
     weft.load(llama(True), tmp_path)
     with pytest.raises(weft.CheckpointError, match="no rows for the new tokens of 'lm_head'"):
         weft.load(llama(False), tmp_path)
+
+
+@pytest.mark.parametrize("indices", ["list", "both"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_that_was_resized_for_peft(tied, indices, tmp_path):
+    """peft then writes the whole tables too, with random new rows of an untied head."""
+    base = tmp_path / "base"
+    llama(tied).save_pretrained(base)
+
+    def resized(extra=2):
+        made = transformers.AutoModelForCausalLM.from_pretrained(base)
+        made.resize_token_embeddings(WORDS + extra)
+        return made.eval()
+
+    new = [WORDS + 1, WORDS]
+    given = new if indices == "list" else {"embed_tokens": new, "lm_head": new}
+    made = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=given)
+    theirs = peft.get_peft_model(resized(), made)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.3 * torch.randn_like(p) if p.requires_grad else 0)
+    theirs.save_pretrained(tmp_path / "peft")
+    assert any(
+        "base_layer" in key for key in load_file(tmp_path / "peft/adapter_model.safetensors")
+    )
+    ids = torch.tensor([[1, WORDS, 2, WORDS + 1]])
+    with torch.no_grad():
+        wanted = theirs.eval()(input_ids=ids).logits
+        model = resized()
+        weft.load(model, tmp_path / "peft")
+        assert distance(model(ids).logits, wanted) < 1e-5
+    weft.save(model, tmp_path / "weft")
+    again = resized()
+    weft.load(again, tmp_path / "weft")
+    assert distance(again(ids).logits, wanted) < 1e-5
+    other = resized()
+    with torch.no_grad():
+        other.get_input_embeddings().weight[3] += 1
+    with pytest.raises(weft.CheckpointError, match="repeats this tensor of its base"):
+        weft.load(other, tmp_path / "peft")
+    with pytest.raises(weft.CheckpointError, match="has 40 rows, and none for the id 41"):
+        weft.load(llama(tied), tmp_path / "peft")

@@ -197,7 +197,7 @@ class LoadPlan:
             live = self.parameters.get(self._model_name(full))
             if live is None:
                 self._check_buffer(full, value)
-            elif not _same(live, value):
+            elif not _same(live, value) and not tokens.same_table(self, full, live, value):
                 self.problems.append(
                     f"{full!r}: the file repeats this tensor of its base, and the model's is "
                     "another (a resized vocabulary, or another base model?)"

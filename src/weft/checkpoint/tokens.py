@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import TargetError
 from ..methods.token_spec import by_module
@@ -55,6 +56,20 @@ def plan(into: Any) -> None:
         for table in tables
         if table.name not in into.tokens and not _tried(into, table)
     ]
+
+
+def same_table(into: Any, full: str, live: Tensor, table: Tensor) -> bool:
+    """Whether a table of the file's base [tokens, width] is the model's, `live`, but for the rows that
+    the file replaces, and for those behind its last token, which fill the table up.
+    """
+    ids = into.checkpoint.token_ids.get(full.removesuffix(".weight"))
+    live = live.detach().cpu()
+    if not ids or live.shape != table.shape or not live.is_floating_point():
+        return False
+    kept = torch.arange(len(table))
+    kept = kept[(kept <= ids[-1]) & ~torch.isin(kept, torch.tensor(ids))]
+    here, there = live[kept], table[kept]
+    return torch.equal(here.to(there.dtype), there) or torch.equal(here, there.to(here.dtype))
 
 
 def _tried(into: Any, table: TokenTable) -> bool:

@@ -4,7 +4,9 @@
     base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta  [n, width]
 
 Despite the name the tensor holds the rows themselves, in the order of the ids. Of tied modules the file
-has one.
+has one. If the vocabulary was resized, peft also writes the whole tables of the base, with the rows of
+a head that is not tied, whose new rows then are the file's too:
+    ...model.embed_tokens.token_adapter.base_layer.weight      ...lm_head.weight      [tokens, width]
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from ..checkpoint import Checkpoint
 
 FIELD = "trainable_token_indices"
 _SUFFIX = ".token_adapter.trainable_tokens_delta"
+_TABLE = ".token_adapter.base_layer.weight"
 
 
 def key_of(module: str) -> str:
@@ -59,6 +62,7 @@ def take_tokens(checkpoint: Checkpoint, rest: dict[str, Tensor], config: Mapping
         asked |= dict.fromkeys([m for m in modules if m.endswith(ending)] or [ending], ids)
     if not asked:
         checkpoint.problems.append(f"missing: {FIELD} is set, and no {key_of('*')!r} is there")
+    _take_tables(checkpoint, rest, asked)
     for module in [m for m in modules if m in asked]:
         rows, ids = rest.pop(key_of(module)), asked[module]
         if rows.ndim != 2 or len(rows) != len(ids):
@@ -68,5 +72,29 @@ def take_tokens(checkpoint: Checkpoint, rest: dict[str, Tensor], config: Mapping
             continue
         checkpoint.tokens[module] = rows[torch.tensor(ids).argsort()]
         checkpoint.token_ids[module] = tuple(sorted(ids))
+    asked |= {m: list(ids) for m, ids in checkpoint.token_ids.items()}
     spec = {module: tuple(sorted(ids)) for module, ids in asked.items()}
     checkpoint.config = replace(checkpoint.config, new_tokens=spec)
+
+
+def _take_tables(
+    checkpoint: Checkpoint, rest: dict[str, Tensor], asked: Mapping[str, list[int]]
+) -> None:
+    """Moves whole tables of the base [tokens, width] out of `rest`, and takes the new rows of those
+    that have no others.
+    """
+    sizes = set()
+    for key in [key for key in rest if key.endswith(_TABLE)]:
+        module = key.removesuffix(_TABLE)
+        table = checkpoint.repeated[f"{module}.weight"] = rest.pop(key)
+        sizes.add(tuple(table.shape))
+        checkpoint.token_counts[module] = len(table)
+    ids = sorted({number for found in asked.values() for number in found})
+    for key in [key for key in rest if key.endswith(".weight")]:
+        module, table = key.removesuffix(".weight"), rest[key]
+        if module in checkpoint.sites or tuple(table.shape) not in sizes or ids[-1] >= len(table):
+            continue
+        checkpoint.repeated[key] = rest.pop(key)
+        checkpoint.tokens[module] = table[torch.tensor(ids)]
+        checkpoint.token_ids[module] = tuple(ids)
+        checkpoint.token_counts[module] = len(table)
