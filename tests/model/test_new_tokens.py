@@ -274,6 +274,24 @@ def test_a_low_precision_base_trains_rows_in_float32_and_uses_them_as_merged():
     assert same_bits(run(model), run(dense(model, adapter)))
 
 
+def test_ids_of_32_bits_and_tokens_beside_a_padding_row():
+    model = plain()
+    adapter = weft.attach(model, weft.LoRA(targets=["mid"], new_tokens=[0, 37]))
+    spread(adapter)
+    with torch.no_grad():
+        ids = torch.tensor([[0, 37, 3]])
+        assert same_bits(run(model, ids), run(model, ids.int()))
+    run(model, ids).sum().backward()
+    assert adapter.token_rows["embed"].grad.abs().sum(1).gt(0).all()
+
+
+def test_a_table_that_accelerate_offloads_is_refused():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(llama(), execution_device=torch.device("cpu"))
+    with pytest.raises(weft.TargetError, match="accelerate keeps its weight elsewhere"):
+        weft.attach(model, weft.BitFit(new_tokens=NEW))
+
+
 def test_generation_with_a_cache_and_gradient_checkpointing():
     model = llama(tied=True)
     adapter = weft.attach(model, weft.LoRA(r=2, new_tokens=NEW))

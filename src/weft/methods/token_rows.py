@@ -49,7 +49,8 @@ class TokenRows(TensorConfig):
         """
         ids, rows = p.ids, p.rows.to(layer.weight().dtype)
         if self.of_ids:
-            place = torch.searchsorted(ids, x.contiguous()).clamp_(max=len(ids) - 1)
+            place = torch.searchsorted(ids, x.to(ids.dtype).contiguous())
+            place = place.clamp_(max=len(ids) - 1)
             here = (ids[place] == x).unsqueeze(-1)
             return torch.where(here, layer.of_rows(place, rows).to(y.dtype), y)
         bias = layer.bias

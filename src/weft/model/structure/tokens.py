@@ -98,6 +98,8 @@ def _reader(structure: Structure, name: str, tensor: str) -> BaseLayer:
         why = "it is neither an embedding nor a linear layer"
     elif getattr(module, "max_norm", None) is not None:
         why = "max_norm rewrites its weight in every forward"
+    elif getattr(getattr(module, "_hf_hook", None), "offload", False):
+        why = "accelerate keeps its weight elsewhere between two calls"
     if kind is None or why is not None:
         raise TargetError(
             f"new_tokens: the rows that {name!r} ({type(module).__name__}) reads cannot be "
