@@ -73,11 +73,14 @@ def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
 
 
 def declared_tensors(model: nn.Module, name: str | None) -> dict[str, nn.Parameter]:
-    """Returns the trained parameters of the adapter `name`, or of all adapters, by key."""
+    """Returns the trained parameters of the adapter `name`, or of all adapters, by key; without
+    copies of whole numbers, which no gradient can reach.
+    """
     return {
         f"{prefix}{key}": p
         for prefix, adapter in _by_prefix(model, name).items()
         for key, p in adapter.named_parameters()
+        if p.is_floating_point()
     }
 
 

@@ -52,7 +52,9 @@ class Checkpoint:
     and B [out, r] if the file stores them; `checksums` are those of tensors that are drawn from a
     seed, by share key. `problems` are faults within the file. If `in_order`, the file names no
     modules, and its layers are those of the model in order. `biases` says which biases of the base
-    a file of peft must have: "none", "all", or "targets" (those of the adapted layers).
+    a file of peft must have: "none", "all", or "targets" (those of the adapted layers). `tokens` are
+    the rows of new tokens [n, width], by the first module that reads them, `token_ids` their ids,
+    and `token_counts` the number of rows in the base's table, if the file records it.
     """
 
     config: Any
@@ -63,6 +65,9 @@ class Checkpoint:
     selected: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, Tensor] = field(default_factory=dict)
     repeated: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    token_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    token_counts: dict[str, int] = field(default_factory=dict)
     projections: tuple[Tensor, Tensor] | None = None
     checksums: dict[str, str] = field(default_factory=dict)
     peft_reads_it: bool = True
@@ -76,7 +81,18 @@ class Checkpoint:
     def numbers(self) -> int:
         """The number of trained values in the file."""
         trained = [t for layer in self.sites.values() for t in layer.tensors.values()]
-        return sum(t.numel() for t in [*trained, *self.selected.values()])
+        return sum(t.numel() for t in [*trained, *self.selected.values(), *self.tokens.values()])
+
+    @property
+    def words(self) -> int:
+        """The number of token embeddings that the base must have; 0 without new tokens."""
+        last = [number for ids in self.token_ids.values() for number in ids]
+        return max([*self.token_counts.values(), *(number + 1 for number in last)], default=0)
+
+    @property
+    def new_rows(self) -> int:
+        """The number of different tokens whose rows the file has."""
+        return len({number for ids in self.token_ids.values() for number in ids})
 
     @property
     def kinds(self) -> set[str]:

@@ -88,7 +88,12 @@ def as_lora(checkpoint: Checkpoint) -> Checkpoint:
         )
     old, first = checkpoint.config, next(iter(layers.values())).rule
     config = replace(
-        first, targets=list(layers), modules_to_save=old.modules_to_save, train=old.train
+        first,
+        targets=list(layers),
+        modules_to_save=old.modules_to_save,
+        train=old.train,
+        freeze_batch_norm=old.freeze_batch_norm,
+        new_tokens=old.new_tokens,
     )
     return replace(checkpoint, config=config, sites=layers, projections=None, checksums={})
 

@@ -154,6 +154,8 @@ def _conversion_notes(checkpoint: Checkpoint) -> list[str]:
     notes = []
     if empty:
         notes.append(f"{len(empty)} layers keep no triplet and are left out, {empty[0]!r} first")
+    if checkpoint.tokens:
+        notes.append("the rows of new tokens go along")
     if checkpoint.selected:
         notes.append("the head or other modules trained in full go along")
     return notes
@@ -179,4 +181,7 @@ def _error(before: Checkpoint, after: Checkpoint) -> float:
         left_out = module not in after.sites
         found = 0 * wanted if left_out else factors(after, module).delta(torch.float64)
         worst = max(worst, float((found - wanted).norm()) / (size or 1.0))
-    return worst
+    same = before.tokens.keys() == after.tokens.keys() and all(
+        torch.equal(rows, after.tokens[module]) for module, rows in before.tokens.items()
+    )
+    return worst if same else float("inf")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError
+from ..methods import token_spec
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer, Written
 from .drawn import UNKNOWN
@@ -76,6 +77,11 @@ def metadata_of(
         ],
         "selected": written.selected,
     }
+    if checkpoint.tokens:
+        manifest["tokens"] = {
+            name: [checkpoint.token_counts.get(name), list(checkpoint.token_ids[name])]
+            for name in checkpoint.tokens
+        }
     reached = {m: x.reached for m, x in checkpoint.sites.items() if x.reached is not None}
     if reached:
         manifest["reached"] = reached
@@ -125,6 +131,9 @@ def parse(path: Path, metadata: Mapping[str, str]) -> Header:
                 shape=(out, in_),
                 reached=manifest.get("reached", {}).get(module),
             )
+        for name, (count, ids) in manifest.get("tokens", {}).items():
+            found.token_ids[name] = token_spec.ids_of("its tokens", ids)
+            found.token_counts |= {} if count is None else {name: int(count)}
         return Header(found, layout, manifest)
     except ConfigError as error:
         raise CheckpointError(
@@ -190,7 +199,7 @@ def _differences(own: Any, config: Any) -> dict[str, Any]:
     return {
         f.name: getattr(own, f.name)
         for f in fields(own)
-        if f.name not in ("targets", "modules_to_save", "train")
+        if f.name not in ("targets", "modules_to_save", *methods.LATER)
         and getattr(own, f.name) != getattr(config, f.name)
     }
 

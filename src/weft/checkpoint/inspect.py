@@ -111,7 +111,9 @@ def _plan_rows(checkpoint: Checkpoint) -> list[Row]:
         for module, layer in checkpoint.sites.items()
     ]
     selected = checkpoint.selected.items()
-    return rows + [_plan_row(name, "tensor", tuple(t.shape), [t]) for name, t in selected]
+    rows += [_plan_row(name, "tensor", tuple(t.shape), [t]) for name, t in selected]
+    tokens = checkpoint.tokens.items()
+    return rows + [_plan_row(name, "tokens", tuple(t.shape), [t]) for name, t in tokens]
 
 
 def _plan_row(name: str, kind: str, shape: tuple[int, ...], tensors: list[Tensor]) -> Row:

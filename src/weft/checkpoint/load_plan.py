@@ -14,7 +14,8 @@ from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
 from ..model.state import find_state
 from ..model.structure.selection import tensors_of_modules, trained_tensors
-from . import formats, matching
+from ..model.structure.tokens import TokenTable
+from . import formats, matching, tokens
 from .checkpoint import Checkpoint, CheckpointLayer
 from .problems import fault_of, nearest
 from .projections import projections_for
@@ -44,6 +45,7 @@ class LoadPlan:
         }
         tensors = [*checkpoint.selected, *checkpoint.repeated]
         wanted = [*(() if checkpoint.in_order else checkpoint.sites), *map(_parent, tensors)]
+        wanted += checkpoint.tokens
         self.names = matching.match(list(dict.fromkeys(wanted)), self.modules)
         self.mapped = [*checkpoint.mapped, *self.names.mapped]
         self._prompt_modules: dict[str, Any] | None = None
@@ -55,10 +57,13 @@ class LoadPlan:
         self.reached: dict[str, str] = {}  # saved training state, as text
         self.shapes: dict[str, tuple[int, int]] = {}  # by the file's name
         self.selected: dict[str, Tensor] = {}
+        self.tables: list[TokenTable] = []
+        self.tokens: dict[str, Tensor] = {}  # rows of new tokens, by the table's first module
         self._check_architecture()
         for module, layer in checkpoint.sites.items():
             self._plan_layer(module, layer)
         self._plan_selected()
+        tokens.plan(self)
         self._check_repeated()
         self._check_complete()
         first = next(iter(self.configs), None)
@@ -192,7 +197,7 @@ class LoadPlan:
             live = self.parameters.get(self._model_name(full))
             if live is None:
                 self._check_buffer(full, value)
-            elif not _same(live, value):
+            elif not _same(live, value) and not tokens.same_table(self, full, live, value):
                 self.problems.append(
                     f"{full!r}: the file repeats this tensor of its base, and the model's is "
                     "another (a resized vocabulary, or another base model?)"

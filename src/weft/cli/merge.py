@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..checkpoint.load import load, read
     from ..errors import ConfigError
-    from ..inference.pretrained import base_for, dummy_inputs, find_source
+    from ..inference.opened import set_padding
+    from ..inference.pretrained import base_for, dummy_inputs, find_source, is_classifier
     from ..model.attach import detach
     from ..model.merge import merge
 
@@ -68,8 +69,17 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--tolerance has no meaning with --no-verify.")
     ref = find_source(args.model)
     checkpoint = read(args.adapter)
-    model: Any = base_for(ref, checkpoint.base.get("class"), checkpoint.selected, args.dtype)[0]
+    model: Any = base_for(
+        ref,
+        checkpoint.base.get("class"),
+        checkpoint.selected,
+        args.dtype,
+        checkpoint.words,
+        checkpoint.new_rows,
+    )[0]
     adapter = load(model, args.adapter)
+    if is_classifier(model):
+        set_padding(model, ref)
     report = merge(
         model, verify=None if args.no_verify else dummy_inputs(model), tolerance=args.tolerance
     )

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..encoding.render import Renderer
-from ..encoding.tokenizer import max_positions
 from ..errors import ConfigError, WeftError
+from ..tasks.vocabulary import check_ids, max_positions, padding
 from .opened import Opened, check_generates
 
 
@@ -50,13 +50,10 @@ def answer(
     """
     tokenizer = renderer.tokenizer
     coded = [renderer.prompt_ids(prompt) for prompt in prompts]
-    check_fits(model.config, coded, settings)
+    check_fits(model, coded, settings)
+    check_ids(coded, tokenizer, model.config, "prompt")
     ends = {tokenizer.eos_token_id, *renderer.stops} - {None}
-    pad = (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else next(iter(sorted(ends)), 0)
-    )
+    pad = padding(tokenizer, model.config)[0]
     keywords = {
         "pad_token_id": pad,
         "use_cache": True,
@@ -81,11 +78,11 @@ def answer(
     return texts
 
 
-def check_fits(config: Any, coded: list[list[int]], settings: Mapping[str, Any]) -> None:
+def check_fits(model: Any, coded: list[list[int]], settings: Mapping[str, Any]) -> None:
     """Raises WeftError for the first tokenized prompt that is empty, or that exceeds, with its
-    answer, the positions of the model with this configuration.
+    answer, the positions of the model.
     """
-    positions, new = max_positions(config), settings.get("max_new_tokens", 0)
+    positions, new = max_positions(model.config, model), settings.get("max_new_tokens", 0)
     for number, ids in enumerate(coded, 1):
         if not ids:
             raise WeftError(

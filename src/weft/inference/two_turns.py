@@ -19,10 +19,10 @@ import torch
 
 from ..checkpoint.files import find
 from ..checkpoint.tokenizer_files import TEMPLATE, lone_template, tokenizer_folder
-from ..encoding.tokenizer import max_positions
 from ..errors import ConfigError
 from ..tasks.journal import Journal
 from ..tasks.mt_bench import Question
+from ..tasks.vocabulary import max_positions
 from .generate import answer
 from .opened import Opened, check_generates
 
@@ -162,7 +162,7 @@ def _turn(
     ]
     bare = opened.renderer.bare()
     longest = max(len(bare.prompt_ids(prompt)) for prompt in prompts)
-    new, positions = decoding["max_new_tokens"], max_positions(opened.model.config)
+    new, positions = decoding["max_new_tokens"], max_positions(opened.model.config, opened.model)
     if positions is not None:
         new = max(1, min(new, positions - longest))
     texts = answer(opened.model, bare, prompts, {**decoding, "max_new_tokens": new}, len(prompts))

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import ConfigError
+from . import token_spec
 from .adalora import AdaLoRA
 from .base import BranchMethod, LowRankMethod, PromptMethod
 from .bottleneck import Bottleneck
@@ -41,6 +42,9 @@ METHODS: dict[str, type[Any]] = {
     )
 }
 
+# Fields of all methods that the first version did not have.
+LATER = ("train", "freeze_batch_norm", "new_tokens")
+
 
 def by_name(name: str) -> type[Any]:
     """Returns the configuration class of a method, by its name in any case. Raises ConfigError with
@@ -60,7 +64,7 @@ def replace(config: Any, overrides: dict[str, Any]) -> Any:
     if not overrides:
         return config
     values = {f.name: getattr(config, f.name) for f in fields(config)}
-    known = set(values) - {"targets", "modules_to_save", "train", *config.model_fields}
+    known = set(values) - {"targets", "modules_to_save", *LATER, *config.model_fields}
     for field in overrides:
         if field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
@@ -78,8 +82,10 @@ def to_json(config: Any) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     if "targets" in values:
         values["targets"] = to_plain(values["targets"])
-    if not values["train"]:  # so that versions without the field read the file
-        del values["train"]
+    values["new_tokens"] = token_spec.to_plain(values["new_tokens"])
+    for name in LATER:
+        if not values[name]:  # so that versions without the field read the file
+            del values[name]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {"method": type(config).__name__, **plain}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.low_rank import LowRank
-from . import train_spec
+from . import token_spec, train_spec
 from .base import BaseLayer, Params, Shape, Shared
 from .checks import check_alpha, check_choice, check_count, check_flag, check_number
 from .rng import Rng
@@ -38,6 +38,8 @@ class Config:
 
     modules_to_save: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
+    freeze_batch_norm: bool = False
+    new_tokens: Any = ()
 
     learning_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)  # tried by `weft compare`
     mergeable: ClassVar[bool] = True
@@ -63,6 +65,9 @@ class Config:
         object.__setattr__(self, "modules_to_save", tuple(value))
         words = train_spec.normalise(type(self).__name__, self.train, isinstance(self, LayerConfig))
         object.__setattr__(self, "train", words)
+        check_flag(self, "freeze_batch_norm")
+        tokens = token_spec.normalise(type(self).__name__, self.new_tokens)
+        object.__setattr__(self, "new_tokens", tokens)
 
     @property
     def selection(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS
-from . import base_layers, fallback, prompts
+from . import base_layers, fallback, prompts, statistics, token_layers
 from .adapter import Adapter
 from .layer import CHILD, AdapterLayer, active_of, adapt, is_adapted, layers_of, restore
 from .plan_entries import Frozen
@@ -25,7 +25,8 @@ from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
 from .stepping import follow, follows, unfollow
 from .steps_watch import Watch
 from .structure import Structure, targets
-from .structure.selection import tensors_of_modules, trained_tensors
+from .structure.selection import tensors_of_modules, trained_tensors, unsupported
+from .structure.tokens import token_tables
 from .use import check_not_in_use
 
 _attaching = threading.RLock()
@@ -135,6 +136,11 @@ def _attach(
 ) -> Adapter:
     root = structure.root
     _check_name(state, name)
+    if config.freeze_batch_norm and not statistics.with_statistics(root):
+        raise TargetError(
+            f"freeze_batch_norm=True: {type(root).__name__} has no batch norm that keeps running "
+            "statistics. Leave it out."
+        )
     with base_only(state):
         modules = dict(root.named_modules())
         _check_ownership(modules, parts.configs, state)
@@ -148,9 +154,14 @@ def _attach(
         )
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
+        frozen += unsupported(structure, {f.name for f in frozen})
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
         adapter.layers = _build_layers(structure, modules, parts.configs, state, shared)
         adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)
+        tables = token_tables(structure, config)
+        token_layers.check(tables, parts.configs, adapter.selected_tensors)
+        adapter.token_layers = token_layers.build(tables, config)
+        adapter.frozen = token_layers.noted(tables, adapter.frozen)
         if fill is not None:
             fill(adapter)
     if not any(True for _ in adapter.parameters()):
@@ -184,7 +195,7 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     state.forget(name)
     if isinstance(adapter.config, PromptMethod):
         prompts.uninstall(state, adapter)
-    for layer in adapter.layers.values():
+    for layer in adapter.every_layer().values():
         module = layer.base.module
         del layers_of(module)[name]
         if not len(layers_of(module)):
@@ -195,6 +206,8 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     state.active.probes.clear()
     if not any(other.selected_tensors for other in state.adapters.values()):
         state.unguard()
+    if not any(other.config.freeze_batch_norm for other in state.adapters.values()):
+        statistics.release(statistics.with_statistics(state.root).values())
     unfollow(adapter)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
@@ -352,7 +365,7 @@ def _install(
         _tell_trainers(root, True)
     if isinstance(adapter.config, PromptMethod):
         prompts.install(state, adapter, structure)
-    for name, layer in adapter.layers.items():
+    for name, layer in adapter.every_layer().items():
         if not is_adapted(modules[name]):
             adapt(modules[name], state.active)
         layer.active = state.active
@@ -363,8 +376,10 @@ def _install(
         state.active.marked.add(adapter.name)
     state.active.probes.clear()
     state.guard(adapter)
+    if adapter.config.freeze_batch_norm:
+        statistics.freeze(statistics.with_statistics(root).values())
     follow(adapter)
     if follows(adapter):
         next(iter(adapter.layers.values())).watch = Watch(adapter.name)
-    state.fast_paths.switch_off(modules.values(), [modules[name] for name in adapter.layers])
+    state.fast_paths.switch_off(modules.values(), [modules[n] for n in adapter.every_layer()])
     state.set_default(adapter.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import torch
@@ -28,8 +29,17 @@ class Audit(TrainerCallback):  # type: ignore[misc]
     for the same number of steps.
     """
 
-    def __init__(self, adapter: Adapter, before: Snapshot, warm_up: int) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        before: Snapshot,
+        warm_up: int,
+        unreached: str,
+        report: Callable[[list[str], int], None],
+    ) -> None:
         self.adapter, self.before = adapter, before
+        # Modules that no gradient reached are allowed with "allow", and `report` is told of them.
+        self.unreached, self.report = unreached, report
         # In a warm-up the first step has rate 0.
         self.steps = steps_until_audit(adapter) + (1 if warm_up else 0)
         self.last = 0  # the step after which the audit runs; 0: no audit
@@ -53,7 +63,9 @@ class Audit(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.last:
             model, name = self.adapter.model, self.adapter.name
-            audit(model, self.before, snapshot(model, name), name)
+            left = audit(model, self.before, snapshot(model, name), name, self.unreached)
+            if left and state.is_world_process_zero:
+                self.report(left, self.steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.before.release()

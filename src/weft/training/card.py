@@ -52,6 +52,11 @@ def _load(record: Mapping[str, Any], adapter: str) -> list[str]:
         f"from transformers import {AUTO_CLASSES[kind]}" + (", AutoTokenizer" if text else ""),
         "",
         f'model = {AUTO_CLASSES[kind]}.from_pretrained("{base}"{labels})',
+        *(
+            [f"model.resize_token_embeddings({record['embeddings']})  # for the new tokens"]
+            if record.get("embeddings")
+            else []
+        ),
         f'weft.load(model, "{adapter}")',
         *([f'tokenizer = AutoTokenizer.from_pretrained("{adapter}")'] if text else []),
         "```",

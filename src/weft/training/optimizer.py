@@ -29,6 +29,7 @@ def groups(adapter: Adapter, optim: OptimSection) -> list[dict[str, Any]]:
             factor = optim.lr_factors.get(tensor, 1.0)
             name = tensor if factor != 1.0 else "adapter"
             rated.append((name, optim.lr * factor, parameter))
+    rated += [("adapter", optim.lr, rows) for rows in adapter.token_rows.values()]
     for base in selected:
         rate = optim.head_lr if base.head and optim.head_lr is not None else optim.lr
         rated.append(("head" if base.head else "base", rate, base.trained))

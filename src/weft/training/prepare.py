@@ -8,18 +8,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..encoding.labels import classes_of, encode_labels
 from ..encoding.render import Renderer
 from ..encoding.rows import EncodedRows
 from ..encoding.samples import Samples, check_task, is_image
-from ..encoding.tokenizer import max_tokens, pad_token, tokenizer_and_stops
+from ..encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ..errors import ConfigError
-from ..inference.pretrained import find_source
+from ..inference.pretrained import empty_model, find_source
+from ..model import prompts
+from ..model.structure import Structure
 from ..tasks import GenerationTask
 from ..tasks.models import ModelRef, loading, quiet
+from ..tasks.vocabulary import check_ids, learned_positions, padding
 from . import processes
 from .config.sections import DataSection, RunConfig
 from .data import check_source, load_samples, load_task
+from .new_tokens import NewTokens, add_new_tokens, check_start
 from .pictures import ImageRows, check_text_keys, open_pictures
 from .start import Start, open_start
 
@@ -39,8 +45,8 @@ class Data:
     """The samples of a run with its tokenizer (or image processor, if the model has one).
 
     kind: a key of `losses.METRICS`. classes: in the order of the model's outputs, for a
-    classification. start: the adapter to begin with, if there is one. rendered_at: the time in the
-    samples, if the chat template prints the date.
+    classification. start: the adapter to begin with, if there is one. new_tokens: those of
+    model.new_tokens. rendered_at: the time in the samples, if the chat template prints the date.
     """
 
     model: ModelRef
@@ -55,6 +61,7 @@ class Data:
     task: GenerationTask | None = None
     renderer: Renderer | None = None
     start: Start | None = None
+    new_tokens: NewTokens = field(default_factory=NewTokens)
     rendered_at: datetime | None = None
 
 
@@ -147,12 +154,14 @@ def _open_text(
     _check_keys(config, kind, train.format)
     with quiet(), loading(sources.model, "a tokenizer and a configuration"):
         tokenizer, model_config, stops = tokenizer_and_stops(sources.model, sources.tokenizer)
-    limit = _max_length(config, max_tokens(tokenizer, model_config), notes)
-    pad = pad_token(tokenizer)
-    if tokenizer.pad_token_id is None:
-        notes.append(
-            f"The tokenizer has no pad token; rows are padded with token {pad}, which is masked."
-        )
+    new_tokens = add_new_tokens(config, tokenizer, model_config, notes)
+    if start is not None:
+        check_start(start, tokenizer, new_tokens)
+    architecture = empty_model(sources.model)
+    limit = max_tokens(tokenizer, model_config, architecture)
+    limit = _max_length(config, limit, _room(config, architecture), notes)
+    pad, note = padding(tokenizer, model_config)
+    notes += [] if note is None else [note]
     data = Data(
         model=sources.model,
         tokenizer=tokenizer,
@@ -164,9 +173,13 @@ def _open_text(
         notes=notes,
         task=task,
         start=start,
+        new_tokens=new_tokens,
     )
     with quiet():  # texts that are too long are counted and reported at the end
         _encode(config, data, (train, evaluation), limit, stops, names, now)
+    for what, rows in (("training", data.train), ("evaluation", data.eval)):
+        ids = (row["input_ids"] for row in (rows.rows if isinstance(rows, EncodedRows) else ()))
+        check_ids(ids, tokenizer, model_config, f"{what}, sample")
     data.notes += data.train.counts.notes("training")
     data.notes += data.eval.counts.notes("evaluation") if data.eval is not None else []
     return data
@@ -243,8 +256,25 @@ def _check_keys(config: RunConfig, kind: str, form: str) -> None:
         raise ConfigError("eval.records is for a task whose answers are generated; leave it out.")
 
 
-def _max_length(config: RunConfig, limit: int, notes: list[str]) -> int:
+def _room(config: RunConfig, model: nn.Module) -> int | None:
+    """The learned positions that the method's virtual tokens leave for text, or None if a model has
+    no table of them.
+    """
+    learned = learned_positions(model)
+    if learned is None:
+        return None
+    virtual = prompts.virtual_positions(Structure.of(model), config.method)
+    if virtual >= learned:
+        raise ConfigError(
+            f"method: its {virtual} virtual tokens leave none of the model's {learned} positions "
+            "for text. Take fewer."
+        )
+    return learned - virtual
+
+
+def _max_length(config: RunConfig, limit: int, room: int | None, notes: list[str]) -> int:
     """data.max_length, or the model's limit if that is less."""
+    limit = limit if room is None else min(limit, room)
     if config.data.max_length > limit:
         notes.append(
             f"data.max_length={config.data.max_length} is more than this model takes; samples are "

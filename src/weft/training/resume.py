@@ -38,6 +38,7 @@ MAY_DIFFER = (
     "model.path",
     "model.tokenizer",
     "adapter.start",
+    "audit",
     "data.train",
     "data.eval",
     "data.chat_template",

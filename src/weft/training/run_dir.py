@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import nn
 
@@ -168,16 +168,18 @@ class RunDir:
         for left in self.root.glob(".*.tmp"):  # of a run that was killed in a write
             left.unlink()
         found = None
-        begun = []
+        begun, kept = [], {}
         if self.record.is_file():
             before = self.read()
             check_same(before["identity"], identity, self.root)
             found, begun = newest(self.checkpoints), before["sessions"]
+            kept = {key: before[key] for key in ("unreached",) if key in before}
         record = {
             "schema": SCHEMA,
             "status": "running",
             "identity": identity,
             **facts,
+            **kept,
             "sessions": [*begun, {"from_step": found[1] if found else 0, **_environment()}],
             "config": to_dict(config),
         }
@@ -190,6 +192,17 @@ class RunDir:
     def finish(self, **result: Any) -> None:
         """Adds the result to run.json."""
         self._put_record({**self.read(), **result})
+
+    def report_unreached(self, stream: TextIO, modules: list[str], steps: int) -> None:
+        """Prints the modules that no gradient reached, and adds them to run.json."""
+        print(
+            f"audit: no gradient reached {len(modules)} modules in the first {steps} steps, which "
+            f"audit.unreached=allow accepts: {', '.join(modules[:8])}"
+            f"{', ...' if len(modules) > 8 else ''}",
+            file=stream,
+            flush=True,
+        )
+        self.finish(unreached=modules)
 
     def _put_record(self, record: Mapping[str, Any]) -> None:
         self.put("run.json", json.dumps(record, indent=1) + "\n")

@@ -22,6 +22,7 @@ from ...methods import AdaLoRA
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
 from . import peft_layers as layers
+from . import peft_tokens
 
 _NAMES = {"P": "lora_B", "lam": "lora_E", "Q": "lora_A"}
 _PARTS = {name: tensor for tensor, name in _NAMES.items()}
@@ -50,7 +51,14 @@ _UNREAD = (
     "megatron_core",
     "qalora_group_size",
 )
-_SUPPORTED = (*_FIELDS.values(), *_UNREAD, "lora_alpha", "rank_pattern", "init_lora_weights")
+_SUPPORTED = (
+    *_FIELDS.values(),
+    *_UNREAD,
+    "lora_alpha",
+    "rank_pattern",
+    "init_lora_weights",
+    peft_tokens.FIELD,
+)
 
 
 class AdaLoraFormat:

@@ -19,7 +19,8 @@ from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..matching import bare, class_of, owner_of
 from ..problems import report_extra, take
 from . import peft_bias as bias
-from .native import take_selected
+from . import peft_tokens
+from .native import take_selected, take_tokens
 
 PREFIX = "base_model.model."
 _PREFIXES = re.compile(r"(?P<wrappers>((module|_orig_mod)\.)*)base_model\.model\.")
@@ -61,7 +62,9 @@ def write_layers(
     tensors |= {PREFIX + name: t for name, t in checkpoint.repeated.items()}
     selected = {**checkpoint.selected, **checkpoint.aliases}
     tensors |= {PREFIX + bias.key_of(checkpoint, name): t for name, t in selected.items()}
-    return Written(tensors, {**_common_fields(checkpoint, model), **fields}, list(selected))
+    tensors |= {PREFIX + peft_tokens.key_of(name): t for name, t in checkpoint.tokens.items()}
+    common = {**_common_fields(checkpoint, model), **peft_tokens.field(checkpoint)}
+    return Written(tensors, {**common, **fields}, list(selected))
 
 
 def _common_fields(checkpoint: Checkpoint, model: nn.Module | None) -> dict[str, Any]:
@@ -200,6 +203,7 @@ def finish_reading(
         names = [name if is_ending(name) else re.escape(name) for name in checkpoint.sites]
         checkpoint.config = replace(checkpoint.config, targets=names)
     bias.take_biases(checkpoint, rest, config.get("bias") or "none")
+    peft_tokens.take_tokens(checkpoint, rest, config)
     take_base_tensors(checkpoint, rest)
     expected = [key for layer in checkpoint.sites.values() for key in layer.keys.values()]
     report_extra(checkpoint.problems, rest, expected)
@@ -240,8 +244,11 @@ def restore_layers(
         if (key_in_file := bias.key_of(checkpoint, name)) in plain:
             plain[name] = plain.pop(key_in_file)
     take_selected(checkpoint, plain, "", manifest["selected"])
+    rows = {name: peft_tokens.key_of(name) for name in checkpoint.token_ids}
+    take_tokens(checkpoint, plain, rows)
     checkpoint.repeated = plain
     reported = {name for layer in checkpoint.sites.values() for name in layer.keys.values()}
+    reported |= {PREFIX + key for key in rows.values()}
     reported |= {PREFIX + bias.key_of(checkpoint, n) for n in manifest["selected"]} | set(taken)
     checkpoint.problems += [
         f"missing: {name!r} was saved with this adapter"

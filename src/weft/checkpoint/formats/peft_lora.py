@@ -19,6 +19,7 @@ from ...methods.config import scaling
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
 from . import peft_layers as layers
+from . import peft_tokens
 
 _LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 _EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
@@ -46,6 +47,7 @@ _SUPPORTED = (
     "rank_pattern",
     "alpha_pattern",
     "init_lora_weights",
+    peft_tokens.FIELD,
     # in every file; they act through fields that are refused
     "eva_config",
     "ensure_weight_tying",

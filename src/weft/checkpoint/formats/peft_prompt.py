@@ -20,6 +20,7 @@ from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..matching import bare
 from ..problems import report_extra, take
 from .peft_layers import dtype_of, refuse_fields, take_base_tensors
+from .peft_tokens import why_none
 
 _TENSOR = "prompt_embeddings"
 _SUPPORTED = (
@@ -59,6 +60,8 @@ class PrefixFormat:
         config: Any = checkpoint.config
         if checkpoint.selected:
             return "it trains base tensors beside it"
+        if checkpoint.tokens:
+            return why_none(checkpoint)
         if getattr(config, "l_i", 0):
             return "peft has no tokens behind the prompt"
         if getattr(config, "positions", "shifted") != "shifted":

@@ -19,6 +19,7 @@ from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..problems import take
 from . import peft_bias as bias
 from . import peft_layers as layers
+from . import peft_tokens
 
 _NAMES = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
 _PARTS = {name: tensor for tensor, name in _NAMES.items()}
@@ -57,7 +58,7 @@ class VeraFormat:
                     )
         if checkpoint.projections is None:
             return "peft needs A and B in the file"
-        return bias.why_none(checkpoint)
+        return bias.why_none(checkpoint) or peft_tokens.why_none(checkpoint)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         assert checkpoint.projections is not None

@@ -21,13 +21,14 @@ from ...encoding.collate import collate
 from ...encoding.render import Renderer
 from ...encoding.rows import EncodedRows
 from ...encoding.samples import Samples
-from ...encoding.tokenizer import max_positions, max_tokens, pad_token, tokenizer_and_stops
+from ...encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ...errors import WeftError
 from ...inference.generate import answer
 from ...tasks import Encoded, GenerationRef, GenerationTask, Record, Sample, Split
 from ...tasks.base import capped
 from ...tasks.generation import as_samples, with_validation
 from ...tasks.models import ModelRef, causal_model, check_generates, loading, quiet
+from ...tasks.vocabulary import check_ids, max_positions, padding
 from ...training import scored
 from ...training.losses import reduced
 from .base import Facts, Tested
@@ -231,7 +232,8 @@ def open_generated(
         raise WeftError(f"task {task.name!r} has no test data; it has {sorted(task.records)}.")
     limit, notes = min(MAX_TOKENS, max_tokens(tokenizer, config)), list(task.notes)
     renderer = Renderer(tokenizer, limit, stops=stops)
-    pad = pad_token(tokenizer)
+    pad, note = padding(tokenizer, config)
+    notes += [] if note is None else [note]
     samples = capped(
         Split(task.train_samples(), [0] * len(task.samples)), limits.get("train"), "train", notes
     ).items
@@ -246,5 +248,8 @@ def open_generated(
         validation = _encode_split(
             renderer, as_samples(records["validation"]), "validation", pad, notes
         )
+    for name, split in (("train", train), ("validation", validation)):
+        ids = (row["input_ids"] for row in split.encoded.rows)
+        check_ids(ids, tokenizer, config, f"{model.name}, {name} sample")
     loaded, fingerprint = causal_model(model)
     return GeneratedTask(loaded, task, renderer, train, validation, fits, fingerprint, notes)

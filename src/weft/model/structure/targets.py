@@ -95,11 +95,14 @@ def _in_role(structure: Structure, role: str, without: list[Frozen]) -> list[str
         for block in lacking
     ]
     names = [name for block in structure.blocks for name in block.of(role)]
-    for name in names:
-        why = base_layers.why_not(structure.root.get_submodule(name))
-        if why is not None:
+    faults = {name: base_layers.why_not(structure.root.get_submodule(name)) for name in names}
+    usable = [name for name in names if faults[name] is None]
+    for name, why in faults.items():
+        weight = structure.modules[name]._parameters.get("weight")
+        frozen = weight is not None and base_layers.dtype_fault(weight) is not None
+        if why is not None and not (frozen and usable):  # a quantised weight stays frozen, by name
             raise TargetError(f"targets={role!r} means {name!r}, which cannot be adapted: {why}.")
-    return names
+    return usable
 
 
 def _skipped(structure: Structure, chosen: Collection[str], skip_layers: int) -> set[str]:

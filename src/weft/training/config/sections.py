@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ... import methods
+from ...auditing.audit import UNREACHED
 from ...errors import ConfigError
 from ...tasks.quantize import QUANTIZE
 from .checks import nearest, one_of, within
@@ -38,13 +39,31 @@ class ModelSection:
     quantize: str | None = None  # a name of tasks.quantize.QUANTIZE; None: not quantised
     # Class names in the order of the outputs; None: those of the training data, sorted.
     labels: tuple[str, ...] | None = None
+    # Tokens to add, whose rows train; "tokenizer": those for which the model has no embedding.
+    new_tokens: Any = None
 
     def __post_init__(self) -> None:
         one_of(self, "dtype", DTYPES)
         if self.quantize is not None:
             one_of(self, "quantize", tuple(QUANTIZE))
+        if self.new_tokens is not None:
+            object.__setattr__(self, "new_tokens", _new_tokens(self.new_tokens))
         if self.kind is not None:
             one_of(self, "kind", KINDS)
+
+
+def _new_tokens(given: Any) -> Any:
+    """Checks model.new_tokens. Raises ConfigError."""
+    if given == "tokenizer":
+        return given
+    texts = isinstance(given, list | tuple) and all(isinstance(t, str) and t for t in given)
+    if not texts or not given or len(set(given)) != len(given):
+        raise ConfigError(
+            f"model.new_tokens={given!r}: write a list of different tokens, for example "
+            '["<tool>", "</tool>"], or tokenizer for those that the tokenizer has and the model '
+            "has no embeddings for."
+        )
+    return tuple(given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +172,18 @@ class TrainSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditSection:
+    """`unreached` "allow" accepts layers that no gradient reaches in the audited steps (layerdrop, an
+    unused pooler, an expert without tokens) and names them in the log and in run.json.
+    """
+
+    unreached: str = "refuse"
+
+    def __post_init__(self) -> None:
+        one_of(self, "unreached", UNREACHED)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalSection:
     """Evaluation. `every` None means once per epoch. `best` names the metric that chooses the
     adapter to keep ("loss", "accuracy", ...; None keeps the last). `patience` stops after that many
@@ -228,6 +259,7 @@ class RunConfig:
     data: DataSection = field(default_factory=DataSection)
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
+    audit: AuditSection = field(default_factory=AuditSection)
     eval: EvalSection = field(default_factory=EvalSection)
     save: SaveSection = field(default_factory=SaveSection)
     log: LogSection = field(default_factory=LogSection)
