@@ -126,7 +126,7 @@ def _check_type(hint: Any, field: str, value: Any) -> None:
     try:
         conform(hint, value)
     except WrongType as error:
-        raise ConfigError(f"{field}={short(value)} must be {error}.") from None
+        raise ConfigError(f"{field}={short(value)}: {field} must be {error}.") from None
 
 
 def targets_of(config: Mapping[str, Any]) -> Any:
