@@ -13,19 +13,20 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from ..encoding.samples import Samples, is_generation, label_samples
 from ..errors import ConfigError, WeftError
-from ..tasks import GenerationTask, files, find_generation, find_task
+from ..tasks import GenerationTask, find_generation, find_task
 from ..tasks.files import Row
 from ..tasks.generation import as_samples
+from ..untrusted import json_text
 from .config.sections import DataSection
+from .normalise import normalised
+from .sources import read_source, title_of
 
 NEEDED = {
     "messages": ("messages",),
@@ -43,43 +44,18 @@ TEXTS = (
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
-def check_source(name: str, key: str) -> None:
-    """Raises ConfigError unless `name` is an existing file of a known format or a hub name. Nothing
-    is loaded.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise ConfigError(
-            f"{key}={name!r} is a folder; give a file ({', '.join(files.FORMATS)}) or a hub name."
-        )
-    if path.is_file():
-        if not files.is_table(path):
-            raise ConfigError(
-                f"{key}={name!r}: the file's name does not end in a known format: "
-                f"{', '.join(files.FORMATS)} (and .gz)."
-            )
-    elif files.is_table(path) or not files.is_hub_name(name):
-        near = get_close_matches(
-            path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=2
-        )
-        raise ConfigError(
-            f"{key}={name!r}: there is no such file."
-            + (f" Nearest: {', '.join(near)}." if near else "")
-        )
-
-
 def load_samples(
-    section: DataSection, kind: str | None, seed: int
+    section: DataSection, kind: str | None, seed: int, labels: Sequence[str] | None = None
 ) -> tuple[Samples, Samples | None]:
-    """Returns training and evaluation samples.
+    """Returns training and evaluation samples. `labels` are the names of the classes, if given.
 
     Raises ConfigError or WeftError, naming the file, the row and the column.
     """
     if section.train is None:
         raise ConfigError("data.train is missing.")
-    train = _samples(section.train, section, section.split, kind)
+    train = _samples("train", section, kind, labels)
     if section.eval is not None:
-        held = _samples(section.eval, section, section.eval_split, kind)
+        held = _samples("eval", section, kind, labels)
         if held.format != train.format:
             raise WeftError(
                 f"data.eval has the format {held.format!r} and data.train {train.format!r}."
@@ -101,8 +77,14 @@ def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
     return samples.take(sorted(order[count:])), samples.take(sorted(order[:count]))
 
 
-def _samples(name: str, section: DataSection, split: str, kind: str | None) -> Samples:
-    rows = _renamed(_rows(name, section.config, split), section.columns, name)
+def _samples(
+    key: str, section: DataSection, kind: str | None, labels: Sequence[str] | None
+) -> Samples:
+    given = getattr(section, key)
+    name, split = title_of(given), section.split if key == "train" else section.eval_split
+    read = read_source(given, f"data.{key}", section.config, split)
+    rows, section = normalised(read, section, kind, labels)
+    rows = _renamed(rows, section.columns, name)
     chosen = section.format if section.format != "auto" else _format_of(rows[0], kind, name)
     wanted = _columns(chosen, rows[0], name)
     checked = [
@@ -194,9 +176,9 @@ def _checked(row: Row, chosen: str, wanted: Sequence[str], where: str) -> Row:
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.startswith("["):  # a table's cell
         try:
-            value = json.loads(value)
-        except ValueError:
-            raise WeftError(f"{where}: messages is text, but not a JSON list.") from None
+            value = json_text.loads(value)
+        except ValueError as error:
+            raise WeftError(f"{where}: messages is text, but no JSON list: {error}.") from None
     if not isinstance(value, list) or not value:
         raise WeftError(f"{where}: messages must be a list of {{role, content}}.")
     for message in value:
@@ -219,19 +201,6 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
             f"{where}: no message has the role assistant, so there is nothing to learn."
         )
     return value
-
-
-def _rows(name: str, config: str | None, split: str) -> list[Row]:
-    path = Path(name).expanduser()
-    if path.is_file():
-        return files.read_rows(path)
-    rows = files.hub_rows(name, config, split)
-    if rows is None:
-        raise WeftError(
-            f"data {name!r} has no split {split!r} on the hub; data.split and data.eval_split name "
-            "it."
-        )
-    return rows
 
 
 def load_task(

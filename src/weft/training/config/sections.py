@@ -42,6 +42,12 @@ class ModelSection(Section):
         one_of(self, "dtype", DTYPES)
         if self.kind is not None:
             one_of(self, "kind", KINDS)
+        for name in self.labels or ():
+            if name != name.strip() or not name or (self.labels or ()).count(name) > 1:
+                raise ConfigError(
+                    f"model.labels={list(self.labels or ())}: {name!r} must be a name without blanks "
+                    "around it that is given once."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +63,10 @@ class AdapterSection(Section):
 class DataSection(Section):
     """The samples and how they become tokens (docs/train.md lists the formats)."""
 
-    # A .jsonl, .json, .csv, .tsv or .parquet file, or a hub name; None if `task` has the data.
-    train: str | None = None
-    eval: str | None = None
+    # A .jsonl, .json, .csv, .tsv or .parquet file, a folder, a glob, a data set saved to disk, a hub
+    # name, or a list of these; None if `task` has the data.
+    train: str | tuple[str, ...] | None = None
+    eval: str | tuple[str, ...] | None = None
     eval_share: float = 0.0  # of the training samples, held out if `eval` is None
     config: str | None = None  # of a hub name
     split: str = "train"
@@ -67,6 +74,8 @@ class DataSection(Section):
     format: str = "auto"
     # Weft's name -> the file's, for example {prompt: question}.
     columns: Mapping[str, str] = field(default_factory=dict)
+    # Columns and keys of messages that have no meaning for training; all others must be read.
+    ignore: tuple[str, ...] = ()
     max_length: int = 512
     loss_on: str = "completion"  # or "all"
     chat_template: str | None = None  # a file; None: the tokenizer's own
