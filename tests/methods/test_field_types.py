@@ -5,7 +5,7 @@ line, and in peft's files. The word "false" is never taken for true.
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -35,6 +35,8 @@ KEYS = [(cls, f.name) for cls in SECTIONS for f in dataclasses.fields(cls)]
 def fits(hint, value):
     """The rule, written once more: no boolean is a number, no text a boolean."""
     parts = [p for p in (bool, int, float, str) if p.__name__ in str(hint)]
+    if isinstance(value, str) and str in get_args(hint):
+        return True
     parts += [type(None)] if "None" in str(hint) else []
     if "Mapping" in str(hint) or "tuple" in str(hint):
         return None  # not by the scalar's type alone
@@ -178,6 +180,20 @@ def test_words_for_booleans_on_the_command_line(tmp_path, capsys):
     )
     assert main(["train", str(file)]) == 2
     assert "LoRA(rslora='false'): rslora must be True or False" in capsys.readouterr().err
+
+
+def test_a_field_that_is_given_twice_on_the_command_line(tmp_path, capsys):
+    with pytest.raises(weft.ConfigError, match="a field is given twice"):
+        parse_methods("lora:r=4:alpha=8:r=8")
+    model = tmp_path / "config.json"
+    model.write_text('{"model_type": "gpt2"}')
+    plan = ["plan", "--model", str(model), "--method", "lora"]
+    for words in (["--r", "4", "--set", "r=8"], ["--set", "r=4", "--set", "r=8"]):
+        assert main([*plan, *words]) == 2
+        assert "--set 'r=8': r is given twice" in capsys.readouterr().err
+    model.write_text('{"model_type": "gpt2", "n_layer": 1, "n_layer": 2}')
+    assert main(plan) != 0
+    assert "the key 'n_layer' is given twice" in capsys.readouterr().err
 
 
 def test_a_word_for_a_setting_of_generate_that_takes_none():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,21 @@ def setting(text: str) -> tuple[str, Any]:
     if not equals or not name or not value:
         raise ConfigError(f"--set {text!r}: write FIELD=VALUE, for example --set dropout=0.05.")
     return name, literal(value)
+
+
+def settings(texts: Iterable[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the values of `field=value` texts, beside those of other options in `given`. Raises
+    ConfigError if a field is given twice.
+    """
+    from ..errors import ConfigError
+
+    found = dict(given or {})
+    for text in texts:
+        name, value = setting(text)
+        if name in found:
+            raise ConfigError(f"--set {text!r}: {name} is given twice.")
+        found[name] = value
+    return found
 
 
 def write_json(file: Path | None, data: Mapping[str, Any]) -> None:

@@ -69,7 +69,10 @@ def parse_methods(text: str) -> list[Entry]:
                 f"Methods: {_method_names()}."
             )
         name, *settings = split(part, ":")
-        fields = dict(_setting(setting, part) for setting in settings)
+        given = [_setting(setting, part) for setting in settings]
+        fields = dict(given)
+        if len(fields) < len(given):
+            raise ConfigError(f"--methods {part!r}: a field is given twice.")
         for own in ("modules_to_save", "seed"):
             if own in fields:
                 raise ConfigError(f"--methods {part!r}: {own!r} is set by weft compare.")
