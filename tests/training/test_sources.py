@@ -114,6 +114,8 @@ def test_sharegpt(tmp_path):
     assert load(tmp_path, [{"messages": talk}])[0]["messages"] == wanted
     assert load(tmp_path, [{"conversations": wanted}])[0]["messages"] == wanted
     assert load(tmp_path, [{"conversations": json.dumps(talk)}])[0]["messages"] == wanted
+    filled = [{"role": None, "content": None, **message} for message in talk]  # as parquet does
+    assert load(tmp_path, [{"conversations": filled, "messages": None}])[0]["messages"] == wanted
 
 
 @pytest.mark.parametrize(

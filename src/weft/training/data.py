@@ -25,7 +25,7 @@ from ..tasks.files import Row
 from ..tasks.generation import as_samples
 from ..untrusted import json_text
 from .config.sections import DataSection
-from .normalise import normalised
+from .normalise import labelled, normalised
 from .sources import read_source, title_of
 
 NEEDED = {
@@ -83,10 +83,13 @@ def _samples(
     given = getattr(section, key)
     name, split = title_of(given), section.split if key == "train" else section.eval_split
     read = read_source(given, f"data.{key}", section.config, split)
-    rows, section = normalised(read, section, kind, labels)
+    rows, section = normalised(read, section)
     rows = _renamed(rows, section.columns, name)
     chosen = section.format if section.format != "auto" else _format_of(rows[0], kind, name)
     wanted = _columns(chosen, rows[0], name)
+    if chosen == "label":
+        at = f"column {section.columns.get('label', 'label')!r}"
+        rows = labelled(rows, [f"{place}, {at}" for place, _ in read], kind, labels or ())
     checked = [
         _checked(row, chosen, wanted, f"{name}, sample {i}") for i, row in enumerate(rows, 1)
     ]

@@ -38,6 +38,7 @@ TEXTS = (
     "question",
 )
 SHAREGPT = ("conversations", "conversation")
+_OURS = ("from", "value", "role", "content")
 ROLES = {
     "human": "user",
     "user": "user",
@@ -54,13 +55,10 @@ ROLES = {
 }
 
 
-def normalised(
-    rows: Sequence[Numbered], section: DataSection, kind: str | None, labels: Sequence[str] | None
-) -> tuple[list[Row], DataSection]:
+def normalised(rows: Sequence[Numbered], section: DataSection) -> tuple[list[Row], DataSection]:
     """Returns the records, and the section without the columns that they no longer have.
 
-    `section` names columns and what to ignore, `kind` and `labels` are those of the model section.
-    Raises WeftError, which names file, line and column.
+    `section` names columns and what to ignore. Raises WeftError, which names file, line and column.
     """
     file_name = dict(section.columns)
     found = [row for _, row in rows]
@@ -74,9 +72,6 @@ def normalised(
         found = _joined(found, places, prompt, completion)
         file_name = {k: v for k, v in file_name.items() if k not in ("prompt", "completion")}
         section = replace(section, columns=file_name)
-    label = file_name.get("label", "label")
-    if label in found[0] and label not in section.ignore and kind != "causal-lm":
-        found = _labelled(found, places, label, kind, labels or ())
     return found, section
 
 
@@ -98,9 +93,8 @@ def _conversations(
     rows: list[Row], places: Sequence[str], mapped: str | None, ignored: Collection[str]
 ) -> list[Row]:
     """ShareGPT's lists as messages."""
-    column = mapped or next(
-        (name for name in SHAREGPT if name in rows[0] and "messages" not in rows[0]), "messages"
-    )
+    names = () if _filled(rows, "messages") else SHAREGPT
+    column = mapped or next((name for name in names if _filled(rows, name)), "messages")
     if column not in rows[0] or column in ignored:
         return rows
     ours = column if mapped else "messages"
@@ -112,9 +106,13 @@ def _conversations(
             value = _cell(value, where)
         if isinstance(value, list) and any(_is_sharegpt(message) for message in value):
             value = [_message(message, where, n) for n, message in enumerate(value, 1)]
-        rest = {key: held for key, held in row.items() if key != column}
+        rest = {key: held for key, held in row.items() if key not in (column, ours)}
         out.append({**rest, ours: value} if column in row else row)
     return out
+
+
+def _filled(rows: Sequence[Row], column: str) -> bool:
+    return any(row.get(column) not in (None, "") for row in rows)
 
 
 def _cell(text: str, where: str) -> Any:
@@ -125,7 +123,8 @@ def _cell(text: str, where: str) -> Any:
 
 
 def _is_sharegpt(message: Any) -> bool:
-    return isinstance(message, Mapping) and "from" in message and "role" not in message
+    """A table fills up what a message lacks with None."""
+    return isinstance(message, Mapping) and "from" in message and message.get("role") is None
 
 
 def _message(message: Any, where: str, number: int) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def _message(message: Any, where: str, number: int) -> dict[str, Any]:
             f"{where}, message {number}: {message!r:.60} has no from and value, as other messages "
             "have."
         )
-    if "content" in message:
+    if message.get("content") is not None:
         raise WeftError(f"{where}, message {number}: it has both value and content.")
     said = message["from"]
     role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
@@ -144,14 +143,14 @@ def _message(message: Any, where: str, number: int) -> dict[str, Any]:
             f"{where}, message {number}: nobody is called {said!r:.40} (from). Nearest: "
             f"{', '.join(near)}."
         )
-    rest = {key: held for key, held in message.items() if key not in ("from", "value")}
+    rest = {key: held for key, held in message.items() if key not in _OURS}
     return {"role": role, "content": message["value"], **rest}
 
 
 def _is_conversational(rows: list[Row], prompt: str, ignored: Collection[str]) -> bool:
     return (
         prompt not in ignored
-        and "messages" not in rows[0]
+        and not _filled(rows, "messages")
         and any(_is_list(row.get(prompt)) for row in rows)
     )
 
@@ -167,7 +166,8 @@ def _joined(rows: list[Row], places: Sequence[str], prompt: str, completion: str
         before = [
             {**turn, "train": False} if turn.get("role") == "assistant" else turn for turn in asked
         ]
-        rest = {key: held for key, held in row.items() if key not in (prompt, completion)}
+        own = (prompt, completion, "messages")
+        rest = {key: held for key, held in row.items() if key not in own}
         out.append({**rest, "messages": [*before, *answered]})
     return out
 
@@ -186,11 +186,14 @@ def _turns(value: Any, role: str, where: str) -> list[dict[str, Any]]:
     return [dict(turn) for turn in value]
 
 
-def _labelled(
-    rows: list[Row], places: Sequence[str], column: str, kind: str | None, allowed: Sequence[str]
+def labelled(
+    rows: list[Row], places: Sequence[str], kind: str | None, allowed: Sequence[str]
 ) -> list[Row]:
-    values = [row.get(column) for row in rows]
-    at = [f"{place}, column {column!r}" for place in places]
+    """Returns records of the format "label" with labels as the rules have them. `kind` and
+    `allowed` (model.labels) are those of the model section. Raises WeftError, naming the place
+    ("a.csv, line 2, column 'label'").
+    """
+    values, at = [row.get("label") for row in rows], places
     if kind == "regression":
         made: Sequence[Any] = class_labels.scores(values, at)
     else:
@@ -200,4 +203,4 @@ def _labelled(
                 f"{at[0]}: the labels are numbers that are not all whole, such as {made[0]!r}. "
                 "Write model.kind: regression, or classification if each number is a class."
             )
-    return [{**row, column: label} for row, label in zip(rows, made, strict=True)]
+    return [{**row, "label": label} for row, label in zip(rows, made, strict=True)]
