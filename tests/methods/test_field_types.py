@@ -43,7 +43,7 @@ def fits(hint, value):
     if isinstance(value, bool | str | type(None)):
         return type(value) in parts
     if isinstance(value, int):
-        return (int in parts or float in parts) and value < 2**63
+        return (int in parts or float in parts) and value < 2**63  # 10**400 fits no float either
     return isinstance(value, float) and float in parts
 
 
@@ -117,12 +117,14 @@ def test_other_annotations():
     assert conform(tuple[int, ...], [1]) == (1,)
     assert conform(Mapping[str, float], {"a": 1}) == {"a": 1}
     assert conform(Literal["a", 1], 1) == 1
+    assert conform(float, 10**20) == 1e20
     for hint, value, says in (
         (Literal["a", 1], True, "one of 'a', 1"),
         (Mapping[str, int], {1: 1}, "a mapping whose keys are text, and 1 is not"),
         (list[bool], "ab", "a list"),
         (int | str, 1.5, "a whole number or text"),
         (int, 10**5000, "below 2"),
+        (float, 10**400, "that float64 can hold"),
     ):
         with pytest.raises(WrongType, match=says):
             conform(hint, value)

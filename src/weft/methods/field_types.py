@@ -37,7 +37,7 @@ class WrongType(Exception):
 
 def conform(hint: Any, value: Any) -> Any:
     """Returns the value as the annotation `hint` has it: lists become tuples, and numpy's numbers
-    Python's. A whole number stays one where a number is allowed.
+    Python's. A whole number below 2**63 stays one where a number is allowed.
 
     An annotation that is none of bool, int, float, str, tuple[X, ...], list[X], Mapping, Literal,
     a dataclass, or a union of them allows everything. Raises WrongType.
@@ -162,11 +162,15 @@ def _union(hints: tuple[Any, ...], value: Any) -> Any:
 def _scalar(hint: Any, value: Any) -> Any:
     kind: Any = type(value)
     if hint in (int, float) and issubclass(kind, Integral) and kind is not bool:
-        if abs(int(value)) > LARGEST:
-            raise WrongType(f"{_SCALARS[hint]} below 2**63")
-        return value if kind is int else int(value)
+        if abs(int(value)) <= LARGEST:
+            return value if kind is int else int(value)
+        if hint is int:
+            raise WrongType("a whole number below 2**63")
     if hint is float and issubclass(kind, Real) and kind is not bool:
-        return value if kind is float else float(value)
+        try:
+            return value if kind is float else float(value)
+        except OverflowError:
+            raise WrongType("a number that float64 can hold") from None
     if hint is str and isinstance(value, str):  # numpy's text, or an enum's
         return value if kind is str else str.__str__(value)
     if hint in (int, float) or not isinstance(value, hint):
