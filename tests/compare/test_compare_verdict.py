@@ -17,7 +17,7 @@ from weft.compare.tasks.base import Guess
 from weft.tasks.metrics import constant, of_logits
 
 MANY = 1000
-HALF = Guess(0.5, "the most frequent class, 'a', for every example", "01" * (MANY // 2))
+HALF = Guess(0.5, "giving 'a', the most frequent class, to every example", "01" * (MANY // 2))
 
 
 def row(label: str, scores: list[float], trainable: int, **changes) -> Row:
@@ -57,18 +57,18 @@ def everywhere(comparison: Comparison) -> str:
 
 def test_two_rows_at_nothing_are_not_recommended() -> None:
     """CoLA after 20 steps, as reported: Matthews 0.0 ± 0.0 for both."""
-    guess = Guess(0.0, "the same class for every example")
+    guess = Guess(0.0, "giving the same class to every example")
     found = compared(
         row("LoRA", [0.0] * 3, 100), row("VeRA", [0.0] * 3, 10), guess=guess, metric="Matthews"
     )
     assert everywhere(found).startswith(
-        "No recommendation: no row is shown to be better than the same class for every example"
+        "No recommendation: no row is shown to be better than giving the same class to every example"
     )
 
 
 def test_wide_scores_around_nothing_are_not_recommended() -> None:
     """STS-B, as reported: 5.3 ± 32.3 and 12.7 ± 23.9 Pearson."""
-    guess = Guess(0.0, "the same number for every example")
+    guess = Guess(0.0, "giving the same number to every example")
     found = compared(
         row("LoRA", [-0.077, 0.183, 0.053], 100),
         row("VeRA", [0.031, 0.127, 0.223], 10),
@@ -79,11 +79,11 @@ def test_wide_scores_around_nothing_are_not_recommended() -> None:
 
 
 def test_the_level_of_the_majority_class_is_named_with_its_score() -> None:
-    guess = Guess(0.688, "the most frequent class, 'b', for every example")
+    guess = Guess(0.688, "giving 'b', the most frequent class, to every example")
     found = compared(
         row("LoRA", [0.688, 0.689, 0.687], 100), row("VeRA", [0.688] * 3, 10), guess=guess
     )
-    assert "'b', for every example (68.8 %)" in everywhere(found)
+    assert "giving 'b', the most frequent class, to every example (68.8 %)" in everywhere(found)
     assert data.to_json(found)["guess"] == {"score": 0.688, "what": guess.what}
 
 
@@ -207,7 +207,7 @@ def test_the_guess_of_a_task_with_text_answers_is_one_answer_per_data_set() -> N
 
     one = [record("a", answer) for answer in ("yes", "no", "yes", "yes")]
     two = [*one, record("b", "no"), record("b", "yes")]
-    assert _guess(task(one), one) == Guess(0.75, "the same answer for every example", "1011")
+    assert _guess(task(one), one) == Guess(0.75, "giving the same answer to every example", "1011")
     assert _guess(task(two), two).score == (0.75 + 0.5) / 2
     assert _guess(task(two), two).right is None  # the score is a mean over the sets
     assert _guess(task(one, right=None), one) is None

@@ -17,7 +17,8 @@ from .loop import Score
 class Guess:
     """The best score of an answer that ignores its input, on the test split.
 
-    what: the answer in words. right: "1" or "0" per example, in order, if the score is their mean.
+    what: the way to it in words ("giving the same class to every example"). right: "1" or "0" per
+    example, in order, if the score is their mean.
     """
 
     score: float

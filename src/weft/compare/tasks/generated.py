@@ -182,7 +182,7 @@ def _guess(task: GenerationTask, records: list[Record]) -> Guess | None:
     one = next(iter(marks.values())) if len(marks) == 1 else None
     return Guess(
         score,
-        "the same answer for every example" + ("" if one else " of a data set"),
+        "giving the same answer to every example" + ("" if one else " of a data set"),
         None if one is None else "".join("01"[mark] for mark in one),
     )
 

@@ -52,10 +52,10 @@ class LabelledTask:
         answer, score = constant(self.prepared.metric, labels)
         if self.prepared.metric != "accuracy":
             what = "class" if self.prepared.classes else "number"
-            return Guess(score, f"the same {what} for every example")
+            return Guess(score, f"giving the same {what} to every example")
         name = self.prepared.classes[int(answer)]
         right = "".join("01"[label == answer] for label in labels)
-        return Guess(score, f"the most frequent class, {name!r}, for every example", right)
+        return Guess(score, f"giving {name!r}, the most frequent class, to every example", right)
 
     def validate(self) -> Score:
         """Scores the validation split."""
