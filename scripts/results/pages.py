@@ -10,7 +10,7 @@ from typing import Any
 
 from weft.compare.plan.entries import format_rate
 from weft.compare.report.paper_table import find_paper_table, task_kind
-from weft.compare.report.table import p_value
+from weft.compare.report.verdict import p_value
 
 from .experiments import EXPERIMENTS, Experiment
 from .findings import ALPHA, MARGIN, NOT_SEEN, SEEN, UNKNOWN, findings, groups, unseen
