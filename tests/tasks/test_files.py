@@ -96,6 +96,7 @@ def test_a_cell_of_any_length(tmp_path):
         ("a.jsonl", '{"a": NaN}', "line 1: NaN is no number in JSON"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "line 1: a number has 5000 digits"),
         ("a.jsonl", '{"a": ' + "[" * 5000 + "}", "line 1: it is nested"),
+        ("a.json", '{"a":' * 5000 + "\n1", "it is nested"),
         ("a.jsonl", '{"a": 1}\n[1]', "line 2: '.1.' is not an object"),
         ("a.jsonl", '{"a": 1}\n{"a"', "line 2: Expecting"),
         ("a.json", '[{"a": 1},\n {"a"]', "line 2: Expecting"),
