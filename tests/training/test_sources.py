@@ -185,6 +185,13 @@ def test_labels_of_any_type_are_classes(tmp_path, labels, classes):
     assert classes_of(load_samples(DataSection(train=path), None, 0)[0]) == classes
 
 
+def test_one_class_is_none(tmp_path):
+    """The test splits of some data sets on the hub have -1 for every label."""
+    path = lines(tmp_path / "d.jsonl", labelled([-1, -1]))
+    with pytest.raises(WeftError, match="all labels are '-1'"):
+        classes_of(load_samples(DataSection(train=path), None, 0)[0])
+
+
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
@@ -223,7 +230,9 @@ def test_a_label_of_another_name_and_one_that_is_no_label(tmp_path):
         load(tmp_path, rows, kind="regression", columns={"label": "score"})
 
 
-@pytest.mark.parametrize("labels", [["a", "a", "b"], ["a", "a "], [" a"], ["", "a"]])
+@pytest.mark.parametrize("labels", [["a", "a", "b"], ["a", "a "], [" a", "b"], ["", "a"]])
 def test_names_of_classes_are_given_once_without_blanks(labels):
     with pytest.raises(ConfigError, match=r"model\.labels=.*given once"):
         ModelSection(path="m", labels=tuple(labels))
+    with pytest.raises(ConfigError, match="needs two classes"):
+        ModelSection(path="m", labels=("a",))

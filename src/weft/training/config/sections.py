@@ -42,6 +42,10 @@ class ModelSection(Section):
         one_of(self, "dtype", DTYPES)
         if self.kind is not None:
             one_of(self, "kind", KINDS)
+        if self.labels is not None and len(self.labels) < 2:
+            raise ConfigError(
+                f"model.labels={list(self.labels)}: a classification needs two classes at least."
+            )
         for name in self.labels or ():
             if name != name.strip() or not name or (self.labels or ()).count(name) > 1:
                 raise ConfigError(
