@@ -51,8 +51,17 @@ def encode_labels(
 
 
 def classes_of(samples: Samples) -> tuple[str, ...]:
-    """Returns the labels that occur, sorted, as numbers if all are whole numbers."""
+    """Returns the labels that occur, sorted, as numbers if all are whole numbers.
+
+    Raises WeftError if there is one class only: nothing could be learned, and a model with one
+    output is a regression.
+    """
     names = {str(row["label"]) for row in samples.rows}
+    if len(names) < 2:
+        raise WeftError(
+            f"{samples.source}: all labels are {next(iter(names), '')!r}. A classification needs two "
+            "classes at least; model.labels lists classes that these samples do not have."
+        )
     whole = all(re.fullmatch(r"-?\d+", name) for name in names)
     return tuple(sorted(names, key=int) if whole else sorted(names))
 

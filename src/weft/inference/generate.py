@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,6 +12,15 @@ from ..encoding.render import Renderer
 from ..errors import ConfigError, WeftError
 from ..tasks.vocabulary import check_ids, max_positions, padding
 from .opened import Opened, check_generates
+
+TEXTS = (  # settings of model.generate whose values may be text
+    "cache_implementation",
+    "dola_layers",
+    "early_stopping",
+    "num_assistant_tokens_schedule",
+    "speculation_type",
+    "stop_strings",
+)
 
 
 def generate(
@@ -95,12 +104,18 @@ def check_fits(model: Any, coded: list[list[int]], settings: Mapping[str, Any]) 
             )
 
 
-def check_settings(settings: Iterable[str]) -> None:
-    """Raises ConfigError, with the nearest names, if `model.generate` has no setting of a name."""
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError, with the nearest names, if `model.generate` has no setting of a name, and
+    if text is given to one that takes none: the word "no" would count as true.
+    """
     from transformers import GenerationConfig
 
     known = GenerationConfig().to_dict()
-    for key in settings:
+    for key, value in settings.items():
+        if isinstance(value, str) and key in known and key not in TEXTS:
+            raise ConfigError(
+                f"--set {key}={value}: this is text; {key} takes a number, true or false, or a list."
+            )
         if key not in known:
             near = get_close_matches(key, known, n=2) or [
                 "max_new_tokens",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, WeftError
 from ..tasks.models import ModelRef, find_model, loading, quiet
+from ..untrusted import json_text
 
 # Rows that a vocabulary may have beyond its tokens: it is rounded up to a multiple.
 SPARE = 4096
@@ -107,7 +107,7 @@ def _config(ref: ModelRef, **changes: Any) -> Any:
 
     path = Path(ref.source)
     if path.is_file():
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_text.loads(path.read_text(encoding="utf-8"))
         return transformers.AutoConfig.for_model(**{**data, **changes})
     return transformers.AutoConfig.from_pretrained(ref.source, **ref.options, **changes)
 

@@ -18,9 +18,10 @@ from ..errors import ConfigError
 from ..ops.low_rank import LowRank
 from . import token_spec, train_spec
 from .base import BaseLayer, Params, Shape, Shared
-from .checks import check_alpha, check_choice, check_count, check_flag, check_number
+from .checks import check_alpha, check_choice, check_count, check_number
+from .field_types import check_types, checked
 from .rng import Rng
-from .target_spec import normalise
+from .target_spec import Overrides, normalise
 
 DTYPES = {
     "float32": torch.float32,
@@ -65,7 +66,7 @@ class Config:
         object.__setattr__(self, "modules_to_save", tuple(value))
         words = train_spec.normalise(type(self).__name__, self.train, isinstance(self, LayerConfig))
         object.__setattr__(self, "train", words)
-        check_flag(self, "freeze_batch_norm")
+        check_types(self)
         tokens = token_spec.normalise(type(self).__name__, self.new_tokens)
         object.__setattr__(self, "new_tokens", tokens)
 
@@ -101,17 +102,16 @@ class TensorConfig(Config):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        seed: Any = self.seed
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ConfigError(
-                f"{type(self).__name__}(seed={seed!r}): seed must be a whole number from 0 to "
-                "2**63-1."
-            )
         dtype: Any = self.dtype
         if isinstance(dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(dtype).removeprefix("torch."))
         check_choice(self, "dtype", list(DTYPES))
+        super().__post_init__()
+        if self.seed < 0:
+            raise ConfigError(
+                f"{type(self).__name__}(seed={self.seed}): seed must be a whole number from 0 to "
+                "2**63-1."
+            )
 
     def shapes(self, out: int, in_: int) -> dict[str, Shape]:
         """Returns name and shape of every trained tensor of a layer [out, in], in the file's order.
@@ -197,6 +197,9 @@ class LayerConfig(TensorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "targets", normalise(self.targets))
+        if isinstance(self.targets, Overrides):
+            for _, fields in self.targets.entries:
+                checked(type(self), dict(fields))
 
     @property
     def blocks_left_out(self) -> int:
@@ -238,7 +241,6 @@ class ScaledConfig(LowRankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alpha(self)
-        check_flag(self, "rslora")
 
     @property
     def scale(self) -> float:

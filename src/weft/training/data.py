@@ -18,14 +18,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 
 from ..encoding.samples import Samples, is_generation, label_samples
 from ..errors import ConfigError, WeftError
-from ..tasks import GenerationTask, files, find_generation, find_task
-from ..tasks.files import Row
+from ..tasks import GenerationTask, find_generation, find_task
+from ..tasks.files import Numbered, Row
 from ..tasks.generation import as_samples
 from .config.sections import DataSection
+from .normalise import labelled, normalised
 from .records import (
     CHAT,
     EMPTY,
@@ -37,6 +37,7 @@ from .records import (
     is_chat,
     left_out,
 )
+from .sources import read_source, title_of
 
 NEEDED = {
     "messages": ("messages",),
@@ -53,46 +54,21 @@ TEXTS = (
 )
 
 
-def check_source(name: str, key: str) -> None:
-    """Raises ConfigError unless `name` is an existing file of a known format or a hub name. Nothing
-    is loaded.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise ConfigError(
-            f"{key}={name!r} is a folder; give a file ({', '.join(files.FORMATS)}) or a hub name."
-        )
-    if path.is_file():
-        if not files.is_table(path):
-            raise ConfigError(
-                f"{key}={name!r}: the file's name does not end in a known format: "
-                f"{', '.join(files.FORMATS)} (and .gz)."
-            )
-    elif files.is_table(path) or not files.is_hub_name(name):
-        near = get_close_matches(
-            path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=2
-        )
-        raise ConfigError(
-            f"{key}={name!r}: there is no such file."
-            + (f" Nearest: {', '.join(near)}." if near else "")
-        )
-
-
 def load_samples(
-    section: DataSection, kind: str | None, seed: int
+    section: DataSection, kind: str | None, seed: int, labels: Sequence[str] | None = None
 ) -> tuple[Samples, Samples | None]:
-    """Returns training and evaluation samples.
+    """Returns training and evaluation samples. `labels` are the names of the classes, if given.
 
     Raises ConfigError or WeftError, naming the file, the row and the column.
     """
     if section.train is None:
         raise ConfigError("data.train is missing.")
-    given = _rows(section.train, section.config, section.split)
-    others = [] if section.eval is None else _rows(section.eval, section.config, section.eval_split)
-    check_ignored(section.ignore, [*given, *others])
-    train = _samples(given, section.train, section, kind)
+    given = _read("train", section)
+    others = [] if section.eval is None else _read("eval", section)
+    check_ignored(section.ignore, [row for _, row in (*given, *others)])
+    train = _samples(given, "train", section, kind, labels)
     if section.eval is not None:
-        held = _samples(others, section.eval, section, kind)
+        held = _samples(others, "eval", section, kind, labels)
         if held.format != train.format:
             raise WeftError(
                 f"data.eval has the format {held.format!r} and data.train {train.format!r}."
@@ -114,12 +90,28 @@ def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
     return samples.take(sorted(order[count:])), samples.take(sorted(order[:count]))
 
 
-def _samples(rows: list[Row], name: str, section: DataSection, kind: str | None) -> Samples:
-    check_pairs(rows, section.ignore, name)
+def _read(key: str, section: DataSection) -> list[Numbered]:
+    split = section.split if key == "train" else section.eval_split
+    return read_source(getattr(section, key), f"data.{key}", section.config, split)
+
+
+def _samples(
+    read: list[Numbered],
+    key: str,
+    section: DataSection,
+    kind: str | None,
+    labels: Sequence[str] | None,
+) -> Samples:
+    name = title_of(getattr(section, key))
+    check_pairs([row for _, row in read], section.ignore, name)
+    rows, section = normalised(read, section)
     rows = _renamed(left_out(rows, section.ignore), section.columns, name)
     there = _filled(rows)
     chosen = section.format if section.format != "auto" else _format_of(there, kind, name)
     wanted = _columns(chosen, there, name)
+    if chosen == "label":
+        at = f"column {section.columns.get('label', 'label')!r}"
+        rows = labelled(rows, [f"{place}, {at}" for place, _ in read], kind, labels or ())
     check_read(rows, (*wanted, *OPTIONAL.get(chosen, ())), name)
     checked = [
         _checked(row, chosen, wanted, f"{name}, sample {i}") for i, row in enumerate(rows, 1)
@@ -224,19 +216,6 @@ def _checked(row: Row, chosen: str, wanted: Sequence[str], where: str) -> Row:
         return {"texts": tuple(row[c] for c in wanted[:-1]), "label": row["label"]}
     more = [column for column in OPTIONAL.get(chosen, ()) if column in row]
     return {column: row.get(column) for column in (*wanted, *more)}
-
-
-def _rows(name: str, config: str | None, split: str) -> list[Row]:
-    path = Path(name).expanduser()
-    if path.is_file():
-        return files.read_rows(path)
-    rows = files.hub_rows(name, config, split)
-    if rows is None:
-        raise WeftError(
-            f"data {name!r} has no split {split!r} on the hub; data.split and data.eval_split name "
-            "it."
-        )
-    return rows
 
 
 def load_task(

@@ -24,9 +24,10 @@ from ..tasks.models import ModelRef, loading, quiet
 from ..tasks.vocabulary import check_ids, learned_positions, padding
 from . import processes
 from .config.sections import DataSection, RunConfig
-from .data import check_source, load_samples, load_task
+from .data import load_samples, load_task
 from .new_tokens import NewTokens, add_new_tokens, check_start
 from .pictures import ImageRows, check_text_keys, open_pictures
+from .sources import check_source, has_splits
 from .start import Start, open_start
 
 DEFAULT_EPOCHS = 3
@@ -85,10 +86,12 @@ def find_sources(config: RunConfig) -> Sources:
         split = "split" if key == "train" else "eval_split"
         if name is not None:
             check_source(name, f"data.{key}")
-        local = name is None or Path(name).expanduser().is_file()
-        if local and getattr(config.data, split) != getattr(DataSection, split):
+        if (name is None or not has_splits(name)) and getattr(config.data, split) != getattr(
+            DataSection, split
+        ):
             raise ConfigError(
-                f"data.{split} chooses a split of a hub name, and data.{key} is {name!r}."
+                f"data.{split} chooses a split of a hub name or of a saved data set, and data.{key} "
+                f"is {name!r}."
             )
     template = config.data.chat_template
     if template is not None and not Path(template).expanduser().is_file():
@@ -149,7 +152,7 @@ def _open_text(
         names = names or classes
         notes += decided
     else:
-        train, evaluation = load_samples(config.data, config.model.kind, config.train.seed)
+        train, evaluation = load_samples(config.data, config.model.kind, config.train.seed, names)
     kind = _kind(config, train, has_scores=config.task is not None and names is None)
     _check_keys(config, kind, train.format)
     with quiet(), loading(sources.model, "a tokenizer and a configuration"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...methods import AdaLoRA
+from ...methods.field_types import hints_of
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
 from . import peft_layers as layers
@@ -51,14 +52,14 @@ _UNREAD = (
     "megatron_core",
     "qalora_group_size",
 )
-_SUPPORTED = (
-    *_FIELDS.values(),
-    *_UNREAD,
-    "lora_alpha",
-    "rank_pattern",
-    "init_lora_weights",
-    peft_tokens.FIELD,
-)
+_SUPPORTED: Mapping[str, Any] = {
+    **dict.fromkeys(_UNREAD, Any),
+    **{theirs: hints_of(AdaLoRA)[ours] | None for ours, theirs in _FIELDS.items()},
+    "lora_alpha": float,
+    "rank_pattern": Mapping[str, list[bool]] | None,
+    "init_lora_weights": Any,
+    peft_tokens.FIELD: Any,
+}
 
 
 class AdaLoraFormat:
@@ -160,18 +161,14 @@ def _parse_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> A
 def _patterns(config: Mapping[str, Any], r: int) -> dict[str, str]:
     """Module -> one mark per triplet, "1" if peft kept it. The keys name the module's lora_E."""
     given = config.get("rank_pattern") or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(
-            f"rank_pattern={given!r}: an object of tensor names and lists is expected."
-        )
     found = {}
     for name, marks in given.items():
         match = _KEY.fullmatch(name)
-        if match is None or not isinstance(marks, list) or len(marks) != r:
+        if match is None or len(marks) != r:
             raise ConfigError(
                 f"rank_pattern: {name!r} must name a lora_E and have {r} marks, one per triplet."
             )
-        found[match["module"]] = "".join("01"[bool(mark)] for mark in marks)
+        found[match["module"]] = "".join("01"[mark] for mark in marks)
     return found
 
 

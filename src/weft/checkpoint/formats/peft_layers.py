@@ -5,14 +5,15 @@ fields that are not supported, base tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedError
+from ...errors import ConfigError, UnsupportedError
+from ...methods.field_types import WrongType, conform, short
 from ...methods.target_spec import KEYWORDS, is_ending
 from ...model.structure import Structure, canonical
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
@@ -24,21 +25,22 @@ from .native import take_selected, take_tokens
 
 PREFIX = "base_model.model."
 _PREFIXES = re.compile(r"(?P<wrappers>((module|_orig_mod)\.)*)base_model\.model\.")
-# Fields that change no value of a finished adapter, or say which layers it has, as the tensors do.
-_HARMLESS = {
-    "peft_type",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "inference_mode",
-    "auto_mapping",
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "fan_in_fan_out",
+# Fields that change no value of a finished adapter, or say which layers it has, as the tensors do;
+# each with the type of its value.
+_HARMLESS: Mapping[str, Any] = {
+    "peft_type": Any,
+    "peft_version": Any,
+    "base_model_name_or_path": Any,
+    "revision": Any,
+    "task_type": Any,
+    "inference_mode": Any,
+    "auto_mapping": Mapping[str, Any] | None,
+    "target_modules": str | list[str] | None,
+    "exclude_modules": str | list[str] | None,
+    "modules_to_save": list[str] | None,
+    "layers_to_transform": int | list[int] | None,
+    "layers_pattern": Any,
+    "fan_in_fan_out": bool | None,
 }
 KeyOf = Callable[[str, str, str | None], str]  # module, tensor, kind -> key without PREFIX
 
@@ -106,15 +108,28 @@ def _target_modules(checkpoint: Checkpoint, model: nn.Module | None) -> list[str
     return "|".join(re.escape(name) for name in sorted(names))
 
 
-def refuse_fields(config: Mapping[str, Any], supported: Iterable[str], kind: str) -> None:
-    """Raises UnsupportedError for a field that is set, changes the adapter, and is not supported."""
-    known = _HARMLESS | set(supported)
+def refuse_fields(config: Mapping[str, Any], supported: Mapping[str, Any], kind: str) -> None:
+    """Raises UnsupportedError for a field that is set, changes the adapter, and is not supported.
+
+    `supported` maps the other fields to the types of their values. Raises ConfigError for a value
+    of another type: the text "false" is no boolean.
+    """
+    known = {**_HARMLESS, **supported}
     for field, value in config.items():
-        if field not in known and value not in (None, False, [], {}, "none", ""):
+        if field in known:
+            _check_type(known[field], field, value)
+        elif value not in (None, False, [], {}, "none", ""):
             raise UnsupportedError(
                 f"peft's {kind} configuration has {field}={value!r}, which Weft cannot carry. Load "
                 "it in peft, merge or convert it there, and save it without this field."
             )
+
+
+def _check_type(hint: Any, field: str, value: Any) -> None:
+    try:
+        conform(hint, value)
+    except WrongType as error:
+        raise ConfigError(f"{field}={short(value)}: {field} must be {error}.") from None
 
 
 def targets_of(config: Mapping[str, Any]) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import ConfigError
 from ...methods import DoRA, LoRA, replace
 from ...methods.config import scaling
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
@@ -37,23 +36,23 @@ _KEY = re.compile(
 # Initialisations that leave the base as it was; the others (pissa, olora, ...) rewrite it, so the
 # tensors belong to another base.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_SUPPORTED = (
-    "bias",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "init_lora_weights",
-    peft_tokens.FIELD,
+_SUPPORTED = {
+    "bias": str | None,
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float | None,
+    "use_rslora": bool | None,
+    "use_dora": bool | None,
+    "rank_pattern": Mapping[str, int] | None,
+    "alpha_pattern": Mapping[str, float] | None,
+    "init_lora_weights": bool | str | None,
+    peft_tokens.FIELD: Any,
     # in every file; they act through fields that are refused
-    "eva_config",
-    "ensure_weight_tying",
-    "megatron_core",
-    "qalora_group_size",
-)
+    "eva_config": Any,
+    "ensure_weight_tying": Any,
+    "megatron_core": Any,
+    "qalora_group_size": Any,
+}
 
 
 class LoraFormat:
@@ -82,7 +81,7 @@ class LoraFormat:
         layers.refuse_fields(config, _SUPPORTED, "LoRA")
         init = config.get("init_lora_weights")
         if init not in _PLAIN_INITS:
-            layers.refuse_fields({"init_lora_weights": init}, (), "LoRA")
+            layers.refuse_fields({"init_lora_weights": init}, {}, "LoRA")
         method = DoRA if config.get("use_dora") else LoRA
         built = method(
             r=config.get("r", 8),
@@ -162,10 +161,6 @@ def _layer_config(config: Any, module: str, peft: Mapping[str, Any]) -> Any:
     changed: dict[str, Any] = {}
     for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
         values = peft.get(pattern) or {}
-        if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"{pattern}={values!r}: an object of name patterns and numbers is expected."
-            )
         fits = next((p for p in values if re.match(rf"(.*\.)?({p})$", module)), None)
         if fits is not None:
             changed[field] = values[fits] if field == "r" else float(values[fits])

@@ -23,21 +23,21 @@ from .peft_layers import dtype_of, refuse_fields, take_base_tensors
 from .peft_tokens import why_none
 
 _TENSOR = "prompt_embeddings"
-_SUPPORTED = (
-    "num_virtual_tokens",
-    "token_dim",
-    "num_layers",
-    "num_attention_heads",
-    "num_transformer_submodules",
+_SUPPORTED = {
+    "num_virtual_tokens": int,
+    "token_dim": int,
+    "num_layers": int,
+    "num_attention_heads": int | None,
+    "num_transformer_submodules": int | None,
     # how peft initialised or computed the tensor in the file
-    "encoder_hidden_size",
-    "prefix_projection",
-    "init_weights",
-    "prompt_tuning_init",
-    "prompt_tuning_init_text",
-    "tokenizer_name_or_path",
-    "tokenizer_kwargs",
-)
+    "encoder_hidden_size": Any,
+    "prefix_projection": Any,
+    "init_weights": Any,
+    "prompt_tuning_init": Any,
+    "prompt_tuning_init_text": Any,
+    "tokenizer_name_or_path": Any,
+    "tokenizer_kwargs": Any,
+}
 
 
 class PrefixFormat:

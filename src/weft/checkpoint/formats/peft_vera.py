@@ -27,14 +27,14 @@ _key_of = layers.keys_of(_NAMES)
 _KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})(\.[^.]+)?")
 _MATRIX = re.compile(r"((module|_orig_mod)\.)*base_model\.vera_(?P<which>[AB])(\.[^.]+)?")
 _A, _B = "base_model.vera_A", "base_model.vera_B"
-_SUPPORTED = (
-    "r",
-    "projection_prng_key",
-    "save_projection",
-    "vera_dropout",
-    "d_initial",
-    "init_weights",
-)
+_SUPPORTED = {
+    "r": int,
+    "projection_prng_key": int,
+    "save_projection": bool | None,
+    "vera_dropout": float | None,
+    "d_initial": float,
+    "init_weights": Any,
+}
 
 
 class VeraFormat:
