@@ -14,6 +14,7 @@ from ..model.plan import WIDTH, ranks_as_text, rows_as_text, size_text
 from ..model.plan_entries import Row
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer
+from .conversions import check_fixed, check_shared
 from .problems import refuse
 from .read import read
 
@@ -76,10 +77,14 @@ def inspect(path: str | Path) -> Inspection:
     """Reads an adapter's directory (of Weft, of a `weft train` run, or of peft) and checks everything
     that needs no model.
 
+    Tensors that a seed decides are drawn again and compared with the checksum in the file.
+
     Raises CheckpointError or UnsupportedError, as `weft.load` would.
     """
     checkpoint = read(path)
     refuse(path, checkpoint.problems)
+    check_fixed(checkpoint)
+    check_shared(checkpoint)
     size = files.find(path).tensors.stat().st_size
     return Inspection(
         str(path),

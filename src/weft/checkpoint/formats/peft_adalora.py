@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...methods import AdaLoRA
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
+from ..drawn import MOST_DRAWN
 from . import peft_bias as bias
 from . import peft_layers as layers
 
@@ -138,8 +139,9 @@ def _parse_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> A
     given = {
         ours: config[theirs] for ours, theirs in _FIELDS.items() if config.get(theirs) is not None
     }
-    r, alpha = given.get("r", 12), config.get("lora_alpha", 8)
-    target_r = min(given.get("target_r", 8), r)
+    alpha = layers.number(config, "lora_alpha", 8)
+    r = int(layers.number(given, "r", 12))
+    target_r = min(int(layers.number(given, "target_r", 8)), r)
     return AdaLoRA(
         **{"r": r, "warm_up": 0, "final": 0, **given, "target_r": target_r},
         alpha=float(f"{(alpha if alpha > 0 else r) * r / (r + _OFFSET):.14g}"),
@@ -159,7 +161,8 @@ def _patterns(config: Mapping[str, Any], r: int) -> dict[str, str]:
     found = {}
     for name, marks in given.items():
         match = _KEY.fullmatch(name)
-        if match is None or not isinstance(marks, list) or len(marks) != r:
+        wrong = not isinstance(marks, list) or not all(isinstance(m, bool | int) for m in marks)
+        if match is None or wrong or len(marks) != r:
             raise ConfigError(
                 f"rank_pattern: {name!r} must name a lora_E and have {r} marks, one per triplet."
             )
@@ -170,7 +173,7 @@ def _patterns(config: Mapping[str, Any], r: int) -> dict[str, str]:
 def _grown(t: Tensor, pattern: str, dim: int) -> Tensor:
     """The tensor with zeros for the triplets that were left out; unchanged if it does not fit."""
     kept = [i for i, mark in enumerate(pattern) if mark == "1"]
-    if t.ndim != 2 or t.shape[dim] != len(kept):
+    if t.ndim != 2 or t.shape[dim] != len(kept) or t.shape[1 - dim] * len(pattern) > MOST_DRAWN:
         return t
     shape = list(t.shape)
     shape[dim] = len(pattern)
