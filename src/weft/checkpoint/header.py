@@ -28,7 +28,7 @@ from ..untrusted.json_text import shortened
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer, Written
 from .drawn import UNKNOWN
-from .header_fields import check_fields, check_targets
+from .header_fields import check_fields
 from .problems import nearest
 
 SCHEMA = 1
@@ -121,7 +121,6 @@ def parse(path: Path, metadata: Mapping[str, str]) -> Header:
         manifest = json_text.loads(_inflated(metadata["weft_manifest"]))
         check_fields(head, manifest, metadata["weft_checksums"])
         config = methods.from_json(head["config"])
-        check_targets(config)
         layout = head["layout"]
         found = Checkpoint(config, "weft", layout, manifest["base"], checksums=head["shared"])
         reached = manifest.get("reached", {})

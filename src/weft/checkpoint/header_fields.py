@@ -7,8 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .. import methods
-from ..methods.target_spec import patterns
 from ..untrusted.json_text import shortened
 
 WIDEST = 2**40  # of a layer, far above any
@@ -30,13 +28,6 @@ def check_fields(head: Any, manifest: Any, sums: str) -> None:
     _check(_is_text_map(manifest.get("reached", {})), "reached", manifest.get("reached"))
     _check_base(manifest["base"])
     _check_sites(manifest["sites"])
-
-
-def check_targets(config: Any) -> None:
-    """Raises ConfigError if a pattern of the targets overrides a field wrongly."""
-    if isinstance(config, methods.LayerConfig):
-        for _, overrides in patterns(config.targets):
-            methods.replace(config, overrides)
 
 
 def check_base(base: Any) -> bool:
