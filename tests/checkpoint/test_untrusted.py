@@ -310,3 +310,24 @@ def test_a_folder_that_cannot_be_read_is_one_of_our_errors(tmp_path):
     for path in ("x" * 5000, "~nobody-of-this-name/a", "a\0b"):
         with pytest.raises(weft.CheckpointError):
             weft.inspect(path)
+
+
+def test_names_of_a_file_do_not_steer_the_terminal(tmp_path, capfd):
+    from weft.cli import main
+
+    evil = "\x1b]0;t\x07\x9b2J\u202e"
+    directory = ours(tmp_path / "a")
+
+    def change(parts):
+        parts["manifest"]["base"]["class"] += evil
+        parts["manifest"]["adapter_config"]["base_model_name_or_path"] = evil
+        parts["weft"]["config"]["targets"] = ["layer", "mid", f".*{evil}"]
+
+    forged(directory, change)
+    edit_config(directory, base_model_name_or_path=evil)
+    assert main(["inspect", str(directory)]) == 0
+    weft.export(directory, "lora", tmp_path / evil)
+    assert main(["inspect", str(tmp_path / evil)]) == 0
+    rewrite(directory, lambda t: t.update({evil: torch.ones(2)}))
+    assert main(["inspect", str(directory)]) == 1
+    assert not set("".join(capfd.readouterr())) & set(evil[0] + "\x07\x9b\u202e")

@@ -116,9 +116,10 @@ def _json(path: Path, kind: str) -> list[Row]:
     if kind == ".json":
         try:
             held = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if "\n" not in text.strip() or not text.lstrip().startswith("{"):
-                raise WeftError(f"{path}, line {error.lineno}: {error.msg}.") from None
+                at = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+                raise WeftError(f"{path}, line {at}: {_why_no_json(error)}.") from None
         else:
             held = held if isinstance(held, list) else [held]
             return [_object(path, f"entry {i}", row) for i, row in enumerate(held, start=1)]
@@ -128,9 +129,17 @@ def _json(path: Path, kind: str) -> list[Row]:
             continue
         try:
             rows.append(_object(path, f"line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise WeftError(f"{path}, line {number}: {error.msg}.") from None
+        except (ValueError, RecursionError) as error:
+            raise WeftError(f"{path}, line {number}: {_why_no_json(error)}.") from None
     return rows
+
+
+def _why_no_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return f"a number is too long ({str(error).partition(':')[0]})"
 
 
 def _object(path: Path, where: str, value: Any) -> Row:

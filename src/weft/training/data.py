@@ -195,7 +195,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.startswith("["):  # a table's cell
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise WeftError(f"{where}: messages is text, but not a JSON list.") from None
     if not isinstance(value, list) or not value:
         raise WeftError(f"{where}: messages must be a list of {{role, content}}.")

@@ -132,14 +132,6 @@ def dtype_of(tensors: Mapping[str, Tensor]) -> str:
     return "float64" if any(t.dtype == torch.float64 for t in tensors.values()) else "float32"
 
 
-def number(config: Mapping[str, Any], field: str, default: float) -> float:
-    """Returns a field of peft's configuration as a float. Raises ConfigError if it is no number."""
-    value = config.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{field}={shortened(value)}: a number is expected.")
-    return float(value)
-
-
 def bare_keys(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors [...] without peft's prefix, and without any prefix of wrappers around
     the whole PeftModel.

@@ -85,8 +85,8 @@ class LoraFormat:
         method = DoRA if config.get("use_dora") else LoRA
         built = method(
             r=config.get("r", 8),
-            alpha=layers.number(config, "lora_alpha", 8.0),
-            dropout=layers.number(config, "lora_dropout", 0.0),
+            alpha=float(config.get("lora_alpha", 8)),
+            dropout=float(config.get("lora_dropout") or 0.0),
             init="gaussian" if init == "gaussian" else "kaiming",
             rslora=bool(config.get("use_rslora")),
             targets=layers.targets_of(config),

@@ -79,8 +79,8 @@ class VeraFormat:
         has_matrices = any(map(_MATRIX.fullmatch, tensors))
         built = VeRA(
             r=config.get("r", 256),
-            d_init=layers.number(config, "d_initial", 0.1),
-            dropout=layers.number(config, "vera_dropout", 0.0),
+            d_init=float(config.get("d_initial", 0.1)),
+            dropout=float(config.get("vera_dropout") or 0.0),
             seed=config.get("projection_prng_key", 0),
             draw="stored" if has_matrices else "peft",
             targets=layers.targets_of(config),

@@ -47,6 +47,8 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
             "method: write a mapping with a name, for example method: {name: LoRA, r: 8}."
         )
     fields = {k: v for k, v in method.items() if k != "name"}
+    if "method" in fields:
+        raise ConfigError(f"method.method={fields['method']!r} is not known. Write method.name.")
     try:
         config = methods.from_json({**fields, "method": method["name"]})
     except (TypeError, ConfigError) as error:  # TypeError: a type that a method does not expect
