@@ -11,10 +11,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -111,15 +113,50 @@ def pending(directory: Path, config: Mapping[str, Any]) -> bool:
 
 
 def replace(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Calls `fill` with a temporary path, flushes the file and renames it to `path`."""
+    """Calls `fill` with a temporary path, flushes the file and renames it to `path`.
+
+    A link stays, and the file that it leads to is replaced. Into what is no regular file (a device,
+    a FIFO, the standard output) the content is written. Raises OSError.
+    """
+    if _is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            filled = Path(folder) / path.name
+            fill(filled)
+            with filled.open("rb") as source, _stream(path) as stream:
+                shutil.copyfileobj(source, stream)
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         fill(temporary)
+        if path.exists():
+            shutil.copymode(path, temporary)
         flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def _stream(path: Path) -> IO[bytes]:
+    """Opens what is no regular file. The standard output keeps its own position, since it may be a
+    file into which more is printed.
+    """
+    for own in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or not of a file
+            own.flush()
+            if os.path.samestat(path.stat(), os.fstat(own.fileno())):
+                return os.fdopen(os.dup(own.fileno()), "wb")
+    return path.open("ab")
+
+
+def _is_stream(path: Path) -> bool:
+    """Returns whether a path leads to something that must not be replaced by a file."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISREG(mode) or path.absolute().parts[:2] in (("/", "dev"), ("/", "proc"))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
