@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import re
 import shlex
 import signal
 import sys
@@ -255,7 +254,7 @@ def _write_results(
     from ..compare.files import write_atomically
     from ..compare.report import data, files, paper_table, table
     from ..compare.run.locks import file_lock
-    from ..compare.run.study_location import LOCK
+    from ..compare.run.study_location import LOCK, without_password
 
     paper = paper_table.side_by_side(comparison, printed) if printed is not None else None
     print(files.printed_text(comparison, paper))
@@ -263,23 +262,26 @@ def _write_results(
         write_atomically(args.json, data.to_json_text(comparison))
     with file_lock(request.out, LOCK):  # other processes write reports to the same --out
         names = files.write_report(
-            comparison, request.out, shlex.join(["weft", *_without_password(args.words)]), printed
+            comparison,
+            request.out,
+            shlex.join(["weft", *map(without_password, args.words)]),
+            printed,
         )
     print("\n" + table.wrap(f"In {request.out}/: {', '.join([*names, 'adapters/'])}"))
 
 
-def _without_password(words: list[str]) -> list[str]:
-    """Returns the command without a password, for the report."""
-    return [re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", word) for word in words]
-
-
 def _interrupted(request: Request, words: list[str]) -> int:
     from ..compare.run.directory import finished_runs, has_comparison
+    from ..compare.run.study_location import without_password
 
     resumable = has_comparison(request.location)
     finished = finished_runs(request.location) if resumable else 0
     command = shlex.join(
-        ["weft", *words, *(["--resume"] if resumable and not request.resume else [])]
+        [
+            "weft",
+            *map(without_password, words),
+            *(["--resume"] if resumable and not request.resume else []),
+        ]
     )
     print(
         f"\nInterrupted. {finished} finished runs are stored in "
