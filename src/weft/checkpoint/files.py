@@ -34,6 +34,7 @@ RUN_RECORD, RUN_ADAPTERS, RUN_CHECKPOINTS = "run.json", ("adapter", "best"), "ch
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 # The largest that are read; a file of a model with 50,000 adapted layers is within both.
 LARGEST_CONFIG, LARGEST_HEADER = 2**24, 2**26
+_HIDDEN = re.compile(r"\.weft-[0-9a-f]{8}")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # The order in which safetensors lays out dtypes, and the names it gives them; both decide the size
@@ -99,8 +100,22 @@ def write(
             raise
         os.replace(hidden / CONFIG, directory / CONFIG)
         flush(directory)
-        for left in directory.glob(".weft-*"):  # of killed saves: a living one would hold the lock
+        for left in leftovers(directory):  # of killed saves: a living one would hold the lock
             shutil.rmtree(left, ignore_errors=True)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Returns the hidden folders of interrupted saves: with a name and content as `write` makes
+    them, and nothing that a user may have put there.
+    """
+    return [
+        child
+        for child in directory.glob(".weft-*")
+        if _HIDDEN.fullmatch(child.name)
+        and child.is_dir()
+        and not child.is_symlink()
+        and {each.name for each in child.iterdir()} <= {TENSORS, CONFIG}
+    ]
 
 
 def pending(directory: Path, config: Mapping[str, Any]) -> bool:

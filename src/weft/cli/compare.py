@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
     if request.resume and request.study is None and not has_comparison(request.location):
         print(f"Nothing to resume in {request.out}; starting a new comparison.", file=sys.stderr)
     try:
-        with Progress(sys.stderr) as progress, _handling_sigterm():
+        with Progress(sys.stderr) as progress, _handling_signals():
             comparison = compare(request, progress)
         _write_results(comparison, request, args, printed)
     except KeyboardInterrupt:
@@ -169,17 +169,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _handling_sigterm() -> Iterator[None]:
-    """Handles SIGTERM, which clusters send before they stop a machine, like Ctrl-C."""
+def _handling_signals() -> Iterator[None]:
+    """Handles SIGTERM, which clusters send before they stop a machine, and SIGHUP, which a terminal
+    sends when it closes, like Ctrl-C.
+    """
+    from ..training import terminal
+
     # Only the main thread can set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    terminals = terminal.open_terminals()
+
+    def stop(number: int, frame: Any) -> None:
+        if number == getattr(signal, "SIGHUP", None):
+            terminal.leave(terminals)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in terminal.signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_installed() -> None:
