@@ -18,6 +18,7 @@ from ..errors import CheckpointError, ConfigError, UnsupportedError
 from . import files, formats, header
 from .checkpoint import Checkpoint
 from .conversions import FORMS, check_fixed, conversion, factors
+from .directories import is_taken, new_directory
 from .problems import refuse
 from .read import read
 from .tokenizer_files import copy_tokenizer
@@ -59,7 +60,7 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
     if to not in FORMS:
         raise ConfigError(f"export(to={to!r}): to must be one of {list(FORMS)}.")
     source, target = Path(path).expanduser(), Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_taken(target):
         raise CheckpointError(f"{str(out)!r} exists and is not empty; give a new directory.")
     checkpoint = read(source)
     refuse(source, checkpoint.problems)
@@ -72,8 +73,9 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
         content = _converted(checkpoint, to)
         notes += _conversion_notes(checkpoint)
     try:
-        files.write(target, *content)
-        copy_tokenizer(source, target)
+        with new_directory(target) as temporary:
+            files.write(temporary, *content)
+            copy_tokenizer(source, temporary)
     except OSError as error:
         raise CheckpointError(f"{str(out)!r} could not be written ({error}).") from error
     again = read(target)

@@ -56,7 +56,7 @@ def load(
     root = unwrapped(model)
     state = find_state(root)
     with base_only(state):
-        plan = LoadPlan(root, checkpoint)
+        plan = LoadPlan(root, checkpoint, strict)
     if strict:
         refuse(path, plan.problems)
     elif not plan.configs and not plan.selected and not plan.tokens:

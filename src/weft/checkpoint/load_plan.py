@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import methods
-from ..errors import TargetError
+from ..errors import ConfigError, TargetError
 from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
 from ..model.state import find_state
@@ -23,12 +23,13 @@ from .projections import projections_for
 
 class LoadPlan:
     """How a checkpoint fills a model: configurations and values by the model's names, shared matrices, and
-    every problem. The base must be active (`base_only`).
+    every problem. The base must be active (`base_only`). If `strict`, shared matrices are drawn
+    only if there is no problem.
 
     `config` is the file's, without the entries of modules_to_save that the model does not have.
     """
 
-    def __init__(self, root: nn.Module, checkpoint: Checkpoint) -> None:
+    def __init__(self, root: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> None:
         self.root, self.checkpoint, self.config = root, checkpoint, checkpoint.config
         self.structure = structure.Structure.of(root)
         self.problems = list(checkpoint.problems)
@@ -72,8 +73,11 @@ class LoadPlan:
             if first is not None
             else torch.device("cpu")
         )
+        # If strict, a load with problems is refused: then nothing is drawn in sizes that only the
+        # file names.
+        draw = not (strict and self.problems)
         self.shared = projections_for(
-            checkpoint, self.shapes, device, find_state(root), self.problems
+            checkpoint, self.shapes, device, find_state(root), self.problems, draw
         )
 
     # Layers
@@ -275,6 +279,9 @@ class LoadPlan:
             layers = parts_of(self.structure, alone).configs
         except TargetError:
             # It names modules that only the file's base has; the problems above say so.
+            return
+        except ConfigError as error:
+            self.problems.append(str(error))
             return
         found = set(self.names.found.values())
         for name in layers:

@@ -300,4 +300,6 @@ def _judge(
 
 
 def _report(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    from ..untrusted.printable import printable
+
+    print(printable(text), file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import textwrap
 from pathlib import Path
@@ -56,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Merges an adapter into a copy of its model. Returns 0. Raises ConfigError if --out is not
     empty or --tolerance is given with --no-verify.
     """
+    from ..checkpoint.directories import is_taken
     from ..checkpoint.load import load, read
     from ..errors import ConfigError
     from ..inference.opened import set_padding
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from ..model.attach import detach
     from ..model.merge import merge
 
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    if is_taken(args.out):
         raise ConfigError(f"--out {str(args.out)!r} exists and is not empty; give a new directory.")
     if args.no_verify and args.tolerance is not None:
         raise ConfigError("--tolerance has no meaning with --no-verify.")
@@ -96,24 +96,23 @@ def _write_model(model: Any, out: Path, source: Path, adapter: str) -> None:
     """Writes the directory under a temporary name and renames it, so that it is whole or absent.
     The tokenizer is the adapter's, if that has one.
     """
+    from ..checkpoint.directories import new_directory
     from ..checkpoint.tokenizer_files import MORE_TEMPLATES, NAMES, copy_tokenizer
+    from ..errors import CheckpointError
 
-    temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        model.save_pretrained(temporary)
-        left = NAMES if copy_tokenizer(adapter, temporary) else ()
-        for file in source.iterdir() if source.is_dir() else ():
-            if (temporary / file.name).exists() or file.name in left:
-                continue
-            if file.is_file() and _belongs(file):
-                shutil.copy(file, temporary / file.name)
-            elif file.name == MORE_TEMPLATES and not left:
-                shutil.copytree(file, temporary / file.name)
-        if out.is_dir():
-            out.rmdir()
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_directory(out) as temporary:
+            model.save_pretrained(temporary)
+            left = NAMES if copy_tokenizer(adapter, temporary) else ()
+            for file in source.iterdir() if source.is_dir() else ():
+                if (temporary / file.name).exists() or file.name in left:
+                    continue
+                if file.is_file() and _belongs(file):
+                    shutil.copy(file, temporary / file.name)
+                elif file.name == MORE_TEMPLATES and not left:
+                    shutil.copytree(file, temporary / file.name)
+    except OSError as error:
+        raise CheckpointError(f"--out {str(out)!r} could not be written ({error}).") from error
 
 
 def _belongs(file: Path) -> bool:

@@ -19,6 +19,7 @@ from .lora import LoRA
 from .lora_fa import LoRAFA
 from .prefix import PreEmbed, Prefix, PreLayer
 from .selective import BitFit, Full, Head, TopLayers
+from .target_spec import patterns
 from .vera import VeRA
 
 METHODS: dict[str, type[Any]] = {
@@ -93,7 +94,8 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(data: Any) -> Any:
     """Returns the configuration that `to_json` wrote.
 
-    Raises ConfigError, which names the field or method, if one of them is unknown.
+    Raises ConfigError, which names the field or method, if one of them is unknown, or if a field of
+    a layer is overridden wrongly.
     """
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
         raise ConfigError(
@@ -106,7 +108,11 @@ def from_json(data: Any) -> Any:
         if field != "method" and field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
             raise ConfigError(f"{cls.__name__} has no field {field!r}. Nearest: {near}.")
-    return cls(**{k: v for k, v in data.items() if k != "method"})
+    config = cls(**{k: v for k, v in data.items() if k != "method"})
+    if isinstance(config, LayerConfig):
+        for _, overrides in patterns(config.targets):
+            replace(config, overrides)
+    return config
 
 
 __all__ = [

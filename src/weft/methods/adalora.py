@@ -211,6 +211,9 @@ class AdaLoRA(LowRankConfig):
         """Returns the selection as text: "1" for a kept triplet, "0" for a pruned one."""
         return "1" * self.r if p.kept.is_meta else "".join("01"[kept] for kept in p.kept.tolist())
 
+    def is_extra_state(self, text: str) -> bool:
+        return len(text) == self.r and set(text) <= {"0", "1"}
+
     def load_extra_state(self, p: Params, text: str) -> None:
         p.kept.copy_(torch.tensor([mark == "1" for mark in text]))
 

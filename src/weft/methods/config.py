@@ -170,6 +170,10 @@ class TensorConfig(Config):
         """Extra state for the checkpoint header, or None."""
         return None
 
+    def is_extra_state(self, text: str) -> bool:
+        """Returns whether a text of a file may be one that `extra_state` returned."""
+        return type(self).load_extra_state is not TensorConfig.load_extra_state
+
     def load_extra_state(self, p: Params, text: str) -> None:
         """Restores the state that `extra_state` returned."""
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..untrusted import patterns as expressions
+from ..untrusted.json_text import shortened
 
 ROLES = (
     "attention-output",
@@ -109,7 +111,9 @@ def _checked(pattern: Any) -> str:
             f"{list(KEYWORDS)}."
         )
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"targets: {pattern!r} is no regular expression: {error}.") from None
+        expressions.check(pattern)
+    except ValueError as error:
+        raise ConfigError(
+            f"targets: {shortened(pattern)} is no regular expression: {error}."
+        ) from None
     return pattern

@@ -17,7 +17,7 @@ from ..auditing.audit import audit, steps_until_audit
 from ..auditing.snapshot import Snapshot, snapshot
 from ..errors import WeftError
 from ..model.adapter import Adapter
-from . import processes, resume
+from . import processes, resume, terminal
 from .best import best_index, scores, stale
 from .config.sections import RunConfig
 from .run_dir import RunDir
@@ -120,22 +120,27 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]
-    """On Ctrl-C or SIGTERM finishes the current step or evaluation, saves, and stops. A second
-    signal stops at once.
+    """On Ctrl-C, SIGTERM or SIGHUP finishes the current step or evaluation, saves, and stops. A
+    second signal stops at once, except a SIGHUP: a terminal that closes may send several.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.requested, self.evaluating = stream, False, False
         self.previous: dict[int, Any] = {}
+        self.terminals: list[int] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if threading.current_thread() is threading.main_thread():
+            self.terminals = terminal.open_terminals()
             self.previous = {
-                number: signal.signal(number, self._request_stop)
-                for number in (signal.SIGINT, signal.SIGTERM)
+                number: signal.signal(number, self._request_stop) for number in terminal.signals()
             }
 
     def _request_stop(self, number: int, frame: Any) -> None:
+        if number == getattr(signal, "SIGHUP", None):
+            terminal.leave(self.terminals)
+            if self.requested:
+                return
         if self.requested:
             self.restore()
             raise KeyboardInterrupt

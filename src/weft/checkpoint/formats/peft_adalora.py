@@ -21,6 +21,7 @@ from ...errors import ConfigError
 from ...methods import AdaLoRA
 from ...methods.field_types import hints_of
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
+from ..drawn import MOST_DRAWN
 from . import peft_bias as bias
 from . import peft_layers as layers
 from . import peft_tokens
@@ -175,7 +176,7 @@ def _patterns(config: Mapping[str, Any], r: int) -> dict[str, str]:
 def _grown(t: Tensor, pattern: str, dim: int) -> Tensor:
     """The tensor with zeros for the triplets that were left out; unchanged if it does not fit."""
     kept = [i for i, mark in enumerate(pattern) if mark == "1"]
-    if t.ndim != 2 or t.shape[dim] != len(kept):
+    if t.ndim != 2 or t.shape[dim] != len(kept) or t.shape[1 - dim] * len(pattern) > MOST_DRAWN:
         return t
     shape = list(t.shape)
     shape[dim] = len(pattern)

@@ -16,7 +16,9 @@ from ...errors import ConfigError, UnsupportedError
 from ...methods.field_types import WrongType, conform, short
 from ...methods.target_spec import KEYWORDS, is_ending
 from ...model.structure import Structure, canonical
+from ...untrusted.json_text import shortened
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
+from ..header_fields import check_base
 from ..matching import bare, class_of, owner_of
 from ..problems import report_extra, take
 from . import peft_bias as bias
@@ -210,8 +212,12 @@ def finish_reading(
             f"the file holds no tensor of peft's {checkpoint.format}; its names begin with {first}"
         )
     auto = config.get("auto_mapping") or {}
+    if not isinstance(auto, Mapping):
+        raise ConfigError(f"auto_mapping={shortened(auto)}: an object is expected.")
     if auto.get("base_model_class"):
         checkpoint.base = {"class": auto["base_model_class"], "library": auto.get("parent_library")}
+        if not check_base(checkpoint.base):
+            raise ConfigError(f"auto_mapping={shortened(auto)}: two names are expected.")
     picks = any(config.get(field) for field in ("layers_to_transform", "exclude_modules"))
     if checkpoint.sites and (picks or not config.get("target_modules")):
         # The configuration selects layers by more than their names, so those of the file count.
@@ -276,10 +282,25 @@ def _take_layer(
     checkpoint: Checkpoint, tensors: dict[str, Tensor], module: str, keys: Mapping[str, str]
 ) -> None:
     layer = checkpoint.sites[module]
-    for tensor, shape in layer.rule.shapes(*(layer.shape or (1, 1))).items():
+    size = layer.shape or _size_of(layer.rule, {t: tensors.get(key) for t, key in keys.items()})
+    for tensor, wanted in layer.rule.shapes(*size).items():
         layer.keys[tensor] = PREFIX + keys[tensor]
-        wanted = shape if layer.shape else None
         what = f"{tensor} of {module!r}"
         found = take(tensors, keys[tensor], wanted, what, checkpoint.problems)
         if found is not None:
             layer.tensors[tensor] = found
+
+
+def _size_of(rule: Any, tensors: Mapping[str, Tensor | None]) -> tuple[int, int]:
+    """Returns (out, in) of a layer, from the sides of its tensors that depend on them; 1 if none
+    does.
+    """
+    unit, sizes = rule.shapes(1, 1), [1, 1]
+    for side, probe in enumerate(((2, 1), (1, 2))):
+        for name, shape in rule.shapes(*probe).items():
+            t = tensors.get(name)
+            if t is not None and t.ndim == len(shape):
+                for dim, length in enumerate(shape):
+                    if length != unit[name][dim]:
+                        sizes[side] = t.shape[dim]
+    return sizes[0], sizes[1]

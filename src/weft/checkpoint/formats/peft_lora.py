@@ -19,6 +19,7 @@ from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
 from . import peft_layers as layers
 from . import peft_tokens
+from .peft_patterns import FirstFit
 
 _LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 _EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
@@ -36,6 +37,7 @@ _KEY = re.compile(
 # Initialisations that leave the base as it was; the others (pissa, olora, ...) rewrite it, so the
 # tensors belong to another base.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 _SUPPORTED = {
     "bias": str | None,
     "r": int,
@@ -96,9 +98,13 @@ class LoraFormat:
         checkpoint = Checkpoint(built, "peft", self.name)
         rest = layers.bare_keys(checkpoint, tensors)
 
+        fits = {field: FirstFit(config, pattern) for field, pattern in _PATTERNS.items()}
+
         def layer_of(module: str, part: str) -> CheckpointLayer:
             kind = "embedding" if "embedding" in part else None
-            return CheckpointLayer(_layer_config(built, module, config), kind=kind)
+            own = {field: fit.value(module) for field, fit in fits.items()}
+            changed = {field: value for field, value in own.items() if value is not None}
+            return CheckpointLayer(replace(built, changed), kind=kind)
 
         layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
         checkpoint = layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
@@ -154,14 +160,3 @@ def _alpha(method: LoRA, rslora: bool) -> float:
 
 def _int_if_whole(value: float) -> float:
     return int(value) if value == int(value) else float(value)
-
-
-def _layer_config(config: Any, module: str, peft: Mapping[str, Any]) -> Any:
-    """Returns the configuration of a layer; the first pattern that matches its name counts, as in peft."""
-    changed: dict[str, Any] = {}
-    for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-        values = peft.get(pattern) or {}
-        fits = next((p for p in values if re.match(rf"(.*\.)?({p})$", module)), None)
-        if fits is not None:
-            changed[field] = values[fits] if field == "r" else float(values[fits])
-    return replace(config, changed)

@@ -119,10 +119,17 @@ class PrefixFormat:
         built = self.config(int(n or 0), dtype=dtype_of(tensors), modules_to_save=saved)
         checkpoint = Checkpoint(built, "peft", self.name, in_order=True)
         shape = (int(width or 0), int(width or 0))
-        for i in range(int(count)):
-            checkpoint.sites[f"layer {i}"] = CheckpointLayer(built, kind=built.where, shape=shape)
         rest = dict(tensors)
-        _split_layers(checkpoint, rest)
+        widths = [wanted[1] for wanted in built.shapes(*shape).values()]
+        sizes, given = (int(n or 0), int(count) * sum(widths)), tensors.get(_TENSOR)
+        if given is None or tuple(given.shape) == sizes:
+            for i in range(int(count) if given is not None else 1):
+                checkpoint.sites[f"layer {i}"] = CheckpointLayer(
+                    built, kind=built.where, shape=shape
+                )
+            _split_layers(checkpoint, rest)
+        else:  # the layers that a file claims are made only if its tensor has them
+            take(rest, _TENSOR, sizes, f"{count} layers", checkpoint.problems)
         take_base_tensors(checkpoint, rest)
         report_extra(checkpoint.problems, rest, [_TENSOR])
         return checkpoint

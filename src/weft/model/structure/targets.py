@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -10,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import TargetError
+from ...errors import ConfigError, TargetError
 from ...methods.target_spec import KEYWORDS, ROLES, is_ending, patterns
+from ...untrusted.json_text import shortened
+from ...untrusted.patterns import fullmatch
 from .. import base_layers
 from ..packings import packing_of
 from ..plan_entries import Frozen
@@ -154,12 +155,15 @@ def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
                     f"cannot be adapted: {why}."
                 )
         return names
-    return [
-        name
-        for name, module in layers.items()
-        if any(re.fullmatch(pattern, n) for n in _called(name))
-        and base_layers.why_not(module) is None
-    ]
+    try:
+        return [
+            name
+            for name, module in layers.items()
+            if any(fullmatch(pattern, n) for n in _called(name))
+            and base_layers.why_not(module) is None
+        ]
+    except ValueError as error:
+        raise ConfigError(f"targets: {shortened(pattern)} cannot be matched: {error}.") from None
 
 
 def _called(name: str) -> tuple[str, str]:
