@@ -35,6 +35,7 @@ def record(base):
         },
         "classes": [base],
         "kind": "classification",
+        "format": "label",
         "trained_numbers": 1,
         "head_numbers": 0,
         "steps_done": 1,

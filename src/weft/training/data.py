@@ -25,7 +25,7 @@ from ..tasks import GenerationTask, find_generation, find_task
 from ..tasks.files import Numbered, Row
 from ..tasks.generation import as_samples
 from .config.sections import DataSection
-from .normalise import labelled, normalised
+from .normalise import normalised, with_labels
 from .records import (
     CHAT,
     EMPTY,
@@ -111,7 +111,7 @@ def _samples(
     wanted = _columns(chosen, there, name)
     if chosen == "label":
         at = f"column {section.columns.get('label', 'label')!r}"
-        rows = labelled(rows, [f"{place}, {at}" for place, _ in read], kind, labels or ())
+        rows = with_labels(rows, [f"{place}, {at}" for place, _ in read], kind, labels or ())
     check_read(rows, (*wanted, *OPTIONAL.get(chosen, ())), name)
     checked = [
         _checked(row, chosen, wanted, f"{name}, sample {i}") for i, row in enumerate(rows, 1)

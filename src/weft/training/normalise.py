@@ -186,7 +186,7 @@ def _turns(value: Any, role: str, where: str) -> list[dict[str, Any]]:
     return [dict(turn) for turn in value]
 
 
-def labelled(
+def with_labels(
     rows: list[Row], places: Sequence[str], kind: str | None, allowed: Sequence[str]
 ) -> list[Row]:
     """Returns records of the format "label" with labels as the rules have them. `kind` and
