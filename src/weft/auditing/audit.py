@@ -8,8 +8,9 @@ change alone proves nothing: weight decay moves a tensor that no gradient reache
 at 0, so A's first gradient is 0 and one step is too few. A method with a schedule must have counted
 the steps that moved its tensors. The base passes if all its bits are the same, buffers included.
 
-A layer that no backward pass reached (layerdrop, an unused pooler, an expert without tokens) has had
-no gradient but 0 in any of its tensors. `unreached="allow"` lets it pass and returns its name.
+A layer that few backward passes reached (layerdrop, an expert with few tokens) or none (an unused
+pooler) has had fewer gradients beside 0 than others. `unreached="allow"` lets it pass and returns its
+name.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def audit(
     unreached: str = "refuse",
 ) -> list[str]:
     """Raises AuditError, naming the tensors, unless every declared tensor trained and the base's
-    bits are the same. Returns the modules that no gradient reached, which are allowed to be there
-    with unreached="allow" as long as others were reached.
+    bits are the same. With unreached="allow", returns the modules that would have failed and that
+    gradients reached never, or in fewer backward passes than other modules.
 
     before, after: from `weft.snapshot`, with two optimiser steps or more between them; or two
     mappings from state_dict keys to tensors [...]. With mappings, gradients are judged by the
@@ -61,7 +62,8 @@ def audit(
         if isinstance(before, Snapshot) and isinstance(after, Snapshot)
         else _mappings(model, before, after, name, declared)
     )
-    problems, left = declared.problems(unreached == "allow") + problems, declared.unreached()
+    left = declared.unreached()
+    problems = declared.problems(unreached == "allow") + problems
     problems += [
         f"{layer}: {STALE_NORM}"
         for each, adapter in adapters(model).items()
@@ -74,32 +76,40 @@ def audit(
         )
         if left and unreached != "allow":
             shown.append(
-                f"No gradient reached {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}: if "
-                "that is meant (layerdrop, an unused pooler, an expert without tokens), allow it "
-                "with audit: {unreached: allow} in weft train, or weft.audit(..., "
-                "unreached='allow')."
+                f"Gradients reached {', '.join(left[:8])}{', ...' if len(left) > 8 else ''} never, "
+                "or more rarely than other modules: if that is meant (layerdrop, an unused pooler, "
+                "an expert without tokens), allow it with audit: {unreached: allow} in weft train, "
+                "or weft.audit(..., unreached='allow')."
             )
         raise AuditError("the audit failed:\n  " + "\n  ".join(shown))
     return left
 
 
 class _Declared:
-    """The problems of the declared tensors, by module, and the modules that no gradient reached."""
+    """The problems of the declared tensors by module, and how often gradients reached the modules."""
 
     def __init__(self) -> None:
         self.by_module: dict[str, list[str]] = {}
-        self.reached: set[str] = set()
+        self.reached: dict[str, int] = {}  # largest number of gradients that were not 0
+        self.waivable: set[str] = set()
 
     def add(self, key: str, problems: list[str], gradients: Gradients | None) -> None:
-        """Notes a tensor. `gradients` is None if it is not known whether any reached it."""
+        """Notes a tensor. `gradients` is None if it is not known how many reached it."""
         module = key.rpartition(".")[0]
         self.by_module.setdefault(module, []).extend(problems)
-        if gradients is None or gradients.nonzero or not gradients.finite:
-            self.reached.add(module)
+        if gradients is not None:
+            self.reached[module] = max(self.reached.get(module, 0), gradients.nonzero)
+        if problems and gradients is not None and gradients.finite:
+            self.waivable.add(problems[0])
 
     def unreached(self) -> list[str]:
-        """Returns the modules without any gradient but 0; none if that is all of them."""
-        return [m for m in self.by_module if m not in self.reached] if self.reached else []
+        """Returns the modules with problems that gradients reached never, or more rarely than others."""
+        most = max(self.reached.values(), default=0)
+        return [
+            module
+            for module, problems in self.by_module.items()
+            if problems and self.waivable.issuperset(problems) and self.reached[module] < most
+        ]
 
     def problems(self, allow: bool) -> list[str]:
         """Returns all problems, without those of unreached modules if these are allowed."""

@@ -20,8 +20,8 @@ class Gradients:
     """The gradients of one declared tensor since the snapshot."""
 
     finite: bool = True
-    nonzero: bool = False
     count: int = 0
+    nonzero: int = 0  # how many of them were not zero
 
     def see(self, parameter: Tensor) -> None:
         """Counts the current gradient of the parameter [...], if it has one."""
@@ -29,7 +29,7 @@ class Gradients:
             grad = parameter.grad.detach()
             self.count += 1
             self.finite &= bool(torch.isfinite(grad).all())
-            self.nonzero |= bool(grad.count_nonzero())
+            self.nonzero += bool(grad.count_nonzero())
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Audit(TrainerCallback):  # type: ignore[misc]
         report: Callable[[list[str], int], None],
     ) -> None:
         self.adapter, self.before = adapter, before
-        # Modules that no gradient reached are allowed with "allow", and `report` is told of them.
+        # Modules that gradients hardly reached are allowed with "allow", and `report` is told of them.
         self.unreached, self.report = unreached, report
         # In a warm-up the first step has rate 0.
         self.steps = steps_until_audit(adapter) + (1 if warm_up else 0)

@@ -194,10 +194,10 @@ class RunDir:
         self._put_record({**self.read(), **result})
 
     def report_unreached(self, stream: TextIO, modules: list[str], steps: int) -> None:
-        """Prints the modules that no gradient reached, and adds them to run.json."""
+        """Prints the modules that gradients hardly reached, and adds them to run.json."""
         print(
-            f"audit: no gradient reached {len(modules)} modules in the first {steps} steps, which "
-            f"audit.unreached=allow accepts: {', '.join(modules[:8])}"
+            f"audit: in the first {steps} steps gradients reached {len(modules)} modules never or "
+            f"more rarely than others, which audit.unreached=allow accepts: {', '.join(modules[:8])}"
             f"{', ...' if len(modules) > 8 else ''}",
             file=stream,
             flush=True,
