@@ -154,7 +154,7 @@ def _attach(
         )
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
-        frozen += unsupported(structure, {f.name for f in frozen})
+        frozen += unsupported(structure, {f.name for f in frozen} | set(parts.configs))
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
         adapter.layers = _build_layers(structure, modules, parts.configs, state, shared)
         adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)

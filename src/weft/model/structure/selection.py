@@ -11,6 +11,7 @@ from ...errors import TargetError
 from ...methods.config import Config
 from ...methods.train_spec import WORDS, is_name, last_blocks, nearest_words
 from ..base_layers import dtype_fault, has_map
+from ..packings import packing_of
 from ..plan_entries import Frozen
 from .names import canonical, ends_in, within
 from .structure import Structure
@@ -68,13 +69,13 @@ def tensors_of_modules(structure: Structure, endings: Sequence[str]) -> list[str
 
 def unsupported(structure: Structure, named: Collection[str]) -> list[Frozen]:
     """Returns the tensors whose dtype cannot train, which every method leaves frozen. `named`: layers
-    whose weight the plan lists already.
+    that the plan lists already, frozen or adapted.
     """
     return [
         Frozen(name, "tensor", tuple(p.shape), fault)
         for name, p in structure.parameters.items()
         if (fault := _fault(structure, name)) is not None
-        and not (_own(name) == "weight" and _parent(name) in named)
+        and not (_own(name) != "bias" and _parent(name) in named)
     ]
 
 
@@ -82,9 +83,12 @@ def _fault(structure: Structure, name: str) -> str | None:
     """Why a tensor cannot train, or None. Whole numbers outside layers (a count of steps) are no
     quantised weights: `train=["all"]` keeps a copy of them.
     """
-    parameter = structure.readers[name]
+    parameter, holder = structure.readers[name], structure.root.get_submodule(_parent(name))
+    packing = packing_of(holder)
+    if packing is not None and not name.endswith("bias"):
+        return f"packed ({packing.label(holder)}), and cannot train"
     plain = not parameter.is_floating_point() and not parameter.is_complex()
-    if plain and not has_map(structure.root.get_submodule(_parent(name))):
+    if plain and not has_map(holder):
         return None
     return dtype_fault(parameter)
 

@@ -13,6 +13,7 @@ from ...errors import TargetError
 from ...methods.config import Config
 from ...methods.token_spec import Ids, by_module
 from ..base_layers import BaseLayer, kind_of, weight_fault
+from ..packings import packing_of
 from .names import canonical, ends_in
 from .structure import Structure
 
@@ -96,6 +97,8 @@ def _reader(structure: Structure, name: str, tensor: str) -> BaseLayer:
     why = weight_fault(module) if kind is not None else None
     if kind is None or not kind.has_weight or tensor != "weight":
         why = "it is neither an embedding nor a linear layer"
+    elif packing_of(module) is not None:
+        why = "its weight is quantised"
     elif getattr(module, "max_norm", None) is not None:
         why = "max_norm rewrites its weight in every forward"
     elif getattr(getattr(module, "_hf_hook", None), "offload", False):
