@@ -19,6 +19,7 @@ import random
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
+from ..encoding.conversation import keys_of
 from ..encoding.samples import Samples, is_generation, label_samples
 from ..errors import ConfigError, WeftError
 from ..tasks import GenerationTask, find_generation, find_task
@@ -65,7 +66,8 @@ def load_samples(
         raise ConfigError("data.train is missing.")
     given = _read("train", section)
     others = [] if section.eval is None else _read("eval", section)
-    check_ignored(section.ignore, [row for _, row in (*given, *others)])
+    names: set[str] = set()
+    check_ignored(section.ignore, names.union(*(keys_of(row) for _, row in (*given, *others))))
     train = _samples(given, "train", section, kind, labels)
     if section.eval is not None:
         held = _samples(others, "eval", section, kind, labels)

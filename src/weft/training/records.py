@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from ..encoding.conversation import conversation, json_value, keys_of, without
+from ..encoding.conversation import conversation, json_value, without
 from ..errors import ConfigError, WeftError
 from ..tasks.files import Row
 
@@ -32,19 +32,15 @@ def left_out(rows: list[Row], ignored: Collection[str]) -> list[Row]:
     return [without(row, ignored) for row in rows] if ignored else rows
 
 
-def check_ignored(ignored: Sequence[str], rows: Sequence[Row]) -> None:
-    """Raises ConfigError, with the nearest names, if data.ignore names what no row has."""
-    missing = list(ignored)
-    names: set[str] = set()
-    for row in rows:
-        if not missing:
-            return
-        names |= keys_of(row)
-        missing = [name for name in missing if name not in names]
-    if missing:
-        near = get_close_matches(missing[0], names, n=2) or sorted(names)
+def check_ignored(ignored: Sequence[str], seen: Collection[str]) -> None:
+    """Raises ConfigError, with the nearest names, if data.ignore names what no record has. `seen`
+    are the columns and message keys of all records.
+    """
+    missing = next((name for name in ignored if name not in seen), None)
+    if missing is not None:
+        near = get_close_matches(missing, seen, n=2) or sorted(seen)
         raise ConfigError(
-            f"data.ignore: no record has a column or a message key {missing[0]!r}. Nearest: "
+            f"data.ignore: no record has a column or a message key {missing!r}. Nearest: "
             f"{', '.join(near)}."
         )
 
