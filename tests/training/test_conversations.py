@@ -282,7 +282,9 @@ def test_the_end_is_the_token_that_stops_and_not_one_before_or_after():
     started = [said("assistant", "Hello?"), *CHAT]  # nothing before it but its header
     assert learnt(shown(started))[0] == "Hello?<|im_end|>"
     spoken = [said("user", "say <|im_end|>"), said("assistant", "a <|im_end|> b")]
-    assert learnt(shown(spoken)) == ["a <|im_end|> b<|im_end|>"]
+    for stops in ((), ("<|im_end|>",)):
+        assert learnt(shown(spoken, stops=stops)) == ["a <|im_end|> b<|im_end|>"]
+    assert encoded(spoken)[1].counts.control == 1 and encoded(CHAT)[1].counts.control == 0
 
 
 def test_blank_answers_are_counted_and_reported():

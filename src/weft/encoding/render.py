@@ -26,13 +26,14 @@ from .rows import IGNORED, TOO_LONG, Counts, EncodedRows
 from .samples import Samples
 from .template import ChatTemplate, forms
 from .tokenizer import unknown_token
-from .turns import Turn, end_of, find_turns, next_header
+from .turns import Turn, block_of, end_of, find_turns, left_unmarked, next_header
 
 
 @dataclass(frozen=True)
 class Tokens:
     """One sample for a causal model. `ends` has the index of each turn's last token, or None if
-    nothing ends the turn. `blank` tells of an answer that says nothing, `unmarked` of one that the
+    nothing ends the turn. `blank` tells of an answer that says nothing, `control` of a text with a
+    special token, `unmarked` of one that the
     template's own block leaves out of the loss; `remarks` are for the preview.
     """
 
@@ -40,6 +41,7 @@ class Tokens:
     in_loss: list[bool]
     ends: list[int | None]
     blank: bool = False
+    control: bool = False
     unmarked: bool = False
     remarks: tuple[str, ...] = ()
 
@@ -94,6 +96,7 @@ class Renderer:
         counts.cut += len(tokens.ids) > limit
         counts.blank += tokens.blank
         counts.unmarked += tokens.unmarked
+        counts.control += tokens.control
         counts.unknown += self.unknown in tokens.ids
         lost = [
             end for end in tokens.ends if end is None or end >= limit or not tokens.in_loss[end]
@@ -223,7 +226,7 @@ class Renderer:
         blocks = [
             block
             for start, stop in spans
-            if (block := _block(found, places[start], places[stop - 1][1])) is not None
+            if (block := block_of(found, places[start], places[stop - 1][1])) is not None
         ]
         borders = [block.start for block in blocks]
         ids, offsets, remarks = with_borders(self.tokenizer, found.text, borders, self.special)
@@ -240,7 +243,7 @@ class Renderer:
             ends.append(self._end_in(ids, offsets, chosen, block.content_end))
         inserted = [block.inserted for block in blocks]
         made = self._tokens(found, ids, in_loss, ends, inserted, remarks)
-        return replace(made, unmarked=_left_unmarked(found, blocks))
+        return replace(made, unmarked=left_unmarked(found, blocks))
 
     def _end_in(
         self, ids: list[int], offsets: list[tuple[int, int]], chosen: list[int], after: int
@@ -314,48 +317,15 @@ class Renderer:
         ]
         if self.loss_on == "all":
             in_loss = [True] * len(ids)
-        return Tokens(ids, in_loss, ends, found.talk.blank(), remarks=tuple(remarks))
+        blank, control = found.talk.blank(), self._has_control(found)
+        return Tokens(ids, in_loss, ends, blank, control, remarks=tuple(remarks))
 
-
-@dataclass(frozen=True)
-class _Block:
-    """What a {% generation %} block marks, in characters; where its messages' texts end in it; and
-    what the template prints before them.
-    """
-
-    start: int
-    stop: int
-    content_end: int
-    inserted: str
-
-
-def _block(found: Found, first: Sequence[int], stop: int) -> _Block | None:
-    """The block from the place of its first token to `stop`; None if its message is taken out of
-    the loss. A token over the beginning of the text began before the block.
-    """
-    own = [
-        (span, inside)
-        for index, inside in enumerate(found.talk.trained)
-        for span in found.of_message(index, first[0])
-        if found.talk.messages[index]["role"] == "assistant" and first[0] <= span[0] < stop
-    ]
-    if not all(inside for _, inside in own):
-        return None
-    texts = sorted(span for span, _ in own)
-    if not texts:
-        return _Block(first[0], stop, first[0], "")
-    begin = found.begin(texts[0][0])
-    start = begin if first[0] < begin < first[1] else first[0]
-    return _Block(start, stop, texts[-1][1], found.text[start : texts[0][0]])
-
-
-def _left_unmarked(found: Found, blocks: Sequence[_Block]) -> bool:
-    """Whether a turn to learn has texts, and none of them is in a block."""
-    turns = (found.of_message(index) for index, inside in enumerate(found.talk.trained) if inside)
-    return any(
-        spans and not any(b.start <= low < b.stop for low, _ in spans for b in blocks)
-        for spans in turns
-    )
+    def _has_control(self, found: Found) -> bool:
+        """Whether a message says a special token, such as the one that ends turns."""
+        said = "\n".join(
+            found.text[low:high] for spans in found.spans.values() for low, high in spans
+        )
+        return any(token in said for token in self.tokenizer.all_special_tokens)
 
 
 def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:

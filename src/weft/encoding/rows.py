@@ -26,6 +26,7 @@ class Counts:
     blank: int = 0
     unmarked: int = 0
     unknown: int = 0
+    control: int = 0
 
     def notes(self, what: str, limit: str = "data.max_length") -> list[str]:
         """Returns one line per problem that occurred."""
@@ -48,6 +49,10 @@ class Counts:
             (
                 self.unknown,
                 "with characters that the tokenizer does not know: the model sees an unknown token",
+            ),
+            (
+                self.control,
+                "with a message whose text has a special token: the model reads it as that token",
             ),
         )
         return [f"{what}: {n} of {self.samples} samples {text}." for n, text in problems if n]

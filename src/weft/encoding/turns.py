@@ -1,8 +1,9 @@
-"""Where the assistant's turns are in a rendered conversation, for templates that do not mark them.
+"""Where the assistant's turns are in a rendered conversation: in the template's own
+{% generation %} blocks, or found for templates that do not mark them.
 
-A turn begins where the prompt of generation ends: the conversation before it is rendered as for an
-answer, and must be the beginning of the whole text. It ends with the token that closes it, after
-the last of the message's own texts:
+Without blocks a turn begins where the prompt of generation ends: the conversation before it is rendered
+as for an answer, and must be the beginning of the whole text. It ends with the token that closes it,
+after the last of the message's own texts:
 
 * the first token there at which generation stops, else
 * the last special token that the template prints after an answer whatever follows it, else
@@ -14,7 +15,7 @@ A special token before the text, such as a role's header, never ends a turn.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..errors import WeftError
@@ -174,3 +175,44 @@ def next_header(found: Found, template: ChatTemplate) -> str:
         return longer[len(text) :]
     own = found.of_message(len(talk.messages) - 1)  # the turn is rendered differently in the middle
     return longer.rpartition(text[slice(*own[-1])])[2] if own else ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a {% generation %} block marks, in characters; where its messages' texts end in it; and
+    what the template prints before them.
+    """
+
+    start: int
+    stop: int
+    content_end: int
+    inserted: str
+
+
+def block_of(found: Found, first: Sequence[int], stop: int) -> Block | None:
+    """Returns the block from the place of its first token to `stop`; None if its message is taken
+    out of the loss. A token over the beginning of the text began before the block.
+    """
+    own = [
+        (span, inside)
+        for index, inside in enumerate(found.talk.trained)
+        for span in found.of_message(index, first[0])
+        if found.talk.messages[index]["role"] == "assistant" and first[0] <= span[0] < stop
+    ]
+    if not all(inside for _, inside in own):
+        return None
+    texts = sorted(span for span, _ in own)
+    if not texts:
+        return Block(first[0], stop, first[0], "")
+    begin = found.begin(texts[0][0])
+    start = begin if first[0] < begin < first[1] else first[0]
+    return Block(start, stop, texts[-1][1], found.text[start : texts[0][0]])
+
+
+def left_unmarked(found: Found, blocks: Sequence[Block]) -> bool:
+    """Returns whether a turn to learn has texts, and none of them is in a block."""
+    turns = (found.of_message(index) for index, inside in enumerate(found.talk.trained) if inside)
+    return any(
+        spans and not any(b.start <= low < b.stop for low, _ in spans for b in blocks)
+        for spans in turns
+    )
