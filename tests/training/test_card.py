@@ -59,6 +59,7 @@ def test_names_in_a_card(base):
     names["AutoModelForSequenceClassification"] = type(
         "Auto", (), {"from_pretrained": lambda path, **_: seen.append(path)}
     )
+    names["AutoTokenizer"] = type("Auto", (), {"from_pretrained": lambda *_: None})
     names["weft"] = type("Weft", (), {"load": lambda *_: None})
     exec("\n".join(source), names)  # noqa: S102 - the card that was just written
     assert seen == [base]

@@ -17,7 +17,7 @@ from ..model.structure.selection import tensors_of_modules, trained_tensors
 from ..model.structure.tokens import TokenTable
 from . import formats, matching, tokens
 from .checkpoint import Checkpoint, CheckpointLayer
-from .problems import fault_of, nearest
+from .problems import fault_of, misfit, nearest, same_values
 from .projections import projections_for
 
 
@@ -174,7 +174,7 @@ class LoadPlan:
             if live is None:
                 self._check_buffer(full, value)
                 continue
-            fault = _misfit(value, live)
+            fault = misfit(value, live)
             if fault is not None:
                 self.problems.append(f"{full!r}: {fault}")
             elif id(live) in seen:  # the other name of a tied tensor
@@ -201,7 +201,7 @@ class LoadPlan:
             live = self.parameters.get(self._model_name(full))
             if live is None:
                 self._check_buffer(full, value)
-            elif not _same(live, value) and not tokens.same_table(self, full, live, value):
+            elif not same_values(live, value) and not tokens.same_table(self, full, live, value):
                 self.problems.append(
                     f"{full!r}: the file repeats this tensor of its base, and the model's is "
                     "another (a resized vocabulary, or another base model?)"
@@ -214,7 +214,7 @@ class LoadPlan:
                 f"extra: {full!r} {list(value.shape)}: the model has no such tensor"
                 f"{nearest('in the model', full, self.parameters, self.problems)}"
             )
-        elif not _same(buffer, value):
+        elif not same_values(buffer, value):
             self.problems.append(
                 f"{full!r} is a buffer, and the file's is not the model's; Weft trains parameters "
                 "only"
@@ -386,20 +386,3 @@ def _parent(tensor: str) -> str:
 
 def _ends(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
-
-
-def _misfit(value: Tensor, live: Tensor) -> str | None:
-    """Returns why a base tensor from a file cannot replace this parameter, or None."""
-    if live.is_meta:
-        return "the model's is on the meta device and has no values; load the base model first"
-    if not live.is_floating_point() and value.dtype == live.dtype and value.shape == live.shape:
-        return None
-    return fault_of(value, tuple(live.shape))
-
-
-def _same(live: Tensor, value: Tensor) -> bool:
-    """Returns True if the tensors are equal in the coarser of their dtypes."""
-    live = live.detach().cpu()
-    if live.shape != value.shape or live.is_floating_point() != value.is_floating_point():
-        return False
-    return torch.equal(live.to(value.dtype), value) or torch.equal(live, value.to(live.dtype))

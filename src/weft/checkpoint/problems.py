@@ -95,3 +95,20 @@ def refuse(path: Any, problems: list[str]) -> None:
 
 def _cut(problem: str) -> str:
     return problem if len(problem) <= _LONGEST_PROBLEM else f"{problem[:_LONGEST_PROBLEM]}..."
+
+
+def misfit(value: Tensor, live: Tensor) -> str | None:
+    """Returns why a base tensor [...] from a file cannot replace this parameter [...], or None."""
+    if live.is_meta:
+        return "the model's is on the meta device and has no values; load the base model first"
+    if not live.is_floating_point() and value.dtype == live.dtype and value.shape == live.shape:
+        return None
+    return fault_of(value, tuple(live.shape))
+
+
+def same_values(live: Tensor, value: Tensor) -> bool:
+    """Returns True if the tensors [...] are equal in the coarser of their dtypes."""
+    live = live.detach().cpu()
+    if live.shape != value.shape or live.is_floating_point() != value.is_floating_point():
+        return False
+    return torch.equal(live.to(value.dtype), value) or torch.equal(live, value.to(live.dtype))
