@@ -80,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
     adapter = load(model, args.adapter)
     if is_classifier(model):
         set_padding(model, ref)
+    new = next(iter(checkpoint.token_ids.values()), ())
     report = merge(
-        model, verify=None if args.no_verify else dummy_inputs(model), tolerance=args.tolerance
+        model, verify=None if args.no_verify else dummy_inputs(model, new), tolerance=args.tolerance
     )
     detach(model, keep_merged=True)
     _write_model(model, args.out, Path(ref.source), args.adapter)
