@@ -52,7 +52,7 @@ def load(
     Raises CheckpointError, UnsupportedError (a field or method of peft that Weft does not support),
     and the errors of `weft.attach`.
     """
-    checkpoint = read(path)
+    checkpoint = read(path, values=False)
     root = unwrapped(model)
     state = find_state(root)
     with base_only(state):
