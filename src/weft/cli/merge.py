@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     )[0]
     adapter = load(model, args.adapter)
     if is_classifier(model):
-        set_padding(model, ref)
+        set_padding(model, ref, args.adapter)
     new = next(iter(checkpoint.token_ids.values()), ())
     report = merge(
         model, verify=None if args.no_verify else dummy_inputs(model, new), tolerance=args.tolerance

@@ -42,8 +42,7 @@ def open_model(
     Raises ConfigError if one of them does not exist, WeftError if they do not fit together.
     """
     ref = find_source(model)
-    folder = tokenizer_folder(adapter)
-    own = ref if folder is None else ModelRef(f"{folder} (the adapter's)", str(folder), True)
+    own = _tokenizer_of(ref, adapter)
     with quiet(), loading(own, "a tokenizer and a configuration"):
         tokenizer, config, stops = tokenizer_and_stops(ref, own)
     template = template or lone_template(adapter)
@@ -56,13 +55,20 @@ def open_model(
     )
 
 
-def set_padding(model: Any, ref: ModelRef) -> None:
+def _tokenizer_of(ref: ModelRef, adapter: str | None) -> ModelRef:
+    """The adapter's tokenizer, if it has one, else the model's."""
+    folder = tokenizer_folder(adapter)
+    return ref if folder is None else ModelRef(f"{folder} (the adapter's)", str(folder), True)
+
+
+def set_padding(model: Any, ref: ModelRef, adapter: str) -> None:
     """Writes the pad token of training, which is the tokenizer's, into the configuration of a
     classifier, which finds the end of a text by it. Raises WeftError if neither has one.
     """
+    own = _tokenizer_of(ref, adapter)
     try:
-        with quiet(), loading(ref, "a tokenizer"):
-            tokenizer = tokenizer_and_stops(ref, ref)[0]
+        with quiet(), loading(own, "a tokenizer"):
+            tokenizer = tokenizer_and_stops(ref, own)[0]
     except WeftError:
         if model.config.get_text_config().pad_token_id is None:
             raise
