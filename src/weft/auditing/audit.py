@@ -59,19 +59,19 @@ def audit(
     if unreached not in UNREACHED:
         raise ConfigError(f"audit(unreached={unreached!r}): write one of {list(UNREACHED)}.")
     declared = _Declared()
-    problems = [
+    changed = [
         text
         for each, adapter in adapters(model).items()
         if name in (None, each)
         for text in replaced(state_of(model), adapter, whole=True)
     ]
-    problems += (
+    problems = (
         _snapshots(model, before, after, declared)
         if isinstance(before, Snapshot) and isinstance(after, Snapshot)
         else _mappings(model, before, after, name, declared)
     )
     left = declared.unreached()
-    problems = declared.problems(unreached == "allow") + problems
+    problems = changed + declared.problems(unreached == "allow") + problems
     problems += [
         f"{layer}: {STALE_NORM}"
         for each, adapter in adapters(model).items()
