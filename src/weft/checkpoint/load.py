@@ -21,22 +21,43 @@ from .drawn import FIXED, fixed_checksum
 from .load_plan import LoadPlan
 from .problems import refuse
 from .read import read
+from .same_base import compare_base
 
 
 @overload
 def load(
-    model: nn.Module, path: str | Path, name: str = "default", strict: Literal[True] = True
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    strict: Literal[True] = True,
+    *,
+    other_base: bool = False,
 ) -> Adapter: ...
 @overload
 def load(
-    model: nn.Module, path: str | Path, name: str = "default", *, strict: Literal[False]
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    strict: Literal[False],
+    other_base: bool = False,
 ) -> LoadReport: ...
 @overload
 def load(
-    model: nn.Module, path: str | Path, name: str = "default", strict: bool = True
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    strict: bool = True,
+    *,
+    other_base: bool = False,
 ) -> Adapter | LoadReport: ...
 def load(
-    model: nn.Module, path: str | Path, name: str = "default", strict: bool = True
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    strict: bool = True,
+    *,
+    other_base: bool = False,
 ) -> Adapter | LoadReport:
     """Attaches the adapter in the directory `path`, saved by Weft or by peft, fills it and makes it
     active.
@@ -49,6 +70,9 @@ def load(
     tensors that fit are filled and the rest keep their initial values; returns the LoadReport (with
     `.adapter` and `.problems`).
 
+    A file of `weft.save` has numbers of its base's weights. If those of `model` are others, and not
+    only cast or quantised, that is a problem, too; with other_base=True it becomes a note.
+
     Raises CheckpointError, UnsupportedError (a field or method of peft that Weft does not support),
     and the errors of `weft.attach`.
     """
@@ -57,6 +81,7 @@ def load(
     state = find_state(root)
     with base_only(state):
         plan = LoadPlan(root, checkpoint, strict)
+        compare_base(plan, other_base)
     if strict:
         refuse(path, plan.problems)
     elif not plan.configs and not plan.selected and not plan.tokens:

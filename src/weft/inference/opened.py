@@ -35,9 +35,11 @@ def open_model(
     dtype: str = "auto",
     device: str = "auto",
     template: str | None = None,
+    other_base: bool = False,
 ) -> Opened:
-    """Loads the model with this name, and the adapter if there is one. The tokenizer with its chat
-    template is the adapter's if that has one, else the model's; `template` replaces the template.
+    """Loads the model with this name, and the adapter if there is one; with other_base on whatever weights
+    the model has. The tokenizer with its chat template is the adapter's if that has one, else the
+    model's; `template` replaces the template.
 
     Raises ConfigError if one of them does not exist, WeftError if they do not fit together.
     """
@@ -46,7 +48,7 @@ def open_model(
     with quiet(), loading(own, "a tokenizer and a configuration"):
         tokenizer, config, stops = tokenizer_and_stops(ref, own)
     template = template or lone_template(adapter)
-    loaded = load_model(ref, adapter, dtype, device)
+    loaded = load_model(ref, adapter, dtype, device, other_base)
     limit = max_tokens(tokenizer, config, loaded)
     if is_classifier(loaded):
         use_padding(loaded.config, padding(tokenizer, loaded.config)[0])
@@ -76,8 +78,12 @@ def set_padding(model: Any, ref: ModelRef, adapter: str) -> None:
     use_padding(model.config, padding(tokenizer, model.config)[0])
 
 
-def load_model(ref: ModelRef, adapter: str | None, dtype: str, device: str) -> Any:
+def load_model(
+    ref: ModelRef, adapter: str | None, dtype: str, device: str, other_base: bool = False
+) -> Any:
     """Loads the model and the adapter, without a tokenizer. Raises ConfigError, WeftError."""
+    if other_base and adapter is None:
+        raise ConfigError("--other-base does nothing without --adapter.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here. See `weft doctor`.")
     stored = None if adapter is None else read(adapter)
@@ -90,7 +96,7 @@ def load_model(ref: ModelRef, adapter: str | None, dtype: str, device: str) -> A
         *((0, 0) if stored is None else (stored.words, stored.new_rows)),
     )[0]
     if adapter is not None:
-        load(model, adapter)
+        load(model, adapter, other_base=other_base)
     return model.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu").eval()
 
 

@@ -19,6 +19,7 @@ from ..methods.target_spec import KEYWORDS
 from . import base_layers, fallback, prompts, statistics, token_layers
 from .adapter import Adapter
 from .layer import CHILD, AdapterLayer, active_of, adapt, is_adapted, layers_of, restore
+from .offload import check_loadable, loaded
 from .plan_entries import Frozen
 from .selected import select
 from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
@@ -28,6 +29,7 @@ from .structure import Structure, targets
 from .structure.selection import tensors_of_modules, trained_tensors, unsupported
 from .structure.tokens import token_tables
 from .use import check_not_in_use
+from .wiring import memory_of
 
 _attaching = threading.RLock()
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -53,6 +55,7 @@ def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
     There is no wrapper, and no base parameter is renamed. The output is unchanged until the adapter
     is trained, except for methods with `starts_at_base = False` (Prefix, PreEmbed, PreLayer). If
     attaching fails, the model is unchanged. A model can have several adapters with different names.
+    Gradients that the base still has are dropped: an optimiser would apply them to frozen weights.
 
     Raises ConfigError (not a Weft configuration, bad name), TargetError (the targets do not fit the
     model), WeftError (the name is taken), MergeError (an adapter is merged).
@@ -152,6 +155,7 @@ def _attach(
                 if not isinstance(method, PromptMethod)
             },
         )
+        check_loadable(root, parts.configs, parts.selected)
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
         frozen += unsupported(structure, {f.name for f in frozen} | set(parts.configs))
@@ -209,6 +213,8 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     if not any(other.config.freeze_batch_norm for other in state.adapters.values()):
         statistics.release(statistics.with_statistics(state.root).values())
     unfollow(adapter)
+    state.uncalled.drop(name)
+    state.wiring.note(state)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
             parameter.requires_grad_(state.required_grad.get(full, parameter.requires_grad))
@@ -279,10 +285,13 @@ def _check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
     readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in structure.modules.items():
         for tensor, parameter in module._parameters.items():
-            readers.setdefault(id(parameter), []).append((name, module, tensor))
+            if parameter is not None:
+                readers.setdefault(memory_of(parameter), []).append((name, module, tensor))
     for name in configs:
         layer = structure.root.get_submodule(name)
-        for other, module, tensor in readers.get(id(layer._parameters.get("weight")), ()):
+        weight: Any = layer._parameters.get("weight")
+        tied = () if weight is None else readers[memory_of(weight)]
+        for other, module, tensor in tied:
             if module is layer and tensor == "weight":
                 continue
             full = f"{other}.{tensor}".lstrip(".")
@@ -321,7 +330,8 @@ def _build_layers(
     )  # nn.ReLU(inplace=True)
     layers = {}
     for name, method in configs.items():
-        key, device = method.share_key(), views[name].device
+        with loaded(modules[name]):
+            key, device = method.share_key(), views[name].device
         shared = given.get(key)
         if shared is None and key is not None:
             full = (key, max(o for o, _ in groups[key]), max(i for _, i in groups[key]), device)
@@ -331,7 +341,8 @@ def _build_layers(
             shared = pool[full]
         layers[name] = AdapterLayer(method, views[name], shared)
         layers[name].written = written
-        layers[name].initialise(Rng(method.seed, name, device))
+        with loaded(modules[name]):
+            layers[name].initialise(Rng(method.seed, name, device))
         layers[name].train(modules[name].training)
     return layers
 
@@ -360,6 +371,7 @@ def _install(
         state.required_grad = {name: p.requires_grad for name, p in root.named_parameters()}
         for parameter in root.parameters():
             parameter.requires_grad_(False)
+            parameter.grad = None  # an optimiser that has it would go on stepping
         root.__dict__[ATTRIBUTE] = state
         state.watch_root()
         _tell_trainers(root, True)
@@ -382,4 +394,6 @@ def _install(
     if follows(adapter):
         next(iter(adapter.layers.values())).watch = Watch(adapter.name)
     state.fast_paths.switch_off(modules.values(), [modules[n] for n in adapter.every_layer()])
+    state.uncalled.add(adapter)
+    state.wiring.note(state)
     state.set_default(adapter.name)
