@@ -59,7 +59,8 @@ def forged(directory, change):
         "weft_manifest": base64.b64encode(zlib.compress(manifest, 9)).decode(),
         "weft_checksums": "".join(files.checksum(parts["tensors"][key]) for key in keys),
     }
-    save_file(parts["tensors"], str(directory / TENSORS), {**text, "weft_seal": header._seal(text)})
+    text = {**head, **text, "weft_seal": header._seal(text)}
+    save_file(parts["tensors"], str(directory / TENSORS), text)
 
 
 def ours(folder, method="LoRA", **changes):
