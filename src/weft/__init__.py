@@ -3,6 +3,7 @@
 from .auditing.audit import audit
 from .auditing.snapshot import snapshot
 from .checkpoint import export, inspect, load, save
+from .checkpoint.loftq import LoftQReport, loftq
 from .errors import (
     AuditError,
     CheckpointError,
@@ -51,6 +52,7 @@ __all__ = [
     "Head",
     "LoRA",
     "LoRAFA",
+    "LoftQReport",
     "MergeError",
     "MergeReport",
     "PreEmbed",
@@ -69,6 +71,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "loftq",
     "merge",
     "save",
     "snapshot",
