@@ -124,13 +124,7 @@ def _reader(weights: Weights) -> Callable[[str], Tensor]:
             f"{str(path)!r} has no .safetensors file. Give the folder of the model before it was "
             "quantised."
         )
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                where |= dict.fromkeys(opened.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{str(file)!r} cannot be read: {error}") from None
+    where = {name: file for file in files for name in _names(file)}
 
     def read(name: str) -> Tensor:
         if name not in where:
@@ -140,6 +134,14 @@ def _reader(weights: Weights) -> Callable[[str], Tensor]:
             return tensor
 
     return read
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read: {error}") from None
 
 
 def _found(name: str, tensor: Tensor | None, where: str) -> Tensor:

@@ -75,15 +75,12 @@ def load_adapted(config: RunConfig, data: Data) -> Adapted:
 
 def _weights_of(source: ModelRef) -> Path:
     """The folder with the weights of a model before it was quantised."""
-    folder = Path(source.source)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
+    from transformers.utils import cached_file
 
-    found = snapshot_download(
-        source.source, allow_patterns=["*.safetensors"], local_files_only=source.local
-    )
-    return Path(found)
+    if Path(source.source).is_dir():
+        return Path(source.source)
+    # The model was loaded, so its files lie beside each other in the cache.
+    return Path(cached_file(source.source, "config.json", local_files_only=True)).parent
 
 
 def _check_statistics(model: nn.Module) -> None:
