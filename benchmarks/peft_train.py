@@ -22,13 +22,15 @@ IGNORED = -100
 
 
 def rows(path: str, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
-    """The samples as tokens; the loss is on the completion and the end-of-text token."""
+    """The samples as tokens, as TRL makes them: both texts in one piece, split where the prompt's tokens
+    end. The loss is on the completion and the end-of-text token.
+    """
     found = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         pair = json.loads(line)
         prompt = tokenizer(pair["prompt"])["input_ids"]
-        completion = tokenizer(pair["completion"], add_special_tokens=False)["input_ids"]
-        completion = [*completion, tokenizer.eos_token_id]
+        whole = tokenizer(pair["prompt"] + pair["completion"])["input_ids"]
+        completion = [*whole[len(prompt) :], tokenizer.eos_token_id]
         ids, labels = [*prompt, *completion], [IGNORED] * len(prompt) + completion
         found.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
     return found
