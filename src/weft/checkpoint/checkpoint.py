@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..model.adapter import Adapter
+from ..model.structure import Structure
 
 
 @dataclass
@@ -52,7 +54,9 @@ class Checkpoint:
     and B [out, r] if the file stores them; `checksums` are those of tensors that are drawn from a
     seed, by share key. `problems` are faults within the file. If `in_order`, the file names no
     modules, and its layers are those of the model in order. `biases` says which biases of the base
-    a file of peft must have: "none", "all", or "targets" (those of the adapted layers).
+    a file of peft must have: "none", "all", or "targets" (those of the adapted layers). `adapted`
+    names the layers of a model that the file must have, beside those of `config`; it also gets the
+    names of the tensors that are trained in full.
     """
 
     config: Any
@@ -68,6 +72,7 @@ class Checkpoint:
     peft_reads_it: bool = True
     in_order: bool = False
     biases: str = "none"
+    adapted: Callable[[Structure, Collection[str]], list[str]] | None = None
     problems: list[str] = field(default_factory=list)
     mapped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

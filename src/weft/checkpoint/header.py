@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError
+from ..methods.config import CHOOSING
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer, Written
 from .drawn import UNKNOWN
@@ -190,8 +191,7 @@ def _differences(own: Any, config: Any) -> dict[str, Any]:
     return {
         f.name: getattr(own, f.name)
         for f in fields(own)
-        if f.name not in ("targets", "modules_to_save", "train")
-        and getattr(own, f.name) != getattr(config, f.name)
+        if f.name not in CHOOSING and getattr(own, f.name) != getattr(config, f.name)
     }
 
 

@@ -272,7 +272,9 @@ class LoadPlan:
             # It names modules that only the file's base has; the problems above say so.
             return
         found = set(self.names.found.values())
-        for name in layers:
+        adapted = self.checkpoint.adapted
+        more = [] if adapted is None or self.nested else adapted(self.structure, self.selected)
+        for name in dict.fromkeys([*layers, *more]):
             if name not in found and (self.nested is None or structure.within(name, [self.nested])):
                 self.problems.append(
                     f"missing: the file has nothing for {name!r}, which its targets name in this "

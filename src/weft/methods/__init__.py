@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from .adalora import AdaLoRA
 from .base import BranchMethod, LowRankMethod, PromptMethod
 from .bottleneck import Bottleneck
-from .config import Config, LayerConfig, TensorConfig
+from .config import CHOOSING, Config, LayerConfig, TensorConfig
 from .dora import DoRA
 from .dvora import DVoRA
 from .dylora import DyLoRA
@@ -42,6 +42,10 @@ METHODS: dict[str, type[Any]] = {
 }
 
 
+# Fields that the first version did not have. A file has them only if they are set.
+_ADDED_LATER = ("train", "exclude", "within", "layers")
+
+
 def by_name(name: str) -> type[Any]:
     """Returns the configuration class of a method, by its name in any case. Raises ConfigError with
     the nearest names.
@@ -60,7 +64,7 @@ def replace(config: Any, overrides: dict[str, Any]) -> Any:
     if not overrides:
         return config
     values = {f.name: getattr(config, f.name) for f in fields(config)}
-    known = set(values) - {"targets", "modules_to_save", "train", *config.model_fields}
+    known = set(values) - {*CHOOSING, *config.model_fields}
     for field in overrides:
         if field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
@@ -78,8 +82,9 @@ def to_json(config: Any) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     if "targets" in values:
         values["targets"] = to_plain(values["targets"])
-    if not values["train"]:  # so that versions without the field read the file
-        del values["train"]
+    for added in _ADDED_LATER:  # so that versions without the field read the file
+        if not values.get(added, True):
+            del values[added]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {"method": type(config).__name__, **plain}
 

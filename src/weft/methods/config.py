@@ -20,8 +20,10 @@ from . import train_spec
 from .base import BaseLayer, Params, Shape, Shared
 from .checks import check_alpha, check_choice, check_count, check_flag, check_number
 from .rng import Rng
-from .target_spec import normalise
+from .target_spec import normalise, normalise_blocks, normalise_names
 
+# Fields that choose parts of the model. They hold for all layers, so none of them can be overridden.
+CHOOSING = ("targets", "exclude", "within", "layers", "modules_to_save", "train")
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -185,13 +187,22 @@ class TensorConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig(TensorConfig):
-    """A method that adapts layers, which `targets` names."""
+    """A method that adapts layers: those that `targets` names, only inside the modules `within` and
+    the blocks with the numbers `layers` (empty: everywhere), without those that `exclude` names.
+    """
 
     targets: Any = "all-linear"
+    exclude: Any = ()
+    within: Any = ()
+    layers: Any = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        method = type(self).__name__
         object.__setattr__(self, "targets", normalise(self.targets))
+        for field in ("exclude", "within"):
+            object.__setattr__(self, field, normalise_names(method, field, getattr(self, field)))
+        object.__setattr__(self, "layers", normalise_blocks(method, self.layers))
 
     @property
     def blocks_left_out(self) -> int:

@@ -83,7 +83,7 @@ def parts_of(structure: Structure, config: Any) -> Parts:
         return Parts(dict.fromkeys(places, config), _union(trained, saved), without)
     if not isinstance(config, LayerConfig):
         return Parts({}, _union(trained_tensors(structure, config, (), saved), saved))
-    found = targets.resolve(structure, config.targets, config.blocks_left_out)
+    found = targets.resolve(structure, config)
     configs = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]

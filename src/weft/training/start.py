@@ -32,6 +32,9 @@ from .run_dir import check_recorded_base
 # are initialised or trained, and not their meaning.
 FREE = (
     "targets",
+    "exclude",
+    "within",
+    "layers",
     "modules_to_save",
     "dropout",
     "init",

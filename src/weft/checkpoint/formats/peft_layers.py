@@ -20,6 +20,7 @@ from ..matching import bare, class_of, owner_of
 from ..problems import report_extra, take
 from . import peft_bias as bias
 from .native import take_selected
+from .peft_picks import adapted_by, picks_by_number
 
 PREFIX = "base_model.model."
 _PREFIXES = re.compile(r"(?P<wrappers>((module|_orig_mod)\.)*)base_model\.model\.")
@@ -194,7 +195,9 @@ def finish_reading(
     auto = config.get("auto_mapping") or {}
     if auto.get("base_model_class"):
         checkpoint.base = {"class": auto["base_model_class"], "library": auto.get("parent_library")}
-    picks = any(config.get(field) for field in ("layers_to_transform", "exclude_modules"))
+    picks = picks_by_number(config)
+    if picks:
+        checkpoint.adapted = adapted_by(config)
     if checkpoint.sites and (picks or not config.get("target_modules")):
         # The configuration selects layers by more than their names, so those of the file count.
         names = [name if is_ending(name) else re.escape(name) for name in checkpoint.sites]

@@ -17,6 +17,11 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def called(name: str) -> tuple[str, str]:
+    """Returns a name, and the same without the parts that wrappers add."""
+    return name, canonical(name)
+
+
 def within(name: str, modules: Iterable[str]) -> bool:
     """Returns True if `name` is one of these modules or is inside one."""
     return any(name == module or name.startswith(module + ".") for module in modules)
