@@ -31,6 +31,7 @@ from .methods import (
 )
 from .model.adapter import Adapter
 from .model.attach import adapters, attach, detach
+from .model.groups import parameter_groups
 from .model.merge import MergeReport, effective_weight, merge, unmerge
 from .model.use import use
 
@@ -70,6 +71,7 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "parameter_groups",
     "save",
     "snapshot",
     "unmerge",
