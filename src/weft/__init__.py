@@ -31,6 +31,7 @@ from .methods import (
 )
 from .model.adapter import Adapter
 from .model.attach import adapters, attach, detach
+from .model.combine import combine
 from .model.groups import parameter_groups
 from .model.merge import MergeReport, effective_weight, merge, unmerge
 from .model.use import use
@@ -65,6 +66,7 @@ __all__ = [
     "adapters",
     "attach",
     "audit",
+    "combine",
     "detach",
     "effective_weight",
     "export",

@@ -134,7 +134,7 @@ def _attach(
     fill: Callable[[Adapter], None] | None,
 ) -> Adapter:
     root = structure.root
-    _check_name(state, name)
+    check_name(state, name)
     with base_only(state):
         modules = dict(root.named_modules())
         _check_ownership(modules, parts.configs, state)
@@ -215,7 +215,10 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return dict(state.adapters) if state else {}
 
 
-def _check_name(state: State | None, name: str) -> None:
+def check_name(state: State | None, name: str) -> None:
+    """Raises ConfigError (no possible name), MergeError (an adapter is merged) or WeftError (the name is
+    taken).
+    """
     known: Any = name
     if not isinstance(known, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(

@@ -31,7 +31,7 @@ from . import fallback
 from .active import ActiveAdapters, PerRow
 from .base_layers import INNER_FORWARD, own_forward
 from .layer_plan import LayerPlan
-from .per_row import by_row
+from .per_row import by_row, weighted
 from .steps_watch import Watch
 
 CHILD = "weft"
@@ -143,6 +143,21 @@ class AdapterLayer(nn.Module):
         norm = None if f.m is None else self._norm(f)
         return native.adapted(y, h, self.base.bias, f, norm)
 
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns the output with this adapter minus y [..., out], without taking that difference, for
+        the input x and the layer's own output y; for methods of low rank.
+        """
+        f = self.factors()
+        dropout = self.method.dropout if self.training else 0.0
+        h = self.base.down(x, f.A, dropout, dtype=y.dtype)
+        if f.m is None:
+            return native.change(y, h, None, f)
+        direct = not torch.compiler.is_compiling() and self.fallback_reason(x) is None
+        scale = self.row_scale(f) if direct else None
+        return native.change(
+            y, h, self.base.bias, f, self._norm(f) if scale is None else scale.norm
+        )
+
     def factors(self) -> LowRank:
         """Returns the tensors as they are, for training or evaluation as the layer is in."""
         found: LowRank = self.method.factors(self, self.training)
@@ -209,9 +224,10 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if name is None:
         return own_forward(self, *args, **kwargs)
     layers = self._modules[CHILD]._modules  # type: ignore[union-attr]
-    if isinstance(name, PerRow):
-        x = args[0] if args else next(iter(kwargs.values()))
-        return by_row(name, layers, x, own_forward(self, *args, **kwargs))
+    if not isinstance(name, str):
+        x, y = args[0] if args else next(iter(kwargs.values())), own_forward(self, *args, **kwargs)
+        together = by_row if isinstance(name, PerRow) else weighted
+        return together(name, layers, x, y)  # type: ignore[arg-type]
     layer: Any = layers.get(name)
     if layer is None:
         active.check_attached(name)

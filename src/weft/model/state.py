@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import WeftError
 from ..ops import input_cache
-from .active import Active, ActiveAdapters, Choice, PerRow, caller, describe
+from .active import Active, ActiveAdapters, Choice, PerRow, caller, describe, names_of
 from .adapter import STATE, Adapter
 from .fastpath import FastPaths
 from .gate import Gate, this_call
@@ -114,7 +114,7 @@ class State:
         if self.active.default == name:
             self.active.set_default(None)
         choice = self.active.chosen()
-        if choice is not None and name in _names(choice.active):
+        if choice is not None and name in names_of(choice.active):
             self.active.choose(None, own_blocks(choice))
         if self._installed == name:
             self.install(None)
@@ -247,15 +247,8 @@ def _check_choice(state: State, active: Active, chosen: bool) -> None:
         if chosen:
             state.active.current()  # raises if another adapter is merged
         return
-    for name in _names(active):
+    for name in names_of(active):
         state.active.check_attached(name)
-
-
-def _names(active: Active) -> tuple[str, ...]:
-    """The adapters of a selection."""
-    if isinstance(active, PerRow):
-        return tuple(active.groups)
-    return () if active is None else (active,)
 
 
 def _check_rows(rows: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

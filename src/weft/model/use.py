@@ -1,34 +1,41 @@
-"""`weft.use`: which adapter answers, for the whole batch or row by row."""
+"""`weft.use`: which adapter answers, for the whole batch or row by row, or several with strengths."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from ..errors import MergeError, UnsupportedError, WeftError
+from ..errors import ConfigError, MergeError, UnsupportedError, WeftError
+from ..methods.base import LowRankMethod
 from . import fallback
-from .active import NO_TASK, Active, PerRow, caller
+from .active import NO_TASK, Active, PerRow, Weighted, caller, names_of
+from .adapter import Adapter
 from .state import State, own_blocks, state_of
 
 _counting = threading.Lock()
-Which = str | Sequence[str | None] | None
+Which = str | Sequence[str | None] | Mapping[str, float] | None
 
 
 class use:  # noqa: N801 - reads as a verb, like torch.no_grad
-    """Makes the base (None), one adapter (its name), or one per row of the batch (a list of names and
-    None) active for the caller: the current thread, or asyncio task.
+    """Makes the base (None), one adapter (its name), one per row of the batch (a list of names and
+    None), or several with strengths (a dict) active for the caller: the current thread, or asyncio
+    task.
 
     As a context manager it restores the previous selection; called as a statement it stays. A
     thread that has not called it runs the adapter that was attached last. Rows may mix methods and
     ranks; each row gets the output of its own adapter. With k beams or k samples per prompt, repeat
-    each name k times.
+    each name k times. With {"a": 0.7, "b": 0.3} every layer's output is y + Σ w (adapter(x) - y), where
+    y = W x + bias is the layer's own; gradients reach all of these adapters.
 
-    Raises, before any compute: WeftError (unknown name, empty list), MergeError (an adapter is merged),
-    UnsupportedError (per-row use of an adapter that trains base tensors or adapts routed experts).
+    Raises, before any compute: WeftError (unknown name, empty list or dict), ConfigError (a strength is
+    not a finite number), MergeError (an adapter is merged), UnsupportedError (per-row use of an adapter
+    that trains base tensors or adapts routed experts; strengths of one that trains base tensors or is
+    not of low rank).
     """
 
     def __init__(self, model: nn.Module, which: Which) -> None:
@@ -74,6 +81,8 @@ def checked(state: State, which: Which) -> Active:
     if isinstance(which, str):
         state.adapter(which)
         return which
+    if isinstance(which, Mapping):
+        return Weighted(checked_strengths(state, which, "weft.use"))
     names: list[Any] = list(which)  # of whatever the caller has put in
     if not names:
         raise WeftError("weft.use(model, []): give one name or None per row of the batch.")
@@ -84,6 +93,40 @@ def checked(state: State, which: Which) -> Active:
             passed.add(name)
     _check_batch_first(state.root)
     return PerRow(names)
+
+
+def checked_strengths(state: State, given: Mapping[Any, Any], call: str) -> dict[str, float]:
+    """Returns adapters and strengths, validated. `call` is the name of the function, for messages.
+
+    Raises WeftError (none, or an unknown name), ConfigError (a strength is not a finite number),
+    UnsupportedError (an adapter is no update of low rank, or trains base tensors).
+    """
+    if not given:
+        raise WeftError(
+            f"{call}(model, {{}}): give adapters and strengths, for example {{'a': 0.5}}."
+        )
+    for name, strength in given.items():
+        adapter = state.adapter(name)
+        number = isinstance(strength, int | float) and not isinstance(strength, bool)
+        if not number or not math.isfinite(strength):
+            raise ConfigError(
+                f"{call}: the strength of {name!r} is {strength!r}; write a finite number."
+            )
+        reason = _why_no_sum(adapter)
+        if reason is not None:
+            raise UnsupportedError(
+                f"{call}: adapter {name!r} ({type(adapter.config).__name__}) {reason}, so it has no "
+                "weighted sum with others."
+            )
+    return {name: float(strength) for name, strength in given.items()}
+
+
+def _why_no_sum(adapter: Adapter) -> str | None:
+    if adapter.selected_tensors:
+        return f"trains base tensors ({next(iter(adapter.selected_tensors))!r}, ...)"
+    if not isinstance(adapter.config, LowRankMethod):
+        return "is not a low-rank change of weights"
+    return None
 
 
 def check_not_in_use(state: State, name: str) -> None:
@@ -105,10 +148,8 @@ def check_alone(state: State, what: str) -> None:
 
 
 def _names(active: Active) -> tuple[str | None, ...]:
-    """Returns the names that an open block counts: its adapter or the base, or each adapter of its
-    rows.
-    """
-    return (active,) if not isinstance(active, PerRow) else tuple(active.groups) or (None,)
+    """Returns the names that an open block counts: its adapters, or the base."""
+    return names_of(active) or (None,)
 
 
 def _check_row(state: State, name: Any) -> None:

@@ -184,7 +184,7 @@ def _prefix(
     active, layers = adapters.current(module.training), layers_of(module)
     if isinstance(active, PerRow):
         return _by_row(active, layers, key, value)
-    if active is None or active not in layers:
+    if not isinstance(active, str) or active not in layers:
         return None
     keys, values = _of(layers[active], key, value)
     return keys.expand(key.shape[0], -1, -1, -1), values.expand(key.shape[0], -1, -1, -1), None
