@@ -28,6 +28,11 @@ class CheckpointLayer:
     shape: tuple[int, int] | None = None
     reached: str | None = None
 
+    def trained(self) -> list[Tensor]:
+        """Returns the trained tensors [...], without those that training began at."""
+        start = self.rule.start_shapes(1, 1)
+        return [t for name, t in self.tensors.items() if name not in start]
+
     def known_shape(self) -> tuple[int, int]:
         """Returns (out, in), derived from the tensors if the file does not record it.
 
@@ -80,7 +85,7 @@ class Checkpoint:
     @property
     def numbers(self) -> int:
         """The number of trained values in the file."""
-        trained = [t for layer in self.sites.values() for t in layer.tensors.values()]
+        trained = [t for layer in self.sites.values() for t in layer.trained()]
         return sum(t.numel() for t in [*trained, *self.selected.values()])
 
     @property

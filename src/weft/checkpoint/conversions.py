@@ -119,6 +119,11 @@ def params(checkpoint: Checkpoint, module: str) -> Any:
     """
     layer = checkpoint.sites[module]
     tensors: dict[str, Any] = dict(layer.tensors)
+    if any(name not in tensors for name in layer.rule.start_shapes(1, 1)):
+        raise UnsupportedError(
+            f"init={layer.rule.init!r} starts at a part of the base's weights, which this file of peft "
+            "does not have. Load it with weft.load onto its base and save it; that file can be exported."
+        )
     tensors |= _fixed(layer, module)
     if layer.rule.share_key() is not None:
         tensors["shared"] = _shared_tensors(checkpoint, layer.rule)

@@ -4,11 +4,12 @@ names both sides.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import methods
 from ..errors import CheckpointError
@@ -73,10 +74,15 @@ def load(
         _fill(adapter, plan)
         _check_fixed(adapter, checkpoint, plan, path if strict else None)
 
-    parts = Parts(configs, list(plan.selected), frozen, routed)
+    filled = {name for name in configs if _is_whole(configs[name], plan.values[name])}
+    parts = Parts(configs, list(plan.selected), frozen, routed, filled)
     adapter = attach_resolved(plan.structure, plan.config, parts, name, plan.shared, fill)
     adapter.load_report = LoadReport(adapter, plan.problems, plan.mapped, plan.notes)
     return adapter if strict else adapter.load_report
+
+
+def _is_whole(config: Any, values: Mapping[str, Tensor]) -> bool:
+    return not config.file_shapes(1, 1).keys() - values.keys()
 
 
 def _check_fixed(
@@ -104,7 +110,7 @@ def _check_fixed(
 @torch.no_grad()
 def _fill(adapter: Adapter, plan: LoadPlan) -> None:
     for name, layer in adapter.layers.items():
-        live = layer.trainable()
+        live = layer.stored()
         for tensor, value in plan.values[name].items():
             live[tensor].copy_(value)
         if name in plan.reached:

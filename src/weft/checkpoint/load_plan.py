@@ -100,7 +100,7 @@ class LoadPlan:
         self.values[name] = {}
         if layer.reached is not None:
             self.reached[name] = layer.reached
-        for tensor, wanted in layer.rule.shapes(*shape).items():
+        for tensor, wanted in layer.rule.file_shapes(*shape).items():
             if tensor not in layer.tensors:
                 continue  # its absence is among the problems already
             fault = fault_of(layer.tensors[tensor], wanted)

@@ -118,12 +118,22 @@ class TensorConfig(Config):
         raise NotImplementedError
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
-        """Returns float32 initial values of a layer [out, in], with the shapes of `shapes`.
+        """Returns float32 initial values of a layer [out, in], with the shapes of `file_shapes`.
 
         They must leave the output unchanged if `starts_at_base`. Raises NotImplementedError here:
         every method defines its own.
         """
         raise NotImplementedError
+
+    def start_shapes(self, out: int, in_: int) -> dict[str, Shape]:
+        """Returns name and shape of the frozen tensors of a layer [out, in] that record where its
+        training began, in the file's order. `initial` returns their values too, and a file has them.
+        """
+        return {}
+
+    def file_shapes(self, out: int, in_: int) -> dict[str, Shape]:
+        """Returns name and shape of every tensor of a layer [out, in] that a file has."""
+        return {**self.shapes(out, in_), **self.start_shapes(out, in_)}
 
     def frozen(self, out: int, in_: int, takes_ids: bool, rng: Rng) -> dict[str, Tensor]:
         """Returns the frozen tensors of one layer [out, in], which no file contains.
@@ -153,7 +163,7 @@ class TensorConfig(Config):
         the trained ones, unless others are saved (Prefix with an MLP saves keys [n, out], values
         [n, in]).
         """
-        return {name: getattr(p, name) for name in self.shapes(*p.shape)}
+        return {name: getattr(p, name) for name in self.file_shapes(*p.shape)}
 
     def buffers(self, out: int, in_: int, device: torch.device) -> dict[str, Tensor]:
         """Returns initial values of the state that a layer [out, in] carries from step to step.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,14 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 class Parts:
     """The parts of an adapter in one model: a configuration per module, base tensors trained as
     copies, and frozen tensors with the reason why. `routed`: modules whose tokens a router has
-    regrouped.
+    regrouped. `filled`: modules all of whose tensors are read from a file.
     """
 
     configs: Mapping[str, Any]
     selected: Sequence[str] = ()
     frozen: Sequence[Frozen] = ()
     routed: Sequence[str] = ()
+    filled: Collection[str] = ()
 
 
 def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
@@ -149,7 +150,7 @@ def _attach(
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
-        adapter.layers = _build_layers(structure, modules, parts.configs, state, shared)
+        adapter.layers = _build_layers(structure, modules, parts, state, shared)
         adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)
         if fill is not None:
             fill(adapter)
@@ -285,10 +286,11 @@ def _check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
 def _build_layers(
     structure: Structure,
     modules: Mapping[str, nn.Module],
-    configs: Mapping[str, Any],
+    parts: Parts,
     state: State | None,
     given: Mapping[Any, Shared],
 ) -> dict[str, AdapterLayer]:
+    configs = parts.configs
     views: dict[str, Any] = dict(prompts.hosts_of(structure, configs))
     views |= {name: base_layers.view(modules[name]) for name in configs if name not in views}
     for name, method in configs.items():
@@ -319,7 +321,7 @@ def _build_layers(
             shared = pool[full]
         layers[name] = AdapterLayer(method, views[name], shared)
         layers[name].written = written
-        layers[name].initialise(Rng(method.seed, name, device))
+        layers[name].initialise(Rng(method.seed, name, device), name in parts.filled)
         layers[name].train(modules[name].training)
     return layers
 

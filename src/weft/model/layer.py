@@ -25,7 +25,7 @@ from ..ops import native
 from ..ops.cache import Cache
 from ..ops.input_cache import in_forward
 from ..ops.low_rank import LowRank
-from ..ops.norm import full_precision, row_norm
+from ..ops.norm import at_least_float32, full_precision, row_norm
 from ..ops.row_scale import RowScale, cached_row_scale, packed_norm, stale
 from . import fallback
 from .active import ActiveAdapters, PerRow
@@ -49,20 +49,33 @@ class AdapterLayer(nn.Module):
         self.method, self.base, self.shared = method, base, shared
         self.shape = (base.out_features, base.in_features)
         self.names = tuple(method.shapes(*self.shape))
+        self.start_names = tuple(method.start_shapes(*self.shape))
         self.cache = Cache()
         self.active: ActiveAdapters = ActiveAdapters()  # the model's, after attach
         self.written = False  # whether something in the model may write to this layer's output
         self.watch: Watch | None = None  # of the first layer of an adapter that follows steps
         self._plans: list[LayerPlan | None] = [None] * 4  # per (training, gradients)
 
-    def initialise(self, rng: Rng) -> None:
+    def initialise(self, rng: Rng, filled: bool = False) -> None:
         """Creates the trained tensors at their initial values, and what the method keeps beside them:
         frozen tensors that are never saved, and buffers that are in the model's state_dict.
+
+        `filled`: a file has all tensors, so a start that is taken from the weight is not computed.
         """
         self.rng, dtype = rng, DTYPES[self.method.dtype]
         with torch.no_grad():
-            for name, value in self.method.initial(self.base, rng, self.shared).items():
-                self.register_parameter(name, nn.Parameter(value.to(dtype)))
+            if filled and self.start_names:
+                shapes = self.method.file_shapes(*self.shape)
+                values = {name: rng.full(shape) for name, shape in shapes.items()}
+            else:
+                values = self.method.initial(self.base, rng, self.shared)
+            for name, value in values.items():
+                if name in self.start_names:
+                    # Wider than the trained tensor, so that its distance from here is not rounded.
+                    wide = torch.promote_types(dtype, at_least_float32(self.base.weight()).dtype)
+                    self.register_buffer(name, value.to(dtype).to(wide))
+                else:
+                    self.register_parameter(name, nn.Parameter(value.to(dtype)))
             frozen = self.frozen(rng.device)
             for name, value in frozen.items():
                 self.register_buffer(name, value.to(dtype), persistent=False)
@@ -95,6 +108,10 @@ class AdapterLayer(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Returns the trained tensors by name, in the method's order."""
         return {name: self.get_parameter(name) for name in self.names}
+
+    def stored(self) -> dict[str, Tensor]:
+        """Returns the tensors that a file has: the trained ones, and those that training began at."""
+        return {**self.trainable(), **{name: self.get_buffer(name) for name in self.start_names}}
 
     @property
     def rank(self) -> int | None:

@@ -23,6 +23,7 @@ from ..checkpoint.load import read
 from ..checkpoint.load_plan import LoadPlan
 from ..checkpoint.problems import SHOWN
 from ..errors import CheckpointError, ConfigError, WeftError
+from ..methods import TensorConfig
 from ..model.adapter import Adapter
 from ..model.state import base_only, state_of, unwrapped
 from ..model.structure import canonical
@@ -74,6 +75,7 @@ def open_start(path: str, method: Any) -> Start:
             f"adapter.start={path!r} is an adapter of {theirs}, and method.name is {mine}. Give "
             f"method.name={theirs}, or an adapter of {mine}."
         )
+    _check_same_tensors(path, stored.config, method)
     drawn = bool(stored.checksums)  # frozen tensors that the seed decides
     for f in fields(method):
         there, here = (_value(config, f.name) for config in (stored.config, method))
@@ -83,6 +85,19 @@ def open_start(path: str, method: Any) -> Start:
                 f"has {here!r}. Give method.{f.name}={there!r}."
             )
     return Start(path, stored, _fingerprint(stored))
+
+
+def _check_same_tensors(path: str, there: Any, here: Any) -> None:
+    """A start at a part of W gives the same tensors another meaning. Raises ConfigError."""
+    wanted, have = (
+        list(config.start_shapes(1, 1)) if isinstance(config, TensorConfig) else []
+        for config in (there, here)
+    )
+    if wanted != have:
+        raise ConfigError(
+            f"adapter.start={path!r} was trained with method.init={there.init!r}, and this run has "
+            f"{here.init!r}, whose tensors mean something else. Give method.init={there.init!r}."
+        )
 
 
 def check_base(start: Start, model: nn.Module, missing: Collection[str]) -> None:
@@ -111,7 +126,7 @@ def load_start(start: Start, adapter: Adapter, missing: Collection[str]) -> dict
         plan = LoadPlan(root, stored)
     _refuse(start, [*plan.problems, *_left_over(adapter, plan), *_drawn_otherwise(adapter, stored)])
     for name, site in adapter.layers.items():
-        live = site.trainable()
+        live = site.stored()
         for tensor, value in plan.values[name].items():
             live[tensor].copy_(value)
     for name, value in plan.selected.items():

@@ -19,6 +19,7 @@ from ...methods.config import scaling
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
 from . import peft_layers as layers
+from . import peft_starts as starts
 
 _LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 _EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
@@ -33,8 +34,8 @@ _KEY = re.compile(
     rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})"
     r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
 )  # a state_dict taken by hand has the adapter's name in it
-# Initialisations that leave the base as it was; the others (pissa, olora, ...) rewrite it, so the
-# tensors belong to another base.
+# Initialisations that leave the base as it was. Of those that rewrite it, "pissa" and "olora" can be
+# done again (peft_starts.py); with the others the tensors belong to a base that no one has.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _SUPPORTED = (
     "bias",
@@ -66,7 +67,8 @@ class LoraFormat:
         return bias.why_no_field(checkpoint, model)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
-        return layers.write_layers(checkpoint, model, _lora_key, _lora_fields(checkpoint))
+        written = starts.plain(checkpoint)
+        return layers.write_layers(written, model, _lora_key, _lora_fields(written))
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("peft_type") == self.name
@@ -79,14 +81,15 @@ class LoraFormat:
         """
         layers.refuse_fields(config, _SUPPORTED, "LoRA")
         init = config.get("init_lora_weights")
-        if init not in _PLAIN_INITS:
+        of_weight = starts.init_of(config)
+        if init not in _PLAIN_INITS and of_weight is None:
             layers.refuse_fields({"init_lora_weights": init}, (), "LoRA")
         method = DoRA if config.get("use_dora") else LoRA
         built = method(
             r=config.get("r", 8),
             alpha=float(config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout") or 0.0),
-            init="gaussian" if init == "gaussian" else "kaiming",
+            init=of_weight or ("gaussian" if init == "gaussian" else "kaiming"),
             rslora=bool(config.get("use_rslora")),
             targets=layers.targets_of(config),
             modules_to_save=config.get("modules_to_save") or (),
@@ -96,8 +99,12 @@ class LoraFormat:
         rest = layers.bare_keys(checkpoint, tensors)
 
         def layer_of(module: str, part: str) -> CheckpointLayer:
-            kind = "embedding" if "embedding" in part else None
-            return CheckpointLayer(_layer_config(built, module, config), kind=kind)
+            rule = _layer_config(built, module, config)
+            if "embedding" not in part:
+                return CheckpointLayer(rule)
+            if rule.starts_at_weight:  # peft starts an embedding as usual whatever the field says
+                rule = replace(rule, {"init": "kaiming"})
+            return CheckpointLayer(rule, kind="embedding")
 
         layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
         checkpoint = layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
@@ -107,7 +114,9 @@ class LoraFormat:
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
         """Fills A [r, in], B [out, r] and, for DoRA, m [out] of every layer."""
+        own = starts.plain_layers(checkpoint)
         layers.restore_layers(checkpoint, tensors, manifest, _lora_key)
+        starts.split(checkpoint, own)
 
     def why_not_model(self, root: nn.Module) -> str | None:
         return None
