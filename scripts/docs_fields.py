@@ -20,6 +20,11 @@ MEANINGS: dict[str, str] = {
     "sees all of them",
     "init": '`"gaussian"`: A has standard deviation 1/r, as in the paper; `"kaiming"`: uniform '
     "within 1/√in, as in the code",
+    "LoRA.init": '`"gaussian"`: A has standard deviation 1/r, as in the paper; `"kaiming"`: uniform '
+    'within 1/√in, as in the code; `"pissa"`, `"olora"`: A and B start at a part of the weight',
+    "DoRA.init": '`"gaussian"`: A has standard deviation 1/r, as in the paper; `"kaiming"`: uniform '
+    'within 1/√in, as in the code; `"pissa"`, `"olora"`: A and B start at a part of the weight, see '
+    "[LoRA](lora.md#starts-at-the-weight-pissa-and-olora)",
     "rslora": "s = alpha / √r, so that large ranks do not learn more slowly",
     "targets": "which layers: see [targets](../getting-started.md#targets)",
     "exclude": "layers taken away from `targets`, by the same names; the name of a module stands for "

@@ -49,7 +49,7 @@ class LoRA(ScaledConfig):
 
     def factors(self, p: Params, training: bool = False) -> LowRank:
         if self.starts_at_weight:
-            return moved(p.A, p.B, p.A0, p.B0, self.scale)
+            return moved(p.A, p.B, p.A0, p.B0, self.scale, training)
         return LowRank(p.A, p.B, s=self.scale)
 
     def shapes(self, out: int, in_: int) -> dict[str, Shape]:

@@ -72,8 +72,15 @@ def _first_of_qr(W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
     return R[:r], Q[:, :r]
 
 
-def moved(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, s: float) -> LowRank:
+def moved(
+    A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, s: float, training: bool = False
+) -> LowRank:
     """Returns the factors of s (B A - B0 A0), of rank 2r: 0 exactly if nothing has moved."""
     down = torch.cat([A, A - A0])
+    if training and A.requires_grad and not torch.is_grad_enabled():
+        # In the first forward of a reentrant checkpoint it counts as trained too (dropout's mask).
+        down = (
+            down if torch.compiler.is_compiling() or down.is_inference() else down.requires_grad_()
+        )
     up = torch.cat([B - B0, B0], dim=1)
     return LowRank(down, up, s=s, sources=(A, B, A0, B0))
