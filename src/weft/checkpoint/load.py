@@ -26,18 +26,38 @@ from .read import read
 
 @overload
 def load(
-    model: nn.Module, path: str | Path, name: str = "default", strict: Literal[True] = True
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    strict: Literal[True] = True,
+    *,
+    replace: bool = False,
 ) -> Adapter: ...
 @overload
 def load(
-    model: nn.Module, path: str | Path, name: str = "default", *, strict: Literal[False]
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    strict: Literal[False],
+    replace: bool = False,
 ) -> LoadReport: ...
 @overload
 def load(
-    model: nn.Module, path: str | Path, name: str = "default", strict: bool = True
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    strict: bool = True,
+    *,
+    replace: bool = False,
 ) -> Adapter | LoadReport: ...
 def load(
-    model: nn.Module, path: str | Path, name: str = "default", strict: bool = True
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    strict: bool = True,
+    *,
+    replace: bool = False,
 ) -> Adapter | LoadReport:
     """Attaches the adapter in the directory `path`, saved by Weft or by peft, fills it and makes it
     active.
@@ -50,8 +70,14 @@ def load(
     tensors that fit are filled and the rest keep their initial values; returns the LoadReport (with
     `.adapter` and `.problems`).
 
+    replace=True: an adapter of that name is replaced, also while other threads use it, and what is
+    active stays active. Each `with weft.use(...)` block, and outside of blocks each forward, gets the
+    old adapter or the new one, never both: the replacement waits for the blocks that use the adapter,
+    and new ones wait for it. The old handle is detached. If loading fails, the old adapter stays.
+
     Raises CheckpointError, UnsupportedError (a field or method of peft that Weft does not support),
-    and the errors of `weft.attach`.
+    the errors of `weft.attach`, and with replace=True WeftError if an open block of this thread uses
+    the adapter, or blocks of others do for a minute.
     """
     checkpoint = read(path)
     root = unwrapped(model)
@@ -76,7 +102,7 @@ def load(
 
     filled = {name for name in configs if _is_whole(configs[name], plan.values[name])}
     parts = Parts(configs, list(plan.selected), frozen, routed, filled)
-    adapter = attach_resolved(plan.structure, plan.config, parts, name, plan.shared, fill)
+    adapter = attach_resolved(plan.structure, plan.config, parts, name, plan.shared, fill, replace)
     adapter.load_report = LoadReport(adapter, plan.problems, plan.mapped, plan.notes)
     return adapter if strict else adapter.load_report
 

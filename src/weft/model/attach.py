@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,15 @@ from typing import Any
 from torch import nn
 
 from .. import methods
-from ..errors import ConfigError, MergeError, TargetError, WeftError
+from ..errors import ConfigError, MergeError, TargetError
 from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS
 from . import base_layers, fallback, prompts
 from .adapter import Adapter
-from .layer import CHILD, AdapterLayer, active_of, adapt, is_adapted, layers_of, restore
+from .attach_checks import check_name, check_ownership, check_tied
+from .layer import AdapterLayer, adapt, is_adapted, layers_of, restore
 from .plan_entries import Frozen
 from .selected import select
 from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
@@ -26,10 +26,9 @@ from .stepping import follow, follows, unfollow
 from .steps_watch import Watch
 from .structure import Structure, targets
 from .structure.selection import tensors_of_modules, trained_tensors
-from .use import check_not_in_use
+from .use import check_as_able, check_not_in_use
 
 _attaching = threading.RLock()
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -111,21 +110,31 @@ def attach_resolved(
     name: str = "default",
     shared: Mapping[Any, Shared] | None = None,
     fill: Callable[[Adapter], None] | None = None,
+    replace: bool = False,
 ) -> Adapter:
     """Attaches exactly these parts. `shared` has frozen tensors read from a file, by share_key;
-    `fill` is called with the adapter before the model is changed, to fill its tensors.
+    `fill` is called with the adapter before the model is changed, to fill its tensors. `replace`: an
+    adapter of that name gives way, as soon as no open block uses it, and what is active stays.
 
     Raises as `attach` does; everything that can fail happens before the model is changed.
     """
     fallback.refresh()
-    root = structure.root
+    root, given = structure.root, dict(shared or {})
+    state = find_state(root)
+    if replace and state is not None and name in state.adapters:
+        with state.open.closed(name):
+            return _replace(structure, state, config, parts, name, given, fill)
     with _attaching:  # two threads may both be the first
         state = find_state(root) or State(root)
         with state.gate.alone(f"attach adapter {name!r}"):
-            return _attach(structure, state, config, parts, name, dict(shared or {}), fill)
+            check_name(state, name)
+            adapter, modules = _made(structure, state, config, parts, name, given, fill)
+            _install(structure, state, adapter, modules)
+            state.set_default(name)
+            return adapter
 
 
-def _attach(
+def _replace(
     structure: Structure,
     state: State,
     config: Any,
@@ -134,12 +143,37 @@ def _attach(
     shared: dict[Any, Shared],
     fill: Callable[[Adapter], None] | None,
 ) -> Adapter:
+    """Builds the new adapter beside the old one, and exchanges them between two forwards."""
+    check_name(state, name, taken=True)
+    with state.gate.alone(f"replace adapter {name!r}"):
+        adapter, modules = _made(structure, state, config, parts, name, shared, fill)
+        check_as_able(adapter, state.adapter(name))
+    while True:
+        state.open.wait_until_unused(name)
+        with state.gate.alone(f"replace adapter {name!r}"):
+            if state.open.of(name):  # a nested block has begun in between
+                continue
+            check_name(state, name, taken=True)
+            _remove(state, state.adapter(name))
+            _install(structure, state, adapter, modules)
+            return adapter
+
+
+def _made(
+    structure: Structure,
+    state: State,
+    config: Any,
+    parts: Parts,
+    name: str,
+    shared: dict[Any, Shared],
+    fill: Callable[[Adapter], None] | None,
+) -> tuple[Adapter, Mapping[str, nn.Module]]:
+    """The adapter with its tensors, and the model's modules; the model is not changed."""
     root = structure.root
-    check_name(state, name)
     with base_only(state):
         modules = dict(root.named_modules())
-        _check_ownership(modules, parts.configs, state)
-        _check_tied(
+        check_ownership(modules, parts.configs, state)
+        check_tied(
             structure,
             {
                 name: method
@@ -156,8 +190,7 @@ def _attach(
             fill(adapter)
     if not any(True for _ in adapter.parameters()):
         raise TargetError(f"{config!r} finds nothing to train in {type(root).__name__}.")
-    _install(structure, state, adapter, modules)
-    return adapter
+    return adapter, modules
 
 
 def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -> None:
@@ -183,18 +216,9 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
             )
         state.end_merge()
     state.forget(name)
-    if isinstance(adapter.config, PromptMethod):
-        prompts.uninstall(state, adapter)
-    for layer in adapter.layers.values():
-        module = layer.base.module
-        del layers_of(module)[name]
-        if not len(layers_of(module)):
-            restore(module)
+    _remove(state, adapter)
     del state.adapters[name]
     state.active.names.discard(name)
-    if not any(other.selected_tensors for other in state.adapters.values()):
-        state.unguard()
-    unfollow(adapter)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
             parameter.requires_grad_(state.required_grad.get(full, parameter.requires_grad))
@@ -210,77 +234,27 @@ def _tell_trainers(root: Any, attached: bool) -> None:
         root._hf_peft_config_loaded = attached
 
 
+def _remove(state: State, adapter: Adapter) -> None:
+    """Takes the adapter's layers, hooks and base tensors out of the model; its name stays."""
+    if state._installed == adapter.name:
+        state.install(None)
+    if isinstance(adapter.config, PromptMethod):
+        prompts.uninstall(state, adapter)
+    for layer in adapter.layers.values():
+        module = layer.base.module
+        del layers_of(module)[adapter.name]
+        if not len(layers_of(module)):
+            restore(module)
+    others = (other for other in state.adapters.values() if other is not adapter)
+    if not any(other.selected_tensors for other in others):
+        state.unguard()
+    unfollow(adapter)
+
+
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Returns the handles of all adapters on the model by name; empty if there are none."""
     state = find_state(model)
     return dict(state.adapters) if state else {}
-
-
-def check_name(state: State | None, name: str) -> None:
-    """Raises ConfigError (no possible name), MergeError (an adapter is merged) or WeftError (the name is
-    taken).
-    """
-    known: Any = name
-    if not isinstance(known, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
-        raise ConfigError(
-            f"adapter name {name!r}: use letters, digits, '_' and '-', and no attribute of "
-            "nn.ModuleDict."
-        )
-    if state is None:
-        return
-    if state.merged is not None:
-        raise MergeError(
-            f"adapter {state.merged.name!r} is merged; call weft.unmerge(model) before attaching "
-            "another."
-        )
-    if name in state.adapters:
-        raise WeftError(
-            f"adapter {name!r} is already attached (have: {list(state.adapters)}). Choose another "
-            "name, or "
-            f"weft.detach(model, {name!r}) first."
-        )
-
-
-def _check_ownership(
-    modules: Mapping[str, nn.Module], configs: Mapping[str, Any], state: State | None
-) -> None:
-    mine = None if state is None else state.active
-    for name, module in modules.items():
-        if is_adapted(module) and active_of(module) is not mine:
-            raise WeftError(
-                f"{name!r} carries an adapter that was attached through another root module. Use "
-                "that module, or detach it first."
-            )
-    for name in configs:
-        if name not in modules:
-            raise TargetError(f"the model has no module {name!r}.")
-        if not is_adapted(modules[name]) and hasattr(modules[name], CHILD):
-            raise TargetError(
-                f"{name!r} has an attribute {CHILD!r} of its own, where Weft would keep its "
-                "adapters."
-            )
-
-
-def _check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
-    """Raises TargetError if a target is tied: merging would change the outputs of its other
-    readers.
-    """
-    readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for name, module in structure.modules.items():
-        for tensor, parameter in module._parameters.items():
-            readers.setdefault(id(parameter), []).append((name, module, tensor))
-    for name in configs:
-        layer = structure.root.get_submodule(name)
-        for other, module, tensor in readers.get(id(layer._parameters.get("weight")), ()):
-            if module is layer and tensor == "weight":
-                continue
-            full = f"{other}.{tensor}".lstrip(".")
-            reader = other if other and tensor == "weight" else full
-            raise TargetError(
-                f"{name!r} and {reader!r} are tied: they read one weight, so adapting one side "
-                f"would merge into both. Give {reader!r} its own copy first: model.{full} = torch.nn."
-                f"Parameter(model.{full}.detach().clone()) and config.tie_word_embeddings = False."
-            )
 
 
 def _build_layers(
@@ -367,4 +341,3 @@ def _install(
     if follows(adapter):
         next(iter(adapter.layers.values())).watch = Watch(adapter.name)
     state.fast_paths.switch_off(modules.values(), [modules[name] for name in adapter.layers])
-    state.set_default(adapter.name)

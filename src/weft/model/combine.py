@@ -17,7 +17,8 @@ from ..methods.sums import Terms, distance, method_of, summed
 from ..ops.low_rank import LowRank
 from . import base_layers
 from .adapter import Adapter
-from .attach import Parts, attach_resolved, check_name
+from .attach import Parts, attach_resolved
+from .attach_checks import check_name
 from .state import State, base_only, state_of
 from .structure import Structure, targets
 from .use import checked_strengths

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from .adapter import STATE, Adapter
 from .fastpath import FastPaths
 from .gate import Gate, this_call
 from .norm_watch import NormWatch
+from .open_blocks import OpenBlocks
 
 ATTRIBUTE = STATE
 
@@ -58,13 +58,10 @@ class State:
         ] = {}  # of the base's parameters, before the first attach
         self.fast_paths = FastPaths()
         self.virtual: Any = None  # prompts.hooks.VirtualTokenHooks, if there are virtual tokens
-        self.open: Counter[str | None] = Counter()  # open `with weft.use(...)` blocks per adapter
+        self.open = OpenBlocks()
         self._installed: str | None = None  # the adapter whose base tensors are in place
         self._hooks: list[RemovableHandle] = []
         self._guards: dict[nn.Module, RemovableHandle] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "open": Counter()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -17,7 +16,6 @@ from .active import NO_TASK, Active, PerRow, Weighted, caller, names_of
 from .adapter import Adapter
 from .state import State, own_blocks, state_of
 
-_counting = threading.Lock()
 Which = str | Sequence[str | None] | Mapping[str, float] | None
 
 
@@ -52,9 +50,9 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
 
     def __enter__(self) -> None:
         names = self._names = _names(self._chosen)
-        with _counting:
-            self._state.open.update(names)
-        self._state.choose(self._chosen, own_blocks(self._before) + len(names))
+        before = own_blocks(self._before)
+        self._state.open.enter(names, nested=before > 0)
+        self._state.choose(self._chosen, before + len(names))
 
     def __exit__(
         self,
@@ -63,8 +61,7 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
         trace: TracebackType | None,
     ) -> None:
         state = self._state
-        with _counting:
-            state.open.subtract(self._names)
+        state.open.leave(self._names)
         state.active.restore(self._before)
         state.install_for_caller()
 
@@ -131,7 +128,7 @@ def _why_no_sum(adapter: Adapter) -> str | None:
 
 def check_not_in_use(state: State, name: str) -> None:
     """Raises WeftError if an open `with weft.use(...)` block, of any caller, uses this adapter."""
-    if state.open[name] > 0:
+    if state.open.of(name) > 0:
         raise WeftError(
             f"adapter {name!r} is used by an open `with weft.use(...)`, of this or another thread "
             "or task. Leave the block first."
@@ -140,7 +137,7 @@ def check_not_in_use(state: State, name: str) -> None:
 
 def check_alone(state: State, what: str) -> None:
     """Raises MergeError if another caller has an open `with weft.use(...)` block on this model."""
-    if sum(state.open.values()) > own_blocks(state.active.chosen()):
+    if state.open.all() > own_blocks(state.active.chosen()):
         raise MergeError(
             f"cannot {what}: another thread or task is inside `with weft.use(...)` of this model, "
             "and its answers would change on the way. Wait until it has left the block."
@@ -152,24 +149,38 @@ def _names(active: Active) -> tuple[str | None, ...]:
     return names_of(active) or (None,)
 
 
+def check_as_able(new: Adapter, old: Adapter) -> None:
+    """Raises UnsupportedError if callers may have chosen `old` in a way that `new` does not work in: as
+    one of the rows of a batch, or with a strength.
+    """
+    for how, why_not in (("by row", _why_no_row), ("with strengths", _why_no_sum)):
+        reason = why_not(new)
+        if reason is not None and why_not(old) is None:
+            raise UnsupportedError(
+                f"replace: the new adapter {new.name!r} ({type(new.config).__name__}) {reason}, and the "
+                f"old one may be in use {how}. Load it under another name."
+            )
+
+
 def _check_row(state: State, name: Any) -> None:
     adapter = state.adapter(name)
+    reason = _why_no_row(adapter)
+    if reason is not None:
+        raise UnsupportedError(f"adapter {name!r} {reason}. Run its rows in a batch of their own.")
+
+
+def _why_no_row(adapter: Adapter) -> str | None:
     if adapter.selected_tensors:
-        raise UnsupportedError(
-            f"adapter {name!r} trains base tensors ({next(iter(adapter.selected_tensors))!r}, ...), "
-            "which all rows of a batch share. Run its rows in a batch of their own."
-        )
+        first = next(iter(adapter.selected_tensors))
+        return f"trains base tensors ({first!r}, ...), which all rows of a batch share"
     if not adapter.config.by_row:
-        raise UnsupportedError(
-            f"adapter {name!r} ({type(adapter.config).__name__}) adds tokens to the input, and all "
-            "rows of a batch have one length. Run its rows in a batch of their own."
-        )
+        return "adds tokens to the input, and all rows of a batch have one length"
     if adapter.routed:
-        raise UnsupportedError(
-            f"adapter {name!r} adapts {adapter.routed[0]!r}, where a router has regrouped the tokens "
-            "and rows of the batch can no longer be told apart. Run its rows in a batch of their "
-            "own."
+        return (
+            f"adapts {adapter.routed[0]!r}, where a router has regrouped the tokens and rows of the "
+            "batch can no longer be told apart"
         )
+    return None
 
 
 def _check_batch_first(root: nn.Module) -> None:
