@@ -61,6 +61,10 @@ def test_a_list_of_targets_stays_whole() -> None:
     query, mlp = parse_methods("lora:targets=['query','value']:r=2,dora:targets=mlp")
     assert query.config == weft.LoRA(targets=["query", "value"], r=2)
     assert mlp.config == weft.DoRA(targets="mlp")
+    (bare,) = parse_methods("lora:exclude=[q_proj, mlp.up]:layers=[0,2]")
+    assert bare.config == weft.LoRA(exclude=["q_proj", "mlp.up"], layers=[0, 2])
+    (pattern,) = parse_methods("lora:targets=[01]|.*[qv]_proj")
+    assert pattern.config == weft.LoRA(targets="[01]|.*[qv]_proj")
 
 
 @pytest.mark.parametrize(

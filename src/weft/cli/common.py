@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,18 +40,16 @@ def add_device_options(parser: argparse.ArgumentParser, default: str | None = "a
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Splits `field=value`. The value is a Python literal, or text if it is not one. Raises
+    """Splits `field=value`. The value is a Python literal, a list of bare words, or text. Raises
     ConfigError.
     """
     from ..errors import ConfigError
+    from ..methods.text import value_of
 
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
         raise ConfigError(f"--set {text!r}: write FIELD=VALUE, for example --set dropout=0.05.")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+    return name, value_of(value)
 
 
 def write_json(file: Path | None, data: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from ... import methods
 from ...errors import ConfigError
+from ...methods.text import value_of
 from ...model.groups import check_factors
 
 DEFAULT = ("full", "head", "bitfit", "lora", "vera", "dora", "dvora")
@@ -118,10 +118,7 @@ def _setting(text: str, part: str) -> tuple[str, Any]:
         raise ConfigError(
             f"--methods {part!r}: write fields as name=value, for example lora:r=4:alpha=8."
         )
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return key, value_of(value)
 
 
 def _method_names() -> str:
