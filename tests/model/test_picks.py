@@ -10,6 +10,7 @@ from weft import methods
 from weft.compare.plan.entries import parse_methods
 from weft.training.config import from_dict, to_dict
 
+TWO = (("text", 2), ("image", 4))
 EVERY = [*ATTENTION[:2], *MLP[:2], *ATTENTION[2:], *MLP[2:], "project"]
 SECOND = [*ATTENTION[2:], *MLP[2:]]
 
@@ -44,6 +45,16 @@ def adapted(model: nn.Module, **fields):
 )
 def test_layers_are_taken_away(fields, wanted):
     assert adapted(Plain(), **fields) == wanted
+
+
+def test_block_numbers_count_in_every_stack():
+    """Of several stacks each has the blocks of these numbers, as far as it goes."""
+    stacks = {n: nn.ModuleList(nn.Sequential(nn.Linear(3, 3)) for _ in range(k)) for n, k in TWO}
+    model = nn.ModuleDict(stacks)
+    assert adapted(model, layers=[1, 2]) == ["text.1.0", "image.1.0", "image.2.0"]
+    assert adapted(model, layers=1, within="image") == ["image.1.0"]
+    with pytest.raises(weft.TargetError, match="block 2 has none"):
+        weft.attach(model, weft.LoRA(layers=[1, 2], within="text"))
 
 
 def test_the_plan_says_why():

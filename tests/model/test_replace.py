@@ -158,6 +158,36 @@ def test_a_replacement_waits_for_a_block_and_new_blocks_wait_for_it(tmp_path):
     assert order[0] == "old" and set(order) == {"old", "replaced", "new"}
 
 
+def test_a_block_within_a_forward_does_not_wait_for_a_replacement_that_waits_for_the_forward(
+    tmp_path,
+):
+    answers, x = versions(tmp_path)
+    model = net()
+    weft.load(model, tmp_path / "0", name="a")
+    state = model.__dict__["_weft_model_state"]
+    inside = threading.Event()
+
+    def hook(module, args):
+        if not inside.is_set():
+            inside.set()
+            while not state.gate._wanted:
+                time.sleep(0.001)
+            with weft.use(model, "a"):
+                pass
+
+    model.mid.register_forward_pre_hook(hook)
+
+    def forward():
+        with torch.no_grad():
+            return model(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(forward)
+        inside.wait(20)
+        weft.load(model, tmp_path / "1", name="a", replace=True)
+        check_close(job.result(), answers["0"], torch.float32)
+
+
 def test_a_block_of_this_thread_is_an_error_at_once(tmp_path, monkeypatch):
     """Its own, that of a paused generator, or that of another task: none could end meanwhile."""
     versions(tmp_path)

@@ -42,7 +42,7 @@ class OpenBlocks:
 
     def enter(self, names: Names, nested: bool) -> None:
         """Begins a block. Waits while one of the adapters is being replaced, unless the caller is inside
-        a block (`nested`), or its thread is: the replacement may be waiting for just that one.
+        a block or a forward (`nested`), or its thread is: the replacement may be waiting for just that.
 
         Raises WeftError if that takes a minute.
         """

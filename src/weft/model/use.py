@@ -51,7 +51,11 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
     def __enter__(self) -> None:
         names = self._names = _names(self._chosen)
         before = own_blocks(self._before)
-        self._state.open.enter(names, nested=before > 0)
+        try:
+            self._state.open.enter(names, nested=before > 0 or self._state.gate.is_inside())
+        except WeftError:
+            self._state.active.restore(self._before)
+            raise
         self._state.choose(self._chosen, before + len(names))
 
     def __exit__(
