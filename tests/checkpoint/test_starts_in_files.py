@@ -88,6 +88,7 @@ def test_what_peft_saved_with_such_a_start_is_read(init, dora, build, tmp_path):
     assert torch.equal(logits(back), logits(mine))
     with pytest.raises(weft.UnsupportedError, match="starts at a part of the base's weights"):
         weft.export(tmp_path, "lora", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_embedding_in_such_a_file_of_peft_starts_as_usual(tmp_path):
