@@ -5,6 +5,7 @@ from test_targets import ATTENTION, MLP, Plain
 from torch import nn
 
 import weft
+from architectures import ARCHITECTURES
 from support import RULES, config
 from weft import methods
 from weft.compare.plan.entries import parse_methods
@@ -55,6 +56,17 @@ def test_block_numbers_count_in_every_stack():
     assert adapted(model, layers=1, within="image") == ["image.1.0"]
     with pytest.raises(weft.TargetError, match="block 2 has none"):
         weft.attach(model, weft.LoRA(layers=[1, 2], within="text"))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"exclude": "layer.0"}, {"exclude": r".*layer\.0\..*"}, {"layers": [1, 2]}]
+)
+def test_a_norm_that_is_the_output_of_a_block_is_taken_away_too(fields):
+    model = ARCHITECTURES["bert"].build()
+    whole = weft.attach(model, weft.Bottleneck(preset="pfeiffer", r=2), name="whole")
+    found = weft.attach(model, weft.Bottleneck(preset="pfeiffer", r=2, **fields), name="some")
+    assert len(whole.layers) == 3 and "LayerNorm" in next(iter(whole.layers))
+    assert list(found.layers) == list(whole.layers)[1:]
 
 
 def test_the_plan_says_why():

@@ -225,7 +225,7 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         lambda: state.install(state._owner(active)),
     )
     input_cache.begin_forward()
-    state.norms.check(state.adapters[n] for n in _names(active) if n in state.adapters)
+    state.norms.check(state.adapters[n] for n in names_of(active) if n in state.adapters)
     # Inside the gate, where nobody can merge any more; if it raises, torch still calls `_leave`.
     _check_choice(state, active, chosen=choice is not None)
     if isinstance(active, PerRow):

@@ -84,19 +84,20 @@ def _lowest_blocks(structure: Structure, count: int, chosen: Collection[str]) ->
 
 
 def _excluded(structure: Structure, pattern: str) -> list[str]:
-    """The layers that one pattern of `exclude` names, adaptable or not, chosen or not."""
+    """The layers that one pattern of `exclude` names, adaptable or not, chosen or not. Norms are among
+    them, since a block's output may be one.
+    """
+    layers = [*structure.layers, *structure.norms]
     if pattern in ROLES:
         names = [name for block in structure.blocks for name in block.of(pattern)]
     elif pattern in KEYWORDS:
         parts = structure.map_parts if pattern != "all-linear" else {}
-        names = [n for n in structure.layers if pattern in ("all-linear", parts.get(n))]
+        names = [n for n in layers if pattern in ("all-linear", parts.get(n))]
     elif is_ending(pattern):
         modules = [n for n in structure.modules if any(ends_in(c, pattern) for c in called(n))]
-        names = [name for name in structure.layers if within(name, modules)]
-        # A block's output may be a norm, which is no layer with a map.
-        names += [name for name in modules if name in structure.norms]
+        names = [name for name in layers if within(name, modules)]
     else:
-        names = [n for n in structure.layers if any(re.fullmatch(pattern, c) for c in called(n))]
+        names = [n for n in layers if any(re.fullmatch(pattern, c) for c in called(n))]
     if not names:
         have = sorted({canonical(name).rpartition(".")[2] for name in structure.layers})
         near = get_close_matches(pattern.rpartition(".")[2], have, n=3) or have[:8]
