@@ -87,7 +87,10 @@ def test_the_plan_says_why():
         ({"exclude": "all-linear"}, "leaves nothing to adapt: targets names 9 layers"),
         ({"targets": "up", "exclude": "blocks"}, r"exclude=\['blocks'\]\) leaves nothing"),
         ({"within": "bloks"}, r"within: no module's name ends in 'bloks'. Nearest: \['blocks'\]"),
-        ({"within": "embed"}, r"within=\['embed'\]\) leaves nothing to adapt"),
+        (
+            {"within": ["attn", "embed"]},
+            "none of the 9 layers that targets names is inside 'embed'",
+        ),
         ({"layers": [1, 2]}, "there is no block 2; the model's blocks have the numbers 0 to 1"),
         (
             {"layers": [0, 1], "targets": ["blocks.1.up", "project"]},

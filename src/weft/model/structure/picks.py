@@ -24,10 +24,18 @@ def taken_away(
     """
     taken: dict[str, str] = {}
     if config.within:
-        places = [m for ending in config.within for m in _modules(structure, ending)]
+        inside: set[str] = set()
+        for ending in config.within:
+            places = _modules(structure, ending)
+            found = {name for name in chosen if within(name, places)}
+            if not found:
+                raise TargetError(
+                    f"within: none of the {len(chosen)} layers that targets names is inside "
+                    f"{ending!r} ({places[0]!r}, ...). Take it out, or name layers in it."
+                )
+            inside |= found
         reason = f"outside of within={list(config.within)}"
-        taken |= {name: reason for name in chosen if not within(name, places)}
-        _check_left(config, "within", list(config.within), chosen, taken)
+        taken |= {name: reason for name in chosen if name not in inside}
     if config.layers:
         taken |= _other_blocks(structure, config, [n for n in chosen if n not in taken])
     if config.blocks_left_out:
@@ -37,7 +45,7 @@ def taken_away(
         names = set(_excluded(structure, pattern))
         taken |= {name: reason for name in chosen if name in names}
     if config.exclude:
-        _check_left(config, "exclude", list(config.exclude), chosen, taken)
+        _check_left(config, chosen, taken)
     return taken
 
 
@@ -120,15 +128,9 @@ def _modules(structure: Structure, ending: str) -> list[str]:
     return found
 
 
-def _check_left(
-    config: LayerConfig,
-    field: str,
-    value: list[str],
-    chosen: Collection[str],
-    taken: Collection[str],
-) -> None:
+def _check_left(config: LayerConfig, chosen: Collection[str], taken: Collection[str]) -> None:
     if len(taken) == len(chosen):
         raise TargetError(
-            f"{type(config).__name__}({field}={value}) leaves nothing to adapt: targets names "
-            f"{len(chosen)} layers, and none of them is left. Change {field} or targets."
+            f"{type(config).__name__}(exclude={list(config.exclude)}) leaves nothing to adapt: targets "
+            f"names {len(chosen)} layers, and none of them is left. Change exclude or targets."
         )
