@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint check bases slow bench bench-full bench-gpu docs docs-tables models results clean
+.PHONY: demo test lint check bases slow fuzz bench bench-full bench-gpu docs docs-tables models results clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.train           ## train seven methods on real data and print one table (about two minutes on two cores)
@@ -23,6 +23,9 @@ bases: .venv/.bases          ## the checks on quantised bases, with the librarie
 
 slow: .venv/.dev             ## the checks that take minutes
 	.venv/bin/python -m pytest -n 2 -m slow
+
+fuzz: .venv/.dev             ## ten thousand damaged adapters, configurations and data files (some minutes)
+	.venv/bin/python -m pytest -m fuzz -s tests/fuzz
 
 # ARGS="--resume" goes on where an interrupted run stopped; ARGS="--cases overhead-64,vera-4096" measures only these
 bench: .venv/.bench          ## what Weft costs beside peft and the limit, in one table (25 minutes on two idle cores)

@@ -34,6 +34,10 @@ MEANINGS: dict[str, str] = {
     "modules_to_save": "modules trained in full in addition, by name ending: for example a new head",
     "train": "tensors of the base model to train in addition: see "
     "[tensors of the base model](../getting-started.md#tensors-of-the-base-model)",
+    "freeze_batch_norm": "keep the running statistics of batch norms as they are: these layers stay "
+    "in evaluation mode while the adapter is attached",
+    "new_tokens": "token ids whose rows of the embeddings train in addition: see "
+    "[new tokens](../getting-started.md#new-tokens)",
     "seed": "seed of everything random; the state of other generators does not matter",
     "dtype": "dtype of the trained tensors, independent of the base's; bfloat16 loses small steps",
     "norm_grad": '`"constant"`: no gradient flows through ‖V‖ (section 4.3 of the paper); '

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -36,8 +36,8 @@ def judge(  # noqa: C901 - a way to fail is three lines
     """Serve until the block ends. script: number of the request (from 0) and its body to what
     happens:
 
-    ("text", TEXT), ("status", CODE, HEADERS, TEXT), ("raw", BYTES), ("die",), ("cut",), ("drip",
-    SECONDS), ("hang", SECONDS)
+    ("text", TEXT), ("status", CODE, HEADERS, TEXT), ("raw", BYTES), ("wire", BYTES, PAUSE),
+    ("die",), ("cut",), ("drip", SECONDS), ("hang", SECONDS)
     """
     seen = Seen()
 
@@ -94,6 +94,15 @@ def judge(  # noqa: C901 - a way to fail is three lines
 
         def _cut(self) -> None:
             self._send(200, b'{"choices": [{"mess', length=1000)
+
+        def _wire(self, data: bytes, pause: float = 0.0) -> None:
+            """Bytes without any form, all at once or one after the other."""
+            self.close_connection = True
+            with suppress(OSError):
+                for piece in [data] if not pause else [data[i : i + 1] for i in range(len(data))]:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+                    time.sleep(pause)
 
         def _hang(self, seconds: float) -> None:
             time.sleep(seconds)

@@ -10,7 +10,7 @@ from typing import Any
 
 from weft.compare.plan.entries import format_rate
 from weft.compare.report.paper_table import find_paper_table, task_kind
-from weft.compare.report.table import p_value
+from weft.compare.report.verdict import p_value
 
 from .experiments import EXPERIMENTS, Experiment
 from .findings import ALPHA, MARGIN, NOT_SEEN, SEEN, UNKNOWN, findings, groups, unseen
@@ -165,7 +165,9 @@ def _ranking_text(result: Mapping[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["worse_p"] is not None]
     seeds = [row["method"] for row in rows if row["worse_p"] < ALPHA]
     examples = [row["method"] for row in rows if (row.get("worse_p_examples") or 1.0) < ALPHA]
+    why_not = result.get("no_recommendation")
     summary = [
+        *([f"No recommendation: {why_not}"] if why_not else []),
         f"{ranking[0]} has the highest mean.",
         f"Significantly worse over the {result['seeds']} seeds: {_names(seeds, rows)}.",
     ]

@@ -362,7 +362,6 @@ def wide() -> Any:
         ({"init_lora_weights": "mica"}, "init_lora_weights='mica'"),
         ({"use_qalora": True, "qalora_group_size": 4}, "use_qalora=True"),
         ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication=[[0, 2], [1, 2]]"),
-        ({"trainable_token_indices": [4, 7]}, "trainable_token_indices=[4, 7]"),
         ({"alora_invocation_tokens": [4, 7]}, "alora_invocation_tokens=[4, 7]"),
         ({"kasa_config": {}}, "kasa_config={"),
         ({"velora_config": {}}, "velora_config={"),

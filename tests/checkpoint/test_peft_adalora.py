@@ -140,8 +140,8 @@ def test_what_peft_has_no_form_for_is_saved_in_weft_s_own(kind, changes, tmp_pat
     [
         ({"rank_pattern": {"layer.lora_E": [True]}}, "have 3 marks, one per triplet"),
         ({"rank_pattern": {"layer": [True] * 3}}, "name a lora_E"),
-        ({"rank_pattern": {"layer.lora_E": "101"}}, "have 3 marks, one per triplet"),
-        ({"rank_pattern": [1]}, "an object of tensor names"),
+        ({"rank_pattern": {"layer.lora_E": "101"}}, "values are a list"),
+        ({"rank_pattern": [1]}, "rank_pattern must be a mapping"),
         ({"init_r": 0}, "1 or more"),
         ({"total_step": 0}, "total_steps"),
     ],

@@ -393,7 +393,7 @@ def test_a_preset_is_defaults_of_visible_fields_and_nothing_else(preset):
         ("scale", 0, r"scale must be a number in \(0.0, inf\)"),
         ("scale", float("nan"), "scale must be"),
         ("skip_layers", -1, "skip_layers must be a whole number, 0 or more"),
-        ("skip_layers", True, "whole number, 0 or more"),
+        ("skip_layers", True, "skip_layers must be a whole number"),
         ("skip_layers", 1.5, "whole number"),
     ],
 )

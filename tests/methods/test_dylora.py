@@ -283,7 +283,7 @@ def test_the_audit_passes_where_only_the_last_rank_moves():
     [
         ({"r": 4, "r_min": 5}, r"DyLoRA\(r=4, r_min=5\): r_min must be a whole number from 1 to r"),
         ({"r_min": 0}, "from 1 to r"),
-        ({"r_min": 1.0}, "from 1 to r"),
+        ({"r_min": 1.0}, "r_min must be a whole number"),
         ({"last_only": 1}, "True or False"),
     ],
 )

@@ -71,7 +71,7 @@ def test_more_blocks_than_there_are_and_none():
         weft.attach(nn.Linear(3, 4), weft.TopLayers())
     for k in (0, -1, True, 1.5, "2"):
         with pytest.raises(
-            weft.ConfigError, match=rf"TopLayers\(k={k!r}\): k must be a whole number, 1 or more"
+            weft.ConfigError, match=rf"TopLayers\(k={k!r}\): k must be a whole number"
         ):
             weft.TopLayers(k=k)
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import weft
 from support import awake, check_close, config, distance, move, net, same_bits, set_way
-from weft.ops import cache
+from weft.ops import cache, input_cache
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["inner", "inner-reentrant"])
@@ -191,6 +191,20 @@ def test_an_interrupted_forward_keeps_nobody_out():
         model(torch.randn(2, 4))
     with ThreadPoolExecutor(1) as pool:
         pool.submit(weft.detach, model, "a").result(20)
+
+
+def test_after_an_interrupt_a_part_is_a_part_again():
+    class Interrupted(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(4, 4), Interrupted())
+    weft.attach(model, weft.LoRA(r=2, targets=["0"]), name="a")
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(2, 4))
+    with weft.use(model, "a"):
+        assert not input_cache.in_forward()
+        model[0](torch.randn(2, 4))
 
 
 def test_the_gate_never_asks_for_the_frames_of_all_threads(monkeypatch):

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from urllib.parse import quote
 
 import pytest
 
@@ -178,6 +180,63 @@ def test_what_will_not_pass_is_not_tried_again_and_the_key_goes_nowhere_else(tmp
         assert len(seen.bodies) == 4 and other.bodies == []
         assert {h["Authorization"] for h in seen.headers} == {"Bearer sk-secret"}
         assert set(seen.paths) == {"/v1/chat/completions"}
+
+
+SLOW = b"HTTP/1.1 200 OK\r\n" + b"X-Drip: 1\r\n" * 60 + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [SLOW, b"HTTP/1.1 100 Continue\r\n\r\n" * 40, b"HTTP/1.1 500 " + b"x" * 500],
+    ids=["headers", "continue", "status"],
+)
+def test_one_deadline_holds_for_the_whole_exchange(data):
+    ended = threading.Event()
+    with judge(lambda *_: ("wire", data, 0.05)) as seen:
+        asked = Endpoint(seen.url, "j", patience=Patience(tries=1, timeout=0.4))
+
+        def ask():
+            with pytest.raises(Unanswered, match=r"0\.4 seconds"):
+                asked.ask([{"role": "user", "content": "?"}], lambda _: None)
+            ended.set()
+
+        threading.Thread(target=ask, daemon=True).start()
+        assert ended.wait(8), "it waits for as long as the server sends"  # which is 25 s and more
+
+
+KEY = 'sk-"/<&' + "k" * 40
+ECHOES = [KEY, json.dumps(KEY)[1:-1], json.dumps(KEY)[1:-1].replace("/", "\\/"), quote(KEY, "")]
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+@pytest.mark.parametrize("padding", [0, 95, 280])
+def test_a_key_that_the_server_repeats_is_nowhere_nor_a_part_of_it(echo, padding, tmp_path):
+    before = "p" * padding
+    script = [
+        ("raw", f"{before}{echo}".encode()),
+        ("status", 500, {}, before + echo),
+        ("wire", f"HTTP/9.{before}{echo}\r\n\r\n".encode()),
+        ("raw", json.dumps({"choices": [{"message": {"content": before + KEY}}]}).encode()),
+    ]
+    failed = []
+    with judge(lambda i, _: script[i]) as seen:
+        asked = Endpoint(seen.url, "j", KEY, patience=Patience(tries=4), sleep=lambda _: None)
+        answer = asked.ask([{"role": "user", "content": "?"}], failed.append)
+    assert answer == before + "***"
+    assert len(failed) == 3
+    for text in (answer, *(attempt.reason for attempt in failed)):
+        assert "kkkk" not in text and "sk-" not in text
+
+
+def test_control_characters_of_a_server_do_not_reach_the_terminal(tmp_path, capfd, monkeypatch):
+    evil = "\x1b]0;title\x07\x1b[2J\u202e\x9b31m"
+    script = [("raw", evil.encode()), ("status", 400, {}, evil)]
+    with judge(lambda i, _: script[min(i, 1)]) as seen:
+        assert main(words(tmp_path, seen, "--tries", "2", "--limit", "1")) == 1
+    said = "".join(capfd.readouterr())
+    kept = (tmp_path / "out" / "attempts.jsonl").read_text(encoding="utf-8")
+    assert "HTTP 400" in said and "title" in kept
+    assert not set(said + json.loads(kept.splitlines()[0])["reason"]) & set("\x1b\x07\x9b\u202e")
 
 
 @pytest.mark.parametrize(

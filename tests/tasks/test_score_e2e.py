@@ -245,7 +245,7 @@ def test_files_at_fault_are_refused(tmp_path, references, outputs, said):
 
 def test_a_file_that_is_not_text_or_not_there_is_refused(tmp_path):
     references, outputs = write(tmp_path, "a\n", "x\n")
-    references.write_bytes(b"\xff\xfe\x00a")
+    references.write_bytes(b"\xff\x00a")
     with pytest.raises(weft.WeftError, match="UTF-8"):
         score_files("e2e", references, outputs)
     with pytest.raises(weft.ConfigError, match="no such file"):

@@ -169,10 +169,100 @@ def test_a_layer_that_is_never_called_even_if_weight_decay_moves_it():
         optimiser.step()
     with pytest.raises(weft.AuditError) as caught:
         weft.audit(model, before, weft.snapshot(model))
-    lines = str(caught.value).splitlines()[1:]
+    *lines, last = str(caught.value).splitlines()[1:]
     assert len(lines) == 3 and all(
         "unused." in line and "no gradient reached it" in line for line in lines
     )
+    assert (
+        "Gradients reached unused never, or more rarely" in last
+        and "audit: {unreached: allow}" in last
+    )
+
+
+class Unreached(nn.Module):
+    """A layer that is not called, one whose output nobody reads, one that gets no rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.skipped = nn.Linear(7, 5), nn.Linear(7, 5)
+        self.pooler, self.expert = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        y = self.layer(x)
+        self.pooler(y)
+        return torch.cat([y.flatten(0, -2), self.expert(y.flatten(0, -2)[:0])])
+
+
+LEFT = ["skipped", "pooler", "expert"]
+
+
+@pytest.mark.parametrize("variant", ["LoRA", "DoRA", "VeRA", "Full", "Bottleneck"])
+def test_layers_that_no_gradient_reaches_can_be_allowed(variant):
+    model = Unreached()
+    adapter = weft.attach(model, config(variant, targets="all-linear"))
+    before = weft.snapshot(model)
+    train(model, inputs("linear"), adapter.parameters())
+    after = weft.snapshot(model)
+    with pytest.raises(weft.AuditError, match="Gradients reached skipped, pooler, expert never"):
+        weft.audit(model, before, after)
+    assert weft.audit(model, before, after, unreached="allow") == LEFT
+    with pytest.raises(weft.ConfigError, match=r"unreached='no'.*'allow'"):
+        weft.audit(model, before, after, unreached="no")
+
+
+def test_an_allowed_layer_excuses_no_other_fault():
+    model = Unreached()
+    adapter = weft.attach(model, config("LoRA", targets="all-linear"))
+    before = weft.snapshot(model)
+    spoiled = [p for name, p in adapter.named_parameters() if name != "layer.A"]
+    train(model, inputs("linear"), spoiled)
+    with torch.no_grad():
+        model.skipped.weight.add_(1)
+    with pytest.raises(weft.AuditError) as caught:
+        weft.audit(model, before, weft.snapshot(model), unreached="allow")
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == 2 and "layer.A: it has a gradient but did not move" in lines[0]
+    assert "skipped.weight: base tensor changed" in lines[1]
+
+
+def test_a_layer_that_is_skipped_in_some_steps():
+    """Its B has moved, and its A has had one gradient, which is 0 as long as B is."""
+    model = net()
+    adapter = weft.attach(model, config("LoRA"))
+    calls = []
+    layer = type(model.mid).forward
+
+    def dropped(module, x):
+        calls.append(1)
+        return layer(module, x) if len(calls) == 1 else x[..., :9]
+
+    model.mid.forward = dropped.__get__(model.mid)
+    before = weft.snapshot(model)
+    train(model, inputs("linear"), adapter.parameters())
+    after = weft.snapshot(model)
+    with pytest.raises(weft.AuditError, match="Gradients reached mid never, or more rarely"):
+        weft.audit(model, before, after)
+    assert weft.audit(model, before, after, unreached="allow") == ["mid"]
+
+
+def test_a_gradient_that_is_not_finite_is_never_allowed():
+    model = Unreached()
+    adapter = weft.attach(model, config("LoRA", targets="all-linear"))
+    before = weft.snapshot(model)
+    for p in adapter.layers["skipped"].parameters():
+        (p.sum() * float("nan")).backward()
+    train(model, inputs("linear"), adapter.parameters())
+    with pytest.raises(weft.AuditError, match=r"skipped\.A: its gradient was NaN"):
+        weft.audit(model, before, weft.snapshot(model), unreached="allow")
+
+
+def test_an_adapter_that_nothing_reaches_is_never_allowed():
+    model = Unreached()
+    adapter = weft.attach(model, config("LoRA", targets=["skipped", "pooler"]))
+    before = weft.snapshot(model)
+    train(model, inputs("linear").requires_grad_(), adapter.parameters())
+    with pytest.raises(weft.AuditError, match=r"skipped\.A: no gradient reached it"):
+        weft.audit(model, before, weft.snapshot(model), unreached="allow")
 
 
 def test_an_adapter_that_is_not_active():

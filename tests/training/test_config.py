@@ -2,6 +2,8 @@
 loaded.
 """
 
+import itertools
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -50,6 +52,7 @@ def test_defaults_overrides_and_the_resolved_file_say_the_same(file, tmp_path):
     [
         ("optim.learning_rat=1", "optim.learning_rat is not known"),
         ("train.batchs=3", "Nearest: train.batch"),
+        ("method.method=VeRA", "method.method='VeRA' is not known"),
         ("modle={path: x}", "modle is not known. Nearest: model"),
         ("optim.lr=abc", "optim.lr='abc': write a number"),
         ("optim.lr=true", "optim.lr=True: write a number"),
@@ -136,3 +139,56 @@ def test_a_ratio_of_rates_needs_a_method_that_trains_a_and_b(file, capsys, metho
     assert main(["train", str(file), *settings]) == 2
     said = capsys.readouterr().err
     assert f"optim.lora_plus is a ratio of the rates of B and A, and {method} does not" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("? [1, 2]\n: 3", "a key must be text"),
+        ("1: 2", "a key must be text"),
+        ("yes: 2", "a key must be text"),
+        ("optim: {lr: " + "9" * 400 + "}", "a number of 400 characters"),
+        ("train: {steps: " + "9" * 5000 + "}", "a number of 5000 characters"),
+        ('adapter: {start: "\\ud800"}', "surrogate"),
+        ('adapter: {start: "a\\0b"}', "NUL"),
+        ("optim: &a [*a]", "within what it names"),
+        ("optim: " + "[" * 40 + "]" * 40, "nested more than"),
+        ("optim: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("optim: {lr: 1:30}", "optim.lr='1:30'"),
+        ("train: {steps: 010}", "train.steps='010'"),
+        ("optim: {lr: !!int x}", "not readable YAML"),
+        ("optim: {lr: !!bool x}", "not readable YAML"),
+        ("optim: {lr: !!timestamp x}", "not readable YAML"),
+        ("optim: {lr: !!python/object:os.system x}", "not readable YAML"),
+    ],
+)
+def test_extremes_of_yaml_are_refused_in_one_line(text, said, file):
+    file.write_text(LEAST + text + "\n")
+    with pytest.raises(weft.ConfigError) as caught:
+        read_config(file)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_aliases_that_grow_are_refused(file):
+    names = "abcdefghi"
+    lines = [f"{names[0]}: &{names[0]} [x, x, x, x, x, x, x, x, x, x]"] + [
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in itertools.pairwise(names)
+    ]
+    file.write_text(LEAST + "\n".join(lines))
+    with pytest.raises(weft.ConfigError, match="more than 100,000 values"):
+        read_config(file)
+
+
+def test_a_date_is_text(file):
+    file.write_text(LEAST.replace("out: o", "out: 2026-01-02"))
+    assert read_config(file).out == "2026-01-02"
+
+
+def test_what_is_no_regular_file_of_some_size_is_not_read(file):
+    file.write_text(LEAST + "#" * 2**18)
+    with pytest.raises(weft.ConfigError, match="bytes"):
+        read_config(file)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(weft.ConfigError, match="it is a FIFO"):
+        read_config(file)

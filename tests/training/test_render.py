@@ -164,7 +164,7 @@ def test_formats_are_told_by_their_columns(tmp_path):
     ("row", "fields", "said"),
     [
         ({"x": 1}, {}, "fit no format"),
-        ({"prompt": "a", "completion": 3}, {}, r"sample 1: completion=3 is not text"),
+        ({"prompt": "a", "completion": None}, {}, r"sample 1: completion=None is not text"),
         ({"prompt": "a"}, {"format": "prompt"}, "needs the columns prompt, completion"),
         (
             {"q": "a", "answer": "b"},
@@ -173,7 +173,11 @@ def test_formats_are_told_by_their_columns(tmp_path):
         ),
         ({"messages": [{"role": "asistant", "content": "x"}]}, {}, "Nearest: assistant"),
         ({"messages": CHAT[:1]}, {}, "no message has the role assistant"),
-        ({"text": "a", "label": None}, {}, "label=None is neither a class"),
+        (
+            {"text": "a", "label": None},
+            {},
+            "line 1, column 'label': the label is None, a missing value",
+        ),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, row, fields, said):
@@ -201,6 +205,7 @@ def test_labels_become_places_among_the_classes(tokenizer):
         0,
     ]
     assert [row["labels"] for row in encode_labels(samples, tokenizer, 9, None).rows] == [10.0, 9.0]
+    assert tokenizer.backend_tokenizer.truncation is None  # it is saved with the adapter
     with pytest.raises(WeftError, match="sample 1: label '10' is none of the 1 classes"):
         encode_labels(samples, tokenizer, 9, ("9",))
     assert IGNORED == -100

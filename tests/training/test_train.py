@@ -106,6 +106,7 @@ def test_the_directory_tells_everything_and_the_adapter_loads_as_the_card_says(
         "curves.png",
         "log.jsonl",
         "run.json",
+        "tokenizer",
     ]
     logged = rows(out, "train")
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]

@@ -7,6 +7,10 @@ A declared tensor passes if it has had a finite, non-zero gradient since `before
 change alone proves nothing: weight decay moves a tensor that no gradient reaches. LoRA's B starts
 at 0, so A's first gradient is 0 and one step is too few. A method with a schedule must have counted
 the steps that moved its tensors. The base passes if all its bits are the same, buffers included.
+
+A layer that few backward passes reached (layerdrop, an expert with few tokens) or none (an unused
+pooler) has had fewer gradients beside 0 than others. `unreached="allow"` lets it pass and returns its
+name.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AuditError
+from ..errors import AuditError, ConfigError
 from ..model.adapter import STALE_NORM, Adapter
 from ..model.attach import adapters
 from ..model.state import state_of
@@ -27,6 +31,7 @@ from .snapshot import Gradients, Snapshot, declared_tensors, frozen_tensors
 
 # LoRA's B starts at 0, so A moves from the second step on; the third is a margin.
 AUDIT_AFTER = 3
+UNREACHED = ("refuse", "allow")  # values of `unreached`
 
 
 def steps_until_audit(adapter: Adapter) -> int:
@@ -39,19 +44,26 @@ def audit(
     before: Snapshot | Mapping[str, Tensor],
     after: Snapshot | Mapping[str, Tensor],
     name: str | None = None,
-) -> None:
+    unreached: str = "refuse",
+) -> list[str]:
     """Raises AuditError, naming the tensors, unless every declared tensor trained and the base's
-    bits are the same.
+    bits are the same. With unreached="allow", returns the modules that would have failed and that
+    gradients reached never, or in fewer backward passes than other modules.
 
     before, after: from `weft.snapshot`, with two optimiser steps or more between them; or two
     mappings from state_dict keys to tensors [...]. With mappings, gradients are judged by the
-    present `.grad`.
+    present `.grad`. Raises ConfigError if `unreached` is neither "refuse" nor "allow".
     """
+    if unreached not in UNREACHED:
+        raise ConfigError(f"audit(unreached={unreached!r}): write one of {list(UNREACHED)}.")
+    declared = _Declared()
     problems = (
-        _snapshots(model, before, after)
+        _snapshots(model, before, after, declared)
         if isinstance(before, Snapshot) and isinstance(after, Snapshot)
-        else _mappings(model, before, after, name)
+        else _mappings(model, before, after, name, declared)
     )
+    left = declared.unreached()
+    problems = declared.problems(unreached == "allow") + problems
     problems += [
         f"{layer}: {STALE_NORM}"
         for each, adapter in adapters(model).items()
@@ -62,10 +74,52 @@ def audit(
         shown = problems[:10] + (
             [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         )
+        if left and unreached != "allow":
+            shown.append(
+                f"Gradients reached {', '.join(left[:8])}{', ...' if len(left) > 8 else ''} never, "
+                "or more rarely than other modules: if that is meant (layerdrop, an unused pooler, "
+                "an expert without tokens), allow it with audit: {unreached: allow} in weft train, "
+                "or weft.audit(..., unreached='allow')."
+            )
         raise AuditError("the audit failed:\n  " + "\n  ".join(shown))
+    return left
 
 
-def _snapshots(model: nn.Module, before: Snapshot, after: Snapshot) -> list[str]:
+class _Declared:
+    """The problems of the declared tensors by module, and how often gradients reached the modules."""
+
+    def __init__(self) -> None:
+        self.by_module: dict[str, list[str]] = {}
+        self.reached: dict[str, int] = {}  # largest number of gradients that were not 0
+        self.waivable: set[str] = set()
+
+    def add(self, key: str, problems: list[str], gradients: Gradients | None) -> None:
+        """Notes a tensor. `gradients` is None if it is not known how many reached it."""
+        module = key.rpartition(".")[0]
+        self.by_module.setdefault(module, []).extend(problems)
+        if gradients is not None:
+            self.reached[module] = max(self.reached.get(module, 0), gradients.nonzero)
+        if problems and gradients is not None and gradients.finite:
+            self.waivable.add(problems[0])
+
+    def unreached(self) -> list[str]:
+        """Returns the modules with problems that gradients reached never, or more rarely than others."""
+        most = max(self.reached.values(), default=0)
+        return [
+            module
+            for module, problems in self.by_module.items()
+            if problems and self.waivable.issuperset(problems) and self.reached[module] < most
+        ]
+
+    def problems(self, allow: bool) -> list[str]:
+        """Returns all problems, without those of unreached modules if these are allowed."""
+        left = self.unreached() if allow else []
+        return [p for m, found in self.by_module.items() if m not in left for p in found]
+
+
+def _snapshots(
+    model: nn.Module, before: Snapshot, after: Snapshot, declared: _Declared
+) -> list[str]:
     before.release()
     after.release()
     problems = []
@@ -74,7 +128,8 @@ def _snapshots(model: nn.Module, before: Snapshot, after: Snapshot) -> list[str]
         if new is None or new.shape != old.shape:
             problems.append(f"{key}: gone or reshaped since the first snapshot")
             continue
-        problems += _tensor_problem(key, old, new, before.gradients[key], key in after.frozen)
+        seen = before.gradients[key]
+        declared.add(key, _tensor_problem(key, old, new, seen, key in after.frozen), seen)
     problems += [
         f"{key}: base tensor changed" + _moving_buffer(key)
         for key, bits in before.base.items()
@@ -101,7 +156,9 @@ def _uncounted(model: nn.Module, before: Snapshot, after: Snapshot) -> list[str]
     return problems
 
 
-def _mappings(model: nn.Module, before: Any, after: Any, name: str | None) -> list[str]:
+def _mappings(
+    model: nn.Module, before: Any, after: Any, name: str | None, found_in: _Declared
+) -> list[str]:
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
         raise AuditError(
             "audit(model, before, after): both must be from weft.snapshot(model), or both mappings "
@@ -118,13 +175,10 @@ def _mappings(model: nn.Module, before: Any, after: Any, name: str | None) -> li
             found.add(id(live))
             seen = Gradients()
             seen.see(live)
-            problems += _tensor_problem(
-                declared[id(live)],
-                before[key],
-                after[key],
-                seen if seen.count else None,
-                declared[id(live)] in frozen,
-            )
+            gradients = seen if seen.count else None  # it may have been cleared since
+            own = declared[id(live)]
+            problem = _tensor_problem(own, before[key], after[key], gradients, own in frozen)
+            found_in.add(own, problem, gradients)
         elif id(live) not in buffers and digest(before[key]) != digest(after[key]):
             problems.append(f"{key}: base tensor changed" + _moving_buffer(key))
     return problems + [
@@ -159,7 +213,8 @@ def _tensor_problem(
 
 def _moving_buffer(key: str) -> str:
     return (
-        " (put BatchNorm layers of the frozen base into eval())"
+        " (put BatchNorm layers of the frozen base into eval(), or attach with "
+        "freeze_batch_norm=True, in weft train method: {freeze_batch_norm: true})"
         if "running_" in key or "num_batches" in key
         else ""
     )

@@ -20,8 +20,8 @@ class Gradients:
     """The gradients of one declared tensor since the snapshot."""
 
     finite: bool = True
-    nonzero: bool = False
     count: int = 0
+    nonzero: int = 0  # how many of them were not zero
 
     def see(self, parameter: Tensor) -> None:
         """Counts the current gradient of the parameter [...], if it has one."""
@@ -29,7 +29,7 @@ class Gradients:
             grad = parameter.grad.detach()
             self.count += 1
             self.finite &= bool(torch.isfinite(grad).all())
-            self.nonzero |= bool(grad.count_nonzero())
+            self.nonzero += bool(grad.count_nonzero())
 
 
 @dataclass
@@ -73,11 +73,14 @@ def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
 
 
 def declared_tensors(model: nn.Module, name: str | None) -> dict[str, nn.Parameter]:
-    """Returns the trained parameters of the adapter `name`, or of all adapters, by key."""
+    """Returns the trained parameters of the adapter `name`, or of all adapters, by key; without
+    copies of whole numbers, which no gradient can reach.
+    """
     return {
         f"{prefix}{key}": p
         for prefix, adapter in _by_prefix(model, name).items()
         for key, p in adapter.named_parameters()
+        if p.is_floating_point()
     }
 
 

@@ -1,7 +1,8 @@
 """Adapters on disk: one directory per adapter, strict in both directions, atomic, never unpickled.
 
-files.py          finds, writes and reads the two files of a directory
-header.py         Weft's header in the tensors' file, sealed; drawn.py has the checksums of seeds
+files.py          finds, writes and reads the two files of a directory; directories.py writes new ones
+header.py         Weft's header in the tensors' file, sealed; header_fields.py checks its
+                  form; drawn.py has the checksums of seeds
 checkpoint.py     a checkpoint in memory; problems.py collects its faults
 formats/          one file per format (Weft's own and those of peft), one list
 from_adapter.py   adapter -> checkpoint; save.py writes it

@@ -61,7 +61,9 @@ class Checkpoint:
     modules, and its layers are those of the model in order. `biases` says which biases of the base
     a file of peft must have: "none", "all", or "targets" (those of the adapted layers). `adapted`
     names the layers of a model that the file must have, beside those of `config`; it also gets the
-    names of the tensors that are trained in full.
+    names of the tensors that are trained in full. `tokens` are the rows of new tokens [n, width], by
+    the first module that reads them, `token_ids` their ids, and `token_counts` the number of rows in
+    the base's table, if the file records it.
     """
 
     config: Any
@@ -72,6 +74,9 @@ class Checkpoint:
     selected: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, Tensor] = field(default_factory=dict)
     repeated: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    token_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    token_counts: dict[str, int] = field(default_factory=dict)
     projections: tuple[Tensor, Tensor] | None = None
     checksums: dict[str, str] = field(default_factory=dict)
     peft_reads_it: bool = True
@@ -86,7 +91,18 @@ class Checkpoint:
     def numbers(self) -> int:
         """The number of trained values in the file."""
         trained = [t for layer in self.sites.values() for t in layer.trained()]
-        return sum(t.numel() for t in [*trained, *self.selected.values()])
+        return sum(t.numel() for t in [*trained, *self.selected.values(), *self.tokens.values()])
+
+    @property
+    def words(self) -> int:
+        """The number of token embeddings that the base must have; 0 without new tokens."""
+        last = [number for ids in self.token_ids.values() for number in ids]
+        return max([*self.token_counts.values(), *(number + 1 for number in last)], default=0)
+
+    @property
+    def new_rows(self) -> int:
+        """The number of different tokens whose rows the file has."""
+        return len({number for ids in self.token_ids.values() for number in ids})
 
     @property
     def kinds(self) -> set[str]:

@@ -22,7 +22,7 @@ from ..methods.rng import Rng
 from ..ops.low_rank import LowRank
 from . import formats
 from .checkpoint import Checkpoint, CheckpointLayer
-from .drawn import FIXED, digest_of, shared_checksum, shared_key
+from .drawn import FIXED, check_drawn, digest_of, shared_checksum, shared_key
 
 FORMS = ("lora", "peft")
 
@@ -88,7 +88,12 @@ def as_lora(checkpoint: Checkpoint) -> Checkpoint:
         )
     old, first = checkpoint.config, next(iter(layers.values())).rule
     config = replace(
-        first, targets=list(layers), modules_to_save=old.modules_to_save, train=old.train
+        first,
+        targets=list(layers),
+        modules_to_save=old.modules_to_save,
+        train=old.train,
+        freeze_batch_norm=old.freeze_batch_norm,
+        new_tokens=old.new_tokens,
     )
     return replace(checkpoint, config=config, sites=layers, projections=None, checksums={})
 
@@ -145,20 +150,34 @@ def check_fixed(checkpoint: Checkpoint) -> None:
     """
     for layer in checkpoint.sites.values():
         _check_start(layer)
+    if checkpoint.writer != "weft":  # peft has no method with frozen tensors of each layer
+        return
     drawn = (
         t for module, layer in checkpoint.sites.items() for t in _fixed(layer, module).values()
     )
     known = checkpoint.checksums.get(FIXED)
-    if known is not None and known != (found := digest_of(drawn)):
+    if known != (found := digest_of(drawn)):
         raise CheckpointError(
             f"the frozen tensors drawn from the seed have checksum {found}, and {known} was saved; "
             "these are other tensors."
         )
 
 
+def check_shared(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError if the matrices that the layers share are not those that were saved,
+    or do not fit the layers.
+    """
+    if checkpoint.writer != "weft":  # such files have no checksum, and may not say the widths
+        return
+    for rule in {layer.rule for layer in checkpoint.sites.values()}:
+        if rule.share_key() is not None:
+            _shared_tensors(checkpoint, rule)
+
+
 def _fixed(layer: CheckpointLayer, module: str) -> dict[str, Tensor]:
     if not isinstance(layer.rule, methods.LayerConfig):
         return {}
+    check_drawn(layer.rule, *layer.known_shape())
     rng = Rng(layer.rule.seed, module, torch.device("cpu"))
     drawn = layer.rule.frozen(*layer.known_shape(), layer.kind == "embedding", rng)
     return {name: t.to(DTYPES[layer.rule.dtype]) for name, t in drawn.items()}
@@ -173,9 +192,10 @@ def _shared_tensors(checkpoint: Checkpoint, config: Any) -> Any:
     if checkpoint.projections is not None:
         A, B = checkpoint.projections
         return Projections(config.r, A.shape[1], B.shape[0], config.seed, "stored", stored=(A, B))
+    check_drawn(config, max(out for out, _ in shapes), max(in_ for _, in_ in shapes))
     shared = config.shared(shapes, torch.device("cpu"))
     known = checkpoint.checksums.get(shared_key(config))
-    if known is not None and known != shared_checksum(shared):
+    if known != shared_checksum(shared) and checkpoint.writer == "weft":
         raise CheckpointError(
             f"A and B drawn from seed {config.seed} are not those that were saved (checksum {known})."
         )

@@ -18,8 +18,10 @@ from ..errors import CheckpointError, ConfigError, UnsupportedError
 from . import files, formats, header
 from .checkpoint import Checkpoint
 from .conversions import FORMS, check_fixed, conversion, factors
+from .directories import is_taken, new_directory
 from .problems import refuse
 from .read import read
+from .tokenizer_files import copy_tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
 
     to="lora": plain LoRA, for every low-rank method without magnitudes (of AdaLoRA the triplets in
     force). to="peft": a form that peft reads: LoRA, DoRA and AdaLoRA unchanged, VeRA with its
-    matrices, and the same LoRA for the others. The result is read again, and its updates are
-    compared with the original's, layer by layer.
+    matrices, and the same LoRA for the others. The adapter's tokenizer goes along. The result is
+    read again, and its updates are compared with the original's, layer by layer.
 
     Raises ConfigError (an unknown form), UnsupportedError (the method has no such form, with the
     reason), and CheckpointError (the file is damaged, `out` is not empty or cannot be written).
@@ -58,7 +60,7 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
     if to not in FORMS:
         raise ConfigError(f"export(to={to!r}): to must be one of {list(FORMS)}.")
     source, target = Path(path).expanduser(), Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_taken(target):
         raise CheckpointError(f"{str(out)!r} exists and is not empty; give a new directory.")
     checkpoint = read(source)
     refuse(source, checkpoint.problems)
@@ -71,7 +73,9 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
         content = _converted(checkpoint, to)
         notes += _conversion_notes(checkpoint)
     try:
-        files.write(target, *content)
+        with new_directory(target) as temporary:
+            files.write(temporary, *content)
+            copy_tokenizer(source, temporary)
     except OSError as error:
         raise CheckpointError(f"{str(out)!r} could not be written ({error}).") from error
     again = read(target)
@@ -152,6 +156,8 @@ def _conversion_notes(checkpoint: Checkpoint) -> list[str]:
     notes = []
     if empty:
         notes.append(f"{len(empty)} layers keep no triplet and are left out, {empty[0]!r} first")
+    if checkpoint.tokens:
+        notes.append("the rows of new tokens go along")
     if checkpoint.selected:
         notes.append("the head or other modules trained in full go along")
     return notes
@@ -177,4 +183,7 @@ def _error(before: Checkpoint, after: Checkpoint) -> float:
         left_out = module not in after.sites
         found = 0 * wanted if left_out else factors(after, module).delta(torch.float64)
         worst = max(worst, float((found - wanted).norm()) / (size or 1.0))
-    return worst
+    same = before.tokens.keys() == after.tokens.keys() and all(
+        torch.equal(rows, after.tokens[module]) for module, rows in before.tokens.items()
+    )
+    return worst if same else float("inf")

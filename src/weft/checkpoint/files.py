@@ -11,10 +11,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..untrusted import json_text, regular_files
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # The layout of a run of `weft train` (training/run_dir.py), as far as it is needed here: its record,
@@ -29,6 +32,9 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # evaluation; best/ and the checkpoints count only if the run has no result yet.
 RUN_RECORD, RUN_ADAPTERS, RUN_CHECKPOINTS = "run.json", ("adapter", "best"), "checkpoints"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
+# The largest that are read; a file of a model with 50,000 adapted layers is within both.
+LARGEST_CONFIG, LARGEST_HEADER = 2**24, 2**26
+_HIDDEN = re.compile(r"\.weft-[0-9a-f]{8}")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # The order in which safetensors lays out dtypes, and the names it gives them; both decide the size
@@ -94,8 +100,22 @@ def write(
             raise
         os.replace(hidden / CONFIG, directory / CONFIG)
         flush(directory)
-        for left in directory.glob(".weft-*"):  # of killed saves: a living one would hold the lock
+        for left in leftovers(directory):  # of killed saves: a living one would hold the lock
             shutil.rmtree(left, ignore_errors=True)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Returns the hidden folders of interrupted saves: with a name and content as `write` makes
+    them, and nothing that a user may have put there.
+    """
+    return [
+        child
+        for child in directory.glob(".weft-*")
+        if _HIDDEN.fullmatch(child.name)
+        and child.is_dir()
+        and not child.is_symlink()
+        and {each.name for each in child.iterdir()} <= {TENSORS, CONFIG}
+    ]
 
 
 def pending(directory: Path, config: Mapping[str, Any]) -> bool:
@@ -108,10 +128,24 @@ def pending(directory: Path, config: Mapping[str, Any]) -> bool:
 
 
 def replace(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Calls `fill` with a temporary path, flushes the file and renames it to `path`."""
+    """Calls `fill` with a temporary path, flushes the file and renames it to `path`.
+
+    A link stays, and the file that it leads to is replaced. Into what is no regular file (a device,
+    a FIFO, the standard output) the content is written. Raises OSError.
+    """
+    if _is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            filled = Path(folder) / path.name
+            fill(filled)
+            with filled.open("rb") as source, _stream(path) as stream:
+                shutil.copyfileobj(source, stream)
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         fill(temporary)
+        if path.exists():
+            shutil.copymode(path, temporary)
         flush(temporary)
         os.replace(temporary, path)
     finally:
@@ -119,10 +153,33 @@ def replace(path: Path, fill: Callable[[Path], Any]) -> None:
     flush(path.parent)
 
 
+def _stream(path: Path) -> IO[bytes]:
+    """Opens what is no regular file. The standard output keeps its own position, since it may be a
+    file into which more is printed.
+    """
+    for own in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or not of a file
+            own.flush()
+            if os.path.samestat(path.stat(), os.fstat(own.fileno())):
+                return os.fdopen(os.dup(own.fileno()), "wb")
+    return path.open("ab")
+
+
+def _is_stream(path: Path) -> bool:
+    """Returns whether a path leads to something that must not be replaced by a file."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISREG(mode) or path.absolute().parts[:2] in (("/", "dev"), ("/", "proc"))
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns all tensors [...], on the CPU, and the header's metadata. Raises CheckpointError."""
     try:
+        _check_size(path)
         with safe_open(str(path), framework="pt", device="cpu") as file:
+            _check_header(path)  # whose form the library has checked
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
@@ -134,8 +191,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises CheckpointError."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = json_text.loads(regular_files.read_bytes(path, LARGEST_CONFIG))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no readable JSON: {error}.") from None
     if not isinstance(data, dict):
         raise CheckpointError(
@@ -161,13 +218,20 @@ def find(path: str | Path) -> Found:
     without a result those of best/, else of the newest checkpoint. Every reader of an adapter's
     directory calls this. Raises CheckpointError, naming the cure.
     """
-    given = Path(path).expanduser()
+    try:
+        return _find(path, Path(path).expanduser())
+    except (OSError, RuntimeError, ValueError) as error:  # a folder that nobody may read, ~nobody
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}.") from None
+
+
+def _find(path: str | Path, given: Path) -> Found:
     if not given.exists():
         raise CheckpointError(
             f"{str(path)!r} does not exist. Give the directory that weft.save, weft train or "
             "peft's save_pretrained wrote."
         )
-    if given.is_file():
+    if not given.is_dir():
+        _check_regular(given)
         if given.name != TENSORS:
             _refuse_pickles(given.parent, [given.name])
             raise CheckpointError(
@@ -177,11 +241,34 @@ def find(path: str | Path) -> Found:
         given = given.parent
     directory, notes = _adapter_directory(given)
     tensors, config = directory / TENSORS, directory / CONFIG
+    _check_regular(tensors)
+    _check_regular(config)
     if tensors.is_file():
         return Found(tensors, config if config.is_file() else None, notes)
     have = sorted(p.name for p in directory.iterdir())
     _refuse_pickles(directory, have)
     raise CheckpointError(f"{directory} has no {TENSORS}; it holds {have[:8] or 'nothing'}.")
+
+
+def _check_regular(path: Path) -> None:
+    kind = regular_files.kind_of(path)
+    if kind is not None:
+        raise CheckpointError(f"{path} is {kind}; put the file itself there.")
+
+
+def _check_size(path: Path) -> None:
+    """Refuses a header that is larger than any adapter's, before anything reads it."""
+    _check_regular(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > LARGEST_HEADER:
+        raise ValueError(f"its header claims {size:,} bytes, at most {LARGEST_HEADER:,} are read")
+
+
+def _check_header(path: Path) -> None:
+    """Refuses names that are given twice, of which the library takes one."""
+    with path.open("rb") as file:
+        json_text.check_keys(file.read(int.from_bytes(file.read(8), "little")))
 
 
 def _adapter_directory(directory: Path) -> tuple[Path, tuple[str, ...]]:

@@ -46,6 +46,11 @@ def checkpoint_of(adapter: Adapter, values: bool = True, projections: bool = Fal
         shared = layer.shared
         if isinstance(shared, Projections) and (projections or shared.draw == "stored"):
             found.projections = found.projections or _float32(shared)
+    for module, rows in adapter.token_rows.items():
+        name, layer = canonical(module), adapter.token_layers[module]
+        count = layer.base.in_features if layer.base.takes_ids else layer.base.out_features
+        found.tokens[name], found.token_ids[name] = rows.detach(), layer.method.ids
+        found.token_counts[name] = count
     found.aliases, found.repeated = _other_names(adapter, selected)
     return found
 
@@ -75,7 +80,8 @@ def base_of(adapter: Adapter) -> dict[str, Any]:
 
 def _nested(adapter: Adapter) -> tuple[str, nn.Module]:
     """The innermost module with a model configuration of its own that has every trained tensor."""
-    names = [name.split(".") for name in (*adapter.layers, *adapter.selected_tensors)]
+    every = (*adapter.layers, *adapter.selected_tensors, *adapter.token_layers)
+    names = [name.split(".") for name in every]
     shared = [
         part
         for i, part in enumerate(names[0])

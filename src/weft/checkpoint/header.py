@@ -23,13 +23,18 @@ from torch import Tensor
 
 from .. import methods
 from ..errors import CheckpointError, ConfigError
+from ..methods import token_spec
 from ..methods.config import CHOOSING
+from ..untrusted import json_text
+from ..untrusted.json_text import shortened
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer, Written
 from .drawn import UNKNOWN
+from .header_fields import check_fields
 from .problems import nearest
 
 SCHEMA = 1
+LARGEST_MANIFEST = 2**25  # bytes; a model with 50,000 adapted layers needs half of it
 _KEYS = ("weft", "weft_manifest", "weft_checksums")
 # What tools fill in on the way to a hub; it changes no number.
 _INFORMATIVE = {
@@ -77,6 +82,11 @@ def metadata_of(
         ],
         "selected": written.selected,
     }
+    if checkpoint.tokens:
+        manifest["tokens"] = {
+            name: [checkpoint.token_counts.get(name), list(checkpoint.token_ids[name])]
+            for name in checkpoint.tokens
+        }
     reached = {m: x.reached for m, x in checkpoint.sites.items() if x.reached is not None}
     if reached:
         manifest["reached"] = reached
@@ -110,22 +120,30 @@ def parse(path: Path, metadata: Mapping[str, str]) -> Header:
                 f"{path}: its Weft header has changed since it was saved (its own checksum "
                 "differs). Use the original."
             )
-        head = json.loads(metadata["weft"])
+        head = json_text.loads(metadata["weft"])
         if head["schema"] != SCHEMA:
             raise CheckpointError(
                 f"{path} has schema {head['schema']}; this Weft reads schema {SCHEMA}. Update weft."
             )
-        manifest = json.loads(zlib.decompress(base64.b64decode(metadata["weft_manifest"])))
+        manifest = json_text.loads(_inflated(metadata["weft_manifest"]))
+        check_fields(head, manifest, metadata["weft_checksums"])
         config = methods.from_json(head["config"])
         layout = head["layout"]
         found = Checkpoint(config, "weft", layout, manifest["base"], checksums=head["shared"])
+        reached = manifest.get("reached", {})
         for module, kind, (out, in_), overrides in manifest["sites"]:
             found.sites[module] = CheckpointLayer(
                 methods.replace(config, overrides),
                 kind=kind,
                 shape=(out, in_),
-                reached=manifest.get("reached", {}).get(module),
+                reached=reached.get(module),
             )
+        for name, (count, ids) in manifest.get("tokens", {}).items():
+            found.token_ids[name] = token_spec.ids_of("its tokens", ids)
+            found.token_counts |= {} if count is None else {name: int(count)}
+        for module, text in reached.items():
+            if module not in found.sites or not found.sites[module].rule.is_extra_state(text):
+                raise ValueError(f"reached: {shortened(text)} for {shortened(module)}")
         return Header(found, layout, manifest)
     except ConfigError as error:
         raise CheckpointError(
@@ -184,6 +202,15 @@ def check_config(path: Path, header: Header) -> None:
                 f"{path.name} is not the one that was saved with these tensors ({shown}); restore "
                 "it, or load the adapter and save it again"
             )
+
+
+def _inflated(text: str) -> bytes:
+    """The compressed JSON; a few kilobytes could become any number of gigabytes."""
+    unpacker = zlib.decompressobj()
+    data = unpacker.decompress(base64.b64decode(text), LARGEST_MANIFEST)
+    if not unpacker.eof:
+        raise ValueError(f"the manifest is cut off or larger than {LARGEST_MANIFEST:,} bytes")
+    return data
 
 
 def _differences(own: Any, config: Any) -> dict[str, Any]:

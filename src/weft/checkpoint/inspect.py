@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from .. import methods
 from ..model.plan import WIDTH, ranks_as_text, rows_as_text, size_text
 from ..model.plan_entries import Row
+from ..untrusted.printable import printable
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer
+from .conversions import check_fixed, check_shared
 from .problems import refuse
 from .read import read
 
@@ -42,9 +44,11 @@ class Inspection:
         return {"schema": 1, **vars(self), "rows": rows}
 
     def __str__(self) -> str:
-        """At most 80 columns."""
-        fields = ", ".join(
-            f"{k}={v}" for k, v in self.config.items() if k != "method" and v not in ([], None)
+        """At most 80 columns, without the control characters that a file may have in its names."""
+        fields = printable(
+            ", ".join(
+                f"{k}={v}" for k, v in self.config.items() if k != "method" and v not in ([], None)
+            )
         )
         kind = self.base.get("model_type") or self.base.get("library")
         base = (
@@ -52,9 +56,9 @@ class Inspection:
         )
         lines = [
             f"{self.method}, written by {self.writer}, in",
-            *_pieces(self.path),
+            *_pieces(printable(self.path)),
             *_wrap(fields),
-            *_wrap(f"base: {base}"),
+            *_wrap(f"base: {printable(base)}"),
             *_wrap(
                 f"{self.numbers:,} trained numbers, {size_text(self.nbytes)} on disk; every tensor "
                 "checked"
@@ -62,24 +66,23 @@ class Inspection:
             f"  peft can read it: {'yes' if self.readable_by_peft else 'no'}",
         ]
         ranks = [] if self.ranks is None else ranks_as_text(self.ranks)
-        return "\n".join(
-            [
-                *lines,
-                *rows_as_text(self.rows),
-                *ranks,
-                *(line for n in self.notes for line in _wrap(f"note: {n}")),
-            ]
-        )
+        rows = rows_as_text([replace(row, name=printable(row.name)) for row in self.rows])
+        notes = [line for n in self.notes for line in _wrap(f"note: {printable(n)}")]
+        return "\n".join([*lines, *rows, *ranks, *notes])
 
 
 def inspect(path: str | Path) -> Inspection:
     """Reads an adapter's directory (of Weft, of a `weft train` run, or of peft) and checks everything
     that needs no model.
 
+    Tensors that a seed decides are drawn again and compared with the checksum in the file.
+
     Raises CheckpointError or UnsupportedError, as `weft.load` would.
     """
     checkpoint = read(path)
     refuse(path, checkpoint.problems)
+    check_fixed(checkpoint)
+    check_shared(checkpoint)
     size = files.find(path).tensors.stat().st_size
     return Inspection(
         str(path),
@@ -111,7 +114,9 @@ def _plan_rows(checkpoint: Checkpoint) -> list[Row]:
         for module, layer in checkpoint.sites.items()
     ]
     selected = checkpoint.selected.items()
-    return rows + [_plan_row(name, "tensor", tuple(t.shape), [t]) for name, t in selected]
+    rows += [_plan_row(name, "tensor", tuple(t.shape), [t]) for name, t in selected]
+    tokens = checkpoint.tokens.items()
+    return rows + [_plan_row(name, "tokens", tuple(t.shape), [t]) for name, t in tokens]
 
 
 def _plan_row(name: str, kind: str, shape: tuple[int, ...], tensors: list[Tensor]) -> Row:

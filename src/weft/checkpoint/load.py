@@ -83,10 +83,10 @@ def load(
     root = unwrapped(model)
     state = find_state(root)
     with base_only(state):
-        plan = LoadPlan(root, checkpoint)
+        plan = LoadPlan(root, checkpoint, strict)
     if strict:
         refuse(path, plan.problems)
-    elif not plan.configs and not plan.selected:
+    elif not plan.configs and not plan.selected and not plan.tokens:
         raise CheckpointError(
             f"{path} has nothing that fits this {type(root).__name__}:\n  "
             + "\n  ".join(plan.problems)
@@ -143,6 +143,8 @@ def _fill(adapter: Adapter, plan: LoadPlan) -> None:
             layer.method.load_extra_state(layer, plan.reached[name])
     for name, selected in adapter.selected_tensors.items():
         selected.trained.copy_(plan.selected[name])
+    for name, rows in plan.tokens.items():
+        adapter.token_layers[name].get_parameter("rows").copy_(rows)
 
 
 __all__ = ["load", "read"]

@@ -9,25 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from .. import methods
-from ..errors import TargetError
+from ..errors import ConfigError, TargetError
 from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
 from ..model.state import find_state
 from ..model.structure.selection import tensors_of_modules, trained_tensors
-from . import formats, matching
+from ..model.structure.tokens import TokenTable
+from . import formats, matching, tokens
 from .checkpoint import Checkpoint, CheckpointLayer
-from .problems import fault_of, nearest
+from .problems import fault_of, misfit, nearest, same_values
 from .projections import projections_for
 
 
 class LoadPlan:
     """How a checkpoint fills a model: configurations and values by the model's names, shared matrices, and
-    every problem. The base must be active (`base_only`).
+    every problem. The base must be active (`base_only`). If `strict`, shared matrices are drawn
+    only if there is no problem.
 
     `config` is the file's, without the entries of modules_to_save that the model does not have.
     """
 
-    def __init__(self, root: nn.Module, checkpoint: Checkpoint) -> None:
+    def __init__(self, root: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> None:
         self.root, self.checkpoint, self.config = root, checkpoint, checkpoint.config
         self.structure = structure.Structure.of(root)
         self.problems = list(checkpoint.problems)
@@ -44,6 +46,7 @@ class LoadPlan:
         }
         tensors = [*checkpoint.selected, *checkpoint.repeated]
         wanted = [*(() if checkpoint.in_order else checkpoint.sites), *map(_parent, tensors)]
+        wanted += checkpoint.tokens
         self.names = matching.match(list(dict.fromkeys(wanted)), self.modules)
         self.mapped = [*checkpoint.mapped, *self.names.mapped]
         self._prompt_modules: dict[str, Any] | None = None
@@ -55,10 +58,13 @@ class LoadPlan:
         self.reached: dict[str, str] = {}  # saved training state, as text
         self.shapes: dict[str, tuple[int, int]] = {}  # by the file's name
         self.selected: dict[str, Tensor] = {}
+        self.tables: list[TokenTable] = []
+        self.tokens: dict[str, Tensor] = {}  # rows of new tokens, by the table's first module
         self._check_architecture()
         for module, layer in checkpoint.sites.items():
             self._plan_layer(module, layer)
         self._plan_selected()
+        tokens.plan(self)
         self._check_repeated()
         self._check_complete()
         first = next(iter(self.configs), None)
@@ -67,8 +73,11 @@ class LoadPlan:
             if first is not None
             else torch.device("cpu")
         )
+        # If strict, a load with problems is refused: then nothing is drawn in sizes that only the
+        # file names.
+        draw = not (strict and self.problems)
         self.shared = projections_for(
-            checkpoint, self.shapes, device, find_state(root), self.problems
+            checkpoint, self.shapes, device, find_state(root), self.problems, draw
         )
 
     # Layers
@@ -165,7 +174,7 @@ class LoadPlan:
             if live is None:
                 self._check_buffer(full, value)
                 continue
-            fault = _misfit(value, live)
+            fault = misfit(value, live)
             if fault is not None:
                 self.problems.append(f"{full!r}: {fault}")
             elif id(live) in seen:  # the other name of a tied tensor
@@ -192,7 +201,7 @@ class LoadPlan:
             live = self.parameters.get(self._model_name(full))
             if live is None:
                 self._check_buffer(full, value)
-            elif not _same(live, value):
+            elif not same_values(live, value) and not tokens.same_table(self, full, live, value):
                 self.problems.append(
                     f"{full!r}: the file repeats this tensor of its base, and the model's is "
                     "another (a resized vocabulary, or another base model?)"
@@ -205,7 +214,7 @@ class LoadPlan:
                 f"extra: {full!r} {list(value.shape)}: the model has no such tensor"
                 f"{nearest('in the model', full, self.parameters, self.problems)}"
             )
-        elif not _same(buffer, value):
+        elif not same_values(buffer, value):
             self.problems.append(
                 f"{full!r} is a buffer, and the file's is not the model's; Weft trains parameters "
                 "only"
@@ -270,6 +279,9 @@ class LoadPlan:
             layers = parts_of(self.structure, alone).configs
         except TargetError:
             # It names modules that only the file's base has; the problems above say so.
+            return
+        except ConfigError as error:
+            self.problems.append(str(error))
             return
         found = set(self.names.found.values())
         adapted = self.checkpoint.adapted
@@ -376,20 +388,3 @@ def _parent(tensor: str) -> str:
 
 def _ends(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
-
-
-def _misfit(value: Tensor, live: Tensor) -> str | None:
-    """Returns why a base tensor from a file cannot replace this parameter, or None."""
-    if live.is_meta:
-        return "the model's is on the meta device and has no values; load the base model first"
-    if not live.is_floating_point() and value.dtype == live.dtype and value.shape == live.shape:
-        return None
-    return fault_of(value, tuple(live.shape))
-
-
-def _same(live: Tensor, value: Tensor) -> bool:
-    """Returns True if the tensors are equal in the coarser of their dtypes."""
-    live = live.detach().cpu()
-    if live.shape != value.shape or live.is_floating_point() != value.is_floating_point():
-        return False
-    return torch.equal(live.to(value.dtype), value) or torch.equal(live, value.to(live.dtype))

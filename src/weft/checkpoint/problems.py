@@ -11,8 +11,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..methods.base import Shape
+from ..methods.config import DTYPES
 
 SHOWN = 12  # problems in the text of an error
+_LONGEST, _MOST_NAMES = 300, 2000  # of the names that `nearest` compares
+_LONGEST_PROBLEM = 800
+_CHUNK = 2**22
 
 
 def take(
@@ -42,9 +46,10 @@ def fault_of(t: Tensor, shape: Shape | None) -> str | None:
         )
     if shape is not None and tuple(t.shape) != tuple(shape):
         return f"shape {list(t.shape)} in the file, {list(shape)} expected"
-    if not t.is_floating_point():
-        return f"dtype {t.dtype} in the file, a floating-point type expected"
-    if not bool(torch.isfinite(t).all()):
+    if t.dtype not in DTYPES.values():
+        return f"dtype {t.dtype} in the file, a floating-point type expected, one of {list(DTYPES)}"
+    parts = torch.split(t.reshape(-1), _CHUNK)
+    if not all(bool(part.isfinite().all()) for part in parts):
         return "it holds NaN or infinity"
     return None
 
@@ -65,16 +70,20 @@ def nearest(where: str, name: str, have: Collection[str], problems: Collection[s
 
     The search is slow, so the text is empty once there are more problems than an error shows.
     """
-    if len(problems) >= SHOWN:
+    if len(problems) >= SHOWN or len(name) > _LONGEST:
         return ""
-    near = get_close_matches(name, [h for h in have if h], n=2, cutoff=0.5)
+    names = [h for h in have if 0 < len(h) <= _LONGEST]
+    if len(names) > _MOST_NAMES:  # of a large model the names that end alike
+        ending = name.rpartition(".")[2]
+        names = [h for h in names if h.endswith(ending)] or names
+    near = get_close_matches(name, names[:_MOST_NAMES], n=2, cutoff=0.5)
     return f"; nearest {where}: {near or 'none'}"
 
 
 def refuse(path: Any, problems: list[str]) -> None:
     """Raises CheckpointError with the problems, if there are any."""
     if problems:
-        shown = problems[:SHOWN] + (
+        shown = [_cut(problem) for problem in problems[:SHOWN]] + (
             [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         )
         raise CheckpointError(
@@ -82,3 +91,24 @@ def refuse(path: Any, problems: list[str]) -> None:
             + "\n  ".join(shown)
             + "\nload(..., strict=False) fills what fits and returns a report."
         )
+
+
+def _cut(problem: str) -> str:
+    return problem if len(problem) <= _LONGEST_PROBLEM else f"{problem[:_LONGEST_PROBLEM]}..."
+
+
+def misfit(value: Tensor, live: Tensor) -> str | None:
+    """Returns why a base tensor [...] from a file cannot replace this parameter [...], or None."""
+    if live.is_meta:
+        return "the model's is on the meta device and has no values; load the base model first"
+    if not live.is_floating_point() and value.dtype == live.dtype and value.shape == live.shape:
+        return None
+    return fault_of(value, tuple(live.shape))
+
+
+def same_values(live: Tensor, value: Tensor) -> bool:
+    """Returns True if the tensors [...] are equal in the coarser of their dtypes."""
+    live = live.detach().cpu()
+    if live.shape != value.shape or live.is_floating_point() != value.is_floating_point():
+        return False
+    return torch.equal(live.to(value.dtype), value) or torch.equal(live, value.to(live.dtype))

@@ -12,7 +12,7 @@ import torch
 from ..methods.projections import Projections
 from ..model.state import State
 from .checkpoint import Checkpoint
-from .drawn import shared_checksum, shared_key
+from .drawn import check_drawn, shared_checksum, shared_key
 
 Shapes = list[tuple[int, int]]  # (out, in) of each layer
 
@@ -23,11 +23,13 @@ def projections_for(
     device: torch.device,
     state: State | None,
     problems: list[str],
+    draw: bool = True,
 ) -> dict[Any, Projections]:
     """Returns the matrices of every share key. `shapes` are those of the layers that the model has.
 
     They are drawn for all layers of the file, even those that the model lacks: the largest decides
-    every value. Faults are added to `problems`.
+    every value. Faults are added to `problems`. With draw=False, only those of the file are
+    returned.
     """
     groups: dict[Any, Shapes] = {}
     configs: dict[Any, Any] = {}
@@ -45,7 +47,7 @@ def projections_for(
             "others been larger, they would be other matrices"
         )
     found = {
-        key: _of_key(checkpoint, configs[key], groups[key], device, state, problems)
+        key: _of_key(checkpoint, configs[key], groups[key], device, state, problems, draw)
         for key in groups
     }
     return {key: shared for key, shared in found.items() if shared is not None}
@@ -58,6 +60,7 @@ def _of_key(
     device: torch.device,
     state: State | None,
     problems: list[str],
+    draw: bool,
 ) -> Projections | None:
     out, in_ = max(o for o, _ in shapes), max(i for _, i in shapes)
     if checkpoint.projections is not None:
@@ -80,7 +83,10 @@ def _of_key(
     if config.draw == "stored":
         return None  # that the file lacks them is among the problems
     shared = _on_model(state, (config.share_key(), out, in_, device))
+    if shared is None and not draw:
+        return None
     if shared is None:
+        check_drawn(config, out, in_)
         shared = Projections(config.r, in_, out, config.seed, config.draw, device)
     _check_sum(checkpoint, config, shared, problems)
     return shared

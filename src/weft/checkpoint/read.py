@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..errors import CheckpointError, ConfigError, UnsupportedError, WeftError
+from ..untrusted.printable import one_line
 from . import files, formats, header
 from .checkpoint import Checkpoint
 
@@ -23,7 +23,7 @@ def read(path: str | Path) -> Checkpoint:
         found = files.find(path)
         before = files.identity(found.tensors)
         try:
-            checkpoint = _read_files(found)
+            checkpoint = _read_safely(found)
         except (CheckpointError, UnsupportedError):
             if files.identity(found.tensors) == before:
                 raise
@@ -32,6 +32,20 @@ def read(path: str | Path) -> Checkpoint:
                 return checkpoint
         # It was saved again in the meantime. The library opens the file more than once, so two
         # files may have been mixed.
+
+
+def _read_safely(found: files.Found) -> Checkpoint:
+    """Whatever someone has written into the files, the error is one of ours."""
+    try:
+        return _read_files(found)
+    except WeftError:
+        raise
+    except Exception as error:
+        what = one_line(f"{type(error).__name__}: {error}", 300)
+        raise CheckpointError(
+            f"{found.tensors.parent} holds no adapter that Weft or peft wrote, or it is damaged "
+            f"({what})."
+        ) from error
 
 
 def _read_files(found: files.Found) -> Checkpoint:
@@ -74,5 +88,5 @@ def _read_foreign(found: files.Found, tensors: dict[str, Tensor]) -> Checkpoint:
         )
     try:
         return form.read(config, tensors)
-    except (ConfigError, CheckpointError, TypeError, ValueError, AttributeError, re.error) as error:
+    except (ConfigError, CheckpointError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{found.config}: {error}") from None

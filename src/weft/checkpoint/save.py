@@ -105,6 +105,10 @@ def _check_values(adapter: Adapter) -> None:
     }
     shapes |= {id(p): tuple(p.shape) for p in adapter.shared_parameters.values()}
     shapes |= {id(s.trained): tuple(s.original.shape) for s in adapter.selected_tensors.values()}
+    shapes |= {
+        id(layer.get_parameter("rows")): layer.method.shapes(*layer.shape)["rows"]
+        for layer in adapter.token_layers.values()
+    }
     for name in adapter.stale_layers():
         raise CheckpointError(f"{name!r}: {STALE_NORM} Nothing was saved.")
     for name, p in adapter.named_parameters():

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import ConfigError, WeftError
+from ..untrusted.printable import printable
 
 COMMANDS = (
     "compare",
@@ -66,7 +67,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors take one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(MISUSED, f"{self.prog}: {' '.join(message.split())}\n")
+        self.exit(MISUSED, f"{self.prog}: {printable(' '.join(message.split()))}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,5 +181,6 @@ def _run_command(command: Any, args: argparse.Namespace, prog: str) -> int:
 
 
 def _print_error(prog: str, message: str, status: int) -> int:
-    print(f"{prog}: {message}", file=sys.stderr)
+    # What came from a file or a server must not steer the terminal.
+    print(f"{prog}: {printable(message)}", file=sys.stderr)
     return status

@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     from ..training.run_dir import check_recorded_base
 
     ref, first = find_source(args.model), read(series[0].places[0][1])
-    model, missing = base_for(ref, first.base.get("class"), first.selected, args.dtype)
+    model, missing = base_for(
+        ref, first.base.get("class"), first.selected, args.dtype, first.words, first.new_rows
+    )
     check_recorded_base(model, missing, [one.places[0][1] for one in series])
     analysis = analyze(model, series, targets)
     text, data = (

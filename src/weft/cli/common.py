@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,29 @@ def add_device_options(parser: argparse.ArgumentParser, default: str | None = "a
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Splits `field=value`. The value is a Python literal, a list of bare words, or text. Raises
-    ConfigError.
-    """
+    """Splits `field=value`. The value is that of `field_types.literal`. Raises ConfigError."""
     from ..errors import ConfigError
-    from ..methods.text import value_of
+    from ..methods.field_types import literal
 
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
         raise ConfigError(f"--set {text!r}: write FIELD=VALUE, for example --set dropout=0.05.")
-    return name, value_of(value)
+    return name, literal(value)
+
+
+def settings(texts: Iterable[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the values of `field=value` texts, beside those of other options in `given`. Raises
+    ConfigError if a field is given twice.
+    """
+    from ..errors import ConfigError
+
+    found = dict(given or {})
+    for text in texts:
+        name, value = setting(text)
+        if name in found:
+            raise ConfigError(f"--set {text!r}: {name} is given twice.")
+        found[name] = value
+    return found
 
 
 def write_json(file: Path | None, data: Mapping[str, Any]) -> None:

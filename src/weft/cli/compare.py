@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import re
 import shlex
 import signal
 import sys
@@ -161,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
     if request.resume and request.study is None and not has_comparison(request.location):
         print(f"Nothing to resume in {request.out}; starting a new comparison.", file=sys.stderr)
     try:
-        with Progress(sys.stderr) as progress, _handling_sigterm():
+        with Progress(sys.stderr) as progress, _handling_signals():
             comparison = compare(request, progress)
         _write_results(comparison, request, args, printed)
     except KeyboardInterrupt:
@@ -170,17 +169,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _handling_sigterm() -> Iterator[None]:
-    """Handles SIGTERM, which clusters send before they stop a machine, like Ctrl-C."""
+def _handling_signals() -> Iterator[None]:
+    """Handles SIGTERM, which clusters send before they stop a machine, and SIGHUP, which a terminal
+    sends when it closes, like Ctrl-C.
+    """
+    from ..training import terminal
+
     # Only the main thread can set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    terminals = terminal.open_terminals()
+
+    def stop(number: int, frame: Any) -> None:
+        if number == getattr(signal, "SIGHUP", None):
+            terminal.leave(terminals)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in terminal.signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_installed() -> None:
@@ -255,7 +266,7 @@ def _write_results(
     from ..compare.files import write_atomically
     from ..compare.report import data, files, paper_table, table
     from ..compare.run.locks import file_lock
-    from ..compare.run.study_location import LOCK
+    from ..compare.run.study_location import LOCK, without_password
 
     paper = paper_table.side_by_side(comparison, printed) if printed is not None else None
     print(files.printed_text(comparison, paper))
@@ -263,23 +274,26 @@ def _write_results(
         write_atomically(args.json, data.to_json_text(comparison))
     with file_lock(request.out, LOCK):  # other processes write reports to the same --out
         names = files.write_report(
-            comparison, request.out, shlex.join(["weft", *_without_password(args.words)]), printed
+            comparison,
+            request.out,
+            shlex.join(["weft", *map(without_password, args.words)]),
+            printed,
         )
     print("\n" + table.wrap(f"In {request.out}/: {', '.join([*names, 'adapters/'])}"))
 
 
-def _without_password(words: list[str]) -> list[str]:
-    """Returns the command without a password, for the report."""
-    return [re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", word) for word in words]
-
-
 def _interrupted(request: Request, words: list[str]) -> int:
     from ..compare.run.directory import finished_runs, has_comparison
+    from ..compare.run.study_location import without_password
 
     resumable = has_comparison(request.location)
     finished = finished_runs(request.location) if resumable else 0
     command = shlex.join(
-        ["weft", *words, *(["--resume"] if resumable and not request.resume else [])]
+        [
+            "weft",
+            *map(without_password, words),
+            *(["--resume"] if resumable and not request.resume else []),
+        ]
     )
     print(
         f"\nInterrupted. {finished} finished runs are stored in "

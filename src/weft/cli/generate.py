@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_device_options, add_model_options, setting
+from .common import add_device_options, add_model_options, settings
 
 HELP = "continue a prompt with a model, with or without an adapter"
 
@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_new_tokens < 1:
         raise ConfigError("--max-new-tokens is a whole number, 1 or more.")
-    settings = {"max_new_tokens": args.max_new_tokens, **dict(setting(text) for text in args.set)}
+    chosen = {"max_new_tokens": args.max_new_tokens, **settings(args.set)}
     opened = open_model(args.model, args.adapter, args.dtype, args.device)
     torch.manual_seed(args.seed)
-    for text in generate(opened, args.prompt, settings, args.chat):
+    for text in generate(opened, args.prompt, chosen, args.chat):
         print(text)
     return 0

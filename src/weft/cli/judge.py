@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import add_adapter_option, add_device_options, scores_text, setting, write_json
+from .common import add_adapter_option, add_device_options, scores_text, settings, write_json
 
 HELP = "MT-Bench: answer its questions with a model, and have a judge model grade the answers"
 # Options that have no effect without --model, and without --url.
@@ -201,10 +201,8 @@ def _settings(texts: list[str] | None, max_new_tokens: int | None) -> dict[str, 
     from ..errors import ConfigError
     from ..inference.generate import check_settings
 
-    given = {
-        **dict(setting(text) for text in texts or ()),
-        **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
-    }
+    option = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    given = settings(texts or (), option)
     check_settings(given)
     if {"do_sample", "temperature"} <= set(given) and bool(given["do_sample"]) != bool(
         given["temperature"]
@@ -221,7 +219,7 @@ def _endpoint(args: argparse.Namespace) -> Any:
     from ..tasks.endpoint import Endpoint, Patience
     from ..tasks.mt_bench import SETTINGS
 
-    fields = {**SETTINGS, **dict(setting(text) for text in args.judge_set or ())}
+    fields = {**SETTINGS, **settings(args.judge_set or ())}
     own = [name for name in ("model", "messages", "stream", "n") if name in fields]
     if own:
         raise ConfigError(f"--judge-set {own[0]}: this field is set by weft judge itself.")
@@ -302,4 +300,6 @@ def _judge(
 
 
 def _report(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    from ..untrusted.printable import printable
+
+    print(printable(text), file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import textwrap
 from pathlib import Path
@@ -56,25 +55,36 @@ def run(args: argparse.Namespace) -> int:
     """Merges an adapter into a copy of its model. Returns 0. Raises ConfigError if --out is not
     empty or --tolerance is given with --no-verify.
     """
+    from ..checkpoint.directories import is_taken
     from ..checkpoint.load import load, read
     from ..errors import ConfigError
-    from ..inference.pretrained import base_for, dummy_inputs, find_source
+    from ..inference.opened import set_padding
+    from ..inference.pretrained import base_for, dummy_inputs, find_source, is_classifier
     from ..model.attach import detach
     from ..model.merge import merge
 
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    if is_taken(args.out):
         raise ConfigError(f"--out {str(args.out)!r} exists and is not empty; give a new directory.")
     if args.no_verify and args.tolerance is not None:
         raise ConfigError("--tolerance has no meaning with --no-verify.")
     ref = find_source(args.model)
     checkpoint = read(args.adapter)
-    model: Any = base_for(ref, checkpoint.base.get("class"), checkpoint.selected, args.dtype)[0]
+    model: Any = base_for(
+        ref,
+        checkpoint.base.get("class"),
+        checkpoint.selected,
+        args.dtype,
+        checkpoint.words,
+        checkpoint.new_rows,
+    )[0]
     adapter = load(model, args.adapter)
+    if is_classifier(model):
+        set_padding(model, ref)
     report = merge(
         model, verify=None if args.no_verify else dummy_inputs(model), tolerance=args.tolerance
     )
     detach(model, keep_merged=True)
-    _write_model(model, args.out, Path(ref.source))
+    _write_model(model, args.out, Path(ref.source), args.adapter)
     print(textwrap.fill(str(report), WIDTH))
     for note in adapter.load_report.notes:
         print(textwrap.fill(f"note: {note}", WIDTH))
@@ -82,19 +92,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_model(model: Any, out: Path, source: Path) -> None:
-    """Writes the directory under a temporary name and renames it, so that it is whole or absent."""
-    temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
+def _write_model(model: Any, out: Path, source: Path, adapter: str) -> None:
+    """Writes the directory under a temporary name and renames it, so that it is whole or absent.
+    The tokenizer is the adapter's, if that has one.
+    """
+    from ..checkpoint.directories import new_directory
+    from ..checkpoint.tokenizer_files import MORE_TEMPLATES, NAMES, copy_tokenizer
+    from ..errors import CheckpointError
+
     try:
-        model.save_pretrained(temporary)
-        for file in source.iterdir() if source.is_dir() else ():
-            if file.is_file() and not (temporary / file.name).exists() and _belongs(file):
-                shutil.copy(file, temporary / file.name)
-        if out.is_dir():
-            out.rmdir()
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_directory(out) as temporary:
+            model.save_pretrained(temporary)
+            left = NAMES if copy_tokenizer(adapter, temporary) else ()
+            for file in source.iterdir() if source.is_dir() else ():
+                if (temporary / file.name).exists() or file.name in left:
+                    continue
+                if file.is_file() and _belongs(file):
+                    shutil.copy(file, temporary / file.name)
+                elif file.name == MORE_TEMPLATES and not left:
+                    shutil.copytree(file, temporary / file.name)
+    except OSError as error:
+        raise CheckpointError(f"--out {str(out)!r} could not be written ({error}).") from error
 
 
 def _belongs(file: Path) -> bool:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import setting, write_json
+from .common import settings, write_json
 
 HELP = "what a method would train in a model: layers, numbers, bytes, memory; no weights needed"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -108,9 +108,7 @@ def _config(args: argparse.Namespace) -> Any:
     }
     if args.targets is not None:
         fields["targets"] = targets_of(args.targets)
-    for text in args.set:
-        name, value = setting(text)
-        fields[name] = value
+    fields = settings(args.set, fields)
     return methods.from_json({"method": methods.by_name(args.method).__name__, **fields})
 
 

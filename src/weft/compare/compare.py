@@ -23,6 +23,7 @@ from .run.scheduler import Job, JobSource, Scheduler
 from .run.study import Study
 from .run.sweep_jobs import SweepJobs, adapter_of
 from .run.trial_runner import RunnerConfig
+from .tasks.base import Guess
 
 TIMED = (
     "The number of steps is what fits into the time of a run, at the step time measured alone on "
@@ -115,6 +116,7 @@ def _run_comparison(
         head=sweep.head,
         kind=about["kind"],
         chosen_by=sweep.chosen_by,
+        guess=None if about["guess"] is None else Guess(**about["guess"]),
         device=device,
         versions={name: context[name] for name in ("weft", "torch")},
         notes=[*notes, *budget_notes, *notes_of(sweep, done), *elsewhere],

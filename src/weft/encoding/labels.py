@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import WeftError
 from .rows import Counts, EncodedRows
 from .samples import Samples
+from .tokenizer import unknown_token
 
 
 def encode_labels(
@@ -21,9 +22,9 @@ def encode_labels(
     Raises WeftError, naming the sample, if its label is not a class or not a number.
     """
     index = {name: i for i, name in enumerate(classes or ())}
-    rows, counts = [], Counts(len(samples))
-    for number, row in enumerate(samples.rows, 1):
-        where = f"{samples.source}, sample {number}"
+    rows, counts, unknown = [], Counts(len(samples)), unknown_token(tokenizer)
+    for number, row in enumerate(samples.rows):
+        where = samples.name_of(number)
         coded = tokenizer(*row["texts"], truncation=True, max_length=max_length)
         value: Any
         if classes is None:
@@ -39,16 +40,28 @@ def encode_labels(
         if "token_type_ids" in coded:
             encoded["token_type_ids"] = array("i", coded["token_type_ids"])
         rows.append(encoded)
+        counts.unknown += unknown in coded["input_ids"]
         counts.cut += (
             len(coded["input_ids"]) >= max_length
             and len(tokenizer(*row["texts"])["input_ids"]) > max_length
         )
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # a tokenizer keeps it, and is saved with it
     return EncodedRows(rows, counts)
 
 
 def classes_of(samples: Samples) -> tuple[str, ...]:
-    """Returns the labels that occur, sorted, as numbers if all are whole numbers."""
+    """Returns the labels that occur, sorted, as numbers if all are whole numbers.
+
+    Raises WeftError if there is one class only: nothing could be learned, and a model with one
+    output is a regression.
+    """
     names = {str(row["label"]) for row in samples.rows}
+    if len(names) < 2:
+        raise WeftError(
+            f"{samples.source}: all labels are {next(iter(names), '')!r}. A classification needs two "
+            "classes at least; model.labels lists classes that these samples do not have."
+        )
     whole = all(re.fullmatch(r"-?\d+", name) for name in names)
     return tuple(sorted(names, key=int) if whole else sorted(names))
 

@@ -4,40 +4,51 @@ whether every turn ends.
 A sample teaches the model to stop only if the token at which generation stops is in the loss. That
 token may be cut off by `max_length`, or masked (by a chat template whose `{% generation %}` block
 leaves it out, or that prints none). Such samples are counted. Samples without any token in the loss
-are counted and left out; it is an error if none is left.
+are counted and left out; it is an error if none is left. So is a text or key of a conversation that
+the chat template does not render.
 """
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
 from ..errors import UnsupportedError, WeftError
 from ..tasks.files import Row
+from .borders import continued, decode, plain_ids, with_borders
+from .conversation import Conversation, asked, conversation
+from .leaves import Found, find, refuse_unread
 from .rows import IGNORED, TOO_LONG, Counts, EncodedRows
 from .samples import Samples
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+from .template import ChatTemplate, forms
+from .tokenizer import unknown_token
+from .turns import Turn, block_of, end_of, find_turns, left_unmarked, next_header
 
 
 @dataclass(frozen=True)
 class Tokens:
     """One sample for a causal model. `ends` has the index of each turn's last token, or None if
-    nothing ends the turn.
+    nothing ends the turn. `blank` tells of an answer that says nothing, `control` of a text with a
+    special token, `unmarked` of one that the
+    template's own block leaves out of the loss; `remarks` are for the preview.
     """
 
     ids: list[int]
     in_loss: list[bool]
     ends: list[int | None]
+    blank: bool = False
+    control: bool = False
+    unmarked: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 class Renderer:
     """Renders samples with one tokenizer. `stops` are the ids at which the model's generation
-    stops, besides the special tokens.
+    stops, besides the special tokens; `now` is the time for templates that print the date.
     """
 
     def __init__(
@@ -47,29 +58,33 @@ class Renderer:
         loss_on: str = "completion",
         template: str | None = None,
         stops: Iterable[int] = (),
+        now: datetime | None = None,
     ) -> None:
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer, template, now)
         self.max_length, self.loss_on = max_length, loss_on
         self.stops = frozenset(stops)
-        self.ends = {*stops, *tokenizer.all_special_ids}
+        self.special = {*stops, *tokenizer.all_special_ids}
+        self.unknown = unknown_token(tokenizer)
         self.start = _special_start(tokenizer)
 
     def encode(self, samples: Samples, what: str, cure: str = TOO_LONG) -> EncodedRows:
         """Encodes all samples, cut to max_length, without those that have no token in the loss.
 
-        Raises WeftError if none is usable, or if the chat template refuses one.
+        Raises WeftError if none is usable, if the chat template refuses one, or if it does not
+        render a part of one.
         """
         counts, rows = Counts(len(samples)), []
-        for row in samples.rows:
-            tokens = self.render(row, samples.format)
+        for index, row in enumerate(samples.rows):
+            tokens = self.render(row, samples.format, samples.name_of(index))
             counted = self._labels(tokens, counts)
             if counted is not None:
-                rows.append(
-                    {
-                        "input_ids": array("i", tokens.ids[: self.max_length]),
-                        "labels": array("i", counted),
-                    }
-                )
+                encoded: dict[str, Any] = {
+                    "input_ids": array("i", tokens.ids[: self.max_length]),
+                    "labels": array("i", counted),
+                }
+                if tokens.remarks:
+                    encoded["remarks"] = tokens.remarks
+                rows.append(encoded)
         counts.check(what, cure)
         return EncodedRows(rows, counts)
 
@@ -79,6 +94,10 @@ class Renderer:
         """
         limit = self.max_length
         counts.cut += len(tokens.ids) > limit
+        counts.blank += tokens.blank
+        counts.unmarked += tokens.unmarked
+        counts.control += tokens.control
+        counts.unknown += self.unknown in tokens.ids
         lost = [
             end for end in tokens.ends if end is None or end >= limit or not tokens.in_loss[end]
         ]
@@ -95,33 +114,57 @@ class Renderer:
             return None
         return labels
 
-    def render(self, row: Row, kind: str) -> Tokens:
-        """Renders one sample, without cutting it. Raises WeftError."""
+    def render(self, row: Row, kind: str, where: str = "a sample") -> Tokens:
+        """Renders one sample, without cutting it. `where` names it in errors. Raises WeftError."""
         if kind == "messages":
-            return self._chat(row["messages"])
+            return self._chat(row, where)
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise WeftError(
                 "the tokenizer has no eos token, so no sample could end. Set eos_token in its "
                 "configuration."
             )
-        prompt = self.prompt_ids(row["prompt"] if kind == "prompt" else "")
-        learnt = [*self._ids(row["completion"] if kind == "prompt" else row["text"]), eos]
+        given = row["prompt"] if kind == "prompt" else ""
+        text = row["completion"] if kind == "prompt" else row["text"]
+        before, answer, remarks = continued(self.tokenizer, given, text)
+        prompt, learnt = [*self.start, *before], [*answer, eos]
         everything = self.loss_on == "all" or kind == "text"
         ids = prompt + learnt
-        return Tokens(ids, [everything] * len(prompt) + [True] * len(learnt), [len(ids) - 1])
+        return Tokens(
+            ids,
+            [everything] * len(prompt) + [True] * len(learnt),
+            [len(ids) - 1],
+            not text.strip(),
+            remarks=tuple(remarks),
+        )
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> str:
         """Returns a conversation as text, up to the beginning of the assistant's answer. Raises
         WeftError if there is no chat template.
         """
-        self._template()
-        return self._text(messages, True)
+        refused, first = None, None
+        for form in forms(asked(messages)):
+            try:
+                text = self.template.prompt(form)
+            except WeftError as error:
+                refused = refused or error
+                continue
+            if all(m["content"].strip() in text for m in messages if m["role"] != "assistant"):
+                return text
+            first = first or text
+        if first is None and refused is not None:
+            raise refused
+        return first or ""
 
     def bare(self) -> Renderer:
         """Returns a renderer that adds no start token, for the output of a chat template."""
         renderer = Renderer(
-            self.tokenizer, self.max_length, self.loss_on, self.template, self.stops
+            self.tokenizer,
+            self.max_length,
+            self.loss_on,
+            self.template.given,
+            self.stops,
+            self.template.now,
         )
         renderer.start = []
         return renderer
@@ -130,95 +173,159 @@ class Renderer:
         """Returns the tokens of a prompt: the tokenizer's start (a bos token, or nothing) and the
         text.
         """
-        return [*self.start, *self._ids(text)]
+        return [*self.start, *plain_ids(self.tokenizer, text)]
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-    def _chat(self, messages: list[dict[str, Any]]) -> Tokens:
-        if _GENERATION.search(self._template()):
-            out = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-            ids, in_loss = list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
-            ends = [self._end_near(ids, stop) for _, stop in runs(in_loss)]
-        else:
-            ids, in_loss, ends = self._turns(messages)
-        if self.loss_on == "all":
-            in_loss = [True] * len(ids)
-        return Tokens(ids, in_loss, ends)
-
-    def _template(self) -> str:
-        source = self.template or getattr(self.tokenizer, "chat_template", None)
-        if not source:
+    def _chat(self, row: Row, where: str) -> Tokens:
+        talk = conversation(row, where)
+        if self.loss_on == "all" and talk.left_out:
             raise WeftError(
-                "messages need a chat template, and the tokenizer has none. Give one in a file: "
-                "data.chat_template, or --chat-template of weft judge."
+                f"{where}: message {talk.left_out[0] + 1} is taken out of the loss (weight or "
+                "train), and data.loss_on=all puts everything into it. Take one of them."
             )
-        return str(source)
+        found = self._found(talk, where)
+        if self.template.marks_turns(found.talk.tools):
+            tokens = self._marked_turns(found)
+        else:
+            tokens = self._located_turns(found, where)
+        return tokens
 
-    def _end_near(self, ids: Sequence[int], stop: int) -> int | None:
-        """The index of the token that ends a turn whose mask ends at `stop`: the last in the mask,
-        or the one after it.
+    def _found(self, talk: Conversation, where: str) -> Found:
+        """The rendered conversation, in the first form that the template renders whole. Raises
+        WeftError, with what is wrong with the record's own form, if there is none.
         """
-        return next((i for i in (stop - 1, stop) if i < len(ids) and ids[i] in self.ends), None)
+        refused: list[WeftError] = []
+        rendered: list[Found] = []
+        for form in forms(talk):
+            found = self._attempt(form, refused)
+            if found is not None and not found.unread:
+                return found
+            rendered += [] if found is None else [found]
+        if not rendered:
+            raise WeftError(f"{where}: {refused[0]}")
+        refuse_unread(min(rendered, key=lambda found: len(found.unread)), where)
+        raise AssertionError  # that found has something unread
 
-    def _turns(
-        self, messages: list[dict[str, Any]]
-    ) -> tuple[list[int], list[bool], list[int | None]]:
-        """Finds assistant turns by rendering the conversation up to each of them. A turn includes
-        the token that ends it.
+    def _attempt(self, talk: Conversation, refused: list[WeftError]) -> Found | None:
+        """None, with the reason added to `refused`, if the template refuses this form."""
+        try:
+            return find(talk, self.template.render)
+        except WeftError as error:
+            refused.append(error)
+            return None
+
+    def _marked_turns(self, found: Found) -> Tokens:
+        """Takes the loss from the template's {% generation %} blocks."""
+        out = self.template.render(
+            found.talk,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        places, spans = out["offset_mapping"], runs([bool(m) for m in out["assistant_masks"]])
+        blocks = [
+            block
+            for start, stop in spans
+            if (block := block_of(found, places[start], places[stop - 1][1])) is not None
+        ]
+        borders = [block.start for block in blocks]
+        ids, offsets, remarks = with_borders(self.tokenizer, found.text, borders, self.special)
+        in_loss = [False] * len(ids)
+        ends: list[int | None] = []
+        for block in blocks:
+            chosen = [
+                t
+                for t, (start, stop) in enumerate(offsets)
+                if start < block.stop and stop > block.start
+            ]
+            for token in chosen:
+                in_loss[token] = True
+            ends.append(self._end_in(ids, offsets, chosen, block.content_end))
+        inserted = [block.inserted for block in blocks]
+        made = self._tokens(found, ids, in_loss, ends, inserted, remarks)
+        return replace(made, unmarked=left_unmarked(found, blocks))
+
+    def _end_in(
+        self, ids: list[int], offsets: list[tuple[int, int]], chosen: list[int], after: int
+    ) -> int | None:
+        """The index of the token that ends a turn with these tokens in the loss: among those whose
+        text begins at `after` or later, or the one that follows them.
         """
+        own = [t for t in chosen if offsets[t][0] >= after and ids[t] in self.special]
+        if own:
+            return next((t for t in own if ids[t] in self._stopping), own[-1])
+        following = chosen[-1] + 1 if chosen else len(ids)
+        return following if following < len(ids) and ids[following] in self.special else None
+
+    @property
+    def _stopping(self) -> set[int]:
+        return {*self.stops, self.tokenizer.eos_token_id}
+
+    def _located_turns(self, found: Found, where: str) -> Tokens:
+        """Finds the turns by rendering the conversation up to each of them."""
         if not self.tokenizer.is_fast:
             raise UnsupportedError(
                 f"{type(self.tokenizer).__name__} does not return the offsets of its tokens in the "
                 "text. Use a chat template with a {% generation %} block."
             )
-        text = self._text(messages)
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
+        try:
+            turns = find_turns(found, self.template)
+        except WeftError as error:
+            raise WeftError(f"{where}: {error}") from None
+        ids, offsets, remarks = with_borders(
+            self.tokenizer, found.text, [turn.start for turn in turns], self.special
+        )
         in_loss: list[bool] = [False] * len(ids)
         ends: list[int | None] = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, after = self._text(messages[:i], True), self._text(messages[: i + 1])
-            if not (text.startswith(after) and after.startswith(before)):
-                raise WeftError(
-                    f"the chat template renders the conversation up to message {i + 1} differently "
-                    "from the same messages within the whole, so that turn cannot be located. Use "
-                    "a template with a {% generation %} block."
-                )
-            turn = [t for t, (start, _) in enumerate(offsets) if len(before) <= start < len(after)]
-            end = max((t for t in turn if ids[t] in self.ends), default=None)
+        stopping = self._stopping
+        for turn in turns:
+            end = end_of(turn, ids, offsets, self.special, stopping)
+            last = turn.content_end + turn.close if end is None else offsets[end][1]
+            for t, (start, stop) in enumerate(offsets):
+                in_loss[t] |= start < last and stop > turn.start
+            if end is None and turn.next == len(found.text) == last:
+                end = self._added_end(found, turn, ids, in_loss, stopping)
             ends.append(end)
-            for t in turn:
-                in_loss[t] = end is None or t <= end
-        return ids, in_loss, ends
+        inserted = [turn.inserted for turn in turns]
+        return self._tokens(found, ids, in_loss, ends, inserted, remarks)
 
-    def _text(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        try:
-            return (
-                str(
-                    self.tokenizer.apply_chat_template(
-                        messages,
-                        chat_template=self.template,
-                        tokenize=False,
-                        add_generation_prompt=prompt,
-                    )
-                )
-                if messages
-                else ""
-            )
-        except Exception as error:  # jinja's own errors, and raise_exception of the template
-            raise WeftError(
-                f"the chat template refuses a conversation with the roles "
-                f"{[m['role'] for m in messages]}: {error}"
-            ) from error
+    def _added_end(
+        self, found: Found, turn: Turn, ids: list[int], in_loss: list[bool], stopping: set[int]
+    ) -> int | None:
+        """Adds the token that the template would print next, if generation stops at it."""
+        header = plain_ids(self.tokenizer, next_header(found, self.template))
+        token = next((token for token in header if token in self.special), None)
+        if token is None or token not in stopping:
+            return None
+        ids.append(token)
+        in_loss.append(True)
+        return len(ids) - 1
+
+    def _tokens(
+        self,
+        found: Found,
+        ids: list[int],
+        in_loss: list[bool],
+        ends: list[int | None],
+        inserted: list[str],
+        remarks: list[str],
+    ) -> Tokens:
+        added = list(dict.fromkeys(text for text in inserted if text.strip()))
+        remarks = [
+            *remarks,
+            *(f"in the loss, but added by the chat template itself: {text!r}" for text in added),
+        ]
+        if self.loss_on == "all":
+            in_loss = [True] * len(ids)
+        blank, control = found.talk.blank(), self._has_control(found)
+        return Tokens(ids, in_loss, ends, blank, control, remarks=tuple(remarks))
+
+    def _has_control(self, found: Found) -> bool:
+        """Whether a message says a special token, such as the one that ends turns."""
+        said = "\n".join(
+            found.text[low:high] for spans in found.spans.values() for low, high in spans
+        )
+        return any(token in said for token in self.tokenizer.all_special_tokens)
 
 
 def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
@@ -237,9 +344,7 @@ def marked(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
     inside = [label != IGNORED for label in labels]
     borders = sorted({0, len(ids), *(edge for run in runs(inside) for edge in run)})
     for start, stop in pairwise(borders):
-        text = tokenizer.decode(
-            list(ids[:stop]), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        text = decode(tokenizer, ids[:stop])
         piece = text[len(done) :]
         out += f"⟦{piece}⟧" if inside[start] else piece
         done = text

@@ -23,6 +23,10 @@ class Counts:
     end_cut: int = 0
     end_masked: int = 0
     empty: int = 0
+    blank: int = 0
+    unmarked: int = 0
+    unknown: int = 0
+    control: int = 0
 
     def notes(self, what: str, limit: str = "data.max_length") -> list[str]:
         """Returns one line per problem that occurred."""
@@ -37,6 +41,19 @@ class Counts:
                 "whose end-of-turn token is not in the loss: they do not teach the model to stop",
             ),
             (self.empty, "with no token in the loss, left out"),
+            (self.blank, "with an answer that is empty or blank: they teach to say nothing"),
+            (
+                self.unmarked,
+                "with an answer that the template's {% generation %} block leaves out of the loss",
+            ),
+            (
+                self.unknown,
+                "with characters that the tokenizer does not know: the model sees an unknown token",
+            ),
+            (
+                self.control,
+                "with a message whose text has a special token: the model reads it as that token",
+            ),
         )
         return [f"{what}: {n} of {self.samples} samples {text}." for n, text in problems if n]
 
@@ -64,7 +81,7 @@ class Counts:
 @dataclass(frozen=True)
 class EncodedRows:
     """Samples ready for `collate`: input_ids, labels (one per token, or one number), and
-    token_type_ids if the model has them.
+    token_type_ids if the model has them; also remarks for the preview, if there are any.
 
     Tokens are kept in arrays: a list of Python integers takes eight times the memory.
     """

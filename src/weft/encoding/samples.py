@@ -14,18 +14,27 @@ class Samples:
     """Rows of one format, with Weft's column names.
 
     `format` is "prompt", "messages", "text" or "label". `source` names the samples in messages.
+    `numbers` are those of the rows in the source, None if these are all of them.
     """
 
     format: str
     rows: list[Row]
     source: str
+    numbers: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, rows: Sequence[int]) -> Samples:
         """Returns the samples with these row numbers."""
-        return Samples(self.format, [self.rows[i] for i in rows], self.source)
+        numbers = self.numbers or range(1, len(self) + 1)
+        return Samples(
+            self.format, [self.rows[i] for i in rows], self.source, [numbers[i] for i in rows]
+        )
+
+    def name_of(self, index: int) -> str:
+        """Returns the name of a row in messages: "data.jsonl, sample 3"."""
+        return f"{self.source}, sample {self.numbers[index] if self.numbers else index + 1}"
 
 
 def label_samples(task: Task, split: str) -> Samples:

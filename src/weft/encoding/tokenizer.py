@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..tasks.models import ModelRef
+from ..tasks.vocabulary import max_positions
 
 
 def tokenizer_and_stops(model: ModelRef, tokenizer: ModelRef) -> tuple[Any, Any, set[int]]:
@@ -14,8 +17,8 @@ def tokenizer_and_stops(model: ModelRef, tokenizer: ModelRef) -> tuple[Any, Any,
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer.source, local_files_only=tokenizer.local)
-    config = AutoConfig.from_pretrained(model.source, local_files_only=model.local)
+    loaded = AutoTokenizer.from_pretrained(tokenizer.source, **tokenizer.options)
+    config = AutoConfig.from_pretrained(model.source, **model.options)
     stops = [getattr(config, "eos_token_id", None)]
     if not model.local or (Path(model.source) / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(model.source, local_files_only=model.local)
@@ -29,20 +32,14 @@ def tokenizer_and_stops(model: ModelRef, tokenizer: ModelRef) -> tuple[Any, Any,
     return loaded, config, ids
 
 
-def max_positions(config: Any) -> int | None:
-    """Returns the number of positions of a model with this configuration, or None if it has no
-    limit.
-    """
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+def max_tokens(tokenizer: Any, config: Any, model: nn.Module | None = None) -> int:
+    """Returns how many tokens both the tokenizer and the model accept; see `max_positions`."""
+    positions = max_positions(config, model)
+    return int(min(tokenizer.model_max_length, positions or tokenizer.model_max_length))
 
 
-def max_tokens(tokenizer: Any, config: Any) -> int:
-    """Returns how many tokens both the tokenizer and the model accept."""
-    return int(min(tokenizer.model_max_length, max_positions(config) or tokenizer.model_max_length))
-
-
-def pad_token(tokenizer: Any) -> int:
-    """Returns the id for padding: the pad token, else the end-of-text token, else 0."""
-    if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
-    return int(tokenizer.eos_token_id or 0)
+def unknown_token(tokenizer: Any) -> int | None:
+    """Returns the id for what the tokenizer does not know, None if it has none of its own."""
+    unknown = tokenizer.unk_token_id
+    other = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return None if unknown in other else unknown

@@ -15,9 +15,10 @@ from ..tasks import GenerationTask, Report, Task, find_generation, find_task
 from ..tasks.images import encode
 from ..tasks.metrics import METRICS, NO_VARIATION
 from ..tasks.models import image_processor, loading, quiet
+from ..tasks.vocabulary import check_ids, padding
 from .generate import answer
 from .opened import Opened, load_model
-from .pretrained import find_source
+from .pretrained import find_source, is_classifier
 
 MAX_LABELLED_TOKENS = 512  # per text, as data.max_length is by default
 
@@ -65,9 +66,7 @@ def _score_labelled(
 ) -> Evaluated:
     _check_split(task, split)
     outputs = getattr(opened.model.config, "num_labels", 0)
-    if "SequenceClassification" not in type(opened.model).__name__ or outputs != (
-        len(task.classes) or 1
-    ):
+    if not is_classifier(opened.model) or outputs != (len(task.classes) or 1):
         raise WeftError(
             f"task {task.name!r} has {len(task.classes) or 'no'} classes, and the model is a "
             f"{type(opened.model).__name__} with {outputs} outputs. Give the adapter that was "
@@ -78,7 +77,9 @@ def _score_labelled(
     rows = encode_labels(samples, opened.tokenizer, length, task.classes or None).rows[:limit]
     parts: list[torch.Tensor] = []
     model: nn.Module = opened.model
-    pad = opened.tokenizer.pad_token_id or 0
+    tokenizer, config = opened.tokenizer, opened.model.config
+    check_ids((row["input_ids"] for row in rows), tokenizer, config, f"{task.name}, example")
+    pad = padding(tokenizer, config)[0]
     for start in range(0, len(rows), batch):
         inputs = collate(rows[start : start + batch], pad)
         del inputs["labels"]

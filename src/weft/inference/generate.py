@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from ..encoding.render import Renderer
-from ..encoding.tokenizer import max_positions
 from ..errors import ConfigError, WeftError
+from ..tasks.vocabulary import check_ids, max_positions, padding
 from .opened import Opened, check_generates
+
+TEXTS = (  # settings of model.generate whose values may be text
+    "cache_implementation",
+    "dola_layers",
+    "early_stopping",
+    "num_assistant_tokens_schedule",
+    "speculation_type",
+    "stop_strings",
+)
 
 
 def generate(
@@ -50,13 +59,10 @@ def answer(
     """
     tokenizer = renderer.tokenizer
     coded = [renderer.prompt_ids(prompt) for prompt in prompts]
-    check_fits(model.config, coded, settings)
+    check_fits(model, coded, settings)
+    check_ids(coded, tokenizer, model.config, "prompt")
     ends = {tokenizer.eos_token_id, *renderer.stops} - {None}
-    pad = (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else next(iter(sorted(ends)), 0)
-    )
+    pad = padding(tokenizer, model.config)[0]
     keywords = {
         "pad_token_id": pad,
         "use_cache": True,
@@ -81,11 +87,11 @@ def answer(
     return texts
 
 
-def check_fits(config: Any, coded: list[list[int]], settings: Mapping[str, Any]) -> None:
+def check_fits(model: Any, coded: list[list[int]], settings: Mapping[str, Any]) -> None:
     """Raises WeftError for the first tokenized prompt that is empty, or that exceeds, with its
-    answer, the positions of the model with this configuration.
+    answer, the positions of the model.
     """
-    positions, new = max_positions(config), settings.get("max_new_tokens", 0)
+    positions, new = max_positions(model.config, model), settings.get("max_new_tokens", 0)
     for number, ids in enumerate(coded, 1):
         if not ids:
             raise WeftError(
@@ -98,12 +104,18 @@ def check_fits(config: Any, coded: list[list[int]], settings: Mapping[str, Any])
             )
 
 
-def check_settings(settings: Iterable[str]) -> None:
-    """Raises ConfigError, with the nearest names, if `model.generate` has no setting of a name."""
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError, with the nearest names, if `model.generate` has no setting of a name, and
+    if text is given to one that takes none: the word "no" would count as true.
+    """
     from transformers import GenerationConfig
 
     known = GenerationConfig().to_dict()
-    for key in settings:
+    for key, value in settings.items():
+        if isinstance(value, str) and key in known and key not in TEXTS:
+            raise ConfigError(
+                f"--set {key}={value}: this is text; {key} takes a number, true or false, or a list."
+            )
         if key not in known:
             near = get_close_matches(key, known, n=2) or [
                 "max_new_tokens",

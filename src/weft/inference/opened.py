@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from ..checkpoint.load import load, read
+from ..checkpoint.tokenizer_files import lone_template, tokenizer_folder
 from ..encoding.render import Renderer
 from ..encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ..errors import ConfigError, WeftError
 from ..tasks.models import ModelRef, loading, quiet
-from .pretrained import base_for, find_source
+from ..tasks.vocabulary import padding, use_padding
+from .pretrained import base_for, find_source, is_classifier
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,38 @@ def open_model(
     device: str = "auto",
     template: str | None = None,
 ) -> Opened:
-    """Loads the model with this name, its tokenizer, and the adapter if there is one.
+    """Loads the model with this name, and the adapter if there is one. The tokenizer with its chat
+    template is the adapter's if that has one, else the model's; `template` replaces the template.
 
     Raises ConfigError if one of them does not exist, WeftError if they do not fit together.
     """
     ref = find_source(model)
-    with quiet(), loading(ref, "a tokenizer and a configuration"):
-        tokenizer, config, stops = tokenizer_and_stops(ref, ref)
-    limit = max_tokens(tokenizer, config)
+    folder = tokenizer_folder(adapter)
+    own = ref if folder is None else ModelRef(f"{folder} (the adapter's)", str(folder), True)
+    with quiet(), loading(own, "a tokenizer and a configuration"):
+        tokenizer, config, stops = tokenizer_and_stops(ref, own)
+    template = template or lone_template(adapter)
+    loaded = load_model(ref, adapter, dtype, device)
+    limit = max_tokens(tokenizer, config, loaded)
+    if is_classifier(loaded):
+        use_padding(loaded.config, padding(tokenizer, loaded.config)[0])
     return Opened(
-        load_model(ref, adapter, dtype, device),
-        tokenizer,
-        Renderer(tokenizer, limit, template=template, stops=stops),
-        limit,
+        loaded, tokenizer, Renderer(tokenizer, limit, template=template, stops=stops), limit
     )
+
+
+def set_padding(model: Any, ref: ModelRef) -> None:
+    """Writes the pad token of training, which is the tokenizer's, into the configuration of a
+    classifier, which finds the end of a text by it. Raises WeftError if neither has one.
+    """
+    try:
+        with quiet(), loading(ref, "a tokenizer"):
+            tokenizer = tokenizer_and_stops(ref, ref)[0]
+    except WeftError:
+        if model.config.get_text_config().pad_token_id is None:
+            raise
+        return
+    use_padding(model.config, padding(tokenizer, model.config)[0])
 
 
 def load_model(ref: ModelRef, adapter: str | None, dtype: str, device: str) -> Any:
@@ -56,7 +76,13 @@ def load_model(ref: ModelRef, adapter: str | None, dtype: str, device: str) -> A
         raise ConfigError("--device cuda: torch sees no CUDA device here. See `weft doctor`.")
     stored = None if adapter is None else read(adapter)
     task_class = None if stored is None else stored.base.get("class")
-    model: Any = base_for(ref, task_class, {} if stored is None else stored.selected, dtype)[0]
+    model: Any = base_for(
+        ref,
+        task_class,
+        {} if stored is None else stored.selected,
+        dtype,
+        *((0, 0) if stored is None else (stored.words, stored.new_rows)),
+    )[0]
     if adapter is not None:
         load(model, adapter)
     return model.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu").eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, WeftError
 from ..tasks.models import ModelRef, find_model, loading, quiet
+from ..untrusted import json_text
+
+# Rows that a vocabulary may have beyond its tokens: it is rounded up to a multiple.
+SPARE = 4096
 
 
 def find_source(name: str) -> ModelRef:
@@ -39,10 +42,16 @@ def empty_model(ref: ModelRef, task_class: str | None = None) -> nn.Module:
 
 
 def base_for(
-    ref: ModelRef, task_class: str | None, selected: Mapping[str, Tensor], dtype: str = "auto"
+    ref: ModelRef,
+    task_class: str | None,
+    selected: Mapping[str, Tensor],
+    dtype: str = "auto",
+    words: int = 0,
+    trained: int = 0,
 ) -> tuple[nn.Module, list[str]]:
     """Loads the pretrained model for an adapter of a `task_class` that has its own values of the
-    base tensors `selected` [...].
+    base tensors `selected` [...], with `words` token embeddings if it has fewer, of which the
+    adapter has `trained`.
 
     Returns the model, and the names of its tensors that are not in its checkpoint. The number of
     classes of a new head is that of `selected`. Raises WeftError if weights are neither in the
@@ -58,15 +67,39 @@ def base_for(
             use_safetensors=True,
             ignore_mismatched_sizes=bool(head),
             output_loading_info=True,
-            local_files_only=ref.local,
+            **ref.options,
         )
     missing = {
         *report["missing_keys"],
         *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]),
     }
     _check_random(ref, missing - set(selected))
-    base: nn.Module = model.eval()
+    base: nn.Module = grow_embeddings(model, words, trained).eval()
     return base, sorted(missing)
+
+
+@torch.no_grad()
+def grow_embeddings(model: Any, words: int, trained: int) -> nn.Module:
+    """Returns the model with at least `words` token embeddings. New rows, also of a head, are the
+    mean of the old ones, so they are the same in every process.
+
+    trained: how many rows an adapter has. Raises WeftError if most of the new ones would not be
+    its own, as for an adapter of another model.
+    """
+    before = model.get_input_embeddings().weight.shape[0] if words else 0
+    if words > before + trained + SPARE:
+        raise WeftError(
+            f"the adapter needs {words} token embeddings and has {trained} of them, and this model "
+            f"has {before}. Give the model that it was trained on."
+        )
+    if before < words:
+        model.resize_token_embeddings(words, mean_resizing=False)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:
+                rows = module.weight
+                rows[before:] = rows[:before].double().mean(0).to(rows.dtype)
+    found: nn.Module = model
+    return found
 
 
 def _config(ref: ModelRef, **changes: Any) -> Any:
@@ -74,11 +107,9 @@ def _config(ref: ModelRef, **changes: Any) -> Any:
 
     path = Path(ref.source)
     if path.is_file():
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_text.loads(path.read_text(encoding="utf-8"))
         return transformers.AutoConfig.for_model(**{**data, **changes})
-    return transformers.AutoConfig.from_pretrained(
-        ref.source, local_files_only=ref.local, **changes
-    )
+    return transformers.AutoConfig.from_pretrained(ref.source, **ref.options, **changes)
 
 
 def _class_of(config: Any, task_class: str | None) -> Any:
@@ -119,6 +150,11 @@ def _check_random(ref: ModelRef, names: Iterable[str]) -> None:
             f"model {ref.name!r} has no weights for {loose[0]!r}{more}, and the adapter does not "
             "bring them; they would be random. Give the model that the adapter was trained on."
         )
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model gives one output per text, which decoders read at the last token of a row."""
+    return "SequenceClassification" in type(model).__name__
 
 
 def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from ..checkpoint.files import find
-from ..encoding.tokenizer import max_positions
+from ..checkpoint.tokenizer_files import TEMPLATE, lone_template, tokenizer_folder
 from ..errors import ConfigError
 from ..tasks.journal import Journal
 from ..tasks.mt_bench import Question
+from ..tasks.vocabulary import max_positions
 from .generate import answer
 from .opened import Opened, check_generates
 
@@ -36,6 +37,7 @@ def maker(
     """Returns the settings on which answers depend besides their question. Answers of different
     makers are not mixed in one file.
     """
+    template = template or _template_of(adapter)
     found = {
         "model": model,
         "adapter": None if adapter is None else _digest(find(adapter)[0].read_bytes()),
@@ -160,11 +162,20 @@ def _turn(
     ]
     bare = opened.renderer.bare()
     longest = max(len(bare.prompt_ids(prompt)) for prompt in prompts)
-    new, positions = decoding["max_new_tokens"], max_positions(opened.model.config)
+    new, positions = decoding["max_new_tokens"], max_positions(opened.model.config, opened.model)
     if positions is not None:
         new = max(1, min(new, positions - longest))
     texts = answer(opened.model, bare, prompts, {**decoding, "max_new_tokens": new}, len(prompts))
     return [text.strip() for text in texts]
+
+
+def _template_of(adapter: str | None) -> str | None:
+    """The chat template that an adapter brings, or None."""
+    folder = tokenizer_folder(adapter)
+    path = None if folder is None else folder / TEMPLATE
+    if path is None or not path.is_file():
+        return lone_template(adapter)
+    return path.read_text(encoding="utf-8")
 
 
 def _digest(data: bytes) -> str:

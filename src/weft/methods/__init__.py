@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import ConfigError
+from . import token_spec
 from .adalora import AdaLoRA
 from .base import BranchMethod, LowRankMethod, PromptMethod
 from .bottleneck import Bottleneck
@@ -18,6 +19,7 @@ from .lora import LoRA
 from .lora_fa import LoRAFA
 from .prefix import PreEmbed, Prefix, PreLayer
 from .selective import BitFit, Full, Head, TopLayers
+from .target_spec import patterns
 from .vera import VeRA
 
 METHODS: dict[str, type[Any]] = {
@@ -41,9 +43,8 @@ METHODS: dict[str, type[Any]] = {
     )
 }
 
-
 # Fields that the first version did not have. A file has them only if they are set.
-_ADDED_LATER = ("train", "exclude", "within", "layers")
+LATER = ("train", "freeze_batch_norm", "new_tokens", "exclude", "within", "layers")
 
 
 def by_name(name: str) -> type[Any]:
@@ -82,7 +83,8 @@ def to_json(config: Any) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     if "targets" in values:
         values["targets"] = to_plain(values["targets"])
-    for added in _ADDED_LATER:  # so that versions without the field read the file
+    values["new_tokens"] = token_spec.to_plain(values["new_tokens"])
+    for added in LATER:  # so that versions without the field read the file
         if not values.get(added, True):
             del values[added]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -92,7 +94,8 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(data: Any) -> Any:
     """Returns the configuration that `to_json` wrote.
 
-    Raises ConfigError, which names the field or method, if one of them is unknown.
+    Raises ConfigError, which names the field or method, if one of them is unknown, or if a field of
+    a layer is overridden wrongly.
     """
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
         raise ConfigError(
@@ -105,7 +108,11 @@ def from_json(data: Any) -> Any:
         if field != "method" and field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
             raise ConfigError(f"{cls.__name__} has no field {field!r}. Nearest: {near}.")
-    return cls(**{k: v for k, v in data.items() if k != "method"})
+    config = cls(**{k: v for k, v in data.items() if k != "method"})
+    if isinstance(config, LayerConfig):
+        for _, overrides in patterns(config.targets):
+            replace(config, overrides)
+    return config
 
 
 __all__ = [

@@ -43,7 +43,7 @@ from ..errors import ConfigError
 from ..ops.low_rank import LowRank
 from ..ops.norm import at_least_float32
 from .base import BaseLayer, Params, Shape, Shared
-from .checks import check_alpha, check_number
+from .checks import check_alpha, check_count, check_number
 from .config import LowRankConfig, scaling
 from .rng import Rng
 from .target_spec import Overrides
@@ -75,16 +75,9 @@ class AdaLoRA(LowRankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("target_r", 1), ("total_steps", 1), ("interval", 1)):
-            value = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < low
-            ):
-                raise self._wrong(
-                    f"{name}={value!r}", f"{name} must be a whole number, {low} or more."
-                )
-        if self.interval is None:
-            raise self._wrong("interval=None", "interval must be a whole number, 1 or more.")
+        for name in ("target_r", "total_steps", "interval"):
+            if getattr(self, name) is not None:
+                check_count(self, name, 1)
         if self.target_r is not None and self.target_r > self.r:
             raise self._wrong(
                 f"r={self.r}, target_r={self.target_r}",
@@ -217,6 +210,9 @@ class AdaLoRA(LowRankConfig):
     def extra_state(self, p: Params) -> str:
         """Returns the selection as text: "1" for a kept triplet, "0" for a pruned one."""
         return "1" * self.r if p.kept.is_meta else "".join("01"[kept] for kept in p.kept.tolist())
+
+    def is_extra_state(self, text: str) -> bool:
+        return len(text) == self.r and set(text) <= {"0", "1"}
 
     def load_extra_state(self, p: Params, text: str) -> None:
         p.kept.copy_(torch.tensor([mark == "1" for mark in text]))

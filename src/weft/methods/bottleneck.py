@@ -48,7 +48,7 @@ from torch import Tensor
 
 from ..errors import TargetError
 from .base import BaseLayer, Params, Shape, Shared
-from .checks import check_choice, check_count, check_flag, check_number
+from .checks import check_choice, check_count, check_number
 from .config import LayerConfig
 from .rng import Rng
 
@@ -102,19 +102,17 @@ class Bottleneck(LayerConfig):
     model_fields: ClassVar[tuple[str, ...]] = ("preset", "skip_layers")
 
     def __post_init__(self) -> None:
-        check_count(self, "r", 1)
         check_choice(self, "preset", list(PRESETS))
         for field, value in PRESETS[self.preset].items():
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)
         check_choice(self, "place", ("series", "parallel"))
         check_choice(self, "nonlinearity", list(NONLINEARITIES))
+        super().__post_init__()
+        check_count(self, "r", 1)
         check_number(self, "scale", low=0.0, open_low=True)
-        for field in ("bias", "layer_norm"):
-            check_flag(self, field)
         check_count(self, "skip_layers", 0)
         check_number(self, "dropout", low=0.0, high=1.0, open_high=True)
-        super().__post_init__()
 
     @property
     def blocks_left_out(self) -> int:

@@ -1,4 +1,6 @@
-"""Checks of configuration fields. Each raises ConfigError that names the field, its value and the cure."""
+"""Checks of the values of configuration fields, whose types are right (field_types.py). Each raises
+ConfigError that names the field, its value and the cure.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from ..errors import ConfigError
 
 
 def check_count(config: Any, field: str, low: int) -> None:
-    """Refuses a field that is no whole number from `low` on. Raises ConfigError."""
+    """Refuses a whole number below `low`. Raises ConfigError."""
     value = getattr(config, field)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if value < low:
         raise ConfigError(
             f"{type(config).__name__}({field}={value!r}): {field} must be a whole number, {low} or "
             "more."
@@ -28,11 +30,10 @@ def check_number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Refuses a field that is no finite number in the range. Raises ConfigError."""
+    """Refuses a number that is not finite or not in the range. Raises ConfigError."""
     value, name = getattr(config, field), type(config).__name__
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if (
-        ok
+        math.isfinite(value)
         and (low < value if open_low else low <= value)
         and (value < high if open_high else value <= high)
     ):
@@ -44,20 +45,11 @@ def check_number(
 
 
 def check_choice(config: Any, field: str, allowed: Sequence[str]) -> None:
-    """Refuses a field that is none of `allowed`. Raises ConfigError."""
+    """Refuses a field of any type that is none of `allowed`. Raises ConfigError."""
     value = getattr(config, field)
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ConfigError(
             f"{type(config).__name__}({field}={value!r}): {field} must be one of {list(allowed)}."
-        )
-
-
-def check_flag(config: Any, field: str) -> None:
-    """Refuses a field that is not True or False. Raises ConfigError."""
-    value = getattr(config, field)
-    if not isinstance(value, bool):
-        raise ConfigError(
-            f"{type(config).__name__}({field}={value!r}): {field} must be True or False."
         )
 
 

@@ -16,14 +16,24 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.low_rank import LowRank
-from . import train_spec
+from . import token_spec, train_spec
 from .base import BaseLayer, Params, Shape, Shared
-from .checks import check_alpha, check_choice, check_count, check_flag, check_number
+from .checks import check_alpha, check_choice, check_count, check_number
+from .field_types import check_types, checked
 from .rng import Rng
-from .target_spec import normalise, normalise_blocks, normalise_names
+from .target_spec import Overrides, normalise, normalise_blocks, normalise_names
 
-# Fields that choose parts of the model. They hold for all layers, so none of them can be overridden.
-CHOOSING = ("targets", "exclude", "within", "layers", "modules_to_save", "train")
+# Fields that hold for the whole model, most of them its parts, so that no layer can override them.
+CHOOSING = (
+    "targets",
+    "exclude",
+    "within",
+    "layers",
+    "modules_to_save",
+    "train",
+    "freeze_batch_norm",
+    "new_tokens",
+)
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -40,6 +50,8 @@ class Config:
 
     modules_to_save: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
+    freeze_batch_norm: bool = False
+    new_tokens: Any = ()
 
     learning_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)  # tried by `weft compare`
     mergeable: ClassVar[bool] = True
@@ -65,6 +77,9 @@ class Config:
         object.__setattr__(self, "modules_to_save", tuple(value))
         words = train_spec.normalise(type(self).__name__, self.train, isinstance(self, LayerConfig))
         object.__setattr__(self, "train", words)
+        check_types(self)
+        tokens = token_spec.normalise(type(self).__name__, self.new_tokens)
+        object.__setattr__(self, "new_tokens", tokens)
 
     @property
     def selection(self) -> tuple[str, ...]:
@@ -98,17 +113,16 @@ class TensorConfig(Config):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        seed: Any = self.seed
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ConfigError(
-                f"{type(self).__name__}(seed={seed!r}): seed must be a whole number from 0 to "
-                "2**63-1."
-            )
         dtype: Any = self.dtype
         if isinstance(dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(dtype).removeprefix("torch."))
         check_choice(self, "dtype", list(DTYPES))
+        super().__post_init__()
+        if self.seed < 0:
+            raise ConfigError(
+                f"{type(self).__name__}(seed={self.seed}): seed must be a whole number from 0 to "
+                "2**63-1."
+            )
 
     def shapes(self, out: int, in_: int) -> dict[str, Shape]:
         """Returns name and shape of every trained tensor of a layer [out, in], in the file's order.
@@ -177,6 +191,10 @@ class TensorConfig(Config):
         """Extra state for the checkpoint header, or None."""
         return None
 
+    def is_extra_state(self, text: str) -> bool:
+        """Returns whether a text of a file may be one that `extra_state` returned."""
+        return type(self).load_extra_state is not TensorConfig.load_extra_state
+
     def load_extra_state(self, p: Params, text: str) -> None:
         """Restores the state that `extra_state` returned."""
 
@@ -213,6 +231,9 @@ class LayerConfig(TensorConfig):
         for field in ("exclude", "within"):
             object.__setattr__(self, field, normalise_names(method, field, getattr(self, field)))
         object.__setattr__(self, "layers", normalise_blocks(method, self.layers))
+        if isinstance(self.targets, Overrides):
+            for _, fields in self.targets.entries:
+                checked(type(self), dict(fields))
 
     @property
     def blocks_left_out(self) -> int:
@@ -254,7 +275,6 @@ class ScaledConfig(LowRankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alpha(self)
-        check_flag(self, "rslora")
 
     @property
     def scale(self) -> float:

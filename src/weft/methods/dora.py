@@ -42,8 +42,8 @@ class Magnitude(_Base):
     norm_grad: str
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_choice(self, "norm_grad", ("constant", "exact"))
+        super().__post_init__()
 
     def factors(self, p: Params, training: bool = False) -> LowRank:
         f = super().factors(p, training)

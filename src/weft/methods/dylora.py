@@ -33,7 +33,7 @@ from ..errors import ConfigError
 from ..ops import philox
 from ..ops.low_rank import LowRank
 from .base import BaseLayer, Params, Shape, Shared
-from .checks import check_alpha, check_choice, check_flag
+from .checks import check_alpha, check_choice
 from .config import LowRankConfig, scaling
 from .lora import LoRA
 from .rng import Rng
@@ -53,15 +53,13 @@ class DyLoRA(LowRankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low: Any = self.r_min
-        if isinstance(low, bool) or not isinstance(low, int) or not 1 <= low <= self.r:
+        if not 1 <= self.r_min <= self.r:
             raise ConfigError(
-                f"{type(self).__name__}(r={self.r}, r_min={low!r}): r_min must be a whole number "
+                f"{type(self).__name__}(r={self.r}, r_min={self.r_min}): r_min must be a whole number "
                 "from 1 to r."
             )
         check_alpha(self)
         check_choice(self, "init", ("gaussian", "kaiming"))
-        check_flag(self, "last_only")
 
     @property
     def scale(self) -> float:

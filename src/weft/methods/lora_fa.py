@@ -25,7 +25,6 @@ from torch import Tensor
 from ..ops.low_rank import LowRank
 from ..ops.norm import at_least_float32
 from .base import BaseLayer, Params, Shape, Shared
-from .checks import check_flag
 from .config import ScaledConfig
 from .rng import Rng
 
@@ -37,10 +36,6 @@ class LoRAFA(ScaledConfig):
     precondition: bool = False
 
     learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_flag(self, "precondition")
 
     def factors(self, p: Params, training: bool = False) -> LowRank:
         return LowRank(p.A, p.B, s=self.scale)

@@ -100,11 +100,11 @@ class Prefix(TensorConfig):
     learning_rates: ClassVar[tuple[float, ...]] = (3e-2, 1e-1, 3e-1)
 
     def __post_init__(self) -> None:
+        check_choice(self, "positions", ("shifted", "kept"))
         super().__post_init__()
         check_count(self, "n", 1)
         if self.hidden is not None:
             check_count(self, "hidden", 1)
-        check_choice(self, "positions", ("shifted", "kept"))
         check_number(self, "std", low=0.0)
 
     @property

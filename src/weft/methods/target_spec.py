@@ -25,6 +25,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..untrusted import patterns as expressions
+from ..untrusted.json_text import shortened
+from .field_types import WrongType, conform, short
 
 ROLES = (
     "attention-output",
@@ -103,14 +106,14 @@ def normalise_names(method: str, field: str, value: Any) -> tuple[str, ...]:
         return ()
     if not isinstance(given, Sequence | set | frozenset):
         raise ConfigError(
-            f'{method}({field}={value!r}): write a list of name endings, for example ["o_proj"].'
+            f'{method}({field}={short(value)}): write a list of name endings, for example ["o_proj"].'
         )
     ordered = given if isinstance(given, Sequence) else sorted(given, key=str)
     for name in ordered:
         _checked(name, field)
         if field == "within" and not _ENDING.fullmatch(name):
             raise ConfigError(
-                f"{method}({field}={value!r}): {name!r} is not the ending of a module's name, which "
+                f"{method}({field}={short(value)}): {name!r} is not the ending of a module's name, which "
                 "has letters, digits, '_' and '.'."
             )
     return tuple(dict.fromkeys(ordered))
@@ -121,14 +124,18 @@ def normalise_blocks(method: str, value: Any) -> tuple[int, ...]:
 
     Raises ConfigError if one of them is not a whole number from 0 on.
     """
-    given = (value,) if isinstance(value, int) else () if value is None else value
-    whole = isinstance(given, Sequence | set | frozenset) and not isinstance(given, str)
-    if not whole or not all(type(n) is int and n >= 0 for n in given):
+    given = list(value) if isinstance(value, set | frozenset | range) else value
+    try:
+        found = conform(int | list[int] | tuple[int, ...] | None, given)
+    except WrongType:
+        found = (-1,)
+    numbers = () if found is None else (found,) if isinstance(found, int) else found
+    if any(n < 0 for n in numbers):
         raise ConfigError(
-            f"{method}(layers={value!r}): write the numbers of blocks, counted from 0, for example "
-            "[0, 1]. Names of layers belong in targets."
+            f"{method}(layers={short(value)}): write the numbers of blocks, counted from 0, for "
+            "example [0, 1]. Names of layers belong in targets."
         )
-    return tuple(sorted(set(given)))
+    return tuple(sorted(set(numbers)))
 
 
 def to_plain(targets: Any) -> Any:
@@ -151,7 +158,9 @@ def _checked(pattern: Any, field: str = "targets") -> str:
             f"{list(KEYWORDS)}."
         )
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{field}: {pattern!r} is no regular expression: {error}.") from None
+        expressions.check(pattern)
+    except ValueError as error:
+        raise ConfigError(
+            f"{field}: {shortened(pattern)} is no regular expression: {error}."
+        ) from None
     return pattern

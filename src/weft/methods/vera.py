@@ -42,9 +42,9 @@ class VeRA(LowRankConfig):
     learning_rates: ClassVar[tuple[float, ...]] = (1e-2, 3e-2, 1e-1)
 
     def __post_init__(self) -> None:
+        check_choice(self, "draw", ("weft", "peft", "stored"))
         super().__post_init__()
         check_number(self, "d_init", low=float("-inf"), open_low=True)
-        check_choice(self, "draw", ("weft", "peft", "stored"))
         if self.d_init == 0:
             why = "with d and b both 0 no gradient reaches either. The paper's runs start at 0.1."
             raise ConfigError(f"{type(self).__name__}(d_init=0): {why}")

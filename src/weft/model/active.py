@@ -15,6 +15,7 @@ import inspect
 import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,23 +25,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from ..errors import MergeError, WeftError
+from ..errors import MergeError, UnsupportedError, WeftError
 from .gate import Gate
+from .generator_block import Block, Blocks
 
 _keys = itertools.count()
+STATE = "_weft_model_state"  # where a model keeps its adapters (state.py)
+ROWS_FOUND = "_weft_rows"  # on an adapted module: where its rows have been found, in any call
 _RECORD = "_weft_active"
 NO_TASK = 0  # in place of a task, outside asyncio
 _node = torch._C._current_autograd_node
 _task = torch._C._current_graph_task_id
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_TRACED = (
+    "weft.use in a generator of a compiled model: torch.compile follows the thread's choice, which a "
+    "generator leaves to its consumer. Use the model uncompiled, or leave the block before the yield."
+)
 _UNPACK = "unpack_hook"  # the function of torch.utils.checkpoint that recomputes
 
 
 class PerRow:
-    """One adapter name (or None for the base) per row of the batch, grouped by adapter."""
+    """One adapter name (or None for the base) per row of the batch, grouped by adapter. `differ`: whether
+    there is more than one name.
+    """
 
-    def __init__(self, names: Sequence[str | None]) -> None:
+    def __init__(self, names: Sequence[str | None], root: nn.Module | None = None) -> None:
         self.names = tuple(names)
+        self.differ = len(set(names)) > 1
+        self.root = None if root is None else weakref.ref(root)  # of the model
+        self.parts: weakref.WeakSet[nn.Module] | None = None  # its modules, once asked for
         distinct = dict.fromkeys(n for n in names if n is not None)
         self.groups = {n: [i for i, m in enumerate(names) if m == n] for n in distinct}
 
@@ -53,17 +66,8 @@ class PerRow:
         first = torch.tensor(self.groups[name], device=device)[:, None] * span
         return (first + torch.arange(span, device=device)).reshape(-1)
 
-    def check(self, x: Tensor, feature_dims: int) -> None:
-        """Raises WeftError unless x is [batch, ...] or, flattened, [batch x tokens, in]."""
-        n, have = len(self.names), x.shape[0] if x.dim() > feature_dims else 0
-        # Ids in one dimension are as likely positions as tokens, so those must be the batch itself.
-        flat = feature_dims > 0 and x.dim() == feature_dims + 1 and have % n == 0
-        if have != n and not flat:
-            raise WeftError(
-                f"weft.use was given {n} names, one per row, but a layer received an input of shape "
-                f"{tuple(x.shape)}, whose first dimension is not these rows. Give one name per row "
-                "of the batch; with k beams repeat each name k times."
-            )
+    def __reduce__(self) -> Any:
+        return PerRow, (self.names,)
 
 
 class Weighted:
@@ -89,7 +93,8 @@ def names_of(active: Active) -> tuple[str, ...]:
 class Choice:
     """What one caller chose, the checkpointed region and the backward pass in which it did, and how
     many adapters its open `with weft.use(...)` blocks use. `owner`: the thread and task that chose;
-    a task that was started inside a block inherits the choice, and not the block.
+    a task that was started inside a block inherits the choice, and not the block. `block`: that of
+    the generator that chose.
     """
 
     active: Active
@@ -97,6 +102,7 @@ class Choice:
     task: int
     open: int
     owner: tuple[int, int]
+    block: Block | None = None
 
 
 _choices: ContextVar[Mapping[int, Choice]] = ContextVar("weft_choices", default={})  # noqa: B039 - never written to
@@ -118,13 +124,16 @@ class ActiveAdapters:
         self.key = next(_keys)
         self.default = default
         self.gate = Gate()  # the model's
-        self.names: set[str] = set()  # the attached adapters
+        self.names: dict[str, int] = {}  # the attached adapters, each with a number of its own
+        self.marked: set[str] = set()  # adapters whose virtual tokens mark a cache by themselves
         self.merged: str | None = None  # the adapter that is in the weights; then all are off
         self.merged_by: tuple[int, int] | None = None  # the caller who merged it
         self.base_weights: dict[nn.Module, Tensor] = {}  # layer -> its own weight while replaced
         self.was_traced = False  # whether torch.compile has traced a forward
         self.several = False  # whether more than one has ever been active
         self.traced = _Traced()
+        self.blocks = Blocks()  # of generators that are inside `with weft.use(...)`
+        self.probes: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         choice = self.chosen()
@@ -132,7 +141,8 @@ class ActiveAdapters:
         return {
             "default": default,
             "gate": self.gate,
-            "names": set(self.names),
+            "names": dict(self.names),
+            "marked": set(self.marked),
             "merged": self.merged,
             "base_weights": self.base_weights,
         }
@@ -140,7 +150,7 @@ class ActiveAdapters:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["default"])  # type: ignore[misc]
         self.gate, self.names, self.merged = state["gate"], state["names"], state["merged"]
-        self.base_weights = state["base_weights"]
+        self.base_weights, self.marked = state["base_weights"], state["marked"]
 
     def current(self, checkpointed: bool = False) -> Active:
         """Returns what is active for this caller, or was in the forward that is being recomputed.
@@ -154,8 +164,12 @@ class ActiveAdapters:
             self.was_traced = True
             if self.merged is not None:
                 return None
+            if traced is not None and traced.block is not None:
+                raise UnsupportedError(_TRACED)
             return self.default if traced is None else traced.active
-        choice = _choices.get().get(self.key)
+        choice = self.chosen()
+        if choice is not None and choice.block is not None:
+            self.check_running(choice)
         active = self.default if choice is None else choice.active
         if self.merged is not None:
             self._check_merged(choice, active)
@@ -186,16 +200,80 @@ class ActiveAdapters:
 
     def chosen(self) -> Choice | None:
         """Returns the choice of this caller, or None."""
+        choice = _choices.get().get(self.key)
+        if self.blocks:
+            here = self.blocks.innermost()
+            if here is not None:
+                found: Choice | None = here.choice
+                return choice if choice is not None and choice.block is here else found
+        while choice is not None and choice.block is not None and choice.block.is_closed:
+            if choice.owner != caller():
+                break
+            choice = choice.block.before
+        return choice
+
+    def own(self) -> Choice | None:
+        """Returns the choice that is stored for this thread or task, a generator's or not."""
         return _choices.get().get(self.key)
 
-    def choose(self, active: Active, open_blocks: int) -> None:
-        """Makes this active for the caller."""
+    def check_running(self, choice: Choice) -> None:
+        """Raises WeftError if a generator has left this choice behind at a `yield`."""
+        block = choice.block
+        if block is None or self.blocks.innermost() is block:
+            return
+        if choice.owner != caller() and block.runs():
+            return  # it waits for this thread or task, which it has started
+        raise WeftError(
+            f"{describe(choice.active)} was chosen by the generator {block.where}, which yields "
+            "inside `with weft.use(...)`. Choose here what you want to run, with weft.use, or leave "
+            "the block before the yield."
+        )
+
+    def choose(self, active: Active, open_blocks: int, block: Block | None = None) -> None:
+        """Makes this active for the caller; `block`: of the generator that it is, if it enters one."""
         self.several = self.several or active != self.default
         region = next(_regions(), None)
-        self.restore(Choice(active, region, _task(), open_blocks, caller()))
+        own = block or self.blocks.innermost()
+        choice = Choice(active, region, _task(), open_blocks, caller(), own)
+        if block is not None and not block.depth:  # until it goes on, its consumer is told
+            block.choice = choice
+            self._store(choice)
+        else:
+            self.restore(choice)
 
     def restore(self, choice: Choice | None) -> None:
         """Restores the choice that `chosen` returned."""
+        block = self.blocks.innermost() if self.blocks else None
+        if block is not None:
+            block.choice = choice
+            stored = self.stored()
+            if stored is None or stored.block is not block:
+                return  # its consumer has chosen since
+        self._store(choice)
+
+    @contextlib.contextmanager
+    def instead(self, active: Active) -> Iterator[None]:
+        """Makes this active for what the block runs, and leaves no trace of it."""
+        stored, traced, block = self.stored(), self.traced.choice, self.blocks.innermost()
+        now, chosen = self.chosen(), None if block is None else block.choice
+        region, task = (None, -1) if now is None else (now.region, now.task)
+        choice = Choice(active, region, task, 0, caller(), block)
+        if block is not None:
+            block.choice = choice
+        self._store(choice)
+        try:
+            yield
+        finally:
+            self._store(stored)
+            self.traced.choice = traced
+            if block is not None:
+                block.choice = chosen
+
+    def stored(self) -> Choice | None:
+        """Returns the choice that this thread or task carries, its own or a generator's."""
+        return _choices.get().get(self.key)
+
+    def _store(self, choice: Choice | None) -> None:
         others = {k: v for k, v in _choices.get().items() if k != self.key}
         _choices.set(others if choice is None else {**others, self.key: choice})
         self.traced.choice = choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, MergeError, UnsupportedError, WeftError
+from .active import STATE
 from .layer import AdapterLayer
 from .plan import Plan, plan_of
 from .plan_entries import Frozen
@@ -38,7 +40,6 @@ STALE_NORM = (
     "since then used an old norm. It is computed again from now on. Edit weights in place under "
     "torch.no_grad() instead."
 )
-STATE = "_weft_model_state"  # where a model keeps its adapters (state.py)
 
 
 @dataclass(eq=False, repr=False)
@@ -46,8 +47,9 @@ class Adapter:
     """An adapter attached to `model` under `name`.
 
     `layers` maps module names to the adapted layers' tensors, `selected_tensors` maps full tensor
-    names to base tensors trained as copies (`train` and `modules_to_save`), and `frozen` lists the
-    layers and tensors that stay frozen, with the reason.
+    names to base tensors trained as copies (`train` and `modules_to_save`), `token_layers` maps the
+    names of embeddings and heads to the rows of new tokens, which tied ones share, and `frozen`
+    lists the layers and tensors that stay frozen, with the reason.
     """
 
     name: str
@@ -55,12 +57,15 @@ class Adapter:
     model: nn.Module
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     selected_tensors: dict[str, Selected] = field(default_factory=dict)
+    token_layers: dict[str, AdapterLayer] = field(default_factory=dict)
     frozen: list[Frozen] = field(default_factory=list)
     routed: list[str] = field(default_factory=list)
     load_report: Any = None
+    number: int = field(default_factory=itertools.count().__next__)  # no other adapter has it
 
     def __repr__(self) -> str:
         parts = [(len(self.layers), "layer"), (len(self.selected_tensors), "base tensor")]
+        parts += [(sum(len(p) for p in self.token_rows.values()), "row")]
         what = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in parts if n)
         return f"<weft.Adapter {self.name!r}: {type(self.config).__name__}, {what}, {self.num_parameters:,} trained numbers>"
 
@@ -94,15 +99,28 @@ class Adapter:
             for name, p in module.named_parameters()
         }
 
+    @property
+    def token_rows(self) -> dict[str, nn.Parameter]:
+        """The rows of new tokens [n, width], each once, by the first module that reads them."""
+        found = {name: layer.get_parameter("rows") for name, layer in self.token_layers.items()}
+        known: dict[int, str] = {}
+        return {n: p for n, p in found.items() if known.setdefault(id(p), n) == n}
+
+    def every_layer(self) -> dict[str, AdapterLayer]:
+        """Returns `layers` and `token_layers`."""
+        return {**self.layers, **self.token_layers}
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields every trained tensor: "<module>.<tensor>" for layers, the base tensor's own name
-        for selected ones, and "shared.<tensor>" for those that all layers share.
+        for selected ones, "shared.<tensor>" for those that all layers share, and "<module>.rows" for
+        the rows of new tokens.
         """
         for module, layer in self.layers.items():
             for tensor, parameter in layer.trainable().items():
                 yield (f"{module}.{tensor}" if module else tensor), parameter
         yield from self.shared_parameters.items()
         yield from self.selected.items()
+        yield from ((f"{module}.rows".lstrip("."), p) for module, p in self.token_rows.items())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yields every trained tensor, for the optimiser."""
@@ -233,6 +251,7 @@ class Adapter:
             self.model,
             self.layers,
             {**self.shared_parameters, **self.selected},
+            self.token_rows,
             self.frozen,
             self.ranks if self.config.moves_rank else None,
         )

@@ -15,7 +15,7 @@ from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS
-from . import base_layers, fallback, prompts
+from . import base_layers, fallback, prompts, statistics, token_layers
 from .adapter import Adapter
 from .attach_checks import check_name, check_ownership, check_tied
 from .layer import AdapterLayer, adapt, is_adapted, layers_of, restore
@@ -25,7 +25,8 @@ from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
 from .stepping import follow, follows, unfollow
 from .steps_watch import Watch
 from .structure import Structure, targets
-from .structure.selection import tensors_of_modules, trained_tensors
+from .structure.selection import tensors_of_modules, trained_tensors, unsupported
+from .structure.tokens import token_tables
 from .use import check_as_able, check_not_in_use
 
 _attaching = threading.RLock()
@@ -170,6 +171,11 @@ def _made(
 ) -> tuple[Adapter, Mapping[str, nn.Module]]:
     """The adapter with its tensors, and the model's modules; the model is not changed."""
     root = structure.root
+    if config.freeze_batch_norm and not statistics.with_statistics(root):
+        raise TargetError(
+            f"freeze_batch_norm=True: {type(root).__name__} has no batch norm that keeps running "
+            "statistics. Leave it out."
+        )
     with base_only(state):
         modules = dict(root.named_modules())
         check_ownership(modules, parts.configs, state)
@@ -183,9 +189,14 @@ def _made(
         )
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
+        frozen += unsupported(structure, {f.name for f in frozen} | set(parts.configs))
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
         adapter.layers = _build_layers(structure, modules, parts, state, shared)
         adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)
+        tables = token_tables(structure, config)
+        token_layers.check(tables, parts.configs, adapter.selected_tensors)
+        adapter.token_layers = token_layers.build(tables, config)
+        adapter.frozen = token_layers.noted(tables, adapter.frozen)
         if fill is not None:
             fill(adapter)
     if not any(True for _ in adapter.parameters()):
@@ -218,7 +229,7 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     state.forget(name)
     _remove(state, adapter)
     del state.adapters[name]
-    state.active.names.discard(name)
+    state.active.names.pop(name, None)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
             parameter.requires_grad_(state.required_grad.get(full, parameter.requires_grad))
@@ -240,14 +251,18 @@ def _remove(state: State, adapter: Adapter) -> None:
         state.install(None)
     if isinstance(adapter.config, PromptMethod):
         prompts.uninstall(state, adapter)
-    for layer in adapter.layers.values():
+    for layer in adapter.every_layer().values():
         module = layer.base.module
         del layers_of(module)[adapter.name]
         if not len(layers_of(module)):
             restore(module)
-    others = (other for other in state.adapters.values() if other is not adapter)
+    state.active.marked.discard(adapter.name)
+    state.active.probes.clear()
+    others = [other for other in state.adapters.values() if other is not adapter]
     if not any(other.selected_tensors for other in others):
         state.unguard()
+    if not any(other.config.freeze_batch_norm for other in others):
+        statistics.release(statistics.with_statistics(state.root).values())
     unfollow(adapter)
 
 
@@ -329,15 +344,20 @@ def _install(
         _tell_trainers(root, True)
     if isinstance(adapter.config, PromptMethod):
         prompts.install(state, adapter, structure)
-    for name, layer in adapter.layers.items():
+    for name, layer in adapter.every_layer().items():
         if not is_adapted(modules[name]):
             adapt(modules[name], state.active)
         layer.active = state.active
         layers_of(modules[name])[adapter.name] = layer
     state.adapters[adapter.name] = adapter
-    state.active.names.add(adapter.name)
+    state.active.names[adapter.name] = adapter.number
+    if isinstance(adapter.config, PromptMethod) and adapter.config.where != "attention":
+        state.active.marked.add(adapter.name)
+    state.active.probes.clear()
     state.guard(adapter)
+    if adapter.config.freeze_batch_norm:
+        statistics.freeze(statistics.with_statistics(root).values())
     follow(adapter)
     if follows(adapter):
         next(iter(adapter.layers.values())).watch = Watch(adapter.name)
-    state.fast_paths.switch_off(modules.values(), [modules[name] for name in adapter.layers])
+    state.fast_paths.switch_off(modules.values(), [modules[n] for n in adapter.every_layer()])

@@ -37,8 +37,8 @@ def combine(model: nn.Module, strengths: Mapping[str, float], name: str) -> Adap
     again. Dropout is theirs if they agree, else 0.
 
     Raises WeftError (no strengths, no such adapter, the name is taken), ConfigError (a strength is not a
-    finite number), UnsupportedError (an adapter is not of low rank or trains base tensors; or the sum is
-    no such adapter, with the measured error), MergeError (an adapter is merged).
+    finite number), UnsupportedError (an adapter is not of low rank or trains base tensors or rows of new
+    tokens; or the sum is no such adapter, with the measured error), MergeError (an adapter is merged).
     """
     state = state_of(model)
     with base_only(state):
@@ -93,6 +93,7 @@ def _added(
         dropout=dropout.pop() if len(dropout) == 1 else 0.0,
         dtype=next(name for name, known in DTYPES.items() if known == dtype),
         targets=list(factors),
+        freeze_batch_norm=any(config.freeze_batch_norm for config in configs),
     )
     return config, factors
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import WeftError
+from ..ops.input_cache import runs
 
 PATIENCE = 60.0  # seconds that a caller waits for the others before it is an error
 
@@ -73,7 +74,7 @@ class Gate:
         """Whether this thread is within a forward, or changes the model."""
         me = threading.get_ident()
         with self._changed:
-            return self._changing == me or any(map(_runs, self._inside.get(me, ())))
+            return self._changing == me or any(map(runs, self._inside.get(me, ())))
 
     def enter_part(self) -> None:
         """Called by an adapted layer that runs outside a forward of the root: the outermost module that
@@ -115,7 +116,7 @@ class Gate:
 
     def _alone(self, me: int) -> bool:
         for thread in [t for t in self._inside if t != me]:
-            if not any(map(_runs, self._inside[thread])):
+            if not any(map(runs, self._inside[thread])):
                 del self._inside[thread]
         return all(thread == me for thread in self._inside)
 
@@ -123,7 +124,7 @@ class Gate:
         return self._changing == me or (self._changing is None and not self._wanted)
 
     def _free(self, me: int, ready: Callable[[], bool]) -> bool:
-        if self._changing == me or (me in self._inside and any(map(_runs, self._inside[me]))):
+        if self._changing == me or (me in self._inside and any(map(runs, self._inside[me]))):
             return True
         return self._open(me) and (ready() or self._alone(me))
 
@@ -139,17 +140,6 @@ class Gate:
             self._changed.wait(0.005)
 
 
-def _runs(call: Any) -> bool:
-    """Whether a call has not ended. `sys._current_frames()` would say so too, but it can lock up the
-    process (CPython issue 106883).
-    """
-    try:
-        call.clear()  # only raises if the call runs; one that has ended no longer needs its locals
-    except RuntimeError:
-        return True
-    return False
-
-
 def _frame_above() -> Any:
     return sys._getframe(2)
 
@@ -162,4 +152,18 @@ def this_call() -> Any:
     return frame
 
 
+def calls(kind: Any = None) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """Yields the calls of modules on this thread's stack, innermost first, as (module, args, kwargs).
+
+    `kind`: the code that is looked for, CALL by default.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is (kind or CALL):
+            given = frame.f_locals
+            yield given["self"], given["args"], given["kwargs"]
+        frame = frame.f_back
+
+
 CALL = nn.Module._call_impl.__code__
+COMPILED_CALL = nn.Module._wrapped_call_impl.__code__  # also of a call that is being compiled

@@ -51,6 +51,7 @@ def parameter_groups(
                 factor = lora_plus
             rated.append((tensor if factor != 1.0 else "adapter", lr * factor, parameter))
     rated += [("adapter", lr, parameter) for parameter in adapter.shared_parameters.values()]
+    rated += [("adapter", lr, rows) for rows in adapter.token_rows.values()]
     for base in selected:
         rate = head_lr if base.head and head_lr is not None else lr
         rated.append(("head" if base.head else "base", rate, base.trained))

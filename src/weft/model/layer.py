@@ -27,11 +27,12 @@ from ..ops.input_cache import in_forward
 from ..ops.low_rank import LowRank
 from ..ops.norm import at_least_float32, full_precision, row_norm
 from ..ops.row_scale import RowScale, cached_row_scale, packed_norm, stale
-from . import fallback
-from .active import ActiveAdapters, PerRow
+from . import cache_marks, fallback
+from .active import ROWS_FOUND, Active, ActiveAdapters, PerRow, Weighted, recomputed
 from .base_layers import INNER_FORWARD, own_forward
 from .layer_plan import LayerPlan
 from .per_row import by_row, weighted
+from .row_probe import Recorder
 from .steps_watch import Watch
 
 CHILD = "weft"
@@ -235,21 +236,37 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if in_forward():
         if active.merged is not None:  # the forward of the root has checked the caller's choice
             return own_forward(self, *args, **kwargs)
-    elif not torch.compiler.is_compiling():
-        active.gate.enter_part()
-    name = active.current(self.training)
+        name = active.current(self.training)
+    else:
+        name = _of_a_part(active, self.training)
     if name is None:
         return own_forward(self, *args, **kwargs)
     layers = self._modules[CHILD]._modules  # type: ignore[union-attr]
+    if isinstance(name, PerRow) and not name.differ:
+        name = name.names[0]
+        if name is None:
+            return own_forward(self, *args, **kwargs)
     if not isinstance(name, str):
         x, y = args[0] if args else next(iter(kwargs.values())), own_forward(self, *args, **kwargs)
-        together = by_row if isinstance(name, PerRow) else weighted
-        return together(name, layers, x, y)  # type: ignore[arg-type]
+        if isinstance(name, Weighted):
+            return weighted(name, active, layers, x, y)
+        return by_row(name, active, self, layers, x, y)
     layer: Any = layers.get(name)
     if layer is None:
         active.check_attached(name)
         return own_forward(self, *args, **kwargs)
     found: Tensor = layer.run(self, args, kwargs)
+    return found
+
+
+def _of_a_part(active: ActiveAdapters, training: bool) -> Active:
+    """What is active in a layer that runs outside a forward of the root, or in a compiled one."""
+    if torch.compiler.is_compiling():
+        return active.current(training)
+    active.gate.enter_part()
+    found = active.current(training)
+    if recomputed() is None and not isinstance(found, Recorder):
+        cache_marks.check_part(active, found)
     return found
 
 
@@ -312,6 +329,7 @@ def restore(module: nn.Module) -> None:
         if INNER_FORWARD in module.__dict__:
             module.__dict__["forward"] = module.__dict__.pop(INNER_FORWARD)
     del module.__dict__[_ACTIVE]
+    module.__dict__.pop(ROWS_FOUND, None)
     del module._modules[CHILD]
 
 

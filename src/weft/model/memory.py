@@ -42,7 +42,7 @@ def estimate(adapter: Adapter, inputs: Mapping[str, Tensor] | None = None) -> Me
     meta. If it is given, one forward measures the activations.
     """
     trained = list(adapter.parameters())
-    ours = {id(p) for layer in adapter.layers.values() for p in layer.parameters()}
+    ours = {id(p) for layer in adapter.every_layer().values() for p in layer.parameters()}
     live = {id(p): p for p in adapter.model.parameters() if id(p) not in ours}
     originals = {id(s.original): s.original for s in adapter.selected_tensors.values()}
     copies = {id(s.trained) for s in adapter.selected_tensors.values()}

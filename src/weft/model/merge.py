@@ -183,7 +183,8 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
 @torch.no_grad()
 def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
     rounding = change = 0.0
-    for name, layer in adapter.layers.items():
+    tokens = {name: adapter.token_layers[name] for name in adapter.token_rows}  # tied ones once
+    for name, layer in {**adapter.layers, **tokens}.items():
         stored: nn.Parameter = layer.base.module.weight
         wanted = _effective(layer, layer.base.weight())
         cast = wanted.to(stored.dtype)
@@ -193,7 +194,9 @@ def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
         change = max(change, _relative(wanted - layer.base.weight(), layer.base.weight()))
         value = cast.t() if layer.base.transposed else cast
         _replace(stored, value, record, f"{name}.weight".lstrip("."))
-        record.base_weights[layer.base.module] = record.backups[-1].bits
+        tied = [o.base.module for o in adapter.token_layers.values()]
+        readers = [layer.base.module, *(m for m in tied if m.weight is stored)]
+        record.base_weights |= dict.fromkeys(readers, record.backups[-1].bits)
     for name, selected in adapter.selected_tensors.items():
         change = max(change, _relative(selected.trained - selected.original, selected.original))
         _replace(selected.original, selected.trained, record, name)

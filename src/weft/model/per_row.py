@@ -6,21 +6,47 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import mixed
 from ..ops.low_rank import row_scale
-from .active import PerRow, Weighted
+from .active import ActiveAdapters, PerRow, Weighted
+from .row_calls import layout_of
+from .row_probe import Recorder
 
 
-def by_row(rows: PerRow, layers: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
-    """Returns the layer's output [..., out] from its input x [..., in] and own output y [..., out],
-    each row with its own adapter. Raises WeftError if the first dimension is not the rows.
+def by_row(
+    rows: PerRow,
+    active: ActiveAdapters,
+    module: nn.Module,
+    layers: Mapping[str, Any],
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """Returns the output [..., out] of an adapted module from its input x [..., in] and own output y
+    [..., out], each row with its own adapter.
+
+    Raises WeftError if it is not known where in x the rows are.
     """
-    rows.check(x, feature_dims=x.dim() + 1 - y.dim())  # ids have no feature dimension
-    if not y.shape[0]:
+    feature_dims = x.dim() + 1 - y.dim()  # ids have no feature dimension
+    if isinstance(rows, Recorder):
+        rows.see(module, layers, x, feature_dims)
         return y
     here = [name for name in rows.groups if name in layers]
+    if not here or not y.numel():
+        return y
+    rows, layout = layout_of(rows, active, module, x, feature_dims)
+    if layout.is_first:
+        return _by_first(rows, here, layers, x, y)
+    n = len(rows.names)
+    found = _by_first(rows, here, layers, layout.rows_first(x, n), layout.rows_first(y, n))
+    return layout.restored(found, y.shape)
+
+
+def _by_first(
+    rows: PerRow, here: list[str], layers: Mapping[str, Any], x: Tensor, y: Tensor
+) -> Tensor:
+    """`by_row` of an input whose first dimension is the rows, or the tokens of one after another."""
     together = [name for name in here if layers[name].joins(x)]
     out = y
     if together:
@@ -37,16 +63,20 @@ def by_row(rows: PerRow, layers: Mapping[str, Any], x: Tensor, y: Tensor) -> Ten
     return out
 
 
-def weighted(active: Weighted, layers: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
+def weighted(
+    active: Weighted, adapters: ActiveAdapters, layers: Mapping[str, Any], x: Tensor, y: Tensor
+) -> Tensor:
     """Returns y + Σ w (adapter(x) - y) [..., out] from a layer's input x and own output y [..., out].
 
-    An adapter that the layer does not have changes nothing there.
+    An adapter that the layer does not have changes nothing there. Raises WeftError if it was detached.
     """
     out = y
     for name, strength in active.strengths.items():
         if name in layers:
             layer = layers[name]
             out = torch.add(out, layer.seen(layer.change(x, y)).to(y.dtype), alpha=strength)
+        else:
+            adapters.check_attached(name)
     return out
 
 

@@ -105,12 +105,14 @@ def plan_of(
     root: nn.Module,
     layers: Mapping[str, AdapterLayer],
     tensors: Mapping[str, nn.Parameter],
+    rows_of: Mapping[str, nn.Parameter],
     frozen: Sequence[Frozen],
     ranks: dict[str, int] | None,
 ) -> Plan:
     """Returns the plan of an adapter: its layers, its other trained tensors, and the rest.
 
-    ranks: by layer, or None if the method does not move rank between layers.
+    rows_of: rows of new tokens [n, width], by module. ranks: by layer, or None if the method does
+    not move rank between layers.
     """
     rows = [
         Row(
@@ -125,6 +127,10 @@ def plan_of(
     rows += [
         Row(name, "tensor", tuple(p.shape), p.numel(), p.numel() * p.element_size())
         for name, p in tensors.items()
+    ]
+    rows += [
+        Row(name, "tokens", tuple(p.shape), p.numel(), p.numel() * p.element_size())
+        for name, p in rows_of.items()
     ]
     base = sum(p.numel() for _, p in base_parameters(root))
     return Plan(method, rows, list(frozen), base, ranks)

@@ -14,12 +14,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import WeftError
 from ..ops import input_cache
-from .active import Active, ActiveAdapters, Choice, PerRow, caller, describe, names_of
-from .adapter import STATE, Adapter
+from . import cache_marks, row_calls
+from .active import STATE, Active, ActiveAdapters, Choice, PerRow, caller, describe, names_of
+from .adapter import Adapter
 from .fastpath import FastPaths
 from .gate import Gate, this_call
+from .generator_block import Block
 from .norm_watch import NormWatch
 from .open_blocks import OpenBlocks
+from .row_inputs import main_input
 
 ATTRIBUTE = STATE
 
@@ -84,6 +87,14 @@ class State:
             self.root.register_forward_pre_hook(_enter, with_kwargs=True),
             self.root.register_forward_hook(_leave, always_call=True),
         ]
+        encoder = row_calls.encoder_of(self.root)
+        if encoder is not None:
+            self._hooks.append(encoder.register_forward_hook(self._mark_encoded))
+
+    def _mark_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            active = self.active.current(encoder.training)
+            cache_marks.put(self.active, active, {"encoder_outputs": output})
 
     def unwatch_root(self) -> None:
         """Undoes `watch_root`."""
@@ -91,11 +102,13 @@ class State:
             hook.remove()
         self._hooks = []
 
-    def choose(self, active: Active, open_blocks: int | None = None) -> None:
-        """Activates this for the caller, and installs its base tensors."""
+    def choose(
+        self, active: Active, open_blocks: int | None = None, block: Block | None = None
+    ) -> None:
+        """Activates this for the caller, or the generator of the block, and installs its base tensors."""
         choice = self.active.chosen()
         blocks = open_blocks if open_blocks is not None else own_blocks(choice)
-        self.active.choose(active, blocks)
+        self.active.choose(active, blocks, block)
         self.install_for(active)
 
     def set_default(self, active: Active) -> None:
@@ -218,25 +231,34 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if state is None or torch.compiler.is_compiling():
         return
     choice = state.active.chosen()
+    if choice is not None and choice.block is not None:
+        state.active.check_running(choice)
     active = state.active.default if choice is None else choice.active
+    call = this_call()
     state.gate.enter(
-        this_call(),
-        lambda: state.installed_for(active),
-        lambda: state.install(state._owner(active)),
+        call, lambda: state.installed_for(active), lambda: state.install(state._owner(active))
     )
-    input_cache.begin_forward()
+    input_cache.begin_forward(call)
     state.norms.check(state.adapters[n] for n in names_of(active) if n in state.adapters)
     # Inside the gate, where nobody can merge any more; if it raises, torch still calls `_leave`.
     _check_choice(state, active, chosen=choice is not None)
     if isinstance(active, PerRow):
         _check_rows(len(active.names), args, kwargs)
+    cache_marks.check(state.active, active, [*enumerate(args), *kwargs.items()])
+    rows = active if isinstance(active, PerRow) else None
+    row_calls.begin(call, root, state.active, rows, args, kwargs)
 
 
 def _leave(root: nn.Module, args: Any, output: Any) -> None:
     state = root.__dict__.get(ATTRIBUTE)
     if state is not None and not torch.compiler.is_compiling():
-        input_cache.end_forward()
-        state.gate.leave(this_call())
+        choice = state.active.chosen()
+        active = state.active.default if choice is None else choice.active
+        cache_marks.put(state.active, active, output)
+        call = this_call()
+        input_cache.end_forward(call)
+        row_calls.end(call)
+        state.gate.leave(call)
 
 
 def _check_choice(state: State, active: Active, chosen: bool) -> None:
@@ -249,19 +271,13 @@ def _check_choice(state: State, active: Active, chosen: bool) -> None:
 
 
 def _check_rows(rows: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    batch = _batch(args, kwargs)
-    if batch is not None and batch != rows:
+    main = main_input(args, kwargs)
+    batch = rows if main is None else int(main.shape[0])
+    if batch != rows:
         raise WeftError(
             f"weft.use was given {rows} names, one per row, but the batch has {batch} rows. Give "
             "one name per row; with k beams or samples per prompt, repeat each name k times."
         )
-
-
-def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Rows of the model's input: of input_ids or inputs_embeds if present, else the first tensor."""
-    named = [kwargs[k] for k in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(k), Tensor)]
-    tensors = named or [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
-    return int(tensors[0].shape[0]) if tensors else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -11,11 +11,14 @@ from torch import nn
 
 from ..errors import ConfigError, MergeError, UnsupportedError, WeftError
 from ..methods.base import LowRankMethod
+from ..ops.input_cache import forget_ended
 from . import fallback
-from .active import NO_TASK, Active, PerRow, Weighted, caller, names_of
+from .active import NO_TASK, Active, ActiveAdapters, PerRow, Weighted, caller, names_of
 from .adapter import Adapter
+from .generator_block import Block, generator_frame
 from .state import State, own_blocks, state_of
 
+_NO_ROWS = (bytes, set, frozenset)  # iterable, and without an order or names
 Which = str | Sequence[str | None] | Mapping[str, float] | None
 
 
@@ -24,20 +27,23 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
     None), or several with strengths (a dict) active for the caller: the current thread, or asyncio
     task.
 
-    As a context manager it restores the previous selection; called as a statement it stays. A
-    thread that has not called it runs the adapter that was attached last. Rows may mix methods and
+    As a context manager it restores the previous selection; called as a statement it stays. In a
+    generator the block is the generator's: while it is paused at a yield, a forward of its consumer
+    raises WeftError unless the consumer chooses for itself. A thread that has not called it runs the
+    adapter that was attached last. Rows may mix methods and
     ranks; each row gets the output of its own adapter. With k beams or k samples per prompt, repeat
     each name k times. With {"a": 0.7, "b": 0.3} every layer's output is y + Σ w (adapter(x) - y), where
     y = W x + bias is the layer's own; gradients reach all of these adapters.
 
-    Raises, before any compute: WeftError (unknown name, empty list or dict), ConfigError (a strength is
-    not a finite number), MergeError (an adapter is merged), UnsupportedError (per-row use of an adapter
-    that trains base tensors or adapts routed experts; strengths of one that trains base tensors or is
-    not of low rank).
+    Raises, before any compute: WeftError (unknown name, empty or nested list, empty dict), ConfigError
+    (a strength is not a finite number), MergeError (an adapter is merged), UnsupportedError (per-row use
+    of an adapter that trains base tensors or adapts routed experts; strengths of one that trains base
+    tensors or rows of new tokens, or is not of low rank).
     """
 
     def __init__(self, model: nn.Module, which: Which) -> None:
         fallback.refresh()
+        forget_ended()
         self._state = state_of(model)
         if self._state.active.was_traced and caller()[1] != NO_TASK:
             raise UnsupportedError(
@@ -51,12 +57,19 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
     def __enter__(self) -> None:
         names = self._names = _names(self._chosen)
         before = own_blocks(self._before)
+        active, frame = self._state.active, generator_frame()
         try:
             self._state.open.enter(names, nested=before > 0 or self._state.gate.is_inside())
         except WeftError:
-            self._state.active.restore(self._before)
+            active.restore(self._before)
             raise
-        self._state.choose(self._chosen, before + len(names))
+        block = None
+        if frame is not None:
+            block = active.blocks.setdefault(frame, Block(frame, self._before))
+        self._state.choose(self._chosen, before + len(names), block)
+        self._block = block
+        if block is not None:
+            block.depth += 1
 
     def __exit__(
         self,
@@ -66,8 +79,17 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
     ) -> None:
         state = self._state
         state.open.leave(self._names)
-        state.active.restore(self._before)
+        self._leave(state.active)
         state.install_for_caller()
+
+    def _leave(self, active: ActiveAdapters) -> None:
+        active.restore(self._before)
+        block = self._block
+        if block is not None:
+            block.depth -= 1
+            if not block.depth:
+                active.blocks.pop(block.frame, None)
+                block.close()
 
 
 def checked(state: State, which: Which) -> Active:
@@ -84,23 +106,37 @@ def checked(state: State, which: Which) -> Active:
         return which
     if isinstance(which, Mapping):
         return Weighted(checked_strengths(state, which, "weft.use"))
+    given: Any = which
+    if not hasattr(given, "__iter__") or isinstance(given, _NO_ROWS):
+        raise WeftError(
+            f"weft.use(model, {which!r}): give an adapter's name, None for the base, a list with "
+            "one name or None per row of the batch, in the order of the rows, or a dict of names "
+            "and strengths."
+        )
     names: list[Any] = list(which)  # of whatever the caller has put in
     if not names:
         raise WeftError("weft.use(model, []): give one name or None per row of the batch.")
+    nested = next((n for n in names if isinstance(n, list | tuple | set | dict)), None)
+    if nested is not None:
+        raise WeftError(
+            f"weft.use(model, [..., {nested!r}, ...]): no adapter is named {nested!r}. A row has one "
+            "adapter: give one name or None per row of the batch."
+        )
     passed: set[str | None] = {None}
     for name in names:
         if not isinstance(name, str | None) or name not in passed:
             _check_row(state, name)
             passed.add(name)
     _check_batch_first(state.root)
-    return PerRow(names)
+    return PerRow(names, state.root)
 
 
 def checked_strengths(state: State, given: Mapping[Any, Any], call: str) -> dict[str, float]:
     """Returns adapters and strengths, validated. `call` is the name of the function, for messages.
 
     Raises WeftError (none, or an unknown name), ConfigError (a strength is not a finite number),
-    UnsupportedError (an adapter is no update of low rank, or trains base tensors).
+    UnsupportedError (an adapter is no update of low rank, or trains base tensors or rows of new
+    tokens).
     """
     if not given:
         raise WeftError(
@@ -125,6 +161,8 @@ def checked_strengths(state: State, given: Mapping[Any, Any], call: str) -> dict
 def _why_no_sum(adapter: Adapter) -> str | None:
     if adapter.selected_tensors:
         return f"trains base tensors ({next(iter(adapter.selected_tensors))!r}, ...)"
+    if adapter.token_layers:
+        return "trains rows of new tokens"
     if not isinstance(adapter.config, LowRankMethod):
         return "is not a low-rank change of weights"
     return None

@@ -21,10 +21,13 @@ _last = threading.local()
 
 
 class _Forward(threading.local):
-    """The forwards of models that this thread is inside of, by number; `number` is 0 outside any."""
+    """The forwards of models that this thread is inside of, by number, with the frames of their calls;
+    `number` is 0 outside any.
+    """
 
     def __init__(self) -> None:
-        self.begun, self.number, self.outer = 0, 0, [0]
+        self.begun, self.number = 0, 0
+        self.open: list[tuple[int, Any]] = []
 
 
 _forward = _Forward()
@@ -33,11 +36,14 @@ _task = torch._C._current_graph_task_id
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def begin_forward() -> None:
-    """Called before a forward of a model: what needs gradients is shared within one forward only."""
+def begin_forward(call: Any) -> None:
+    """Called before a forward of a model, with the frame of its call: what needs gradients is shared
+    within one forward only.
+    """
+    forget_ended()
     _forward.begun += 1
-    _forward.outer.append(_forward.number)
     _forward.number = _forward.begun
+    _forward.open.append((_forward.number, call))
 
 
 def in_forward() -> bool:
@@ -45,9 +51,29 @@ def in_forward() -> bool:
     return _forward.number > 0
 
 
-def end_forward() -> None:
-    """Called after a forward of a model."""
-    _forward.number = _forward.outer.pop() if len(_forward.outer) > 1 else 0
+def end_forward(call: Any) -> None:
+    """Called after a forward of a model; does nothing if that call did not begin."""
+    place = next((i for i, (_, c) in enumerate(_forward.open) if c is call), None)
+    if place is not None:
+        del _forward.open[place:]
+        _forward.number = _forward.open[-1][0] if _forward.open else 0
+
+
+def forget_ended() -> None:
+    """Forgets forwards that an interrupt (KeyboardInterrupt) has ended without a sign."""
+    while _forward.open and not runs(_forward.open[-1][1]):
+        end_forward(_forward.open[-1][1])
+
+
+def runs(call: Any) -> bool:
+    """Whether the call of a frame has not ended. `sys._current_frames()` would say so too, but it can
+    lock up the process (CPython issue 106883).
+    """
+    try:
+        call.clear()  # only raises if the call runs; one that has ended no longer needs its locals
+    except RuntimeError:
+        return True
+    return False
 
 
 def mark(x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..errors import WeftError
 from .base import Split, Task, WithLabels, digest, divide
-from .files import table
+from .class_labels import classes, has_fractions
+from .tables import check_unquoted, table
 
 COLUMNS = (
     ("sentence1", "sentence2"),
@@ -52,6 +53,7 @@ def load_csv(path: Path, test: Path | None) -> Task:
 def _read_table(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
     """Returns texts as tuples of one or two strings, and the labels as written."""
     header, rows = table(path)
+    check_unquoted(path, header, rows)
     pair = next((p for p in COLUMNS if all(c is None or c in header for c in p)), None)
     if "label" not in header or pair is None:
         raise WeftError(
@@ -60,7 +62,7 @@ def _read_table(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
             "pair: 'sentence1' and 'sentence2', 'text' and 'text2', 'question' and 'sentence')."
         )
     places = [header.index(column) for column in pair if column is not None]
-    texts, labels = [], []
+    texts, labels, at = [], [], []
     for line, row in rows:
         text = tuple(row[place].strip() for place in places) if len(row) == len(header) else ()
         label = row[header.index("label")].strip() if text else ""
@@ -72,9 +74,16 @@ def _read_table(path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
             )
         texts.append(text)
         labels.append(label)
+        at.append(f"{path}, line {line}, column 'label'")
     if not texts:
         raise WeftError(f"{path}: it has a header but no rows.")
-    return texts, labels
+    names = classes(labels, at)
+    if has_fractions(names):
+        raise WeftError(
+            f"{path}: labels such as {names[0]!r} are no classes; csv:FILE is a classification, and "
+            "weft train with model.kind: regression learns numbers."
+        )
+    return texts, names
 
 
 @dataclass(frozen=True)

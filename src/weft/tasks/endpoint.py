@@ -8,6 +8,8 @@ the one question (`Unanswered`).
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import random
 import time
@@ -18,13 +20,16 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from ..errors import ConfigError, WeftError
+from ..untrusted.printable import one_line
+from .exchange import Deadline, opener
 
 PASSING = (408, 409, 425, 429)  # and from 500 on
 HOPELESS = (301, 302, 303, 307, 308, 401, 403, 404)
 LARGEST = 2**24  # bytes of an answer; a longer one is invalid
+LONGEST = 2**16  # of the words beside a status
 PATH = "/chat/completions"
 Message = dict[str, str]
 
@@ -42,7 +47,7 @@ class Refused(WeftError):
 @dataclass(frozen=True)
 class Patience:
     """`tries` is the number of requests per question, `timeout` the seconds until an answer must be
-    complete.
+    complete, connection and headers included.
 
     Pauses are first, 2 first, 4 first, ... seconds, at most `longest`, each shortened by up to a
     half at random. `obeyed` is the longest Retry-After that is accepted.
@@ -86,13 +91,6 @@ class _Failed(Exception):
             or self.status >= 500
             or self.status == 200
         )
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would send the key to another address, and the question as a GET."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -198,68 +196,83 @@ class Endpoint:
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.address, data, headers, method="POST")
-        opener = urllib.request.build_opener(_NoRedirect)
+        seconds = self.patience.timeout
         try:
-            with opener.open(request, timeout=self.patience.timeout) as response:
-                return _text_of(self._whole(response))
+            with opener(Deadline(seconds)).open(request, timeout=seconds) as response:
+                return self._text_of(_whole(response))
         except urllib.error.HTTPError as error:
             with error:
-                raise _Failed(
-                    error.code,
-                    f"HTTP {error.code}{self._said(error)}",
-                    _seconds(error.headers.get("Retry-After")),
-                ) from None
+                reason = self._said(f"HTTP {error.code}", _message_of(error))
+                after = _seconds(error.headers.get("Retry-After"))
+                raise _Failed(error.code, reason, after) from None
         except TimeoutError:
-            raise _Failed(
-                None, f"no complete answer within {self.patience.timeout:g} seconds"
-            ) from None
+            raise _Failed(None, f"no complete answer within {seconds:g} seconds") from None
         except urllib.error.URLError as error:
-            slow = isinstance(error.reason, TimeoutError)
-            reason = (
-                f"no answer within {self.patience.timeout:g} seconds"
-                if slow
-                else f"no connection: {error.reason}"
-            )
-            raise _Failed(None, reason) from None
+            if isinstance(error.reason, TimeoutError):
+                raise _Failed(None, f"no answer within {seconds:g} seconds") from None
+            raise _Failed(None, self._said("no connection", str(error.reason))) from None
         except (OSError, HTTPException) as error:
-            raise _Failed(
-                None, f"the connection broke: {type(error).__name__} {error}".rstrip()
-            ) from None
+            reason = self._said("the connection broke", f"{type(error).__name__} {error}")
+            raise _Failed(None, reason) from None
 
-    def _whole(self, response: Any) -> bytes:
-        """Reads the answer with an overall time limit: a server that sends single bytes is as dead
-        as one that sends none.
-        """
-        end = time.monotonic() + self.patience.timeout
-        parts, size = [], 0
-        while piece := response.read1(65536):
-            parts.append(piece)
-            size += len(piece)
-            if time.monotonic() > end:
-                raise TimeoutError
-            if size > LARGEST:
-                raise _Failed(200, f"an answer of more than {LARGEST} bytes")
-        return b"".join(parts)
-
-    def _said(self, error: urllib.error.HTTPError) -> str:
-        """The server's message on one line, without the key."""
+    def _text_of(self, data: bytes) -> str:
+        """Returns the answer's text, without the key, which ends in files and on the terminal."""
         try:
-            said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
-        except (OSError, HTTPException):
-            return ""
-        said = said.replace(self.key, "***") if self.key else said
-        return f": {said}" if said else ""
+            text = json.loads(data)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            start = self._said("", data.decode("utf-8", "replace"), 120)
+            raise _Failed(200, f"the answer is not a chat completion: {start!r}")
+        return self._without_key(text)
+
+    def _said(self, what: str, said: str, most: int = 300) -> str:
+        """Returns what happened and the server's words for it: on one line, without the key and
+        without control characters.
+
+        The key is taken out before anything is cut, so that no part of it is left.
+        """
+        said = self._without_key(one_line(self._without_key(said), len(said)))[:most]
+        return f"{what}: {said}" if what and said else what or said
+
+    def _without_key(self, text: str) -> str:
+        """Returns the text with the key, as it is and as JSON, HTML, URLs and base64 write it,
+        replaced.
+        """
+        if not self.key:
+            return text
+        plain = self.key
+        spelled = {
+            plain,
+            json.dumps(plain)[1:-1],
+            json.dumps(plain)[1:-1].replace("/", "\\/"),
+            html.escape(plain),
+            quote(plain),
+            quote(plain, safe=""),
+            base64.b64encode(plain.encode()).decode(),
+        }
+        for spelling in sorted(spelled, key=len, reverse=True):
+            text = text.replace(spelling, "***")
+        return text
 
 
-def _text_of(data: bytes) -> str:
+def _whole(response: Any) -> bytes:
+    """Reads the answer, within the deadline of the exchange."""
+    parts, size = [], 0
+    while piece := response.read1(65536):
+        parts.append(piece)
+        size += len(piece)
+        if size > LARGEST:
+            raise _Failed(200, f"an answer of more than {LARGEST} bytes")
+    return b"".join(parts)
+
+
+def _message_of(error: urllib.error.HTTPError) -> str:
+    """The server's words beside a status."""
     try:
-        text = json.loads(data)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        start = " ".join(data[:200].decode("utf-8", "replace").split())[:120]
-        raise _Failed(200, f"the answer is not a chat completion: {start!r}")
-    return text
+        return error.read(LONGEST).decode("utf-8", "replace")
+    except (OSError, HTTPException):
+        return ""
 
 
 def _seconds(after: str | None) -> float | None:

@@ -5,37 +5,21 @@ Rows are dictionaries of a file's columns. The name alone decides the format, no
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, WeftError
+from ..untrusted import json_text
+from .decoding import read_text
+from .tables import check_names, check_unquoted, table
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 Row = dict[str, Any]
+Numbered = tuple[str, Row]  # "line 7", and the row
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def read_text(path: Path) -> str:
-    """Returns the whole file with line feeds as line ends and without a byte order mark. Raises
-    WeftError if it is not UTF-8 or no valid gzip file.
-    """
-    try:
-        held = path.read_bytes()
-        text = (gzip.decompress(held) if path.suffix == ".gz" else held).decode("utf-8-sig")
-    except OSError as error:
-        if isinstance(error, gzip.BadGzipFile):
-            raise WeftError(f"{path} ends in .gz but is not a gzip file: {error}") from None
-        raise WeftError(f"{path} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise WeftError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    return text.replace("\r\n", "\n")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -48,27 +32,6 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def table(path: Path, header: Sequence[str] = ()) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Returns header and rows, each with its line number. A .tsv is split at tabs and never
-    unquoted.
-
-    `header` has the columns of a file without a header. Raises WeftError if csv cannot parse the
-    file.
-    """
-    stream = io.StringIO(read_text(path), newline="")
-    tabs = ".tsv" in path.suffixes
-    reader = (
-        csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
-    )
-    try:
-        rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise WeftError(f"{path}, line {reader.line_num}: {error}") from None
-    if header:
-        return list(header), rows
-    return ([name.strip() for name in rows[0][1]], rows[1:]) if rows else ([], [])
-
-
 def is_table(path: Path) -> bool:
     """Returns True if the name's ending is that of a format with named columns; any other file has
     lines of text.
@@ -78,12 +41,22 @@ def is_table(path: Path) -> bool:
 
 def format_of(path: Path) -> str:
     """Returns the ending without .gz, or ""."""
-    return next((s for s in reversed(path.suffixes) if s != ".gz"), "")
+    endings = [suffix.lower() for suffix in path.suffixes]
+    return next((s for s in reversed(endings) if s != ".gz"), "")
 
 
 def read_rows(path: Path, header: Sequence[str] = ()) -> list[Row]:
     """Returns all rows of a table in the format of its name. Raises WeftError with the invalid
     line.
+    """
+    return [row for _, row in numbered_rows(path, header)]
+
+
+def numbered_rows(path: Path, header: Sequence[str] = (), plain: bool = False) -> list[Numbered]:
+    """Returns all rows of a table, each with its place in the file for messages ("line 7").
+
+    `plain`: nothing is known of the file, so a .tsv that was written with quotes is refused. Raises
+    WeftError as `read_rows`.
     """
     kind = format_of(path)
     if kind not in FORMATS:
@@ -91,61 +64,86 @@ def read_rows(path: Path, header: Sequence[str] = ()) -> list[Row]:
             f"{path}: the name must end in one of {', '.join(FORMATS)} (.gz may follow)."
         )
     if kind == ".parquet":
-        rows = _parquet(path)
+        rows = [(f"row {i}", row) for i, row in enumerate(_parquet(path), 1)]
     elif kind in (".json", ".jsonl"):
         rows = _json(path, kind)
     else:
-        names, listed = table(path, header)
-        wrong = next((line for line, row in listed if len(row) != len(names)), None)
-        if wrong is not None:
-            raise WeftError(
-                f"{path}, line {wrong}: the number of fields is not {len(names)}, as in the "
-                f"header {names}."
-            )
-        rows = [dict(zip(names, row, strict=True)) for _, row in listed]
+        rows = _table(path, header, plain)
     if not rows:
         raise WeftError(f"{path}: it has no rows.")
     return rows
 
 
-def _json(path: Path, kind: str) -> list[Row]:
+def _table(path: Path, header: Sequence[str], plain: bool) -> list[Numbered]:
+    names, listed = table(path, header)
+    wrong = next((line for line, row in listed if len(row) != len(names)), None)
+    if wrong is not None:
+        raise WeftError(
+            f"{path}, line {wrong}: the number of fields is not {len(names)}, as in the "
+            f"header {names}."
+        )
+    if plain:
+        check_unquoted(path, names, listed)
+    return [(f"line {line}", dict(zip(names, row, strict=True))) for line, row in listed]
+
+
+def _json(path: Path, kind: str) -> list[Numbered]:
     """A list of objects (.json), or one object per line (.jsonl, and a .json with lines of
     objects).
     """
     text = read_text(path)
-    if kind == ".json":
-        try:
-            held = json.loads(text)
-        except json.JSONDecodeError as error:
-            if "\n" not in text.strip() or not text.lstrip().startswith("{"):
-                raise WeftError(f"{path}, line {error.lineno}: {error.msg}.") from None
-        else:
-            held = held if isinstance(held, list) else [held]
-            return [_object(path, f"entry {i}", row) for i, row in enumerate(held, start=1)]
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_object(path, f"line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise WeftError(f"{path}, line {number}: {error.msg}.") from None
-    return rows
+    if kind == ".json" and not _has_lines(text):
+        held = _parsed(text, path, 0)
+        held = held if isinstance(held, list) else [held]
+        return [_object(path, f"entry {i}", row) for i, row in enumerate(held, start=1)]
+    return [
+        _object(path, f"line {number}", _parsed(line, path, number))
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
 
 
-def _object(path: Path, where: str, value: Any) -> Row:
+def _has_lines(text: str) -> bool:
+    """Whether the text is one object per line: its first line is an object, and more follows."""
+    first, _, rest = text.lstrip().partition("\n")
+    if not first.startswith("{") or not rest.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parsed(text: str, path: Path, line: int) -> Any:
+    """The value of a JSON text. `line` is the line that it is, or 0 for a whole file."""
+    try:
+        return json_text.loads(text)
+    except json.JSONDecodeError as error:
+        raise WeftError(f"{path}, line {line or error.lineno}: {error.msg}.") from None
+    except ValueError as error:
+        where = f"{path}, line {line}" if line else f"{path}"
+        raise WeftError(f"{where}: {error}.") from None
+
+
+def _object(path: Path, where: str, value: Any) -> Numbered:
     if not isinstance(value, dict):
         raise WeftError(f"{path}, {where}: {str(value)[:40]!r} is not an object with named fields.")
-    return value
+    return where, value
 
 
 def _parquet(path: Path) -> list[Row]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
-    except (ArrowInvalid, OSError) as error:
-        raise WeftError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
+        names = parquet.read_schema(path).names
+        rows: list[Row] = (
+            parquet.read_table(path).to_pylist() if len(set(names)) == len(names) else []
+        )
+    except (ArrowException, OSError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise WeftError(f"{path} cannot be read as parquet: {first}") from None
+    check_names(names, str(path))
     return rows
 
 
@@ -221,3 +219,25 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row] | None:
             f"dataset {name!r} is not a local folder and could not be loaded from the hub: {first}"
         ) from None
     return [dict(row) for row in held[split]] if split in held else None
+
+
+def saved_rows(path: Path, split: str) -> list[Row] | None:
+    """Returns the rows of a data set that `datasets` saved to disk, or of one of its splits; None if
+    it has splits, and none of that name. Raises WeftError.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            f"{path} was saved by `datasets`, which reads it: pip install 'weft[tasks]'."
+        ) from None
+    try:
+        held = datasets.load_from_disk(str(path))
+        if isinstance(held, datasets.DatasetDict):
+            if split not in held:
+                return None
+            held = held[split]
+        return [dict(row) for row in held]
+    except Exception as error:  # OSError, ValueError, and errors of datasets and pyarrow
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise WeftError(f"{path} cannot be read as a saved data set: {first}") from None

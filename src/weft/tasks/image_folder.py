@@ -4,16 +4,31 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import WeftError
 from .base import Task, divide
+from .image_decoding import decode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+# Images too, which are not read; leaving them out in silence would be a smaller data set.
+UNREAD = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jfif",
+    ".jp2",
+    ".jxl",
+    ".svg",
+    ".psd",
+    ".raw",
+    ".dng",
+    ".npy",
+)
 
 
 @dataclass(frozen=True)
@@ -33,13 +48,8 @@ class Stored:
             raise WeftError(f"{self.name} cannot be read: {error.strerror}.") from None
 
     def open(self) -> Image.Image:
-        """Returns the image in grey or RGB. Raises WeftError if it is no image."""
-        try:
-            with Image.open(io.BytesIO(self.read())) as image:
-                image.load()
-                return image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise WeftError(f"{self.name} cannot be read as an image: {error}") from None
+        """Returns the image in grey or RGB, 8 bits. Raises WeftError as `image_decoding.decode`."""
+        return decode(self.read(), self.name)
 
 
 def load_image_folder(path: Path, test: Path | None) -> Task:
@@ -75,6 +85,9 @@ def listed(path: Path) -> tuple[list[Stored], list[str]]:
     labels: list[str] = []
     for folder in folders:
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        unread = next((p for p in folder.iterdir() if p.suffix.lower() in UNREAD), None)
+        if unread is not None:
+            raise WeftError(f"{unread} is not read; the formats are {', '.join(SUFFIXES)}.")
         if not files:
             have = sorted({p.suffix for p in folder.iterdir()})[:5]
             raise WeftError(

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError, WeftError
+from ..errors import ConfigError, UnsupportedError, WeftError
 from . import csv_text, images
-from .base import SPLITS, Labelled, Task, capped
+from .base import SPLITS, Labelled, Split, Task, capped
 from .packaged import PACKAGED
+from .vocabulary import check_ids, max_positions, padding, use_padding
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"digits-vit": ASSETS / "digits_vit"}
@@ -42,6 +43,13 @@ class ModelRef:
     @property
     def embedded(self) -> bool:
         return self.name in EMBEDDED
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of every from_pretrained. Code that comes with a model is never run, and
+        transformers does not ask for it on the terminal.
+        """
+        return {"local_files_only": self.local, "trust_remote_code": False}
 
 
 @dataclass
@@ -120,7 +128,7 @@ def _load_model(ref: ModelRef, task: Task) -> tuple[nn.Module, list[str]]:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(
-        ref.source, local_files_only=ref.local, num_labels=len(task.classes) or 1
+        ref.source, **ref.options, num_labels=len(task.classes) or 1
     )
     model, report = getattr(transformers, _CLASS[task.family]).from_pretrained(
         ref.source,
@@ -129,7 +137,7 @@ def _load_model(ref: ModelRef, task: Task) -> tuple[nn.Module, list[str]]:
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
-        local_files_only=ref.local,
+        **ref.options,
     )
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     missing = sorted({*report["missing_keys"], *mismatched})
@@ -156,7 +164,7 @@ def causal_model(ref: ModelRef) -> tuple[Any, str]:
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
-            local_files_only=ref.local,
+            **ref.options,
         )
     missing = sorted(report["missing_keys"])
     if missing:
@@ -176,7 +184,7 @@ def check_generates(ref: ModelRef) -> None:
     import transformers
 
     with quiet(), loading(ref, "a configuration"):
-        config = transformers.AutoConfig.from_pretrained(ref.source, local_files_only=ref.local)
+        config = transformers.AutoConfig.from_pretrained(ref.source, **ref.options)
     kind, masked = type(config), transformers.MODEL_FOR_MASKED_LM_MAPPING
     encoder = kind in masked and not getattr(config, "is_decoder", False)
     if (
@@ -200,7 +208,7 @@ def image_processor(ref: ModelRef, config: Any, notes: list[str]) -> Any | None:
     from transformers import AutoImageProcessor
 
     if not ref.local or (Path(ref.source) / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(ref.source, local_files_only=ref.local)
+        return AutoImageProcessor.from_pretrained(ref.source, **ref.options)
     if not ref.embedded:
         height, width = images.image_size(config)
         notes.append(
@@ -214,16 +222,21 @@ def image_processor(ref: ModelRef, config: Any, notes: list[str]) -> Any | None:
 def _text_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(ref.source, local_files_only=ref.local)
-    places = getattr(model.config, "max_position_embeddings", None) or csv_text.MAX_TOKENS
+    tokenizer = AutoTokenizer.from_pretrained(ref.source, **ref.options)
+    places = max_positions(model.config, model) or csv_text.MAX_TOKENS
     limit = min(csv_text.MAX_TOKENS, tokenizer.model_max_length, places)
-    pad = tokenizer.pad_token_id
-    if pad is None:  # GPT-like models: they find the last token of a row by the pad token
-        pad = tokenizer.eos_token_id or 0
-        notes.append(f"{ref.name} has no pad token; rows are padded with token {pad}.")
-    model.config.pad_token_id = pad
+    pad, note = padding(tokenizer, model.config)
+    notes += [] if note is None else [note]
+    use_padding(model.config, pad)
     notes.append(f"Texts are cut off after {limit} tokens.")
-    return lambda split: csv_text.encode_texts(split, tokenizer, limit, pad)
+
+    def encoded(split: Split) -> csv_text.TextSplit:
+        found = csv_text.encode_texts(split, tokenizer, limit, pad)
+        rows = (row["input_ids"] for row in found.rows)
+        check_ids(rows, tokenizer, model.config, f"{ref.name}, example")
+        return found
+
+    return encoded
 
 
 def _model_fingerprint(model: Any, missing: list[str]) -> str:
@@ -261,13 +274,21 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def loading(ref: ModelRef, cls: str) -> Iterator[None]:
-    """Turns errors of from_pretrained into a WeftError of one line."""
+    """Turns errors of from_pretrained into a WeftError of one line, UnsupportedError if the model
+    needs code of its own.
+    """
     try:
         yield
     except Exception as error:  # OSError, ValueError, KeyError, errors of safetensors, and more
         first = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
+        if "trust_remote_code" in str(error):
+            raise UnsupportedError(
+                f"model {ref.name!r} needs Python code that comes with it (auto_map in its "
+                "config.json), which Weft does not run. If you trust it, load it in Python with "
+                "trust_remote_code=True, and call weft.attach or weft.load on the model."
+            ) from error
         where = "from its directory" if ref.local else "from the hub (it is no directory here)"
         raise WeftError(
             f"model {ref.name!r} could not be loaded {where} as {cls}: {first}"

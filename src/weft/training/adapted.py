@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import WeftError
+from ..errors import ConfigError, WeftError
+from ..inference.pretrained import grow_embeddings
+from ..model import statistics
 from ..model.adapter import Adapter
 from ..model.attach import attach
 from ..tasks.models import loading, quiet
 from ..tasks.quantize import quantization_config
+from ..tasks.vocabulary import use_padding
 from .config.sections import RunConfig
 from .prepare import Data
 from .start import check_base, describe, load_start
@@ -52,14 +55,29 @@ def load_adapted(config: RunConfig, data: Data) -> Adapted:
         trained = tuple(dict.fromkeys([*method.modules_to_save, *modules]))
         method = replace(method, modules_to_save=trained)
         notes.append(f"Not in the checkpoint, so trained from new values: {', '.join(modules)}.")
+    if data.new_tokens.ids:
+        grow_embeddings(model, data.new_tokens.words, data.new_tokens.words)
+        method = replace(method, new_tokens=data.new_tokens.ids)
     if data.start is not None:
         check_base(data.start, model, missing)
     adapter = attach(model, method)
+    _check_statistics(model)
     adapted = Adapted(adapter, missing, notes=notes)
     if data.start is not None:
         adapted.started = load_start(data.start, adapter, missing)
         notes.append(describe(adapted.started))
     return adapted
+
+
+def _check_statistics(model: nn.Module) -> None:
+    """Raises ConfigError if training would move statistics, which no adapter file contains."""
+    moving = statistics.moving(model)
+    if moving:
+        raise ConfigError(
+            f"{len(moving)} batch norms of the frozen base, {moving[0]!r} first, would move their "
+            "running statistics in training, and an adapter does not contain them. Keep them with "
+            "method.freeze_batch_norm=true."
+        )
 
 
 def _new_modules(model: nn.Module, missing: list[str], data: Data) -> list[str]:
@@ -97,10 +115,10 @@ def _load_base(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
                 "label2id": {name: i for i, name in enumerate(names)},
             }
         model_config = transformers.AutoConfig.from_pretrained(
-            source.source, local_files_only=source.local, **changes
+            source.source, **source.options, **changes
         )
         if has_head and data.kind != "image-classification":
-            model_config.pad_token_id = data.pad
+            use_padding(model_config, data.pad)
         if has_head:
             problem = "single_label_classification" if data.classes else "regression"
             model_config.problem_type = problem
@@ -117,7 +135,7 @@ def _load_base(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
             use_safetensors=True,
             ignore_mismatched_sizes=has_head,
             output_loading_info=True,
-            local_files_only=source.local,
+            **source.options,
             **packed,
         )
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import torch
@@ -16,7 +17,7 @@ from ..auditing.audit import audit, steps_until_audit
 from ..auditing.snapshot import Snapshot, snapshot
 from ..errors import WeftError
 from ..model.adapter import Adapter
-from . import processes, resume
+from . import processes, resume, terminal
 from .best import best_index, scores, stale
 from .config.sections import RunConfig
 from .run_dir import RunDir
@@ -28,8 +29,17 @@ class Audit(TrainerCallback):  # type: ignore[misc]
     for the same number of steps.
     """
 
-    def __init__(self, adapter: Adapter, before: Snapshot, warm_up: int) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        before: Snapshot,
+        warm_up: int,
+        unreached: str,
+        report: Callable[[list[str], int], None],
+    ) -> None:
         self.adapter, self.before = adapter, before
+        # Modules that gradients hardly reached are allowed with "allow", and `report` is told of them.
+        self.unreached, self.report = unreached, report
         # In a warm-up the first step has rate 0.
         self.steps = steps_until_audit(adapter) + (1 if warm_up else 0)
         self.last = 0  # the step after which the audit runs; 0: no audit
@@ -53,7 +63,9 @@ class Audit(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.last:
             model, name = self.adapter.model, self.adapter.name
-            audit(model, self.before, snapshot(model, name), name)
+            left = audit(model, self.before, snapshot(model, name), name, self.unreached)
+            if left and state.is_world_process_zero:
+                self.report(left, self.steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.before.release()
@@ -108,22 +120,27 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]
-    """On Ctrl-C or SIGTERM finishes the current step or evaluation, saves, and stops. A second
-    signal stops at once.
+    """On Ctrl-C, SIGTERM or SIGHUP finishes the current step or evaluation, saves, and stops. A
+    second signal stops at once, except a SIGHUP: a terminal that closes may send several.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.requested, self.evaluating = stream, False, False
         self.previous: dict[int, Any] = {}
+        self.terminals: list[int] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if threading.current_thread() is threading.main_thread():
+            self.terminals = terminal.open_terminals()
             self.previous = {
-                number: signal.signal(number, self._request_stop)
-                for number in (signal.SIGINT, signal.SIGTERM)
+                number: signal.signal(number, self._request_stop) for number in terminal.signals()
             }
 
     def _request_stop(self, number: int, frame: Any) -> None:
+        if number == getattr(signal, "SIGHUP", None):
+            terminal.leave(self.terminals)
+            if self.requested:
+                return
         if self.requested:
             self.restore()
             raise KeyboardInterrupt

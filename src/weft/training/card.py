@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..untrusted.printable import one_line
 from .adapted import AUTO_CLASSES
+
+_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n", "~", ".")  # not text in YAML
 
 
 def card(record: Mapping[str, Any], adapter: str, in_peft_format: bool) -> str:
@@ -14,12 +19,12 @@ def card(record: Mapping[str, Any], adapter: str, in_peft_format: bool) -> str:
     base, method = config["model"]["path"], config["method"]["name"]
     lines = [
         "---",
-        f"base_model: {base}",
+        f"base_model: {_yaml(base)}",
         f"library_name: {'peft' if in_peft_format else 'weft'}",
         "tags: [weft, " + method.lower() + "]",
         "---",
         "",
-        f"# {method} adapter for {base}",
+        f"# {method} adapter for {_text(base)}",
         "",
         (
             f"{record['trained_numbers']:,} trained numbers ({record['head_numbers']:,} of them in "
@@ -34,14 +39,15 @@ def card(record: Mapping[str, Any], adapter: str, in_peft_format: bool) -> str:
         *(_load_with_peft(adapter) if in_peft_format else _export_to_peft(method, adapter)),
     ]
     if classes:
-        lines += ["Classes, in the order of the outputs: " + ", ".join(map(str, classes)) + ".", ""]
+        named = ", ".join(_text(str(name)) for name in classes)
+        lines += [f"Classes, in the order of the outputs: {named}.", ""]
     lines += ["## Training", "", *_training(record), "", "## Result", "", *_results(record), ""]
     return "\n".join(lines)
 
 
 def _load(record: Mapping[str, Any], adapter: str) -> list[str]:
     base, kind, classes = record["config"]["model"]["path"], record["kind"], record["classes"]
-    labels = ""
+    labels, text = "", record["format"] != "image"
     if classes:
         labels = f", num_labels={len(classes)}"
     elif kind == "regression":
@@ -49,10 +55,16 @@ def _load(record: Mapping[str, Any], adapter: str) -> list[str]:
     return [
         "```python",
         "import weft",
-        f"from transformers import {AUTO_CLASSES[kind]}",
+        f"from transformers import {AUTO_CLASSES[kind]}" + (", AutoTokenizer" if text else ""),
         "",
-        f'model = {AUTO_CLASSES[kind]}.from_pretrained("{base}"{labels})',
-        f'weft.load(model, "{adapter}")',
+        f"model = {AUTO_CLASSES[kind]}.from_pretrained({_string(base)}{labels})",
+        *(
+            [f"model.resize_token_embeddings({record['embeddings']})  # for the new tokens"]
+            if record.get("embeddings")
+            else []
+        ),
+        f"weft.load(model, {_string(adapter)})",
+        *([f"tokenizer = AutoTokenizer.from_pretrained({_string(adapter)})"] if text else []),
         "```",
         "",
     ]
@@ -65,7 +77,7 @@ def _load_with_peft(adapter: str) -> list[str]:
         "```python",
         "from peft import PeftModel",
         "",
-        f'model = PeftModel.from_pretrained(model, "{adapter}")',
+        f"model = PeftModel.from_pretrained(model, {_string(adapter)})",
         "```",
         "",
     ]
@@ -86,7 +98,7 @@ def _training(record: Mapping[str, Any]) -> list[str]:
     data = config["task"] or config["data"]["train"]
     optim, train = config["optim"], config["train"]
     rows = {
-        "data": f"{data}: {record['samples']} samples, fingerprint {record['identity']['train']}",
+        "data": f"{_text(data)}: {record['samples']} samples, fingerprint {record['identity']['train']}",
         "steps": f"{record['steps']} of {train['batch']} x {train['accumulate']} samples",
         "optimiser": f"AdamW, lr {optim['lr']:g}, {optim['schedule']} with warm-up "
         f"{optim['warm_up']:g}, "
@@ -95,7 +107,7 @@ def _training(record: Mapping[str, Any]) -> list[str]:
         "precision": f"{train['precision']}, base weights {config['model']['dtype']}",
     }
     return [f"- {name}: {text}" for name, text in rows.items()] + [
-        f"- {note}" for note in record["notes"]
+        f"- {_text(note)}" for note in record["notes"]
     ]
 
 
@@ -115,3 +127,19 @@ def _results(record: Mapping[str, Any]) -> list[str]:
         if isinstance(value, float) and key != "epoch"
     )
     return [*rows, f"- evaluation ({which}, step {chosen['step']}): {numbers}"]
+
+
+def _yaml(text: str) -> str:
+    """A text as a YAML value: as it is if that reads as the same text, else in quotes."""
+    plain = re.fullmatch(r"[A-Za-z_./~][\w./~-]*", text) is not None
+    return text if plain and text.lower() not in _WORDS else _string(text)
+
+
+def _string(text: str) -> str:
+    """A text as a string of Python, JSON and YAML."""
+    return json.dumps(text)
+
+
+def _text(text: str) -> str:
+    """A text in a line of Markdown: its own line ends, HTML and markup are shown, not obeyed."""
+    return re.sub(r"([\\`*\[\]<>|#!])", r"\\\1", one_line(text, 2000))

@@ -46,4 +46,4 @@ def check_prompts_fit(config: RunConfig, data: Data, model: nn.Module) -> None:
         return
     records = data.task.eval_records("validation")[: config.eval.records]
     coded = [data.renderer.prompt_ids(record["prompt"]) for record in records]
-    check_fits(model.config, coded, data.task.generation)
+    check_fits(model, coded, data.task.generation)

@@ -8,24 +8,37 @@
     label         label, and text or sentence, or a pair: text text2, sentence1 sentence2,
                   question sentence
 
-`data.columns` maps Weft's names to the file's: {prompt: question, completion: answer}.
+`tools` and `documents` beside a conversation go to the chat template; `system` and `history` come
+before a prompt or an instruction as turns (records.py). `data.columns` maps Weft's names to the
+file's: {prompt: question, completion: answer}. All other columns must be in `data.ignore`.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Any
 
+from ..encoding.conversation import keys_of
 from ..encoding.samples import Samples, is_generation, label_samples
 from ..errors import ConfigError, WeftError
-from ..tasks import GenerationTask, files, find_generation, find_task
-from ..tasks.files import Row
+from ..tasks import GenerationTask, find_generation, find_task
+from ..tasks.files import Numbered, Row
 from ..tasks.generation import as_samples
 from .config.sections import DataSection
+from .normalise import normalised, with_labels
+from .records import (
+    CHAT,
+    EMPTY,
+    OPTIONAL,
+    chat_row,
+    check_ignored,
+    check_pairs,
+    check_read,
+    is_chat,
+    left_out,
+)
+from .sources import read_source, title_of
 
 NEEDED = {
     "messages": ("messages",),
@@ -40,46 +53,24 @@ TEXTS = (
     ("text",),
     ("sentence",),
 )
-ROLES = ("system", "user", "assistant", "tool", "developer")
-
-
-def check_source(name: str, key: str) -> None:
-    """Raises ConfigError unless `name` is an existing file of a known format or a hub name. Nothing
-    is loaded.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise ConfigError(
-            f"{key}={name!r} is a folder; give a file ({', '.join(files.FORMATS)}) or a hub name."
-        )
-    if path.is_file():
-        if not files.is_table(path):
-            raise ConfigError(
-                f"{key}={name!r}: the file's name does not end in a known format: "
-                f"{', '.join(files.FORMATS)} (and .gz)."
-            )
-    elif files.is_table(path) or not files.is_hub_name(name):
-        near = get_close_matches(
-            path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=2
-        )
-        raise ConfigError(
-            f"{key}={name!r}: there is no such file."
-            + (f" Nearest: {', '.join(near)}." if near else "")
-        )
 
 
 def load_samples(
-    section: DataSection, kind: str | None, seed: int
+    section: DataSection, kind: str | None, seed: int, labels: Sequence[str] | None = None
 ) -> tuple[Samples, Samples | None]:
-    """Returns training and evaluation samples.
+    """Returns training and evaluation samples. `labels` are the names of the classes, if given.
 
     Raises ConfigError or WeftError, naming the file, the row and the column.
     """
     if section.train is None:
         raise ConfigError("data.train is missing.")
-    train = _samples(section.train, section, section.split, kind)
+    given = _read("train", section)
+    others = [] if section.eval is None else _read("eval", section)
+    names: set[str] = set()
+    check_ignored(section.ignore, names.union(*(keys_of(row) for _, row in (*given, *others))))
+    train = _samples(given, "train", section, kind, labels)
     if section.eval is not None:
-        held = _samples(section.eval, section, section.eval_split, kind)
+        held = _samples(others, "eval", section, kind, labels)
         if held.format != train.format:
             raise WeftError(
                 f"data.eval has the format {held.format!r} and data.train {train.format!r}."
@@ -101,18 +92,55 @@ def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
     return samples.take(sorted(order[count:])), samples.take(sorted(order[:count]))
 
 
-def _samples(name: str, section: DataSection, split: str, kind: str | None) -> Samples:
-    rows = _renamed(_rows(name, section.config, split), section.columns, name)
-    chosen = section.format if section.format != "auto" else _format_of(rows[0], kind, name)
-    wanted = _columns(chosen, rows[0], name)
+def _read(key: str, section: DataSection) -> list[Numbered]:
+    split = section.split if key == "train" else section.eval_split
+    return read_source(getattr(section, key), f"data.{key}", section.config, split)
+
+
+def _samples(
+    read: list[Numbered],
+    key: str,
+    section: DataSection,
+    kind: str | None,
+    labels: Sequence[str] | None,
+) -> Samples:
+    name = title_of(getattr(section, key))
+    check_pairs([row for _, row in read], section.ignore, name)
+    rows, section = normalised(read, section)
+    rows = _renamed(left_out(rows, section.ignore), section.columns, name)
+    there = _filled(rows)
+    chosen = section.format if section.format != "auto" else _format_of(there, kind, name)
+    wanted = _columns(chosen, there, name)
+    if chosen == "label":
+        at = f"column {section.columns.get('label', 'label')!r}"
+        rows = with_labels(rows, [f"{place}, {at}" for place, _ in read], kind, labels or ())
+    check_read(rows, (*wanted, *OPTIONAL.get(chosen, ())), name)
     checked = [
         _checked(row, chosen, wanted, f"{name}, sample {i}") for i, row in enumerate(rows, 1)
     ]
-    return Samples("messages" if chosen == "instruction" else chosen, checked, name)
+    if is_chat(rows, chosen):
+        checked = [chat_row(row, chosen, f"{name}, sample {i}") for i, row in enumerate(checked, 1)]
+        return Samples("messages", checked, name)
+    return Samples(chosen, checked, name)
+
+
+def _filled(rows: list[Row]) -> Row:
+    """The first row's columns, without those that no row fills if the others fit a format: tables
+    and data sets fill up what a record lacks.
+    """
+    filled = {
+        column: value
+        for column, value in rows[0].items()
+        if column == "label" or any(row.get(column) not in EMPTY for row in rows)
+    }
+    groups = (*NEEDED.values(), *((*texts, "label") for texts in TEXTS))
+    fits = any(all(column in filled for column in group) for group in groups)
+    return filled if fits else rows[0]
 
 
 def _renamed(rows: list[Row], columns: Mapping[str, str], name: str) -> list[Row]:
-    known = {*(c for group in (*NEEDED.values(), *TEXTS) for c in group), "label", "input"}
+    """The rows with Weft's names in place of the file's."""
+    known = {*(c for group in (*NEEDED.values(), *TEXTS) for c in group), "label", "input", *CHAT}
     for ours, theirs in columns.items():
         if ours not in known:
             near = get_close_matches(ours, known, n=2) or sorted(known)
@@ -125,11 +153,20 @@ def _renamed(rows: list[Row], columns: Mapping[str, str], name: str) -> list[Row
                 f"{name}: data.columns.{ours} names the column {theirs!r}, which does not exist. "
                 f"Nearest: {', '.join(near)}."
             )
-    return (
-        [{**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}} for row in rows]
-        if columns
-        else rows
-    )
+        if ours in rows[0] and ours not in columns.values():
+            raise WeftError(
+                f"{name}: data.columns.{ours} puts {theirs!r} in the place of the column {ours!r}, "
+                f"which exists too. If that one has no meaning, write data.ignore: [{ours}]."
+            )
+    if not columns:
+        return rows
+    return [
+        {
+            **{key: value for key, value in row.items() if key not in columns.values()},
+            **{ours: row.get(theirs) for ours, theirs in columns.items()},
+        }
+        for row in rows
+    ]
 
 
 def _format_of(row: Row, kind: str | None, name: str) -> str:
@@ -166,72 +203,21 @@ def _columns(chosen: str, row: Row, name: str) -> tuple[str, ...]:
 
 
 def _checked(row: Row, chosen: str, wanted: Sequence[str], where: str) -> Row:
-    if chosen == "messages":
-        return {"messages": _messages(row.get("messages"), where)}
-    for column in wanted:
-        value = row.get(column)
-        if column == "label":
-            if value is None or value == "" or isinstance(value, bool | dict | list):
-                raise WeftError(f"{where}: label={value!r} is neither a class nor a number.")
-        elif not isinstance(value, str):
-            raise WeftError(f"{where}: {column}={value!r} is not text.")
-    if chosen == "instruction":
-        more = row.get("input")
-        asked = row["instruction"] + (
-            f"\n\n{more}" if isinstance(more, str) and more.strip() else ""
-        )
-        return {
-            "messages": [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": row["output"]},
-            ]
-        }
+    """The columns of the format, and the optional ones that are there, each of its type."""
+    if chosen != "messages":
+        for column in wanted:
+            value = row.get(column)
+            if column == "label":
+                if value is None or value == "" or isinstance(value, bool | dict | list):
+                    raise WeftError(f"{where}: label={value!r} is neither a class nor a number.")
+            elif not isinstance(value, str):
+                raise WeftError(f"{where}: {column}={value!r} is not text.")
+    if not isinstance(row.get("input", ""), str | None) and "input" in OPTIONAL.get(chosen, ()):
+        raise WeftError(f"{where}: input={row['input']!r:.60} is not text.")
     if chosen == "label":
         return {"texts": tuple(row[c] for c in wanted[:-1]), "label": row["label"]}
-    return {column: row[column] for column in wanted}
-
-
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    if isinstance(value, str) and value.startswith("["):  # a table's cell
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise WeftError(f"{where}: messages is text, but not a JSON list.") from None
-    if not isinstance(value, list) or not value:
-        raise WeftError(f"{where}: messages must be a list of {{role, content}}.")
-    for message in value:
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or "content" not in message
-        ):
-            raise WeftError(
-                f"{where}: each message is a mapping with role and content, and this is "
-                f"{message!r:.80}."
-            )
-        if message["role"] not in ROLES:
-            near = get_close_matches(message["role"], ROLES, n=1) or ROLES
-            raise WeftError(
-                f"{where}: role {message['role']!r} is not known. Nearest: {', '.join(near)}."
-            )
-    if not any(message["role"] == "assistant" for message in value):
-        raise WeftError(
-            f"{where}: no message has the role assistant, so there is nothing to learn."
-        )
-    return value
-
-
-def _rows(name: str, config: str | None, split: str) -> list[Row]:
-    path = Path(name).expanduser()
-    if path.is_file():
-        return files.read_rows(path)
-    rows = files.hub_rows(name, config, split)
-    if rows is None:
-        raise WeftError(
-            f"data {name!r} has no split {split!r} on the hub; data.split and data.eval_split name "
-            "it."
-        )
-    return rows
+    more = [column for column in OPTIONAL.get(chosen, ()) if column in row]
+    return {column: row.get(column) for column in (*wanted, *more)}
 
 
 def load_task(

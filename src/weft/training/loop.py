@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -44,7 +45,13 @@ class Loop:
         order = EpochOrder(len(data.train), args.seed)
         self.log, self.stop, self.report = Log(run, stream), Stop(stream), Report(config)
         callbacks = [
-            Audit(adapter, before, int(args.warmup_steps)),
+            Audit(
+                adapter,
+                before,
+                int(args.warmup_steps),
+                config.audit.unreached,
+                partial(run.report_unreached, stream),
+            ),
             Epochs(order, length.per_epoch, data.eval is not None),
             self.log,
             Checkpoints(adapter, config, run, stream),

@@ -61,6 +61,7 @@ def check_text_keys(config: RunConfig) -> None:
         for key, value in (
             ("model.tokenizer", config.model.tokenizer),
             ("model.labels", config.model.labels),
+            ("model.new_tokens", config.model.new_tokens),
             ("eval.records", config.eval.records),
         )
         if value is not None
@@ -86,9 +87,7 @@ def open_pictures(name: str, ref: ModelRef) -> Pictures:
     task = find_task(name).load()
     notes = list(task.notes)
     with quiet(), loading(ref, "a configuration and an image processor"):
-        model_config = transformers.AutoConfig.from_pretrained(
-            ref.source, local_files_only=ref.local
-        )
+        model_config = transformers.AutoConfig.from_pretrained(ref.source, **ref.options)
         processor = image_processor(ref, model_config, notes)
     train, evaluation = (
         encode(task.splits[split], model_config, processor) for split in ("train", "validation")

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..encoding.labels import classes_of, encode_labels
 from ..encoding.render import Renderer
 from ..encoding.rows import EncodedRows
 from ..encoding.samples import Samples, check_task, is_image
-from ..encoding.tokenizer import max_tokens, pad_token, tokenizer_and_stops
+from ..encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ..errors import ConfigError
-from ..inference.pretrained import find_source
+from ..inference.pretrained import empty_model, find_source
+from ..model import prompts
+from ..model.structure import Structure
 from ..tasks import GenerationTask
 from ..tasks.models import ModelRef, loading, quiet
+from ..tasks.vocabulary import check_ids, learned_positions, padding
 from . import processes
 from .config.sections import DataSection, RunConfig
-from .data import check_source, load_samples, load_task
+from .data import load_samples, load_task
+from .new_tokens import NewTokens, add_new_tokens, check_start
 from .pictures import ImageRows, check_text_keys, open_pictures
+from .sources import check_source, has_splits
 from .start import Start, open_start
 
 DEFAULT_EPOCHS = 3
@@ -38,7 +46,8 @@ class Data:
     """The samples of a run with its tokenizer (or image processor, if the model has one).
 
     kind: a key of `losses.METRICS`. classes: in the order of the model's outputs, for a
-    classification. start: the adapter to begin with, if there is one.
+    classification. start: the adapter to begin with, if there is one. new_tokens: those of
+    model.new_tokens. rendered_at: the time in the samples, if the chat template prints the date.
     """
 
     model: ModelRef
@@ -53,6 +62,8 @@ class Data:
     task: GenerationTask | None = None
     renderer: Renderer | None = None
     start: Start | None = None
+    new_tokens: NewTokens = field(default_factory=NewTokens)
+    rendered_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -75,10 +86,12 @@ def find_sources(config: RunConfig) -> Sources:
         split = "split" if key == "train" else "eval_split"
         if name is not None:
             check_source(name, f"data.{key}")
-        local = name is None or Path(name).expanduser().is_file()
-        if local and getattr(config.data, split) != getattr(DataSection, split):
+        if (name is None or not has_splits(name)) and getattr(config.data, split) != getattr(
+            DataSection, split
+        ):
             raise ConfigError(
-                f"data.{split} chooses a split of a hub name, and data.{key} is {name!r}."
+                f"data.{split} chooses a split of a hub name or of a saved data set, and data.{key} "
+                f"is {name!r}."
             )
     template = config.data.chat_template
     if template is not None and not Path(template).expanduser().is_file():
@@ -88,13 +101,15 @@ def find_sources(config: RunConfig) -> Sources:
     return Sources(model, tokenizer or model)
 
 
-def open_data(config: RunConfig, sources: Sources) -> Data:
-    """Reads, renders and encodes the samples. Raises ConfigError or WeftError."""
+def open_data(config: RunConfig, sources: Sources, now: datetime | None = None) -> Data:
+    """Reads, renders and encodes the samples. `now` is the time for a chat template that prints the
+    date, None that of the machine. Raises ConfigError or WeftError.
+    """
     path = config.adapter.start
     start = None if path is None else open_start(path, config.method)
     if config.task is not None and is_image(config.task):
         return _open_images(config, config.task, sources, start)
-    return _open_text(config, sources, start)
+    return _open_text(config, sources, start, now)
 
 
 def length_of(config: RunConfig, samples: int) -> Length:
@@ -127,7 +142,9 @@ def _open_images(config: RunConfig, task: str, sources: Sources, start: Start | 
     )
 
 
-def _open_text(config: RunConfig, sources: Sources, start: Start | None) -> Data:
+def _open_text(
+    config: RunConfig, sources: Sources, start: Start | None, now: datetime | None
+) -> Data:
     task, names = None, config.model.labels
     notes: list[str] = []
     if config.task is not None:
@@ -135,17 +152,19 @@ def _open_text(config: RunConfig, sources: Sources, start: Start | None) -> Data
         names = names or classes
         notes += decided
     else:
-        train, evaluation = load_samples(config.data, config.model.kind, config.train.seed)
+        train, evaluation = load_samples(config.data, config.model.kind, config.train.seed, names)
     kind = _kind(config, train, has_scores=config.task is not None and names is None)
     _check_keys(config, kind, train.format)
     with quiet(), loading(sources.model, "a tokenizer and a configuration"):
         tokenizer, model_config, stops = tokenizer_and_stops(sources.model, sources.tokenizer)
-    limit = _max_length(config, max_tokens(tokenizer, model_config), notes)
-    pad = pad_token(tokenizer)
-    if tokenizer.pad_token_id is None:
-        notes.append(
-            f"The tokenizer has no pad token; rows are padded with token {pad}, which is masked."
-        )
+    new_tokens = add_new_tokens(config, tokenizer, model_config, notes)
+    if start is not None:
+        check_start(start, tokenizer, new_tokens)
+    architecture = empty_model(sources.model)
+    limit = max_tokens(tokenizer, model_config, architecture)
+    limit = _max_length(config, limit, _room(config, architecture), notes)
+    pad, note = padding(tokenizer, model_config)
+    notes += [] if note is None else [note]
     data = Data(
         model=sources.model,
         tokenizer=tokenizer,
@@ -157,9 +176,13 @@ def _open_text(config: RunConfig, sources: Sources, start: Start | None) -> Data
         notes=notes,
         task=task,
         start=start,
+        new_tokens=new_tokens,
     )
     with quiet():  # texts that are too long are counted and reported at the end
-        _encode(config, data, (train, evaluation), limit, stops, names)
+        _encode(config, data, (train, evaluation), limit, stops, names, now)
+    for what, rows in (("training", data.train), ("evaluation", data.eval)):
+        ids = (row["input_ids"] for row in (rows.rows if isinstance(rows, EncodedRows) else ()))
+        check_ids(ids, tokenizer, model_config, f"{what}, sample")
     data.notes += data.train.counts.notes("training")
     data.notes += data.eval.counts.notes("evaluation") if data.eval is not None else []
     return data
@@ -172,13 +195,19 @@ def _encode(
     limit: int,
     stops: set[int],
     names: tuple[str, ...] | None,
+    now: datetime | None,
 ) -> None:
     train, evaluation = samples
     if data.kind == "causal-lm":
-        template = config.data.chat_template
-        text = None if template is None else Path(template).expanduser().read_text(encoding="utf-8")
-        renderer = Renderer(data.tokenizer, limit, config.data.loss_on, text, stops)
+        if config.data.chat_template is not None:  # saved with the tokenizer, for all later use
+            data.tokenizer.chat_template = _read_template(config.data.chat_template)
+        renderer = Renderer(data.tokenizer, limit, config.data.loss_on, stops=stops, now=now)
         data.renderer = renderer
+        if train.format == "messages" and renderer.template.prints_date():
+            data.rendered_at = renderer.template.now
+            data.notes.append(
+                f"The chat template prints the date; all samples have {data.rendered_at:%Y-%m-%d}."
+            )
         data.train = renderer.encode(train, "training")
         data.eval = None if evaluation is None else renderer.encode(evaluation, "evaluation")
     else:
@@ -186,6 +215,13 @@ def _encode(
         data.train = encode_labels(train, data.tokenizer, limit, data.classes)
         if evaluation is not None:
             data.eval = encode_labels(evaluation, data.tokenizer, limit, data.classes)
+
+
+def _read_template(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template={name!r} cannot be read: {error}") from None
 
 
 def _kind(config: RunConfig, train: Samples, has_scores: bool) -> str:
@@ -223,8 +259,25 @@ def _check_keys(config: RunConfig, kind: str, form: str) -> None:
         raise ConfigError("eval.records is for a task whose answers are generated; leave it out.")
 
 
-def _max_length(config: RunConfig, limit: int, notes: list[str]) -> int:
+def _room(config: RunConfig, model: nn.Module) -> int | None:
+    """The learned positions that the method's virtual tokens leave for text, or None if a model has
+    no table of them.
+    """
+    learned = learned_positions(model)
+    if learned is None:
+        return None
+    virtual = prompts.virtual_positions(Structure.of(model), config.method)
+    if virtual >= learned:
+        raise ConfigError(
+            f"method: its {virtual} virtual tokens leave none of the model's {learned} positions "
+            "for text. Take fewer."
+        )
+    return learned - virtual
+
+
+def _max_length(config: RunConfig, limit: int, room: int | None, notes: list[str]) -> int:
     """data.max_length, or the model's limit if that is less."""
+    limit = limit if room is None else min(limit, room)
     if config.data.max_length > limit:
         notes.append(
             f"data.max_length={config.data.max_length} is more than this model takes; samples are "

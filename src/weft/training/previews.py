@@ -14,12 +14,14 @@ PROBLEMS = (
     ("end_cut", "end-of-turn cut off"),
     ("end_masked", "end-of-turn masked"),
     ("empty", "nothing in the loss"),
+    ("blank", "blank answer"),
 )
 
 
 def preview(config: RunConfig, count: int = 3) -> str:
     """Returns the first `count` samples as the model reads them, with the tokens in the loss
-    between ⟦ and ⟧, and the counts of problems.
+    between ⟦ and ⟧, what the chat template added to the loss by itself and borders that were moved,
+    and the counts of problems.
 
     Loads the tokenizer and the data, but no weights. Raises ConfigError or WeftError.
     """
@@ -42,4 +44,5 @@ def _sample(data: Data, index: int) -> str:
         label = data.classes[int(labels)] if data.classes else labels
         return f"{len(ids)} tokens, label {label}\n{data.tokenizer.decode(list(ids))}"
     in_loss = sum(label != IGNORED for label in labels)
-    return f"{len(ids)} tokens, {in_loss} in the loss\n{marked(data.tokenizer, ids, labels)}"
+    text = f"{len(ids)} tokens, {in_loss} in the loss\n{marked(data.tokenizer, ids, labels)}"
+    return "\n".join([text, *(f"note: {remark}" for remark in row.get("remarks", ()))])

@@ -22,8 +22,10 @@ def facts(data: Data, adapted: Adapted, steps: int) -> dict[str, Any]:
         "eval_samples": None if data.eval is None else len(data.eval),
         "trained_numbers": adapted.adapter.num_parameters,
         "head_numbers": adapted.adapter.num_head_parameters,
+        "embeddings": data.new_tokens.words or None,
         "counts": vars(data.train.counts),
         "started_from": adapted.started,
+        "rendered_at": None if data.rendered_at is None else data.rendered_at.isoformat(),
         "notes": data.notes + adapted.notes,
     }
 

@@ -56,7 +56,7 @@ def train(config: RunConfig, go_on: bool = False, stream: TextIO | None = None) 
     run.check(config, go_on)
 
     # Data.
-    data = open_data(config, sources)
+    data = open_data(config, sources, run.rendered_at() if go_on else None)
     check_best(config, data)
     length = length_of(config, len(data.train))
 
@@ -121,6 +121,8 @@ def _begin(
     found = None
     if processes.first():
         found = run.begin(config, identity, record.facts(data, adapted, length.steps))
+        if data.tokenizer is not None:
+            run.put_tokenizer(data.tokenizer)
     processes.wait(config.train.device)
     return found if processes.first() else newest(run.checkpoints)
 

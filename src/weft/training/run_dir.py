@@ -3,7 +3,8 @@
 * config.yaml: the resolved configuration, defaults included
 * run.json: versions, seeds, fingerprints of model and data, result
 * log.jsonl: one line per logged step or evaluation
-* adapter/: the result, in the format of weft.save; best/: the adapter of the best evaluation
+* tokenizer/: the run's tokenizer with its chat template, or its image processor
+* adapter/: the result, in the format of weft.save, with the tokenizer; best/: the adapter of the best evaluation
   (eval.best)
 * curves.png: loss, rate, gradient norm, evaluations; README.md: the model card
 * checkpoints/: for --resume
@@ -15,19 +16,22 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import nn
 
 from ..auditing.base_digest import base_digests, base_fingerprint
 from ..checkpoint import files
+from ..checkpoint.tokenizer_files import RUN_TOKENIZER
 from ..errors import ConfigError, WeftError
 from .config.read import dump, to_dict
 from .config.sections import RunConfig
@@ -147,6 +151,11 @@ class RunDir:
             raise WeftError(f"{self.record} is not a file of weft train.")
         return data
 
+    def rendered_at(self) -> datetime | None:
+        """Returns the time in the samples of the run here, if its chat template prints the date."""
+        found = self.read().get("rendered_at") if self.record.is_file() else None
+        return None if found is None else datetime.fromisoformat(found)
+
     def begin(
         self, config: RunConfig, identity: Mapping[str, Any], facts: Mapping[str, Any]
     ) -> tuple[Path, int] | None:
@@ -159,16 +168,18 @@ class RunDir:
         for left in self.root.glob(".*.tmp"):  # of a run that was killed in a write
             left.unlink()
         found = None
-        begun = []
+        begun, kept = [], {}
         if self.record.is_file():
             before = self.read()
             check_same(before["identity"], identity, self.root)
             found, begun = newest(self.checkpoints), before["sessions"]
+            kept = {key: before[key] for key in ("unreached",) if key in before}
         record = {
             "schema": SCHEMA,
             "status": "running",
             "identity": identity,
             **facts,
+            **kept,
             "sessions": [*begun, {"from_step": found[1] if found else 0, **_environment()}],
             "config": to_dict(config),
         }
@@ -181,6 +192,17 @@ class RunDir:
     def finish(self, **result: Any) -> None:
         """Adds the result to run.json."""
         self._put_record({**self.read(), **result})
+
+    def report_unreached(self, stream: TextIO, modules: list[str], steps: int) -> None:
+        """Prints the modules that gradients hardly reached, and adds them to run.json."""
+        print(
+            f"audit: in the first {steps} steps gradients reached {len(modules)} modules never or "
+            f"more rarely than others, which audit.unreached=allow accepts: {', '.join(modules[:8])}"
+            f"{', ...' if len(modules) > 8 else ''}",
+            file=stream,
+            flush=True,
+        )
+        self.finish(unreached=modules)
 
     def _put_record(self, record: Mapping[str, Any]) -> None:
         self.put("run.json", json.dumps(record, indent=1) + "\n")
@@ -197,6 +219,14 @@ class RunDir:
         }
         with (self.root / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain) + "\n")  # JSON has no NaN
+
+    def put_tokenizer(self, tokenizer: Any) -> None:
+        """Writes the tokenizer that the data is rendered with, for all adapters of the run."""
+        target, fresh = self.root / RUN_TOKENIZER, self.root / f".{RUN_TOKENIZER}-new"
+        shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed here
+        tokenizer.save_pretrained(fresh)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(fresh, target)
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the rows of log.jsonl, without a line that was cut off by a kill."""

@@ -37,6 +37,8 @@ FREE = (
     "within",
     "layers",
     "modules_to_save",
+    "freeze_batch_norm",
+    "new_tokens",
     "dropout",
     "init",
     "norm_grad",
@@ -129,6 +131,8 @@ def load_start(start: Start, adapter: Adapter, missing: Collection[str]) -> dict
         live = site.stored()
         for tensor, value in plan.values[name].items():
             live[tensor].copy_(value)
+    for name, rows in plan.tokens.items():
+        adapter.token_layers[name].get_parameter("rows").copy_(rows)
     for name, value in plan.selected.items():
         mine[name].trained.copy_(value)
     return {
@@ -176,6 +180,10 @@ def _left_over(adapter: Adapter, plan: LoadPlan) -> list[str]:
         for name in plan.selected
         if name not in adapter.selected_tensors
     ]
+    ids = {name: layer.method.ids for name, layer in adapter.token_layers.items()}
+    theirs = {name: ids for table in plan.tables for name, ids in [(table.name, table.ids)]}
+    if theirs != {name: ids[name] for name in adapter.token_rows}:
+        found.append("its new tokens are others than this run's; give it the same model.new_tokens")
     return found
 
 
@@ -230,8 +238,9 @@ def _fingerprint(stored: Checkpoint) -> str:
         for module, site in stored.sites.items()
         for tensor, t in site.tensors.items()
     }
+    rows = {f"{module}.rows": t for module, t in stored.tokens.items()}
     text = "".join(
         f"{name} {files.checksum(t)}\n"
-        for name, t in sorted({**tensors, **stored.selected}.items())
+        for name, t in sorted({**tensors, **stored.selected, **rows}.items())
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

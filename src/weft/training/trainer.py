@@ -218,7 +218,8 @@ def arguments(config: RunConfig, folder: Path, length: Length, data: Data) -> Tr
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_backend="gloo" if processes.count() > 1 and not cuda else None,
-        ddp_find_unused_parameters=False,
+        # Layers that are not reached have no gradient to wait for.
+        ddp_find_unused_parameters=config.audit.unreached == "allow",
         disable_tqdm=True,
         log_level="error",
         run_name=Path(config.out).name,

@@ -2,7 +2,8 @@
 
 The tensors of all layers that have one name, shape and dtype are stacked: "b.768.float32"
 [layers, 768]. One tensor per layer would cost about a hundred bytes of header each, a fair part of
-a file of VeRA's vectors. Base tensors that were trained as copies keep their names, after "base/".
+a file of VeRA's vectors. Base tensors that were trained as copies keep their names, after "base/";
+the rows of new tokens have "tokens/" and the name of their module.
 The order of the layers is that of the manifest. The `peft_type` is unknown to peft, which makes it
 refuse the directory instead of misreading it.
 """
@@ -20,7 +21,7 @@ from ...errors import CheckpointError
 from ..checkpoint import Checkpoint, Written
 from ..problems import report_extra, take
 
-_SELECTED = "base/"
+_SELECTED, _TOKENS = "base/", "tokens/"
 _MARKER = "WEFT_"
 
 
@@ -47,6 +48,7 @@ class NativeFormat:
                 groups.setdefault(key, []).append(value)
         tensors = {key: torch.stack(parts) for key, parts in groups.items()}
         tensors |= {_SELECTED + name: t for name, t in checkpoint.selected.items()}
+        tensors |= {_TOKENS + name: t for name, t in checkpoint.tokens.items()}
         config = {
             "peft_type": f"{_MARKER}{type(checkpoint.config).__name__.upper()}",
             "weft": methods.to_json(checkpoint.config),
@@ -84,7 +86,9 @@ class NativeFormat:
                     checkpoint.sites[module].tensors[tensor] = found[row]
         selected = manifest["selected"]
         take_selected(checkpoint, tensors, _SELECTED, selected)
-        expected = [*groups, *(_SELECTED + name for name in selected)]
+        tokens = {name: _TOKENS + name for name in checkpoint.token_ids}
+        take_tokens(checkpoint, tensors, tokens)
+        expected = [*groups, *(_SELECTED + name for name in selected), *tokens.values()]
         report_extra(checkpoint.problems, tensors, expected)
 
     def why_not_model(self, root: nn.Module) -> str | None:
@@ -106,6 +110,17 @@ def take_selected(
         found = take(tensors, key, None, "a base tensor trained as a copy", checkpoint.problems)
         if found is not None:
             checkpoint.selected[name] = found
+
+
+def take_tokens(
+    checkpoint: Checkpoint, tensors: dict[str, Tensor], keys: Mapping[str, str]
+) -> None:
+    """Moves the rows of new tokens [n, width] into the checkpoint, by module; `keys` names theirs."""
+    for module, key in keys.items():
+        what = f"rows of the new tokens of {module!r}"
+        found = take(tensors, key, None, what, checkpoint.problems)
+        if found is not None:
+            checkpoint.tokens[module] = found
 
 
 def _stack_key(tensor: str, shape: tuple[int, ...], dtype: str) -> str:

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...methods import AdaLoRA
+from ...methods.field_types import hints_of
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
+from ..drawn import MOST_DRAWN
 from . import peft_bias as bias
 from . import peft_layers as layers
+from . import peft_tokens
 
 _NAMES = {"P": "lora_B", "lam": "lora_E", "Q": "lora_A"}
 _PARTS = {name: tensor for tensor, name in _NAMES.items()}
@@ -50,7 +53,14 @@ _UNREAD = (
     "megatron_core",
     "qalora_group_size",
 )
-_SUPPORTED = (*_FIELDS.values(), *_UNREAD, "lora_alpha", "rank_pattern", "init_lora_weights")
+_SUPPORTED: Mapping[str, Any] = {
+    **dict.fromkeys(_UNREAD, Any),
+    **{theirs: hints_of(AdaLoRA)[ours] | None for ours, theirs in _FIELDS.items()},
+    "lora_alpha": float,
+    "rank_pattern": Mapping[str, list[bool]] | None,
+    "init_lora_weights": Any,
+    peft_tokens.FIELD: Any,
+}
 
 
 class AdaLoraFormat:
@@ -152,25 +162,21 @@ def _parse_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> A
 def _patterns(config: Mapping[str, Any], r: int) -> dict[str, str]:
     """Module -> one mark per triplet, "1" if peft kept it. The keys name the module's lora_E."""
     given = config.get("rank_pattern") or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(
-            f"rank_pattern={given!r}: an object of tensor names and lists is expected."
-        )
     found = {}
     for name, marks in given.items():
         match = _KEY.fullmatch(name)
-        if match is None or not isinstance(marks, list) or len(marks) != r:
+        if match is None or len(marks) != r:
             raise ConfigError(
                 f"rank_pattern: {name!r} must name a lora_E and have {r} marks, one per triplet."
             )
-        found[match["module"]] = "".join("01"[bool(mark)] for mark in marks)
+        found[match["module"]] = "".join("01"[mark] for mark in marks)
     return found
 
 
 def _grown(t: Tensor, pattern: str, dim: int) -> Tensor:
     """The tensor with zeros for the triplets that were left out; unchanged if it does not fit."""
     kept = [i for i, mark in enumerate(pattern) if mark == "1"]
-    if t.ndim != 2 or t.shape[dim] != len(kept):
+    if t.ndim != 2 or t.shape[dim] != len(kept) or t.shape[1 - dim] * len(pattern) > MOST_DRAWN:
         return t
     shape = list(t.shape)
     shape[dim] = len(pattern)

@@ -5,40 +5,45 @@ fields that are not supported, base tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedError
+from ...errors import ConfigError, UnsupportedError
+from ...methods.field_types import WrongType, conform, short
 from ...methods.target_spec import KEYWORDS, is_ending
 from ...model.structure import Structure, canonical
+from ...untrusted.json_text import shortened
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
+from ..header_fields import check_base
 from ..matching import bare, class_of, owner_of
 from ..problems import report_extra, take
 from . import peft_bias as bias
-from .native import take_selected
+from . import peft_tokens
+from .native import take_selected, take_tokens
 from .peft_picks import adapted_by, picks_by_number
 
 PREFIX = "base_model.model."
 _PREFIXES = re.compile(r"(?P<wrappers>((module|_orig_mod)\.)*)base_model\.model\.")
-# Fields that change no value of a finished adapter, or say which layers it has, as the tensors do.
-_HARMLESS = {
-    "peft_type",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "inference_mode",
-    "auto_mapping",
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "fan_in_fan_out",
+# Fields that change no value of a finished adapter, or say which layers it has, as the tensors do;
+# each with the type of its value.
+_HARMLESS: Mapping[str, Any] = {
+    "peft_type": Any,
+    "peft_version": Any,
+    "base_model_name_or_path": Any,
+    "revision": Any,
+    "task_type": Any,
+    "inference_mode": Any,
+    "auto_mapping": Mapping[str, Any] | None,
+    "target_modules": str | list[str] | None,
+    "exclude_modules": str | list[str] | None,
+    "modules_to_save": list[str] | None,
+    "layers_to_transform": int | list[int] | None,
+    "layers_pattern": str | list[str] | None,
+    "fan_in_fan_out": bool | None,
 }
 KeyOf = Callable[[str, str, str | None], str]  # module, tensor, kind -> key without PREFIX
 
@@ -62,7 +67,9 @@ def write_layers(
     tensors |= {PREFIX + name: t for name, t in checkpoint.repeated.items()}
     selected = {**checkpoint.selected, **checkpoint.aliases}
     tensors |= {PREFIX + bias.key_of(checkpoint, name): t for name, t in selected.items()}
-    return Written(tensors, {**_common_fields(checkpoint, model), **fields}, list(selected))
+    tensors |= {PREFIX + peft_tokens.key_of(name): t for name, t in checkpoint.tokens.items()}
+    common = {**_common_fields(checkpoint, model), **peft_tokens.field(checkpoint)}
+    return Written(tensors, {**common, **fields}, list(selected))
 
 
 def _common_fields(checkpoint: Checkpoint, model: nn.Module | None) -> dict[str, Any]:
@@ -104,15 +111,28 @@ def _target_modules(checkpoint: Checkpoint, model: nn.Module | None) -> list[str
     return "|".join(re.escape(name) for name in sorted(names))
 
 
-def refuse_fields(config: Mapping[str, Any], supported: Iterable[str], kind: str) -> None:
-    """Raises UnsupportedError for a field that is set, changes the adapter, and is not supported."""
-    known = _HARMLESS | set(supported)
+def refuse_fields(config: Mapping[str, Any], supported: Mapping[str, Any], kind: str) -> None:
+    """Raises UnsupportedError for a field that is set, changes the adapter, and is not supported.
+
+    `supported` maps the other fields to the types of their values. Raises ConfigError for a value
+    of another type: the text "false" is no boolean.
+    """
+    known = {**_HARMLESS, **supported}
     for field, value in config.items():
-        if field not in known and value not in (None, False, [], {}, "none", ""):
+        if field in known:
+            _check_type(known[field], field, value)
+        elif value not in (None, False, [], {}, "none", ""):
             raise UnsupportedError(
                 f"peft's {kind} configuration has {field}={value!r}, which Weft cannot carry. Load "
                 "it in peft, merge or convert it there, and save it without this field."
             )
+
+
+def _check_type(hint: Any, field: str, value: Any) -> None:
+    try:
+        conform(hint, value)
+    except WrongType as error:
+        raise ConfigError(f"{field}={short(value)}: {field} must be {error}.") from None
 
 
 def targets_of(config: Mapping[str, Any]) -> Any:
@@ -193,8 +213,12 @@ def finish_reading(
             f"the file holds no tensor of peft's {checkpoint.format}; its names begin with {first}"
         )
     auto = config.get("auto_mapping") or {}
+    if not isinstance(auto, Mapping):
+        raise ConfigError(f"auto_mapping={shortened(auto)}: an object is expected.")
     if auto.get("base_model_class"):
         checkpoint.base = {"class": auto["base_model_class"], "library": auto.get("parent_library")}
+        if not check_base(checkpoint.base):
+            raise ConfigError(f"auto_mapping={shortened(auto)}: two names are expected.")
     picks = picks_by_number(config)
     if picks:
         checkpoint.adapted = adapted_by(config)
@@ -203,6 +227,7 @@ def finish_reading(
         names = [name if is_ending(name) else re.escape(name) for name in checkpoint.sites]
         checkpoint.config = replace(checkpoint.config, targets=names)
     bias.take_biases(checkpoint, rest, config.get("bias") or "none")
+    peft_tokens.take_tokens(checkpoint, rest, config)
     take_base_tensors(checkpoint, rest)
     expected = [key for layer in checkpoint.sites.values() for key in layer.keys.values()]
     report_extra(checkpoint.problems, rest, expected)
@@ -243,8 +268,11 @@ def restore_layers(
         if (key_in_file := bias.key_of(checkpoint, name)) in plain:
             plain[name] = plain.pop(key_in_file)
     take_selected(checkpoint, plain, "", manifest["selected"])
+    rows = {name: peft_tokens.key_of(name) for name in checkpoint.token_ids}
+    take_tokens(checkpoint, plain, rows)
     checkpoint.repeated = plain
     reported = {name for layer in checkpoint.sites.values() for name in layer.keys.values()}
+    reported |= {PREFIX + key for key in rows.values()}
     reported |= {PREFIX + bias.key_of(checkpoint, n) for n in manifest["selected"]} | set(taken)
     checkpoint.problems += [
         f"missing: {name!r} was saved with this adapter"
@@ -257,10 +285,25 @@ def _take_layer(
     checkpoint: Checkpoint, tensors: dict[str, Tensor], module: str, keys: Mapping[str, str]
 ) -> None:
     layer = checkpoint.sites[module]
-    for tensor, shape in layer.rule.shapes(*(layer.shape or (1, 1))).items():
+    size = layer.shape or _size_of(layer.rule, {t: tensors.get(key) for t, key in keys.items()})
+    for tensor, wanted in layer.rule.shapes(*size).items():
         layer.keys[tensor] = PREFIX + keys[tensor]
-        wanted = shape if layer.shape else None
         what = f"{tensor} of {module!r}"
         found = take(tensors, keys[tensor], wanted, what, checkpoint.problems)
         if found is not None:
             layer.tensors[tensor] = found
+
+
+def _size_of(rule: Any, tensors: Mapping[str, Tensor | None]) -> tuple[int, int]:
+    """Returns (out, in) of a layer, from the sides of its tensors that depend on them; 1 if none
+    does.
+    """
+    unit, sizes = rule.shapes(1, 1), [1, 1]
+    for side, probe in enumerate(((2, 1), (1, 2))):
+        for name, shape in rule.shapes(*probe).items():
+            t = tensors.get(name)
+            if t is not None and t.ndim == len(shape):
+                for dim, length in enumerate(shape):
+                    if length != unit[name][dim]:
+                        sizes[side] = t.shape[dim]
+    return sizes[0], sizes[1]

@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import ConfigError
 from ...methods import DoRA, LoRA, replace
 from ...methods.config import scaling
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
 from . import peft_layers as layers
 from . import peft_starts as starts
+from . import peft_tokens
+from .peft_patterns import FirstFit
 
 _LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
 _EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
@@ -37,22 +38,24 @@ _KEY = re.compile(
 # Initialisations that leave the base as it was. Of those that rewrite it, "pissa" and "olora" can be
 # done again (peft_starts.py); with the others the tensors belong to a base that no one has.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_SUPPORTED = (
-    "bias",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "init_lora_weights",
+_PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+_SUPPORTED = {
+    "bias": str | None,
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float | None,
+    "use_rslora": bool | None,
+    "use_dora": bool | None,
+    "rank_pattern": Mapping[str, int] | None,
+    "alpha_pattern": Mapping[str, float] | None,
+    "init_lora_weights": bool | str | None,
+    peft_tokens.FIELD: Any,
     # in every file; they act through fields that are refused
-    "eva_config",
-    "ensure_weight_tying",
-    "megatron_core",
-    "qalora_group_size",
-)
+    "eva_config": Any,
+    "ensure_weight_tying": Any,
+    "megatron_core": Any,
+    "qalora_group_size": Any,
+}
 
 
 class LoraFormat:
@@ -83,7 +86,7 @@ class LoraFormat:
         init = config.get("init_lora_weights")
         of_weight = starts.init_of(config)
         if init not in _PLAIN_INITS and of_weight is None:
-            layers.refuse_fields({"init_lora_weights": init}, (), "LoRA")
+            layers.refuse_fields({"init_lora_weights": init}, {}, "LoRA")
         method = DoRA if config.get("use_dora") else LoRA
         built = method(
             r=config.get("r", 8),
@@ -98,13 +101,16 @@ class LoraFormat:
         checkpoint = Checkpoint(built, "peft", self.name)
         rest = layers.bare_keys(checkpoint, tensors)
 
+        fits = {field: FirstFit(config, pattern) for field, pattern in _PATTERNS.items()}
+
         def layer_of(module: str, part: str) -> CheckpointLayer:
-            rule = _layer_config(built, module, config)
+            own = {field: fit.value(module) for field, fit in fits.items()}
+            changed = {field: value for field, value in own.items() if value is not None}
             if "embedding" not in part:
-                return CheckpointLayer(rule)
-            if rule.starts_at_weight:  # peft starts an embedding as usual whatever the field says
-                rule = replace(rule, {"init": "kaiming"})
-            return CheckpointLayer(rule, kind="embedding")
+                return CheckpointLayer(replace(built, changed))
+            if built.starts_at_weight:  # peft starts an embedding as usual whatever the field says
+                changed["init"] = "kaiming"
+            return CheckpointLayer(replace(built, changed), kind="embedding")
 
         layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
         checkpoint = layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
@@ -162,18 +168,3 @@ def _alpha(method: LoRA, rslora: bool) -> float:
 
 def _int_if_whole(value: float) -> float:
     return int(value) if value == int(value) else float(value)
-
-
-def _layer_config(config: Any, module: str, peft: Mapping[str, Any]) -> Any:
-    """Returns the configuration of a layer; the first pattern that matches its name counts, as in peft."""
-    changed: dict[str, Any] = {}
-    for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-        values = peft.get(pattern) or {}
-        if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"{pattern}={values!r}: an object of name patterns and numbers is expected."
-            )
-        fits = next((p for p in values if re.match(rf"(.*\.)?({p})$", module)), None)
-        if fits is not None:
-            changed[field] = values[fits] if field == "r" else float(values[fits])
-    return replace(config, changed)

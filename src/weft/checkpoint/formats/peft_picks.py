@@ -6,13 +6,14 @@ Weft reads the layers of a file from its tensors; these rules tell if some of th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError
 from ...model import base_layers
 from ...model.structure import Structure, canonical
+from ...model.structure.names import matches
+from ...untrusted.json_text import shortened
 
 
 def picks_by_number(config: Mapping[str, Any]) -> bool:
@@ -31,14 +32,15 @@ def adapted_by(
 
     Raises ConfigError if a field has a type that peft does not write.
     """
-    targets, exclude = config.get("target_modules"), config.get("exclude_modules")
-    numbers = config.get("layers_to_transform")
-    if not targets:
+    exclude, numbers = config.get("exclude_modules"), config.get("layers_to_transform")
+    if not config.get("target_modules"):
         return None
+    targets = _Names("target_modules", config["target_modules"])
+    excluded = _Names("exclude_modules", exclude) if exclude else None
     wanted = [numbers] if type(numbers) is int else numbers or []
     if not isinstance(wanted, Sequence) or not all(type(n) is int for n in wanted):
-        raise ConfigError(f"layers_to_transform={numbers!r}: whole numbers are expected.")
-    stacks = _stacks(config.get("layers_pattern"))
+        raise ConfigError(f"layers_to_transform={shortened(numbers)}: whole numbers are expected.")
+    number_of = _numbers(config.get("layers_pattern"))
 
     def adapted(structure: Structure, trained: Collection[str]) -> list[str]:
         return [
@@ -50,28 +52,58 @@ def adapted_by(
         ]
 
     def decide(name: str) -> bool:
-        if exclude and _names(exclude, name):
+        if excluded is not None and name in excluded:
             return False
-        if not _names(targets, name):
+        if name not in targets:
             return False
-        if not wanted or isinstance(targets, str):
-            return True
-        found = next((m for s in stacks if (m := re.match(s, name))), None)
-        return found is not None and int(found["index"]) in wanted
+        return not wanted or targets.is_expression or number_of(name) in wanted
 
     return adapted
 
 
-def _stacks(pattern: Any) -> list[str]:
-    """Expressions for the part of a name that ends in a block's number."""
-    if not pattern:
-        return [r".*?\.[^.]*\.(?P<index>\d+)\."]
-    each = [pattern] if isinstance(pattern, str) else list(pattern)
-    return [rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in each]
+class _Names:
+    """The names that a field chooses: by an expression over the whole name, or a list of endings.
+
+    Raises ConfigError if it is neither.
+    """
+
+    def __init__(self, field: str, value: Any) -> None:
+        self.field, self.value, self.is_expression = field, value, isinstance(value, str)
+        if not self.is_expression:
+            _check_list(field, value)
+            self.endings = frozenset(value)
+
+    def __contains__(self, name: str) -> bool:
+        if self.is_expression:
+            return matches(self.field, self.value, name)
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in self.endings for i in range(len(parts)))
 
 
-def _names(pattern: Any, name: str) -> bool:
-    """Whether a string matches a whole name, or a list has an ending of it."""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == ending or name.endswith(f".{ending}") for ending in pattern)
+def _numbers(pattern: Any) -> Callable[[str], int | None]:
+    """Returns the function of a layer's name to the number of its block, by `layers_pattern`: the
+    first number after one of these names of a stack, or without them after any two names.
+
+    Raises ConfigError if it has another type.
+    """
+    stacks = [pattern] if isinstance(pattern, str) and pattern else pattern or []
+    _check_list("layers_pattern", stacks)
+
+    def number_of(name: str) -> int | None:
+        parts = name.split(".")
+        for place in range(1, len(parts) - 1):
+            if not parts[place].isdecimal():
+                continue
+            before = ".".join(parts[:place])
+            if not stacks and place >= 2:
+                return int(parts[place])
+            if any(matches("layers_pattern", rf"(?:.*\.)?(?:{s})", before) for s in stacks):
+                return int(parts[place])
+        return None
+
+    return number_of
+
+
+def _check_list(field: str, value: Any) -> None:
+    if not isinstance(value, Sequence | set) or not all(isinstance(v, str) for v in value):
+        raise ConfigError(f"{field}={shortened(value)}: a text or a list of texts is expected.")

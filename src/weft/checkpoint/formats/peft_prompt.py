@@ -20,23 +20,24 @@ from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..matching import bare
 from ..problems import report_extra, take
 from .peft_layers import dtype_of, refuse_fields, take_base_tensors
+from .peft_tokens import why_none
 
 _TENSOR = "prompt_embeddings"
-_SUPPORTED = (
-    "num_virtual_tokens",
-    "token_dim",
-    "num_layers",
-    "num_attention_heads",
-    "num_transformer_submodules",
+_SUPPORTED = {
+    "num_virtual_tokens": int,
+    "token_dim": int,
+    "num_layers": int,
+    "num_attention_heads": int | None,
+    "num_transformer_submodules": int | None,
     # how peft initialised or computed the tensor in the file
-    "encoder_hidden_size",
-    "prefix_projection",
-    "init_weights",
-    "prompt_tuning_init",
-    "prompt_tuning_init_text",
-    "tokenizer_name_or_path",
-    "tokenizer_kwargs",
-)
+    "encoder_hidden_size": Any,
+    "prefix_projection": Any,
+    "init_weights": Any,
+    "prompt_tuning_init": Any,
+    "prompt_tuning_init_text": Any,
+    "tokenizer_name_or_path": Any,
+    "tokenizer_kwargs": Any,
+}
 
 
 class PrefixFormat:
@@ -59,6 +60,8 @@ class PrefixFormat:
         config: Any = checkpoint.config
         if checkpoint.selected:
             return "it trains base tensors beside it"
+        if checkpoint.tokens:
+            return why_none(checkpoint)
         if getattr(config, "l_i", 0):
             return "peft has no tokens behind the prompt"
         if getattr(config, "positions", "shifted") != "shifted":
@@ -116,10 +119,17 @@ class PrefixFormat:
         built = self.config(int(n or 0), dtype=dtype_of(tensors), modules_to_save=saved)
         checkpoint = Checkpoint(built, "peft", self.name, in_order=True)
         shape = (int(width or 0), int(width or 0))
-        for i in range(int(count)):
-            checkpoint.sites[f"layer {i}"] = CheckpointLayer(built, kind=built.where, shape=shape)
         rest = dict(tensors)
-        _split_layers(checkpoint, rest)
+        widths = [wanted[1] for wanted in built.shapes(*shape).values()]
+        sizes, given = (int(n or 0), int(count) * sum(widths)), tensors.get(_TENSOR)
+        if given is None or tuple(given.shape) == sizes:
+            for i in range(int(count) if given is not None else 1):
+                checkpoint.sites[f"layer {i}"] = CheckpointLayer(
+                    built, kind=built.where, shape=shape
+                )
+            _split_layers(checkpoint, rest)
+        else:  # the layers that a file claims are made only if its tensor has them
+            take(rest, _TENSOR, sizes, f"{count} layers", checkpoint.problems)
         take_base_tensors(checkpoint, rest)
         report_extra(checkpoint.problems, rest, [_TENSOR])
         return checkpoint

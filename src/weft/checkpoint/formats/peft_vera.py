@@ -19,6 +19,7 @@ from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..problems import take
 from . import peft_bias as bias
 from . import peft_layers as layers
+from . import peft_tokens
 
 _NAMES = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
 _PARTS = {name: tensor for tensor, name in _NAMES.items()}
@@ -26,14 +27,14 @@ _key_of = layers.keys_of(_NAMES)
 _KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})(\.[^.]+)?")
 _MATRIX = re.compile(r"((module|_orig_mod)\.)*base_model\.vera_(?P<which>[AB])(\.[^.]+)?")
 _A, _B = "base_model.vera_A", "base_model.vera_B"
-_SUPPORTED = (
-    "r",
-    "projection_prng_key",
-    "save_projection",
-    "vera_dropout",
-    "d_initial",
-    "init_weights",
-)
+_SUPPORTED = {
+    "r": int,
+    "projection_prng_key": int,
+    "save_projection": bool | None,
+    "vera_dropout": float | None,
+    "d_initial": float,
+    "init_weights": Any,
+}
 
 
 class VeraFormat:
@@ -57,7 +58,7 @@ class VeraFormat:
                     )
         if checkpoint.projections is None:
             return "peft needs A and B in the file"
-        return bias.why_none(checkpoint)
+        return bias.why_none(checkpoint) or peft_tokens.why_none(checkpoint)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         assert checkpoint.projections is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 from ... import methods
 from ...errors import ConfigError
-from ...methods.text import value_of
+from ...methods.field_types import literal
 from ...model.groups import check_factors
 
 DEFAULT = ("full", "head", "bitfit", "lora", "vera", "dora", "dvora")
@@ -73,7 +73,10 @@ def parse_methods(text: str) -> list[Entry]:
                 f"Methods: {_method_names()}."
             )
         name, *settings = split(part, ":")
-        fields = dict(_setting(setting, part) for setting in settings)
+        given = [_setting(setting, part) for setting in settings]
+        fields = dict(given)
+        if len(fields) < len(given):
+            raise ConfigError(f"--methods {part!r}: a field is given twice.")
         for own in ("modules_to_save", "seed"):
             if own in fields:
                 raise ConfigError(f"--methods {part!r}: {own!r} is set by weft compare.")
@@ -118,7 +121,7 @@ def _setting(text: str, part: str) -> tuple[str, Any]:
         raise ConfigError(
             f"--methods {part!r}: write fields as name=value, for example lora:r=4:alpha=8."
         )
-    return key, value_of(value)
+    return key, literal(value)
 
 
 def _method_names() -> str:

@@ -12,6 +12,7 @@ from ..plan.budgets import PARAMETERS, SECONDS
 from ..plan.entries import Entry, format_rate
 from ..plan.scale import ACCURACY, Scale
 from ..plan.sweep import TUNING_SEEDS, Results, RunSpec, Sweep, finals, tune
+from ..tasks.base import Guess
 from .examples import Gap, gap, shares
 from .statistics import Ranking, rank, t_interval
 
@@ -115,6 +116,7 @@ class Comparison:
     metric: str = "accuracy"
     kind: str = "classification"
     chosen_by: Scale = ACCURACY  # of the validation score
+    guess: Guess | None = None
 
     @property
     def scored_by(self) -> Scale:

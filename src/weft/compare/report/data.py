@@ -13,17 +13,15 @@ from ..plan.entries import format_rate
 from .comparison import Comparison, Row, Run
 from .examples import Gap
 from .statistics import Ranking
-from .table import no_ranking, test_description, why
+from .verdict import test_description, verdict_of
 
 SCHEMA = 1
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """Returns the comparison as JSON values, with schema 1 of `weft compare --json`."""
-    ranking = comparison.ranking()
-    recommendation = (
-        {"method": ranking.recommended, "why": why(comparison, ranking)} if ranking else None
-    )
+    ranking, verdict = comparison.ranking(), verdict_of(comparison)
+    recommended = verdict.recommended
     return {
         "schema": SCHEMA,
         "task": comparison.task,
@@ -44,8 +42,11 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "rows": [
             _row_json(row, ranking, comparison.gaps.get(row.label)) for row in comparison.rows
         ],
-        "recommendation": recommendation,
-        "no_recommendation": None if ranking else no_ranking(comparison),
+        "recommendation": {"method": recommended, "why": verdict.why} if recommended else None,
+        "no_recommendation": None if recommended else verdict.why,
+        "guess": None
+        if comparison.guess is None
+        else {"score": comparison.guess.score, "what": comparison.guess.what},
         "ranking": _ranking_json(comparison, ranking) if ranking else None,
         "device": comparison.device,
         "versions": dict(comparison.versions),

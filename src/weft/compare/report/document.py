@@ -12,7 +12,8 @@ from . import plots
 from .comparison import Comparison, Row, Run
 from .examples import Gap
 from .paper_table import SideBySide
-from .table import count, flat, headline, legend, no_ranking, p_value, score_text, size, title, why
+from .table import count, flat, legend, score_text, size, title
+from .verdict import p_value, verdict_of
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,10 @@ def document(
 
 
 def _recommendation(comparison: Comparison) -> list[Part]:
-    ranking = comparison.ranking()
-    return (
-        [f"No ranking: {no_ranking(comparison)}"]
-        if ranking is None
-        else [f"{headline(ranking)}.", why(comparison, ranking)]
-    )
+    verdict = verdict_of(comparison)
+    if verdict.recommended is None:
+        return [f"{verdict.headline}: {verdict.why}"]
+    return [f"{verdict.headline}.", verdict.why]
 
 
 def _results_table(comparison: Comparison) -> Table:
@@ -165,7 +164,7 @@ def _results_table(comparison: Comparison) -> Table:
             for row in comparison.rows
         ],
         (0, 11),
-        [labels.index(ranking.recommended)] if ranking else [],
+        [labels.index(name)] if (name := verdict_of(comparison).recommended) else [],
     )
 
 

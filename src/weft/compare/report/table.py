@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 
 from ..plan.entries import format_rate
 from .comparison import Comparison, Row
-from .examples import Gap
-from .statistics import ALPHA, MIN_SEEDS, Ranking, gap_bound, seeds_needed
+from .verdict import verdict_of
 
 WIDTH = 80
 GAP = "  "
@@ -26,7 +24,7 @@ def table_text(comparison: Comparison) -> str:
         if comparison.notes
         else []
     )
-    return "\n\n".join([*parts, verdict(comparison)])
+    return "\n\n".join([*parts, verdict_text(comparison)])
 
 
 def scores_table(comparison: Comparison) -> str:
@@ -49,12 +47,12 @@ def scores_table(comparison: Comparison) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict_text(comparison: Comparison) -> str:
     """Returns the recommendation and its reason, or the reason why there is none."""
-    ranking = comparison.ranking()
-    if ranking is None:
-        return wrap(f"No ranking: {no_ranking(comparison)}")
-    return f"{wrap(headline(ranking))}\n{wrap(why(comparison, ranking))}"
+    verdict = verdict_of(comparison)
+    if verdict.recommended is None:
+        return wrap(f"{verdict.headline}: {verdict.why}")
+    return f"{wrap(verdict.headline)}\n{wrap(verdict.why)}"
 
 
 def title(comparison: Comparison) -> str:
@@ -136,88 +134,6 @@ def legend(comparison: Comparison) -> list[str]:
         "step:      time of a training step relative to the frozen-base limit",
         "peak:      peak memory of a training step",
     ]
-
-
-def no_ranking(comparison: Comparison) -> str:
-    """Returns why there is no ranking."""
-    if comparison.seeds < MIN_SEEDS:
-        return (
-            f"with {comparison.seeds} seed{'s' * (comparison.seeds != 1)} differences between "
-            f"methods may be chance. Use --seeds {MIN_SEEDS} --resume."
-        )
-    scored = sum(row.complete is not None for row in comparison.rows)
-    if len(comparison.rows) > scored:
-        return f"only {scored} of {len(comparison.rows)} rows {'has' if scored == 1 else 'have'} all scores."
-    return "there is only one row."
-
-
-def headline(ranking: Ranking) -> str:
-    """Returns the recommendation in at most 80 characters, for the methods' default names."""
-    name = ranking.recommended
-    if name == ranking.best:
-        return f"Recommended: {name}, the best; all smaller ones are worse (paired t-test, Holm)"
-    return f"Recommended: {name}, not significantly worse than {ranking.best} (paired t, Holm, p {p_value(ranking.p[name])})"
-
-
-def test_description(comparison: Comparison, ranking: Ranking) -> str:
-    """Returns the name of the statistical test."""
-    over = (
-        f" and, separately, over the {len(comparison.row(ranking.best).right[0]):,} test examples"
-        if ranking.on_examples
-        else ""
-    )
-    return (
-        f"one-sided paired t-test over {comparison.seeds} seeds{over}, against {ranking.best}, "
-        "Holm-corrected over "
-        f"{len(ranking.p)} row{'s' * (len(ranking.p) != 1)}, alpha {ALPHA}"
-    )
-
-
-def why(comparison: Comparison, ranking: Ranking) -> str:
-    """Returns the reason for the recommendation."""
-    best, chosen = comparison.row(ranking.best), comparison.row(ranking.recommended)
-    test = test_description(comparison, ranking)
-    if chosen is best:
-        return f"{best.label} has the highest mean, and every smaller row is significantly worse ({test})."
-    a, b, name = best.complete or [], chosen.complete or [], chosen.label
-    on_examples = (
-        f" and {p_value(ranking.on_examples[name])}" if name in ranking.on_examples else ""
-    )
-    reason = (
-        f"{name} is the smallest row that is not significantly worse than the best, {best.label} "
-        f"({test}; "
-        f"p = {p_value(ranking.p[name])}{on_examples}). It may still be worse: its mean is "
-        f"{100 * (sum(a) - sum(b)) / len(a):.1f} points lower, and at 95 % confidence the gap is "
-        "below "
-        f"{100 * gap_bound(a, b):.1f}."
-    )
-    return f"{reason}{_examples_sentence(comparison.gaps.get(name))}{_advice(a, b, len(ranking.p), comparison.seeds)}"
-
-
-def _examples_sentence(gap: Gap | None) -> str:
-    """The gap on other test examples. The test over the seeds does not answer this."""
-    if gap is None:
-        return ""
-    low, high = (100 * bound for bound in gap.interval)
-    return (
-        f" With the same runs, on other examples like these {gap.examples:,}, it would be between "
-        f"{low:.1f} and "
-        f"{high:.1f} points lower (paired bootstrap over the examples, 95 %)."
-    )
-
-
-def _advice(best: Sequence[float], chosen: Sequence[float], tests: int, seeds: int) -> str:
-    needed = seeds_needed(best, chosen, tests)
-    if needed is None or needed <= seeds:
-        return ""
-    if needed > 100:
-        return " More than 100 seeds would be needed to see a gap of one point."
-    return f" To see a gap of one point, use about {needed} seeds: --seeds {needed} --resume."
-
-
-def p_value(value: float) -> str:
-    """Returns a p-value with two digits."""
-    return f"{value:.2g}" if value >= 0.001 else "<0.001"
 
 
 def flat(reason: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, WeftError
+from ...untrusted.printable import one_line
 from .locks import file_lock, postgres_lock
 
 FILE, NAME = "study.db", "weft-compare"
@@ -39,9 +41,7 @@ class StudyLocation:
         """Returns the location without the password, for messages."""
         if self.url is None:
             return str(self.file)
-        from sqlalchemy import make_url
-
-        return f"{make_url(self.url).render_as_string(hide_password=True)}#{self.name}"
+        return f"{without_password(self.url)}#{self.name}"
 
     def engine_arguments(self) -> tuple[str, dict[str, Any]]:
         """Returns the URL and the keyword arguments of sqlalchemy's create_engine."""
@@ -61,6 +61,14 @@ class StudyLocation:
             if self.url is None
             else postgres_lock(engine, f"{self.name} {name}")
         )
+
+
+def without_password(text: str) -> str:
+    """Returns a text with every password in its URLs replaced by ***: that before the host, which
+    may contain any character, and those among the fields behind a question mark.
+    """
+    text = re.sub(r"(://[^:/@\s]*):[^\s]*@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:passw|pwd|secret|token)[^=&\s]*=)[^&#\s]*", r"\1***", text)
 
 
 def parse_study_url(text: str) -> tuple[str, str]:
@@ -100,7 +108,7 @@ def database_errors(location: StudyLocation) -> Iterator[None]:
             if isinstance(error, StorageInternalError) and error.__cause__
             else error
         )
-        message = " ".join(str(getattr(cause, "orig", None) or cause).split())
+        message = without_password(one_line(str(getattr(cause, "orig", None) or cause), 2000))
         raise WeftError(
             f"the study {location} cannot be used: {message}. Finished runs are stored in it."
         ) from None

@@ -67,6 +67,7 @@ class TrialRunner:
             "sizes": dict(facts.sizes),
             "classes": list(facts.classes),
             "notes": list(facts.notes),
+            "guess": None if facts.guess is None else asdict(facts.guess),
         }
 
     def _narrowest(self) -> int:

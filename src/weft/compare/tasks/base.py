@@ -13,13 +13,27 @@ from ...tasks import Encoded
 from .loop import Score
 
 
+@dataclass(frozen=True)
+class Guess:
+    """The best score of an answer that ignores its input, on the test split.
+
+    what: the way to it in words ("giving the same class to every example"). right: "1" or "0" per
+    example, in order, if the score is their mean.
+    """
+
+    score: float
+    what: str
+    right: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What planning and report need to know.
 
     kind: "classification", "regression" or "generation". metric: that of the test. chosen_by: the
     name of the score of `validate`, and `lowest` if less of it is better. fingerprints: of the
-    model and of the splits. sizes: examples per split.
+    model and of the splits. sizes: examples per split. guess: what any
+    method must beat, or None if that is not known.
     """
 
     kind: str
@@ -30,6 +44,7 @@ class Facts:
     fingerprints: Mapping[str, str]
     sizes: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    guess: Guess | None = None
 
 
 @dataclass(frozen=True)

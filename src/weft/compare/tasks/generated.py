@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,16 +22,18 @@ from ...encoding.collate import collate
 from ...encoding.render import Renderer
 from ...encoding.rows import EncodedRows
 from ...encoding.samples import Samples
-from ...encoding.tokenizer import max_positions, max_tokens, pad_token, tokenizer_and_stops
+from ...encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ...errors import WeftError
 from ...inference.generate import answer
 from ...tasks import Encoded, GenerationRef, GenerationTask, Record, Sample, Split
 from ...tasks.base import capped
 from ...tasks.generation import as_samples, with_validation
+from ...tasks.metrics import TRIED
 from ...tasks.models import ModelRef, causal_model, check_generates, loading, quiet
+from ...tasks.vocabulary import check_ids, max_positions, padding
 from ...training import scored
 from ...training.losses import reduced
-from .base import Facts, Tested
+from .base import Facts, Guess, Tested
 from .loop import Score, on_device
 
 MAX_TOKENS = 512  # per sample, the default of `weft train`
@@ -121,6 +124,7 @@ class GeneratedTask:
                 "validation": self.validation.fingerprint(),
                 "test": test,
             },
+            guess=_guess(self.task, records),
         )
 
     @torch.no_grad()
@@ -159,6 +163,29 @@ class GeneratedTask:
             report.scores,
             report.reasons,
         )
+
+
+def _guess(task: GenerationTask, records: list[Record]) -> Guess | None:
+    """One answer for all records of a data set, the best of the most frequent ones; None if no
+    single answer is right or wrong.
+    """
+    if task.right is None:
+        return None
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.get("group", ""), []).append(record)
+    marks: dict[str, list[bool]] = {}
+    for group, members in groups.items():
+        common = Counter(record["references"][0] for record in members).most_common(TRIED)
+        tried = [[task.right(text, record) for record in members] for text, _ in common]
+        marks[group] = max(tried, key=sum)
+    score = sum(sum(each) / len(each) for each in marks.values()) / len(marks)
+    one = next(iter(marks.values())) if len(marks) == 1 else None
+    return Guess(
+        score,
+        "giving the same answer to every example" + ("" if one else " of a data set"),
+        None if one is None else "".join("01"[mark] for mark in one),
+    )
 
 
 def _right_answers(
@@ -231,7 +258,8 @@ def open_generated(
         raise WeftError(f"task {task.name!r} has no test data; it has {sorted(task.records)}.")
     limit, notes = min(MAX_TOKENS, max_tokens(tokenizer, config)), list(task.notes)
     renderer = Renderer(tokenizer, limit, stops=stops)
-    pad = pad_token(tokenizer)
+    pad, note = padding(tokenizer, config)
+    notes += [] if note is None else [note]
     samples = capped(
         Split(task.train_samples(), [0] * len(task.samples)), limits.get("train"), "train", notes
     ).items
@@ -246,5 +274,8 @@ def open_generated(
         validation = _encode_split(
             renderer, as_samples(records["validation"]), "validation", pad, notes
         )
+    for name, split in (("train", train), ("validation", validation)):
+        ids = (row["input_ids"] for row in split.encoded.rows)
+        check_ids(ids, tokenizer, config, f"{model.name}, {name} sample")
     loaded, fingerprint = causal_model(model)
     return GeneratedTask(loaded, task, renderer, train, validation, fits, fingerprint, notes)

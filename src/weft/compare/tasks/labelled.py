@@ -9,8 +9,9 @@ from typing import Any
 from ...errors import WeftError
 from ...model.structure import Structure
 from ...tasks import SPLITS, Encoded, TaskRef
+from ...tasks.metrics import constant
 from ...tasks.models import ModelRef, Prepared, prepare
-from .base import Facts, Tested
+from .base import Facts, Guess, Tested
 from .loop import Score, evaluate, outputs, score_of
 
 
@@ -43,7 +44,18 @@ class LabelledTask:
                 "model": prepared.fingerprint,
                 **{name: splits[name].fingerprint() for name in SPLITS},
             },
+            guess=self._guess(),
         )
+
+    def _guess(self) -> Guess:
+        labels = self.prepared.splits["test"].labels.tolist()
+        answer, score = constant(self.prepared.metric, labels)
+        if self.prepared.metric != "accuracy":
+            what = "class" if self.prepared.classes else "number"
+            return Guess(score, f"giving the same {what} to every example")
+        name = self.prepared.classes[int(answer)]
+        right = "".join("01"[label == answer] for label in labels)
+        return Guess(score, f"giving {name!r}, the most frequent class, to every example", right)
 
     def validate(self) -> Score:
         """Scores the validation split."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import INNER_FORWARD, BaseLayer, own_class, own_forward
+from .base import INNER_FORWARD, BaseLayer, dtype_fault, own_class, own_forward, weight_fault
 from .conv1d import Conv1DLayer
 from .embedding import EmbeddingLayer
 from .linear import LinearLayer
@@ -56,6 +56,7 @@ __all__ = [
     "INNER_FORWARD",
     "KINDS",
     "BaseLayer",
+    "dtype_fault",
     "has_map",
     "is_linear",
     "is_norm",
@@ -63,5 +64,6 @@ __all__ = [
     "own_class",
     "own_forward",
     "view",
+    "weight_fault",
     "why_not",
 ]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from ...methods.config import DTYPES
@@ -101,6 +102,23 @@ class BaseLayer:
         """Returns the layer's own output [..., out] for another input, without any adapter."""
         return own_forward(self.module, x)
 
+    def of_rows(self, x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Returns what the layer itself would compute if `rows` [n, width] were its table, or its W
+        with the bias [n]: [..., width] for places x [...], or [..., n] for x [..., width].
+        """
+        cls = own_class(self.module)
+        if cls.forward is nn.Embedding.forward:
+            return functional.embedding(x, rows)
+        if cls.forward is nn.Linear.forward:
+            return functional.linear(x, rows, bias)
+        twin, own = cls.__new__(cls), self.module.__dict__
+        stored = rows if self.takes_ids or not self.transposed else rows.t()
+        twin.__dict__.update(own, _parameters={"weight": stored, "bias": bias})
+        if self.takes_ids:  # no row without gradient, and no sparse gradients
+            twin.__dict__.update(padding_idx=None, sparse=False)
+        found: Tensor = cls.forward(twin, x)
+        return found
+
     def down(
         self, x: Tensor, A: Tensor, dropout: float = 0.0, dtype: torch.dtype | None = None
     ) -> Tensor:
@@ -130,11 +148,21 @@ def weight_fault(module: nn.Module) -> str | None:
         return "it has no weight parameter of its own"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its shape is not known before its first forward; run the model once"
-    if weight.dtype not in DTYPES.values():
+    if dtype_fault(weight) is not None:
         return f"its weight is quantised ({str(weight.dtype).removeprefix('torch.')})"
+    bias = module._parameters.get("bias")
+    if bias is not None and dtype_fault(bias) is not None:
+        return f"its bias is quantised ({str(bias.dtype).removeprefix('torch.')})"
     if weight.ndim != 2:
         return f"its weight has {weight.ndim} dimensions"
     return None
+
+
+def dtype_fault(t: Tensor) -> str | None:
+    """Returns why a tensor [...] of its dtype can neither train nor be adapted, or None."""
+    if t.dtype in DTYPES.values():
+        return None
+    return f"{str(t.dtype).removeprefix('torch.')}, which cannot train"
 
 
 def other_map(layer: BaseLayer, x: Tensor, wanted: Tensor) -> str | None:

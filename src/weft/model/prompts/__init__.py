@@ -1,7 +1,7 @@
 """Prompt methods: trained keys and values, and virtual tokens. Nothing here is a change of weights."""
 
 from .injection import InjectionPoint, injection_point
-from .install import answering, install, uninstall
+from .install import answering, install, uninstall, virtual_positions
 from .places import PromptHost, find_places, hosts_of
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "injection_point",
     "install",
     "uninstall",
+    "virtual_positions",
 ]

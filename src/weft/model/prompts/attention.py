@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import WeftError
-from ..active import PerRow
+from ..active import ActiveAdapters, PerRow, names_of
 from ..layer import active_of, layers_of
+from ..row_calls import layout_of
+from ..row_probe import Recorder
 from .forward import code_names, forward_of
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -92,11 +94,8 @@ def check(module: nn.Module, args: Any, kwargs: Any) -> None:
     if adapters is None:
         return
     active = adapters.current(module.training)
-    names: Any = active.groups if isinstance(active, PerRow) else (active,)
     name: Any = getattr(module, "config")._attn_implementation  # noqa: B009 - mypy takes the attribute for a Tensor
-    if not str(name).startswith(_OURS) and any(
-        n is not None and n in layers_of(module) for n in names
-    ):
+    if not str(name).startswith(_OURS) and any(n in layers_of(module) for n in names_of(active)):
         raise WeftError(
             f"the model's attention was set to {name!r} after an adapter with keys and values was "
             "attached, which would leave it out. Detach the adapter, set it, and attach it again."
@@ -183,7 +182,7 @@ def _prefix(
         return None
     active, layers = adapters.current(module.training), layers_of(module)
     if isinstance(active, PerRow):
-        return _by_row(active, layers, key, value)
+        return _by_row(active, adapters, module, key, value)
     if not isinstance(active, str) or active not in layers:
         return None
     keys, values = _of(layers[active], key, value)
@@ -205,12 +204,18 @@ def _of(layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_row(
-    rows: PerRow, layers: Any, key: Tensor, value: Tensor
+    rows: PerRow, active: ActiveAdapters, module: nn.Module, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    layers: Any = layers_of(module)
+    if isinstance(rows, Recorder):
+        rows.see(module, layers, key, feature_dims=3)
+        return None
     names = [name for name in rows.groups if name in layers]
     if not names:
         return None
-    rows.check(key, feature_dims=3)
+    rows, layout = layout_of(rows, active, module, key, feature_dims=3)
+    if not layout.is_first or len(rows.names) != key.shape[0]:
+        raise WeftError(f"{type(module).__name__} has keys whose first dimension is not the batch.")
     n = max(layers[name].method.n for name in names)
     keys = key.new_zeros(*key.shape[:2], n, key.shape[3])
     values = value.new_zeros(*value.shape[:2], n, value.shape[3])

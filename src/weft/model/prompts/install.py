@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -67,6 +68,17 @@ def answering(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
         yield
     finally:
         hooks.outside_labels = None
+
+
+def virtual_positions(structure: Structure, config: Any) -> int:
+    """Returns how many of a model's positions the virtual tokens of a configuration take: none in an
+    encoder, which they enter behind the position embedding, and none without virtual tokens.
+    """
+    where = getattr(config, "where", None)
+    point = None if where is None else injection_point(structure)
+    if point is None or not point.decoder:
+        return 0
+    return int(config.shift if where == "attention" else config.l_p + config.l_i)
 
 
 def _attentions(adapter: Adapter) -> list[nn.Module]:

@@ -4,14 +4,13 @@ names.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
 from ...errors import TargetError
 from ...methods.config import LayerConfig
 from ...methods.target_spec import KEYWORDS, ROLES, is_ending
-from .names import called, canonical, ends_in, within
+from .names import called, canonical, ends_in, matches, within
 from .structure import Structure
 
 
@@ -105,7 +104,7 @@ def _excluded(structure: Structure, pattern: str) -> list[str]:
         modules = [n for n in structure.modules if any(ends_in(c, pattern) for c in called(n))]
         names = [name for name in layers if within(name, modules)]
     else:
-        names = [n for n in layers if any(re.fullmatch(pattern, c) for c in called(n))]
+        names = [n for n in layers if any(matches("exclude", pattern, c) for c in called(n))]
     if not names:
         have = sorted({canonical(name).rpartition(".")[2] for name in structure.layers})
         near = get_close_matches(pattern.rpartition(".")[2], have, n=3) or have[:8]

@@ -10,7 +10,9 @@ from difflib import get_close_matches
 from ...errors import TargetError
 from ...methods.config import Config
 from ...methods.train_spec import WORDS, is_name, last_blocks, nearest_words
-from ..base_layers import has_map
+from ..base_layers import dtype_fault, has_map
+from ..packings import packing_of
+from ..plan_entries import Frozen
 from .names import called, ends_in, within
 from .structure import Structure
 
@@ -23,12 +25,14 @@ def trained_tensors(
 
     adapted: the layers that the configuration adapts. saved: the tensors of `modules_to_save`.
     Raises TargetError if a word selects nothing, if a tensor named by its ending is tied to one
-    that is not named, or if a layer is both adapted and trained in full.
+    that is not named, if the dtype of a tensor named by its ending cannot train, or if a layer is
+    both adapted and trained in full.
     """
     chosen: dict[str, str] = {}
     named = set(saved)
     for word in (*config.selection, *config.train):
         found = _tensors_of(structure, config, word, adapted)
+        found = _trainable(structure, config, word, found)
         if not found and (word in config.train or not saved):
             raise _nothing(structure, config, word, adapted)
         chosen |= {name: chosen.get(name, word) for name in found}
@@ -42,7 +46,7 @@ def tensors_of_modules(structure: Structure, endings: Sequence[str]) -> list[str
     """Returns the full names of all parameters of the modules with these endings.
 
     A tied tensor goes by the name that it has in that module. Raises TargetError if an ending
-    matches no module, or none with a parameter.
+    matches no module, none with a parameter, or one whose dtype cannot train.
     """
     found: list[str] = []
     modules = [name for name in structure.modules if name]
@@ -55,8 +59,50 @@ def tensors_of_modules(structure: Structure, endings: Sequence[str]) -> list[str
                 f"{'no module' if not names else f'{names}, which hold no parameter'}. "
                 f"The model's modules end in: {', '.join(_labels(modules))}."
             )
+        for name in tensors:
+            fault = _fault(structure, name)
+            if fault is not None:
+                raise TargetError(f"modules_to_save=[{ending!r}] names {name!r}: it is {fault}.")
         found.extend(tensors)
     return list(dict.fromkeys(found))
+
+
+def unsupported(structure: Structure, named: Collection[str]) -> list[Frozen]:
+    """Returns the tensors whose dtype cannot train, which every method leaves frozen. `named`: layers
+    that the plan lists already, frozen or adapted.
+    """
+    return [
+        Frozen(name, "tensor", tuple(p.shape), fault)
+        for name, p in structure.parameters.items()
+        if (fault := _fault(structure, name)) is not None
+        and not (_own(name) != "bias" and _parent(name) in named)
+    ]
+
+
+def _fault(structure: Structure, name: str) -> str | None:
+    """Why a tensor cannot train, or None. Whole numbers outside layers (a count of steps) are no
+    quantised weights: `train=["all"]` keeps a copy of them.
+    """
+    parameter, holder = structure.readers[name], structure.root.get_submodule(_parent(name))
+    packing = packing_of(holder)
+    if packing is not None and not name.endswith("bias"):
+        return f"packed ({packing.label(holder)}), and cannot train"
+    plain = not parameter.is_floating_point() and not parameter.is_complex()
+    if plain and not has_map(holder):
+        return None
+    return dtype_fault(parameter)
+
+
+def _trainable(structure: Structure, config: Config, word: str, names: list[str]) -> list[str]:
+    """The tensors whose dtype can train. Raises TargetError for one that was named."""
+    found = []
+    for name in names:
+        fault = _fault(structure, name)
+        if fault is None:
+            found.append(name)
+        elif is_name(word):
+            raise TargetError(f"{_label(config, word)} names {name!r}: it is {fault}.")
+    return found
 
 
 def _tensors_of(
@@ -169,7 +215,10 @@ def _nothing(
         "target-biases": f"none of the {len(adapted)} adapted layers has a bias",
     }
     reason = reasons.get(word)
-    if last_blocks(word) is not None:
+    frozen = _tensors_of(structure, config, word, adapted)
+    if frozen:
+        reason = f"{frozen[0]!r} is {_fault(structure, frozen[0])}"
+    elif last_blocks(word) is not None:
         reason = "it has neither repeated blocks nor children with parameters beside its head"
     if reason is None:
         have = _labels([*structure.modules, *structure.readers])

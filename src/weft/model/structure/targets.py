@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -16,7 +15,7 @@ from ...methods.target_spec import KEYWORDS, ROLES, is_ending, patterns
 from .. import base_layers
 from ..packings import packing_of
 from ..plan_entries import Frozen
-from .names import called, canonical, ends_in, within
+from .names import called, canonical, ends_in, matches, within
 from .picks import taken_away
 from .structure import Structure
 
@@ -94,11 +93,14 @@ def _in_role(structure: Structure, role: str, without: list[Frozen]) -> list[str
         for block in lacking
     ]
     names = [name for block in structure.blocks for name in block.of(role)]
-    for name in names:
-        why = base_layers.why_not(structure.root.get_submodule(name))
-        if why is not None:
+    faults = {name: base_layers.why_not(structure.root.get_submodule(name)) for name in names}
+    usable = [name for name in names if faults[name] is None]
+    for name, why in faults.items():
+        weight = structure.modules[name]._parameters.get("weight")
+        frozen = weight is not None and base_layers.dtype_fault(weight) is not None
+        if why is not None and not (frozen and usable):  # a quantised weight stays frozen, by name
             raise TargetError(f"targets={role!r} means {name!r}, which cannot be adapted: {why}.")
-    return names
+    return usable
 
 
 def _left_out(structure: Structure) -> dict[str, str]:
@@ -139,7 +141,7 @@ def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
     return [
         name
         for name, module in layers.items()
-        if any(re.fullmatch(pattern, n) for n in called(name))
+        if any(matches("targets", pattern, n) for n in called(name))
         and base_layers.why_not(module) is None
     ]
 

@@ -11,6 +11,7 @@ yaml_loader.py  YAML in which 1e-3 is a number and duplicate keys are errors
 from .read import dump, from_dict, read_config, to_dict
 from .sections import (
     AdapterSection,
+    AuditSection,
     DataSection,
     EvalSection,
     LogSection,
@@ -23,6 +24,7 @@ from .sections import (
 
 __all__ = [
     "AdapterSection",
+    "AuditSection",
     "DataSection",
     "EvalSection",
     "LogSection",

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ...errors import ConfigError
+from ...methods.field_types import WrongType, conform, hints_of, short
 
 
 def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
@@ -18,13 +19,32 @@ def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
     return f"Known: {', '.join(known)}."
 
 
+class Section:
+    """The base of the sections: their values have the types of their annotations. A whole number
+    becomes a float where one is wanted.
+    """
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError, which names the key."""
+        cls: Any = type(self)
+        for name, hint in hints_of(cls).items():
+            given = getattr(self, name)
+            try:
+                value = conform(hint, given)
+            except WrongType as error:
+                raise ConfigError(f"{key_of(self, name)}={short(given)}: write {error}.") from None
+            if type(value) is int and hint in (float, float | None):
+                value = float(value)
+            object.__setattr__(self, name, value)
+
+
 def one_of(config: Any, name: str, allowed: Sequence[str]) -> None:
     """Raises ConfigError unless the field is one of the allowed values."""
     value = getattr(config, name)
     if value not in allowed:
         near = get_close_matches(str(value), allowed, n=1)
         raise ConfigError(
-            f"{_section(config)}.{name}={value!r} is not one of {', '.join(allowed)}. "
+            f"{key_of(config, name)}={value!r} is not one of {', '.join(allowed)}. "
             + (f"Nearest: {near[0]}." if near else "")
         )
 
@@ -50,8 +70,10 @@ def within(
         return
     above = f"above {low:g}" if open_low else f"{low:g} or more"
     below = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
-    raise ConfigError(f"{_section(config)}.{name}={value!r}: it must be {above}{below}.")
+    raise ConfigError(f"{key_of(config, name)}={value!r}: it must be {above}{below}.")
 
 
-def _section(config: Any) -> str:
-    return type(config).__name__.removesuffix("Section").lower()
+def key_of(config: Any, name: str) -> str:
+    """Returns the dotted key of a section's field: "train.steps"."""
+    section = type(config).__name__
+    return f"{section.removesuffix('Section').lower()}.{name}" if section != "RunConfig" else name

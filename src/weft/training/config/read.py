@@ -9,9 +9,13 @@ from typing import Any
 
 from ... import methods
 from ...errors import ConfigError
+from ...untrusted.printable import one_line
+from ...untrusted.regular_files import read_text
 from .build import build
 from .sections import RunConfig
 from .yaml_loader import loader
+
+LARGEST = 2**18  # bytes of a file
 
 
 def read_config(path: str | Path, settings: Sequence[str] = ()) -> RunConfig:
@@ -22,8 +26,8 @@ def read_config(path: str | Path, settings: Sequence[str] = ()) -> RunConfig:
     """
     file = Path(path).expanduser()
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(file, LARGEST)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error}") from None
     data = _parse(text, str(path))
     if not isinstance(data, dict):
@@ -43,6 +47,8 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
             "method: write a mapping with a name, for example method: {name: LoRA, r: 8}."
         )
     fields = {k: v for k, v in method.items() if k != "name"}
+    if "method" in fields:
+        raise ConfigError(f"method.method={fields['method']!r} is not known. Write method.name.")
     try:
         config = methods.from_json({**fields, "method": method["name"]})
     except (TypeError, ConfigError) as error:  # TypeError: a type that a method does not expect
@@ -83,8 +89,11 @@ def _parse(text: str, where: str) -> Any:
 
     try:
         return yaml.load(text, Loader=loader())  # a subclass of SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{where} is not readable YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # All but the first for explicit tags that do not fit their value, such as !!int x.
+        raise ConfigError(f"{where} is not readable YAML: {one_line(str(error), 500)}") from None
 
 
 def _override(data: dict[str, Any], setting: str) -> None:

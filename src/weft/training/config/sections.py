@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ... import methods
+from ...auditing.audit import UNREACHED
 from ...errors import ConfigError
 from ...model.groups import check_factors
 from ...tasks.quantize import QUANTIZE
-from .checks import nearest, one_of, within
+from .checks import Section, nearest, one_of, within
 
 KINDS = ("causal-lm", "classification", "regression")
 FORMATS = ("auto", "prompt", "text", "messages", "instruction", "label")
@@ -26,7 +27,7 @@ REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSection:
+class ModelSection(Section):
     """The model. `kind` None means classification if the data has labels, else a causal language
     model.
     """
@@ -38,17 +39,46 @@ class ModelSection:
     quantize: str | None = None  # a name of tasks.quantize.QUANTIZE; None: not quantised
     # Class names in the order of the outputs; None: those of the training data, sorted.
     labels: tuple[str, ...] | None = None
+    # Tokens to add, whose rows train; "tokenizer": those for which the model has no embedding.
+    new_tokens: Any = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of(self, "dtype", DTYPES)
         if self.quantize is not None:
             one_of(self, "quantize", tuple(QUANTIZE))
+        if self.new_tokens is not None:
+            object.__setattr__(self, "new_tokens", _new_tokens(self.new_tokens))
         if self.kind is not None:
             one_of(self, "kind", KINDS)
+        if self.labels is not None and len(self.labels) < 2:
+            raise ConfigError(
+                f"model.labels={list(self.labels)}: a classification needs two classes at least."
+            )
+        for name in self.labels or ():
+            if name != name.strip() or not name or (self.labels or ()).count(name) > 1:
+                raise ConfigError(
+                    f"model.labels={list(self.labels or ())}: {name!r} must be a name without blanks "
+                    "around it that is given once."
+                )
+
+
+def _new_tokens(given: Any) -> Any:
+    """Checks model.new_tokens. Raises ConfigError."""
+    if given == "tokenizer":
+        return given
+    texts = isinstance(given, list | tuple) and all(isinstance(t, str) and t for t in given)
+    if not texts or not given or len(set(given)) != len(given):
+        raise ConfigError(
+            f"model.new_tokens={given!r}: write a list of different tokens, for example "
+            '["<tool>", "</tool>"], or tokenizer for those that the tokenizer has and the model '
+            "has no embeddings for."
+        )
+    return tuple(given)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSection:
+class AdapterSection(Section):
     """`start` is a saved adapter of the same method whose tensors this run begins with. None draws
     new ones.
     """
@@ -57,12 +87,13 @@ class AdapterSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSection:
+class DataSection(Section):
     """The samples and how they become tokens (docs/train.md lists the formats)."""
 
-    # A .jsonl, .json, .csv, .tsv or .parquet file, or a hub name; None if `task` has the data.
-    train: str | None = None
-    eval: str | None = None
+    # A .jsonl, .json, .csv, .tsv or .parquet file, a folder, a glob, a data set saved to disk, a hub
+    # name, or a list of these; None if `task` has the data.
+    train: str | tuple[str, ...] | None = None
+    eval: str | tuple[str, ...] | None = None
     eval_share: float = 0.0  # of the training samples, held out if `eval` is None
     config: str | None = None  # of a hub name
     split: str = "train"
@@ -70,11 +101,14 @@ class DataSection:
     format: str = "auto"
     # Weft's name -> the file's, for example {prompt: question}.
     columns: Mapping[str, str] = field(default_factory=dict)
+    # Columns and keys of messages that have no meaning for training; all others must be read.
+    ignore: tuple[str, ...] = ()
     max_length: int = 512
     loss_on: str = "completion"  # or "all"
     chat_template: str | None = None  # a file; None: the tokenizer's own
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of(self, "format", FORMATS)
         one_of(self, "loss_on", ("completion", "all"))
         within(self, "max_length", 2)
@@ -87,7 +121,7 @@ class DataSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimSection:
+class OptimSection(Section):
     """AdamW. `lr` is the peak rate, `head_lr` that of the output head and `modules_to_save` (None:
     lr). `lora_plus` multiplies lr for LoRA's B, the ratio of LoRA+ (arXiv:2402.12354), and
     `lr_factors` for the method's tensors of any name. See `weft.parameter_groups`.
@@ -106,6 +140,7 @@ class OptimSection:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lr", "head_lr", "lora_plus", "eps"):
             if getattr(self, name) is not None:
                 within(self, name, 0.0, open_low=True)
@@ -123,7 +158,7 @@ class OptimSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSection:
+class TrainSection(Section):
     """Duration, batches and device. Give `steps` or `epochs`; neither means 3 epochs."""
 
     steps: int | None = None
@@ -136,6 +171,7 @@ class TrainSection:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "epochs"):
             if getattr(self, name) is not None:
                 within(self, name, 1)
@@ -149,7 +185,21 @@ class TrainSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSection:
+class AuditSection(Section):
+    """`unreached` "allow" accepts layers that gradients reach never, or more rarely than others, in the
+    audited steps (layerdrop, an unused pooler, an expert without tokens), and names them in the log
+    and in run.json.
+    """
+
+    unreached: str = "refuse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "unreached", UNREACHED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSection(Section):
     """Evaluation. `every` None means once per epoch. `best` names the metric that chooses the
     adapter to keep ("loss", "accuracy", ...; None keeps the last). `patience` stops after that many
     evaluations without a better one.
@@ -164,6 +214,7 @@ class EvalSection:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("every", "batch", "patience"):
             if getattr(self, name) is not None:
                 within(self, name, 1)
@@ -177,7 +228,7 @@ class EvalSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaveSection:
+class SaveSection(Section):
     """Checkpoints for `--resume` and `weft analyze`. `every` None means once per epoch; one is
     always written at the end and on Ctrl-C. `keep` is how many of the newest are kept; None keeps
     all, like transformers' save_total_limit.
@@ -187,13 +238,14 @@ class SaveSection:
     keep: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("every", "keep"):
             if getattr(self, name) is not None:
                 within(self, name, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogSection:
+class LogSection(Section):
     """`every` is the number of steps between lines of log.jsonl, which is always written.
     `report_to` names other reporters.
     """
@@ -202,6 +254,7 @@ class LogSection:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within(self, "every", 1)
         for name in self.report_to:
             if name not in REPORTERS:
@@ -211,7 +264,7 @@ class LogSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """A complete configuration. `method` is a Weft configuration. `task` is a name of `weft.tasks`
     and replaces data.train.
     """
@@ -224,11 +277,17 @@ class RunConfig:
     data: DataSection = field(default_factory=DataSection)
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
+    audit: AuditSection = field(default_factory=AuditSection)
     eval: EvalSection = field(default_factory=EvalSection)
     save: SaveSection = field(default_factory=SaveSection)
     log: LogSection = field(default_factory=LogSection)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.method, methods.Config):
+            raise ConfigError(
+                f"method={self.method!r:.80}: write a configuration, for example weft.LoRA(r=8)."
+            )
         _check_task_or_data(self)
         if (
             self.optim.warm_up >= 1

@@ -1,0 +1,279 @@
+"""One record of chat data, in the form that chat templates read.
+
+Nothing is rendered here. The forms in which people write conversations are brought to one: content
+in parts becomes its text, a JSON text becomes what it holds, and `weight` and `train` of a message
+say whether it is in the loss. All else is passed to the template, and `leaves.py` checks that it
+appears in the sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+from ..errors import WeftError
+
+ROLES = ("system", "user", "assistant", "tool", "developer", "function")
+TEXT_PARTS = ("text", "input_text", "output_text")
+CALLS = ("tool_calls", "function_call")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+IN_LOSS = ("weight", "train")  # keys of a message that Weft reads itself
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as the template gets them, which of them are in the loss, the template's other
+    inputs, and which messages the record itself takes out of the loss.
+    """
+
+    messages: list[Message]
+    trained: list[bool]
+    tools: list[Message] | None = None
+    documents: list[Message] | None = None
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles in order."""
+        return [message["role"] for message in self.messages]
+
+    def blank(self) -> bool:
+        """Whether a trained turn of the assistant says nothing."""
+        return any(
+            inside
+            and not any(_says_something(message.get(key)) for key in message if key != "role")
+            for message, inside in zip(self.messages, self.trained, strict=True)
+        )
+
+    def with_messages(self, messages: list[Message]) -> Conversation:
+        """Returns the same conversation with these messages, of the same number."""
+        return replace(self, messages=messages)
+
+
+def conversation(row: Mapping[str, Any], where: str = "a conversation") -> Conversation:
+    """Returns the conversation of a record with `messages`, and `tools` and `documents` if it has
+    them.
+
+    Raises WeftError, naming `where`, the message and its key, for what cannot be meant.
+    """
+    given = json_value(row.get("messages"), f"{where}: messages")
+    if not isinstance(given, list) or not given:
+        raise WeftError(f"{where}: messages must be a list of {{role, content}}.")
+    messages, trained = [], []
+    for number, message in enumerate(given, 1):
+        place = f"{where}, message {number}"
+        _check_message(message, place)
+        inside = _in_loss(message, place)
+        trained.append(inside)
+        messages.append(_plain(message, place))
+    if not any(message["role"] == "assistant" for message in messages):
+        raise WeftError(
+            f"{where}: no message has the role assistant, so there is nothing to learn."
+        )
+    return Conversation(
+        messages,
+        trained,
+        _mappings(row.get("tools"), f"{where}: tools"),
+        _mappings(row.get("documents"), f"{where}: documents"),
+        tuple(i for i, message in enumerate(given) if _excluded(message)),
+    )
+
+
+def asked(messages: list[Message]) -> Conversation:
+    """Returns a conversation that waits for an answer, for generation."""
+    return Conversation([dict(message) for message in messages], [False] * len(messages))
+
+
+def without(row: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Returns a record without the columns `names`, and without those keys of its messages, of
+    their content's parts and of their tool calls. The arguments of a call are data, and kept.
+    """
+    kept = {key: value for key, value in row.items() if key not in names}
+    for column in ("messages", "documents"):
+        if isinstance(kept.get(column), str):  # a table's cell
+            kept[column] = json_value(kept[column], column)
+        if isinstance(kept.get(column), list):
+            kept[column] = [_stripped(value, names) for value in kept[column]]
+    return kept
+
+
+def keys_of(row: Mapping[str, Any]) -> set[str]:
+    """Returns all names that `without` could leave out of a record."""
+    found = set(map(str, row))
+    for column in ("messages", "documents"):
+        value = json_value(row.get(column), column)
+        for entry in value if isinstance(value, list) else ():
+            _collect(entry, found)
+    return found
+
+
+def _collect(entry: Any, found: set[str]) -> None:
+    if not isinstance(entry, Mapping):
+        return
+    found.update(map(str, entry))
+    for key in ("content", *CALLS):
+        inner = entry.get(key)
+        for part in inner if isinstance(inner, list) else [inner]:
+            if isinstance(part, Mapping):
+                found.update(map(str, part))
+
+
+def _stripped(entry: Any, names: Collection[str]) -> Any:
+    if not isinstance(entry, Mapping):
+        return entry
+    kept = {key: value for key, value in entry.items() if key not in names}
+    for key in ("content", *CALLS):
+        inner = kept.get(key)
+        if isinstance(inner, list):
+            kept[key] = [
+                {k: v for k, v in part.items() if k not in names}
+                if isinstance(part, Mapping)
+                else part
+                for part in inner
+            ]
+    return kept
+
+
+def _check_message(message: Any, place: str) -> None:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise WeftError(
+            f"{place}: each message is a mapping with role and content, and this is "
+            f"{message!r:.80}."
+        )
+    role = message["role"]
+    if role not in ROLES:
+        near = get_close_matches(role, ROLES, n=1) or ROLES
+        raise WeftError(f"{place}: role {role!r} is not known. Nearest: {', '.join(near)}.")
+    calls = [key for key in CALLS if message.get(key)]
+    if message.get("content") is None and not (
+        role == "assistant" and (calls or any(message.get(key) for key in REASONING))
+    ):
+        raise WeftError(
+            f"{place}: each message is a mapping with role and content, and this {role} message "
+            "has no content."
+        )
+    if calls and role != "assistant":
+        raise WeftError(f"{place}: {calls[0]} is of a message with the role assistant, not {role}.")
+
+
+def _in_loss(message: Mapping[str, Any], place: str) -> bool:
+    """Whether the message is an answer to learn. Raises WeftError for a weight that is no 0 or 1."""
+    wanted = {}
+    for key in IN_LOSS:
+        value = message.get(key)
+        if value is None:
+            continue
+        if value not in ((0, 1) if key == "weight" else (False, True)) or isinstance(value, str):
+            allowed = "0 or 1" if key == "weight" else "true or false"
+            raise WeftError(
+                f"{place}: {key}={value!r}: write {allowed}. A turn is in the loss or not; there "
+                "are no weights between."
+            )
+        wanted[key] = bool(value)
+    if len(set(wanted.values())) > 1:
+        raise WeftError(f"{place}: weight and train contradict each other; give one of them.")
+    role, chosen = message["role"], next(iter(wanted.values()), None)
+    if role != "assistant" and chosen:
+        raise WeftError(
+            f"{place}: {next(iter(wanted))} puts a {role} message into the loss. Only the "
+            "assistant's turns are; data.loss_on=all trains on everything."
+        )
+    return role == "assistant" and chosen is not False
+
+
+def _excluded(message: Mapping[str, Any]) -> bool:
+    return any(message.get(key) is not None and not message[key] for key in IN_LOSS)
+
+
+def _plain(message: Mapping[str, Any], place: str) -> Message:
+    """The message without keys that are None or Weft's own, with its content as text."""
+    plain = {
+        key: value for key, value in message.items() if value is not None and key not in IN_LOSS
+    }
+    if "content" in plain:
+        plain["content"] = _text_of(plain["content"], f"{place}: content")
+    for key in REASONING:
+        if key in plain and not isinstance(plain[key], str):
+            raise WeftError(f"{place}: {key}={plain[key]!r:.60} is not text.")
+    if plain.get("tool_calls") is not None:
+        plain["tool_calls"] = _calls(plain["tool_calls"], place)
+    return plain
+
+
+def _text_of(content: Any, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise WeftError(f"{place}={content!r:.60} is not text, nor a list of parts with text.")
+    texts = []
+    for number, part in enumerate(content, 1):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind not in TEXT_PARTS or not isinstance(text, str):
+            raise WeftError(
+                f"{place}, part {number}: only parts with text are read, {{type: text, text: ...}}, "
+                f"and this is of the type {kind!r}. Leave such records out."
+            )
+        more = [key for key, value in part.items() if key not in ("type", "text") and value]
+        if more:
+            raise WeftError(
+                f"{place}, part {number}: nothing reads its key {more[0]!r}. If it has no meaning "
+                f"for training, write data.ignore: [{', '.join(map(str, more))}]."
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(value: Any, place: str) -> list[Message]:
+    value = json_value(value, f"{place}: tool_calls")
+    calls: list[Message] = []
+    for number, call in enumerate(value if isinstance(value, list) else [value], 1):
+        if isinstance(call, Mapping):
+            function = call.get("function", call)
+            if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+                calls.append(dict(call))
+                continue
+        raise WeftError(
+            f"{place}, tool call {number}: a call is {{type: function, function: {{name, "
+            f"arguments}}}}, and this is {call!r:.80}."
+        )
+    return calls
+
+
+def _mappings(value: Any, place: str) -> list[Message] | None:
+    """`tools` or `documents`: a list of mappings, None if there are none."""
+    value = json_value(value, place)
+    if value is None or value == "" or value == []:
+        return None
+    if not isinstance(value, list):
+        raise WeftError(f"{place}={value!r:.60} is not a list of mappings.")
+    found = []
+    for number, entry in enumerate(value, 1):
+        entry = json_value(entry, f"{place}, entry {number}")
+        if not isinstance(entry, Mapping):
+            raise WeftError(f"{place}, entry {number}: {entry!r:.60} is not a mapping.")
+        found.append({key: inner for key, inner in entry.items() if inner is not None})
+    return found
+
+
+def json_value(value: Any, place: str) -> Any:
+    """Returns what a table's cell or another JSON text holds, and anything else as it is. Raises
+    WeftError for a text that begins as a list or mapping and is none.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise WeftError(f"{place} is text, but not a JSON list.") from None
+    return value
+
+
+def _says_something(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else bool(value)
