@@ -69,7 +69,7 @@ def test_defaults_overrides_and_the_resolved_file_say_the_same(file, tmp_path):
         ("optim.lora_plus=0", "optim.lora_plus=0.0: it must be above 0"),
         ("optim.lora_plus=true", "optim.lora_plus=True: write a number"),
         ("optim={lora_plus: 4, lr_factors: {B: 2}}", "are both rates of B; give one"),
-        ("optim.lr_factors.B=0", "optim.lr_factors.B=0.0: write a number above 0"),
+        ("optim.lr_factors.B=0", "optim.lr_factors.B=0: write a number above 0"),
         ("optim.schedule=lineer", "Nearest: linear"),
         ("eval.best=loss", "eval.best needs evaluation data"),
         ("data.eval_share=1", "data.eval_share=1.0: it must be 0 or more and below 1"),

@@ -126,7 +126,7 @@ def normalise_blocks(method: str, value: Any) -> tuple[int, ...]:
     """
     given = list(value) if isinstance(value, set | frozenset | range) else value
     try:
-        found = conform(int | list[int] | tuple[int, ...] | None, given)
+        found = conform(int | list[int] | None, given)
     except WrongType:
         found = (-1,)
     numbers = () if found is None else (found,) if isinstance(found, int) else found

@@ -77,9 +77,9 @@ def parse_methods(text: str) -> list[Entry]:
         fields = dict(given)
         if len(fields) < len(given):
             raise ConfigError(f"--methods {part!r}: a field is given twice.")
-        for own in ("modules_to_save", "seed"):
-            if own in fields:
-                raise ConfigError(f"--methods {part!r}: {own!r} is set by weft compare.")
+        for taken in ("modules_to_save", "seed"):
+            if taken in fields:
+                raise ConfigError(f"--methods {part!r}: {taken!r} is set by weft compare.")
         cls = methods.by_name(name)
         label = " ".join([cls.__name__, *(f"{key}={value}" for key, value in fields.items())])
         ratio = fields.pop(RATIO, None)
@@ -87,8 +87,8 @@ def parse_methods(text: str) -> list[Entry]:
         _check_ratio(part, config, ratio)
         if any(entry.label == label for entry in entries):
             raise ConfigError(f"--methods {text!r}: {label!r} appears twice.")
-        given = frozenset(fields)
-        entries.append(Entry(label, config, learning_rates(cls), given=given, lora_plus=ratio))
+        rates, own = learning_rates(cls), frozenset(fields)
+        entries.append(Entry(label, config, rates, given=own, lora_plus=ratio))
     return entries
 
 
