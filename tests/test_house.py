@@ -358,6 +358,7 @@ def test_the_core_works_without_numpy():
         "model = torch.nn.Sequential(torch.nn.Linear(7, 11), torch.nn.Linear(11, 5))\n"
         "for i, config in enumerate((weft.DoRA(r=2), weft.DVoRA(r=3), weft.BitFit())):\n"
         "    adapter = weft.attach(model, config, name=f'a{i}')\n"
+        "    for p in adapter.parameters(): p.data += 0.1\n"
         "    weft.merge(model, f'a{i}', verify=torch.randn(3, 7)); weft.unmerge(model)\n"
         "    weft.snapshot(model); print(adapter.plan())\n"
         "print(weft.adapters(model)['a1'].sites['0'].shared.checksum())\n"

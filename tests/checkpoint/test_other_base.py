@@ -120,7 +120,9 @@ def test_another_number_of_layers_for_a_selection(method, tmp_path):
         attached(model, getattr(weft, method)())
         weft.save(model, tmp_path / folder)
     if method == "Head":
-        assert weft.load(llama(2, attention_bias=True), tmp_path / "four").selected
+        refused(llama(2, attention_bias=True), tmp_path / "four", "the base has other weights")
+        other = weft.load(llama(2, attention_bias=True), tmp_path / "four", other_base=True)
+        assert other.selected
         return
     refused(
         llama(2, attention_bias=True),

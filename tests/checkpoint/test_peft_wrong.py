@@ -136,7 +136,7 @@ def test_numbers_that_cannot_be_meant_load_without_a_word(change, text, tmp_path
     peft_saves(peft_of(net(), lora()), tmp_path)
     key = "base_model.model.mid.lora_B.weight"
     rewrite(tmp_path, lambda t: t.update({key: change(t[key])}))
-    refused(net(), tmp_path, text, "'mid.lora_B.weight'", x=X)
+    refused(net(), tmp_path, text, "mid.lora_B.weight'", x=X)
     _, said = loads(net, tmp_path)
     peft_still(said == [], "NaN and whole numbers are loaded in silence")
 

@@ -97,3 +97,16 @@ def test_the_standard_output(into, tmp_path):
     text = (tmp_path / "out").read_text() if into == "file" else done.stdout
     lines = text.splitlines()
     assert json.loads(lines.pop(1)) == {"a": 1} and lines == ["before", "after"]
+
+
+def test_a_file_in_memory_is_replaced():
+    folder = Path("/dev/shm")
+    if not os.access(folder, os.W_OK):
+        pytest.skip("no /dev/shm")
+    path = folder / f"weft-test-{os.getpid()}"
+    try:
+        for text in ("old", "new"):
+            write(path, text)
+        assert path.read_text() == "new"
+    finally:
+        path.unlink()

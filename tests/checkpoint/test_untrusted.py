@@ -59,7 +59,8 @@ def forged(directory, change):
         "weft_manifest": base64.b64encode(zlib.compress(manifest, 9)).decode(),
         "weft_checksums": "".join(files.checksum(parts["tensors"][key]) for key in keys),
     }
-    save_file(parts["tensors"], str(directory / TENSORS), {**text, "weft_seal": header._seal(text)})
+    text = {**head, **text, "weft_seal": header._seal(text)}
+    save_file(parts["tensors"], str(directory / TENSORS), text)
 
 
 def ours(folder, method="LoRA", **changes):
@@ -304,6 +305,38 @@ def test_inspect_holds_peft_tensors_against_their_rank(method, field, tmp_path):
     directory = peft_file(tmp_path / "a", method)
     edit_config(directory, **{field: 4 if field == "r" else {"mid": 4}})
     both_refuse(directory, "expected", error=weft.CheckpointError)
+
+
+def test_sizes_are_compared_before_values_are_read(tmp_path):
+    """A file with holes takes no space, and reading what it claims to hold would take minutes."""
+    directory, n = peft_file(tmp_path / "a"), 10**9
+    key = "base_model.model.layer.lora_"
+    entries = {
+        key + "A.weight": {"dtype": "F32", "shape": [3, n], "data_offsets": [0, 12 * n]},
+        key + "B.weight": {
+            "dtype": "F32",
+            "shape": [11, 3],
+            "data_offsets": [12 * n, 12 * n + 132],
+        },
+    }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    with (directory / TENSORS).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + 12 * n + 132)
+    refused(net(), directory, "shape [3, 1000000000] in the file, [3, 7] expected")
+
+
+@pytest.mark.parametrize("name", ["lora_A", "head"])
+def test_inspect_refuses_values_that_load_refuses(name, tmp_path):
+    directory = peft_file(tmp_path / "a", modules_to_save=["head"])
+
+    def change(tensors):
+        key = next(k for k in tensors if name in k)
+        tensors[key] = torch.full_like(tensors[key], float("nan"))
+
+    rewrite(directory, change)
+    both_refuse(directory, "it holds NaN or infinity", error=weft.CheckpointError)
 
 
 def test_a_folder_that_cannot_be_read_is_one_of_our_errors(tmp_path):

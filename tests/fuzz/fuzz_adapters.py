@@ -201,7 +201,7 @@ def forge(rng: Random, folder: Path) -> None:
     config = both["manifest"].get("adapter_config") if isinstance(both.get("manifest"), dict) else 0
     if isinstance(config, dict) and rng.random() < 0.7:
         (folder / CONFIG).write_text(dumps(config))
-    save_file(tensors, str(folder / TENSORS), {**text, "weft_seal": seal})
+    save_file(tensors, str(folder / TENSORS), {**head, **text, "weft_seal": seal})
 
 
 def check_lora(folder: Path, model: torch.nn.Module, adapter: Any, writer: str) -> None:

@@ -216,8 +216,11 @@ def _decoded(data: bytes) -> str:
 
 
 def _strings(value: Any) -> list[str]:
+    """The texts in a value; a number or boolean is a text as JSON writes it."""
     if isinstance(value, str):
         return [value]
+    if isinstance(value, bool | int | float):
+        return [json.dumps(value)]
     if isinstance(value, dict):
         return [s for k, v in value.items() if k != "role" for s in _strings(v)]
     if isinstance(value, list | tuple):

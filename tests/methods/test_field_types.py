@@ -21,7 +21,12 @@ from weft.methods.field_types import WrongType, conform, hints_of, literal
 from weft.training.config import RunConfig, from_dict, to_dict
 
 VALUES = [True, 1, 1.5, "false", "1", None, ["a"], {"a": 1}, b"1", object(), 10**400, 1 + 1j]
-FREE = {"targets", "train", "modules_to_save"}  # several types; they have rules of their own
+FREE = {
+    "targets",
+    "train",
+    "modules_to_save",
+    "new_tokens",
+}  # several types; they have rules of their own
 FIELDS = [
     (name, field.name)
     for name, cls in METHODS.items()
@@ -29,7 +34,7 @@ FIELDS = [
     if field.name not in FREE
 ]
 SECTIONS = [hint for hint in hints_of(RunConfig).values() if dataclasses.is_dataclass(hint)]
-KEYS = [(cls, f.name) for cls in SECTIONS for f in dataclasses.fields(cls)]
+KEYS = [(cls, f.name) for cls in SECTIONS for f in dataclasses.fields(cls) if f.name not in FREE]
 
 
 def fits(hint, value):
@@ -79,6 +84,13 @@ def test_a_section_takes_no_value_of_another_type_from_python_either(cls, key):
         section = cls.__name__.removesuffix("Section").lower()
         with pytest.raises(weft.ConfigError, match=rf"{section}\.{key}="):
             cls(**{**least, key: value})
+
+
+@pytest.mark.parametrize("field", sorted(FREE))
+def test_fields_with_rules_of_their_own_take_no_other_types_either(field):
+    for value in (True, 1, 1.5, None, [True], [1.5], [None], {"a": 1.5}, b"1", object()):
+        with pytest.raises(weft.ConfigError, match=field):
+            weft.LoRA(**{field: value})
 
 
 def test_items_of_lists_and_mappings_are_checked_too():

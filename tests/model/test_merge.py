@@ -351,3 +351,106 @@ def test_merging_does_not_depend_on_what_is_active():
     weft.use(a.model, "b")
     weft.merge(a.model, "default")
     check_close(a.run(), wanted, torch.float32)
+
+
+# What happened to the weights since
+
+
+def edited_through_data(model):
+    model.mid.weight.data.mul_(2)
+
+
+def given_other_data(model):
+    model.mid.weight.data = model.mid.weight.data * 2
+
+
+def edited_through_a_pointer(model):
+    model.mid.weight.detach().numpy()[0, 0] += 1
+
+
+def replaced_module(model):
+    model.mid = nn.Linear(11, 9)
+
+
+def trained(model):
+    model.mid.weight.requires_grad_(True)
+    model(inputs("linear")).sum().backward()
+    torch.optim.SGD([model.mid.weight], lr=1.0).step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [edited_through_data, given_other_data, edited_through_a_pointer, replaced_module, trained],
+)
+def test_an_edit_that_leaves_no_sign_is_no_part_of_the_base_either(change):
+    a = awake("LoRA")
+    weft.merge(a.model)
+    change(a.model)
+    with pytest.raises(weft.MergeError, match=r"'mid\.weight' was .*keep_merged=True"):
+        weft.unmerge(a.model)
+    weft.detach(a.model, keep_merged=True)
+
+
+def test_a_merged_model_may_be_cast():
+    a = awake("LoRA")
+    before = bits(a.model)
+    weft.merge(a.model)
+    a.model.bfloat16()
+    weft.unmerge(a.model)
+    assert all(same_bits(v, before[k].bfloat16()) for k, v in bits(a.model).items())
+
+
+def test_two_weights_in_one_memory_are_put_back_in_order(monkeypatch):
+    monkeypatch.setattr("weft.model.merge.problems", lambda *_, **__: [])
+    model = nn.ModuleDict({"a": nn.Linear(7, 7), "b": nn.Linear(7, 7)})
+    adapter = weft.attach(model, weft.LoRA(r=2, targets=["a", "b"]))
+    move(adapter)
+    model["b"].weight.data = model["a"].weight.data
+    before = model["a"].weight.clone()
+    with torch.no_grad():
+        for p in adapter.sites["b"].parameters():
+            p.fill_(1e30)
+    with pytest.raises(weft.MergeError, match="'b': W' is not finite"):
+        weft.merge(model)
+    assert same_bits(model["a"].weight, before)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "Full"])
+def test_a_state_dict_taken_while_merged_does_not_load_where_the_adapter_counts_again(method):
+    a = awake(method)
+    weft.merge(a.model)
+    merged, here = a.model.state_dict(), a.run()
+    assert any("merged.weft.default" in key for key in merged)
+    a.model.load_state_dict(merged)  # where it is merged, too
+    b = awake(method, model=net(seed=1))
+    before = b.run()
+    with pytest.raises(weft.MergeError, match="taken while adapter 'default' was merged"):
+        b.model.load_state_dict(merged)
+    assert same_bits(b.run(), before)
+    with pytest.raises(RuntimeError, match=r"merged\.weft\.default"):
+        net().load_state_dict(merged)
+    weft.detach(a.model, keep_merged=True)
+    plain = net()
+    plain.load_state_dict(a.model.state_dict())
+    check_close(plain(a.x), here, torch.float32)
+
+
+def test_the_audit_of_a_merged_model_knows_its_tensors():
+    a = awake("LoRA")
+    before = weft.snapshot(a.model)
+    weft.merge(a.model)
+    with pytest.raises(weft.AuditError) as caught:
+        weft.audit(a.model, before, weft.snapshot(a.model))
+    assert "merged.weft" not in str(caught.value)
+
+
+def test_an_adapter_without_any_effect_is_refused_where_it_is_verified():
+    model = net()
+    weft.attach(model, config("LoRA"))
+    before = bits(model)
+    with pytest.raises(
+        weft.MergeError, match="does not change the outputs for these inputs at all"
+    ):
+        weft.merge(model, verify=inputs("linear"))
+    assert all(same_bits(v, before[k]) for k, v in bits(model).items())
+    assert weft.merge(model).change == 0

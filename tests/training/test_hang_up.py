@@ -17,6 +17,13 @@ from weft.training.callbacks import Stop
 from weft.training.resume import newest
 
 
+@pytest.fixture(autouse=True)
+def _not_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGHUP")
 def test_sighup_saves_and_stops(place, tmp_path, monkeypatch):  # noqa: F811
     from weft.training import log

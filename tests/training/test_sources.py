@@ -6,8 +6,10 @@ import gzip
 import json
 
 import pytest
+import tiny
 
 from weft.encoding.labels import classes_of
+from weft.encoding.render import Renderer, marked
 from weft.errors import ConfigError, WeftError
 from weft.training.config import from_dict, to_dict
 from weft.training.config.sections import DataSection, ModelSection
@@ -236,3 +238,17 @@ def test_names_of_classes_are_given_once_without_blanks(labels):
         ModelSection(path="m", labels=tuple(labels))
     with pytest.raises(ConfigError, match="needs two classes"):
         ModelSection(path="m", labels=("a",))
+
+
+def test_answers_in_a_prompt_are_not_in_the_loss(tmp_path):
+    earlier = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "two"}]
+    row = {
+        "prompt": [*earlier, {"role": "user", "content": "3"}],
+        "completion": [{"role": "assistant", "content": "four"}],
+    }
+    path = lines(tmp_path / "d.jsonl", [row])
+    samples = load_samples(DataSection(train=path), None, 0)[0]
+    made = tiny.tokenizer()
+    coded = Renderer(made, 512).encode(samples, "training")[0]
+    text = marked(made, list(coded["input_ids"]), list(coded["labels"]))
+    assert "⟦four<|im_end|>⟧" in text and text.count("⟦") == 1

@@ -166,6 +166,27 @@ def test_another_base_is_refused(place, tmp_path):
         run(place, tmp_path / "o", model__path=str(other))
 
 
+def test_another_base_is_refused_by_its_weights_and_allowed_by_a_switch(place, tmp_path):
+    """An adapter that lies in no run's directory has only the numbers in its own file."""
+    other = shutil.copytree(place / "bert", tmp_path / "other")
+    held, metadata = files.read_tensors(other / "model.safetensors")
+    from safetensors.torch import save_file
+
+    for name, t in held.items():
+        held[name] = t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t
+    save_file(held, other / "model.safetensors", metadata)
+    found = files.find(place / "first").tensors.parent
+    alone = {
+        "adapter__start": str(shutil.copytree(found, tmp_path / "alone")),
+        "model__path": str(other),
+    }
+    with pytest.raises(WeftError, match=r"other weights[\s\S]*adapter.other_base: true"):
+        run(place, tmp_path / "o", **alone)
+    run(place, tmp_path / "p", **alone, adapter__other_base=True)
+    with pytest.raises(ConfigError, match=r"does nothing without adapter\.start"):
+        config(place, tmp_path / "q", adapter__other_base=True)
+
+
 def test_frozen_matrices_of_another_seed_are_refused(place, tmp_path):
     method = {"name": "VeRA", "r": 4, "targets": ["query"], "seed": 5}
     train(config(place, tmp_path / "a", method=method), stream=StringIO())

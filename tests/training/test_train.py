@@ -358,7 +358,7 @@ def test_what_would_be_ignored_is_refused(place, tmp_path, capsys):
         ({"data__split": "test"}, "chooses a split of a hub name"),
         ({"eval__records": 3}, "for a task whose answers are generated"),
         ({"data__format": "text"}, "needs the columns text"),
-        ({"model__labels": ["a"]}, "names classes"),
+        ({"model__labels": ["a", "b"]}, "names classes"),
         ({"model__kind": "classification"}, "do not go together"),
     ):
         with pytest.raises(WeftError, match=said):

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import methods
 from ..checkpoint.load import load
+from ..checkpoint.same_base import SWITCH
 from ..errors import CheckpointError, ConfigError
 from ..model.attach import detach
 from .changes import Change, changes_of
@@ -151,10 +152,12 @@ def _loaded(model: nn.Module, path: Path) -> Any:
         return load(model, path, name=NAME)
     except CheckpointError as error:
         raise CheckpointError(
-            str(error).replace(
+            str(error)
+            .replace(
                 "\nload(..., strict=False) fills what fits and returns a report.",
                 "\nGive the model that it was trained on.",
             )
+            .replace(f", or {SWITCH} to use this one", "")
         ) from error
 
 

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from ..errors import AuditError, ConfigError
 from ..model.adapter import STALE_NORM, Adapter
 from ..model.attach import adapters
+from ..model.saving import MERGED
 from ..model.state import state_of
 from ..model.steps_watch import unseen
+from ..model.wiring import problems as replaced
 from .base_digest import adapter_buffers, digest
 from .snapshot import Gradients, Snapshot, declared_tensors, frozen_tensors
 
@@ -57,13 +59,19 @@ def audit(
     if unreached not in UNREACHED:
         raise ConfigError(f"audit(unreached={unreached!r}): write one of {list(UNREACHED)}.")
     declared = _Declared()
+    changed = [
+        text
+        for each, adapter in adapters(model).items()
+        if name in (None, each)
+        for text in replaced(state_of(model), adapter, whole=True)
+    ]
     problems = (
         _snapshots(model, before, after, declared)
         if isinstance(before, Snapshot) and isinstance(after, Snapshot)
         else _mappings(model, before, after, name, declared)
     )
     left = declared.unreached()
-    problems = declared.problems(unreached == "allow") + problems
+    problems = changed + declared.problems(unreached == "allow") + problems
     problems += [
         f"{layer}: {STALE_NORM}"
         for each, adapter in adapters(model).items()
@@ -135,6 +143,11 @@ def _snapshots(
         for key, bits in before.base.items()
         if after.base.get(key) != bits
     ]
+    problems += [
+        f"{key}: not in the model at the first snapshot, and of no adapter"
+        for key in after.base
+        if key not in before.base
+    ]
     return problems + _uncounted(model, before, after)
 
 
@@ -169,6 +182,8 @@ def _mappings(
     found, frozen = set(), frozen_tensors(model, name)
     buffers = adapter_buffers(model)
     for key, live in state_of(model).root.state_dict(keep_vars=True).items():
+        if key.startswith(MERGED):
+            continue
         if key not in before or key not in after:
             problems.append(f"{key}: not in both mappings")
         elif id(live) in declared:

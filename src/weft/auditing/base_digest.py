@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..model.attach import adapters
 from ..model.packings import parts
+from ..model.saving import MERGED
 from ..model.state import base_only, find_state, unwrapped
+from ..ops.digest import digest as bits_of
 
 
 def base_digests(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -26,7 +28,7 @@ def base_digests(model: nn.Module) -> dict[str, tuple[int, int]]:
         return {
             key: digest(t)
             for key, t in tensors.items()
-            if isinstance(t, Tensor) and id(t) not in ours
+            if isinstance(t, Tensor) and id(t) not in ours and not key.startswith(MERGED)
         }
 
 
@@ -49,26 +51,9 @@ def adapter_buffers(model: nn.Module) -> set[int]:
 
 
 def digest(t: Tensor) -> tuple[int, int]:
-    """Returns two wrapping sums over the bits of t [...]. They change if any one element changes or
-    any two elements are exchanged.
-    """
+    """Returns the digest of a tensor [...], or of all tensors that a quantised one consists of."""
     plain = parts(t)
-    if len(plain) > 1:
-        found = [digest(p) for p in plain]
-        return sum(a for a, _ in found), sum((i + 1) * b for i, (_, b) in enumerate(found))
-    t = plain[0]
-    if t.numel() == 0 or t.is_meta:
-        return (0, t.numel())
-    flat = t.detach().contiguous().reshape(-1)
-    whole = flat.numel() * flat.element_size() // 8 * 8
-    raw = flat.view(torch.uint8)
-    words = (
-        raw[:whole].view(torch.int64)
-        if raw.storage_offset() % 8 == 0
-        else raw[:whole].clone().view(torch.int64)
-    )
-    tail = raw[whole:].to(torch.int64)
-    weight = torch.arange(words.numel(), device=t.device, dtype=torch.int64) * 2 + 1
-    return int(words.sum() + tail.sum()), int(
-        (words * weight).sum() + (tail * torch.arange(1, tail.numel() + 1, device=t.device)).sum()
-    )
+    if len(plain) == 1:
+        return bits_of(plain[0])
+    found = [bits_of(p) for p in plain]
+    return sum(a for a, _ in found), sum((i + 1) * b for i, (_, b) in enumerate(found))

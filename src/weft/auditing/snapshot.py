@@ -68,6 +68,8 @@ def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     )
     for key, parameter in declared.items():
         record = shot.gradients[key] = Gradients()
+        if not parameter.requires_grad:
+            continue  # frozen since attach, so the audit will say that no gradient reached it
         shot.hooks.append(parameter.register_post_accumulate_grad_hook(record.see))  # type: ignore[no-untyped-call]
     return shot
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -157,12 +157,11 @@ def _stream(path: Path) -> IO[bytes]:
     """Opens what is no regular file. The standard output keeps its own position, since it may be a
     file into which more is printed.
     """
-    for own in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or not of a file
-            own.flush()
-            if os.path.samestat(path.stat(), os.fstat(own.fileno())):
-                return os.fdopen(os.dup(own.fileno()), "wb")
-    return path.open("ab")
+    own = _standard(path)
+    if own is None:
+        return path.open("ab")
+    own.flush()
+    return os.fdopen(os.dup(own.fileno()), "wb")
 
 
 def _is_stream(path: Path) -> bool:
@@ -171,7 +170,16 @@ def _is_stream(path: Path) -> bool:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return False
-    return not stat.S_ISREG(mode) or path.absolute().parts[:2] in (("/", "dev"), ("/", "proc"))
+    return not stat.S_ISREG(mode) or _standard(path) is not None
+
+
+def _standard(path: Path) -> TextIO | None:
+    """Returns the standard stream that a path leads to, such as /dev/stdout, or None."""
+    for own in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or not of a file
+            if os.path.samestat(path.stat(), os.fstat(own.fileno())):
+                return own
+    return None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

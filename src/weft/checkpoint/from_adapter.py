@@ -17,6 +17,7 @@ from ..model.state import base_only, find_state
 from ..model.structure import canonical
 from .checkpoint import Checkpoint, CheckpointLayer
 from .drawn import checksums_of
+from .fingerprint import fingerprint_of
 from .matching import architecture
 
 
@@ -34,6 +35,7 @@ def checkpoint_of(adapter: Adapter, values: bool = True, projections: bool = Fal
         base_of(adapter),
         selected=selected,
         checksums=checksums_of(adapter, values),
+        fingerprint=fingerprint_of(adapter, values),
     )
     for module, layer in adapter.layers.items():
         found.sites[canonical(module)] = CheckpointLayer(

@@ -6,6 +6,8 @@ weft_manifest    layers, base model, names of the tensors and a copy of adapter_
                  repeat, so this is small even for a thousand layers
 weft_checksums   16 hex digits per tensor, in the order of the sorted keys
 weft_seal        16 hex digits over the three above
+weft_base        numbers of the base's frozen weights (fingerprint.py), sealed by themselves: readers of
+                 earlier versions do not know them
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from ..untrusted.json_text import shortened
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer, Written
 from .drawn import UNKNOWN
+from .fingerprint import Fingerprint
 from .header_fields import check_fields
 from .problems import nearest
 
 SCHEMA = 1
 LARGEST_MANIFEST = 2**25  # bytes; a model with 50,000 adapted layers needs half of it
+_BASE = "weft_base"
 _KEYS = ("weft", "weft_manifest", "weft_checksums")
 # What tools fill in on the way to a hub; it changes no number.
 _INFORMATIVE = {
@@ -90,7 +94,11 @@ def metadata_of(
     reached = {m: x.reached for m, x in checkpoint.sites.items() if x.reached is not None}
     if reached:
         manifest["reached"] = reached
-    return _sealed(head, manifest, written, values)
+    found = checkpoint.fingerprint
+    if found is None:
+        return _sealed(head, manifest, written, values)
+    manifest["fingerprint"] = found.manifest()
+    return {**_sealed(head, manifest, written, values), _BASE: found.text()}
 
 
 def _sealed(
@@ -144,6 +152,8 @@ def parse(path: Path, metadata: Mapping[str, str]) -> Header:
         for module, text in reached.items():
             if module not in found.sites or not found.sites[module].rule.is_extra_state(text):
                 raise ValueError(f"reached: {shortened(text)} for {shortened(module)}")
+        if "fingerprint" in manifest:
+            found.fingerprint = Fingerprint.parse(manifest["fingerprint"], metadata[_BASE])
         return Header(found, layout, manifest)
     except ConfigError as error:
         raise CheckpointError(

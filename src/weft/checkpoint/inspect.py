@@ -23,7 +23,8 @@ from .read import read
 @dataclass(frozen=True)
 class Inspection:
     """`rows` are those of a plan; `readable_by_peft` is True if `PeftModel.from_pretrained` reads the
-    directory; `ranks` are those in force, if the method moves rank between layers.
+    directory; `ranks` are those in force, if the method moves rank between layers. `sampled` base tensors
+    are known by some of their numbers, which `load` compares.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Inspection:
     readable_by_peft: bool
     notes: list[str] = field(default_factory=list)
     ranks: dict[str, int] | None = None
+    sampled: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON values."""
@@ -54,6 +56,8 @@ class Inspection:
         base = (
             "not recorded" if not self.base else self.base["class"] + (f" ({kind})" if kind else "")
         )
+        if self.sampled:
+            base += f", known by numbers of {self.sampled} tensors"
         lines = [
             f"{self.method}, written by {self.writer}, in",
             *_pieces(printable(self.path)),
@@ -96,6 +100,7 @@ def inspect(path: str | Path) -> Inspection:
         checkpoint.peft_reads_it,
         [*checkpoint.mapped, *checkpoint.notes],
         _ranks(checkpoint),
+        0 if checkpoint.fingerprint is None else len(checkpoint.fingerprint.sampled),
     )
 
 

@@ -22,6 +22,7 @@ from .drawn import FIXED, fixed_checksum
 from .load_plan import LoadPlan
 from .problems import refuse
 from .read import read
+from .same_base import compare_base
 
 
 @overload
@@ -32,6 +33,7 @@ def load(
     strict: Literal[True] = True,
     *,
     replace: bool = False,
+    other_base: bool = False,
 ) -> Adapter: ...
 @overload
 def load(
@@ -41,6 +43,7 @@ def load(
     *,
     strict: Literal[False],
     replace: bool = False,
+    other_base: bool = False,
 ) -> LoadReport: ...
 @overload
 def load(
@@ -50,6 +53,7 @@ def load(
     strict: bool = True,
     *,
     replace: bool = False,
+    other_base: bool = False,
 ) -> Adapter | LoadReport: ...
 def load(
     model: nn.Module,
@@ -58,6 +62,7 @@ def load(
     strict: bool = True,
     *,
     replace: bool = False,
+    other_base: bool = False,
 ) -> Adapter | LoadReport:
     """Attaches the adapter in the directory `path`, saved by Weft or by peft, fills it and makes it
     active.
@@ -70,6 +75,9 @@ def load(
     tensors that fit are filled and the rest keep their initial values; returns the LoadReport (with
     `.adapter` and `.problems`).
 
+    A file of `weft.save` has numbers of its base's weights. If those of `model` are others, and not
+    only cast or quantised, that is a problem, too; with other_base=True it becomes a note.
+
     replace=True: an adapter of that name is replaced, also while other threads use it, and what is
     active stays active. Each `with weft.use(...)` block, and outside of blocks each forward, gets the
     old adapter or the new one, never both: the replacement waits for the blocks that use the adapter,
@@ -79,11 +87,12 @@ def load(
     the errors of `weft.attach`, and with replace=True WeftError if an open block of this thread uses
     the adapter, or blocks of others do for a minute.
     """
-    checkpoint = read(path)
+    checkpoint = read(path, values=False)
     root = unwrapped(model)
     state = find_state(root)
     with base_only(state):
         plan = LoadPlan(root, checkpoint, strict)
+        compare_base(plan, other_base)
     if strict:
         refuse(path, plan.problems)
     elif not plan.configs and not plan.selected and not plan.tokens:

@@ -12,6 +12,7 @@ from .. import methods
 from ..errors import ConfigError, TargetError
 from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
+from ..model.offload import device_of, offloads
 from ..model.state import find_state
 from ..model.structure.selection import tensors_of_modules, trained_tensors
 from ..model.structure.tokens import TokenTable
@@ -68,11 +69,7 @@ class LoadPlan:
         self._check_repeated()
         self._check_complete()
         first = next(iter(self.configs), None)
-        device = (
-            next((p.device for p in self.modules[first].parameters()), torch.device("cpu"))
-            if first is not None
-            else torch.device("cpu")
-        )
+        device = torch.device("cpu") if first is None else device_of(self.modules[first])
         # If strict, a load with problems is refused: then nothing is drawn in sizes that only the
         # file names.
         draw = not (strict and self.problems)
@@ -101,7 +98,7 @@ class LoadPlan:
                 f"in) in the file, and the model's {name!r} a {host.kind} layer {list(shape)}"
             )
             return
-        if host.device.type == "meta":
+        if host.device.type == "meta" and not offloads(self.modules[name]):
             self.problems.append(
                 f"{name!r} is on the meta device and has no values; load the base model first"
             )

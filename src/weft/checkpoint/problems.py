@@ -20,14 +20,20 @@ _CHUNK = 2**22
 
 
 def take(
-    tensors: dict[str, Tensor], key: str, shape: Shape | None, what: str, problems: list[str]
+    tensors: dict[str, Tensor],
+    key: str,
+    shape: Shape | None,
+    what: str,
+    problems: list[str],
+    values: bool = True,
 ) -> Tensor | None:
     """Removes `key` from `tensors` and returns its tensor [shape].
 
-    Returns None and adds a problem if it is missing or not usable.
+    Returns None and adds a problem if it is missing or not usable. With values=False its values are
+    not read yet.
     """
     found = tensors.pop(key, None)
-    fault = None if found is None else fault_of(found, shape)
+    fault = None if found is None else fault_of(found, shape, values)
     if found is None:
         problems.append(
             f"missing: {key!r} ({what}){nearest('in the file', key, tensors, problems)}"
@@ -37,8 +43,10 @@ def take(
     return found if fault is None else None
 
 
-def fault_of(t: Tensor, shape: Shape | None) -> str | None:
-    """Returns why a tensor from a file cannot be used as one of `shape` ([...] if None), or None."""
+def fault_of(t: Tensor, shape: Shape | None, values: bool = True) -> str | None:
+    """Returns why a tensor from a file cannot be used as one of `shape` ([...] if None), or None.
+    The values, of which a file may claim any number, are read last, and only if asked for.
+    """
     if t.numel() == 0 and shape != tuple(t.shape):
         return (
             f"it is empty, shape {list(t.shape)}; a sharded model must gather its tensors before "
@@ -48,6 +56,8 @@ def fault_of(t: Tensor, shape: Shape | None) -> str | None:
         return f"shape {list(t.shape)} in the file, {list(shape)} expected"
     if t.dtype not in DTYPES.values():
         return f"dtype {t.dtype} in the file, a floating-point type expected, one of {list(DTYPES)}"
+    if not values:
+        return None
     parts = torch.split(t.reshape(-1), _CHUNK)
     if not all(bool(part.isfinite().all()) for part in parts):
         return "it holds NaN or infinity"

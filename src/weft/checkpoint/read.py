@@ -10,13 +10,15 @@ from ..errors import CheckpointError, ConfigError, UnsupportedError, WeftError
 from ..untrusted.printable import one_line
 from . import files, formats, header
 from .checkpoint import Checkpoint
+from .problems import fault_of
 
 
-def read(path: str | Path) -> Checkpoint:
+def read(path: str | Path, values: bool = True) -> Checkpoint:
     """Reads the checkpoint in a directory, whoever wrote it; see `files.find` for the run of
     `weft train`.
 
-    Faults within the file become `problems`. Raises CheckpointError if it cannot be read at all,
+    Faults within the file become `problems`. With values=False those that NaN or infinity make are
+    left to a load plan, which compares shapes with the model before. Raises CheckpointError if it cannot be read at all,
     UnsupportedError for a method or field of peft that Weft does not support.
     """
     while True:
@@ -29,9 +31,27 @@ def read(path: str | Path) -> Checkpoint:
                 raise
         else:
             if files.identity(found.tensors) == before:
-                return checkpoint
+                return _values_checked(checkpoint) if values else checkpoint
         # It was saved again in the meantime. The library opens the file more than once, so two
         # files may have been mixed.
+
+
+def _values_checked(checkpoint: Checkpoint) -> Checkpoint:
+    for module, layer in checkpoint.sites.items():
+        for tensor, t in list(layer.tensors.items()):
+            fault = fault_of(t, tuple(t.shape))
+            if fault is not None:
+                checkpoint.problems.append(
+                    f"{layer.keys.get(tensor, tensor)!r} ({tensor} of {module!r}): {fault}"
+                )
+                del layer.tensors[tensor]
+    for name, t in checkpoint.selected.items():
+        # Full stores integer tensors too; they are held against the model's.
+        whole = not t.is_floating_point() and not t.is_complex()
+        fault = None if whole else fault_of(t, tuple(t.shape))
+        if fault is not None:
+            checkpoint.problems.append(f"{name!r}: {fault}")
+    return checkpoint
 
 
 def _read_safely(found: files.Found) -> Checkpoint:

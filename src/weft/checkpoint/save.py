@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedError
 from ..model.adapter import STALE_NORM, Adapter
-from ..model.state import state_of
+from ..model.state import State, state_of
+from ..model.wiring import message, problems
 from . import files, formats, header
 from .checkpoint import Checkpoint
 from .from_adapter import checkpoint_of
@@ -50,13 +52,19 @@ def save(
     or the new one. Other files in it are left alone.
 
     Raises WeftError (no such adapter), CheckpointError (`path` cannot be written, tensors without
-    values, NaN), UnsupportedError (projections=True for a method that peft has no form for).
+    values, NaN, a layer that was replaced after attach), UnsupportedError (projections=True for a
+    method that peft has no form for).
     """
-    adapter = state_of(model).adapter(name)
+    state = state_of(model)
+    adapter = state.adapter(name)
     directory = Path(path).expanduser()
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{str(path)!r} is a file; an adapter is saved into a directory.")
+    changed = problems(state, adapter, whole=True)
+    if changed:
+        raise CheckpointError(f"{message(changed)} Nothing was saved.")
     _check_values(adapter)
+    _warn_of_others(state)
     content = files_of(adapter, projections)
     try:
         files.write(directory, *content)
@@ -93,6 +101,19 @@ def _choose_with_projections(checkpoint: Checkpoint, model: nn.Module) -> format
         return formats.choose(checkpoint, model, among)
     except UnsupportedError as error:
         raise UnsupportedError(f"{error}; save without projections=True.") from None
+
+
+def _warn_of_others(state: State) -> None:
+    """Warns of tensors that train and are of no adapter: a head that was put in after attach."""
+    ours = {id(p) for each in state.adapters.values() for p in each.parameters()}
+    loose = [n for n, p in state.root.named_parameters() if p.requires_grad and id(p) not in ours]
+    if loose:
+        more = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
+        warnings.warn(
+            f"{loose[0]!r}{more} may train (requires_grad) and belong to no adapter, so their values "
+            "are not saved. Name their modules in modules_to_save when you attach, or freeze them.",
+            stacklevel=3,
+        )
 
 
 def _check_values(adapter: Adapter) -> None:

@@ -30,6 +30,16 @@ def add_adapter_option(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="an adapter of weft train, weft.save or peft (default: the base alone)",
     )
+    add_other_base(parser)
+
+
+def add_other_base(parser: argparse.ArgumentParser) -> None:
+    """Adds --other-base."""
+    parser.add_argument(
+        "--other-base",
+        action="store_true",
+        help="use the adapter on a base with other weights than its own",
+    )
 
 
 def add_device_options(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:

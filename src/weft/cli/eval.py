@@ -69,9 +69,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--outputs: {args.task!r} generates no text.")
     selection = (args.task, args.split or "test", args.limit, args.batch)
     if is_image(args.task):
-        found = evaluate_images(args.model, args.adapter, *selection, args.dtype, args.device)
+        found = evaluate_images(
+            args.model, args.adapter, *selection, args.dtype, args.device, args.other_base
+        )
     else:
-        found = evaluate(open_model(args.model, args.adapter, args.dtype, args.device), *selection)
+        opened = open_model(
+            args.model, args.adapter, args.dtype, args.device, other_base=args.other_base
+        )
+        found = evaluate(opened, *selection)
     print(f"{found.task}, {found.split}: {found.examples} examples")
     for name, score in found.report.scores.items():
         print(
@@ -124,7 +129,9 @@ def _harness(args: argparse.Namespace) -> int:
 
     names = [name.strip() for name in args.lm_eval.split(",") if name.strip()]
     index = find_tasks(names, args.lm_eval_path)
-    opened = open_model(args.model, args.adapter, args.dtype, args.device)
+    opened = open_model(
+        args.model, args.adapter, args.dtype, args.device, other_base=args.other_base
+    )
     found = harness_scores(opened, names, index, args.shots, args.limit, args.batch)
     print(f"lm-eval {found.release}, log-likelihood")
     for task, scores in found.scores.items():

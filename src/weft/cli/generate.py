@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise ConfigError("--max-new-tokens is a whole number, 1 or more.")
     chosen = {"max_new_tokens": args.max_new_tokens, **settings(args.set)}
-    opened = open_model(args.model, args.adapter, args.dtype, args.device)
+    opened = open_model(
+        args.model, args.adapter, args.dtype, args.device, other_base=args.other_base
+    )
     torch.manual_seed(args.seed)
     for text in generate(opened, args.prompt, chosen, args.chat):
         print(text)

@@ -16,6 +16,7 @@ HELP = "MT-Bench: answer its questions with a model, and have a judge model grad
 # Options that have no effect without --model, and without --url.
 ANSWERING = (
     "adapter",
+    "other_base",
     "set",
     "max_new_tokens",
     "seed",
@@ -175,7 +176,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             "nothing to do: give --model M to answer, --url URL --judge NAME to judge, or both."
         )
     for needed, options in (("model", ANSWERING), ("url", JUDGING)):
-        idle = [name for name in options if getattr(args, name) is not None]
+        idle = [name for name in options if getattr(args, name) not in (None, False)]
         if getattr(args, needed) is None and idle:
             raise ConfigError(f"--{idle[0].replace('_', '-')} has no effect without --{needed}.")
     if args.url is not None and args.judge is None:
@@ -249,7 +250,12 @@ def _answer(
     if {question.id for question in questions} <= {row["question_id"] for row in kept.rows}:
         return
     opened = open_model(
-        args.model, args.adapter, args.dtype or "auto", args.device or "auto", template
+        args.model,
+        args.adapter,
+        args.dtype or "auto",
+        args.device or "auto",
+        template,
+        args.other_base,
     )
     answer_all(opened, questions, kept, made_by, args.batch or 8, _report)
 

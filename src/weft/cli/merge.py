@@ -8,6 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from .common import add_other_base
+
 HELP = "write a plain transformers model with an adapter merged into its weights"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a directory that weft.save, weft train or peft's save_pretrained wrote",
     )
+    add_other_base(parser)
     add(
         "--out",
         required=True,
@@ -77,11 +80,12 @@ def run(args: argparse.Namespace) -> int:
         checkpoint.words,
         checkpoint.new_rows,
     )[0]
-    adapter = load(model, args.adapter)
+    adapter = load(model, args.adapter, other_base=args.other_base)
     if is_classifier(model):
-        set_padding(model, ref)
+        set_padding(model, ref, args.adapter)
+    new = next(iter(checkpoint.token_ids.values()), ())
     report = merge(
-        model, verify=None if args.no_verify else dummy_inputs(model), tolerance=args.tolerance
+        model, verify=None if args.no_verify else dummy_inputs(model, new), tolerance=args.tolerance
     )
     detach(model, keep_merged=True)
     _write_model(model, args.out, Path(ref.source), args.adapter)

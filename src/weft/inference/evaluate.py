@@ -102,6 +102,7 @@ def evaluate_images(
     batch: int = 8,
     dtype: str = "auto",
     device: str = "auto",
+    other_base: bool = False,
 ) -> Evaluated:
     """Scores the first `limit` examples of a task of images.
 
@@ -109,7 +110,7 @@ def evaluate_images(
     """
     ref, task = find_source(model), find_task(name).load()
     _check_split(task, split)
-    loaded = load_model(ref, adapter, dtype, device)
+    loaded = load_model(ref, adapter, dtype, device, other_base)
     outputs = getattr(loaded.config, "num_labels", 0)
     if "ImageClassification" not in type(loaded).__name__ or outputs != len(task.classes):
         raise WeftError(

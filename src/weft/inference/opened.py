@@ -35,19 +35,20 @@ def open_model(
     dtype: str = "auto",
     device: str = "auto",
     template: str | None = None,
+    other_base: bool = False,
 ) -> Opened:
-    """Loads the model with this name, and the adapter if there is one. The tokenizer with its chat
-    template is the adapter's if that has one, else the model's; `template` replaces the template.
+    """Loads the model with this name, and the adapter if there is one; with other_base on whatever weights
+    the model has. The tokenizer with its chat template is the adapter's if that has one, else the
+    model's; `template` replaces the template.
 
     Raises ConfigError if one of them does not exist, WeftError if they do not fit together.
     """
     ref = find_source(model)
-    folder = tokenizer_folder(adapter)
-    own = ref if folder is None else ModelRef(f"{folder} (the adapter's)", str(folder), True)
+    own = _tokenizer_of(ref, adapter)
     with quiet(), loading(own, "a tokenizer and a configuration"):
         tokenizer, config, stops = tokenizer_and_stops(ref, own)
     template = template or lone_template(adapter)
-    loaded = load_model(ref, adapter, dtype, device)
+    loaded = load_model(ref, adapter, dtype, device, other_base)
     limit = max_tokens(tokenizer, config, loaded)
     if is_classifier(loaded):
         use_padding(loaded.config, padding(tokenizer, loaded.config)[0])
@@ -56,13 +57,20 @@ def open_model(
     )
 
 
-def set_padding(model: Any, ref: ModelRef) -> None:
+def _tokenizer_of(ref: ModelRef, adapter: str | None) -> ModelRef:
+    """The adapter's tokenizer, if it has one, else the model's."""
+    folder = tokenizer_folder(adapter)
+    return ref if folder is None else ModelRef(f"{folder} (the adapter's)", str(folder), True)
+
+
+def set_padding(model: Any, ref: ModelRef, adapter: str) -> None:
     """Writes the pad token of training, which is the tokenizer's, into the configuration of a
     classifier, which finds the end of a text by it. Raises WeftError if neither has one.
     """
+    own = _tokenizer_of(ref, adapter)
     try:
-        with quiet(), loading(ref, "a tokenizer"):
-            tokenizer = tokenizer_and_stops(ref, ref)[0]
+        with quiet(), loading(own, "a tokenizer"):
+            tokenizer = tokenizer_and_stops(ref, own)[0]
     except WeftError:
         if model.config.get_text_config().pad_token_id is None:
             raise
@@ -70,8 +78,12 @@ def set_padding(model: Any, ref: ModelRef) -> None:
     use_padding(model.config, padding(tokenizer, model.config)[0])
 
 
-def load_model(ref: ModelRef, adapter: str | None, dtype: str, device: str) -> Any:
+def load_model(
+    ref: ModelRef, adapter: str | None, dtype: str, device: str, other_base: bool = False
+) -> Any:
     """Loads the model and the adapter, without a tokenizer. Raises ConfigError, WeftError."""
+    if other_base and adapter is None:
+        raise ConfigError("--other-base does nothing without --adapter.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here. See `weft doctor`.")
     stored = None if adapter is None else read(adapter)
@@ -84,7 +96,7 @@ def load_model(ref: ModelRef, adapter: str | None, dtype: str, device: str) -> A
         *((0, 0) if stored is None else (stored.words, stored.new_rows)),
     )[0]
     if adapter is not None:
-        load(model, adapter)
+        load(model, adapter, other_base=other_base)
     return model.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu").eval()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,9 @@ def is_classifier(model: nn.Module) -> bool:
     return "SequenceClassification" in type(model).__name__
 
 
-def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
+def dummy_inputs(model: nn.Module, tokens: Sequence[int] = ()) -> dict[str, Tensor]:
     """Returns a small batch with fixed values: pixel_values [2, channels, height, width], or
-    input_ids [2, length]. Raises ConfigError if the model reads neither.
+    input_ids [2, length], which begin with `tokens`. Raises ConfigError if the model reads neither.
     """
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", "input_ids")
@@ -177,5 +177,7 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor]:
         )
     length = min(16, getattr(config, "max_position_embeddings", None) or 16)
     ids = torch.randint(0, words, (2, length), generator=generator)
+    first = torch.tensor(tokens[:length], dtype=ids.dtype)
+    ids[0, : len(first)] = first
     extra = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
     return {"input_ids": ids, **extra}

@@ -19,6 +19,7 @@ from . import base_layers, fallback, prompts, statistics, token_layers
 from .adapter import Adapter
 from .attach_checks import check_name, check_ownership, check_tied
 from .layer import AdapterLayer, adapt, is_adapted, layers_of, restore
+from .offload import check_loadable, loaded
 from .plan_entries import Frozen
 from .selected import select
 from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
@@ -53,6 +54,7 @@ def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
     There is no wrapper, and no base parameter is renamed. The output is unchanged until the adapter
     is trained, except for methods with `starts_at_base = False` (Prefix, PreEmbed, PreLayer). If
     attaching fails, the model is unchanged. A model can have several adapters with different names.
+    Gradients that the base still has are dropped: an optimiser would apply them to frozen weights.
 
     Raises ConfigError (not a Weft configuration, bad name), TargetError (the targets do not fit the
     model), WeftError (the name is taken), MergeError (an adapter is merged).
@@ -187,6 +189,7 @@ def _made(
                 if not isinstance(method, PromptMethod)
             },
         )
+        check_loadable(root, parts.configs, parts.selected)
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
         frozen += unsupported(structure, {f.name for f in frozen} | set(parts.configs))
@@ -230,6 +233,7 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     _remove(state, adapter)
     del state.adapters[name]
     state.active.names.pop(name, None)
+    state.wiring.note(state)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
             parameter.requires_grad_(state.required_grad.get(full, parameter.requires_grad))
@@ -264,6 +268,7 @@ def _remove(state: State, adapter: Adapter) -> None:
     if not any(other.config.freeze_batch_norm for other in others):
         statistics.release(statistics.with_statistics(state.root).values())
     unfollow(adapter)
+    state.uncalled.drop(adapter.name)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -300,7 +305,8 @@ def _build_layers(
     )  # nn.ReLU(inplace=True)
     layers = {}
     for name, method in configs.items():
-        key, device = method.share_key(), views[name].device
+        with loaded(modules[name]):
+            key, device = method.share_key(), views[name].device
         shared = given.get(key)
         if shared is None and key is not None:
             full = (key, max(o for o, _ in groups[key]), max(i for _, i in groups[key]), device)
@@ -310,7 +316,8 @@ def _build_layers(
             shared = pool[full]
         layers[name] = AdapterLayer(method, views[name], shared)
         layers[name].written = written
-        layers[name].initialise(Rng(method.seed, name, device), name in parts.filled)
+        with loaded(modules[name]):
+            layers[name].initialise(Rng(method.seed, name, device), name in parts.filled)
         layers[name].train(modules[name].training)
     return layers
 
@@ -339,6 +346,7 @@ def _install(
         state.required_grad = {name: p.requires_grad for name, p in root.named_parameters()}
         for parameter in root.parameters():
             parameter.requires_grad_(False)
+            parameter.grad = None  # an optimiser that has it would go on stepping
         root.__dict__[ATTRIBUTE] = state
         state.watch_root()
         _tell_trainers(root, True)
@@ -361,3 +369,5 @@ def _install(
     if follows(adapter):
         next(iter(adapter.layers.values())).watch = Watch(adapter.name)
     state.fast_paths.switch_off(modules.values(), [modules[n] for n in adapter.every_layer()])
+    state.uncalled.add(adapter)
+    state.wiring.note(state)

@@ -12,6 +12,7 @@ from ..errors import ConfigError, MergeError, TargetError, WeftError
 from .layer import CHILD, active_of, is_adapted
 from .state import State
 from .structure import Structure
+from .wiring import memory_of
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -72,10 +73,13 @@ def check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
     readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in structure.modules.items():
         for tensor, parameter in module._parameters.items():
-            readers.setdefault(id(parameter), []).append((name, module, tensor))
+            if parameter is not None:
+                readers.setdefault(memory_of(parameter), []).append((name, module, tensor))
     for name in configs:
         layer = structure.root.get_submodule(name)
-        for other, module, tensor in readers.get(id(layer._parameters.get("weight")), ()):
+        weight: Any = layer._parameters.get("weight")
+        tied = () if weight is None else readers[memory_of(weight)]
+        for other, module, tensor in tied:
             if module is layer and tensor == "weight":
                 continue
             full = f"{other}.{tensor}".lstrip(".")

@@ -19,6 +19,7 @@ from . import base_layers
 from .adapter import Adapter
 from .attach import Parts, attach_resolved
 from .attach_checks import check_name
+from .offload import loaded
 from .state import State, base_only, state_of
 from .structure import Structure, targets
 from .use import checked_strengths
@@ -81,10 +82,11 @@ def _added(
     configs = [state.adapter(name).config for name in strengths]
     magnitude = any(f.m is not None for of_layer in terms.values() for _, f in of_layer)
     modules = dict(state.root.named_modules())
-    factors = {
-        module: summed(base_layers.view(modules[module]).weight(), of_layer, magnitude)
-        for module, of_layer in terms.items()
-    }
+    factors: dict[str, LowRank] = {}
+    for module, of_layer in terms.items():
+        with loaded(modules[module]):
+            W = base_layers.view(modules[module]).weight()
+            factors[module] = summed(W, of_layer, magnitude)
     dtypes = [t.dtype for of_layer in terms.values() for _, f in of_layer for t in f.tensors()]
     dtype = reduce(torch.promote_types, dtypes, torch.float32)
     dropout = {config.dropout for config in configs}
@@ -109,7 +111,8 @@ def _fill(adapter: Adapter, factors: Mapping[str, LowRank], terms: Mapping[str, 
             assert value is not None
             parameter.copy_(value)
         stored = replace(layer.method.factors(layer), norm_grad=False)
-        error = distance(layer.base.weight(), terms[module], stored)
+        with loaded(layer.base.module):
+            error = distance(layer.base.weight(), terms[module], stored)
         limit = LIMIT[live["B"].dtype]
         if not error <= limit:
             raise UnsupportedError(

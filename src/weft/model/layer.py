@@ -31,6 +31,7 @@ from . import cache_marks, fallback
 from .active import ROWS_FOUND, Active, ActiveAdapters, PerRow, Weighted, recomputed
 from .base_layers import INNER_FORWARD, own_forward
 from .layer_plan import LayerPlan
+from .offload import HOOK, OLD_FORWARD, offloads
 from .per_row import by_row, weighted
 from .row_probe import Recorder
 from .steps_watch import Watch
@@ -38,12 +39,15 @@ from .steps_watch import Watch
 CHILD = "weft"
 _ACTIVE = "_weft_active"
 _HOOKS = "_weft_hooks"
+_FORGET = "_weft_forget"
 # The layer's own class -> the one that runs its adapters too.
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class AdapterLayer(nn.Module):
     """One adapter's tensors on one layer; a method reads it as `p`. `shape` is the weight's (out, in)."""
+
+    ran = False  # whether it has ever been called, as far as Python sees it
 
     def __init__(self, method: Any, base: Any, shared: Shared | None) -> None:
         super().__init__()
@@ -142,11 +146,14 @@ class AdapterLayer(nn.Module):
             plan = self._plans[index]
             if plan is None or not plan.holds(x):
                 plan = self._plans[index] = LayerPlan(self, x)
+                self.ran = True
             reason = plan.reason or fallback.of_the_moment(x)
             if reason is None:
                 out = plan.compute(self, x)
                 return out if self.watch is None else self.seen(out)
             fallback.note(reason)
+        elif not torch.compiler.is_compiling() and not self.ran:
+            self.ran = True
         return self.seen(self.forward(x, own_forward(module, *args, **kwargs)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -214,6 +221,8 @@ class AdapterLayer(nn.Module):
     def is_stale(self) -> bool:
         """Whether a kept norm is no longer that of the weights; then it is dropped."""
         if not isinstance(self.method, LowRankMethod) or not len(self.cache):
+            return False
+        if self.base.device.type == "meta":  # offloaded between forwards
             return False
         f = self.method.factors(self, self.training)
         found = stale(f, self.base.weight(), self.base.bias, self.cache)
@@ -303,11 +312,19 @@ def is_adapted(module: nn.Module) -> bool:
 def adapt(module: nn.Module, active: ActiveAdapters) -> None:
     """Swaps the class and adds the container of layers; nothing else of the module changes."""
     module.__dict__[_ACTIVE] = active
-    if "forward" in module.__dict__:
-        # accelerate's device hooks put a forward on the instance; it is kept inside ours
-        module.__dict__[INNER_FORWARD] = module.__dict__.pop("forward")
+    cls, inner = type(module), None
+    if OLD_FORWARD in module.__dict__ and HOOK in module.__dict__:
+        # accelerate's hooks load the weight only inside their forward, so ours goes inside it
+        inner = module.__dict__[OLD_FORWARD]
+        module.__dict__[OLD_FORWARD] = types.MethodType(adapted_forward, module)
+    elif "forward" in module.__dict__:  # another library's, which is kept inside ours
+        inner = module.__dict__.pop("forward")
+    if inner is not None and getattr(inner, "__func__", None) is not cls.forward:
+        module.__dict__[INNER_FORWARD] = inner
     module.add_module(CHILD, nn.ModuleDict())
-    module.__class__ = _adapted_class(type(module))
+    module.__class__ = _adapted_class(cls)
+    if offloads(module):
+        forget_offloaded(module)
 
 
 def adopt(module: nn.Module, active: ActiveAdapters, before: Any = None) -> None:
@@ -326,11 +343,29 @@ def restore(module: nn.Module) -> None:
             hook.remove()
     else:
         module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
-        if INNER_FORWARD in module.__dict__:
-            module.__dict__["forward"] = module.__dict__.pop(INNER_FORWARD)
+        inner = module.__dict__.pop(INNER_FORWARD, None)
+        if getattr(module.__dict__.get(OLD_FORWARD), "__func__", None) is adapted_forward:
+            module.__dict__[OLD_FORWARD] = inner or types.MethodType(type(module).forward, module)
+        elif inner is not None:
+            module.__dict__["forward"] = inner
+        if _FORGET in module.__dict__:
+            module.__dict__.pop(_FORGET).remove()
     del module.__dict__[_ACTIVE]
     module.__dict__.pop(ROWS_FOUND, None)
     del module._modules[CHILD]
+
+
+def forget_offloaded(module: nn.Module) -> None:
+    """Lets an adapted layer whose weight is offloaded keep nothing of it after a forward."""
+    if _FORGET not in module.__dict__:
+        module.__dict__[_FORGET] = module.register_forward_hook(_forget)
+
+
+def _forget(module: nn.Module, args: Any, out: Any) -> None:
+    layers: dict[str, Any] = dict(layers_of(module)._modules)
+    for layer in layers.values():
+        layer._plans = [None] * 4
+        layer.cache.clear()
 
 
 def layers_of(module: nn.Module) -> nn.ModuleDict:

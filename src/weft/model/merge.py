@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from ..errors import MergeError, UnsupportedError, WeftError
 from ..methods.base import effective_weight as effective_weight_of
+from ..ops.digest import digest
 from ..ops.norm import full_precision
 from .adapter import STALE_NORM, Adapter
 from .layer import AdapterLayer, active_of, is_adapted, layers_of
+from .offload import loaded, offloads
 from .state import Backup, Merged, State, state_of
+from .uncalled import Reads, silent
 from .use import check_alone
+from .wiring import message, problems
 
 # Largest relative change of the output that a merge may cause, by the dtype of the merged weights.
 # A merge rounds W' once; what a deep model makes of that rounding is some ten to a hundred units in
@@ -67,8 +71,8 @@ def merge(
     verify: inputs for the model (a tensor, a tuple of arguments, or a dict of keyword arguments).
     The outputs with the adapter attached and merged are compared in eval mode; if they differ by
     more than `tolerance` (relative; by dtype if None) the base is put back and MergeError is
-    raised. The base's bits are kept, so `unmerge` is exact; that costs one copy of the merged
-    weights.
+    raised. An adapter that does not change these outputs at all is refused, too. The base's bits are
+    kept, so `unmerge` is exact; that costs one copy of the merged weights.
 
     Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed),
     UnsupportedError (the method cannot be merged).
@@ -78,7 +82,12 @@ def merge(
     with state.gate.alone(f"merge adapter {name!r}"):
         _check_mergeable(state, adapter)
         check_alone(state, f"merge adapter {name!r}")
-        before = _outputs(state, name, verify)
+        state.uncalled.paused = True  # it looks in forwards, and raises no MergeError
+        try:
+            before = _outputs(state, name, verify)
+            _check_called(state, adapter, verify)
+        finally:
+            state.uncalled.paused = False
         base = _outputs(state, None, verify)
         report = _merge(state, adapter)
         if verify is None:
@@ -141,7 +150,8 @@ def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
         )
     own = active.base_weights.get(layer)
     if own is None:
-        return _effective(found, found.base.weight())
+        with loaded(layer):
+            return _effective(found, found.base.weight())
     return _effective(found, own.t() if found.base.transposed else own)
 
 
@@ -170,6 +180,15 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
             raise MergeError(
                 f"{name!r}: {why}, and rounding W' to so few bits would lose most of the adapter. Load the "
                 "base model without quantisation, weft.load the adapter onto it, and merge there."
+            )
+    changed = problems(state, adapter, whole=True)
+    if changed:
+        raise MergeError(message(changed))
+    for name, layer in adapter.layers.items():
+        if offloads(layer.base.module) or layer.base.device.type == "meta":
+            raise MergeError(
+                f"{name!r} has no weight between forwards (it is offloaded by accelerate, or on the meta "
+                "device), so nothing can be merged into it. Load the model whole."
             )
     for name, parameter in adapter.named_parameters():
         if parameter.is_meta:
@@ -207,12 +226,12 @@ def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
 def _replace(parameter: nn.Parameter, value: Tensor, record: Merged, name: str) -> None:
     bits = parameter.detach().clone()
     parameter.copy_(value)
-    record.backups.append(Backup(name, parameter, bits, parameter._version))
+    record.backups.append(Backup(name, parameter, bits, parameter._version, digest(parameter)))
 
 
 @torch.no_grad()
 def _put_back(record: Merged) -> None:
-    for backup in record.backups:
+    for backup in reversed(record.backups):  # two of them may be one memory
         backup.parameter.copy_(backup.bits)
 
 
@@ -225,6 +244,8 @@ def _check_untouched(state: State, record: Merged) -> None:
             why = "was replaced by another tensor"
         elif now._version != backup.version:
             why = "was written to"
+        elif now.dtype == backup.bits.dtype and digest(now) != backup.digest:
+            why = "was edited through `.data` or a pointer"
         else:
             continue
         raise MergeError(
@@ -251,6 +272,12 @@ def _verified(
         dtypes = {b.parameter.dtype for b in state.merged.backups} if state.merged else set()
         tolerance = max(TOLERANCE.get(d, 1e-1) for d in dtypes)
     error, effect = _distance(after, before), _distance(before, base)
+    if effect == 0:
+        unmerge(state.root)
+        raise MergeError(
+            f"adapter {report.name!r} does not change the outputs for these inputs at all, so the base was "
+            "put back: it is untrained, or its layers are not called. Merge without verify (--no-verify) if that is meant."
+        )
     if not error <= tolerance:  # written so that NaN is refused too
         unmerge(state.root)
         raise MergeError(
@@ -287,6 +314,17 @@ def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
             state.active.restore(before)
             state.install_for_caller()
     return _run(state.root, inputs)
+
+
+def _check_called(state: State, adapter: Adapter, inputs: Any) -> None:
+    """Raises MergeError if the model reads the weight of a layer that it does not call."""
+    layers = silent(adapter) if inputs is not None and not state.active.was_traced else {}
+    if layers:
+        with Reads(layers) as reads:
+            _outputs(state, adapter.name, inputs)
+        problem = reads.problem(adapter.name)
+        if problem is not None:
+            raise MergeError(f"nothing was merged: {problem}")
 
 
 def _run(model: nn.Module, inputs: Any) -> list[Tensor]:

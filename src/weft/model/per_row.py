@@ -54,9 +54,11 @@ def _by_first(
         bias = layers[together[0]].base.bias
         out = mixed.apply(x, y, bias, parts, len(rows.names)).view(y.shape)
         for name in together:
+            _called(layers[name])
             layers[name].seen(out)
     for name in here:
         if name not in together:
+            _called(layers[name])
             index = rows.index(name, y.shape[0], y.device)
             found = layers[name].seen(layers[name](x[index], y[index]))
             out = out.index_copy(0, index, found.to(out.dtype))
@@ -74,10 +76,16 @@ def weighted(
     for name, strength in active.strengths.items():
         if name in layers:
             layer = layers[name]
+            _called(layer)
             out = torch.add(out, layer.seen(layer.change(x, y)).to(y.dtype), alpha=strength)
         else:
             adapters.check_attached(name)
     return out
+
+
+def _called(layer: Any) -> None:
+    if not layer.ran:  # to write an attribute of a module costs a microsecond
+        layer.ran = True
 
 
 def _part(layer: Any, rows: tuple[int, ...]) -> mixed.Part:

@@ -23,18 +23,22 @@ from .generator_block import Block
 from .norm_watch import NormWatch
 from .open_blocks import OpenBlocks
 from .row_inputs import main_input
+from .saving import check_merged, note_merged, unwatch_savers, watch_savers
+from .uncalled import Uncalled
+from .wiring import Wiring
 
 ATTRIBUTE = STATE
 
 
 @dataclass(frozen=True, eq=False)
 class Backup:
-    """One merged weight: its name, the parameter, its bits [...] before, and its version after."""
+    """One merged weight: its name, the parameter, its bits [...] before, its version and digest after."""
 
     name: str
     parameter: nn.Parameter
     bits: Tensor
     version: int
+    digest: tuple[int, int]
 
 
 @dataclass
@@ -54,6 +58,8 @@ class State:
         self.active = ActiveAdapters()
         self.gate = self.active.gate = Gate()
         self.norms = NormWatch()
+        self.wiring = Wiring()
+        self.uncalled = Uncalled()
         self.adapters: dict[str, Adapter] = {}
         self.merged: Merged | None = None
         self.required_grad: dict[
@@ -67,6 +73,7 @@ class State:
         self._guards: dict[nn.Module, RemovableHandle] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.wiring, self.uncalled = Wiring(), Uncalled()  # a pickle of an earlier version has none
         self.__dict__.update(state)
         if self.merged is not None:  # a copy of a parameter counts its versions from 0
             backups = self.merged.backups
@@ -86,7 +93,10 @@ class State:
         self._hooks = [
             self.root.register_forward_pre_hook(_enter, with_kwargs=True),
             self.root.register_forward_hook(_leave, always_call=True),
+            self.root.register_state_dict_post_hook(_say_merged),  # type: ignore[no-untyped-call]
+            self.root.register_load_state_dict_pre_hook(_check_merged),  # type: ignore[no-untyped-call]
         ]
+        watch_savers(self.root)
         encoder = row_calls.encoder_of(self.root)
         if encoder is not None:
             self._hooks.append(encoder.register_forward_hook(self._mark_encoded))
@@ -101,6 +111,7 @@ class State:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        unwatch_savers(self.root)
 
     def choose(
         self, active: Active, open_blocks: int | None = None, block: Block | None = None
@@ -239,11 +250,14 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         call, lambda: state.installed_for(active), lambda: state.install(state._owner(active))
     )
     input_cache.begin_forward(call)
+    state.wiring.check(state)
     state.norms.check(state.adapters[n] for n in names_of(active) if n in state.adapters)
     # Inside the gate, where nobody can merge any more; if it raises, torch still calls `_leave`.
     _check_choice(state, active, chosen=choice is not None)
     if isinstance(active, PerRow):
         _check_rows(len(active.names), args, kwargs)
+    if state.uncalled and state.merged is None and not isinstance(active, PerRow):
+        state.uncalled.enter(state.adapters, active, call)
     cache_marks.check(state.active, active, [*enumerate(args), *kwargs.items()])
     rows = active if isinstance(active, PerRow) else None
     row_calls.begin(call, root, state.active, rows, args, kwargs)
@@ -259,6 +273,28 @@ def _leave(root: nn.Module, args: Any, output: Any) -> None:
         input_cache.end_forward(call)
         row_calls.end(call)
         state.gate.leave(call)
+        if state.uncalled and root is state.root:
+            _look_for_uncalled(state, call, output)
+
+
+def _look_for_uncalled(state: State, call: Any, output: Any) -> None:
+    choice = state.active.chosen()
+    active = state.active.default if choice is None else choice.active
+    known = isinstance(active, str) and state.merged is None and not state.active.was_traced
+    ended = output is not None  # torch calls the hook after an error, too
+    state.uncalled.leave(state.root, state.adapters, active if known else None, call, ended)
+
+
+def _say_merged(root: nn.Module, found: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state = root.__dict__.get(ATTRIBUTE)
+    if state is not None and state.merged is not None:
+        note_merged(found, prefix, state.merged.name)
+
+
+def _check_merged(root: nn.Module, found: dict[str, Any], prefix: str, *rest: Any) -> None:
+    state = root.__dict__.get(ATTRIBUTE)
+    here = None if state is None or state.merged is None else state.merged.name
+    check_merged(found, prefix, here)
 
 
 def _check_choice(state: State, active: Active, chosen: bool) -> None:

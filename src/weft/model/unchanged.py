@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_PACKED = 1 << 20  # numbers of an integer buffer from which on it is a weight
 _COLLECTIONS = (dict, list, set)
 
 
@@ -62,7 +63,10 @@ def _restore(now: dict[Any, Any], before: Mapping[Any, Any]) -> None:
 
 
 def _own_buffers(module: nn.Module) -> list[Tensor]:
-    """The buffers that the model's own forward may write to."""
+    """The buffers that the model's own forward may write to; not the packed weights of a quantised one,
+    whose copies would double the model's memory.
+    """
     if type(module).__module__.startswith("weft."):
         return []
-    return [b for b in module._buffers.values() if b is not None and not b.is_inference()]
+    found = (b for b in module._buffers.values() if b is not None and not b.is_inference())
+    return [b for b in found if b.is_floating_point() or b.numel() <= _PACKED]

@@ -58,13 +58,13 @@ def load_adapted(config: RunConfig, data: Data) -> Adapted:
     if data.new_tokens.ids:
         grow_embeddings(model, data.new_tokens.words, data.new_tokens.words)
         method = replace(method, new_tokens=data.new_tokens.ids)
-    if data.start is not None:
+    if data.start is not None and not config.adapter.other_base:
         check_base(data.start, model, missing)
     adapter = attach(model, method)
     _check_statistics(model)
     adapted = Adapted(adapter, missing, notes=notes)
     if data.start is not None:
-        adapted.started = load_start(data.start, adapter, missing)
+        adapted.started = load_start(data.start, adapter, missing, config.adapter.other_base)
         notes.append(describe(adapted.started))
     return adapted
 

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 from ..encoding.conversation import keys_of
 from ..encoding.samples import Samples, is_generation, label_samples
 from ..errors import ConfigError, WeftError
 from ..tasks import GenerationTask, find_generation, find_task
-from ..tasks.files import Numbered, Row
+from ..tasks.files import Row
 from ..tasks.generation import as_samples
 from .config.sections import DataSection
 from .normalise import normalised, with_labels
@@ -64,13 +65,12 @@ def load_samples(
     """
     if section.train is None:
         raise ConfigError("data.train is missing.")
-    given = _read("train", section)
-    others = [] if section.eval is None else _read("eval", section)
-    names: set[str] = set()
-    check_ignored(section.ignore, names.union(*(keys_of(row) for _, row in (*given, *others))))
-    train = _samples(given, "train", section, kind, labels)
-    if section.eval is not None:
-        held = _samples(others, "eval", section, kind, labels)
+    read = _Read.of("train", section)
+    others = None if section.eval is None else _Read.of("eval", section)
+    check_ignored(section.ignore, read.names | (others.names if others else set()))
+    train = _samples(read, kind, labels)
+    held = None if others is None else _samples(others, kind, labels)
+    if held is not None:
         if held.format != train.format:
             raise WeftError(
                 f"data.eval has the format {held.format!r} and data.train {train.format!r}."
@@ -92,29 +92,42 @@ def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
     return samples.take(sorted(order[count:])), samples.take(sorted(order[:count]))
 
 
-def _read(key: str, section: DataSection) -> list[Numbered]:
-    split = section.split if key == "train" else section.eval_split
-    return read_source(getattr(section, key), f"data.{key}", section.config, split)
+@dataclass(frozen=True)
+class _Read:
+    """The records of data.train or data.eval in Weft's conventions, where each is from, the section
+    for them, and the names that data.ignore may have.
+    """
+
+    name: str
+    rows: list[Row]
+    places: list[str]
+    section: DataSection
+    names: set[str]
+
+    @classmethod
+    def of(cls, key: str, section: DataSection) -> _Read:
+        """Raises ConfigError or WeftError, naming the file and the record."""
+        given = getattr(section, key)
+        name, split = title_of(given), section.split if key == "train" else section.eval_split
+        read = read_source(given, f"data.{key}", section.config, split)
+        check_pairs([row for _, row in read], section.ignore, name)
+        rows, section = normalised(read, section)
+        names: set[str] = set()
+        if section.ignore:
+            names = {column for _, row in read for column in row}.union(*map(keys_of, rows))
+        return cls(name, rows, [place for place, _ in read], section, names)
 
 
-def _samples(
-    read: list[Numbered],
-    key: str,
-    section: DataSection,
-    kind: str | None,
-    labels: Sequence[str] | None,
-) -> Samples:
-    name = title_of(getattr(section, key))
-    check_pairs([row for _, row in read], section.ignore, name)
-    rows, section = normalised(read, section)
-    rows = _renamed(left_out(rows, section.ignore), section.columns, name)
+def _samples(read: _Read, kind: str | None, labels: Sequence[str] | None) -> Samples:
+    name, section = read.name, read.section
+    rows = _renamed(left_out(read.rows, section.ignore), section.columns, name)
     there = _filled(rows)
     chosen = section.format if section.format != "auto" else _format_of(there, kind, name)
     wanted = _columns(chosen, there, name)
+    check_read(rows, (*wanted, *OPTIONAL.get(chosen, ())), name)
     if chosen == "label":
         at = f"column {section.columns.get('label', 'label')!r}"
-        rows = with_labels(rows, [f"{place}, {at}" for place, _ in read], kind, labels or ())
-    check_read(rows, (*wanted, *OPTIONAL.get(chosen, ())), name)
+        rows = with_labels(rows, [f"{place}, {at}" for place in read.places], kind, labels or ())
     checked = [
         _checked(row, chosen, wanted, f"{name}, sample {i}") for i, row in enumerate(rows, 1)
     ]

@@ -22,6 +22,7 @@ from ..checkpoint.drawn import FIXED, fixed_checksum
 from ..checkpoint.load import read
 from ..checkpoint.load_plan import LoadPlan
 from ..checkpoint.problems import SHOWN
+from ..checkpoint.same_base import compare_base
 from ..errors import CheckpointError, ConfigError, WeftError
 from ..methods import TensorConfig
 from ..model.adapter import Adapter
@@ -108,9 +109,12 @@ def check_base(start: Start, model: nn.Module, missing: Collection[str]) -> None
 
 
 @torch.no_grad()
-def load_start(start: Start, adapter: Adapter, missing: Collection[str]) -> dict[str, Any]:
+def load_start(
+    start: Start, adapter: Adapter, missing: Collection[str], other_base: bool = False
+) -> dict[str, Any]:
     """Copies the tensors into the attached adapter and returns its record for run.json. `missing`:
-    names of base tensors that are in no checkpoint.
+    names of base tensors that are in no checkpoint. With `other_base` the weights may be others than
+    the adapter's own base has.
 
     Raises CheckpointError, naming the tensor, if one of either side has no counterpart. Nothing has
     changed then.
@@ -126,6 +130,7 @@ def load_start(start: Start, adapter: Adapter, missing: Collection[str]) -> dict
         stored.selected |= {name: t.detach().cpu().clone() for name, t in head.items()}  # its own
     with base_only(state_of(root)):
         plan = LoadPlan(root, stored)
+        compare_base(plan, other_base, "set adapter.other_base: true")
     _refuse(start, [*plan.problems, *_left_over(adapter, plan), *_drawn_otherwise(adapter, stored)])
     for name, site in adapter.layers.items():
         live = site.stored()

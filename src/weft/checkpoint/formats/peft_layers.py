@@ -289,7 +289,7 @@ def _take_layer(
     for tensor, wanted in layer.rule.shapes(*size).items():
         layer.keys[tensor] = PREFIX + keys[tensor]
         what = f"{tensor} of {module!r}"
-        found = take(tensors, keys[tensor], wanted, what, checkpoint.problems)
+        found = take(tensors, keys[tensor], wanted, what, checkpoint.problems, values=False)
         if found is not None:
             layer.tensors[tensor] = found
 

@@ -41,6 +41,7 @@ class VirtualTokenHooks:
     def __init__(self, point: InjectionPoint, active: ActiveAdapters) -> None:
         self.base, self.decoder, self._active = point.module, point.decoder, active
         self.outer = tuple(point.outer)
+        self.hooked = [self.base]  # modules that must stay in the model
         self.configs: dict[str, Any] = {}
         self._names = parameters_of(type(self.base))
         self._reset()
@@ -73,6 +74,7 @@ class VirtualTokenHooks:
     def _watch_encoder(self, point: InjectionPoint) -> None:
         embeddings: nn.Module = self.base._modules["embeddings"]  # type: ignore[assignment]
         self._hooks.append(embeddings.register_forward_hook(self.append_tokens))
+        self.hooked.append(embeddings)
         if point.last is not None:
             self._hooks.append(point.last.register_forward_hook(self.end_blocks))
             self._hooks += [

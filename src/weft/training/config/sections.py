@@ -80,10 +80,15 @@ def _new_tokens(given: Any) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class AdapterSection(Section):
     """`start` is a saved adapter of the same method whose tensors this run begins with. None draws
-    new ones.
+    new ones. With `other_base` it may have been trained on other weights than the run's base has.
     """
 
     start: str | None = None
+    other_base: bool = False
+
+    def __post_init__(self) -> None:
+        if self.other_base and self.start is None:
+            raise ConfigError("adapter.other_base does nothing without adapter.start.")
 
 
 @dataclass(frozen=True, kw_only=True)
