@@ -102,8 +102,6 @@ def normalise_names(method: str, field: str, value: Any) -> tuple[str, ...]:
     Raises ConfigError if it has another type, or an invalid regular expression.
     """
     given = (value,) if isinstance(value, str) else value
-    if given is None:
-        return ()
     if not isinstance(given, Sequence | set | frozenset):
         raise ConfigError(
             f'{method}({field}={short(value)}): write a list of name endings, for example ["o_proj"].'
@@ -126,10 +124,10 @@ def normalise_blocks(method: str, value: Any) -> tuple[int, ...]:
     """
     given = list(value) if isinstance(value, set | frozenset | range) else value
     try:
-        found = conform(int | list[int] | None, given)
+        found = conform(int | list[int], given)
     except WrongType:
-        found = (-1,)
-    numbers = () if found is None else (found,) if isinstance(found, int) else found
+        found = -1
+    numbers = [found] if isinstance(found, int) else found
     if any(n < 0 for n in numbers):
         raise ConfigError(
             f"{method}(layers={short(value)}): write the numbers of blocks, counted from 0, for "
