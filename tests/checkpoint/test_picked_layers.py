@@ -1,5 +1,7 @@
 """`exclude`, `within` and `layers` in files, ours and those of peft."""
 
+import json
+
 import peft
 import pytest
 from checkpoint_support import (
@@ -14,6 +16,8 @@ from checkpoint_support import (
 )
 
 import weft
+from weft.checkpoint.formats.peft_picks import adapted_by
+from weft.model.structure import Structure
 
 
 @pytest.mark.parametrize("method", [weft.LoRA, weft.DoRA, weft.VeRA])
@@ -57,3 +61,42 @@ def test_a_layer_that_peft_picked_and_the_file_lacks_is_named(fields, tmp_path):
 
     rewrite(tmp_path, lose)
     refused(llama(), tmp_path, "missing: ", "layers.1.self_attn.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"exclude_modules": r"(.*)+\1!"}, "exclude_modules: .* cannot be matched"),
+        ({"target_modules": r"(.*)+\1!", "layers_to_transform": 1}, "target.*cannot be matched"),
+        (
+            {"layers_to_transform": 1, "layers_pattern": r"(.*)+\1!"},
+            "layers_pattern: .* cannot be matched",
+        ),
+        ({"layers_to_transform": 1, "layers_pattern": "("}, "layers_pattern: .*cannot be matched"),
+        ({"layers_to_transform": 1, "layers_pattern": 3}, "layers_pattern must be"),
+        ({"layers_to_transform": [True]}, "layers_to_transform must be"),
+        ({"exclude_modules": [3]}, "exclude_modules must be"),
+    ],
+    ids=str,
+)
+def test_a_file_whose_choice_cannot_be_followed_is_refused(fields, says, tmp_path):
+    """...and no expression of a file keeps the reader busy for ever."""
+    theirs = peft_of(llama(), peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    peft_saves(theirs, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    with pytest.raises((weft.CheckpointError, weft.ConfigError), match=says):
+        weft.load(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["layers", ["h", "layers"], "lay.*", None, "h"])
+def test_names_of_stacks_are_those_of_peft(pattern):
+    given = {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": pattern}
+    ours = adapted_by(given)(Structure.of(llama()), ())
+    try:
+        theirs = peft_of(llama(), peft.LoraConfig(r=3, **given))
+    except ValueError:  # peft finds none
+        assert ours == []
+        return
+    wanted = {n for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert set(ours) == wanted and ours

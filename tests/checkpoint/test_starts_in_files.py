@@ -29,6 +29,7 @@ CONFIGS = [
     weft.LoRA(r=4, init="olora", targets={"q_proj": {"r": 2}, "up_proj": {"alpha": 9}}),
     weft.LoRA(r=4, targets={"q_proj": {"init": "pissa"}, "up_proj": {"r": 3}}),
     weft.DoRA(r=4, init="pissa", train=["norms"]),
+    weft.LoRA(r=4, init="pissa", new_tokens=[3, 7]),
 ]
 
 

@@ -161,3 +161,17 @@ def test_from_yaml_and_from_methods():
     assert entry.config == weft.DoRA(
         r=2, layers=[0, 1], exclude=["up", "q_proj"], within=["blocks"]
     )
+
+
+@pytest.mark.parametrize("pattern", [r"(\w+\.?)+!", r"(?:(?:(?:\w|\.)*)*)*!"])
+def test_an_expression_of_exclude_is_matched_in_bounded_time(pattern):
+    """Python's own matcher would take for ever: either it is answered, or refused by its field."""
+    with pytest.raises((weft.TargetError, weft.ConfigError), match="exclude: "):
+        weft.attach(Plain(), weft.LoRA(exclude=[pattern]))
+    with pytest.raises(weft.ConfigError, match=r"exclude: .* cannot be matched"):
+        weft.attach(Plain(), weft.LoRA(exclude=[r"(.*)+\1!"]))
+
+
+def test_a_list_on_a_command_line_needs_no_quotes():
+    (entry,) = parse_methods("lora:exclude=[up, q_proj]:within=[blocks,]:init=PISSA".lower())
+    assert entry.config == weft.LoRA(exclude=["up", "q_proj"], within="blocks", init="pissa")
