@@ -3,6 +3,7 @@
 from .auditing.audit import audit
 from .auditing.snapshot import snapshot
 from .checkpoint import export, inspect, load, save
+from .checkpoint.loftq import LoftQReport, loftq
 from .errors import (
     AuditError,
     CheckpointError,
@@ -53,6 +54,7 @@ __all__ = [
     "Head",
     "LoRA",
     "LoRAFA",
+    "LoftQReport",
     "MergeError",
     "MergeReport",
     "PreEmbed",
@@ -72,6 +74,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "loftq",
     "merge",
     "parameter_groups",
     "save",

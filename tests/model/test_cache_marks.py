@@ -31,9 +31,9 @@ TINY = {
 }
 
 
-def awake(model):
+def awake(model, targets="all-linear"):
     for i, name in enumerate("ab"):
-        adapter = weft.attach(model, weft.LoRA(r=2 + i, seed=i), name=name)
+        adapter = weft.attach(model, weft.LoRA(r=2 + i, seed=i, targets=targets), name=name)
         torch.manual_seed(i)
         with torch.no_grad():
             for p in adapter.parameters():
@@ -64,7 +64,7 @@ def mamba():
     config = tf.MambaConfig(
         hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4, **TINY
     )
-    return awake(tf.MambaForCausalLM(config))
+    return awake(tf.MambaForCausalLM(config), ["in_proj", "x_proj", "out_proj"])  # dt_proj is read
 
 
 def saved(cache):

@@ -288,7 +288,7 @@ def test_ids_of_32_bits_and_tokens_beside_a_padding_row():
 def test_a_table_that_accelerate_offloads_is_refused():
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(llama(), execution_device=torch.device("cpu"))
-    with pytest.raises(weft.TargetError, match="accelerate keeps its weight elsewhere"):
+    with pytest.raises(weft.TargetError, match="accelerate"):
         weft.attach(model, weft.BitFit(new_tokens=NEW))
 
 

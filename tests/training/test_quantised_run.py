@@ -78,3 +78,30 @@ def test_the_trainer_of_transformers_takes_an_attached_model_and_no_bare_one(pla
     weft.detach(quantised)
     with pytest.raises(ValueError, match="purely quantized"):
         transformers.Trainer(model=quantised, args=copy.copy(args))
+
+
+def test_loftq_needs_a_quantised_base_and_no_other_start(place):
+    for changes, said in (
+        ({"adapter": {"loftq": True}}, r"model\.quantize is not given"),
+        ({"adapter": {"loftq": True, "start": "a"}}, "two starts"),
+    ):
+        data = {"out": "o", "model": {"path": "m"}, "method": {"name": "LoRA"}, **changes}
+        with pytest.raises(ConfigError, match=said):
+            from_dict({**data, "data": {"train": "x.jsonl"}})
+
+
+def test_a_run_begins_with_what_quantisation_took(place):
+    pytest.importorskip("bitsandbytes")
+    run = from_dict(
+        {
+            "out": str(place / "loftq"),
+            "model": {"path": str(place / "lm"), "quantize": "nf4"},
+            "method": {"name": "LoRA", "r": 4},
+            "adapter": {"loftq": True},
+            "data": {"train": str(place / "pairs.jsonl")},
+            "optim": {"lr": 1e-2, "warm_up": 0},
+            "train": {"steps": 4, "batch": 4, "device": "cpu"},
+        }
+    )
+    train(run)
+    assert "LoftQ's start on" in (place / "loftq" / "run.json").read_text(encoding="utf-8")

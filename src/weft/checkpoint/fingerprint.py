@@ -80,14 +80,17 @@ class Fingerprint:
 def fingerprint_of(adapter: Adapter, values: bool = True) -> Fingerprint | None:
     """Samples the base tensors that the adapter leaves frozen; None if there are none.
 
-    With values=False no tensor is read.
+    Tables with rows of new tokens are left out: in the base these rows are whatever they were drawn
+    as. With values=False no tensor is read.
     """
     root, state = adapter.model, find_state(adapter.model)
+    tables = {id(layer.base.module.weight) for layer in adapter.token_layers.values()}
     with base_only(state):
         tensors = {
             name: t
             for name, t in base_tensors(root).items()
-            if all(t is not s.original for s in adapter.selected_tensors.values())
+            if id(t) not in tables
+            and all(t is not s.original for s in adapter.selected_tensors.values())
         }
         names = _spread([n for n, t in tensors.items() if t.ndim > 1], TENSORS)
         names += _spread([n for n, t in tensors.items() if t.ndim == 1], TENSORS - len(names))

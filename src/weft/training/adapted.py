@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..checkpoint.loftq import loftq
 from ..errors import ConfigError, WeftError
 from ..inference.pretrained import grow_embeddings
 from ..model import statistics
 from ..model.adapter import Adapter
 from ..model.attach import attach
-from ..tasks.models import loading, quiet
+from ..tasks.models import ModelRef, loading, quiet
 from ..tasks.quantize import quantization_config
 from ..tasks.vocabulary import use_padding
 from .config.sections import RunConfig
@@ -66,7 +68,19 @@ def load_adapted(config: RunConfig, data: Data) -> Adapted:
     if data.start is not None:
         adapted.started = load_start(data.start, adapter, missing, config.adapter.other_base)
         notes.append(describe(adapted.started))
+    if config.adapter.loftq:
+        notes.append(str(loftq(model, _weights_of(data.model), adapter.name)))
     return adapted
+
+
+def _weights_of(source: ModelRef) -> Path:
+    """The folder with the weights of a model before it was quantised."""
+    from transformers.utils import cached_file
+
+    if Path(source.source).is_dir():
+        return Path(source.source)
+    # The model was loaded, so its files lie beside each other in the cache.
+    return Path(cached_file(source.source, "config.json", local_files_only=True)).parent
 
 
 def _check_statistics(model: nn.Module) -> None:

@@ -81,12 +81,17 @@ def _new_tokens(given: Any) -> Any:
 class AdapterSection(Section):
     """`start` is a saved adapter of the same method whose tensors this run begins with. None draws
     new ones. With `other_base` it may have been trained on other weights than the run's base has.
+    `loftq` begins with what model.quantize took from the weights.
     """
 
     start: str | None = None
     other_base: bool = False
+    loftq: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loftq and self.start is not None:
+            raise ConfigError("adapter.loftq and adapter.start are two starts; leave one out.")
         if self.other_base and self.start is None:
             raise ConfigError("adapter.other_base does nothing without adapter.start.")
 
@@ -292,6 +297,11 @@ class RunConfig(Section):
         if not isinstance(self.method, methods.Config):
             raise ConfigError(
                 f"method={self.method!r:.80}: write a configuration, for example weft.LoRA(r=8)."
+            )
+        if self.adapter.loftq and self.model.quantize is None:
+            raise ConfigError(
+                "adapter.loftq begins with what model.quantize takes from the weights, and "
+                "model.quantize is not given."
             )
         _check_task_or_data(self)
         if (
