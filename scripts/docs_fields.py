@@ -20,8 +20,17 @@ MEANINGS: dict[str, str] = {
     "sees all of them",
     "init": '`"gaussian"`: A has standard deviation 1/r, as in the paper; `"kaiming"`: uniform '
     "within 1/√in, as in the code",
+    "LoRA.init": '`"gaussian"`: A has standard deviation 1/r, as in the paper; `"kaiming"`: uniform '
+    'within 1/√in, as in the code; `"pissa"`, `"olora"`: A and B start at a part of the weight',
+    "DoRA.init": '`"gaussian"`: A has standard deviation 1/r, as in the paper; `"kaiming"`: uniform '
+    'within 1/√in, as in the code; `"pissa"`, `"olora"`: A and B start at a part of the weight, see '
+    "[LoRA](lora.md#starts-at-the-weight-pissa-and-olora)",
     "rslora": "s = alpha / √r, so that large ranks do not learn more slowly",
     "targets": "which layers: see [targets](../getting-started.md#targets)",
+    "exclude": "layers taken away from `targets`, by the same names; the name of a module stands for "
+    "all layers in it",
+    "within": "only layers inside modules with these name endings; empty: everywhere",
+    "layers": "only layers in blocks with these numbers, counted from 0 in every stack; empty: all",
     "modules_to_save": "modules trained in full in addition, by name ending: for example a new head",
     "train": "tensors of the base model to train in addition: see "
     "[tensors of the base model](../getting-started.md#tensors-of-the-base-model)",
@@ -78,7 +87,7 @@ MEANINGS: dict[str, str] = {
 
 
 # The fields of every method, after its own.
-COMMON = ("targets", "modules_to_save", "train", "seed", "dtype")
+COMMON = ("targets", "exclude", "within", "layers", "modules_to_save", "train", "seed", "dtype")
 
 
 def order(field: str) -> int:

@@ -20,12 +20,14 @@ Tensors = Mapping[str, Tensor]
 
 def lora(W: Tensor, t: Tensors, c: Any) -> Tensor:
     """Equation 3 of arXiv:2106.09685, with alpha / r, or alpha / sqrt(r) for rslora: a sum of r
-    outer products.
+    outer products. With init="pissa" the residual of arXiv:2404.02948, equation 3, takes W's place.
     """
     scale = c.alpha / (math.sqrt(c.r) if c.rslora else c.r)
     total = W
     for k in range(c.r):
         total = total + scale * torch.outer(t["B"][:, k], t["A"][k])
+        if "A0" in t:
+            total = total - scale * torch.outer(t["B0"][:, k], t["A0"][k])
     return total
 
 
@@ -216,6 +218,7 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {
 
 
 def count(variant: str, out: int, in_: int, r: int) -> int:
+    r = min(r, 5) if "pissa" in variant else r  # as support.config
     return FORMULAS[variant if variant in FORMULAS else variant.partition(":")[0]](out, in_, r)
 
 

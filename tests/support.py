@@ -39,6 +39,7 @@ def _variants() -> list[str]:
     """
     options = {
         "norm_grad": ["exact"],
+        "init": ["pissa"],
         "rslora": [True],
         "preset": ["lin", "series", "parallel"],
         "positions": ["kept"],
@@ -47,7 +48,10 @@ def _variants() -> list[str]:
     found = list(METHODS)
     for name, method in METHODS.items():
         found += [
-            f"{name}:{f.name}={value}" for f in fields(method) for value in options.get(f.name, [])
+            f"{name}:{f.name}={value}"
+            for f in fields(method)
+            for value in options.get(f.name, [])
+            if (name, f.name) != ("DyLoRA", "init")  # which has no such start
         ]
     return found
 
@@ -96,7 +100,10 @@ def config(variant: str, **changes: Any) -> Any:
     if option:
         key, _, value = option.partition("=")
         given[key] = {"True": True}.get(value, int(value) if value.isdigit() else value)
-    return METHODS[name](**{k: v for k, v in {**given, **changes}.items() if k in known})
+    given = {k: v for k, v in {**given, **changes}.items() if k in known}
+    if given.get("init") == "pissa":  # a weight has no more directions than its smaller side
+        given["r"] = min(given["r"], 5)
+    return METHODS[name](**given)
 
 
 class Net(nn.Module):

@@ -32,6 +32,8 @@ from .methods import (
 )
 from .model.adapter import Adapter
 from .model.attach import adapters, attach, detach
+from .model.combine import combine
+from .model.groups import parameter_groups
 from .model.merge import MergeReport, effective_weight, merge, unmerge
 from .model.use import use
 
@@ -66,6 +68,7 @@ __all__ = [
     "adapters",
     "attach",
     "audit",
+    "combine",
     "detach",
     "effective_weight",
     "export",
@@ -73,6 +76,7 @@ __all__ = [
     "load",
     "loftq",
     "merge",
+    "parameter_groups",
     "save",
     "snapshot",
     "unmerge",

@@ -358,9 +358,7 @@ def wide() -> Any:
     ("changes", "field"),
     [
         ({"lora_bias": True}, "lora_bias=True"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"init_lora_weights": "mica"}, "init_lora_weights='mica'"),
         ({"use_qalora": True, "qalora_group_size": 4}, "use_qalora=True"),
         ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication=[[0, 2], [1, 2]]"),

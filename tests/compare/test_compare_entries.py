@@ -19,6 +19,7 @@ from weft.compare.plan.entries import (
     with_fitting_ranks,
     with_learning_rates,
 )
+from weft.compare.plan.sweep import Sweep
 from weft.compare.request import Budget, parse_budget
 
 RATES = st.sampled_from(
@@ -42,10 +43,28 @@ def test_fields_reach_the_configuration() -> None:
     assert vera.config == weft.VeRA(d_init=0.01)
 
 
+def test_a_ratio_of_rates_belongs_to_the_row_and_not_to_the_method() -> None:
+    plain, plus = parse_methods("dora:r=4,dora:r=4:lora_plus=16")
+    assert plain.config == plus.config == weft.DoRA(r=4)
+    assert (plain.lora_plus, plus.lora_plus) == (None, 16)
+    assert plus.label == "DoRA r=4 lora_plus=16"
+    sweep = Sweep([plain, plus], (), 1, 5, 2, 1e-2, {})
+    specs = [sweep.spec(entry, 1e-3, 0, "final") for entry in (plain, plus)]
+    keys = [spec.key({}) for spec in specs]
+    assert keys[0] != keys[1]
+    assert (
+        keys[0] == "a5fb09a18c38e876"
+    )  # of the version before the ratio: its runs are found again
+
+
 def test_a_list_of_targets_stays_whole() -> None:
     query, mlp = parse_methods("lora:targets=['query','value']:r=2,dora:targets=mlp")
     assert query.config == weft.LoRA(targets=["query", "value"], r=2)
     assert mlp.config == weft.DoRA(targets="mlp")
+    (bare,) = parse_methods("lora:exclude=[q_proj, mlp.up]:layers=[0,2]")
+    assert bare.config == weft.LoRA(exclude=["q_proj", "mlp.up"], layers=[0, 2])
+    (pattern,) = parse_methods("lora:targets=[01]|.*[qv]_proj")
+    assert pattern.config == weft.LoRA(targets="[01]|.*[qv]_proj")
 
 
 @pytest.mark.parametrize(
@@ -57,6 +76,9 @@ def test_a_list_of_targets_stays_whole() -> None:
         ("lora:r", "name=value"),
         ("lora:rank=4", "no field 'rank'"),
         ("lora:r=0", "1 or more"),
+        ("lora:lora_plus=0", "must be a number above 0"),
+        ("lora:lora_plus=True", "must be a number above 0"),
+        ("vera:lora_plus=4", "VeRA does not train both"),
         ("lora:seed=3", "set by weft compare"),
         ("lora:r=x", "whole number"),
     ],

@@ -93,7 +93,7 @@ def test_a_value_that_cannot_be_meant_is_refused_by_the_class_that_was_written(
     [
         (lambda: weft.LoRA(alpha=0), r"LoRA\(alpha=0\): alpha must be a number in \(0.0, inf\)"),
         (lambda: weft.DoRA(alpha=-1.0), r"DoRA\(alpha=-1.0\)"),
-        (lambda: weft.LoRA(init="zeros"), r"init must be one of \['gaussian', 'kaiming'\]"),
+        (lambda: weft.LoRA(init="zeros"), r"init must be one of \['gaussian', 'kaiming', 'pissa'"),
         (
             lambda: weft.DoRA(norm_grad="detach"),
             r"norm_grad must be one of \['constant', 'exact'\]",

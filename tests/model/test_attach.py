@@ -49,7 +49,7 @@ def test_a_failure_in_the_middle_of_building_leaves_the_model_and_what_is_active
     seen, output = flags(a.model), a.run()
     calls = []
 
-    def fail(self, rng):
+    def fail(self, rng, filled):
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError("no room for the second layer")

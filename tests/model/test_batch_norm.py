@@ -115,3 +115,22 @@ def test_a_model_without_statistics_refuses_the_switch():
         with pytest.raises(weft.TargetError, match="no batch norm that keeps running statistics"):
             weft.attach(net, weft.LoRA(targets=["0"], freeze_batch_norm=True))
         assert not weft.adapters(net)
+
+
+def test_replaced_and_combined_adapters_keep_it(tmp_path):
+    files = {}
+    for frozen in (True, False):
+        net = model()
+        weft.attach(net, weft.LoRA(targets=["0", "3"], freeze_batch_norm=frozen))
+        weft.save(net, files.setdefault(frozen, tmp_path / str(frozen)))
+    net = model()
+    weft.load(net, files[True], name="a")
+    for frozen in (False, True, True, False):
+        weft.load(net, files[frozen], name="a", replace=True)
+        assert net.train()[1].training != frozen
+    weft.load(net, files[True], name="b")
+    assert weft.combine(net, {"a": 0.5, "b": 0.5}, name="both").config.freeze_batch_norm
+    weft.detach(net, "b")
+    assert not net.train()[1].training
+    weft.detach(net, "both")
+    assert net.train()[1].training

@@ -95,6 +95,11 @@ def step(model, which, cache, rows=2):
         (["a", "b"], ["b", "a"], (r"rows \['a', 'b'\]", r"rows \['b', 'a'\]")),
         (["a", None], "a", (r"rows \['a', the base\]", "'a'")),
         ("a", ["a", "b"], ("'a'", r"rows \['a', 'b'\]")),
+        ("a", {"a": 0.5}, ("'a'", "the sum {'a': 0.5}")),
+        ({"a": 0.5, "b": 1}, "b", ("the sum {'a': 0.5, 'b': 1.0}", "'b'")),
+        ({"a": 0.5, "b": 1}, None, ("the sum {'a': 0.5, 'b': 1.0}", "the base")),
+        ({"a": 0.5}, {"a": 0.7}, ("the sum {'a': 0.5}", "the sum {'a': 0.7}")),
+        (["a", "b"], {"a": 1, "b": 1}, (r"rows \['a', 'b'\]", "the sum {'a': 1.0, 'b': 1.0}")),
     ],
 )
 def test_another_adapter_than_the_one_that_filled_a_cache_is_refused(before, after, texts):
@@ -105,7 +110,18 @@ def test_another_adapter_than_the_one_that_filled_a_cache_is_refused(before, aft
     step(model, before, cache)
 
 
-@pytest.mark.parametrize("same", [("a", ["a", "a"]), (["b", "b"], "b"), (None, [None, None])])
+@pytest.mark.parametrize(
+    "same",
+    [
+        ("a", ["a", "a"]),
+        (["b", "b"], "b"),
+        (None, [None, None]),
+        ({"a": 0.5, "b": 2}, {"b": 2.0, "a": 0.5}),
+        ({"a": 1, "b": 0}, "a"),
+        (None, {"a": 0.0}),
+    ],
+    ids=str,
+)
 def test_one_adapter_for_all_rows_is_that_adapter(same):
     model = llama()
     step(model, same[1], prefill(model, same[0]))
@@ -207,6 +223,18 @@ def test_another_adapter_of_the_same_name():
     weft.attach(model, weft.LoRA(r=2), name="a")
     with pytest.raises(weft.WeftError, match="filled under 'a', which was detached, and now 'a'"):
         step(model, "a", cache)
+
+
+def test_an_adapter_of_a_sum_that_was_replaced():
+    model = llama()
+    strengths = {"a": 0.5, "b": 0.5}
+    cache = prefill(model, strengths)
+    step(model, strengths, copy.deepcopy(cache))
+    step(model, strengths, saved(cache))
+    weft.detach(model, "a")
+    weft.attach(model, weft.LoRA(r=2), name="a")
+    with pytest.raises(weft.WeftError, match=r"filled under the sum .*, which was detached"):
+        step(model, strengths, cache)
 
 
 def test_a_merged_adapter_is_the_adapter():

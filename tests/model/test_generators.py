@@ -205,6 +205,26 @@ def test_asynchronous_generators(a):
     assert same_bits(a.run(), of["b"])
 
 
+def test_a_generator_with_strengths(a):
+    """Paused, it chooses for nobody, and for itself once it goes on, between rows of its consumer."""
+    strengths, of = {"a": 0.5, "b": -2}, answers(a)
+    with weft.use(a.model, strengths):
+        wanted = a.run()
+    for found in stream(a, strengths):
+        assert same_bits(found, wanted)
+        with pytest.raises(
+            weft.WeftError, match=r"the sum .*'a': 0.5.* was chosen by the generator"
+        ):
+            a.run()
+        with weft.use(a.model, ["b", "b", None, "a"]):
+            rows = a.run()
+        assert torch.allclose(rows[0], of["b"][0], atol=1e-6)
+        with weft.use(a.model, {"b": 1}):
+            assert torch.allclose(a.run(), of["b"], atol=1e-6)
+            with pytest.raises(weft.WeftError, match="'b' is used by an open"):
+                weft.detach(a.model, "b")
+
+
 def test_changes_of_the_model_while_a_generator_is_paused(a):
     running = stream(a)
     next(running)

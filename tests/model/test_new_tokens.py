@@ -393,3 +393,48 @@ def test_a_file_and_a_model_that_are_tied_otherwise(tmp_path):
     with pytest.raises(weft.CheckpointError, match=r"has 38 rows, and none for the id 39"):
         weft.load(small, tmp_path / "False")
     assert not weft.adapters(small)
+
+
+def test_adapters_with_new_tokens_have_no_sum():
+    model = llama()
+    weft.attach(model, weft.LoRA(r=2, new_tokens=NEW), name="a")
+    weft.attach(model, weft.LoRA(r=2), name="b")
+    for strengths in ({"a": 1.0}, {"b": 0.5, "a": 0.5}):
+        with pytest.raises(weft.UnsupportedError, match=r"'a' .LoRA. trains rows of new tokens"):
+            weft.use(model, strengths)
+        with pytest.raises(weft.UnsupportedError, match=r"'a' .LoRA. trains rows of new tokens"):
+            weft.combine(model, strengths, name="both")
+    with weft.use(model, {"b": 0.5}):
+        run(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_with_new_tokens_takes_the_place_of_another(tied, tmp_path):
+    answers = {}
+    for seed, words in enumerate((NEW, [37], [])):
+        model = llama(tied)
+        adapter = weft.attach(model, weft.LoRA(r=2, new_tokens=words))
+        spread(adapter, seed)
+        weft.save(model, tmp_path / str(seed))
+        answers[seed] = run(model)
+    model = llama(tied)
+    base, modules = run(model), dict(model.named_modules())
+    weft.load(model, tmp_path / "0", name="a")
+    for seed in (1, 0, 2):
+        handle = weft.load(model, tmp_path / str(seed), name="a", replace=True)
+        assert same_bits(run(model), answers[seed])
+        assert len(handle.token_rows) == (0 if seed == 2 else 1 if tied else 2)
+    with pytest.raises(weft.UnsupportedError, match=r"trains rows of new tokens.*with strengths"):
+        weft.load(model, tmp_path / "0", name="a", replace=True)
+    assert same_bits(run(model), answers[2])
+    weft.detach(model, "a")
+    assert same_bits(run(model), base) and dict(model.named_modules()) == modules
+
+
+def test_their_rows_are_in_a_group_of_the_optimiser():
+    adapter = weft.attach(llama(), weft.LoRA(r=2, new_tokens=NEW, init="pissa"))
+    groups = weft.parameter_groups(adapter, 1e-3, lora_plus=4, weight_decay=0.1)
+    found = [id(p) for group in groups for p in group["params"]]
+    assert sorted(found) == sorted(map(id, adapter.parameters()))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert {rates[id(p)] for p in adapter.token_rows.values()} == {1e-3}

@@ -160,3 +160,22 @@ def test_the_effective_weight_of_an_offloaded_layer(tmp_path):
     a, model = awake("DoRA"), cpu_offload(net(), tmp_path)
     move(weft.attach(model, config("DoRA")))
     assert same_bits(weft.effective_weight(model.mid), weft.effective_weight(a.model.mid))
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload, device_map])
+@pytest.mark.parametrize("variant", ["LoRA", "DoRA"])
+def test_sums_and_starts_of_offloaded_layers(variant, offload, tmp_path):
+    answers = []
+    for away in (False, True):
+        model = net()
+        model = offload(model, tmp_path) if away else model
+        for i, name in enumerate("ab"):
+            fields = {"init": "pissa", "r": 2 + i, "seed": i}
+            move(weft.attach(model, config(variant, **fields), name=name), i)
+        x, strengths = inputs("linear"), {"a": 0.5, "b": -0.4}
+        with torch.no_grad(), weft.use(model, strengths):
+            answers.append(model(x))
+        both = weft.combine(model, strengths, name="both")
+        with torch.no_grad():
+            assert both.is_attached and distance(model(x), answers[0]) < 1e-5
+    assert distance(*answers) < 1e-6

@@ -18,6 +18,8 @@ METHODS = {
     "LoRAFA": weft.LoRAFA(r=4, targets=["0", "2"]),
     "AdaLoRA": weft.AdaLoRA(r=4, targets=["0", "2"], total_steps=100),
     "DyLoRA": weft.DyLoRA(r=4, targets=["0", "2"]),
+    "LoRA pissa": weft.LoRA(r=4, targets=["0", "2"], init="pissa"),
+    "DoRA olora": weft.DoRA(r=4, targets=["0", "2"], init="olora"),
 }
 
 
@@ -146,7 +148,7 @@ def test_a_quantised_base_carries_the_adapter_of_the_dequantised_one(base, metho
 
 
 @pytest.mark.parametrize(
-    ("method", "per_step"), [("LoRA", 0), ("VeRA", 0), ("DoRA", 2), ("DVoRA", 0)]
+    ("method", "per_step"), [("LoRA", 0), ("VeRA", 0), ("DoRA", 2), ("DVoRA", 0), ("DoRA olora", 2)]
 )
 def test_a_weight_is_unpacked_once_per_layer_and_step_at_most(base, method, per_step):
     adapter = weft.attach(base.train(), METHODS[method])
@@ -181,6 +183,18 @@ def test_training_is_audited_and_the_file_fits_the_dense_base(base, method, tmp_
     x = torch.randn(5, 64)
     with torch.no_grad():
         assert distance(base.train()(x), other.train()(x)) < 1e-5
+
+
+def test_strengths_and_sums_over_a_quantised_base(base):
+    """What `weft.use` computes is what `weft.combine` makes, over the dequantised weight."""
+    x, strengths = torch.randn(5, 64), {"LoRA": 0.5, "DoRA": -0.7, "DVoRA": 1.0}
+    for name in strengths:
+        moved(weft.attach(base.train(), METHODS[name], name=name))
+    with torch.no_grad():
+        with weft.use(base, strengths):
+            wanted = base(x)
+        weft.combine(base, strengths, name="both")
+        assert distance(base(x), wanted) < 1e-5
 
 
 def test_merging_into_few_bits_is_refused_by_name(base):

@@ -485,3 +485,28 @@ def test_a_compiled_model_has_the_rows_of_the_model(first):
         for i, name in enumerate(NAMES):
             with weft.use(model, name):
                 check_close(found[i], model(x[i : i + 1])[0], torch.float64)
+
+
+@pytest.mark.parametrize("cls", [TimeMajor, SequenceFirst])
+def test_strengths_need_no_rows_and_disturb_none(cls):
+    """A sum is exact wherever the rows are, before and after they are found, and inside of a part."""
+    model, x = awake(cls()), torch.randn(4, 7, 6, dtype=torch.float64)
+    of = {}
+    for name in ("a", "b", None):
+        with weft.use(model, name), torch.no_grad():
+            of[name] = model(x)
+    strengths = {"a": 0.5, "b": -1.5}
+    combined = weft.combine(model, strengths, name="both")
+    with torch.no_grad():
+        wanted = model(x)
+    weft.use(model, strengths)
+    for _ in range(2):
+        with torch.no_grad():
+            check_close(model(x), wanted, torch.float64)
+            with weft.use(model, [*NAMES[:3], "both"]):
+                mixed = model(x)
+                check_close(mixed[2], of["b"][2], torch.float64)
+                check_close(mixed[3], wanted[3], torch.float64)
+                with weft.use(model, strengths):
+                    check_close(model(x), wanted, torch.float64)
+    assert distance(wanted, of[None]) > 1e-3 and combined.is_attached

@@ -48,7 +48,9 @@ def test_a_good_run_passes(variant, kind):
     )
 
 
-@pytest.mark.parametrize("variant", [v for v in RULE_VARIANTS if len(config(v).shapes(3, 3)) > 1])
+@pytest.mark.parametrize(
+    "variant", [v for v in RULE_VARIANTS if len(config(v).shapes(3, 3)) > 1 and "pissa" not in v]
+)
 def test_one_step_is_too_few_because_a_factor_starts_at_zero(variant):
     model, x, adapter = fresh(variant)
     before = weft.snapshot(model)

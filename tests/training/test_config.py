@@ -66,6 +66,10 @@ def test_defaults_overrides_and_the_resolved_file_say_the_same(file, tmp_path):
         ("method.name=LoRB", "Nearest: ['LoRA', 'LoRAFA']"),
         ("method=LoRA", "method: write a mapping with a name"),
         ("optim.lr_factors.C=2", "LoRA trains no tensor of that name. It trains A, B"),
+        ("optim.lora_plus=0", "optim.lora_plus=0.0: it must be above 0"),
+        ("optim.lora_plus=true", "optim.lora_plus=True: write a number"),
+        ("optim={lora_plus: 4, lr_factors: {B: 2}}", "are both rates of B; give one"),
+        ("optim.lr_factors.B=0", "optim.lr_factors.B=0: write a number above 0"),
         ("optim.schedule=lineer", "Nearest: linear"),
         ("eval.best=loss", "eval.best needs evaluation data"),
         ("data.eval_share=1", "data.eval_share=1.0: it must be 0 or more and below 1"),
@@ -127,6 +131,14 @@ def test_the_examples_are_valid_and_the_page_names_every_key_and_no_other():
             {section.name} if inner is None else {f"{section.name}.{f.name}" for f in fields(inner)}
         )
     assert named - {"method.name"} == wanted - {"method"}
+
+
+@pytest.mark.parametrize("method", ["VeRA", "BitFit", "LoRAFA", "AdaLoRA"])
+def test_a_ratio_of_rates_needs_a_method_that_trains_a_and_b(file, capsys, method):
+    settings = [f"--set=method={{name: {method}}}", "--set=optim.lora_plus=16"]
+    assert main(["train", str(file), *settings]) == 2
+    said = capsys.readouterr().err
+    assert f"optim.lora_plus is a ratio of the rates of B and A, and {method} does not" in said
 
 
 @pytest.mark.parametrize(

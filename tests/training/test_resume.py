@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import torch
 
 from weft.checkpoint import files
 from weft.errors import ConfigError
-from weft.methods import METHODS
+from weft.methods import METHODS, starts
 from weft.training import from_dict, train
+from weft.training.config import to_dict
 from weft.training.resume import COMPLETE, is_whole, newest
 
 HERE = Path(__file__).parent
@@ -143,6 +145,22 @@ def unfinished(whole, out):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_start_at_the_weight_is_resumed_from_the_file_and_not_computed_again(
+    place, tmp_path, monkeypatch
+):
+    """Another machine decomposes a weight to other bits; with LoRA+ rates beside."""
+    method = {"name": "DoRA", "r": 2, "init": "pissa", "targets": ["q_proj", "v_proj"]}
+    changes = {"method": method, "optim": {"lr": 1e-2, "lora_plus": 4.0}}
+    data = to_dict(config(place, tmp_path / "whole"))
+    run = from_dict({**data, **changes})
+    train(run, stream=StringIO())
+    out = unfinished(tmp_path / "whole", tmp_path / "broken")
+    real = starts.of_weight
+    monkeypatch.setattr("weft.methods.lora.of_weight", lambda *a: tuple(1.5 * t for t in real(*a)))
+    assert train(replace(run, out=str(out)), go_on=True, stream=StringIO()).finished
+    assert same(tensors(out), tensors(tmp_path / "whole"))
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_stops(place, whole, tmp_path, monkeypatch):

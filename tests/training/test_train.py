@@ -294,7 +294,7 @@ def test_groups_have_the_rates_asked_for(place):
         ("head", 0.0): (1e-2, 2),
     }
     weft.detach(model)
-    with pytest.raises(ConfigError, match=r"no head is trained. Name it in method.modules_to_save"):
+    with pytest.raises(ConfigError, match=r"no head is trained. Name it in modules_to_save"):
         groups(weft.attach(model, weft.LoRA(r=2)), optim)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..model.adapter import Adapter
+from ..model.structure import Structure
 from .fingerprint import Fingerprint
 
 
@@ -26,6 +28,11 @@ class CheckpointLayer:
     kind: str | None = None
     shape: tuple[int, int] | None = None
     reached: str | None = None
+
+    def trained(self) -> list[Tensor]:
+        """Returns the trained tensors [...], without those that training began at."""
+        start = self.rule.start_shapes(1, 1)
+        return [t for name, t in self.tensors.items() if name not in start]
 
     def known_shape(self) -> tuple[int, int]:
         """Returns (out, in), derived from the tensors if the file does not record it.
@@ -54,9 +61,11 @@ class Checkpoint:
     seed, by share key. `problems` are faults within the file. If `in_order`, the file names no
     modules, and its layers are those of the model in order. `fingerprint` is that of the base, which
     files of peft and of early versions do not have. `biases` says which biases of the base
-    a file of peft must have: "none", "all", or "targets" (those of the adapted layers). `tokens` are
-    the rows of new tokens [n, width], by the first module that reads them, `token_ids` their ids,
-    and `token_counts` the number of rows in the base's table, if the file records it.
+    a file of peft must have: "none", "all", or "targets" (those of the adapted layers). `adapted`
+    names the layers of a model that the file must have, beside those of `config`; it also gets the
+    names of the tensors that are trained in full. `tokens` are the rows of new tokens [n, width], by
+    the first module that reads them, `token_ids` their ids, and `token_counts` the number of rows in
+    the base's table, if the file records it.
     """
 
     config: Any
@@ -75,6 +84,7 @@ class Checkpoint:
     peft_reads_it: bool = True
     in_order: bool = False
     biases: str = "none"
+    adapted: Callable[[Structure, Collection[str]], list[str]] | None = None
     fingerprint: Fingerprint | None = None
     problems: list[str] = field(default_factory=list)
     mapped: list[str] = field(default_factory=list)
@@ -83,7 +93,7 @@ class Checkpoint:
     @property
     def numbers(self) -> int:
         """The number of trained values in the file."""
-        trained = [t for layer in self.sites.values() for t in layer.tensors.values()]
+        trained = [t for layer in self.sites.values() for t in layer.trained()]
         return sum(t.numel() for t in [*trained, *self.selected.values(), *self.tokens.values()])
 
     @property

@@ -124,6 +124,7 @@ def params(checkpoint: Checkpoint, module: str) -> Any:
     """
     layer = checkpoint.sites[module]
     tensors: dict[str, Any] = dict(layer.tensors)
+    _check_start(layer)
     tensors |= _fixed(layer, module)
     if layer.rule.share_key() is not None:
         tensors["shared"] = _shared_tensors(checkpoint, layer.rule)
@@ -135,8 +136,20 @@ def params(checkpoint: Checkpoint, module: str) -> Any:
     return found
 
 
+def _check_start(layer: CheckpointLayer) -> None:
+    if layer.rule.start_shapes(1, 1).keys() - layer.tensors.keys():
+        raise UnsupportedError(
+            f"init={layer.rule.init!r} starts at a part of the base's weights, which this file of peft "
+            "does not have. Load it with weft.load onto its base and save it; that file can be exported."
+        )
+
+
 def check_fixed(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError if the frozen tensors of the layers are not those that were saved."""
+    """Raises CheckpointError if the frozen tensors of the layers are not those that were saved, and
+    UnsupportedError if the file lacks those that training began at.
+    """
+    for layer in checkpoint.sites.values():
+        _check_start(layer)
     if checkpoint.writer != "weft":  # peft has no method with frozen tensors of each layer
         return
     drawn = (

@@ -110,7 +110,7 @@ def _finished(config: Any) -> Any:
 def _trained_tensors(layer: AdapterLayer) -> dict[str, Tensor]:
     dtype = DTYPES[_dtype(layer)]
     if _finished(layer.method) is layer.method:
-        return {name: p.detach().to(dtype) for name, p in layer.trainable().items()}
+        return {name: p.detach().to(dtype) for name, p in layer.stored().items()}
     with torch.no_grad():
         return {name: t.to(dtype) for name, t in layer.method.finished_tensors(layer).items()}
 

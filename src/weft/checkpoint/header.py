@@ -26,6 +26,7 @@ from torch import Tensor
 from .. import methods
 from ..errors import CheckpointError, ConfigError
 from ..methods import token_spec
+from ..methods.config import CHOOSING
 from ..untrusted import json_text
 from ..untrusted.json_text import shortened
 from . import files
@@ -227,8 +228,7 @@ def _differences(own: Any, config: Any) -> dict[str, Any]:
     return {
         f.name: getattr(own, f.name)
         for f in fields(own)
-        if f.name not in ("targets", "modules_to_save", *methods.LATER)
-        and getattr(own, f.name) != getattr(config, f.name)
+        if f.name not in CHOOSING and getattr(own, f.name) != getattr(config, f.name)
     }
 
 

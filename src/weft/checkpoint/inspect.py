@@ -115,7 +115,7 @@ def _ranks(checkpoint: Checkpoint) -> dict[str, int] | None:
 
 def _plan_rows(checkpoint: Checkpoint) -> list[Row]:
     rows = [
-        _plan_row(module, layer.kind or "linear", _shape_of(layer), list(layer.tensors.values()))
+        _plan_row(module, layer.kind or "linear", _shape_of(layer), layer.trained())
         for module, layer in checkpoint.sites.items()
     ]
     selected = checkpoint.selected.items()

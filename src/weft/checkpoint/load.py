@@ -4,11 +4,12 @@ names both sides.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import methods
 from ..errors import CheckpointError
@@ -31,6 +32,7 @@ def load(
     name: str = "default",
     strict: Literal[True] = True,
     *,
+    replace: bool = False,
     other_base: bool = False,
 ) -> Adapter: ...
 @overload
@@ -40,6 +42,7 @@ def load(
     name: str = "default",
     *,
     strict: Literal[False],
+    replace: bool = False,
     other_base: bool = False,
 ) -> LoadReport: ...
 @overload
@@ -49,6 +52,7 @@ def load(
     name: str = "default",
     strict: bool = True,
     *,
+    replace: bool = False,
     other_base: bool = False,
 ) -> Adapter | LoadReport: ...
 def load(
@@ -57,6 +61,7 @@ def load(
     name: str = "default",
     strict: bool = True,
     *,
+    replace: bool = False,
     other_base: bool = False,
 ) -> Adapter | LoadReport:
     """Attaches the adapter in the directory `path`, saved by Weft or by peft, fills it and makes it
@@ -73,8 +78,14 @@ def load(
     A file of `weft.save` has numbers of its base's weights. If those of `model` are others, and not
     only cast or quantised, that is a problem, too; with other_base=True it becomes a note.
 
+    replace=True: an adapter of that name is replaced, also while other threads use it, and what is
+    active stays active. Each `with weft.use(...)` block, and outside of blocks each forward, gets the
+    old adapter or the new one, never both: the replacement waits for the blocks that use the adapter,
+    and new ones wait for it. The old handle is detached. If loading fails, the old adapter stays.
+
     Raises CheckpointError, UnsupportedError (a field or method of peft that Weft does not support),
-    and the errors of `weft.attach`.
+    the errors of `weft.attach`, and with replace=True WeftError if an open block of this thread uses
+    the adapter, or blocks of others do for a minute.
     """
     checkpoint = read(path, values=False)
     root = unwrapped(model)
@@ -98,10 +109,15 @@ def load(
         _fill(adapter, plan)
         _check_fixed(adapter, checkpoint, plan, path if strict else None)
 
-    parts = Parts(configs, list(plan.selected), frozen, routed)
-    adapter = attach_resolved(plan.structure, plan.config, parts, name, plan.shared, fill)
+    filled = {name for name in configs if _is_whole(configs[name], plan.values[name])}
+    parts = Parts(configs, list(plan.selected), frozen, routed, filled)
+    adapter = attach_resolved(plan.structure, plan.config, parts, name, plan.shared, fill, replace)
     adapter.load_report = LoadReport(adapter, plan.problems, plan.mapped, plan.notes)
     return adapter if strict else adapter.load_report
+
+
+def _is_whole(config: Any, values: Mapping[str, Tensor]) -> bool:
+    return not config.file_shapes(1, 1).keys() - values.keys()
 
 
 def _check_fixed(
@@ -129,7 +145,7 @@ def _check_fixed(
 @torch.no_grad()
 def _fill(adapter: Adapter, plan: LoadPlan) -> None:
     for name, layer in adapter.layers.items():
-        live = layer.trainable()
+        live = layer.stored()
         for tensor, value in plan.values[name].items():
             live[tensor].copy_(value)
         if name in plan.reached:

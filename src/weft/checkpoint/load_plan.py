@@ -106,7 +106,7 @@ class LoadPlan:
         self.values[name] = {}
         if layer.reached is not None:
             self.reached[name] = layer.reached
-        for tensor, wanted in layer.rule.shapes(*shape).items():
+        for tensor, wanted in layer.rule.file_shapes(*shape).items():
             if tensor not in layer.tensors:
                 continue  # its absence is among the problems already
             fault = fault_of(layer.tensors[tensor], wanted)
@@ -281,7 +281,9 @@ class LoadPlan:
             self.problems.append(str(error))
             return
         found = set(self.names.found.values())
-        for name in layers:
+        adapted = self.checkpoint.adapted
+        more = [] if adapted is None or self.nested else adapted(self.structure, self.selected)
+        for name in dict.fromkeys([*layers, *more]):
             if name not in found and (self.nested is None or structure.within(name, [self.nested])):
                 self.problems.append(
                     f"missing: the file has nothing for {name!r}, which its targets name in this "

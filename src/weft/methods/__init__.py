@@ -11,7 +11,7 @@ from . import token_spec
 from .adalora import AdaLoRA
 from .base import BranchMethod, LowRankMethod, PromptMethod
 from .bottleneck import Bottleneck
-from .config import Config, LayerConfig, TensorConfig
+from .config import CHOOSING, Config, LayerConfig, TensorConfig
 from .dora import DoRA
 from .dvora import DVoRA
 from .dylora import DyLoRA
@@ -43,8 +43,8 @@ METHODS: dict[str, type[Any]] = {
     )
 }
 
-# Fields of all methods that the first version did not have.
-LATER = ("train", "freeze_batch_norm", "new_tokens")
+# Fields that the first version did not have. A file has them only if they are set.
+LATER = ("train", "freeze_batch_norm", "new_tokens", "exclude", "within", "layers")
 
 
 def by_name(name: str) -> type[Any]:
@@ -65,7 +65,7 @@ def replace(config: Any, overrides: dict[str, Any]) -> Any:
     if not overrides:
         return config
     values = {f.name: getattr(config, f.name) for f in fields(config)}
-    known = set(values) - {"targets", "modules_to_save", *LATER, *config.model_fields}
+    known = set(values) - {*CHOOSING, *config.model_fields}
     for field in overrides:
         if field not in known:
             near = get_close_matches(field, known, n=2) or sorted(known)
@@ -84,9 +84,9 @@ def to_json(config: Any) -> dict[str, Any]:
     if "targets" in values:
         values["targets"] = to_plain(values["targets"])
     values["new_tokens"] = token_spec.to_plain(values["new_tokens"])
-    for name in LATER:
-        if not values[name]:  # so that versions without the field read the file
-            del values[name]
+    for added in LATER:  # so that versions without the field read the file
+        if not values.get(added, True):
+            del values[added]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {"method": type(config).__name__, **plain}
 

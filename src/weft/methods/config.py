@@ -21,8 +21,19 @@ from .base import BaseLayer, Params, Shape, Shared
 from .checks import check_alpha, check_choice, check_count, check_number
 from .field_types import check_types, checked
 from .rng import Rng
-from .target_spec import Overrides, normalise
+from .target_spec import Overrides, normalise, normalise_blocks, normalise_names
 
+# Fields that hold for the whole model, most of them its parts, so that no layer can override them.
+CHOOSING = (
+    "targets",
+    "exclude",
+    "within",
+    "layers",
+    "modules_to_save",
+    "train",
+    "freeze_batch_norm",
+    "new_tokens",
+)
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -121,12 +132,22 @@ class TensorConfig(Config):
         raise NotImplementedError
 
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
-        """Returns float32 initial values of a layer [out, in], with the shapes of `shapes`.
+        """Returns float32 initial values of a layer [out, in], with the shapes of `file_shapes`.
 
         They must leave the output unchanged if `starts_at_base`. Raises NotImplementedError here:
         every method defines its own.
         """
         raise NotImplementedError
+
+    def start_shapes(self, out: int, in_: int) -> dict[str, Shape]:
+        """Returns name and shape of the frozen tensors of a layer [out, in] that record where its
+        training began, in the file's order. `initial` returns their values too, and a file has them.
+        """
+        return {}
+
+    def file_shapes(self, out: int, in_: int) -> dict[str, Shape]:
+        """Returns name and shape of every tensor of a layer [out, in] that a file has."""
+        return {**self.shapes(out, in_), **self.start_shapes(out, in_)}
 
     def frozen(self, out: int, in_: int, takes_ids: bool, rng: Rng) -> dict[str, Tensor]:
         """Returns the frozen tensors of one layer [out, in], which no file contains.
@@ -156,7 +177,7 @@ class TensorConfig(Config):
         the trained ones, unless others are saved (Prefix with an MLP saves keys [n, out], values
         [n, in]).
         """
-        return {name: getattr(p, name) for name in self.shapes(*p.shape)}
+        return {name: getattr(p, name) for name in self.file_shapes(*p.shape)}
 
     def buffers(self, out: int, in_: int, device: torch.device) -> dict[str, Tensor]:
         """Returns initial values of the state that a layer [out, in] carries from step to step.
@@ -194,13 +215,22 @@ class TensorConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig(TensorConfig):
-    """A method that adapts layers, which `targets` names."""
+    """A method that adapts layers: those that `targets` names, only inside the modules `within` and
+    the blocks with the numbers `layers` (empty: everywhere), without those that `exclude` names.
+    """
 
     targets: Any = "all-linear"
+    exclude: Any = ()
+    within: Any = ()
+    layers: Any = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        method = type(self).__name__
         object.__setattr__(self, "targets", normalise(self.targets))
+        for field in ("exclude", "within"):
+            object.__setattr__(self, field, normalise_names(method, field, getattr(self, field)))
+        object.__setattr__(self, "layers", normalise_blocks(method, self.layers))
         if isinstance(self.targets, Overrides):
             for _, fields in self.targets.entries:
                 checked(type(self), dict(fields))

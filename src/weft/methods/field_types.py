@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from ..errors import ConfigError
 
 LARGEST = 2**63 - 1  # of a whole number, in absolute value
 _WORDS = {"true": True, "false": False, "null": None}
+# A list of words without quotes, as a shell leaves them: [q_proj, v_proj].
+_BARE_LIST = re.compile(r"\[\s*[A-Za-z_][\w.-]+(\s*,\s*[A-Za-z_][\w.-]+)*\s*,?\s*\]")
 _SCALARS = {
     bool: "True or False",
     int: "a whole number",
@@ -103,13 +106,15 @@ def hints_of(cls: type[Any]) -> dict[str, Any]:
 
 def literal(text: str) -> Any:
     """Returns the value of a command line's text: a Python literal; true, false or null in any
-    case; else the text itself.
+    case; a list of words without quotes, `[q_proj, v_proj]`; else the text itself.
     """
     if text.casefold() in _WORDS:
         return _WORDS[text.casefold()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        if _BARE_LIST.fullmatch(text):
+            return [word.strip() for word in text.strip("[], ").split(",")]
         return text
 
 

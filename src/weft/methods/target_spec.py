@@ -9,6 +9,10 @@ A *pattern* is one of
     other text     a regular expression that must match a module's whole name
 and `targets` is a pattern, a list of patterns, or a dict of patterns to the fields they override:
 {"q_proj": {"r": 32}}.
+
+`exclude` takes layers away again: a pattern, or a list of patterns; an ending may also name a module, which
+stands for all layers in it. `within` keeps only the layers inside some modules: the ending of a name, or a
+list of them. `layers` keeps only those of the blocks with these numbers: one number, or a list.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import torch
 from ..errors import ConfigError
 from ..untrusted import patterns as expressions
 from ..untrusted.json_text import shortened
+from .field_types import WrongType, conform, short
 
 ROLES = (
     "attention-output",
@@ -91,6 +96,46 @@ def patterns(targets: str | tuple[str, ...] | Overrides) -> list[tuple[str, dict
     return [(pattern, {}) for pattern in ((targets,) if isinstance(targets, str) else targets)]
 
 
+def normalise_names(method: str, field: str, value: Any) -> tuple[str, ...]:
+    """Returns `exclude` or `within` as a tuple of patterns, each once; `method` is for messages.
+
+    Raises ConfigError if it has another type, or an invalid regular expression.
+    """
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, Sequence | set | frozenset):
+        raise ConfigError(
+            f'{method}({field}={short(value)}): write a list of name endings, for example ["o_proj"].'
+        )
+    ordered = given if isinstance(given, Sequence) else sorted(given, key=str)
+    for name in ordered:
+        _checked(name, field)
+        if field == "within" and not _ENDING.fullmatch(name):
+            raise ConfigError(
+                f"{method}({field}={short(value)}): {name!r} is not the ending of a module's name, which "
+                "has letters, digits, '_' and '.'."
+            )
+    return tuple(dict.fromkeys(ordered))
+
+
+def normalise_blocks(method: str, value: Any) -> tuple[int, ...]:
+    """Returns `layers` as a sorted tuple of block numbers, each once.
+
+    Raises ConfigError if one of them is not a whole number from 0 on.
+    """
+    given = list(value) if isinstance(value, set | frozenset | range) else value
+    try:
+        found = conform(int | list[int], given)
+    except WrongType:
+        found = -1
+    numbers = [found] if isinstance(found, int) else found
+    if any(n < 0 for n in numbers):
+        raise ConfigError(
+            f"{method}(layers={short(value)}): write the numbers of blocks, counted from 0, for "
+            "example [0, 1]. Names of layers belong in targets."
+        )
+    return tuple(sorted(set(numbers)))
+
+
 def to_plain(targets: Any) -> Any:
     """Returns JSON values from which `normalise` restores the same targets."""
     if isinstance(targets, Overrides):
@@ -103,10 +148,10 @@ def _json_value(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
-def _checked(pattern: Any) -> str:
+def _checked(pattern: Any, field: str = "targets") -> str:
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(
-            f"targets: {pattern!r} is no pattern; write a name ending, a regular expression, or "
+            f"{field}: {pattern!r} is no pattern; write a name ending, a regular expression, or "
             "one of "
             f"{list(KEYWORDS)}."
         )
@@ -114,6 +159,6 @@ def _checked(pattern: Any) -> str:
         expressions.check(pattern)
     except ValueError as error:
         raise ConfigError(
-            f"targets: {shortened(pattern)} is no regular expression: {error}."
+            f"{field}: {shortened(pattern)} is no regular expression: {error}."
         ) from None
     return pattern

@@ -70,7 +70,23 @@ class PerRow:
         return PerRow, (self.names,)
 
 
-Active = str | PerRow | None
+class Weighted:
+    """Several adapters at once, each with a strength: y + Σ w (adapter(x) - y) in every layer."""
+
+    def __init__(self, strengths: Mapping[str, float]) -> None:
+        self.strengths = {name: float(w) for name, w in strengths.items()}
+
+
+Active = str | PerRow | Weighted | None
+
+
+def names_of(active: Active) -> tuple[str, ...]:
+    """Returns the adapters of a selection, each once."""
+    if isinstance(active, PerRow):
+        return tuple(active.groups)
+    if isinstance(active, Weighted):
+        return tuple(active.strengths)
+    return () if active is None else (active,)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -311,9 +327,11 @@ def recomputed() -> int | None:
 
 
 def describe(active: Active) -> str:
-    """Returns the active adapter or rows, for messages."""
+    """Returns the active adapter, rows or sum, for messages."""
     if active is None:
         return "the base"
+    if isinstance(active, Weighted):
+        return f"the sum {active.strengths}"
     return f"rows {list(active.names)}" if isinstance(active, PerRow) else repr(active)
 
 

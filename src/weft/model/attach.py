@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from .. import methods
-from ..errors import ConfigError, MergeError, TargetError, WeftError
+from ..errors import ConfigError, MergeError, TargetError
 from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS
 from . import base_layers, fallback, prompts, statistics, token_layers
 from .adapter import Adapter
-from .layer import CHILD, AdapterLayer, active_of, adapt, is_adapted, layers_of, restore
+from .attach_checks import check_name, check_ownership, check_tied
+from .layer import AdapterLayer, adapt, is_adapted, layers_of, restore
 from .offload import check_loadable, loaded
 from .plan_entries import Frozen
 from .selected import select
@@ -28,24 +28,23 @@ from .steps_watch import Watch
 from .structure import Structure, targets
 from .structure.selection import tensors_of_modules, trained_tensors, unsupported
 from .structure.tokens import token_tables
-from .use import check_not_in_use
-from .wiring import memory_of
+from .use import check_as_able, check_not_in_use
 
 _attaching = threading.RLock()
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
 class Parts:
     """The parts of an adapter in one model: a configuration per module, base tensors trained as
     copies, and frozen tensors with the reason why. `routed`: modules whose tokens a router has
-    regrouped.
+    regrouped. `filled`: modules all of whose tensors are read from a file.
     """
 
     configs: Mapping[str, Any]
     selected: Sequence[str] = ()
     frozen: Sequence[Frozen] = ()
     routed: Sequence[str] = ()
+    filled: Collection[str] = ()
 
 
 def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
@@ -87,7 +86,7 @@ def parts_of(structure: Structure, config: Any) -> Parts:
         return Parts(dict.fromkeys(places, config), _union(trained, saved), without)
     if not isinstance(config, LayerConfig):
         return Parts({}, _union(trained_tensors(structure, config, (), saved), saved))
-    found = targets.resolve(structure, config.targets, config.blocks_left_out)
+    found = targets.resolve(structure, config)
     configs = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]
@@ -114,21 +113,31 @@ def attach_resolved(
     name: str = "default",
     shared: Mapping[Any, Shared] | None = None,
     fill: Callable[[Adapter], None] | None = None,
+    replace: bool = False,
 ) -> Adapter:
     """Attaches exactly these parts. `shared` has frozen tensors read from a file, by share_key;
-    `fill` is called with the adapter before the model is changed, to fill its tensors.
+    `fill` is called with the adapter before the model is changed, to fill its tensors. `replace`: an
+    adapter of that name gives way, as soon as no open block uses it, and what is active stays.
 
     Raises as `attach` does; everything that can fail happens before the model is changed.
     """
     fallback.refresh()
-    root = structure.root
+    root, given = structure.root, dict(shared or {})
+    state = find_state(root)
+    if replace and state is not None and name in state.adapters:
+        with state.open.closed(name):
+            return _replace(structure, state, config, parts, name, given, fill)
     with _attaching:  # two threads may both be the first
         state = find_state(root) or State(root)
         with state.gate.alone(f"attach adapter {name!r}"):
-            return _attach(structure, state, config, parts, name, dict(shared or {}), fill)
+            check_name(state, name)
+            adapter, modules = _made(structure, state, config, parts, name, given, fill)
+            _install(structure, state, adapter, modules)
+            state.set_default(name)
+            return adapter
 
 
-def _attach(
+def _replace(
     structure: Structure,
     state: State,
     config: Any,
@@ -137,8 +146,33 @@ def _attach(
     shared: dict[Any, Shared],
     fill: Callable[[Adapter], None] | None,
 ) -> Adapter:
+    """Builds the new adapter beside the old one, and exchanges them between two forwards."""
+    check_name(state, name, taken=True)
+    with state.gate.alone(f"replace adapter {name!r}"):
+        adapter, modules = _made(structure, state, config, parts, name, shared, fill)
+        check_as_able(adapter, state.adapter(name))
+    while True:
+        state.open.wait_until_unused(name)
+        with state.gate.alone(f"replace adapter {name!r}"):
+            if state.open.of(name):  # a nested block has begun in between
+                continue
+            check_name(state, name, taken=True)
+            _remove(state, state.adapter(name))
+            _install(structure, state, adapter, modules)
+            return adapter
+
+
+def _made(
+    structure: Structure,
+    state: State,
+    config: Any,
+    parts: Parts,
+    name: str,
+    shared: dict[Any, Shared],
+    fill: Callable[[Adapter], None] | None,
+) -> tuple[Adapter, Mapping[str, nn.Module]]:
+    """The adapter with its tensors, and the model's modules; the model is not changed."""
     root = structure.root
-    _check_name(state, name)
     if config.freeze_batch_norm and not statistics.with_statistics(root):
         raise TargetError(
             f"freeze_batch_norm=True: {type(root).__name__} has no batch norm that keeps running "
@@ -146,8 +180,8 @@ def _attach(
         )
     with base_only(state):
         modules = dict(root.named_modules())
-        _check_ownership(modules, parts.configs, state)
-        _check_tied(
+        check_ownership(modules, parts.configs, state)
+        check_tied(
             structure,
             {
                 name: method
@@ -160,7 +194,7 @@ def _attach(
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
         frozen += unsupported(structure, {f.name for f in frozen} | set(parts.configs))
         adapter = Adapter(name, config, root, frozen=frozen, routed=list(parts.routed))
-        adapter.layers = _build_layers(structure, modules, parts.configs, state, shared)
+        adapter.layers = _build_layers(structure, modules, parts, state, shared)
         adapter.selected_tensors = select(structure, parts.selected, config.modules_to_save)
         tables = token_tables(structure, config)
         token_layers.check(tables, parts.configs, adapter.selected_tensors)
@@ -170,8 +204,7 @@ def _attach(
             fill(adapter)
     if not any(True for _ in adapter.parameters()):
         raise TargetError(f"{config!r} finds nothing to train in {type(root).__name__}.")
-    _install(structure, state, adapter, modules)
-    return adapter
+    return adapter, modules
 
 
 def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -> None:
@@ -197,23 +230,9 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
             )
         state.end_merge()
     state.forget(name)
-    if isinstance(adapter.config, PromptMethod):
-        prompts.uninstall(state, adapter)
-    for layer in adapter.every_layer().values():
-        module = layer.base.module
-        del layers_of(module)[name]
-        if not len(layers_of(module)):
-            restore(module)
+    _remove(state, adapter)
     del state.adapters[name]
     state.active.names.pop(name, None)
-    state.active.marked.discard(name)
-    state.active.probes.clear()
-    if not any(other.selected_tensors for other in state.adapters.values()):
-        state.unguard()
-    if not any(other.config.freeze_batch_norm for other in state.adapters.values()):
-        statistics.release(statistics.with_statistics(state.root).values())
-    unfollow(adapter)
-    state.uncalled.drop(name)
     state.wiring.note(state)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
@@ -230,86 +249,42 @@ def _tell_trainers(root: Any, attached: bool) -> None:
         root._hf_peft_config_loaded = attached
 
 
+def _remove(state: State, adapter: Adapter) -> None:
+    """Takes the adapter's layers, hooks and base tensors out of the model; its name stays."""
+    if state._installed == adapter.name:
+        state.install(None)
+    if isinstance(adapter.config, PromptMethod):
+        prompts.uninstall(state, adapter)
+    for layer in adapter.every_layer().values():
+        module = layer.base.module
+        del layers_of(module)[adapter.name]
+        if not len(layers_of(module)):
+            restore(module)
+    state.active.marked.discard(adapter.name)
+    state.active.probes.clear()
+    others = [other for other in state.adapters.values() if other is not adapter]
+    if not any(other.selected_tensors for other in others):
+        state.unguard()
+    if not any(other.config.freeze_batch_norm for other in others):
+        statistics.release(statistics.with_statistics(state.root).values())
+    unfollow(adapter)
+    state.uncalled.drop(adapter.name)
+
+
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Returns the handles of all adapters on the model by name; empty if there are none."""
     state = find_state(model)
     return dict(state.adapters) if state else {}
 
 
-def _check_name(state: State | None, name: str) -> None:
-    known: Any = name
-    if not isinstance(known, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
-        raise ConfigError(
-            f"adapter name {name!r}: use letters, digits, '_' and '-', and no attribute of "
-            "nn.ModuleDict."
-        )
-    if state is None:
-        return
-    if state.merged is not None:
-        raise MergeError(
-            f"adapter {state.merged.name!r} is merged; call weft.unmerge(model) before attaching "
-            "another."
-        )
-    if name in state.adapters:
-        raise WeftError(
-            f"adapter {name!r} is already attached (have: {list(state.adapters)}). Choose another "
-            "name, or "
-            f"weft.detach(model, {name!r}) first."
-        )
-
-
-def _check_ownership(
-    modules: Mapping[str, nn.Module], configs: Mapping[str, Any], state: State | None
-) -> None:
-    mine = None if state is None else state.active
-    for name, module in modules.items():
-        if is_adapted(module) and active_of(module) is not mine:
-            raise WeftError(
-                f"{name!r} carries an adapter that was attached through another root module. Use "
-                "that module, or detach it first."
-            )
-    for name in configs:
-        if name not in modules:
-            raise TargetError(f"the model has no module {name!r}.")
-        if not is_adapted(modules[name]) and hasattr(modules[name], CHILD):
-            raise TargetError(
-                f"{name!r} has an attribute {CHILD!r} of its own, where Weft would keep its "
-                "adapters."
-            )
-
-
-def _check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
-    """Raises TargetError if a target is tied: merging would change the outputs of its other
-    readers.
-    """
-    readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for name, module in structure.modules.items():
-        for tensor, parameter in module._parameters.items():
-            if parameter is not None:
-                readers.setdefault(memory_of(parameter), []).append((name, module, tensor))
-    for name in configs:
-        layer = structure.root.get_submodule(name)
-        weight: Any = layer._parameters.get("weight")
-        tied = () if weight is None else readers[memory_of(weight)]
-        for other, module, tensor in tied:
-            if module is layer and tensor == "weight":
-                continue
-            full = f"{other}.{tensor}".lstrip(".")
-            reader = other if other and tensor == "weight" else full
-            raise TargetError(
-                f"{name!r} and {reader!r} are tied: they read one weight, so adapting one side "
-                f"would merge into both. Give {reader!r} its own copy first: model.{full} = torch.nn."
-                f"Parameter(model.{full}.detach().clone()) and config.tie_word_embeddings = False."
-            )
-
-
 def _build_layers(
     structure: Structure,
     modules: Mapping[str, nn.Module],
-    configs: Mapping[str, Any],
+    parts: Parts,
     state: State | None,
     given: Mapping[Any, Shared],
 ) -> dict[str, AdapterLayer]:
+    configs = parts.configs
     views: dict[str, Any] = dict(prompts.hosts_of(structure, configs))
     views |= {name: base_layers.view(modules[name]) for name in configs if name not in views}
     for name, method in configs.items():
@@ -342,7 +317,7 @@ def _build_layers(
         layers[name] = AdapterLayer(method, views[name], shared)
         layers[name].written = written
         with loaded(modules[name]):
-            layers[name].initialise(Rng(method.seed, name, device))
+            layers[name].initialise(Rng(method.seed, name, device), name in parts.filled)
         layers[name].train(modules[name].training)
     return layers
 
@@ -396,4 +371,3 @@ def _install(
     state.fast_paths.switch_off(modules.values(), [modules[n] for n in adapter.every_layer()])
     state.uncalled.add(adapter)
     state.wiring.note(state)
-    state.set_default(adapter.name)

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import WeftError
-from .active import Active, ActiveAdapters, PerRow
+from .active import Active, ActiveAdapters, PerRow, Weighted, describe
 from .gate import calls
 
 _MARK = "_weft_filled_by"
 _NAMES = ("past_key_values", "cache_params", "cache")
 _RESULTS = ("hidden_states", "attentions")  # in a container, and read by no later forward
 _tensors: Any = WeakTensorKeyDictionary()  # an attribute would be saved with the tensor
-Who = tuple[str, int] | None  # an adapter's name and number, or the base
+# An adapter's name and number; a sum's names with strengths, and the numbers; or the base.
+Name = str | tuple[tuple[str, float], ...]
+Who = tuple[Name, int | tuple[int, ...]] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +99,7 @@ def _mark(active: ActiveAdapters, carrier: Any) -> Mark | None:
         return found
     mark = getattr(carrier, _MARK, None)
     if isinstance(mark, tuple):
-        return Mark(tuple(None if n is None else (n, active.names.get(n, -1)) for n in mark))
+        return Mark(tuple(None if n is None else _who(active, n) for n in mark))
     return mark
 
 
@@ -108,9 +110,25 @@ def _any_of(names: Collection[str], rows: Iterable[Who]) -> bool:
 def _rows(active: ActiveAdapters, chosen: Active) -> tuple[Who, ...]:
     if active.merged is not None:
         chosen = active.merged
+    if isinstance(chosen, Weighted):
+        return (_sum(active, chosen),)
     names = chosen.names if isinstance(chosen, PerRow) else (chosen,)
     names = names if len(set(names)) > 1 else names[:1]
-    return tuple(None if name is None else (name, active.names.get(name, -1)) for name in names)
+    return tuple(None if name is None else _who(active, name) for name in names)
+
+
+def _who(active: ActiveAdapters, name: Name) -> Who:
+    if isinstance(name, str):
+        return name, active.names.get(name, -1)
+    return name, tuple(active.names.get(each, -1) for each, _ in name)
+
+
+def _sum(active: ActiveAdapters, chosen: Weighted) -> Who:
+    """A sum by what it computes, whatever the order: one adapter of strength 1 is that adapter."""
+    parts = tuple(sorted((name, w) for name, w in chosen.strengths.items() if w))
+    if not parts:
+        return None
+    return _who(active, parts[0][0] if parts[0][1] == 1.0 and len(parts) == 1 else parts)
 
 
 def _carriers(name: Any, value: Any, depth: int = 0) -> Iterator[Any]:
@@ -191,8 +209,14 @@ def _compare(mark: Mark, found: Sequence[set[Who]], rows: Sequence[Who]) -> None
 
 
 def _text(rows: Sequence[Who]) -> str:
-    names = ["the base" if who is None else repr(who[0]) for who in rows]
+    names = [_described(who) for who in rows]
     return names[0] if len(names) == 1 else f"rows [{', '.join(names)}]"
+
+
+def _described(who: Who) -> str:
+    if who is None:
+        return describe(None)
+    return describe(who[0] if isinstance(who[0], str) else Weighted(dict(who[0])))
 
 
 def _warn(cache: Any, rows: Sequence[Who]) -> None:

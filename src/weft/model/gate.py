@@ -70,6 +70,12 @@ class Gate:
                 del self._inside[me]
                 self._changed.notify_all()
 
+    def is_inside(self) -> bool:
+        """Whether this thread is within a forward, or changes the model."""
+        me = threading.get_ident()
+        with self._changed:
+            return self._changing == me or any(map(runs, self._inside.get(me, ())))
+
     def enter_part(self) -> None:
         """Called by an adapted layer that runs outside a forward of the root: the outermost module that
         is being called passes the gate. Raises WeftError as `enter`.

@@ -25,14 +25,14 @@ from ..ops import native
 from ..ops.cache import Cache
 from ..ops.input_cache import in_forward
 from ..ops.low_rank import LowRank
-from ..ops.norm import full_precision, row_norm
+from ..ops.norm import at_least_float32, full_precision, row_norm
 from ..ops.row_scale import RowScale, cached_row_scale, packed_norm, stale
 from . import cache_marks, fallback
-from .active import ROWS_FOUND, Active, ActiveAdapters, PerRow, recomputed
+from .active import ROWS_FOUND, Active, ActiveAdapters, PerRow, Weighted, recomputed
 from .base_layers import INNER_FORWARD, own_forward
 from .layer_plan import LayerPlan
 from .offload import HOOK, OLD_FORWARD, offloads
-from .per_row import by_row
+from .per_row import by_row, weighted
 from .row_probe import Recorder
 from .steps_watch import Watch
 
@@ -54,20 +54,33 @@ class AdapterLayer(nn.Module):
         self.method, self.base, self.shared = method, base, shared
         self.shape = (base.out_features, base.in_features)
         self.names = tuple(method.shapes(*self.shape))
+        self.start_names = tuple(method.start_shapes(*self.shape))
         self.cache = Cache()
         self.active: ActiveAdapters = ActiveAdapters()  # the model's, after attach
         self.written = False  # whether something in the model may write to this layer's output
         self.watch: Watch | None = None  # of the first layer of an adapter that follows steps
         self._plans: list[LayerPlan | None] = [None] * 4  # per (training, gradients)
 
-    def initialise(self, rng: Rng) -> None:
+    def initialise(self, rng: Rng, filled: bool = False) -> None:
         """Creates the trained tensors at their initial values, and what the method keeps beside them:
         frozen tensors that are never saved, and buffers that are in the model's state_dict.
+
+        `filled`: a file has all tensors, so a start that is taken from the weight is not computed.
         """
         self.rng, dtype = rng, DTYPES[self.method.dtype]
         with torch.no_grad():
-            for name, value in self.method.initial(self.base, rng, self.shared).items():
-                self.register_parameter(name, nn.Parameter(value.to(dtype)))
+            if filled and self.start_names:
+                shapes = self.method.file_shapes(*self.shape)
+                values = {name: rng.full(shape) for name, shape in shapes.items()}
+            else:
+                values = self.method.initial(self.base, rng, self.shared)
+            for name, value in values.items():
+                if name in self.start_names:
+                    # Wider than the trained tensor, so that its distance from here is not rounded.
+                    wide = torch.promote_types(dtype, at_least_float32(self.base.weight()).dtype)
+                    self.register_buffer(name, value.to(dtype).to(wide))
+                else:
+                    self.register_parameter(name, nn.Parameter(value.to(dtype)))
             frozen = self.frozen(rng.device)
             for name, value in frozen.items():
                 self.register_buffer(name, value.to(dtype), persistent=False)
@@ -100,6 +113,10 @@ class AdapterLayer(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Returns the trained tensors by name, in the method's order."""
         return {name: self.get_parameter(name) for name in self.names}
+
+    def stored(self) -> dict[str, Tensor]:
+        """Returns the tensors that a file has: the trained ones, and those that training began at."""
+        return {**self.trainable(), **{name: self.get_buffer(name) for name in self.start_names}}
 
     @property
     def rank(self) -> int | None:
@@ -150,6 +167,21 @@ class AdapterLayer(nn.Module):
         h = self.base.down(x, f.A, dropout, dtype=y.dtype)
         norm = None if f.m is None else self._norm(f)
         return native.adapted(y, h, self.base.bias, f, norm)
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns the output with this adapter minus y [..., out], without taking that difference, for
+        the input x and the layer's own output y; for methods of low rank.
+        """
+        f = self.factors()
+        dropout = self.method.dropout if self.training else 0.0
+        h = self.base.down(x, f.A, dropout, dtype=y.dtype)
+        if f.m is None:
+            return native.change(y, h, None, f)
+        direct = not torch.compiler.is_compiling() and self.fallback_reason(x) is None
+        scale = self.row_scale(f) if direct else None
+        return native.change(
+            y, h, self.base.bias, f, self._norm(f) if scale is None else scale.norm
+        )
 
     def factors(self) -> LowRank:
         """Returns the tensors as they are, for training or evaluation as the layer is in."""
@@ -223,9 +255,11 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         name = name.names[0]
         if name is None:
             return own_forward(self, *args, **kwargs)
-    if isinstance(name, PerRow):
-        x = args[0] if args else next(iter(kwargs.values()))
-        return by_row(name, active, self, layers, x, own_forward(self, *args, **kwargs))
+    if not isinstance(name, str):
+        x, y = args[0] if args else next(iter(kwargs.values())), own_forward(self, *args, **kwargs)
+        if isinstance(name, Weighted):
+            return weighted(name, active, layers, x, y)
+        return by_row(name, active, self, layers, x, y)
     layer: Any = layers.get(name)
     if layer is None:
         active.check_attached(name)

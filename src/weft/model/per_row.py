@@ -1,15 +1,16 @@
-"""One adapter per row of the batch, for one layer."""
+"""Several adapters in one forward of a layer: one per row of the batch, or all with strengths."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import mixed
 from ..ops.low_rank import row_scale
-from .active import ActiveAdapters, PerRow
+from .active import ActiveAdapters, PerRow, Weighted
 from .row_calls import layout_of
 from .row_probe import Recorder
 
@@ -61,6 +62,24 @@ def _by_first(
             index = rows.index(name, y.shape[0], y.device)
             found = layers[name].seen(layers[name](x[index], y[index]))
             out = out.index_copy(0, index, found.to(out.dtype))
+    return out
+
+
+def weighted(
+    active: Weighted, adapters: ActiveAdapters, layers: Mapping[str, Any], x: Tensor, y: Tensor
+) -> Tensor:
+    """Returns y + Σ w (adapter(x) - y) [..., out] from a layer's input x and own output y [..., out].
+
+    An adapter that the layer does not have changes nothing there. Raises WeftError if it was detached.
+    """
+    out = y
+    for name, strength in active.strengths.items():
+        if name in layers:
+            layer = layers[name]
+            _called(layer)
+            out = torch.add(out, layer.seen(layer.change(x, y)).to(y.dtype), alpha=strength)
+        else:
+            adapters.check_attached(name)
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import WeftError
 from ..ops import input_cache
 from . import cache_marks, row_calls
-from .active import STATE, Active, ActiveAdapters, Choice, PerRow, caller, describe
+from .active import STATE, Active, ActiveAdapters, Choice, PerRow, caller, describe, names_of
 from .adapter import Adapter
 from .fastpath import FastPaths
 from .gate import Gate, this_call
 from .generator_block import Block
 from .norm_watch import NormWatch
+from .open_blocks import OpenBlocks
 from .row_inputs import main_input
 from .saving import check_merged, note_merged, unwatch_savers, watch_savers
 from .uncalled import Uncalled
@@ -67,13 +67,10 @@ class State:
         ] = {}  # of the base's parameters, before the first attach
         self.fast_paths = FastPaths()
         self.virtual: Any = None  # prompts.hooks.VirtualTokenHooks, if there are virtual tokens
-        self.open: Counter[str | None] = Counter()  # open `with weft.use(...)` blocks per adapter
+        self.open = OpenBlocks()
         self._installed: str | None = None  # the adapter whose base tensors are in place
         self._hooks: list[RemovableHandle] = []
         self._guards: dict[nn.Module, RemovableHandle] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "open": Counter()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.wiring, self.uncalled = Wiring(), Uncalled()  # a pickle of an earlier version has none
@@ -138,7 +135,7 @@ class State:
         if self.active.default == name:
             self.active.set_default(None)
         choice = self.active.chosen()
-        if choice is not None and name in _names(choice.active):
+        if choice is not None and name in names_of(choice.active):
             self.active.choose(None, own_blocks(choice))
         if self._installed == name:
             self.install(None)
@@ -254,7 +251,7 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     )
     input_cache.begin_forward(call)
     state.wiring.check(state)
-    state.norms.check(state.adapters[n] for n in _names(active) if n in state.adapters)
+    state.norms.check(state.adapters[n] for n in names_of(active) if n in state.adapters)
     # Inside the gate, where nobody can merge any more; if it raises, torch still calls `_leave`.
     _check_choice(state, active, chosen=choice is not None)
     if isinstance(active, PerRow):
@@ -305,15 +302,8 @@ def _check_choice(state: State, active: Active, chosen: bool) -> None:
         if chosen:
             state.active.current()  # raises if another adapter is merged
         return
-    for name in _names(active):
+    for name in names_of(active):
         state.active.check_attached(name)
-
-
-def _names(active: Active) -> tuple[str, ...]:
-    """The adapters of a selection."""
-    if isinstance(active, PerRow):
-        return tuple(active.groups)
-    return () if active is None else (active,)
 
 
 def _check_rows(rows: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -1,39 +1,44 @@
-"""`weft.use`: which adapter answers, for the whole batch or row by row."""
+"""`weft.use`: which adapter answers, for the whole batch or row by row, or several with strengths."""
 
 from __future__ import annotations
 
-import threading
+import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from ..errors import MergeError, UnsupportedError, WeftError
+from ..errors import ConfigError, MergeError, UnsupportedError, WeftError
+from ..methods.base import LowRankMethod
 from ..ops.input_cache import forget_ended
 from . import fallback
-from .active import NO_TASK, Active, ActiveAdapters, PerRow, caller
+from .active import NO_TASK, Active, ActiveAdapters, PerRow, Weighted, caller, names_of
+from .adapter import Adapter
 from .generator_block import Block, generator_frame
 from .state import State, own_blocks, state_of
 
-_counting = threading.Lock()
-_NO_ROWS = (bytes, Mapping, set, frozenset)  # iterable, and without an order or names
-Which = str | Sequence[str | None] | None
+_NO_ROWS = (bytes, set, frozenset)  # iterable, and without an order or names
+Which = str | Sequence[str | None] | Mapping[str, float] | None
 
 
 class use:  # noqa: N801 - reads as a verb, like torch.no_grad
-    """Makes the base (None), one adapter (its name), or one per row of the batch (a list of names and
-    None) active for the caller: the current thread, or asyncio task.
+    """Makes the base (None), one adapter (its name), one per row of the batch (a list of names and
+    None), or several with strengths (a dict) active for the caller: the current thread, or asyncio
+    task.
 
     As a context manager it restores the previous selection; called as a statement it stays. In a
     generator the block is the generator's: while it is paused at a yield, a forward of its consumer
     raises WeftError unless the consumer chooses for itself. A thread that has not called it runs the
     adapter that was attached last. Rows may mix methods and
     ranks; each row gets the output of its own adapter. With k beams or k samples per prompt, repeat
-    each name k times.
+    each name k times. With {"a": 0.7, "b": 0.3} every layer's output is y + Σ w (adapter(x) - y), where
+    y = W x + bias is the layer's own; gradients reach all of these adapters.
 
-    Raises, before any compute: WeftError (unknown name, empty or nested list), MergeError (an adapter is merged),
-    UnsupportedError (per-row use of an adapter that trains base tensors or adapts routed experts).
+    Raises, before any compute: WeftError (unknown name, empty or nested list, empty dict), ConfigError
+    (a strength is not a finite number), MergeError (an adapter is merged), UnsupportedError (per-row use
+    of an adapter that trains base tensors or adapts routed experts; strengths of one that trains base
+    tensors or rows of new tokens, or is not of low rank).
     """
 
     def __init__(self, model: nn.Module, which: Which) -> None:
@@ -51,13 +56,17 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
 
     def __enter__(self) -> None:
         names = self._names = _names(self._chosen)
-        with _counting:
-            self._state.open.update(names)
+        before = own_blocks(self._before)
         active, frame = self._state.active, generator_frame()
+        try:
+            self._state.open.enter(names, nested=before > 0 or self._state.gate.is_inside())
+        except WeftError:
+            active.restore(self._before)
+            raise
         block = None
         if frame is not None:
             block = active.blocks.setdefault(frame, Block(frame, self._before))
-        self._state.choose(self._chosen, own_blocks(self._before) + len(names), block)
+        self._state.choose(self._chosen, before + len(names), block)
         self._block = block
         if block is not None:
             block.depth += 1
@@ -69,8 +78,7 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
         trace: TracebackType | None,
     ) -> None:
         state = self._state
-        with _counting:
-            state.open.subtract(self._names)
+        state.open.leave(self._names)
         self._leave(state.active)
         state.install_for_caller()
 
@@ -96,11 +104,14 @@ def checked(state: State, which: Which) -> Active:
     if isinstance(which, str):
         state.adapter(which)
         return which
+    if isinstance(which, Mapping):
+        return Weighted(checked_strengths(state, which, "weft.use"))
     given: Any = which
     if not hasattr(given, "__iter__") or isinstance(given, _NO_ROWS):
         raise WeftError(
-            f"weft.use(model, {which!r}): give an adapter's name, None for the base, or a list with "
-            "one name or None per row of the batch, in the order of the rows."
+            f"weft.use(model, {which!r}): give an adapter's name, None for the base, a list with "
+            "one name or None per row of the batch, in the order of the rows, or a dict of names "
+            "and strengths."
         )
     names: list[Any] = list(which)  # of whatever the caller has put in
     if not names:
@@ -120,9 +131,46 @@ def checked(state: State, which: Which) -> Active:
     return PerRow(names, state.root)
 
 
+def checked_strengths(state: State, given: Mapping[Any, Any], call: str) -> dict[str, float]:
+    """Returns adapters and strengths, validated. `call` is the name of the function, for messages.
+
+    Raises WeftError (none, or an unknown name), ConfigError (a strength is not a finite number),
+    UnsupportedError (an adapter is no update of low rank, or trains base tensors or rows of new
+    tokens).
+    """
+    if not given:
+        raise WeftError(
+            f"{call}(model, {{}}): give adapters and strengths, for example {{'a': 0.5}}."
+        )
+    for name, strength in given.items():
+        adapter = state.adapter(name)
+        number = isinstance(strength, int | float) and not isinstance(strength, bool)
+        if not number or not math.isfinite(strength):
+            raise ConfigError(
+                f"{call}: the strength of {name!r} is {strength!r}; write a finite number."
+            )
+        reason = _why_no_sum(adapter)
+        if reason is not None:
+            raise UnsupportedError(
+                f"{call}: adapter {name!r} ({type(adapter.config).__name__}) {reason}, so it has no "
+                "weighted sum with others."
+            )
+    return {name: float(strength) for name, strength in given.items()}
+
+
+def _why_no_sum(adapter: Adapter) -> str | None:
+    if adapter.selected_tensors:
+        return f"trains base tensors ({next(iter(adapter.selected_tensors))!r}, ...)"
+    if adapter.token_layers:
+        return "trains rows of new tokens"
+    if not isinstance(adapter.config, LowRankMethod):
+        return "is not a low-rank change of weights"
+    return None
+
+
 def check_not_in_use(state: State, name: str) -> None:
     """Raises WeftError if an open `with weft.use(...)` block, of any caller, uses this adapter."""
-    if state.open[name] > 0:
+    if state.open.of(name) > 0:
         raise WeftError(
             f"adapter {name!r} is used by an open `with weft.use(...)`, of this or another thread "
             "or task. Leave the block first."
@@ -131,7 +179,7 @@ def check_not_in_use(state: State, name: str) -> None:
 
 def check_alone(state: State, what: str) -> None:
     """Raises MergeError if another caller has an open `with weft.use(...)` block on this model."""
-    if sum(state.open.values()) > own_blocks(state.active.chosen()):
+    if state.open.all() > own_blocks(state.active.chosen()):
         raise MergeError(
             f"cannot {what}: another thread or task is inside `with weft.use(...)` of this model, "
             "and its answers would change on the way. Wait until it has left the block."
@@ -139,30 +187,42 @@ def check_alone(state: State, what: str) -> None:
 
 
 def _names(active: Active) -> tuple[str | None, ...]:
-    """Returns the names that an open block counts: its adapter or the base, or each adapter of its
-    rows.
+    """Returns the names that an open block counts: its adapters, or the base."""
+    return names_of(active) or (None,)
+
+
+def check_as_able(new: Adapter, old: Adapter) -> None:
+    """Raises UnsupportedError if callers may have chosen `old` in a way that `new` does not work in: as
+    one of the rows of a batch, or with a strength.
     """
-    return (active,) if not isinstance(active, PerRow) else tuple(active.groups) or (None,)
+    for how, why_not in (("by row", _why_no_row), ("with strengths", _why_no_sum)):
+        reason = why_not(new)
+        if reason is not None and why_not(old) is None:
+            raise UnsupportedError(
+                f"replace: the new adapter {new.name!r} ({type(new.config).__name__}) {reason}, and the "
+                f"old one may be in use {how}. Load it under another name."
+            )
 
 
 def _check_row(state: State, name: Any) -> None:
     adapter = state.adapter(name)
+    reason = _why_no_row(adapter)
+    if reason is not None:
+        raise UnsupportedError(f"adapter {name!r} {reason}. Run its rows in a batch of their own.")
+
+
+def _why_no_row(adapter: Adapter) -> str | None:
     if adapter.selected_tensors:
-        raise UnsupportedError(
-            f"adapter {name!r} trains base tensors ({next(iter(adapter.selected_tensors))!r}, ...), "
-            "which all rows of a batch share. Run its rows in a batch of their own."
-        )
+        first = next(iter(adapter.selected_tensors))
+        return f"trains base tensors ({first!r}, ...), which all rows of a batch share"
     if not adapter.config.by_row:
-        raise UnsupportedError(
-            f"adapter {name!r} ({type(adapter.config).__name__}) adds tokens to the input, and all "
-            "rows of a batch have one length. Run its rows in a batch of their own."
-        )
+        return "adds tokens to the input, and all rows of a batch have one length"
     if adapter.routed:
-        raise UnsupportedError(
-            f"adapter {name!r} adapts {adapter.routed[0]!r}, where a router has regrouped the tokens "
-            "and rows of the batch can no longer be told apart. Run its rows in a batch of their "
-            "own."
+        return (
+            f"adapts {adapter.routed[0]!r}, where a router has regrouped the tokens and rows of the "
+            "batch can no longer be told apart"
         )
+    return None
 
 
 def _check_batch_first(root: nn.Module) -> None:

@@ -30,6 +30,7 @@ class LowRank:
     s: float = 1.0
     m: Tensor | None = None
     norm_grad: bool = False  # the gradient also flows through ‖W + ΔW‖
+    sources: tuple[Tensor, ...] = ()  # the tensors that A and B were computed from, if they were
 
     def up(self, dtype: torch.dtype) -> Tensor:
         """Returns s diag(b) B diag(d) [out, r], computed in `dtype` or wider and cast once.
@@ -61,6 +62,10 @@ class LowRank:
         [out].
         """
         return tuple(t for t in (self.A, self.B, self.d, self.b, self.m) if t is not None)
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """Returns the tensors that decide all others: `tensors`, with `sources` in place of A and B."""
+        return (*self.sources, *self.tensors()[2:]) if self.sources else self.tensors()
 
 
 def added(W: Tensor, up: Tensor, A: Tensor, s: float = 1.0) -> Tensor:

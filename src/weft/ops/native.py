@@ -34,6 +34,20 @@ def adapted(
     return scaled(y, bias, row_scale(f.m, norm))
 
 
+def change(
+    y: Tensor, h: Tensor, bias: Tensor | None, f: LowRank, norm: Tensor | None = None
+) -> Tensor:
+    """Returns `adapted` - y [..., out], without the cancellation of that difference:
+
+    Δ = s (h ∘ d) Bᵀ ∘ b without m, else σ Δ + (σ - 1) (y - bias), in σ's dtype.
+    """
+    update = _update(y, h.to(y.dtype), f)
+    if f.m is None or norm is None:
+        return update
+    sigma = row_scale(f.m, norm)
+    return sigma * update + (sigma - 1) * (y if bias is None else y - bias)
+
+
 def forward_inference(
     x: Tensor, W: Tensor, bias: Tensor | None, f: LowRank, scale: RowScale | None = None
 ) -> Tensor:
@@ -111,6 +125,14 @@ def of_built(x: Tensor, V: Tensor, bias: Tensor | None, m: Tensor | None) -> Ten
         sigma = row_scale(m, row_norm(V.detach()))
         return F.linear(x, V * sigma.unsqueeze(1), bias)
     return F.linear(x, V.mul_(row_scale(m, row_norm(V)).unsqueeze(1)), bias)
+
+
+def _update(y: Tensor, h: Tensor, f: LowRank) -> Tensor:
+    """s (h ∘ d) Bᵀ ∘ b, in y's dtype."""
+    h = h if f.d is None else h * f.d.to(y.dtype)
+    up = F.linear(h, f.B.to(y.dtype)).to(y.dtype)
+    up = up if f.s == 1.0 else f.s * up
+    return up if f.b is None else up * f.b.to(y.dtype)
 
 
 def _updated(y: Tensor, h: Tensor, f: LowRank) -> Tensor:

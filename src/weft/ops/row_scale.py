@@ -88,7 +88,7 @@ class Sources:
     @classmethod
     def of(cls, f: LowRank, W: Tensor, bias: Tensor | None) -> Sources:
         """Returns the sources of a layer with these factors, W [out, in] and bias [out]."""
-        own = [(t, type(t) is Parameter) for t in f.tensors()]
+        own = [(t, type(t) is Parameter) for t in f.stored()]
         rest = [t for t, trains in own if not trains]
         trained = tuple(t for t, trains in own if trains)
         frozen = (W, *rest) if bias is None else (W, *rest, bias)
@@ -159,14 +159,14 @@ def packed_norm(
         base: _BaseNorm = cache.get("norm of W", (), codes, lambda: _packed_base(unpacked()))
         dtype = base.norm.dtype
         A = f.A.detach()
-        if type(f.A) is Parameter:
+        if type(f.A) is Parameter or f.sources:
             known, gram = product(unpacked(), A, dtype), None
         else:
             known = cache.get("W A'", (), (*codes, A), lambda: product(unpacked(), A, dtype))
             gram = cache.get("A A'", (), (A,), lambda: product(A, A, dtype))
         return updated_norm(unpacked, base.norm, A, f.up(dtype).detach(), known, gram, base.odd)
 
-    own = [(t, type(t) is Parameter) for t in f.tensors() if t is not f.m]
+    own = [(t, type(t) is Parameter) for t in f.stored() if t is not f.m]
     trained = tuple(t for t, trains in own if trains)
     frozen = (*codes, *(t for t, trains in own if not trains))
     found: Tensor = cache.get("norm, packed", trained, frozen, compute)
@@ -220,7 +220,7 @@ def _norm(
     W: Tensor, f: LowRank, cache: Cache, x: Tensor | None, build: bool, training: bool, ready: Ready
 ) -> Tensor:
     """Returns ‖W + ΔW‖ [out]; adds to `ready` what the output of x needs too."""
-    A, frozen = f.A, type(f.A) is not Parameter
+    A, frozen = f.A, type(f.A) is not Parameter and not f.sources
     thick = frozen and (build or 2 * A.shape[0] > W.shape[1])
     if W.numel() < DENSE_BELOW or thick:
         bare = f.d is None and f.b is None and W.dtype is A.dtype is f.B.dtype

@@ -102,7 +102,8 @@ def _training(record: Mapping[str, Any]) -> list[str]:
         "steps": f"{record['steps']} of {train['batch']} x {train['accumulate']} samples",
         "optimiser": f"AdamW, lr {optim['lr']:g}, {optim['schedule']} with warm-up "
         f"{optim['warm_up']:g}, "
-        f"weight decay {optim['weight_decay']:g}",
+        f"weight decay {optim['weight_decay']:g}"
+        + (f", LoRA+ ratio {optim['lora_plus']:g}" if optim.get("lora_plus") else ""),
         "precision": f"{train['precision']}, base weights {config['model']['dtype']}",
     }
     return [f"- {name}: {text}" for name, text in rows.items()] + [

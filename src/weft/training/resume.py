@@ -96,6 +96,9 @@ def refill(adapter: Adapter, folder: Path) -> None:
             )
         for key, parameter in mine.items():
             parameter.copy_(theirs[key])
+        for module, layer in adapter.layers.items():
+            for tensor in layer.start_names:  # what training began at, for the run that goes on
+                layer.get_buffer(tensor).copy_(stored.layers[module].get_buffer(tensor))
     finally:
         detach(model, name)
         state_of(model).set_default(adapter.name)

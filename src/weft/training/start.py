@@ -24,6 +24,7 @@ from ..checkpoint.load_plan import LoadPlan
 from ..checkpoint.problems import SHOWN
 from ..checkpoint.same_base import compare_base
 from ..errors import CheckpointError, ConfigError, WeftError
+from ..methods import TensorConfig
 from ..model.adapter import Adapter
 from ..model.state import base_only, state_of, unwrapped
 from ..model.structure import canonical
@@ -33,6 +34,9 @@ from .run_dir import check_recorded_base
 # are initialised or trained, and not their meaning.
 FREE = (
     "targets",
+    "exclude",
+    "within",
+    "layers",
     "modules_to_save",
     "freeze_batch_norm",
     "new_tokens",
@@ -74,6 +78,7 @@ def open_start(path: str, method: Any) -> Start:
             f"adapter.start={path!r} is an adapter of {theirs}, and method.name is {mine}. Give "
             f"method.name={theirs}, or an adapter of {mine}."
         )
+    _check_same_tensors(path, stored.config, method)
     drawn = bool(stored.checksums)  # frozen tensors that the seed decides
     for f in fields(method):
         there, here = (_value(config, f.name) for config in (stored.config, method))
@@ -83,6 +88,19 @@ def open_start(path: str, method: Any) -> Start:
                 f"has {here!r}. Give method.{f.name}={there!r}."
             )
     return Start(path, stored, _fingerprint(stored))
+
+
+def _check_same_tensors(path: str, there: Any, here: Any) -> None:
+    """A start at a part of W gives the same tensors another meaning. Raises ConfigError."""
+    wanted, have = (
+        list(config.start_shapes(1, 1)) if isinstance(config, TensorConfig) else []
+        for config in (there, here)
+    )
+    if wanted != have:
+        raise ConfigError(
+            f"adapter.start={path!r} was trained with method.init={there.init!r}, and this run has "
+            f"{here.init!r}, whose tensors mean something else. Give method.init={there.init!r}."
+        )
 
 
 def check_base(start: Start, model: nn.Module, missing: Collection[str]) -> None:
@@ -115,7 +133,7 @@ def load_start(
         compare_base(plan, other_base, "set adapter.other_base: true")
     _refuse(start, [*plan.problems, *_left_over(adapter, plan), *_drawn_otherwise(adapter, stored)])
     for name, site in adapter.layers.items():
-        live = site.trainable()
+        live = site.stored()
         for tensor, value in plan.values[name].items():
             live[tensor].copy_(value)
     for name, rows in plan.tokens.items():

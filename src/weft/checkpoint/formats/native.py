@@ -73,7 +73,7 @@ class NativeFormat:
         groups: dict[str, list[tuple[str, str]]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for module, layer in checkpoint.sites.items():
-            for tensor, shape in layer.rule.shapes(*layer.known_shape()).items():
+            for tensor, shape in layer.rule.file_shapes(*layer.known_shape()).items():
                 key = _stack_key(tensor, shape, layer.rule.dtype)
                 groups.setdefault(key, []).append((module, tensor))
                 shapes[key] = shape

@@ -24,6 +24,7 @@ from ..problems import report_extra, take
 from . import peft_bias as bias
 from . import peft_tokens
 from .native import take_selected, take_tokens
+from .peft_picks import adapted_by, picks_by_number
 
 PREFIX = "base_model.model."
 _PREFIXES = re.compile(r"(?P<wrappers>((module|_orig_mod)\.)*)base_model\.model\.")
@@ -41,7 +42,7 @@ _HARMLESS: Mapping[str, Any] = {
     "exclude_modules": str | list[str] | None,
     "modules_to_save": list[str] | None,
     "layers_to_transform": int | list[int] | None,
-    "layers_pattern": Any,
+    "layers_pattern": str | list[str] | None,
     "fan_in_fan_out": bool | None,
 }
 KeyOf = Callable[[str, str, str | None], str]  # module, tensor, kind -> key without PREFIX
@@ -218,7 +219,9 @@ def finish_reading(
         checkpoint.base = {"class": auto["base_model_class"], "library": auto.get("parent_library")}
         if not check_base(checkpoint.base):
             raise ConfigError(f"auto_mapping={shortened(auto)}: two names are expected.")
-    picks = any(config.get(field) for field in ("layers_to_transform", "exclude_modules"))
+    picks = picks_by_number(config)
+    if picks:
+        checkpoint.adapted = adapted_by(config)
     if checkpoint.sites and (picks or not config.get("target_modules")):
         # The configuration selects layers by more than their names, so those of the file count.
         names = [name if is_ending(name) else re.escape(name) for name in checkpoint.sites]

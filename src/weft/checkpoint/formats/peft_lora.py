@@ -18,6 +18,7 @@ from ...methods.config import scaling
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
 from . import peft_layers as layers
+from . import peft_starts as starts
 from . import peft_tokens
 from .peft_patterns import FirstFit
 
@@ -34,8 +35,8 @@ _KEY = re.compile(
     rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})"
     r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
 )  # a state_dict taken by hand has the adapter's name in it
-# Initialisations that leave the base as it was; the others (pissa, olora, ...) rewrite it, so the
-# tensors belong to another base.
+# Initialisations that leave the base as it was. Of those that rewrite it, "pissa" and "olora" can be
+# done again (peft_starts.py); with the others the tensors belong to a base that no one has.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 _SUPPORTED = {
@@ -69,7 +70,8 @@ class LoraFormat:
         return bias.why_no_field(checkpoint, model)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
-        return layers.write_layers(checkpoint, model, _lora_key, _lora_fields(checkpoint))
+        written = starts.plain(checkpoint)
+        return layers.write_layers(written, model, _lora_key, _lora_fields(written))
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("peft_type") == self.name
@@ -82,14 +84,15 @@ class LoraFormat:
         """
         layers.refuse_fields(config, _SUPPORTED, "LoRA")
         init = config.get("init_lora_weights")
-        if init not in _PLAIN_INITS:
+        of_weight = starts.init_of(config)
+        if init not in _PLAIN_INITS and of_weight is None:
             layers.refuse_fields({"init_lora_weights": init}, {}, "LoRA")
         method = DoRA if config.get("use_dora") else LoRA
         built = method(
             r=config.get("r", 8),
             alpha=float(config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout") or 0.0),
-            init="gaussian" if init == "gaussian" else "kaiming",
+            init=of_weight or ("gaussian" if init == "gaussian" else "kaiming"),
             rslora=bool(config.get("use_rslora")),
             targets=layers.targets_of(config),
             modules_to_save=config.get("modules_to_save") or (),
@@ -101,10 +104,13 @@ class LoraFormat:
         fits = {field: FirstFit(config, pattern) for field, pattern in _PATTERNS.items()}
 
         def layer_of(module: str, part: str) -> CheckpointLayer:
-            kind = "embedding" if "embedding" in part else None
             own = {field: fit.value(module) for field, fit in fits.items()}
             changed = {field: value for field, value in own.items() if value is not None}
-            return CheckpointLayer(replace(built, changed), kind=kind)
+            if "embedding" not in part:
+                return CheckpointLayer(replace(built, changed))
+            if built.starts_at_weight:  # peft starts an embedding as usual whatever the field says
+                changed["init"] = "kaiming"
+            return CheckpointLayer(replace(built, changed), kind="embedding")
 
         layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
         checkpoint = layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
@@ -114,7 +120,9 @@ class LoraFormat:
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
         """Fills A [r, in], B [out, r] and, for DoRA, m [out] of every layer."""
+        own = starts.plain_layers(checkpoint)
         layers.restore_layers(checkpoint, tensors, manifest, _lora_key)
+        starts.split(checkpoint, own)
 
     def why_not_model(self, root: nn.Module) -> str | None:
         return None

@@ -11,10 +11,12 @@ from typing import Any
 from ... import methods
 from ...errors import ConfigError
 from ...methods.field_types import literal
+from ...model.groups import check_factors
 
 DEFAULT = ("full", "head", "bitfit", "lora", "vera", "dora", "dvora")
 
 _SHOWN_FIELDS = ("r", "alpha", "d_init", "init", "n", "l_p", "l_i")  # fields in the list of methods
+RATIO = "lora_plus"  # a setting of a row that is no field of its configuration
 GROWTH_LIMIT = 3  # how often a grid may grow
 
 
@@ -23,7 +25,8 @@ class Entry:
     """One row of the table: its label, its configuration (without head and seed), and the learning
     rates to try.
 
-    `steps` is set if its runs have their own number of steps. `refused` is the reason if the row
+    `lora_plus` is the row's ratio of the rates of B and A, or None. `steps` is set if its runs have
+    their own number of steps. `refused` is the reason if the row
     cannot be trained.
     """
 
@@ -34,6 +37,7 @@ class Entry:
     steps: int | None = None
     refused: str | None = None
     given: frozenset[str] = frozenset()  # the fields that the user set
+    lora_plus: float | None = None
 
     @property
     def method(self) -> str:
@@ -57,7 +61,7 @@ def learning_rates(cls: type[methods.Config]) -> tuple[float, ...]:
 
 
 def parse_methods(text: str) -> list[Entry]:
-    """Parses `lora,vera:r=64,dora:r=4:alpha=8`.
+    """Parses `lora,vera:r=64,dora:r=4:alpha=8,lora:lora_plus=16`.
 
     Raises ConfigError if a name or a field is not known, or if two rows have the same label.
     """
@@ -73,16 +77,30 @@ def parse_methods(text: str) -> list[Entry]:
         fields = dict(given)
         if len(fields) < len(given):
             raise ConfigError(f"--methods {part!r}: a field is given twice.")
-        for own in ("modules_to_save", "seed"):
-            if own in fields:
-                raise ConfigError(f"--methods {part!r}: {own!r} is set by weft compare.")
+        for taken in ("modules_to_save", "seed"):
+            if taken in fields:
+                raise ConfigError(f"--methods {part!r}: {taken!r} is set by weft compare.")
         cls = methods.by_name(name)
-        config = methods.from_json({"method": cls.__name__, **fields})
         label = " ".join([cls.__name__, *(f"{key}={value}" for key, value in fields.items())])
+        ratio = fields.pop(RATIO, None)
+        config = methods.from_json({"method": cls.__name__, **fields})
+        _check_ratio(part, config, ratio)
         if any(entry.label == label for entry in entries):
             raise ConfigError(f"--methods {text!r}: {label!r} appears twice.")
-        entries.append(Entry(label, config, learning_rates(cls), given=frozenset(fields)))
+        rates, own = learning_rates(cls), frozenset(fields)
+        entries.append(Entry(label, config, rates, given=own, lora_plus=ratio))
     return entries
+
+
+def _check_ratio(part: str, config: Any, ratio: Any) -> None:
+    """Raises ConfigError unless `lora_plus` is a number above 0 and the method trains A and B."""
+    if ratio is None:
+        return
+    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+    if not number or not 0 < ratio < math.inf:
+        raise ConfigError(f"--methods {part!r}: {RATIO}={ratio!r} must be a number above 0.")
+    own = list(config.shapes(8, 8)) if isinstance(config, methods.TensorConfig) else []
+    check_factors(config, own, {}, ratio, f"--methods {part!r}: ")
 
 
 def split(text: str, mark: str) -> list[str]:

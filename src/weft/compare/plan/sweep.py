@@ -35,10 +35,13 @@ class RunSpec:
     purpose: str  # "tune": scored on validation only; "final": scored on test too
     warm_up: float = 0.1
     weight_decay: float = 0.0
+    lora_plus: float | None = None
 
     def key(self, context: Mapping[str, str]) -> str:
         """Returns 16 hex digits over the spec without its label, and over its context."""
         data = {k: v for k, v in asdict(self).items() if k != "label"}
+        if self.lora_plus is None:  # so that runs of versions without it keep their keys
+            del data["lora_plus"]
         relevant = {k: v for k, v in context.items() if k != "test" or self.purpose == "final"}
         return hashlib.sha256(json.dumps([data, relevant], sort_keys=True).encode()).hexdigest()[
             :16
@@ -77,6 +80,7 @@ class Sweep:
             purpose,
             self.warm_up,
             self.weight_decay,
+            entry.lora_plus,
         )
 
     def key(self, spec: RunSpec) -> str:

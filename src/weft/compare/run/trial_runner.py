@@ -91,6 +91,7 @@ class TrialRunner:
             seed=spec.seed,
             warm_up=spec.warm_up,
             weight_decay=spec.weight_decay,
+            lora_plus=spec.lora_plus,
         )
         result: dict[str, Any] = {"schema": 1, "spec": asdict(spec)}
         adapter = self.attach_new(spec.config, spec.seed)

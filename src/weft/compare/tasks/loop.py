@@ -21,18 +21,18 @@ from ...auditing.audit import AUDIT_AFTER, audit, steps_until_audit
 from ...auditing.snapshot import Snapshot, snapshot
 from ...errors import ConfigError, WeftError
 from ...model.adapter import Adapter
+from ...model.groups import parameter_groups
 from ...tasks import Encoded, Labelled
 from ...tasks.metrics import of_logits
 from ...training import scored
 from ...training.losses import DivergedError, mean_entropy
-from ...training.optimizer import grouped
 from ...training.sampling import seeded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How to train. `lr` is the peak rate of the method's tensors, `head_lr` that of the head's.
-    Weight decay acts as in `weft train` (see `training.optimizer.grouped`).
+    `lora_plus` and weight decay act as in `weft.parameter_groups`.
     """
 
     steps: int = 150
@@ -41,6 +41,7 @@ class Recipe:
     head_lr: float = 1e-2
     warm_up: float = 0.1
     weight_decay: float = 0.0
+    lora_plus: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -216,11 +217,15 @@ def groups(adapter: Adapter, recipe: Recipe) -> list[dict[str, Any]]:
     """Returns the optimiser's parameter groups: the method's tensors, and the head's at their own
     rate. An adapter that trains a head alone uses `recipe.lr`.
     """
-    head = {id(tensor.trained) for tensor in adapter.selected_tensors.values() if tensor.head}
-    own = [("adapter", recipe.lr, p) for p in adapter.parameters() if id(p) not in head]
-    head_lr = recipe.head_lr if own else recipe.lr
-    rest = [("head", head_lr, p) for p in adapter.parameters() if id(p) in head]
-    return grouped([*own, *rest], recipe.weight_decay)
+    heads = [tensor.head for tensor in adapter.selected_tensors.values()]
+    alone = not adapter.layers and all(heads)
+    return parameter_groups(
+        adapter,
+        recipe.lr,
+        lora_plus=recipe.lora_plus,
+        head_lr=recipe.head_lr if any(heads) and not alone else None,
+        weight_decay=recipe.weight_decay,
+    )
 
 
 def factor(step: int, recipe: Recipe) -> float:

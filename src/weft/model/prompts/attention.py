@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import WeftError
-from ..active import ActiveAdapters, PerRow
+from ..active import ActiveAdapters, PerRow, names_of
 from ..layer import active_of, layers_of
 from ..row_calls import layout_of
 from ..row_probe import Recorder
@@ -94,11 +94,8 @@ def check(module: nn.Module, args: Any, kwargs: Any) -> None:
     if adapters is None:
         return
     active = adapters.current(module.training)
-    names: Any = active.groups if isinstance(active, PerRow) else (active,)
     name: Any = getattr(module, "config")._attn_implementation  # noqa: B009 - mypy takes the attribute for a Tensor
-    if not str(name).startswith(_OURS) and any(
-        n is not None and n in layers_of(module) for n in names
-    ):
+    if not str(name).startswith(_OURS) and any(n in layers_of(module) for n in names_of(active)):
         raise WeftError(
             f"the model's attention was set to {name!r} after an adapter with keys and values was "
             "attached, which would leave it out. Detach the adapter, set it, and attach it again."
@@ -186,7 +183,7 @@ def _prefix(
     active, layers = adapters.current(module.training), layers_of(module)
     if isinstance(active, PerRow):
         return _by_row(active, adapters, module, key, value)
-    if active is None or active not in layers:
+    if not isinstance(active, str) or active not in layers:
         return None
     keys, values = _of(layers[active], key, value)
     return keys.expand(key.shape[0], -1, -1, -1), values.expand(key.shape[0], -1, -1, -1), None

@@ -13,7 +13,7 @@ from ...methods.train_spec import WORDS, is_name, last_blocks, nearest_words
 from ..base_layers import dtype_fault, has_map
 from ..packings import packing_of
 from ..plan_entries import Frozen
-from .names import canonical, ends_in, within
+from .names import called, ends_in, within
 from .structure import Structure
 
 
@@ -128,12 +128,12 @@ def _tensors_of(
         case "target-biases":
             return [n for n in structure.readers if _own(n) == "bias" and _parent(n) in adapted]
     modules = [
-        name for name in structure.modules if any(ends_in(n, word) for n in _called(name)) and name
+        name for name in structure.modules if any(ends_in(n, word) for n in called(name)) and name
     ]
     return [
         name
         for name in structure.readers
-        if any(ends_in(n, word) for n in _called(name)) or within(name, modules)
+        if any(ends_in(n, word) for n in called(name)) or within(name, modules)
     ]
 
 
@@ -244,11 +244,6 @@ def _labels(names: Sequence[str]) -> list[str]:
     """The last parts of names, without numbers."""
     labels = {name.rpartition(".")[2] for name in names if name}
     return sorted(label for label in labels if not label.isdigit())
-
-
-def _called(name: str) -> tuple[str, str]:
-    """A name, and the same without the parts that wrappers add."""
-    return name, canonical(name)
 
 
 def _own(tensor: str) -> str:

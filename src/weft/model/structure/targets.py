@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import ConfigError, TargetError
+from ...errors import TargetError
+from ...methods.config import LayerConfig
 from ...methods.target_spec import KEYWORDS, ROLES, is_ending, patterns
-from ...untrusted.json_text import shortened
-from ...untrusted.patterns import fullmatch
 from .. import base_layers
 from ..packings import packing_of
 from ..plan_entries import Frozen
-from .names import canonical, ends_in, within
+from .names import called, canonical, ends_in, matches, within
+from .picks import taken_away
 from .structure import Structure
 
 
@@ -31,18 +31,18 @@ class Found:
     routed: list[str] = field(default_factory=list)
 
 
-def resolve(structure: Structure, targets: Any, skip_layers: int = 0) -> Found:
-    """Matches a checked `targets` against a model. Every pattern must match something; the names
-    that compiling, FSDP and activation checkpointing add are ignored.
+def resolve(structure: Structure, config: LayerConfig) -> Found:
+    """Matches the checked `targets` of a configuration against a model, and takes away what
+    `within`, `layers` and `exclude` leave out. Every name must match something; the names that
+    compiling, FSDP and activation checkpointing add are ignored.
 
-    skip_layers: the number of blocks of every stack, from its input, that are left out. Raises
-    TargetError if a pattern matches nothing (with the nearest names), or if a layer named by its
-    ending cannot be adapted (with the reason).
+    Raises TargetError if a pattern matches nothing (with the nearest names), or if a layer named by
+    its ending cannot be adapted (with the reason).
     """
     left_out = _left_out(structure)
     fields_of: dict[str, dict[str, Any]] = {}
     without: list[Frozen] = []
-    for pattern, fields in patterns(targets):
+    for pattern, fields in patterns(config.targets):
         names = (
             _in_role(structure, pattern, without)
             if pattern in ROLES
@@ -52,17 +52,14 @@ def resolve(structure: Structure, targets: Any, skip_layers: int = 0) -> Found:
             raise _no_match(structure, pattern, left_out)
         for name in names:
             fields_of[name] = {**fields_of.get(name, {}), **fields}
-    skipped = _skipped(structure, fields_of, skip_layers)
+    taken = taken_away(structure, config, fields_of)
     ordered = {
         name: fields_of[name]
         for name in structure.modules
-        if name in fields_of and name not in skipped
+        if name in fields_of and name not in taken
     }
     frozen, routed = leftovers(structure, ordered)
-    frozen = [
-        replace(f, reason=f"left out by skip_layers={skip_layers}") if f.name in skipped else f
-        for f in frozen
-    ]
+    frozen = [replace(f, reason=taken.get(f.name, f.reason)) for f in frozen]
     return Found(ordered, [*frozen, *without], routed)
 
 
@@ -106,20 +103,6 @@ def _in_role(structure: Structure, role: str, without: list[Frozen]) -> list[str
     return usable
 
 
-def _skipped(structure: Structure, chosen: Collection[str], skip_layers: int) -> set[str]:
-    """The chosen layers in the lowest blocks."""
-    if not skip_layers:
-        return set()
-    low = [block.name for block in structure.blocks if block.index < skip_layers]
-    skipped = {name for name in chosen if within(name, low)}
-    if len(skipped) == len(chosen) or not structure.blocks:
-        raise TargetError(
-            f"skip_layers={skip_layers} leaves nothing to adapt: the model has "
-            f"{max((block.index + 1 for block in structure.blocks), default=0)} blocks. Skip fewer."
-        )
-    return skipped
-
-
 def _left_out(structure: Structure) -> dict[str, str]:
     """The layers that "all-linear" leaves out, with the reasons."""
     out = {}
@@ -146,7 +129,7 @@ def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
             if name not in left_out and pattern in ("all-linear", parts.get(name))
         ]
     if is_ending(pattern):
-        names = [name for name in layers if any(ends_in(n, pattern) for n in _called(name))]
+        names = [name for name in layers if any(ends_in(n, pattern) for n in called(name))]
         for name in names:
             why = base_layers.why_not(layers[name])
             if why is not None:
@@ -155,20 +138,12 @@ def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
                     f"cannot be adapted: {why}."
                 )
         return names
-    try:
-        return [
-            name
-            for name, module in layers.items()
-            if any(fullmatch(pattern, n) for n in _called(name))
-            and base_layers.why_not(module) is None
-        ]
-    except ValueError as error:
-        raise ConfigError(f"targets: {shortened(pattern)} cannot be matched: {error}.") from None
-
-
-def _called(name: str) -> tuple[str, str]:
-    """A layer's name, and the same without the parts that wrappers add."""
-    return name, canonical(name)
+    return [
+        name
+        for name, module in layers.items()
+        if any(matches("targets", pattern, n) for n in called(name))
+        and base_layers.why_not(module) is None
+    ]
 
 
 def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -> TargetError:

@@ -7,7 +7,6 @@ no data is opened.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from ... import methods
 from ...auditing.audit import UNREACHED
 from ...errors import ConfigError
+from ...model.groups import check_factors
 from ...tasks.quantize import QUANTIZE
 from .checks import Section, nearest, one_of, within
 
@@ -133,12 +133,13 @@ class DataSection(Section):
 @dataclass(frozen=True, kw_only=True)
 class OptimSection(Section):
     """AdamW. `lr` is the peak rate, `head_lr` that of the output head and `modules_to_save` (None:
-    lr). `lr_factors` multiplies lr for the method's tensors of that name: {B: 16} is LoRA+
-    (arXiv:2402.12354). For weight decay see `optimizer.grouped`.
+    lr). `lora_plus` multiplies lr for LoRA's B, the ratio of LoRA+ (arXiv:2402.12354), and
+    `lr_factors` for the method's tensors of any name. See `weft.parameter_groups`.
     """
 
     lr: float = 2e-4
     head_lr: float | None = None
+    lora_plus: float | None = None
     lr_factors: Mapping[str, float] = field(default_factory=dict)
     weight_decay: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -150,12 +151,9 @@ class OptimSection(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lr", "head_lr", "eps"):
+        for name in ("lr", "head_lr", "lora_plus", "eps"):
             if getattr(self, name) is not None:
                 within(self, name, 0.0, open_low=True)
-        for name, value in self.lr_factors.items():
-            if not math.isfinite(value) or value <= 0:
-                raise ConfigError(f"optim.lr_factors.{name}={value!r}: write a number above 0.")
         for name in ("weight_decay", "clip", "warm_up"):
             within(self, name, 0.0)
         within(self, "label_smoothing", 0.0, 1.0, open_high=True)
@@ -321,7 +319,9 @@ class RunConfig(Section):
                     raise ConfigError(
                         f"eval.{name} needs evaluation data: give data.eval or data.eval_share."
                     )
-        _check_factors(self.method, self.optim)
+        method, optim = self.method, self.optim
+        own = list(method.shapes(8, 8)) if isinstance(method, methods.TensorConfig) else []
+        check_factors(method, own, optim.lr_factors, optim.lora_plus, "optim.")
 
 
 def _check_task_or_data(config: RunConfig) -> None:
@@ -340,20 +340,4 @@ def _check_task_or_data(config: RunConfig) -> None:
         if not used and getattr(data, f.name) != getattr(unset, f.name):
             raise ConfigError(
                 f"task={task!r} brings its data, so data.{f.name} has no meaning; leave it out."
-            )
-
-
-def _check_factors(method: Any, optim: OptimSection) -> None:
-    """Raises ConfigError if the method trains no tensor with a name in lr_factors."""
-    own = list(method.shapes(8, 8)) if isinstance(method, methods.TensorConfig) else []
-    for name in optim.lr_factors:
-        if name not in own:
-            have = (
-                f"It trains {', '.join(own)}."
-                if own
-                else "It has no tensors of its own; use optim.lr."
-            )
-            raise ConfigError(
-                f"optim.lr_factors.{name}: {type(method).__name__} trains no tensor of that name. "
-                f"{have}"
             )

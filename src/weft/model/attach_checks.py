@@ -1,0 +1,91 @@
+"""What `attach` checks before it changes the model: names, other owners, tied weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, MergeError, TargetError, WeftError
+from .layer import CHILD, active_of, is_adapted
+from .state import State
+from .structure import Structure
+from .wiring import memory_of
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def check_name(state: State | None, name: str, taken: bool = False) -> None:
+    """Raises ConfigError (no possible name), MergeError (an adapter is merged) or WeftError (the name is
+    taken, or is not, if it has to be).
+    """
+    known: Any = name
+    if not isinstance(known, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(
+            f"adapter name {name!r}: use letters, digits, '_' and '-', and no attribute of "
+            "nn.ModuleDict."
+        )
+    if state is None:
+        return
+    if state.merged is not None:
+        raise MergeError(
+            f"adapter {state.merged.name!r} is merged; call weft.unmerge(model) before attaching "
+            "another."
+        )
+    if taken:
+        state.adapter(name)
+    elif name in state.adapters:
+        raise WeftError(
+            f"adapter {name!r} is already attached (have: {list(state.adapters)}). Choose another "
+            f"name, or weft.detach(model, {name!r}) first. weft.load(..., replace=True) replaces it."
+        )
+
+
+def check_ownership(
+    modules: Mapping[str, nn.Module], configs: Mapping[str, Any], state: State | None
+) -> None:
+    """Raises WeftError for a layer that carries adapters of another root, and TargetError for a module that
+    is not there or whose attributes are in the way.
+    """
+    mine = None if state is None else state.active
+    for name, module in modules.items():
+        if is_adapted(module) and active_of(module) is not mine:
+            raise WeftError(
+                f"{name!r} carries an adapter that was attached through another root module. Use "
+                "that module, or detach it first."
+            )
+    for name in configs:
+        if name not in modules:
+            raise TargetError(f"the model has no module {name!r}.")
+        if not is_adapted(modules[name]) and hasattr(modules[name], CHILD):
+            raise TargetError(
+                f"{name!r} has an attribute {CHILD!r} of its own, where Weft would keep its "
+                "adapters."
+            )
+
+
+def check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
+    """Raises TargetError if a target is tied: merging would change the outputs of its other
+    readers.
+    """
+    readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, module in structure.modules.items():
+        for tensor, parameter in module._parameters.items():
+            if parameter is not None:
+                readers.setdefault(memory_of(parameter), []).append((name, module, tensor))
+    for name in configs:
+        layer = structure.root.get_submodule(name)
+        weight: Any = layer._parameters.get("weight")
+        tied = () if weight is None else readers[memory_of(weight)]
+        for other, module, tensor in tied:
+            if module is layer and tensor == "weight":
+                continue
+            full = f"{other}.{tensor}".lstrip(".")
+            reader = other if other and tensor == "weight" else full
+            raise TargetError(
+                f"{name!r} and {reader!r} are tied: they read one weight, so adapting one side "
+                f"would merge into both. Give {reader!r} its own copy first: model.{full} = torch.nn."
+                f"Parameter(model.{full}.detach().clone()) and config.tie_word_embeddings = False."
+            )
