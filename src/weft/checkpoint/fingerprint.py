@@ -1,7 +1,8 @@
-"""The fingerprint of a base model: a few numbers of its frozen weights, which travel with an adapter.
+"""The fingerprint of a base model: a few numbers of its frozen weights, which travel with an
+adapter.
 
-An adapter's update means something only on the weights that it was trained on, and another model of the
-same architecture has the same names and shapes. same_base.py compares the numbers at load.
+An adapter's update means something only on the weights that it was trained on, and another model of
+the same architecture has the same names and shapes. same_base.py compares the numbers at load.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Sampled(NamedTuple):
-    """One tensor of the base, as W [out, in] if it belongs to a linear map, and how many numbers of it."""
+    """One tensor of the base, as W [out, in] if it belongs to a linear map, and how many numbers of
+    it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -39,8 +42,8 @@ class Sampled(NamedTuple):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`values` [numbers] are those of all tensors, one after the other, in bfloat16; NaN for a tensor
-    that could not be read. `few`: whether some of the weights take few distinct values.
+    """`values` [numbers] are those of all tensors, one after the other, in bfloat16; NaN for a
+    tensor that could not be read. `few`: whether some of the weights take few distinct values.
     """
 
     sampled: tuple[Sampled, ...]
@@ -52,7 +55,9 @@ class Fingerprint:
         return [[s.name, list(s.shape), s.numbers] for s in self.sampled]
 
     def text(self) -> str:
-        """Returns the values as text, whose length depends on the tensors alone, with a checksum."""
+        """Returns the values as text, whose length depends on the tensors alone, with a
+        checksum.
+        """
         raw = bytes(self.values.to(torch.bfloat16).view(torch.uint8).tolist())
         body = base64.b64encode(raw + bytes([self.few])).decode()
         return body + _seal(body)
@@ -139,7 +144,9 @@ def before_merge(root: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def numbers_of(t: Tensor, s: Sampled) -> Tensor:
-    """Returns the numbers [count] at the places of `s`, on the CPU; NaN where `t` has none to read."""
+    """Returns the numbers [count] at the places of `s`, on the CPU; NaN where `t` has none to
+    read.
+    """
     nothing = torch.full((s.numbers,), torch.nan)
     if t.is_meta or type(t) not in _PLAIN or t.ndim != len(s.shape) or t.shape[1:] != s.shape[1:]:
         return nothing
@@ -167,8 +174,8 @@ def any_few(tensors: Sequence[Tensor]) -> bool:
 
 
 def few_values(W: Tensor) -> bool:
-    """Whether weights W [out, ...] were quantised: few distinct values among neighbours, or all of a row
-    multiples of 1/127 of its largest, but for a rounding to bfloat16.
+    """Whether weights W [out, ...] were quantised: few distinct values among neighbours, or all of
+    a row multiples of 1/127 of its largest, but for a rounding to bfloat16.
     """
     W = W.detach().flatten(1)
     start = W.numel() // 2 // _RUN * _RUN

@@ -2,9 +2,10 @@
 
     B A = the best approximation of (W - Q) / s of rank r,   Q the unpacked weight, W the one before
 
-So the model at step 0 is nearer to the one that was not quantised, and not the quantised one. DoRA's m
-starts at ‖Q + s B A‖, which makes W' = Q + s B A. Q stays as it is, so this is the first of the paper's
-alternating steps; the later ones would quantise W - s B A anew. Source: arXiv:2310.08659, section 3.2.
+So the model at step 0 is nearer to the one that was not quantised, and not the quantised one.
+DoRA's m starts at ‖Q + s B A‖, which makes W' = Q + s B A. Q stays as it is, so this is the first
+of the paper's alternating steps; the later ones would quantise W - s B A anew. Source:
+arXiv:2310.08659, section 3.2.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def loftq(model: nn.Module, weights: Weights, name: str = "default") -> LoftQRep
     `weights`: those before quantisation, as tensors [out, in] by name ("...q_proj.weight"), a file
     model.safetensors, or a folder with such files. Layers that are not quantised keep their start.
 
-    Raises UnsupportedError (another method, or no layer is quantised), WeftError (the adapter has been
-    trained), CheckpointError (a weight is missing or has another shape). Nothing has changed then.
+    Raises UnsupportedError (another method, or no layer is quantised), WeftError (the adapter has
+    been trained), CheckpointError (a weight is missing or has another shape). Nothing has changed
+    then.
     """
     adapter = state_of(model).adapter(name)
     read, packed = _reader(weights), _packed_layers(adapter)

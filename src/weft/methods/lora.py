@@ -5,7 +5,6 @@
     A [r, in]   trained, Gaussian with standard deviation 1/r (init="gaussian", as in the paper)
                 or Kaiming-uniform with bound 1/sqrt(in) (init="kaiming", as in the authors' code)
     B [out, r]  trained, starts at 0, so W' = W at step 0
-
     init="pissa", "olora": A and B start at a part of W, and ΔW = s (B A - B0 A0): starts.py
 
 Trained numbers per layer: r (in + out). Dropout acts on x of the low-rank branch only. On an embedding A
@@ -27,25 +26,19 @@ from .base import BaseLayer, Params, Shape, Shared
 from .checks import check_choice
 from .config import ScaledConfig
 from .rng import Rng
-from .starts import OF_WEIGHT, moved, of_weight
+from .starts import OF_WEIGHT, FromWeight, moved
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(ScaledConfig):
+class LoRA(FromWeight, ScaledConfig):
     """See the module's equation."""
 
     init: str = "gaussian"
-
     learning_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "init", ("gaussian", "kaiming", *OF_WEIGHT))
-
-    @property
-    def starts_at_weight(self) -> bool:
-        """Whether A and B start at a part of W, so that the update is their movement."""
-        return self.init in OF_WEIGHT
 
     def factors(self, p: Params, training: bool = False) -> LowRank:
         if self.starts_at_weight:
@@ -55,14 +48,9 @@ class LoRA(ScaledConfig):
     def shapes(self, out: int, in_: int) -> dict[str, Shape]:
         return {"A": (self.r, in_), "B": (out, self.r)}
 
-    def start_shapes(self, out: int, in_: int) -> dict[str, Shape]:
-        return {"A0": (self.r, in_), "B0": (out, self.r)} if self.starts_at_weight else {}
-
     def initial(self, layer: BaseLayer, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
         if self.starts_at_weight:
-            W = layer.weight().detach()
-            A0, B0 = of_weight(self.init, W, self.r, self.scale, rng.name)
-            return {"A": A0, "B": B0, "A0": A0.clone(), "B0": B0.clone()}
+            return self.at_weight(layer.weight().detach(), rng.name)
         A, B = (self.r, layer.in_features), (layer.out_features, self.r)
         gaussian = self.init == "gaussian"
         if layer.takes_ids:

@@ -1,5 +1,5 @@
-"""Starts of a LoRA that are taken from the weight itself: the trained A and B begin at a part of W, and
-W' differs from W by how far they have moved since.
+"""Starts of a LoRA that are taken from the weight itself: the trained A and B begin at a part of W,
+and W' differs from W by how far they have moved since.
 
     ΔW = s (B A - B0 A0) = s ((B - B0) A + B0 (A - A0))        A0 [r, in], B0 [out, r] frozen
 
@@ -7,11 +7,11 @@ W' differs from W by how far they have moved since.
               split evenly: B0 = U sqrt(S / s), A0 = sqrt(S / s) Vᵀ). arXiv:2404.02948
     "olora"   B0 = the first r columns of Q, A0 = the first r rows of R, W = Q R. arXiv:2406.01775
 
-The papers put the residual W - s B0 A0 into the base and train s B A beside it. Here the base keeps its
-bits, so other adapters, `detach` and `unmerge` see W; and since A - A0 and B - B0 are exactly 0 at the start,
-the output is the base's bit for bit, in every dtype. The gradients are those of the papers. The price is an
-update of rank 2r in the forward pass; r (in + out) numbers train. Differs from the papers with dropout,
-which acts on the change only.
+The papers put the residual W - s B0 A0 into the base and train s B A beside it. Here the base keeps
+its bits, so other adapters, `detach` and `unmerge` see W; and since A - A0 and B - B0 are exactly 0
+at the start, the output is the base's bit for bit, in every dtype. The gradients are those of the
+papers. The price is an update of rank 2r in the forward pass; r (in + out) numbers train. Differs
+from the papers with dropout, which acts on the change only.
 """
 
 from __future__ import annotations
@@ -21,9 +21,32 @@ from torch import Tensor
 
 from ..errors import TargetError
 from ..ops.low_rank import LowRank
+from .base import Shape
 
 OF_WEIGHT = ("pissa", "olora")
 _NOTHING = 1e-12  # of the largest singular value
+
+
+class FromWeight:
+    """What a configuration with A [r, in], B [out, r] and `init` says of such a start."""
+
+    init: str
+    r: int
+    scale: float
+
+    @property
+    def starts_at_weight(self) -> bool:
+        """Whether A and B start at a part of W, so that the update is their movement."""
+        return self.init in OF_WEIGHT
+
+    def start_shapes(self, out: int, in_: int) -> dict[str, Shape]:
+        """Returns the shapes of A0 and B0, if there are any."""
+        return {"A0": (self.r, in_), "B0": (out, self.r)} if self.starts_at_weight else {}
+
+    def at_weight(self, W: Tensor, layer: str) -> dict[str, Tensor]:
+        """Returns A and A0 [r, in], B and B0 [out, r] for W [out, in]. Raises TargetError as `of_weight`."""
+        A0, B0 = of_weight(self.init, W, self.r, self.scale, layer)
+        return {"A": A0, "B": B0, "A0": A0.clone(), "B0": B0.clone()}
 
 
 def of_weight(init: str, W: Tensor, r: int, s: float, layer: str) -> tuple[Tensor, Tensor]:
@@ -49,8 +72,8 @@ def of_weight(init: str, W: Tensor, r: int, s: float, layer: str) -> tuple[Tenso
 
 
 def _principal(W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
-    """By the smaller Gram matrix, in float64: far cheaper than all singular vectors, and as exact for
-    those of the largest values.
+    """By the smaller Gram matrix, in float64: far cheaper than all singular vectors, and as exact
+    for those of the largest values.
     """
     turned = W.shape[0] > W.shape[1]
     W = W.t() if turned else W

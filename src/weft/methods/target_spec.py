@@ -10,9 +10,10 @@ A *pattern* is one of
 and `targets` is a pattern, a list of patterns, or a dict of patterns to the fields they override:
 {"q_proj": {"r": 32}}.
 
-`exclude` takes layers away again: a pattern, or a list of patterns; an ending may also name a module, which
-stands for all layers in it. `within` keeps only the layers inside some modules: the ending of a name, or a
-list of them. `layers` keeps only those of the blocks with these numbers: one number, or a list.
+`exclude` takes layers away again: a pattern, or a list of patterns; an ending may also name a
+module, which stands for all layers in it. `within` keeps only the layers inside some modules: the
+ending of a name, or a list of them. `layers` keeps only those of the blocks with these numbers: one
+number, or a list.
 """
 
 from __future__ import annotations

@@ -29,17 +29,18 @@ LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def combine(model: nn.Module, strengths: Mapping[str, float], name: str) -> Adapter:
-    """Attaches a new adapter `name` with the weight W + Σ w (W' - W) in every layer, where W' is that of
-    an adapter and w its strength, makes it active, and returns its handle.
+    """Attaches a new adapter `name` with the weight W + Σ w (W' - W) in every layer, where W' is
+    that of an adapter and w its strength, makes it active, and returns its handle.
 
-    It is what `weft.use(model, strengths)` computes, as one adapter whose rank is the sum of the ranks
-    (at most the smaller side of the layer), with magnitudes if one of the adapters has them: exact, up to
-    rounding in float32 or float64, which is measured. The adapters stay attached and are not read
-    again. Dropout is theirs if they agree, else 0.
+    It is what `weft.use(model, strengths)` computes, as one adapter whose rank is the sum of the
+    ranks (at most the smaller side of the layer), with magnitudes if one of the adapters has them:
+    exact, up to rounding in float32 or float64, which is measured. The adapters stay attached and
+    are not read again. Dropout is theirs if they agree, else 0.
 
-    Raises WeftError (no strengths, no such adapter, the name is taken), ConfigError (a strength is not a
-    finite number), UnsupportedError (an adapter is not of low rank or trains base tensors or rows of new
-    tokens; or the sum is no such adapter, with the measured error), MergeError (an adapter is merged).
+    Raises WeftError (no strengths, no such adapter, the name is taken), ConfigError (a strength is
+    not a finite number), UnsupportedError (an adapter is not of low rank or trains base tensors or
+    rows of new tokens; or the sum is no such adapter, with the measured error), MergeError (an
+    adapter is merged).
     """
     state = state_of(model)
     with base_only(state):

@@ -1,7 +1,8 @@
-"""An adapted layer: the user's own module, its class swapped for a subclass that adds the active adapters.
+"""An adapted layer: the user's own module, its class swapped for a subclass that adds the active
+adapters.
 
-The layer stays where it is, stays an instance of its class and keeps its parameters; `restore` gives the
-class back. One forward of an adapted layer:
+The layer stays where it is, stays an instance of its class and keeps its parameters; `restore`
+gives the class back. One forward of an adapted layer:
 
     adapted_forward    which adapter is active for the caller (active.py); none: the layer's own forward
     AdapterLayer.run   the plan for (training, gradients), made when something changed (layer_plan.py)
@@ -45,7 +46,9 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class AdapterLayer(nn.Module):
-    """One adapter's tensors on one layer; a method reads it as `p`. `shape` is the weight's (out, in)."""
+    """One adapter's tensors on one layer; a method reads it as `p`. `shape` is the weight's (out,
+    in).
+    """
 
     ran = False  # whether it has ever been called, as far as Python sees it
 
@@ -62,8 +65,8 @@ class AdapterLayer(nn.Module):
         self._plans: list[LayerPlan | None] = [None] * 4  # per (training, gradients)
 
     def initialise(self, rng: Rng, filled: bool = False) -> None:
-        """Creates the trained tensors at their initial values, and what the method keeps beside them:
-        frozen tensors that are never saved, and buffers that are in the model's state_dict.
+        """Creates the trained tensors at their initial values, and what the method keeps beside
+        them: frozen tensors that are never saved, and buffers that are in the model's state_dict.
 
         `filled`: a file has all tensors, so a start that is taken from the weight is not computed.
         """
@@ -96,7 +99,9 @@ class AdapterLayer(nn.Module):
         return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """A cast to bfloat16 and back would lose bits of the frozen tensors, so they are drawn again."""
+        """A cast to bfloat16 and back would lose bits of the frozen tensors, so they are drawn
+        again.
+        """
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = next(
@@ -115,7 +120,9 @@ class AdapterLayer(nn.Module):
         return {name: self.get_parameter(name) for name in self.names}
 
     def stored(self) -> dict[str, Tensor]:
-        """Returns the tensors that a file has: the trained ones, and those that training began at."""
+        """Returns the tensors that a file has: the trained ones, and those that training began
+        at.
+        """
         return {**self.trainable(), **{name: self.get_buffer(name) for name in self.start_names}}
 
     @property
@@ -157,8 +164,8 @@ class AdapterLayer(nn.Module):
         return self.seen(self.forward(x, own_forward(module, *args, **kwargs)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the output [..., out] from the input x and the layer's own output y [..., out]: the
-        general definition.
+        """Returns the output [..., out] from the input x and the layer's own output y [..., out]:
+        the general definition.
         """
         if isinstance(self.method, BranchMethod):
             return self.method.forward(x, y, self.base, self)
@@ -169,8 +176,8 @@ class AdapterLayer(nn.Module):
         return native.adapted(y, h, self.base.bias, f, norm)
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the output with this adapter minus y [..., out], without taking that difference, for
-        the input x and the layer's own output y; for methods of low rank.
+        """Returns the output with this adapter minus y [..., out], without taking that difference,
+        for the input x and the layer's own output y; for methods of low rank.
         """
         f = self.factors()
         dropout = self.method.dropout if self.training else 0.0
@@ -231,7 +238,9 @@ class AdapterLayer(nn.Module):
         return found
 
     def seen(self, out: Tensor) -> Tensor:
-        """The output, after the watch over the optimiser's steps, if there is one, has looked at it."""
+        """The output, after the watch over the optimiser's steps, if there is one, has looked at
+        it.
+        """
         if self.watch is not None and self.training and not torch.compiler.is_compiling():
             self.watch.look(self, out)
         return out
@@ -285,7 +294,8 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    # The subclass is made at run time, so a copy or a pickle names the base class and makes it again.
+    # The subclass is made at run time, so a copy or a pickle names the base class and makes it
+    # again.
     return _blank, (type(self)._weft_base,), self.__dict__  # type: ignore[attr-defined]
 
 
@@ -337,7 +347,9 @@ def adopt(module: nn.Module, active: ActiveAdapters, before: Any = None) -> None
 
 
 def restore(module: nn.Module) -> None:
-    """Undoes `adapt` or `adopt`: the same class, the same children, the same instance attributes."""
+    """Undoes `adapt` or `adopt`: the same class, the same children, the same instance
+    attributes.
+    """
     if _HOOKS in module.__dict__:
         for hook in module.__dict__.pop(_HOOKS):
             hook.remove()

@@ -71,8 +71,8 @@ def merge(
     verify: inputs for the model (a tensor, a tuple of arguments, or a dict of keyword arguments).
     The outputs with the adapter attached and merged are compared in eval mode; if they differ by
     more than `tolerance` (relative; by dtype if None) the base is put back and MergeError is
-    raised. An adapter that does not change these outputs at all is refused, too. The base's bits are
-    kept, so `unmerge` is exact; that costs one copy of the merged weights.
+    raised. An adapter that does not change these outputs at all is refused, too. The base's bits
+    are kept, so `unmerge` is exact; that costs one copy of the merged weights.
 
     Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed),
     UnsupportedError (the method cannot be merged).
@@ -236,7 +236,9 @@ def _put_back(record: Merged) -> None:
 
 
 def _check_untouched(state: State, record: Merged) -> None:
-    """Raises MergeError if a merged weight is no longer the tensor, or the value, that was written."""
+    """Raises MergeError if a merged weight is no longer the tensor, or the value, that was
+    written.
+    """
     live = dict(state.root.named_parameters(remove_duplicate=False))
     for backup in record.backups:
         now = live.get(backup.name)

@@ -1,8 +1,8 @@
 """Layers whose weights accelerate keeps on the CPU or the disk and loads only inside their forward:
 `cpu_offload`, `disk_offload`, and a `device_map` with "cpu" or "disk".
 
-Such a layer runs its adapters inside accelerate's forward, where its weight is there. The adapters' own
-tensors are small and stay on the device that the layer computes on.
+Such a layer runs its adapters inside accelerate's forward, where its weight is there. The adapters'
+own tensors are small and stay on the device that the layer computes on.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def stored(module: nn.Module, tensor: str) -> Tensor | None:
-    """Returns where accelerate keeps a tensor [...] of an offloaded module, on the CPU; None if it does
-    not.
+    """Returns where accelerate keeps a tensor [...] of an offloaded module, on the CPU; None if it
+    does not.
     """
     for hook in _hooks(module):
         if getattr(hook, "offload", False) is True:
@@ -64,8 +64,8 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
 
 def take_back(layer: nn.Module) -> bool:
-    """Takes the tensors of an adapter's layer back from accelerate, which was put on the model after
-    attach. Returns whether there was something to take back.
+    """Takes the tensors of an adapter's layer back from accelerate, which was put on the model
+    after attach. Returns whether there was something to take back.
     """
     found = [module for module in layer.modules() if offloads(module)]
     for module in found:
@@ -82,8 +82,8 @@ def take_back(layer: nn.Module) -> bool:
 
 
 def check_loadable(root: nn.Module, configs: Mapping[str, Any], selected: Sequence[str]) -> None:
-    """Raises TargetError if a layer to adapt, the place of a prompt, or a base tensor to train as a copy
-    is offloaded in a way in which its tensors cannot be had.
+    """Raises TargetError if a layer to adapt, the place of a prompt, or a base tensor to train as a
+    copy is offloaded in a way in which its tensors cannot be had.
     """
     others = [name for name, method in configs.items() if isinstance(method, PromptMethod)]
     layers = [name for name in configs if name not in others]

@@ -1,7 +1,8 @@
-"""The open `with weft.use(...)` blocks of one model, and how the replacement of an adapter waits for them.
+"""The open `with weft.use(...)` blocks of one model, and how the replacement of an adapter waits
+for them.
 
-A block sees one adapter from its beginning to its end. So a replacement waits until no block uses the
-adapter, and blocks that would begin to use it meanwhile wait for the replacement.
+A block sees one adapter from its beginning to its end. So a replacement waits until no block uses
+the adapter, and blocks that would begin to use it meanwhile wait for the replacement.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class OpenBlocks:
             return self._counts.total()
 
     def enter(self, names: Names, nested: bool) -> None:
-        """Begins a block. Waits while one of the adapters is being replaced, unless the caller is inside
-        a block or a forward (`nested`), or its thread is: the replacement may be waiting for just that.
+        """Begins a block. Waits while one of the adapters is being replaced, unless the caller is
+        inside a block or a forward (`nested`), or its thread is: the replacement may be waiting for
+        just that.
 
         Raises WeftError if that takes a minute.
         """

@@ -51,9 +51,9 @@ _calls = _Calls()
 def begin(
     call: Any, root: nn.Module, active: ActiveAdapters, rows: PerRow | None, *given: Any
 ) -> None:
-    """Called before a forward of the root, with the frame of its call, the caller's rows, and the args
-    and kwargs. Raises UnsupportedError if a layer of these rows' adapters has rows that cannot be told
-    apart.
+    """Called before a forward of the root, with the frame of its call, the caller's rows, and the
+    args and kwargs. Raises UnsupportedError if a layer of these rows' adapters has rows that cannot
+    be told apart.
     """
     table = _known(root, active, rows, *given) if rows is not None and rows.differ else None
     _calls.open.append((call, table))
@@ -107,8 +107,9 @@ def _only_layout(module: nn.Module) -> Found:
 
 
 def _look_while_tracing(module: nn.Module) -> tuple[int, str] | str:
-    """The layout of a module of a model whose compiled forward is traced for the first time. Called by
-    torch.compile itself and not traced, so the inputs are those of the call on this thread's stack.
+    """The layout of a module of a model whose compiled forward is traced for the first time. Called
+    by torch.compile itself and not traced, so the inputs are those of the call on this thread's
+    stack.
     """
     for root, args, kwargs in calls(COMPILED_CALL):
         root = root._modules.get("_orig_mod") or root

@@ -1,7 +1,7 @@
 """Finds out once per kind of call which layers carry the rows of the batch, and how.
 
-The shape of a layer's input does not tell: [4, 4, width] may be rows and tokens, tokens and rows, or
-images that belong to whichever rows. So the first call with one adapter per row runs the base on
+The shape of a layer's input does not tell: [4, 4, width] may be rows and tokens, tokens and rows,
+or images that belong to whichever rows. So the first call with one adapter per row runs the base on
 inputs that differ in one row, and looks where the layers' inputs differ:
 
     values   other ids or other numbers in one row, then in another
@@ -66,8 +66,8 @@ Run = tuple[int | None, Recorder]
 
 
 class Probe:
-    """What one call does on inputs that differ in one row. `found`: the layout, or the reason, of each
-    module that it reaches; `single`: see `Inputs.single`.
+    """What one call does on inputs that differ in one row. `found`: the layout, or the reason, of
+    each module that it reaches; `single`: see `Inputs.single`.
     """
 
     def __init__(self, module: nn.Module, active: ActiveAdapters, inputs: Inputs) -> None:
@@ -100,7 +100,9 @@ class Probe:
             return None
 
     def _differences(self) -> tuple[list[Run], list[Run]]:
-        """Runs on other numbers in one row of the main input, and runs on rows of other sizes too."""
+        """Runs on other numbers in one row of the main input, and runs on rows of other sizes
+        too.
+        """
         if not self._inputs.rows:
             return [], []
         main = self._inputs.rows[0][1]
@@ -125,8 +127,8 @@ class Probe:
         return [run for run in values if run], [run for run in sizes if run]
 
     def _sized(self, main: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The inputs that say how long a row of the batch is, and others by which a layer may have more
-        or fewer positions.
+        """The inputs that say how long a row of the batch is, and others by which a layer may have
+        more or fewer positions.
         """
         length = main.shape[1] if main.dim() > 1 else 0
         found: tuple[list[Tensor], list[Tensor]] = [], []

@@ -1,7 +1,8 @@
-"""What other savers write of a model with adapters: a merged state says so, and `save_pretrained` warns.
+"""What other savers write of a model with adapters: a merged state says so, and `save_pretrained`
+warns.
 
-A `state_dict()` taken while an adapter is merged has W' in the place of W. Loaded into a model in which
-the adapter is attached, it would count twice.
+A `state_dict()` taken while an adapter is merged has W' in the place of W. Loaded into a model in
+which the adapter is attached, it would count twice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import MergeError
+from .active import STATE
 
 MERGED = "merged.weft."  # begins the key by which a state_dict names the merged adapter
 _SAVE = "save_pretrained"
@@ -62,9 +64,7 @@ def _savers(root: nn.Module) -> Iterator[nn.Module]:
 
 
 def _save_pretrained(root: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    from .state import find_state
-
-    state = find_state(root)
+    state: Any = root.__dict__.get(STATE)
     names = [] if state is None else list(state.adapters)
     if state is not None and state.merged is not None:
         name = state.merged.name

@@ -1,9 +1,10 @@
 """Notices adapted layers that a model never calls because it reads their weight itself.
 
 A model that computes `F.linear(x, layer.weight)` does not run the layer, so the adapter on it does
-nothing; and merging it would change the outputs. After the first forward with an adapter, the layers
-that did not run are known. If there are any, the next forward is watched for operations that take their
-weights. Layers that are neither called nor read (an expert without tokens, an unused pooler) are fine.
+nothing; and merging it would change the outputs. After the first forward with an adapter, the
+layers that did not run are known. If there are any, the next forward is watched for operations that
+take their weights. Layers that are neither called nor read (an expert without tokens, an unused
+pooler) are fine.
 """
 
 from __future__ import annotations
@@ -119,8 +120,8 @@ class Uncalled:
     def leave(
         self, root: nn.Module, adapters: Mapping[str, Adapter], active: Any, call: Any, ended: bool
     ) -> None:
-        """Called when a forward ends; `ended`: with a result. Raises WeftError if layers of the active
-        adapter are read and never called.
+        """Called when a forward ends; `ended`: with a result. Raises WeftError if layers of the
+        active adapter are read and never called.
         """
         if self._watch is not None and self._watch[2] is call:
             name, reads, _ = self._watch

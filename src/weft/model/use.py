@@ -1,4 +1,6 @@
-"""`weft.use`: which adapter answers, for the whole batch or row by row, or several with strengths."""
+"""`weft.use`: which adapter answers, for the whole batch or row by row, or several with
+strengths.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,16 @@ class use:  # noqa: N801 - reads as a verb, like torch.no_grad
 
     As a context manager it restores the previous selection; called as a statement it stays. In a
     generator the block is the generator's: while it is paused at a yield, a forward of its consumer
-    raises WeftError unless the consumer chooses for itself. A thread that has not called it runs the
-    adapter that was attached last. Rows may mix methods and
+    raises WeftError unless the consumer chooses for itself. A thread that has not called it runs
+    the adapter that was attached last. Rows may mix methods and
     ranks; each row gets the output of its own adapter. With k beams or k samples per prompt, repeat
-    each name k times. With {"a": 0.7, "b": 0.3} every layer's output is y + Σ w (adapter(x) - y), where
-    y = W x + bias is the layer's own; gradients reach all of these adapters.
+    each name k times. With {"a": 0.7, "b": 0.3} every layer's output is y + Σ w (adapter(x) - y),
+    where y = W x + bias is the layer's own; gradients reach all of these adapters.
 
-    Raises, before any compute: WeftError (unknown name, empty or nested list, empty dict), ConfigError
-    (a strength is not a finite number), MergeError (an adapter is merged), UnsupportedError (per-row use
-    of an adapter that trains base tensors or adapts routed experts; strengths of one that trains base
-    tensors or rows of new tokens, or is not of low rank).
+    Raises, before any compute: WeftError (unknown name, empty or nested list, empty dict),
+    ConfigError (a strength is not a finite number), MergeError (an adapter is merged),
+    UnsupportedError (per-row use of an adapter that trains base tensors or adapts routed experts;
+    strengths of one that trains base tensors or rows of new tokens, or is not of low rank).
     """
 
     def __init__(self, model: nn.Module, which: Which) -> None:
@@ -192,8 +194,8 @@ def _names(active: Active) -> tuple[str | None, ...]:
 
 
 def check_as_able(new: Adapter, old: Adapter) -> None:
-    """Raises UnsupportedError if callers may have chosen `old` in a way that `new` does not work in: as
-    one of the rows of a batch, or with a strength.
+    """Raises UnsupportedError if callers may have chosen `old` in a way that `new` does not work
+    in: as one of the rows of a batch, or with a strength.
     """
     for how, why_not in (("by row", _why_no_row), ("with strengths", _why_no_sum)):
         reason = why_not(new)

@@ -1,10 +1,10 @@
 """Notices that a model no longer has the layers that its adapters were attached to.
 
-A layer that was replaced after attach (a new head, a resized embedding) takes its adapters out of the
-model, and a weight that has been tied since is merged into both of its readers. What the adapters
-rest on is noted at attach and looked at in every forward of the model: the places of the modules and of
-their weights, fifty nanoseconds each. Only if one of them holds something else are the reasons
-looked for.
+A layer that was replaced after attach (a new head, a resized embedding) takes its adapters out of
+the model, and a weight that has been tied since is merged into both of its readers. What the
+adapters rest on is noted at attach and looked at in every forward of the model: the places of the
+modules and of their weights, fifty nanoseconds each. Only if one of them holds something else are
+the reasons looked for.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Wiring:
         self._places.append((place, name, place.get(name)))
 
     def check(self, state: Any) -> None:
-        """Called in every forward. Raises WeftError if an adapter's layer is no longer in the model."""
+        """Called in every forward. Raises WeftError if an adapter's layer is no longer in the
+        model.
+        """
         if self._known:
             for place, name, thing in self._places:
                 if place.get(name) is not thing:
@@ -145,9 +147,9 @@ def message(found: list[str]) -> str:
 
 
 def problems(state: Any, adapter: Adapter, whole: bool = False) -> list[str]:
-    """Returns what of an adapter is no longer in the model of this state, one sentence each. `whole`: a
-    tensor that it trains as a copy must not have been sharded or borrowed by torch.func either. What
-    accelerate has offloaded of the adapter since is taken back.
+    """Returns what of an adapter is no longer in the model of this state, one sentence each.
+    `whole`: a tensor that it trains as a copy must not have been sharded or borrowed by torch.func
+    either. What accelerate has offloaded of the adapter since is taken back.
     """
     root, virtual = state.root, state.virtual
     modules = set(root.modules())

@@ -1,7 +1,7 @@
 """Products computed once for all layers that read the same input (q, k and v; gate and up).
 
-`SharedDown` keeps x Aᵀ for an A that these layers share (VeRA); `gathered` keeps rows of an input and
-their products in a mixed batch.
+`SharedDown` keeps x Aᵀ for an A that these layers share (VeRA); `gathered` keeps rows of an input
+and their products in a mixed batch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _last = threading.local()
 
 
 class _Forward(threading.local):
-    """The forwards of models that this thread is inside of, by number, with the frames of their calls;
-    `number` is 0 outside any.
+    """The forwards of models that this thread is inside of, by number, with the frames of their
+    calls; `number` is 0 outside any.
     """
 
     def __init__(self) -> None:
@@ -37,8 +37,8 @@ _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def begin_forward(call: Any) -> None:
-    """Called before a forward of a model, with the frame of its call: what needs gradients is shared
-    within one forward only.
+    """Called before a forward of a model, with the frame of its call: what needs gradients is
+    shared within one forward only.
     """
     forget_ended()
     _forward.begun += 1
@@ -66,8 +66,8 @@ def forget_ended() -> None:
 
 
 def runs(call: Any) -> bool:
-    """Whether the call of a frame has not ended. `sys._current_frames()` would say so too, but it can
-    lock up the process (CPython issue 106883).
+    """Whether the call of a frame has not ended. `sys._current_frames()` would say so too, but it
+    can lock up the process (CPython issue 106883).
     """
     try:
         call.clear()  # only raises if the call runs; one that has ended no longer needs its locals
@@ -77,8 +77,8 @@ def runs(call: Any) -> bool:
 
 
 def mark(x: Tensor) -> Tensor:
-    """Returns x v [tokens] for x [..., in] and a fixed random v [in]: another one if numbers of x were
-    written to in a way that torch does not count (numpy, `.data`).
+    """Returns x v [tokens] for x [..., in] and a fixed random v [in]: another one if numbers of x
+    were written to in a way that torch does not count (numpy, `.data`).
     """
     x = x.detach()
     key = (x.shape[-1], x.dtype, x.device)
@@ -101,9 +101,9 @@ class SharedDown:
     def __call__(self, x: Tensor, A: Tensor, detached: bool) -> Tensor:
         """Returns x Aᵀ [..., r] for x [..., in] and A [r, in], with or without the gradient of x.
 
-        The product is kept until x is gone or was written to. With gradients it serves one forward of
-        the model, in one checkpointed region: another forward has a backward pass of its own, and a
-        recomputation must save what the first forward of its region saved.
+        The product is kept until x is gone or was written to. With gradients it serves one forward
+        of the model, in one checkpointed region: another forward has a backward pass of its own,
+        and a recomputation must save what the first forward of its region saved.
         """
         graph = torch.is_grad_enabled()
         region = _hooks(True) if graph else None
@@ -147,7 +147,9 @@ class SharedDown:
 
 
 class Gathered:
-    """Rows gathered from x [n, tokens, in] and their products, kept until x is freed or modified."""
+    """Rows gathered from x [n, tokens, in] and their products, kept until x is freed or
+    modified.
+    """
 
     def __init__(self, n: int, version: int | None = None, marked: Tensor | None = None) -> None:
         self.n, self.version, self.marked = n, version, marked

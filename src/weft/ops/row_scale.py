@@ -1,14 +1,14 @@
 """How σ = m / ‖W + ΔW‖ of a layer is computed once per optimiser step, and never from a stale norm.
 
-Small layers, frozen factors of more than half the rank of W, and frozen factors of layers whose W' is
-built anyway: from the sum V = W + ΔW, which is exact. Others: from ‖W‖, W Aᵀ and A Aᵀ
+Small layers, frozen factors of more than half the rank of W, and frozen factors of layers whose W'
+is built anyway: from the sum V = W + ΔW, which is exact. Others: from ‖W‖, W Aᵀ and A Aᵀ
 (`norm.updated_norm`), of which those that only depend on frozen tensors are kept.
 In training W Aᵀ is read off the product with the layer's input, which reads W anyway.
 
-In evaluation the cache compares one number per row of W. In training an edit of a large W through `.data`
-is caught at the next step: with the product W Aᵀ (or alone, if that is kept) a fixed random
-vector v is multiplied, and W v is compared with that of the kept ‖W‖. `stale` is the full check, for
-the audit, merge and save.
+In evaluation the cache compares one number per row of W. In training an edit of a large W through
+`.data` is caught at the next step: with the product W Aᵀ (or alone, if that is kept) a fixed random
+vector v is multiplied, and W v is compared with that of the kept ‖W‖. `stale` is the full check,
+for the audit, merge and save.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ _vectors: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 
 class RowScale:
-    """σ = m / norm of one layer [out], without its graph; what follows from it, when it is asked for."""
+    """σ = m / norm of one layer [out], without its graph; what follows from it, when it is asked
+    for.
+    """
 
     def __init__(self, m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self._m, self.norm, self._bias, self._dtype = m.detach(), norm, bias, dtype
@@ -97,7 +99,9 @@ class Sources:
 
 @dataclass(eq=False, slots=True)
 class Ready:
-    """By-products for the input at hand, which may be written to: x Wᵀ [tokens, out], or V [out, in]."""
+    """By-products for the input at hand, which may be written to: x Wᵀ [tokens, out], or V [out,
+    in].
+    """
 
     base: Tensor | None = None
     V: Tensor | None = None
@@ -124,9 +128,9 @@ def cached_row_scale(
 ) -> tuple[RowScale, Ready]:
     """Returns σ of W [out, in] with its factors, and what was computed for x [..., in] on the way.
 
-    `build`: the output of x will be computed through W'. Training and evaluation have norms of their
-    own: in training W Aᵀ comes from the product with x, which rounds by the number of tokens, so that
-    a run resumed without the evaluation before it finds the same bits.
+    `build`: the output of x will be computed through W'. Training and evaluation have norms of
+    their own: in training W Aᵀ comes from the product with x, which rounds by the number of tokens,
+    so that a run resumed without the evaluation before it finds the same bits.
     """
     ready = Ready()
     sources = Sources.of(f, W, bias) if sources is None else sources
@@ -202,7 +206,9 @@ def _packed_base(W: Tensor) -> _BaseNorm:
 
 
 def stale(f: LowRank, W: Tensor, bias: Tensor | None, cache: Cache) -> bool:
-    """Whether a σ that would be used is not that of W [out, in]: W was edited where nothing looks."""
+    """Whether a σ that would be used is not that of W [out, in]: W was edited where nothing
+    looks.
+    """
     if f.m is None:
         return False
     sources = Sources.of(f, W, bias).all
@@ -273,8 +279,8 @@ def _has_moved(mark: Tensor, base: _BaseNorm) -> bool:
 def output_tells(m: Tensor, norm: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether z = y - bias can be recovered from a rounded y = σ z + bias, for the gradient of σ.
 
-    Not if σ is (nearly) 0, nor if the bias is larger than z: |m| = |σ| ‖V‖ is the size of σ z for an
-    input of ones. In float16 small numbers lose digits, so there z is always kept.
+    Not if σ is (nearly) 0, nor if the bias is larger than z: |m| = |σ| ‖V‖ is the size of σ z for
+    an input of ones. In float16 small numbers lose digits, so there z is always kept.
     """
     if dtype == torch.float16:
         return False

@@ -1,12 +1,14 @@
-"""LoRA that starts at a part of W (init="pissa", "olora") in peft's format: a plain LoRA of rank 2r.
+"""LoRA that starts at a part of W (init="pissa", "olora") in peft's format: a plain LoRA of rank
+2r.
 
     lora_A [2r, in] = A above A0      lora_B [out, 2r] = B beside -B0      s B A - s B0 A0 = s lora_B lora_A
 
-That is what peft converts such an adapter to (`path_initial_model_for_weight_conversion`), and it belongs to
-the unchanged base. Weft's header has the method's own configuration, so Weft reads all four tensors back.
+That is what peft converts such an adapter to (`path_initial_model_for_weight_conversion`), and it
+belongs to the unchanged base. Weft's header has the method's own configuration, so Weft reads all
+four tensors back.
 
-A file that peft saved without that conversion has A and B only, and its field init_lora_weights makes peft
-take A0 and B0 from the base again when it loads the file. Weft does the same.
+A file that peft saved without that conversion has A and B only, and its field init_lora_weights
+makes peft take A0 and B0 from the base again when it loads the file. Weft does the same.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def plain(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def plain_layers(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Gives the layers of a checkpoint without tensors the methods of the file, for reading. Returns
-    their own methods, for `split`.
+    """Gives the layers of a checkpoint without tensors the methods of the file, for reading.
+    Returns their own methods, for `split`.
     """
     own = {module: layer.rule for module, layer in checkpoint.sites.items()}
     for layer in checkpoint.sites.values():
@@ -46,7 +48,9 @@ def plain_layers(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def split(checkpoint: Checkpoint, own: Mapping[str, Any]) -> None:
-    """Undoes `plain_layers`, and divides the tensors lora_A [2r, in] and lora_B [out, 2r] that were read."""
+    """Undoes `plain_layers`, and divides the tensors lora_A [2r, in] and lora_B [out, 2r] that were
+    read.
+    """
     for module, layer in checkpoint.sites.items():
         layer.rule = own[module]
         if not _starts_at_weight(layer.rule):
@@ -62,8 +66,8 @@ def split(checkpoint: Checkpoint, own: Mapping[str, Any]) -> None:
 def init_of(config: Mapping[str, Any]) -> str | None:
     """Returns the `init` that peft's init_lora_weights names, if it is one of these, or None.
 
-    Raises UnsupportedError for "olora" on layers that store [in, out]: there peft takes the factors of
-    the other side of the weight, so that its adapter and its base do not belong together.
+    Raises UnsupportedError for "olora" on layers that store [in, out]: there peft takes the factors
+    of the other side of the weight, so that its adapter and its base do not belong together.
     """
     field = config.get("init_lora_weights")
     if not isinstance(field, str) or field not in OF_WEIGHT:
