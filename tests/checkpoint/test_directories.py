@@ -29,6 +29,8 @@ def test_a_folder_of_the_user_stays_beside_the_adapter(tmp_path):
         (tmp_path / name / "notes.txt").write_text("mine")
     (tmp_path / ".weft-00000000").mkdir()  # of a killed save
     (tmp_path / ".weft-00000000" / TENSORS).write_bytes(b"half")
+    (tmp_path / ".weft-22222222").mkdir()  # of one that was killed while safetensors wrote
+    (tmp_path / ".weft-22222222" / ".tmpAb3dE6").write_bytes(b"half")
     (tmp_path / ".weft-11111111").write_text("a file")
     weft.save(model, tmp_path)
     found = sorted(p.name for p in tmp_path.iterdir())

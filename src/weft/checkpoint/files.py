@@ -35,6 +35,8 @@ _NUMBERED = re.compile(r"checkpoint-(\d+)")
 # The largest that are read; a file of a model with 50,000 adapted layers is within both.
 LARGEST_CONFIG, LARGEST_HEADER = 2**24, 2**26
 _HIDDEN = re.compile(r"\.weft-[0-9a-f]{8}")
+# What `write` may leave there: its files, and safetensors' own while it writes.
+_WITHIN = re.compile(rf"{re.escape(TENSORS)}|{re.escape(CONFIG)}|\.tmp\w+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # The order in which safetensors lays out dtypes, and the names it gives them; both decide the size
@@ -114,7 +116,7 @@ def leftovers(directory: Path) -> list[Path]:
         if _HIDDEN.fullmatch(child.name)
         and child.is_dir()
         and not child.is_symlink()
-        and {each.name for each in child.iterdir()} <= {TENSORS, CONFIG}
+        and all(_WITHIN.fullmatch(each.name) for each in child.iterdir())
     ]
 
 
