@@ -42,7 +42,7 @@ def test_a_file_gives_back_every_bit_and_belongs_to_the_unchanged_base(
     weft.save(model, tmp_path)
     again = llama()
     with monkeypatch.context() as patch:  # a start in the file is not computed again
-        patch.setattr("weft.methods.lora.of_weight", lambda *_: pytest.fail("computed"))
+        patch.setattr("weft.methods.starts.of_weight", lambda *_: pytest.fail("computed"))
         loaded = weft.load(again, tmp_path)
     assert loaded.config == adapter.config
     for name, layer in adapter.layers.items():

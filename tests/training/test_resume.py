@@ -158,7 +158,9 @@ def test_a_start_at_the_weight_is_resumed_from_the_file_and_not_computed_again(
     train(run, stream=StringIO())
     out = unfinished(tmp_path / "whole", tmp_path / "broken")
     real = starts.of_weight
-    monkeypatch.setattr("weft.methods.lora.of_weight", lambda *a: tuple(1.5 * t for t in real(*a)))
+    monkeypatch.setattr(
+        "weft.methods.starts.of_weight", lambda *a: tuple(1.5 * t for t in real(*a))
+    )
     assert train(replace(run, out=str(out)), go_on=True, stream=StringIO()).finished
     assert same(tensors(out), tensors(tmp_path / "whole"))
 

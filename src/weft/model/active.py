@@ -4,9 +4,8 @@ The choice of `weft.use` belongs to the calling thread or asyncio task (a contex
 caller that has chosen nothing gets the model's default, the adapter that was attached last.
 
 Gradient checkpointing runs a forward again inside backward, in whatever thread and under whatever
-choice backward runs. So the choice of the forward is written on torch's own record of the
-checkpointed region (its frame, or the node of the reentrant kind), where the recomputation finds
-it.
+choice backward runs. So the choice of the forward is written on torch's own record of the checkpointed
+region (its frame, or the node of the reentrant kind), where the recomputation finds it.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ _UNPACK = "unpack_hook"  # the function of torch.utils.checkpoint that recompute
 
 
 class PerRow:
-    """One adapter name (or None for the base) per row of the batch, grouped by adapter. `differ`:
-    whether there is more than one name.
+    """One adapter name (or None for the base) per row of the batch, grouped by adapter. `differ`: whether
+    there is more than one name.
     """
 
     def __init__(self, names: Sequence[str | None], root: nn.Module | None = None) -> None:
@@ -157,8 +156,8 @@ class ActiveAdapters:
         """Returns what is active for this caller, or was in the forward that is being recomputed.
 
         `checkpointed`: without gradients, this may be the first forward of a reentrant checkpoint.
-        Raises MergeError if an adapter is merged and the caller has chosen another, and WeftError
-        if it cannot be known which adapter the recomputed forward used.
+        Raises MergeError if an adapter is merged and the caller has chosen another, and WeftError if it
+        cannot be known which adapter the recomputed forward used.
         """
         if torch.compiler.is_compiling():
             traced = self.traced.choice
@@ -231,9 +230,7 @@ class ActiveAdapters:
         )
 
     def choose(self, active: Active, open_blocks: int, block: Block | None = None) -> None:
-        """Makes this active for the caller; `block`: of the generator that it is, if it enters
-        one.
-        """
+        """Makes this active for the caller; `block`: of the generator that it is, if it enters one."""
         self.several = self.several or active != self.default
         region = next(_regions(), None)
         own = block or self.blocks.innermost()
@@ -324,9 +321,7 @@ class ActiveAdapters:
 
 
 def recomputed() -> int | None:
-    """Returns autograd's number of the node whose backward runs in this thread; None outside
-    one.
-    """
+    """Returns autograd's number of the node whose backward runs in this thread; None outside one."""
     node: Any = _node()
     return None if node is None else int(node._sequence_nr())
 
@@ -359,9 +354,7 @@ def _note(region: Any, key: int, active: Active) -> None:
 
 
 def _innermost_region() -> Any:
-    """The non-reentrant region whose first forward runs now, by the hooks that torch has set for
-    it.
-    """
+    """The non-reentrant region whose first forward runs now, by the hooks that torch has set for it."""
     hooks = _hooks(True)
     for cell in getattr(hooks[0], "__closure__", None) or ():
         if isinstance(cell.cell_contents, checkpoint._CheckpointFrame):
@@ -370,9 +363,8 @@ def _innermost_region() -> Any:
 
 
 def _regions() -> Iterator[Any]:
-    """The checkpointed regions around this call, innermost first: those whose first forward runs,
-    and those that are recomputed. A region is torch's own record of it: a frame, or the reentrant
-    node.
+    """The checkpointed regions around this call, innermost first: those whose first forward runs, and
+    those that are recomputed. A region is torch's own record of it: a frame, or the reentrant node.
     """
     frame: Any = sys._getframe(1)
     while frame is not None:
