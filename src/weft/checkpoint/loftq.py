@@ -66,12 +66,13 @@ def loftq(model: nn.Module, weights: Weights, name: str = "default") -> LoftQRep
                 f"has {list(Q.shape)}. Give those of the same model before it was quantised."
             )
         W = W.to(Q.device).float()
+        R, s = W - Q, layer.method.scale
         with full_precision(Q.device):
-            start = _start(W - Q, layer.method.r, layer.factors().s)
-            left += float((W - Q - layer.factors().s * start["B"] @ start["A"]).square().sum())
+            start = _start(R, layer.method.r, s)
+            update = s * start["B"] @ start["A"]
             if isinstance(layer.method, DoRA):
-                start["m"] = row_norm(Q + layer.factors().s * start["B"] @ start["A"])
-        lost += float((W - Q).square().sum())
+                start["m"] = row_norm(Q + update)
+        lost, left = lost + float(R.square().sum()), left + float((R - update).square().sum())
         whole += float(W.square().sum())
         starts[module] = start
     for module, start in starts.items():
@@ -93,7 +94,7 @@ def _packed_layers(adapter: Any) -> dict[str, Any]:
             "good. Load the base quantised (docs/bases.md), or attach with another init."
         )
     for module, layer in found.items():
-        if getattr(layer.method, "starts_at_weight", False):
+        if layer.method.starts_at_weight:
             raise UnsupportedError(
                 f"{module!r} starts with init={layer.method.init!r}, whose A and B have another meaning. "
                 'Attach with init="gaussian" or "kaiming".'

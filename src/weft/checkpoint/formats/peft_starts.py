@@ -28,11 +28,11 @@ from ..checkpoint import Checkpoint, CheckpointLayer
 def plain(checkpoint: Checkpoint) -> Checkpoint:
     """Returns the checkpoint with every such layer as a plain LoRA, for writing."""
     sites = {
-        module: _joined(layer) if _starts_at_weight(layer.rule) else layer
+        module: _joined(layer) if layer.rule.starts_at_weight else layer
         for module, layer in checkpoint.sites.items()
     }
     config = checkpoint.config
-    plain_config = _plain_method(config) if _starts_at_weight(config) else config
+    plain_config = _plain_method(config) if config.starts_at_weight else config
     return replace(checkpoint, config=plain_config, sites=sites)
 
 
@@ -42,7 +42,7 @@ def plain_layers(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     own = {module: layer.rule for module, layer in checkpoint.sites.items()}
     for layer in checkpoint.sites.values():
-        if _starts_at_weight(layer.rule):
+        if layer.rule.starts_at_weight:
             layer.rule = _plain_method(layer.rule)
     return own
 
@@ -53,7 +53,7 @@ def split(checkpoint: Checkpoint, own: Mapping[str, Any]) -> None:
     """
     for module, layer in checkpoint.sites.items():
         layer.rule = own[module]
-        if not _starts_at_weight(layer.rule):
+        if not layer.rule.starts_at_weight:
             continue
         for name, sign, dim in (("A", 1, 0), ("B", -1, 1)):
             layer.keys[f"{name}0"] = layer.keys[name]
@@ -79,10 +79,6 @@ def init_of(config: Mapping[str, Any]) -> str | None:
             "it in peft."
         )
     return field
-
-
-def _starts_at_weight(method: Any) -> bool:
-    return bool(getattr(method, "starts_at_weight", False))
 
 
 def _joined(layer: CheckpointLayer) -> CheckpointLayer:
