@@ -120,7 +120,8 @@ def base(request):
 def test_a_quantised_base_carries_the_adapter_of_the_dequantised_one(base, method):
     x = torch.randn(5, 64)
     other = dequantised(base)
-    rounds = next(p.rounds_input for p in packings.PACKINGS if p.matches(base[0]))
+    # in eval mode LLM.int8() rounds the input, too
+    rounds = 2e-2 if packings.packing_of(base[0]) is packings.bitsandbytes.EightBit else 0.0
     base.train()
     with torch.no_grad():
         start = base(x)

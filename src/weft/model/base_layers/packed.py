@@ -14,7 +14,7 @@ from ..packings import Packing, packing_of
 from .base import BaseLayer, own_class, own_forward
 
 _GRADIENT = 1e-2  # the largest relative distance of the input's gradient from gᵀ W
-_OUTPUT = 5e-2  # the same for the output: bfloat16's rounding of a sum
+_OUTPUT = 5e-2  # the same for the output: bfloat16's rounding of a sum, LLM.int8()'s of the input
 _faults: dict[tuple[type[nn.Module], str], str | None] = {}  # what was tried, per kind of layer
 
 
@@ -78,7 +78,7 @@ class PackedLayer(BaseLayer):
 
     @property
     def not_mergeable(self) -> str | None:
-        return f"its weight is quantised ({self.packing.label(self.module)})"
+        return self.fallback_reason
 
 
 def _other_map(layer: PackedLayer) -> str | None:
@@ -101,7 +101,7 @@ def _other_map(layer: PackedLayer) -> str | None:
     if gradient is None:
         return f"the forward of {what} gives its input no gradient"
     found = found.detach().float()
-    if _distance(found, wanted) > max(_OUTPUT, layer.packing.rounds_input):
+    if _distance(found, wanted) > _OUTPUT:
         return f"the forward of {what} computes something else than W x + bias"
     if _distance(gradient.float(), found @ W.float()) > _GRADIENT:
         return f"the gradient that {what} gives its input is not that of W x: nothing below would learn"

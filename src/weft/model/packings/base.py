@@ -13,9 +13,6 @@ class Packing:
     """One way to store W. All methods take the layer, with or without adapters on it."""
 
     package: ClassVar[str]
-    # The largest relative distance from W x + bias of the layer's own output, in eval mode: some
-    # libraries round the input too, as a part of their product.
-    rounds_input: ClassVar[float] = 0.0
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -29,7 +26,7 @@ class Packing:
 
     @classmethod
     def prepare(cls, module: nn.Module) -> None:
-        """Changes what keeps W from being read later. Called before every attach."""
+        """Changes what keeps W from being read later. Called before the layer computes anything."""
 
     @classmethod
     def label(cls, module: nn.Module) -> str:

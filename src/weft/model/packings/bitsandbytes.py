@@ -60,7 +60,6 @@ class EightBit(Packing):
     """LLM.int8(): W in bytes, with a scale per row (`SCB`)."""
 
     package = "bitsandbytes"
-    rounds_input = 2e-2  # in eval mode the product is one of bytes
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
