@@ -42,18 +42,22 @@ def measure_token(setup: Setup, contenders: tuple[str, ...], rounds: Rounds) -> 
     """
     base = build(setup)
     ids = batch(setup)["input_ids"][:1, :PROMPT]
-    # transformers 5.24 renamed the argument and the field alike
-    key = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    key = cache_key(base)
     works = {}
     with torch.no_grad():
         for name in contenders:
             model = model_for(name, base, setup)
             check_effect(name, model(ids).logits, base(ids).logits, setup)
-            works[name] = clocked(_next_token(model, ids, key))
+            works[name] = clocked(next_token(model, ids, key))
         return {"samples": interleave(works, rounds)}
 
 
-def _next_token(model: Any, ids: Tensor, key: str) -> Callable[[], None]:
+def cache_key(base: nn.Module) -> str:
+    """The name of the cache, which transformers 5.24 renamed as an argument and as a field."""
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
+def next_token(model: Any, ids: Tensor, key: str) -> Callable[[], None]:
     """One token more, forgotten again, so that every call finds the same prompt in the cache."""
     given = {key: model(input_ids=ids, use_cache=True)[key]}
     token = ids[:, -1:]
