@@ -65,3 +65,37 @@ def test_what_loftq_cannot_start_is_named():
     weft.attach(other, weft.VeRA(r=4, targets=TARGETS))
     with pytest.raises(weft.UnsupportedError, match="VeRA has others"):
         weft.loftq(other, dense().state_dict())
+
+
+def test_an_adapter_that_made_good_a_loss_is_refused_without_it(tmp_path):
+    base, other = BASES["NF4"](), dequantised(BASES["NF4"]())
+    weft.attach(base, METHODS["LoRA"])
+    weft.loftq(base, dense().state_dict())
+    weft.save(base, tmp_path / "a")
+    weft.load(BASES["NF4"](), tmp_path / "a")
+    for wrong, have in ((dense(), "not quantised"), (BASES["LLM.int8"](), "int8")):
+        with pytest.raises(weft.CheckpointError, match=rf"'0' is {have}.*LoftQ.*--quantize"):
+            weft.load(wrong, tmp_path / "a")
+    with pytest.raises(weft.MergeError, match="dequantise the model itself"):
+        weft.merge(base)
+    loaded = weft.load(other, tmp_path / "a", other_base=True)
+    assert any("LoftQ" in note for note in loaded.load_report.notes)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        assert distance(base.train()(x), other.train()(x)) < 1e-5
+    weft.save(other, tmp_path / "b")  # what it is travels on
+    with pytest.raises(weft.CheckpointError, match="LoftQ"):
+        weft.load(dense(), tmp_path / "b")
+
+
+def test_weights_of_another_model_or_turned_or_without_its_body_s_name():
+    torch.manual_seed(9)
+    base = BASES["NF4"]()
+    weft.attach(base, METHODS["LoRA"])
+    other = {k: torch.randn_like(v) for k, v in dense().state_dict().items()}
+    with pytest.raises(weft.CheckpointError, match="other numbers"):
+        weft.loftq(base, other)
+    base.base_model_prefix = "body"
+    turned = {f"body.{k}": v.t() if v.ndim == 2 else v for k, v in dense().state_dict().items()}
+    report = weft.loftq(base, turned)
+    assert report.after < report.before < 0.2

@@ -1,8 +1,12 @@
 """The model card: whatever a path or a name contains is shown and not obeyed."""
 
+import ast
+
 import pytest
+import transformers
 import yaml
 
+from weft.tasks.quantize import QUANTIZE
 from weft.training.card import card
 
 NAMES = [
@@ -22,10 +26,10 @@ NAMES = [
 ]
 
 
-def record(base):
+def record(base, **model):
     return {
         "config": {
-            "model": {"path": base, "dtype": "float32"},
+            "model": {"path": base, "dtype": "float32", **model},
             "method": {"name": "LoRA"},
             "train": {"seed": 0, "batch": 1, "accumulate": 1, "precision": "float32"},
             "task": None,
@@ -70,3 +74,24 @@ def test_names_in_a_card(base):
         "## Result",
     ]
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("data", ["one.jsonl", ["one.jsonl", "two.jsonl"]])
+def test_the_data_of_a_run_may_be_a_list(data):
+    own = record("base")
+    own["config"]["data"] = {"train": data}
+    assert "one.jsonl" in card(own, "adapter", True)
+
+
+@pytest.mark.parametrize("quantize", list(QUANTIZE))
+def test_a_quantised_base_is_loaded_as_it_was(quantize):
+    text = card(record("base", quantize=quantize), "adapter", True)
+    code = text.split("```python\n")[1].split("```")[0]
+    calls = [
+        node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("from_pretrained")
+    ]
+    (given,) = [k for k in calls[0].keywords if k.arg == "quantization_config"]
+    assert hasattr(transformers, ast.unparse(given.value.func))
+    assert f"quantised: {quantize}" in text

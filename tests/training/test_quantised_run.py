@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import weft
+from weft.cli import main
 from weft.errors import ConfigError
 from weft.training import from_dict, train
 from weft.training.checks import check_packages
@@ -105,3 +106,40 @@ def test_a_run_begins_with_what_quantisation_took(place):
     )
     train(run)
     assert "LoftQ's start on" in (place / "loftq" / "run.json").read_text(encoding="utf-8")
+
+
+def test_a_classifier_s_new_head_is_not_quantised(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny.encoder(tmp_path / "bert")
+    tiny.labelled(tmp_path / "labelled.csv", 16)
+    run = from_dict(
+        {
+            "out": str(tmp_path / "run"),
+            "model": {"path": str(tmp_path / "bert"), "quantize": "nf4"},
+            "method": {"name": "LoRA", "r": 2},
+            "data": {"train": str(tmp_path / "labelled.csv")},
+            "optim": {"lr": 1e-2, "warm_up": 0},
+            "train": {"steps": 4, "batch": 4, "device": "cpu"},
+        }
+    )
+    assert train(run).finished
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_generate_quantises_as_training_did(place, tmp_path, capsys, dtype):
+    pytest.importorskip("bitsandbytes")
+    data = {
+        "out": str(tmp_path / "run"),
+        "model": {"path": str(place / "lm"), "quantize": "nf4", "dtype": dtype},
+        "method": {"name": "LoRA", "r": 4},
+        "adapter": {"loftq": True},
+        "data": {"train": str(place / "pairs.jsonl")},
+        "optim": {"lr": 1e-2, "warm_up": 0},
+        "train": {"steps": 4, "batch": 4, "device": "cpu"},
+    }
+    train(from_dict(data))
+    words = ["generate", "--model", str(place / "lm"), "--adapter", str(tmp_path / "run")]
+    words += ["--prompt", "a", "--max-new-tokens", "2"]
+    assert main(words) == 1
+    assert "LoftQ" in capsys.readouterr().err
+    assert main([*words, "--quantize", "nf4", "--dtype", dtype]) == 0

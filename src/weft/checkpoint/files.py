@@ -106,6 +106,15 @@ def write(
             shutil.rmtree(left, ignore_errors=True)
 
 
+def run_of(adapter: str | Path) -> Path | None:
+    """Returns the directory of the run of `weft train` that an adapter is in, or None.
+
+    Raises CheckpointError if there is no adapter.
+    """
+    folder = find(adapter).tensors.resolve().parent  # that of a run stands for its adapter
+    return next((f for f in folder.parents[:2] if (f / RUN_RECORD).is_file()), None)
+
+
 def leftovers(directory: Path) -> list[Path]:
     """Returns the hidden folders of interrupted saves: with a name and content as `write` makes
     them, and nothing that a user may have put there.

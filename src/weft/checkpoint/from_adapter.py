@@ -36,6 +36,7 @@ def checkpoint_of(adapter: Adapter, values: bool = True, projections: bool = Fal
         selected=selected,
         checksums=checksums_of(adapter, values),
         fingerprint=fingerprint_of(adapter, values),
+        loftq=adapter.loftq,
     )
     for module, layer in adapter.layers.items():
         found.sites[canonical(module)] = CheckpointLayer(

@@ -94,6 +94,8 @@ def metadata_of(
     reached = {m: x.reached for m, x in checkpoint.sites.items() if x.reached is not None}
     if reached:
         manifest["reached"] = reached
+    if checkpoint.loftq is not None:
+        manifest["loftq"] = checkpoint.loftq
     found = checkpoint.fingerprint
     if found is None:
         return _sealed(head, manifest, written, values)
@@ -138,6 +140,7 @@ def parse(path: Path, metadata: Mapping[str, str]) -> Header:
         config = methods.from_json(head["config"])
         layout = head["layout"]
         found = Checkpoint(config, "weft", layout, manifest["base"], checksums=head["shared"])
+        found.loftq = manifest.get("loftq")
         reached = manifest.get("reached", {})
         for module, kind, (out, in_), overrides in manifest["sites"]:
             found.sites[module] = CheckpointLayer(

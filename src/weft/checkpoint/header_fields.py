@@ -26,6 +26,8 @@ def check_fields(head: Any, manifest: Any, sums: str) -> None:
     _check(len(sums) == _SUM * len(manifest["keys"]), "checksums", sums)
     _check(isinstance(manifest["adapter_config"], dict), "adapter_config", "a value")
     _check(_is_text_map(manifest.get("reached", {})), "reached", manifest.get("reached"))
+    loftq = manifest.get("loftq")
+    _check(isinstance(loftq, str | None), "loftq", loftq)
     _check_base(manifest["base"])
     _check_sites(manifest["sites"])
 

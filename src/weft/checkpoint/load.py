@@ -112,6 +112,7 @@ def load(
     filled = {name for name in configs if _is_whole(configs[name], plan.values[name])}
     parts = Parts(configs, list(plan.selected), frozen, routed, filled)
     adapter = attach_resolved(plan.structure, plan.config, parts, name, plan.shared, fill, replace)
+    adapter.loftq = checkpoint.loftq
     adapter.load_report = LoadReport(adapter, plan.problems, plan.mapped, plan.notes)
     return adapter if strict else adapter.load_report
 

@@ -25,6 +25,7 @@ from ..model.state import state_of
 from ..model.structure import canonical
 from ..ops.norm import full_precision, row_norm
 
+_OTHER = 0.5  # of the size of a weight: 4 bits take 0.1 of it, and other weights are 1.4 away
 Weights = Mapping[str, Tensor] | str | Path
 
 
@@ -55,17 +56,20 @@ def loftq(model: nn.Module, weights: Weights, name: str = "default") -> LoftQRep
     then.
     """
     adapter = state_of(model).adapter(name)
-    read, packed = _reader(weights), _packed_layers(adapter)
+    packed = _packed_layers(adapter)
+    read = _reader(weights, getattr(adapter.model, "base_model_prefix", ""))
+    labels = {layer.base.packing.label(layer.base.module) for layer in packed.values()}
+    if len(labels) > 1:
+        raise UnsupportedError(f"the layers are packed in several ways, {sorted(labels)}; use one.")
     starts, lost, left, whole = {}, 0.0, 0.0, 0.0
     for module, layer in packed.items():
         Q = layer.base.weight().float()
-        W = read(f"{canonical(module)}.weight")
-        if W.shape != Q.shape:
+        W = _turned(read(canonical(module)).to(Q.device).float(), Q)
+        if W.shape != Q.shape or (W - Q).norm() > _OTHER * Q.norm():
             raise CheckpointError(
-                f"the weights have {module + '.weight'!r} with shape {list(W.shape)}, and the model's "
-                f"has {list(Q.shape)}. Give those of the same model before it was quantised."
+                f"the weights have {module + '.weight'!r} with other numbers {list(W.shape)} than the "
+                f"model's {list(Q.shape)}. Give those of the same model before it was quantised."
             )
-        W = W.to(Q.device).float()
         R, s = W - Q, layer.method.scale
         with full_precision(Q.device):
             start = _start(R, layer.method.r, s)
@@ -75,6 +79,7 @@ def loftq(model: nn.Module, weights: Weights, name: str = "default") -> LoftQRep
         lost, left = lost + float(R.square().sum()), left + float((R - update).square().sum())
         whole += float(W.square().sum())
         starts[module] = start
+    adapter.loftq = labels.pop()
     for module, start in starts.items():
         for tensor, value in start.items():
             packed[module].get_parameter(tensor).copy_(value)
@@ -116,11 +121,38 @@ def _start(R: Tensor, r: int, s: float) -> dict[str, Tensor]:
     return {"A": A, "B": B}
 
 
-def _reader(weights: Weights) -> Callable[[str], Tensor]:
-    """A function that returns a tensor by name. Raises CheckpointError if there is none."""
+def _turned(W: Tensor, Q: Tensor) -> Tensor:
+    """W [out, in], which GPT-2's layers store the other way round: as it is nearer to Q [out, in]."""
+    turned = W.t()
+    if turned.shape != Q.shape:
+        return W
+    return turned if W.shape != Q.shape or (turned - Q).norm() < (W - Q).norm() else W
+
+
+def _reader(weights: Weights, prefix: str) -> Callable[[str], Tensor]:
+    """A function that returns the weight of a module by its name in the model, whose body is called
+    `prefix`: files of a body alone do not say it. Raises CheckpointError if there is none.
+    """
     if isinstance(weights, Mapping):
-        return lambda name: _found(name, weights.get(name), "the weights")
-    path = Path(weights).expanduser()
+        read, known, where = weights.__getitem__, set(weights), "the weights"
+    else:
+        read, known = _files(Path(weights).expanduser())
+        where = repr(str(weights))
+
+    def weight(module: str) -> Tensor:
+        name = f"{module}.weight"
+        for each in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            if each in known:
+                return read(each)
+        raise CheckpointError(
+            f"{where} has no tensor {name!r}. Give the weights of the same model before it was "
+            "quantised."
+        )
+
+    return weight
+
+
+def _files(path: Path) -> tuple[Callable[[str], Tensor], set[str]]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise CheckpointError(
@@ -130,13 +162,11 @@ def _reader(weights: Weights) -> Callable[[str], Tensor]:
     where = {name: file for file in files for name in _names(file)}
 
     def read(name: str) -> Tensor:
-        if name not in where:
-            return _found(name, None, repr(str(path)))
         with safe_open(str(where[name]), framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
             return tensor
 
-    return read
+    return read, set(where)
 
 
 def _names(file: Path) -> list[str]:
@@ -145,11 +175,3 @@ def _names(file: Path) -> list[str]:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(file)!r} cannot be read: {error}") from None
-
-
-def _found(name: str, tensor: Tensor | None, where: str) -> Tensor:
-    if tensor is None:
-        raise CheckpointError(
-            f"{where} has no tensor {name!r}. Give the weights of the same model before it was quantised."
-        )
-    return tensor

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..model.packings import packing_of
 from . import matching
 from .fingerprint import Fingerprint, any_few, before_merge, numbers_of, oriented
 from .load_plan import LoadPlan
@@ -37,6 +38,7 @@ def compare_base(plan: LoadPlan, other_base: bool = False, switch: str = SWITCH)
     """Adds a problem to the plan if its model has other base weights than the file's; with other_base
     a note. `switch` says how to ask for that. The base must be active.
     """
+    _compare_packing(plan, other_base, switch)
     found = plan.checkpoint.fingerprint
     if found is None:
         return
@@ -61,6 +63,32 @@ def compare_base(plan: LoadPlan, other_base: bool = False, switch: str = SWITCH)
             plan.problems.append(
                 f"{text}. Load the adapter's own base, or {switch} to use this one"
             )
+
+
+def _compare_packing(plan: LoadPlan, other_base: bool, switch: str) -> None:
+    """An adapter that began with what quantisation took from the weights makes it good there, and would
+    count it twice anywhere else.
+    """
+    wanted = plan.checkpoint.loftq
+    if wanted is None:
+        return
+    for name in plan.configs:
+        module = plan.modules[name]
+        packing = packing_of(module)
+        have = "not quantised" if packing is None else packing.label(module)
+        if have == wanted:
+            continue
+        text = (
+            f"{name!r} is {have}, and the adapter began with what {wanted} took from the weights "
+            "(LoftQ), which is missing there alone"
+        )
+        if other_base:
+            plan.notes.append(f"{text}; used all the same, as other_base asks")
+        else:
+            plan.problems.append(
+                f"{text}. Quantise the base as in training (--quantize, model.quantize), or {switch}"
+            )
+        return
 
 
 def _live(plan: LoadPlan, found: Fingerprint) -> dict[str, Tensor]:

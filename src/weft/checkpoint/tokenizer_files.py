@@ -42,9 +42,9 @@ def tokenizer_folder(adapter: str | Path | None) -> Path | None:
     """
     if adapter is None:
         return None
-    folder = files.find(adapter).tensors.parent.resolve()
-    run = next((f for f in folder.parents[:2] if (f / files.RUN_RECORD).is_file()), None)
-    places = [folder] if run is None else [folder, run / RUN_TOKENIZER]
+    tensors, run = files.find(adapter).tensors, files.run_of(adapter)
+    places = [tensors.parent, tensors.resolve().parent]
+    places += [] if run is None else [run / RUN_TOKENIZER]
     return next((place for place in places if (place / CONFIG).is_file()), None)
 
 

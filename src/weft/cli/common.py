@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,18 @@ def add_device_options(parser: argparse.ArgumentParser, default: str | None = "a
     """Adds --dtype and --device."""
     add = parser.add_argument
     add("--dtype", choices=DTYPES, default=default, help="of the base's weights")
+    add(
+        "--quantize",
+        choices=("nf4", "fp4", "int8", "int8-weight", "float8-weight"),
+        help="quantise the base's weights while they load",
+    )
     add("--device", choices=DEVICES, default=default, help="auto (default): CUDA if available")
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints what loading an adapter noted, on standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .common import add_device_options, add_model_options, write_json, write_text
+from .common import add_device_options, add_model_options, print_notes, write_json, write_text
 
 HELP = "score a model on a task, with or without an adapter"
 
@@ -70,12 +70,19 @@ def run(args: argparse.Namespace) -> int:
     selection = (args.task, args.split or "test", args.limit, args.batch)
     if is_image(args.task):
         found = evaluate_images(
-            args.model, args.adapter, *selection, args.dtype, args.device, args.other_base
+            args.model,
+            args.adapter,
+            *selection,
+            args.dtype,
+            args.device,
+            args.other_base,
+            args.quantize,
         )
     else:
         opened = open_model(
-            args.model, args.adapter, args.dtype, args.device, other_base=args.other_base
+            args.model, args.adapter, args.dtype, args.device, None, args.other_base, args.quantize
         )
+        print_notes(opened.notes)
         found = evaluate(opened, *selection)
     print(f"{found.task}, {found.split}: {found.examples} examples")
     for name, score in found.report.scores.items():
@@ -130,8 +137,9 @@ def _harness(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.lm_eval.split(",") if name.strip()]
     index = find_tasks(names, args.lm_eval_path)
     opened = open_model(
-        args.model, args.adapter, args.dtype, args.device, other_base=args.other_base
+        args.model, args.adapter, args.dtype, args.device, None, args.other_base, args.quantize
     )
+    print_notes(opened.notes)
     found = harness_scores(opened, names, index, args.shots, args.limit, args.batch)
     print(f"lm-eval {found.release}, log-likelihood")
     for task, scores in found.scores.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_device_options, add_model_options, settings
+from .common import add_device_options, add_model_options, print_notes, settings
 
 HELP = "continue a prompt with a model, with or without an adapter"
 
@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--max-new-tokens is a whole number, 1 or more.")
     chosen = {"max_new_tokens": args.max_new_tokens, **settings(args.set)}
     opened = open_model(
-        args.model, args.adapter, args.dtype, args.device, other_base=args.other_base
+        args.model, args.adapter, args.dtype, args.device, None, args.other_base, args.quantize
     )
+    print_notes(opened.notes)
     torch.manual_seed(args.seed)
     for text in generate(opened, args.prompt, chosen, args.chat):
         print(text)

@@ -10,13 +10,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import add_adapter_option, add_device_options, scores_text, settings, write_json
+from .common import (
+    add_adapter_option,
+    add_device_options,
+    print_notes,
+    scores_text,
+    settings,
+    write_json,
+)
 
 HELP = "MT-Bench: answer its questions with a model, and have a judge model grade the answers"
 # Options that have no effect without --model, and without --url.
 ANSWERING = (
     "adapter",
     "other_base",
+    "quantize",
     "set",
     "max_new_tokens",
     "seed",
@@ -256,7 +264,9 @@ def _answer(
         args.device or "auto",
         template,
         args.other_base,
+        args.quantize,
     )
+    print_notes(opened.notes)
     answer_all(opened, questions, kept, made_by, args.batch or 8, _report)
 
 

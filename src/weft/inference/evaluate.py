@@ -103,6 +103,7 @@ def evaluate_images(
     dtype: str = "auto",
     device: str = "auto",
     other_base: bool = False,
+    quantize: str | None = None,
 ) -> Evaluated:
     """Scores the first `limit` examples of a task of images.
 
@@ -110,7 +111,7 @@ def evaluate_images(
     """
     ref, task = find_source(model), find_task(name).load()
     _check_split(task, split)
-    loaded = load_model(ref, adapter, dtype, device, other_base)
+    loaded, noted = load_model(ref, adapter, dtype, device, other_base, quantize)
     outputs = getattr(loaded.config, "num_labels", 0)
     if "ImageClassification" not in type(loaded).__name__ or outputs != len(task.classes):
         raise WeftError(
@@ -118,7 +119,7 @@ def evaluate_images(
             f"{type(loaded).__name__} with {outputs} outputs. Give the adapter that was trained "
             "for it."
         )
-    notes = list(task.notes)
+    notes = [*task.notes, *noted]
     with quiet(), loading(ref, "an image processor"):
         processor = image_processor(ref, loaded.config, notes)
     examples = task.splits[split]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..encoding.render import Renderer
 from ..encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ..errors import ConfigError, WeftError
 from ..tasks.models import ModelRef, loading, quiet
+from ..tasks.quantize import check_package
 from ..tasks.vocabulary import padding, use_padding
 from .pretrained import base_for, find_source, is_classifier
 
@@ -20,13 +21,14 @@ from .pretrained import base_for, find_source, is_classifier
 @dataclass(frozen=True)
 class Opened:
     """A model in eval mode with its adapter active, if it has one, and its tokenizer. `limit` is
-    the number of tokens that both accept.
+    the number of tokens that both accept, `notes` what loading the adapter noted.
     """
 
     model: Any
     tokenizer: Any
     renderer: Renderer
     limit: int
+    notes: list[str] = field(default_factory=list)
 
 
 def open_model(
@@ -36,10 +38,12 @@ def open_model(
     device: str = "auto",
     template: str | None = None,
     other_base: bool = False,
+    quantize: str | None = None,
 ) -> Opened:
-    """Loads the model with this name, and the adapter if there is one; with other_base on whatever weights
-    the model has. The tokenizer with its chat template is the adapter's if that has one, else the
-    model's; `template` replaces the template.
+    """Loads the model with this name, and the adapter if there is one; with other_base on whatever
+    weights the model has. `quantize`: a name of `tasks.quantize.QUANTIZE`. The tokenizer with its
+    chat template is the adapter's if that has one, else the model's; `template` replaces the
+    template.
 
     Raises ConfigError if one of them does not exist, WeftError if they do not fit together.
     """
@@ -48,13 +52,12 @@ def open_model(
     with quiet(), loading(own, "a tokenizer and a configuration"):
         tokenizer, config, stops = tokenizer_and_stops(ref, own)
     template = template or lone_template(adapter)
-    loaded = load_model(ref, adapter, dtype, device, other_base)
+    loaded, notes = load_model(ref, adapter, dtype, device, other_base, quantize)
     limit = max_tokens(tokenizer, config, loaded)
     if is_classifier(loaded):
         use_padding(loaded.config, padding(tokenizer, loaded.config)[0])
-    return Opened(
-        loaded, tokenizer, Renderer(tokenizer, limit, template=template, stops=stops), limit
-    )
+    renderer = Renderer(tokenizer, limit, template=template, stops=stops)
+    return Opened(loaded, tokenizer, renderer, limit, notes)
 
 
 def _tokenizer_of(ref: ModelRef, adapter: str | None) -> ModelRef:
@@ -79,13 +82,22 @@ def set_padding(model: Any, ref: ModelRef, adapter: str) -> None:
 
 
 def load_model(
-    ref: ModelRef, adapter: str | None, dtype: str, device: str, other_base: bool = False
-) -> Any:
-    """Loads the model and the adapter, without a tokenizer. Raises ConfigError, WeftError."""
+    ref: ModelRef,
+    adapter: str | None,
+    dtype: str,
+    device: str,
+    other_base: bool = False,
+    quantize: str | None = None,
+) -> tuple[Any, list[str]]:
+    """Loads the model and the adapter, without a tokenizer. Returns the model and what loading the
+    adapter noted. Raises ConfigError, WeftError.
+    """
     if other_base and adapter is None:
         raise ConfigError("--other-base does nothing without --adapter.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here. See `weft doctor`.")
+    if quantize is not None:
+        check_package(quantize, "--quantize")
     stored = None if adapter is None else read(adapter)
     task_class = None if stored is None else stored.base.get("class")
     model: Any = base_for(
@@ -94,10 +106,13 @@ def load_model(
         {} if stored is None else stored.selected,
         dtype,
         *((0, 0) if stored is None else (stored.words, stored.new_rows)),
+        quantize=quantize,
     )[0]
+    notes = []
     if adapter is not None:
-        load(model, adapter, other_base=other_base)
-    return model.to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu").eval()
+        notes = list(load(model, adapter, other_base=other_base).load_report.notes)
+    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    return model.to(place).eval(), notes
 
 
 def check_generates(model: Any) -> None:

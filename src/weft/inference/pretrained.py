@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, WeftError
 from ..tasks.models import ModelRef, find_model, loading, quiet
+from ..tasks.quantize import loading_options
 from ..untrusted import json_text
 
 # Rows that a vocabulary may have beyond its tokens: it is rounded up to a multiple.
@@ -35,10 +37,14 @@ def empty_model(ref: ModelRef, task_class: str | None = None) -> nn.Module:
         config = _config(ref)
         cls = _class_of(config, task_class)
         with torch.device("meta"):
-            model: nn.Module = (
-                cls(config) if hasattr(cls, "base_model_prefix") else cls.from_config(config)
-            )
+            model = _made(cls, config)
     return model.eval()
+
+
+def _made(cls: Any, config: Any) -> nn.Module:
+    """A model of a class, or of what an Auto class chooses."""
+    made: nn.Module = cls(config) if hasattr(cls, "base_model_prefix") else cls.from_config(config)
+    return made
 
 
 def base_for(
@@ -48,10 +54,11 @@ def base_for(
     dtype: str = "auto",
     words: int = 0,
     trained: int = 0,
+    quantize: str | None = None,
 ) -> tuple[nn.Module, list[str]]:
     """Loads the pretrained model for an adapter of a `task_class` that has its own values of the
     base tensors `selected` [...], with `words` token embeddings if it has fewer, of which the
-    adapter has `trained`.
+    adapter has `trained`. `quantize`: a name of `tasks.quantize.QUANTIZE`.
 
     Returns the model, and the names of its tensors that are not in its checkpoint. The number of
     classes of a new head is that of `selected`. Raises WeftError if weights are neither in the
@@ -60,14 +67,16 @@ def base_for(
     head = _head_size(ref, task_class, selected)
     with quiet(), loading(ref, task_class or "a model"):
         config = _config(ref, **head)
-        model, report = _class_of(config, task_class).from_pretrained(
+        cls = _class_of(config, task_class)
+        whole = {n.removesuffix(".weight") for n in selected if n.endswith(".weight")}
+        model, report = cls.from_pretrained(
             ref.source,
             config=config,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             ignore_mismatched_sizes=bool(head),
             output_loading_info=True,
             **ref.options,
+            **loading_options(quantize, dtype, config, partial(_made, cls), whole),
         )
     missing = {
         *report["missing_keys"],

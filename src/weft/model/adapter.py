@@ -61,6 +61,7 @@ class Adapter:
     frozen: list[Frozen] = field(default_factory=list)
     routed: list[str] = field(default_factory=list)
     load_report: Any = None
+    loftq: str | None = None  # how the layers are packed whose loss its start made good
     number: int = field(default_factory=itertools.count().__next__)  # no other adapter has it
 
     def __repr__(self) -> str:

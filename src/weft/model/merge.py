@@ -177,9 +177,14 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
     for name, layer in adapter.layers.items():
         why = layer.base.not_mergeable
         if why is not None:
+            cure = (
+                "Load the base model without quantisation, weft.load the adapter onto it, and merge there."
+                if adapter.loftq is None
+                else "The adapter belongs to these weights (LoftQ): dequantise the model itself "
+                "(model.dequantize() of transformers), load the adapter with other_base=True, and merge."
+            )
             raise MergeError(
-                f"{name!r}: {why}, and rounding W' to so few bits would lose most of the adapter. Load the "
-                "base model without quantisation, weft.load the adapter onto it, and merge there."
+                f"{name!r}: {why}, and rounding W' to so few bits would lose most of the adapter. {cure}"
             )
     changed = problems(state, adapter, whole=True)
     if changed:

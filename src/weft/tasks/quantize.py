@@ -1,8 +1,9 @@
-"""`model.quantize`: a base that transformers quantises while it loads, by name."""
+"""`model.quantize` and `--quantize`: a base that transformers quantises while it loads, by name."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -18,29 +19,74 @@ QUANTIZE = {
 }
 
 
-def check_package(name: str) -> None:
-    """Raises ConfigError if the package of `model.quantize` is not installed."""
+def check_package(name: str, option: str = "model.quantize") -> None:
+    """Raises ConfigError if the package that a kind of quantisation needs is not installed."""
     package = QUANTIZE[name]
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"model.quantize={name}: needs the package {package}, which is not installed: pip install "
+            f"{option}={name}: needs the package {package}, which is not installed: pip install "
             "'weft[bases]'."
         )
 
 
-def quantization_config(name: str, dtype: Any) -> Any:
-    """Returns transformers' configuration for `from_pretrained`, with products in `dtype`."""
+def loading_options(
+    name: str | None,
+    dtype: str,
+    model_config: Any,
+    make: Callable[[Any], Any],
+    trained: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Returns the arguments of `from_pretrained` for a base with weights in `dtype` ("auto": as stored).
+
+    They are quantised unless name is None, but for the heads and the modules in `trained`, which are
+    trained in full. `make` returns a model for a configuration.
+    """
+    import torch
+
+    if name is None:
+        return {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
+    stored = getattr(model_config, "dtype", None) or torch.float32
+    found = stored if dtype == "auto" else getattr(torch, dtype)
+    with torch.device("meta"):
+        model = make(model_config)
+    parts = [part for part, _ in model.named_children()]
+    heads = [p for p in parts if p != model.base_model_prefix]
+    if len(heads) == len(parts):  # no part is the body, so transformers finds the heads
+        whole = None
+    else:
+        whole = [*heads, *trained]
+    return {"dtype": found, "quantization_config": _config(name, found, whole)}
+
+
+def code(name: str, dtype: str) -> str:
+    """Returns the Python text of `loading_options` for the model card."""
+    products = "torch.float32" if dtype == "auto" else f"torch.{dtype}"
+    if name in ("nf4", "fp4"):
+        return (
+            f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{name}", '
+            f"bnb_4bit_compute_dtype={products})"
+        )
+    if name == "int8":
+        return "BitsAndBytesConfig(load_in_8bit=True)"
+    kind = {"int8-weight": "Int8WeightOnlyConfig", "float8-weight": "Float8WeightOnlyConfig"}[name]
+    return f"TorchAoConfig(torchao.quantization.{kind}())"
+
+
+def _config(name: str, dtype: Any, whole: list[str] | None) -> Any:
     import transformers
 
     if name in ("nf4", "fp4"):
         return transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type=name,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=whole,  # of 4 bits, too
         )
     if name == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     torchao = import_module("torchao.quantization")
     makes = {
         "int8-weight": torchao.Int8WeightOnlyConfig,
         "float8-weight": torchao.Float8WeightOnlyConfig,
     }
-    return transformers.TorchAoConfig(makes[name]())
+    return transformers.TorchAoConfig(makes[name](), modules_to_not_convert=whole)

@@ -16,7 +16,7 @@ from ..model import statistics
 from ..model.adapter import Adapter
 from ..model.attach import attach
 from ..tasks.models import ModelRef, loading, quiet
-from ..tasks.quantize import quantization_config
+from ..tasks.quantize import loading_options
 from ..tasks.vocabulary import use_padding
 from .config.sections import RunConfig
 from .prepare import Data
@@ -67,7 +67,7 @@ def load_adapted(config: RunConfig, data: Data) -> Adapted:
     adapted = Adapted(adapter, missing, notes=notes)
     if data.start is not None:
         adapted.started = load_start(data.start, adapter, missing, config.adapter.other_base)
-        notes.append(describe(adapted.started))
+        notes += [describe(adapted.started), *adapted.started["notes"]]
     if config.adapter.loftq:
         notes.append(str(loftq(model, _weights_of(data.model), adapter.name)))
     return adapted
@@ -137,20 +137,21 @@ def _load_base(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
             problem = "single_label_classification" if data.classes else "regression"
             model_config.problem_type = problem
         torch.manual_seed(config.train.seed)  # a new head is drawn from it
-        dtype: Any = config.model.dtype
-        packed: dict[str, Any] = {}
-        dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-        if config.model.quantize is not None:
-            packed = {"quantization_config": quantization_config(config.model.quantize, dtype)}
-        model, report = getattr(transformers, name).from_pretrained(
+        auto_class = getattr(transformers, name)
+        model, report = auto_class.from_pretrained(
             source.source,
             config=model_config,
-            dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=has_head,
             output_loading_info=True,
             **source.options,
-            **packed,
+            **loading_options(
+                config.model.quantize,
+                config.model.dtype,
+                model_config,
+                auto_class.from_config,
+                config.method.modules_to_save,
+            ),
         )
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     return model, sorted({*report["missing_keys"], *mismatched})

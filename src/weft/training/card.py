@@ -7,8 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..tasks.quantize import code as quantize_code
 from ..untrusted.printable import one_line
 from .adapted import AUTO_CLASSES
+from .sources import names_of
 
 _WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n", "~", ".")  # not text in YAML
 
@@ -46,16 +48,24 @@ def card(record: Mapping[str, Any], adapter: str, in_peft_format: bool) -> str:
 
 
 def _load(record: Mapping[str, Any], adapter: str) -> list[str]:
-    base, kind, classes = record["config"]["model"]["path"], record["kind"], record["classes"]
+    section, kind, classes = record["config"]["model"], record["kind"], record["classes"]
+    base, quantize = section["path"], section.get("quantize")
     labels, text = "", record["format"] != "image"
     if classes:
         labels = f", num_labels={len(classes)}"
     elif kind == "regression":
         labels = ", num_labels=1"
+    names, imports = [AUTO_CLASSES[kind], *(["AutoTokenizer"] if text else [])], ["import weft"]
+    if quantize is not None:
+        how = quantize_code(quantize, section["dtype"])
+        names.append(how.partition("(")[0])
+        needed = [m for m in ("torch", "torchao.quantization") if f"{m}." in how]
+        imports = [*(f"import {module}" for module in needed), *imports]
+        labels += f", quantization_config={how}"
     return [
         "```python",
-        "import weft",
-        f"from transformers import {AUTO_CLASSES[kind]}" + (", AutoTokenizer" if text else ""),
+        *imports,
+        f"from transformers import {', '.join(sorted(names))}",
         "",
         f"model = {AUTO_CLASSES[kind]}.from_pretrained({_string(base)}{labels})",
         *(
@@ -95,7 +105,7 @@ def _export_to_peft(method: str, adapter: str) -> list[str]:
 
 def _training(record: Mapping[str, Any]) -> list[str]:
     config = record["config"]
-    data = config["task"] or config["data"]["train"]
+    data = config["task"] or ", ".join(names_of(config["data"]["train"]))
     optim, train = config["optim"], config["train"]
     rows = {
         "data": f"{_text(data)}: {record['samples']} samples, fingerprint {record['identity']['train']}",
@@ -104,7 +114,10 @@ def _training(record: Mapping[str, Any]) -> list[str]:
         f"{optim['warm_up']:g}, "
         f"weight decay {optim['weight_decay']:g}"
         + (f", LoRA+ ratio {optim['lora_plus']:g}" if optim.get("lora_plus") else ""),
-        "precision": f"{train['precision']}, base weights {config['model']['dtype']}",
+        "precision": f"{train['precision']}, base weights {config['model']['dtype']}"
+        + (
+            f", quantised: {config['model']['quantize']}" if config["model"].get("quantize") else ""
+        ),
     }
     return [f"- {name}: {text}" for name, text in rows.items()] + [
         f"- {_text(note)}" for note in record["notes"]

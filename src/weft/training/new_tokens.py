@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint import files
+from ..checkpoint.tokenizer_files import tokenizer_folder
 from ..errors import ConfigError
 from ..tasks.models import ModelRef, loading, quiet
 from ..tasks.vocabulary import words_of
@@ -64,9 +64,9 @@ def check_start(start: Start, tokenizer: Any, new: NewTokens) -> None:
     """Raises ConfigError if an id of the new tokens means another token in adapter.start."""
     from transformers import AutoTokenizer
 
-    folder = files.find(start.path).tensors.parent
+    folder = tokenizer_folder(start.path)
     ids = sorted({*new.ids, *(n for each in start.stored.token_ids.values() for n in each)})
-    if not ids or not (folder / "tokenizer_config.json").is_file():
+    if not ids or folder is None:
         return
     ref = ModelRef(start.path, str(folder), True)
     with quiet(), loading(ref, "a tokenizer"):

@@ -254,10 +254,7 @@ def check_recorded_base(
     """
     mine = base_fingerprint(base_digests(model), missing)
     for adapter in adapters:
-        directory = (
-            files.find(adapter).tensors.resolve().parent
-        )  # that of a run stands for its adapter
-        run = next((f for f in directory.parents[:2] if (f / "run.json").is_file()), None)
+        run = files.run_of(adapter)
         if run is None:
             continue
         theirs = RunDir(run).read().get("identity", {}).get("model")

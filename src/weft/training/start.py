@@ -104,8 +104,11 @@ def _check_same_tensors(path: str, there: Any, here: Any) -> None:
 
 
 def check_base(start: Start, model: nn.Module, missing: Collection[str]) -> None:
-    """Raises WeftError if the adapter's run recorded another base than `model`."""
-    check_recorded_base(model, missing, [Path(start.path).expanduser()])
+    """Raises WeftError if the adapter's run recorded another base than `model`. Files with a fingerprint
+    of their base are compared with it in `load_start`, which knows casts.
+    """
+    if start.stored.fingerprint is None:
+        check_recorded_base(model, missing, [Path(start.path).expanduser()])
 
 
 @torch.no_grad()
@@ -132,6 +135,7 @@ def load_start(
         plan = LoadPlan(root, stored)
         compare_base(plan, other_base, "set adapter.other_base: true")
     _refuse(start, [*plan.problems, *_left_over(adapter, plan), *_drawn_otherwise(adapter, stored)])
+    adapter.loftq = stored.loftq
     for name, site in adapter.layers.items():
         live = site.stored()
         for tensor, value in plan.values[name].items():
@@ -144,6 +148,7 @@ def load_start(
         "path": start.path,
         "fingerprint": start.fingerprint,
         "head": ("taken over" if taken else "new") if head else None,
+        "notes": plan.notes,
     }
 
 
