@@ -274,7 +274,8 @@ def test_the_commands_refuse_another_base_and_have_the_switch(tmp_path, capsys):
     ref = find_source(str(tmp_path / "other"))  # what generate, eval and judge call
     with pytest.raises(weft.CheckpointError, match=OTHER):
         load_model(ref, str(tmp_path / "a"), "auto", "cpu")
-    assert weft.adapters(load_model(ref, str(tmp_path / "a"), "auto", "cpu", True))
+    loaded, notes = load_model(ref, str(tmp_path / "a"), "auto", "cpu", True)
+    assert weft.adapters(loaded) and any("used all the same" in note for note in notes)
     with pytest.raises(weft.ConfigError, match="--other-base does nothing without --adapter"):
         load_model(ref, None, "auto", "cpu", True)
 

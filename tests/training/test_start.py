@@ -166,6 +166,11 @@ def test_another_base_is_refused(place, tmp_path):
         run(place, tmp_path / "o", model__path=str(other))
 
 
+def test_the_same_base_in_another_dtype_is_no_other_base(place, tmp_path):
+    """The checksum of all weights is another one, so the numbers in the adapter's file decide."""
+    run(place, tmp_path / "o", model__dtype="bfloat16")
+
+
 def test_another_base_is_refused_by_its_weights_and_allowed_by_a_switch(place, tmp_path):
     """An adapter that lies in no run's directory has only the numbers in its own file."""
     other = shutil.copytree(place / "bert", tmp_path / "other")

@@ -61,7 +61,7 @@ def load_adapted(config: RunConfig, data: Data) -> Adapted:
         grow_embeddings(model, data.new_tokens.words, data.new_tokens.words)
         method = replace(method, new_tokens=data.new_tokens.ids)
     if data.start is not None and not config.adapter.other_base:
-        check_base(data.start, model, missing)
+        check_base(data.start, config, model, missing)
     adapter = attach(model, method)
     _check_statistics(model)
     adapted = Adapted(adapter, missing, notes=notes)

@@ -28,7 +28,9 @@ from ..methods import TensorConfig
 from ..model.adapter import Adapter
 from ..model.state import base_only, state_of, unwrapped
 from ..model.structure import canonical
-from .run_dir import check_recorded_base
+from .config import to_dict
+from .config.sections import RunConfig
+from .run_dir import RunDir, check_recorded_base
 
 # Fields that may differ: the adapted layers are compared one by one; the others decide how tensors
 # are initialised or trained, and not their meaning.
@@ -103,12 +105,20 @@ def _check_same_tensors(path: str, there: Any, here: Any) -> None:
         )
 
 
-def check_base(start: Start, model: nn.Module, missing: Collection[str]) -> None:
-    """Raises WeftError if the adapter's run recorded another base than `model`. Files with a fingerprint
-    of their base are compared with it in `load_start`, which knows casts.
+def check_base(start: Start, config: RunConfig, model: nn.Module, missing: Collection[str]) -> None:
+    """Raises WeftError if the adapter's run recorded another base than `model`.
+
+    The record is a checksum of all weights, which a cast changes. If that run loaded its base in
+    another way than `config`, only the fingerprint in the file is compared (`load_start`).
     """
-    if start.stored.fingerprint is None:
-        check_recorded_base(model, missing, [Path(start.path).expanduser()])
+    place = Path(start.path).expanduser()
+    run = files.run_of(place)
+    if run is None:
+        return
+    theirs, mine = RunDir(run).read()["config"].get("model", {}), to_dict(config)["model"]
+    same = all(theirs.get(key, mine[key]) == mine[key] for key in ("dtype", "quantize"))
+    if same or start.stored.fingerprint is None:
+        check_recorded_base(model, missing, [place])
 
 
 @torch.no_grad()
