@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..tasks.multimodal.answers import PROTOCOLS
 from .common import scores_text, write_json
 
 HELP = "score a file of outputs against a file of references by a task's own metric; no model"
@@ -16,22 +17,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         required=True,
         metavar="T",
-        help="e2e, samsum, wikisql, commonsense, a GLUE set such as cola",
+        help="e2e, samsum, wikisql, commonsense, a GLUE set such as cola, vqav2, textvqa, vizwiz, gqa, "
+        "nlvr2, coco-caption, tvqa, how2qa, tvc, yc2c, scienceqa, mmbench, pope",
     )
     add(
         "--references",
         required=True,
         metavar="FILE",
         type=Path,
-        help="e2e: lines with an empty line between segments, or a csv with mr,ref; else one "
-        "per line, or a table; .gz too",
+        help="e2e: lines with an empty line between segments, or a csv with mr,ref; images and "
+        "clips: the authors' file; else one per line, or a table; .gz too",
     )
     add(
         "--outputs",
         required=True,
         metavar="FILE",
         type=Path,
-        help="one output per line, in the order of the references",
+        help="one output per line, in the order of the references; images and clips: the authors' "
+        "format, matched by id",
+    )
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        metavar="P",
+        help="the rule of VQA accuracy: official, vl-adapter or textvqa (default: the benchmark's own)",
     )
     add("--json", metavar="FILE", type=Path, help="write the scores there too")
 
@@ -47,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--json {args.json}: there is no folder {args.json.absolute().parent} to write it in."
         )
-    report = score_files(args.task, args.references, args.outputs)
+    report = score_files(args.task, args.references, args.outputs, args.protocol)
     print(scores_text(report))
     write_json(
         args.json,

@@ -26,6 +26,7 @@ from ..errors import WeftError
 from .generation import Report, Scores
 
 METRICS = ("METEOR", "ROUGE-L", "CIDEr")
+BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 NO_JAVA = (
     "METEOR 1.5 is a Java program, and `java` does not run: install a Java runtime (on Debian and "
     "Ubuntu: "
@@ -57,8 +58,11 @@ _LIKE_STANFORD = tuple(
 )
 
 
-def caption_scores(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Report:
-    """Returns METEOR and ROUGE-L in [0, 1], and CIDEr in [0, 10].
+def caption_scores(
+    outputs: Sequence[str], references: Sequence[Sequence[str]], bleu: bool = False
+) -> Report:
+    """Returns METEOR and ROUGE-L in [0, 1], and CIDEr in [0, 10]; with `bleu` also BLEU-1 to BLEU-4 in
+    [0, 1], of the same tokens.
 
     ROUGE-L and CIDEr are means over segments; METEOR is computed over all of them. CIDEr weighs
     n-grams by the number of segments whose references have them, so a single segment scores 0.
@@ -71,7 +75,8 @@ def caption_scores(outputs: Sequence[str], references: Sequence[Sequence[str]]) 
     found = {i: [text] for i, text in enumerate(output[: len(outputs)])}
     rest = iter(output[len(outputs) :])
     wanted = {i: [next(rest) for _ in group] for i, group in enumerate(references)}
-    scores: Scores = dict.fromkeys(METRICS)
+    scores: Scores = dict(zip(BLEU, _bleu(wanted, found), strict=True)) if bleu else {}
+    scores |= dict.fromkeys(METRICS)
     reasons: dict[str, str] = {}
     if java:
         scores["METEOR"], failed = _meteor(wanted, found)
@@ -81,6 +86,13 @@ def caption_scores(outputs: Sequence[str], references: Sequence[Sequence[str]]) 
     scores["ROUGE-L"] = float(Rouge().compute_score(wanted, found)[0])
     scores["CIDEr"] = float(Cider().compute_score(wanted, found)[0])
     return Report(scores, reasons, () if java else (NO_JAVA_TOKENS,))
+
+
+def _bleu(wanted: dict[int, list[str]], found: dict[int, list[str]]) -> list[float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    scores, _ = Bleu(len(BLEU)).compute_score(wanted, found, verbose=0)
+    return [float(score) for score in scores]
 
 
 @cache

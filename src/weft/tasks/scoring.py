@@ -10,9 +10,12 @@ from typing import Any
 from ..errors import ConfigError, WeftError
 from . import COMMONSENSE, GLUE
 from .generation import Record, Report, references_only
+from .multimodal import SCORERS, vqa
+from .multimodal.answers import PROTOCOLS
 
+__all__ = ["PROTOCOLS", "SCORED", "check_task", "score_files"]
 Scorer = Callable[[Sequence[str], Sequence[Record]], Report]
-SCORED = ("e2e", "samsum", "wikisql", *COMMONSENSE, *GLUE)
+SCORED = ("e2e", "samsum", "wikisql", *COMMONSENSE, *GLUE, *SCORERS)
 
 
 def check_task(task: str) -> None:
@@ -26,14 +29,25 @@ def check_task(task: str) -> None:
         raise ConfigError(f"--task {task!r} has no scorer. Nearest: {', '.join(near)}.")
 
 
-def score_files(task: str, references: Path, outputs: Path) -> Report:
-    """Reads both files and scores. Raises ConfigError if the task is not known, and WeftError if a
-    line is invalid or the numbers differ.
+def score_files(task: str, references: Path, outputs: Path, protocol: str | None = None) -> Report:
+    """Reads both files and scores. `protocol`: one of `PROTOCOLS`, for VQA tasks; None for the
+    benchmark's own.
+
+    Raises ConfigError if the task is not known or has no protocols, and WeftError if a line is invalid
+    or the numbers differ.
     """
     check_task(task)
+    if protocol is not None and task not in vqa.PROTOCOL_OF:
+        raise ConfigError(
+            f"--protocol is the rule of VQA accuracy ({', '.join(vqa.PROTOCOL_OF)}); {task} has none."
+        )
     for path in (references, outputs):
-        if not path.is_file():
+        if not (path.is_file() or (task == "pope" and path.is_dir())):
             raise ConfigError(f"{path}: there is no such file.")
+    if task in vqa.PROTOCOL_OF:
+        return vqa.score_vqa(references, outputs, task, protocol)
+    if task in SCORERS:
+        return SCORERS[task](references, outputs)
     if task == "e2e":
         from .e2e import read_e2e_outputs, read_e2e_references, score_e2e
 
