@@ -194,7 +194,11 @@ def test_every_load_passes_the_options_of_its_model():
                 continue
             spread = [k.value for k in node.keywords if k.arg is None]
             local = any(k.arg == "gguf_file" for k in node.keywords)  # a file that Weft unpacks
-            if getattr(call.value, "id", "") in free or local:
+            never = any(
+                k.arg == "trust_remote_code" and ast.unparse(k.value) == "False"
+                for k in node.keywords
+            )
+            if getattr(call.value, "id", "") in free or local or never:
                 continue
             if not any(isinstance(v, ast.Attribute) and v.attr == "options" for v in spread):
                 loose.append(f"{path.name}:{node.lineno}")

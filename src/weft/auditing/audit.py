@@ -10,7 +10,8 @@ the steps that moved its tensors. The base passes if all its bits are the same, 
 
 A layer that few backward passes reached (layerdrop, an expert with few tokens) or none (an unused
 pooler) has had fewer gradients beside 0 than others. `unreached="allow"` lets it pass and returns its
-name.
+name. A weight whose bias had gradients while its own were all 0 was given zeros alone (VL-BART's boxes
+with CLIP's features): no training can move it, so it passes, and its key is returned.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def audit(
     unreached: str = "refuse",
 ) -> list[str]:
     """Raises AuditError, naming the tensors, unless every declared tensor trained and the base's
-    bits are the same. With unreached="allow", returns the modules that would have failed and that
-    gradients reached never, or in fewer backward passes than other modules.
+    bits are the same. Returns the keys of trained weights whose input was zero in every pass; with
+    unreached="allow" also the modules that would have failed and that gradients reached never, or in
+    fewer backward passes than other modules.
 
     before, after: from `weft.snapshot`, with two optimiser steps or more between them; or two
     mappings from state_dict keys to tensors [...]. With mappings, gradients are judged by the
@@ -90,7 +92,7 @@ def audit(
                 "or weft.audit(..., unreached='allow')."
             )
         raise AuditError("the audit failed:\n  " + "\n  ".join(shown))
-    return left
+    return [*declared.fed_zeros(), *(left if unreached == "allow" else ())]
 
 
 class _Declared:
@@ -100,12 +102,16 @@ class _Declared:
         self.by_module: dict[str, list[str]] = {}
         self.reached: dict[str, int] = {}  # largest number of gradients that were not 0
         self.waivable: set[str] = set()
+        self.gradients: dict[str, Gradients] = {}
+        self.of_key: dict[str, list[str]] = {}
 
     def add(self, key: str, problems: list[str], gradients: Gradients | None) -> None:
         """Notes a tensor. `gradients` is None if it is not known how many reached it."""
         module = key.rpartition(".")[0]
         self.by_module.setdefault(module, []).extend(problems)
+        self.of_key[key] = problems
         if gradients is not None:
+            self.gradients[key] = gradients
             self.reached[module] = max(self.reached.get(module, 0), gradients.nonzero)
         if problems and gradients is not None and gradients.finite:
             self.waivable.add(problems[0])
@@ -119,10 +125,34 @@ class _Declared:
             if problems and self.waivable.issuperset(problems) and self.reached[module] < most
         ]
 
+    def fed_zeros(self) -> list[str]:
+        """Returns the weights whose gradient was 0 in all passes while that of their bias was not: the
+        gradient of a weight is the output's, which the bias sums, times the input.
+        """
+        none = Gradients()
+        return [
+            key
+            for key, seen in self.gradients.items()
+            if key.endswith(".weight")
+            and seen.finite
+            and seen.count
+            and not seen.nonzero
+            and self.gradients.get(f"{key.removesuffix('weight')}bias", none).nonzero
+        ]
+
     def problems(self, allow: bool) -> list[str]:
-        """Returns all problems, without those of unreached modules if these are allowed."""
+        """Returns all problems, without those of weights that were given zeros, and of unreached modules
+        if these are allowed.
+        """
         left = self.unreached() if allow else []
-        return [p for m, found in self.by_module.items() if m not in left for p in found]
+        zeros = {p for key in self.fed_zeros() for p in self.of_key[key]}
+        return [
+            p
+            for m, found in self.by_module.items()
+            if m not in left
+            for p in found
+            if p not in zeros
+        ]
 
 
 def _snapshots(

@@ -137,26 +137,12 @@ def llama(*sizes: int) -> nn.Module:
     return model
 
 
-class VisualEmbedding(nn.Module):
-    """VL-BART's image input: features and boxes, each mapped and normalised, and the index of two
-    images.
-    """
-
-    def __init__(self, features: int, width: int) -> None:
-        super().__init__()
-        self.feat_embedding = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width))
-        self.absolute_vis_pos_embedding = nn.Sequential(
-            nn.Linear(5, width), nn.LayerNorm(width)
-        )  # box and area
-        self.img_order_embedding = nn.Embedding(2, width)
-
-
 def vl_bart(features: int) -> nn.Module:
     """Returns BART-base with 200 more tokens and a visual embedding for features of this width."""
-    import transformers
+    from ..models.vl_bart import EXTRA_TOKENS, VLBartConfig, VLBartForConditionalGeneration
 
-    config = transformers.BartConfig(
-        vocab_size=50265 + 200,
+    config = VLBartConfig(
+        vocab_size=50265 + len(EXTRA_TOKENS),
         d_model=768,
         encoder_layers=6,
         decoder_layers=6,
@@ -165,11 +151,10 @@ def vl_bart(features: int) -> nn.Module:
         encoder_ffn_dim=3072,
         decoder_ffn_dim=3072,
         max_position_embeddings=1024,
+        feat_dim=features,
     )
-    model: Any = transformers.BartForConditionalGeneration(config)
-    model.model.encoder.visual_embedding = VisualEmbedding(features, 768)
-    made: nn.Module = model
-    return made
+    model: nn.Module = VLBartForConditionalGeneration(config)
+    return model
 
 
 def llava() -> nn.Module:

@@ -194,10 +194,11 @@ class RunDir:
         self._put_record({**self.read(), **result})
 
     def report_unreached(self, stream: TextIO, modules: list[str], steps: int) -> None:
-        """Prints the modules that gradients hardly reached, and adds them to run.json."""
+        """Prints the modules and weights that gradients hardly reached, and adds them to run.json."""
         print(
             f"audit: in the first {steps} steps gradients reached {len(modules)} modules never or "
-            f"more rarely than others, which audit.unreached=allow accepts: {', '.join(modules[:8])}"
+            "more rarely than others (their input was zero, or audit.unreached=allow accepts it): "
+            f"{', '.join(modules[:8])}"
             f"{', ...' if len(modules) > 8 else ''}",
             file=stream,
             flush=True,
