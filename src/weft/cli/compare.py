@@ -207,7 +207,7 @@ def _request(args: argparse.Namespace) -> Request:
     from ..compare.request import default_request, parse_budget
     from ..compare.run.study_location import parse_study_url
     from ..errors import ConfigError
-    from ..tasks import GenerationRef, find_any
+    from ..tasks import ShapesRef, TaskRef, find_any
     from ..tasks.models import find_model
 
     given: dict[str, Any] = {
@@ -223,11 +223,13 @@ def _request(args: argparse.Namespace) -> Request:
             "--test: the task 'digits' has its own test data. Give --task csv:FILE or "
             "image-folder:DIR."
         )
+    if args.model is None and isinstance(given["task"], ShapesRef):
+        given["model"] = find_model("shapes-vl-bart")
     chosen = {key: value for key, value in given.items() if value is not None}
     request = default_request(resume=args.resume, retry=args.retry, **chosen)
     if args.head_lr is not None and all(entry.method == "Head" for entry in request.entries):
         raise ConfigError("--head-lr: if only the head is trained, use --lr head=RATE.")
-    if args.head_lr is not None and isinstance(request.task, GenerationRef):
+    if args.head_lr is not None and not isinstance(request.task, TaskRef):
         raise ConfigError(
             f"--head-lr: the task {request.task.name!r} generates text and has no new head."
         )
@@ -313,7 +315,7 @@ def _list_names(args: argparse.Namespace) -> int:
     from ..compare.plan import entries
     from ..compare.report import paper_table
     from ..methods import METHODS
-    from ..tasks import FAMILIES, GENERATION
+    from ..tasks import FAMILIES, GENERATION, SHAPES
     from ..tasks.models import EMBEDDED
     from ..tasks.packaged import PACKAGED
     from . import listed
@@ -329,6 +331,12 @@ def _list_names(args: argparse.Namespace) -> int:
     print(
         "tasks whose answers are text (--task; needs a causal language model)",
         *(listed(name, about, 21) for name, about in GENERATION.items()),
+        "",
+        sep="\n",
+    )
+    print(
+        "tasks with images or clips (--task; needs a VL-BART, such as shapes-vl-bart)",
+        *(listed(name, about, 21) for name, about in SHAPES.items()),
         "",
         sep="\n",
     )

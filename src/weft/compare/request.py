@@ -10,7 +10,7 @@ from typing import Any
 
 from ..auditing.audit import AUDIT_AFTER
 from ..errors import ConfigError
-from ..tasks import SPLITS, GenerationRef, TaskRef, find_task
+from ..tasks import SPLITS, GenerationRef, ShapesRef, TaskRef, find_task
 from ..tasks.models import ModelRef, find_model
 from .plan.budgets import PARAMETERS, SECONDS, STEPS, Equal, check_budget
 from .plan.entries import DEFAULT, Entry, parse_methods
@@ -45,7 +45,7 @@ class Request:
     """One comparison. `entries` are its rows; if `workers` is None, their number is chosen."""
 
     model: ModelRef
-    task: TaskRef | GenerationRef
+    task: TaskRef | GenerationRef | ShapesRef
     entries: Sequence[Entry]
     seeds: int = SEEDS
     budget: Budget = field(default_factory=Budget)

@@ -56,6 +56,12 @@ GENERATION = {
     "generate-and-match",
     **{f"{name}:DIR": f"{name} of the eight" for name in COMMONSENSE[1:]},
 }
+SHAPES = {
+    "shapes-vqa": "questions about images of coloured shapes, as VQAv2; VQA accuracy (offline)",
+    "shapes-nlvr": "is a sentence true of two images, as NLVR2; accuracy (offline)",
+    "shapes-caption": "descriptions of images, as COCO captions; CIDEr (offline)",
+    "shapes-video": "questions about clips with four choices, as TVQA; accuracy (offline)",
+}
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,27 @@ class GenerationRef:
         return load() if self.source is None else load(self.source)
 
 
-def find_any(name: str, test: str | None = None) -> TaskRef | GenerationRef:
-    """Finds a task of either kind, as `find_task` and `find_generation` do. Raises ConfigError if
+@dataclass(frozen=True)
+class ShapesRef:
+    """A task of the embedded world of shapes."""
+
+    name: str
+    kind: str
+    test: None = None
+
+
+def find_any(name: str, test: str | None = None) -> TaskRef | GenerationRef | ShapesRef:
+    """Finds a task of any kind, as `find_task` and `find_generation` do. Raises ConfigError if
     it does not exist or takes no test data.
     """
-    if _known(name, name.partition(":")[0], {**FAMILIES, **GENERATION}) in FAMILIES:
+    kind = name.partition(":")[0]
+    known = _known(name, kind, {**FAMILIES, **GENERATION, **SHAPES})
+    if known in FAMILIES:
         return find_task(name, test)
+    if known in SHAPES and name != kind:
+        raise ConfigError(f"task {name!r}: {kind!r} is built in; it accepts no path.")
+    if known in SHAPES and test is None:
+        return ShapesRef(name, kind)
     if test is not None:
         raise ConfigError(f"task {name!r} has its own test data; it accepts no other test data.")
     return find_generation(name)

@@ -24,7 +24,7 @@ from .packaged import PACKAGED
 from .vocabulary import check_ids, max_positions, padding, use_padding
 
 ASSETS = Path(__file__).parent / "assets"
-EMBEDDED = {"digits-vit": ASSETS / "digits_vit"}
+EMBEDDED = {"digits-vit": ASSETS / "digits_vit", "shapes-vl-bart": ASSETS / "shapes_vl_bart"}
 KNOWN = [*EMBEDDED, *PACKAGED]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CLASS = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
@@ -117,7 +117,7 @@ def prepare(task: Task, ref: ModelRef, most: dict[str, int | None]) -> Prepared:
             if task.family == "text"
             else _image_encoder(ref, model, notes)
         )
-        fingerprint = _model_fingerprint(model, missing)
+        fingerprint = model_fingerprint(model, missing)
     splits: dict[str, Labelled] = {}
     for name in SPLITS:
         splits[name] = encode(capped(task.splits[name], most.get(name), name, notes))
@@ -172,7 +172,7 @@ def causal_model(ref: ModelRef) -> tuple[Any, str]:
             f"model {ref.name!r} has no weights for {missing[0]!r} ({len(missing)} tensors in "
             "total); they would be random. Give a checkpoint of this architecture."
         )
-    fingerprint = _model_fingerprint(model, [])
+    fingerprint = model_fingerprint(model, [])
     model.config.use_cache = False  # `generate` enables it
     return model.eval(), fingerprint
 
@@ -239,8 +239,8 @@ def _text_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:
     return encoded
 
 
-def _model_fingerprint(model: Any, missing: list[str]) -> str:
-    """16 hex digits over the configuration and the names and bits of all pretrained tensors."""
+def model_fingerprint(model: Any, missing: list[str]) -> str:
+    """Returns 16 hex digits over the configuration and the names and bits of all pretrained tensors."""
     plain = {
         k: v
         for k, v in model.config.to_dict().items()

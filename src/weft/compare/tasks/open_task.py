@@ -1,16 +1,17 @@
-"""Opens a task for one model. A third kind of task is a file beside `labelled` and `generated`, and
-a line here.
+"""Opens a task for one model. Another kind of task is a file beside `labelled`, `generated` and `seen`,
+and a line here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...tasks import TaskRef, find_any
+from ...tasks import ShapesRef, TaskRef, find_any
 from ...tasks.models import ModelRef
 from .base import OpenTask
 from .generated import open_generated
 from .labelled import open_labelled
+from .seen import open_seen
 
 
 def open_task(
@@ -25,4 +26,6 @@ def open_task(
     ref = find_any(name, test)
     if isinstance(ref, TaskRef):
         return open_labelled(ref, model, limits)
+    if isinstance(ref, ShapesRef):
+        return open_seen(ref, model, limits)
     return open_generated(ref, model, limits)
