@@ -27,7 +27,15 @@ import weft
 from weft.models.vl_bart import PLACES, VLBartConfig, VLBartForConditionalGeneration
 from weft.tasks.shapes import examples as made
 from weft.tasks.shapes.language import NUMBERS, WAYS
-from weft.tasks.shapes.tower import ATTRIBUTES, WIDTH, Tower, as_pixels, features, save_tower
+from weft.tasks.shapes.tower import (
+    ATTRIBUTES,
+    WIDTH,
+    Tower,
+    as_pixels,
+    cell_boxes,
+    features,
+    save_tower,
+)
 from weft.tasks.shapes.world import COLOURS, KNOWN, SHAPES, SIDE, SIZES, Scene, draw, new_scene
 
 OUT = Path(weft.__file__).parent / "tasks" / "assets" / "shapes_vl_bart"
@@ -159,6 +167,7 @@ def train_model(tower: Tower, steps: int) -> tuple[nn.Module, object, float]:
     model = new_model(tokenizer)
     scenes = [new_scene(rng, KNOWN) for _ in range(IMAGES + HELD_OUT)]
     seen = features(tower, [draw(scene, rng) for scene in scenes]).unsqueeze(1)
+    boxes = cell_boxes().expand(BATCH, 1, -1, -1)
     optimiser = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
     rates = schedule(optimiser, steps)
     for _ in range(steps):
@@ -166,7 +175,7 @@ def train_model(tower: Tower, steps: int) -> tuple[nn.Module, object, float]:
         pairs = [_pair(scenes[row], rng) for row in rows]
         inputs, labels = batch(tokenizer, [t for t, _ in pairs], [a for _, a in pairs])
         optimiser.zero_grad()
-        model(**inputs, vis_feats=seen[rows], labels=labels).loss.backward()
+        model(**inputs, vis_feats=seen[rows], vis_boxes=boxes, labels=labels).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         rates.step()

@@ -15,7 +15,7 @@ from weft.tasks.models import EMBEDDED, find_model
 from weft.tasks.shapes.examples import examples
 from weft.tasks.shapes.language import question
 from weft.tasks.shapes.scores import SCORERS, most_frequent
-from weft.tasks.shapes.tower import features, load_tower
+from weft.tasks.shapes.tower import cell_boxes, features, load_tower
 from weft.tasks.shapes.world import KNOWN, draw, new_scene
 
 pytest.importorskip("transformers")
@@ -67,6 +67,7 @@ def test_the_packaged_model_answers_what_it_was_trained_on():
         input_ids=given["input_ids"],
         attention_mask=given["attention_mask"],
         vis_feats=features(tower, [draw(s, rng) for s in scenes]).unsqueeze(1),
+        vis_boxes=cell_boxes().expand(len(scenes), 1, -1, -1),
         max_new_tokens=4,
         do_sample=False,
         num_beams=1,

@@ -79,8 +79,11 @@ def test_padding_changes_nothing_and_the_image_matters():
     start = torch.full((3, 1), vl.config.decoder_start_token_id)
     wanted = vl(**given, decoder_input_ids=start).logits
     pad = torch.full((3, 2), vl.config.pad_token_id)
-    padded = {**given, "input_ids": torch.cat([given["input_ids"], pad], 1)}
+    ids = torch.cat([given["input_ids"], pad], 1)
+    padded = {**given, "input_ids": ids, "attention_mask": ids.ne(vl.config.pad_token_id).long()}
     torch.testing.assert_close(vl(**padded, decoder_input_ids=start).logits, wanted)
+    told = {"max_new_tokens": 5, "do_sample": False, "num_beams": 1}
+    assert torch.equal(vl.generate(**padded, **told), vl.generate(**given, **told))
     for changed in (
         {**given, "vis_feats": given["vis_feats"].flip(1)},  # the other image first
         {**given, "vis_feats": given["vis_feats"].flip(2)},  # other places

@@ -86,11 +86,14 @@ class VLBartEncoder(BartEncoder):  # type: ignore[misc]
         vis_boxes: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """Returns states [batch, tokens + images · regions, width]. `attention_mask` covers both."""
+        """Returns states [batch, tokens + images · regions, width]. `attention_mask` is the text's,
+        [batch, tokens].
+        """
         text = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         states = self.layernorm_embedding(text + self.embed_positions(text[:, :, -1]))
         if vis_feats is not None:
             states = torch.cat([states, self._visual(vis_feats, vis_boxes)], dim=1)
+            attention_mask = _widened(attention_mask, states.shape[1])
         states = nn.functional.dropout(states, p=self.dropout, training=self.training)
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=states, attention_mask=attention_mask
@@ -101,6 +104,7 @@ class VLBartEncoder(BartEncoder):  # type: ignore[misc]
         return BaseModelOutput(last_hidden_state=states)
 
     def _visual(self, feats: Tensor, boxes: Tensor | None) -> Tensor:
+        _check_features(self.config, feats, boxes)
         if boxes is None:
             boxes = feats.new_zeros(*feats.shape[:3], 4)
         table = self.embed_tokens.weight
@@ -134,8 +138,6 @@ class VLBartForConditionalGeneration(BartForConditionalGeneration):  # type: ign
     ) -> Any:
         """Returns BART's output. Raises ValueError if features or boxes have another shape."""
         if encoder_outputs is None and vis_feats is not None:
-            _check_features(self.config, vis_feats, vis_boxes)
-            attention_mask = self._widened(attention_mask, input_ids, vis_feats)
             encoder_outputs = self.model.encoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -144,6 +146,8 @@ class VLBartForConditionalGeneration(BartForConditionalGeneration):  # type: ign
                 vis_boxes=vis_boxes,
                 **{name: kwargs[name] for name in _RECORDED if name in kwargs},
             )
+        if encoder_outputs is not None:  # made here, or once by `generate`
+            attention_mask = _widened(attention_mask, encoder_outputs[0].shape[1])
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -151,29 +155,12 @@ class VLBartForConditionalGeneration(BartForConditionalGeneration):  # type: ign
             **kwargs,
         )
 
-    def _widened(self, mask: Tensor | None, ids: Tensor | None, feats: Tensor) -> Tensor:
-        """The mask [batch, tokens + images · regions] of text and visual tokens."""
-        if mask is None:
-            if ids is None:
-                raise ValueError("inputs_embeds with vis_feats need an attention_mask")
-            mask = ids.ne(self.config.pad_token_id)
-        return torch.cat([mask, mask.new_ones(len(mask), feats.shape[1] * feats.shape[2])], dim=1)
 
-    def _prepare_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The encoder runs once, and the decoder sees its visual tokens through the wider mask."""
-        feats = model_kwargs.get("vis_feats")
-        if feats is not None:
-            _check_features(self.config, feats, model_kwargs.get("vis_boxes"))
-            mask = model_kwargs.get("attention_mask")
-            model_kwargs["attention_mask"] = self._widened(mask, inputs_tensor, feats)
-        found: dict[str, Any] = super()._prepare_encoder_decoder_kwargs_for_generation(
-            inputs_tensor, model_kwargs, *args, **kwargs
-        )
-        for name in ("vis_feats", "vis_boxes"):
-            found.pop(name, None)
-        return found
+def _widened(mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask of a text [batch, tokens] with ones for visual tokens, [batch, length]."""
+    if mask is None or mask.shape[1] == length:
+        return mask
+    return torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], dim=1)
 
 
 def _check_features(config: VLBartConfig, feats: Tensor, boxes: Tensor | None) -> None:

@@ -22,6 +22,7 @@ from ...tasks.base import digest
 from ...tasks.models import ModelRef, loading, model_fingerprint, quiet
 from ...tasks.shapes.examples import Example, examples
 from ...tasks.shapes.scores import METRICS, SCORERS, most_frequent
+from ...tasks.shapes.tower import cell_boxes, features, load_tower
 from ...training import scored
 from ...training.losses import reduced
 from .base import Facts, Guess, Tested
@@ -53,8 +54,16 @@ class SeenSplit:
             "input_ids": texts,
             "attention_mask": texts.ne(self.pad).long(),
             "vis_feats": self.seen[rows],
+            "vis_boxes": self._boxes.expand(len(rows), *self._boxes.shape),
             "decoder_input_ids": _cut(self.tokens[rows], self.pad),
         }
+
+    @cached_property
+    def _boxes(self) -> Tensor:
+        """[images, regions, 4]; the frames of a clip are regions of one image."""
+        images, regions = self.seen.shape[1:3]
+        cells = cell_boxes()
+        return cells.repeat(regions // len(cells), 1).expand(images, -1, -1)
 
     def wanted(self, rows: Tensor) -> Tensor:
         """The labels of these rows [n, length]: the decoder's tokens without the start token."""
@@ -157,7 +166,6 @@ def open_seen(ref: ShapesRef, model: ModelRef, limits: Mapping[str, int | None])
     shapes beside it.
     """
     from ...models.vl_bart import VLBartForConditionalGeneration
-    from ...tasks.shapes.tower import load_tower
 
     folder = Path(model.source)
     check_sees(model)
@@ -212,7 +220,6 @@ def check_sees(model: ModelRef) -> None:
 def _encode(
     given: Sequence[Example], split: str, task: str, tokenizer: Any, config: Any, tower: Any
 ) -> SeenSplit:
-    from ...tasks.shapes.tower import features
     from ...tasks.shapes.world import draw
 
     rng = random.Random(f"{task}/{split}/images")

@@ -71,6 +71,12 @@ def features(tower: Tower, images: Sequence[Image.Image], batch: int = 256) -> T
     return torch.cat(parts)
 
 
+def cell_boxes() -> Tensor:
+    """Returns the cells' boxes [9, 4] in [0, 1], x1, x2, y1, y2, row by row."""
+    starts = [(x / SIDE, y / SIDE) for y in range(SIDE) for x in range(SIDE)]
+    return torch.tensor([[x, x + 1 / SIDE, y, y + 1 / SIDE] for x, y in starts])
+
+
 def load_tower(folder: Path) -> Tower:
     """Reads the tower that `save_tower` wrote, in eval mode, frozen. Raises WeftError if it is not
     there.
