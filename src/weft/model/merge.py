@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,9 @@ from ..ops.norm import full_precision
 from .adapter import STALE_NORM, Adapter
 from .layer import AdapterLayer, active_of, is_adapted, layers_of
 from .offload import loaded, offloads
+from .row_inputs import tensors
 from .state import Backup, Merged, State, state_of
+from .statistics import in_eval
 from .uncalled import Reads, silent
 from .use import check_alone
 from .wiring import message, problems
@@ -189,7 +190,7 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
     changed = problems(state, adapter, whole=True)
     if changed:
         raise MergeError(message(changed))
-    for name, layer in adapter.layers.items():
+    for name, layer in adapter.every_layer().items():
         if offloads(layer.base.module) or layer.base.device.type == "meta":
             raise MergeError(
                 f"{name!r} has no weight between forwards (it is offloaded by accelerate, or on the meta "
@@ -340,31 +341,7 @@ def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
             out = model(**inputs)
         else:
             out = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    found = [t.detach().double() for t in _tensors(out)]
+    found = [t.detach().double() for _, t in tensors(out) if t.is_floating_point()]
     if not found:
         raise MergeError("verify: the model returned no floating-point tensor to compare.")
     return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-@contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
-    """Inside this context, every module of the model is in eval mode."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

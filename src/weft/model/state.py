@@ -177,8 +177,7 @@ class State:
 
     def install_for_caller(self) -> None:
         """Puts the base tensors in place that go with what the caller has active."""
-        choice = self.active.chosen()
-        self.install_for(self.active.default if choice is None else choice.active)
+        self.install_for(self.active.selection())
 
     def guard(self, adapter: Adapter) -> None:
         """Lets every module that reads a base tensor of this adapter check which set is in place: a
@@ -266,8 +265,7 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 def _leave(root: nn.Module, args: Any, output: Any) -> None:
     state = root.__dict__.get(ATTRIBUTE)
     if state is not None and not torch.compiler.is_compiling():
-        choice = state.active.chosen()
-        active = state.active.default if choice is None else choice.active
+        active = state.active.selection()
         cache_marks.put(state.active, active, output)
         call = this_call()
         input_cache.end_forward(call)
