@@ -333,81 +333,6 @@ def test_a_prompt_that_lost_its_place_is_no_fault_of_another_adapter(tmp_path):
         weft.save(a.model, tmp_path / "a")
 
 
-# Layers whose weight the model reads
-
-
-class Reads(nn.Module):
-    """`layer` is never called; `pool` is neither called nor read."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.mid, self.pool = (nn.Linear(7, 7) for _ in range(3))
-
-    def forward(self, x):
-        return self.mid(torch.tanh(nn.functional.linear(x, self.layer.weight, self.layer.bias)))
-
-
-def reads(*targets):
-    torch.manual_seed(0)
-    model = Reads().eval()
-    move(weft.attach(model, weft.LoRA(r=2, targets=list(targets))))
-    return model, torch.randn(3, 7)
-
-
-def test_a_weight_that_the_model_reads_itself_is_noticed_in_the_second_forward():
-    model, x = reads("layer", "mid")
-    model(x)
-    for _ in range(2):
-        with pytest.raises(weft.WeftError, match="never calls 'layer' but reads its weight"):
-            model(x)
-    with weft.use(model, None):
-        model(x)
-
-
-def test_an_adapter_of_which_no_layer_runs_is_noticed_in_the_first_forward():
-    for target in ("layer", "pool"):
-        model, x = reads(target)
-        for _ in range(2):
-            with pytest.raises(weft.WeftError, match=f"none of the 1 layers.*'{target}'"):
-                model(x)
-
-
-@pytest.mark.parametrize("before", [0, 1])
-def test_merge_refuses_to_change_a_weight_that_the_model_reads_itself(before):
-    for targets in (["layer"], ["layer", "mid"]):
-        model, x = reads(*targets)
-        if before and len(targets) > 1:
-            model(x)
-        weight = model.layer.weight.clone()
-        with pytest.raises(
-            weft.MergeError, match="nothing was merged: the model never calls 'layer'"
-        ):
-            weft.merge(model, verify=x)
-        assert same_bits(model.layer.weight, weight)
-    model, x = reads("pool")
-    with pytest.raises(weft.MergeError, match="does not change the outputs"):
-        weft.merge(model, verify=x)
-
-
-def test_a_layer_that_is_neither_called_nor_read_is_let_through():
-    model, x = reads("mid", "pool")
-    for _ in range(3):
-        model(x)
-    weft.merge(model, verify=x)
-
-
-def test_layers_that_run_in_one_row_of_a_batch_have_run():
-    a = awake("LoRA")
-    awake("VeRA", name="b", model=a.model)
-    model = copy.deepcopy(a.model)
-    for adapter in weft.adapters(model).values():
-        for layer in adapter.layers.values():
-            layer.ran = False
-    with weft.use(model, ["default", None, "b", "b"]):
-        model(a.x)
-    assert all(x.ran for each in weft.adapters(model).values() for x in each.layers.values())
-
-
 def test_a_second_adapter_does_not_hide_that_a_whole_part_is_gone():
     model = llama()
     move(weft.attach(model, weft.LoRA(r=2, targets=["q_proj"])))
@@ -422,19 +347,3 @@ def test_weights_that_share_memory_are_tied_at_attach():
     tie_by_data(model)
     with pytest.raises(weft.TargetError, match="are tied"):
         weft.attach(model, weft.LoRA(r=2, **HEAD))
-
-
-def test_an_interrupted_forward_leaves_no_watch_behind():
-    model, x = reads("layer", "mid")
-    model(x)
-
-    def interrupt(module, args):
-        raise KeyboardInterrupt
-
-    hook = model.mid.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(x)
-    hook.remove()
-    with weft.use(model, None):
-        model(x)
-    assert torch.overrides._get_current_function_mode() is None

@@ -20,7 +20,7 @@ from .offload import loaded, offloads
 from .row_inputs import tensors
 from .state import Backup, Merged, State, state_of
 from .statistics import in_eval
-from .uncalled import Reads, silent
+from .uncalled import Reads, weighted_layers
 from .use import check_alone
 from .wiring import message, problems
 
@@ -86,7 +86,7 @@ def merge(
         state.uncalled.paused = True  # it looks in forwards, and raises no MergeError
         try:
             before = _outputs(state, name, verify)
-            _check_called(state, adapter, verify)
+            _check_called(state, adapter, verify, tolerance)
         finally:
             state.uncalled.paused = False
         base = _outputs(state, None, verify)
@@ -324,15 +324,22 @@ def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
     return _run(state.root, inputs)
 
 
-def _check_called(state: State, adapter: Adapter, inputs: Any) -> None:
-    """Raises MergeError if the model reads the weight of a layer that it does not call."""
-    layers = silent(adapter) if inputs is not None and not state.active.was_traced else {}
-    if layers:
-        with Reads(layers) as reads:
+def _check_called(state: State, adapter: Adapter, inputs: Any, tolerance: float | None) -> None:
+    """Raises MergeError if the model reads the weight of a layer past the adapter, with these inputs or in
+    a forward before. A layer that it calls as well is let through if its effect is measured and a
+    tolerance for it was given.
+    """
+    if inputs is not None and not state.active.was_traced:
+        with Reads(layer.base.module for layer in weighted_layers(adapter).values()) as reads:
             _outputs(state, adapter.name, inputs)
-        problem = reads.problem(adapter.name)
+        state.uncalled.note(adapter, reads)
+    problem = state.uncalled.problem(adapter)
+    if problem is None and (inputs is None or tolerance is None):
+        problem = state.uncalled.reread(adapter)
         if problem is not None:
-            raise MergeError(f"nothing was merged: {problem}")
+            problem += " If the read does not matter, give verify= inputs and a tolerance=."
+    if problem is not None:
+        raise MergeError(f"nothing was merged: {problem}")
 
 
 def _run(model: nn.Module, inputs: Any) -> list[Tensor]:

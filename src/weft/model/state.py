@@ -255,8 +255,9 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     _check_choice(state, active, chosen=choice is not None)
     if isinstance(active, PerRow):
         _check_rows(len(active.names), args, kwargs)
-    if state.uncalled and state.merged is None and not isinstance(active, PerRow):
-        state.uncalled.enter(state.adapters, active, call)
+    if state.uncalled and state.merged is None and root is state.root:
+        known = None if state.active.was_traced else active
+        state.uncalled.enter(root, state.adapters, known, call)
     cache_marks.check(state.active, active, [*enumerate(args), *kwargs.items()])
     rows = active if isinstance(active, PerRow) else None
     row_calls.begin(call, root, state.active, rows, args, kwargs)
@@ -276,11 +277,10 @@ def _leave(root: nn.Module, args: Any, output: Any) -> None:
 
 
 def _look_for_uncalled(state: State, call: Any, output: Any) -> None:
-    choice = state.active.chosen()
-    active = state.active.default if choice is None else choice.active
-    known = isinstance(active, str) and state.merged is None and not state.active.was_traced
+    known = state.merged is None and not state.active.was_traced
+    active = state.active.selection() if known else None
     ended = output is not None  # torch calls the hook after an error, too
-    state.uncalled.leave(state.root, state.adapters, active if known else None, call, ended)
+    state.uncalled.leave(state.root, state.adapters, active, call, ended)
 
 
 def _say_merged(root: nn.Module, found: dict[str, Any], prefix: str, metadata: Any) -> None:
