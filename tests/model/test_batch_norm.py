@@ -158,3 +158,24 @@ def test_looking_at_a_model_leaves_every_mode_as_it_was(call, frozen):
     assert {m: m.training for m in net.modules()} == before
     weft.detach(net)
     assert net[1].training is trains and net[2].training is not trains
+
+
+@pytest.mark.parametrize("change", ["replace", "convert"])
+def test_a_batch_norm_that_came_after_attach_is_named(change, tmp_path):
+    net = model()
+    weft.attach(net, weft.LoRA(targets=["0"], freeze_batch_norm=True))
+    weft.attach(net, weft.LoRA(targets=["3"]), name="other")
+    net(torch.randn(4, 7))
+    if change == "replace":
+        net[1] = nn.BatchNorm1d(9)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for error, call in (
+        (weft.WeftError, lambda: net(torch.randn(4, 7))),
+        (weft.MergeError, lambda: weft.merge(net)),
+    ):
+        with pytest.raises(error, match=r"'1' \(\w+\) keeps running statistics, and came into"):
+            call()
+    weft.detach(net)
+    net[1] = nn.BatchNorm1d(9)
+    net(torch.randn(4, 7))

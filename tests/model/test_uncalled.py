@@ -46,6 +46,12 @@ def attached(*targets, read=linear, calls=False):
     return model, torch.randn(3, 7)
 
 
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x @ weight.t()
+
+
 READS = {
     "linear": linear,
     "a product": lambda x, layer: x @ layer.weight.t(),
@@ -54,6 +60,9 @@ READS = {
     "cast": lambda x, layer: x @ layer.weight.to(torch.float64).to(x.dtype).T,
     "some rows": lambda x, layer: (x @ layer.weight[2:].t()).sum(1)[:, None].expand(3, 7),
     "several results": lambda x, layer: x * torch.max(layer.weight, dim=0)[0],
+    "numpy": lambda x, layer: x @ torch.from_numpy(layer.weight.detach().numpy()).T,
+    "a function of its own": lambda x, layer: Product.apply(x, layer.weight),
+    "past the adapter": lambda x, layer: nn.Linear.forward(layer, x),
     "a list": lambda x, layer: x @ torch.cat([layer.weight, layer.weight], 0)[:7],
 }
 FORMS = {

@@ -75,7 +75,8 @@ def merge(
     raised. An adapter that does not change these outputs at all is refused, too. The base's bits
     are kept, so `unmerge` is exact; that costs one copy of the merged weights.
 
-    Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed),
+    Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed, the
+    model reads a weight past the adapter, as far as `verify` or a forward before has shown),
     UnsupportedError (the method cannot be merged).
     """
     state = state_of(model)

@@ -66,6 +66,11 @@ def freeze(modules: Iterable[nn.Module]) -> None:
             module.training = False
 
 
+def thawed(root: nn.Module) -> dict[str, nn.Module]:
+    """Returns those that keep running statistics and are not frozen, by name."""
+    return {n: m for n, m in with_statistics(root).items() if _MODE not in m.__dict__}
+
+
 def release(modules: Iterable[nn.Module]) -> None:
     """Undoes `freeze`: the module's own class, and the mode that the model has now."""
     for module in modules:

@@ -39,6 +39,9 @@ _OF_SELF = {
 }  # of another tensor: its form only
 
 
+_AWAY = {"numpy", "__array__", "__dlpack__", "tolist"}  # what leaves torch
+
+
 class Reads(TorchFunctionMode):
     """While it is on, `found` gets the modules whose weight an operation reads outside their calls,
     and the name of the first such operation.
@@ -72,7 +75,8 @@ class Reads(TorchFunctionMode):
             used &= {_memory(t) for t in args[:1] if isinstance(t, Tensor)}
         made = {_memory(t) for t in _flat((out,))}
         for memory in used:
-            if made - {memory}:  # else it is a view of the weight, or was written to
+            # Else it is a view of the weight, or was written to.
+            if made - {memory} or name in _AWAY:
                 modules = known[memory]
                 if not _calls_one_of(modules):
                     for module in modules:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import WeftError
+from . import statistics
 from .adapter import Adapter
 from .base_layers import BaseLayer, own_class
 from .layer import AdapterLayer, forget_offloaded, is_adapted
@@ -70,6 +71,9 @@ class Wiring:
                         self._note(module.__dict__, HOOK)
         for module in state.virtual.hooked if state.virtual is not None else ():
             noting.add(self.homes.get(module, ("?",)), module)
+        if any(adapter.config.freeze_batch_norm for adapter in state.adapters.values()):
+            for name, module in statistics.with_statistics(state.root).items():
+                noting.add((name,), module)
         self._known = True
 
     def _find_homes(self, state: Any) -> None:
@@ -213,6 +217,13 @@ def problems(state: Any, adapter: Adapter, whole: bool = False) -> list[str]:
             virtual.hooked if virtual is not None and adapter.name in virtual.configs else ()
         )
         if module not in modules
+    ]
+    found += [
+        f"{name!r} ({own_class(module).__name__}) keeps running statistics, and came into the model after "
+        f"adapter {adapter.name!r}, which freezes them (freeze_batch_norm), was attached."
+        for name, module in (
+            statistics.thawed(root) if adapter.config.freeze_batch_norm else {}
+        ).items()
     ]
     return list(dict.fromkeys(found + _tied(root, adapter)))
 
