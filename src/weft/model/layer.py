@@ -125,6 +125,11 @@ class AdapterLayer(nn.Module):
         return {**self.trainable(), **{name: self.get_buffer(name) for name in self.start_names}}
 
     @property
+    def base_weight(self) -> Tensor | None:
+        """The module's parameter that stores W, as it is at the moment; None if it has none."""
+        return self.base.module._parameters.get("weight")  # type: ignore[no-any-return]
+
+    @property
     def rank(self) -> int | None:
         """The rank in force, or None for a method without ranks."""
         found: int | None = self.method.rank(self)

@@ -331,7 +331,7 @@ def _check_called(state: State, adapter: Adapter, inputs: Any, tolerance: float 
     tolerance for it was given.
     """
     if inputs is not None and not state.active.was_traced:
-        with Reads(layer.base.module for layer in weighted_layers(adapter).values()) as reads:
+        with Reads(weighted_layers(adapter).values()) as reads:
             _outputs(state, adapter.name, inputs)
         state.uncalled.note(adapter, reads)
     problem = state.uncalled.problem(adapter)

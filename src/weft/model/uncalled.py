@@ -26,7 +26,7 @@ from .active import Active, names_of
 from .adapter import Adapter
 from .base_layers import BaseLayer
 from .gate import CALL
-from .layer import adapted_forward
+from .layer import AdapterLayer, adapted_forward
 
 _FORWARDS = 2  # that are watched if layers do not run
 _CALLS = (CALL, adapted_forward.__code__)
@@ -43,19 +43,19 @@ _AWAY = {"numpy", "__array__", "__dlpack__", "tolist"}  # what leaves torch
 
 
 class Reads(TorchFunctionMode):
-    """While it is on, `found` gets the modules whose weight an operation reads outside their calls,
-    and the name of the first such operation.
+    """While it is on, `found` gets the layers whose weight an operation reads outside the calls of
+    their modules, and the name of the first such operation.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, layers: Iterable[AdapterLayer]) -> None:
         super().__init__()
-        self.found: dict[nn.Module, str] = {}
+        self.found: dict[AdapterLayer, str] = {}
         self.on = True
-        self._readers: dict[int, list[nn.Module]] = {}  # of the memory of a weight
-        for module in modules:
-            weight = module._parameters.get("weight")
+        self._readers: dict[int, list[AdapterLayer]] = {}  # of the memory of a weight
+        for layer in layers:
+            weight = layer.base_weight
             if weight is not None and not weight.is_meta:
-                self._readers.setdefault(_memory(weight), []).append(module)
+                self._readers.setdefault(_memory(weight), []).append(layer)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -75,12 +75,10 @@ class Reads(TorchFunctionMode):
             used &= {_memory(t) for t in args[:1] if isinstance(t, Tensor)}
         made = {_memory(t) for t in _flat((out,))}
         for memory in used:
-            # Else it is a view of the weight, or was written to.
-            if made - {memory} or name in _AWAY:
-                modules = known[memory]
-                if not _calls_one_of(modules):
-                    for module in modules:
-                        self.found.setdefault(module, name)
+            if not made - {memory} and name not in _AWAY:
+                continue  # a view of the weight, or the weight was written to
+            if not _calls_one_of([layer.base.module for layer in known[memory]]):
+                self.found = {**dict.fromkeys(known[memory], name), **self.found}
 
 
 def _name(func: Any) -> str:
@@ -118,19 +116,13 @@ def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _flat(value)
 
 
-def weighted_layers(adapter: Adapter) -> dict[str, Any]:
+def weighted_layers(adapter: Adapter) -> dict[str, AdapterLayer]:
     """Returns the layers of an adapter that stand for a weight which the model could read."""
     return {
         name: layer
         for name, layer in adapter.every_layer().items()
-        if isinstance(layer.base, BaseLayer)
-        and layer.base.module._parameters.get("weight") is not None
+        if isinstance(layer.base, BaseLayer) and layer.base_weight is not None
     }
-
-
-def _modules(adapter: Adapter, silent: bool = False) -> list[nn.Module]:
-    layers = weighted_layers(adapter).values()
-    return [layer.base.module for layer in layers if not (silent and layer.ran)]
 
 
 class Uncalled:
@@ -176,14 +168,15 @@ class Uncalled:
         if not left or thread in self._watches:
             return
         silent = _disturbed(root)  # then only what is worth it
-        modules = [
-            module
+        layers = [
+            layer
             for name, k in left.items()
             if name in adapters and not (silent and k == _FORWARDS)
-            for module in _modules(adapters[name], silent)
+            for layer in weighted_layers(adapters[name]).values()
+            if not (silent and layer.ran)
         ]
-        if modules:
-            reads = Reads(modules)
+        if layers:
+            reads = Reads(layers)
             self._watches[thread] = reads, call
             reads.__enter__()  # type: ignore[no-untyped-call]
 
@@ -245,9 +238,8 @@ class Uncalled:
     def note(self, adapter: Adapter, reads: Reads) -> None:
         """Adds what has been read of an adapter's layers."""
         for name, layer in adapter.every_layer().items():
-            if layer.base.module in reads.found:
-                known = self._read.setdefault(adapter.name, {})
-                known.setdefault(name, reads.found[layer.base.module])
+            if layer in reads.found:
+                self._read.setdefault(adapter.name, {}).setdefault(name, reads.found[layer])
 
     def problem(self, adapter: Adapter) -> str | None:
         """Returns the layers that were read and have never run, as a sentence, or None."""

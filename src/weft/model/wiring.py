@@ -155,9 +155,7 @@ def _copies(state: Any) -> set[int]:
 def _borrowed(state: Any) -> bool:
     """Whether torch.func has put tensors in the place of weights, for one call."""
     weights = (
-        layer.base.module._parameters.get("weight")
-        for adapter in state.adapters.values()
-        for layer in _layers(adapter)
+        layer.base_weight for adapter in state.adapters.values() for layer in _layers(adapter)
     )
     return any(weight is not None and not isinstance(weight, nn.Parameter) for weight in weights)
 
@@ -277,7 +275,7 @@ def _weights(adapter: Adapter) -> Iterator[_Weight]:
     """Yields all of them: the layers' weights, the tables of new tokens, and what trains as a copy."""
     for name, layer in adapter.every_layer().items():
         module, base = layer.base.module, layer.base
-        weight = module._parameters.get("weight")
+        weight = layer.base_weight
         if isinstance(base, BaseLayer) and base.has_weight and weight is not None:
             readers = _readers(adapter, name) or {name: module}
             places = {(m, "weight") for m in readers.values()}
