@@ -282,6 +282,8 @@ def test_a_weight_tied_to_a_trained_copy_is_named(tmp_path):
     """It would keep the copy when another adapter, or the base, is active."""
     model = llama()
     weft.attach(model, weft.LoRA(r=2, targets=["q_proj"], modules_to_save=["embed_tokens"]))
+    before = model.model.embed_tokens.weight.clone()
+    move(weft.adapters(model)["default"])
     tie_head(model)
     for error, call in (
         (weft.MergeError, lambda: weft.merge(model)),
@@ -289,6 +291,12 @@ def test_a_weight_tied_to_a_trained_copy_is_named(tmp_path):
     ):
         with pytest.raises(error, match=r"'lm_head\.weight' have shared one weight since"):
             call()
+    with pytest.raises(weft.WeftError, match=r"'lm_head\.weight' has shared one weight with"):
+        weft.use(model, None)
+    model(ids())
+    weft.detach(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert same_bits(model.lm_head.weight, before)
 
 
 class Twice(nn.Module):

@@ -24,8 +24,9 @@ from .norm_watch import NormWatch
 from .open_blocks import OpenBlocks
 from .row_inputs import main_input
 from .saving import check_merged, note_merged, unwatch_savers, watch_savers
+from .selected import taken
 from .uncalled import Uncalled
-from .wiring import Wiring
+from .wiring import CURE, Wiring
 
 ATTRIBUTE = STATE
 
@@ -120,7 +121,11 @@ class State:
         choice = self.active.chosen()
         blocks = open_blocks if open_blocks is not None else own_blocks(choice)
         self.active.choose(active, blocks, block)
-        self.install_for(active)
+        try:
+            self.install_for(active)
+        except WeftError:
+            self.active.restore(choice)
+            raise
 
     def set_default(self, active: Active) -> None:
         """Activates this for the caller and for every caller without a choice."""
@@ -155,6 +160,8 @@ class State:
         if self._installed == name:
             return
         before = self.adapters.get(self._installed or "")
+        if before is not None:
+            self._check_taken(before)
         for selected in before.selected_tensors.values() if before is not None else ():
             selected.install(selected.original)
             for layer in selected.layers():
@@ -164,6 +171,16 @@ class State:
             selected.install(selected.trained)
             self.active.base_weights |= dict.fromkeys(selected.layers(), selected.original)
         self._installed = name
+
+    def _check_taken(self, adapter: Adapter) -> None:
+        """Raises WeftError if a trained copy would stay somewhere when it is switched off."""
+        for full, (_, selected) in taken(self.root, adapter.selected_tensors.values()).items():
+            own = next(n for n, s in adapter.selected_tensors.items() if s is selected)
+            raise WeftError(
+                f"{full!r} has shared one weight with {own!r} since adapter {adapter.name!r} was attached, "
+                "which trains that as a copy (tie_weights?): it would keep the copy without the adapter. "
+                f"{CURE}"
+            )
 
     def begin_merge(self, record: Merged) -> None:
         """Switches all adapters off while the weights hold W'."""
