@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..untrusted.printable import WIDTH
 from .formulas import FORMS
 from .rebuild import STATUSES, Result
 
-WIDTH = 80
 _LABEL = 26
 _HEADS = {
     "numbers": "trained parameters",

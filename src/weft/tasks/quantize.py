@@ -1,4 +1,6 @@
-"""`model.quantize` and `--quantize`: a base that transformers quantises while it loads, by name."""
+"""How a base is loaded: the names that a configuration and the command line have for its dtype, for
+its device, and for how transformers quantises it while it loads.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from typing import Any
 
 from ..errors import ConfigError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # "auto": as stored
+DEVICES = ("auto", "cpu", "cuda")
 # The name -> the package that it needs.
 QUANTIZE = {
     "nf4": "bitsandbytes",

@@ -5,6 +5,7 @@ A FIFO or a device could block for ever, and an endless or huge file would fill 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -59,6 +60,15 @@ def read_text(path: Path, most: int) -> str:
     Raises OSError and ValueError as `read_bytes`, the latter also if it is not UTF-8.
     """
     return read_bytes(path, most).decode("utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file of any size, in hex digits. Raises OSError."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def _kind(mode: int) -> str | None:
