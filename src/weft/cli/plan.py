@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..errors import ConfigError
 
-    config = _config(args)
+    config = _method_config(args)
     if (
         (args.batch is None) != (args.tokens is None)
         or (args.batch or 1) < 1
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(args: argparse.Namespace) -> Any:
+def _method_config(args: argparse.Namespace) -> Any:
     """The method's configuration from the options. Raises ConfigError for an unknown method or
     field.
     """

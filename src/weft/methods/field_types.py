@@ -91,7 +91,8 @@ def checked(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     hints = hints_of(cls)
     return {
-        name: _checked(cls, name, hints.get(name, Any), value) for name, value in values.items()
+        name: _checked_field(cls, name, hints.get(name, Any), value)
+        for name, value in values.items()
     }
 
 
@@ -131,7 +132,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _checked(cls: Any, name: str, hint: Any, value: Any) -> Any:
+def _checked_field(cls: Any, name: str, hint: Any, value: Any) -> Any:
     try:
         return conform(hint, value)
     except WrongType as error:

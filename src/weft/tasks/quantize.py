@@ -59,7 +59,7 @@ def loading_options(
         whole = None
     else:
         whole = [*heads, *trained]
-    return {"dtype": found, "quantization_config": _config(name, found, whole)}
+    return {"dtype": found, "quantization_config": _quantization_config(name, found, whole)}
 
 
 def code(name: str, dtype: str) -> str:
@@ -76,7 +76,7 @@ def code(name: str, dtype: str) -> str:
     return f"TorchAoConfig(torchao.quantization.{kind}())"
 
 
-def _config(name: str, dtype: Any, whole: list[str] | None) -> Any:
+def _quantization_config(name: str, dtype: Any, whole: list[str] | None) -> Any:
     import transformers
 
     if name in ("nf4", "fp4"):

@@ -31,7 +31,7 @@ def kind_of(path: Path) -> str | None:
         return "a link to nothing" if path.is_symlink() else None
     except (OSError, ValueError) as error:  # a loop of links, a name with a NUL
         return f"unreadable ({error})"
-    return _kind(mode)
+    return _kind_of_mode(mode)
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -43,7 +43,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(handle, "rb") as file:
         found = os.fstat(handle)
-        kind = _kind(found.st_mode)
+        kind = _kind_of_mode(found.st_mode)
         if kind is not None:
             raise ValueError(f"it is {kind}, and a regular file is expected")
         if found.st_size > most:
@@ -71,7 +71,7 @@ def sha256_of(path: Path) -> str:
     return sha.hexdigest()
 
 
-def _kind(mode: int) -> str | None:
+def _kind_of_mode(mode: int) -> str | None:
     if stat.S_ISREG(mode):
         return None
     return next((name for test, name in _KINDS if test(mode)), "no regular file")
