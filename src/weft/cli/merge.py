@@ -8,29 +8,17 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .common import add_other_base
+from ..tasks.quantize import DTYPES
+from ..untrusted.printable import WIDTH
+from .common import ADAPTER, add_model_option, add_other_base
 
 HELP = "write a plain transformers model with an adapter merged into its weights"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-WIDTH = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="M",
-        help="the base: a name of weft compare --list, a directory, or a hub name",
-    )
-    add(
-        "--adapter",
-        required=True,
-        metavar="DIR",
-        help="a directory that weft.save, weft train or peft's save_pretrained wrote",
-    )
+    add_model_option(parser)
+    add("--adapter", required=True, metavar="DIR", help=ADAPTER)
     add_other_base(parser)
     add(
         "--out",

@@ -95,9 +95,9 @@ def _json(path: Path, kind: str) -> list[Numbered]:
     if kind == ".json" and not _has_lines(text):
         held = _parsed(text, path, 0)
         held = held if isinstance(held, list) else [held]
-        return [_object(path, f"entry {i}", row) for i, row in enumerate(held, start=1)]
+        return [_json_row(path, f"entry {i}", row) for i, row in enumerate(held, start=1)]
     return [
-        _object(path, f"line {number}", _parsed(line, path, number))
+        _json_row(path, f"line {number}", _parsed(line, path, number))
         for number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
@@ -126,7 +126,7 @@ def _parsed(text: str, path: Path, line: int) -> Any:
         raise WeftError(f"{where}: {error}.") from None
 
 
-def _object(path: Path, where: str, value: Any) -> Numbered:
+def _json_row(path: Path, where: str, value: Any) -> Numbered:
     if not isinstance(value, dict):
         raise WeftError(f"{path}, {where}: {str(value)[:40]!r} is not an object with named fields.")
     return where, value
