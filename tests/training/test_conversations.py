@@ -10,9 +10,11 @@ import pytest
 import tiny
 from chat_templates import GLM4, GPT_OSS, HEADERS, QWEN3
 
+from weft.encoding.conversation import asked
 from weft.encoding.labels import encode_labels
 from weft.encoding.render import Renderer, marked
 from weft.encoding.samples import Samples
+from weft.encoding.template import with_call_arguments
 from weft.errors import WeftError
 
 CHAT = [
@@ -144,6 +146,43 @@ def test_tools_and_calls_are_rendered_in_the_form_that_the_template_takes():
             text = shown({"messages": messages, "tools": json.dumps(TOOLS)}, template)
             assert learnt(text)[0] == f"{wanted}<|im_end|>"
             assert "The weather of a place" in text and "sunny" in text
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ('[{"name": "a", "name": "b"}]', "the key 'name' is given twice"),
+        ("[" * 100_000, "nested more than 64 deep"),
+        ('[{"name": NaN}]', "NaN is no number"),
+        ('[{"name": ]', "Expecting value"),
+    ],
+)
+def test_a_json_text_within_a_record_is_read_as_strictly_as_a_file(cell, says):
+    for row, place in (
+        ({"messages": CHAT, "tools": cell}, "sample 1: tools"),
+        ({"messages": CHAT, "documents": cell}, "sample 1: documents"),
+        ({"messages": CHAT, "tools": [cell]}, "sample 1: tools, entry 1"),
+        ({"messages": cell}, "sample 1: messages"),
+        ([CALLED[0], {**CALL, "tool_calls": cell}], "sample 1, message 2: tool_calls"),
+    ):
+        with pytest.raises(WeftError, match=rf"{place}: it is text, but no JSON: .*{says}"):
+            encoded(row)
+
+
+def test_arguments_that_say_two_things_are_no_object_for_a_template():
+    def talk(arguments):
+        function = {"name": "weather", "arguments": arguments}
+        call = {"id": "c1", "type": "function", "function": function}
+        return [CALLED[0], {**CALL, "tool_calls": [call]}, *CALLED[2:]]
+
+    twice = '{"city": "Bonn", "city": "Ulm"}'
+    objects = QWEN3.replace("call.arguments if call.arguments is string else ", "")
+    with pytest.raises(WeftError, match=r"'tool_calls\[0\].function.arguments' of message 2"):
+        encoded(talk(twice), objects)
+    for arguments in (twice, "{[" + "[" * 500):  # a text of the record, as it is
+        assert arguments in shown(talk(arguments), QWEN3)
+    deep = '{"a":' * 20_000 + "1" + "}" * 20_000  # no object that could be read
+    assert with_call_arguments(asked(talk(deep)), as_text=False) is None
 
 
 def test_a_call_without_content_suits_templates_that_need_one():

@@ -8,13 +8,13 @@ appears in the sample.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from ..errors import WeftError
+from ..untrusted import json_text
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -265,13 +265,13 @@ def _mappings(value: Any, place: str) -> list[Message] | None:
 
 def json_value(value: Any, place: str) -> Any:
     """Returns what a table's cell or another JSON text holds, and anything else as it is. Raises
-    WeftError for a text that begins as a list or mapping and is none.
+    WeftError for a text that begins as a list or mapping and is none, or one that says two things.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except ValueError:
-            raise WeftError(f"{place} is text, but not a JSON list.") from None
+            return json_text.loads(value)
+        except ValueError as error:
+            raise WeftError(f"{place}: it is text, but no JSON: {error}.") from None
     return value
 
 
