@@ -11,6 +11,7 @@ import tiny
 from weft.encoding.labels import classes_of
 from weft.encoding.render import Renderer, marked
 from weft.errors import ConfigError, WeftError
+from weft.training import formats
 from weft.training.config import from_dict, to_dict
 from weft.training.config.sections import DataSection, ModelSection
 from weft.training.data import load_samples
@@ -166,6 +167,18 @@ def test_numbers_and_booleans_are_text_as_json_writes_them(tmp_path):
     assert found[0]["prompt"] == "2"
     with pytest.raises(WeftError, match="is not text"):
         load(tmp_path, [{"prompt": "a", "completion": {"b": 1}}])
+
+
+@pytest.mark.parametrize("column", formats.TEXTS)
+def test_a_number_is_text_in_every_text_column_and_a_format_reads_each(tmp_path, column):
+    groups = (*formats.NEEDED.values(), *((*texts, "label") for texts in formats.LABELLED))
+    group = next((g for g in groups if column in g), None)
+    if group is None:  # an optional one
+        chosen = next(name for name, more in formats.OPTIONAL.items() if column in more)
+        group = formats.NEEDED[chosen]
+    row = {**dict.fromkeys(group, "a"), column: 4}
+    (found,) = load(tmp_path, [row])
+    assert "4" in json.dumps(found) and " 4" not in json.dumps(found)
 
 
 def labelled(labels):

@@ -27,33 +27,10 @@ from ..tasks import GenerationTask, find_generation, find_task
 from ..tasks.files import Row
 from ..tasks.generation import as_samples
 from .config.sections import DataSection
+from .formats import COLUMNS, LABELLED, NEEDED, OPTIONAL
 from .normalise import normalised, with_labels
-from .records import (
-    CHAT,
-    EMPTY,
-    OPTIONAL,
-    chat_row,
-    check_ignored,
-    check_pairs,
-    check_read,
-    is_chat,
-    left_out,
-)
+from .records import EMPTY, chat_row, check_ignored, check_pairs, check_read, is_chat, left_out
 from .sources import read_source, title_of
-
-NEEDED = {
-    "messages": ("messages",),
-    "prompt": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "text": ("text",),
-}
-TEXTS = (
-    ("sentence1", "sentence2"),
-    ("text", "text2"),
-    ("question", "sentence"),
-    ("text",),
-    ("sentence",),
-)
 
 
 def load_samples(
@@ -146,17 +123,16 @@ def _filled(rows: list[Row]) -> Row:
         for column, value in rows[0].items()
         if column == "label" or any(row.get(column) not in EMPTY for row in rows)
     }
-    groups = (*NEEDED.values(), *((*texts, "label") for texts in TEXTS))
+    groups = (*NEEDED.values(), *((*texts, "label") for texts in LABELLED))
     fits = any(all(column in filled for column in group) for group in groups)
     return filled if fits else rows[0]
 
 
 def _renamed(rows: list[Row], columns: Mapping[str, str], name: str) -> list[Row]:
     """The rows with Weft's names in place of the file's."""
-    known = {*(c for group in (*NEEDED.values(), *TEXTS) for c in group), "label", "input", *CHAT}
     for ours, theirs in columns.items():
-        if ours not in known:
-            near = get_close_matches(ours, known, n=2) or sorted(known)
+        if ours not in COLUMNS:
+            near = get_close_matches(ours, COLUMNS, n=2) or sorted(COLUMNS)
             raise ConfigError(
                 f"data.columns.{ours}: no format has this column. Nearest: {', '.join(near)}."
             )
@@ -186,7 +162,7 @@ def _format_of(row: Row, kind: str | None, name: str) -> str:
     if (
         "label" in row
         and kind != "causal-lm"
-        and any(all(c in row for c in group) for group in TEXTS)
+        and any(all(c in row for c in group) for group in LABELLED)
     ):
         return "label"
     for chosen, wanted in NEEDED.items():
@@ -201,7 +177,7 @@ def _format_of(row: Row, kind: str | None, name: str) -> str:
 
 def _columns(chosen: str, row: Row, name: str) -> tuple[str, ...]:
     if chosen == "label":
-        texts = next((group for group in TEXTS if all(c in row for c in group)), None)
+        texts = next((group for group in LABELLED if all(c in row for c in group)), None)
         if texts is not None and "label" in row:
             return (*texts, "label")
         wanted: Sequence[str] = ("text", "label")

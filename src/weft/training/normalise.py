@@ -17,26 +17,13 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
+from ..encoding.conversation import json_value
 from ..errors import WeftError
 from ..tasks import class_labels
 from ..tasks.files import Numbered, Row
-from ..untrusted import json_text
 from .config.sections import DataSection
+from .formats import TEXTS
 
-TEXTS = (
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "text",
-    "text1",
-    "text2",
-    "sentence",
-    "sentence1",
-    "sentence2",
-    "question",
-)
 SHAREGPT = ("conversations", "conversation")
 _OURS = ("from", "value", "role", "content")
 ROLES = {
@@ -103,7 +90,7 @@ def _conversations(
         where = f"{place}, column {column!r}"
         value = row.get(column)
         if isinstance(value, str) and value.lstrip().startswith("["):  # a table's cell
-            value = _cell(value, where)
+            value = json_value(value, where)
         if isinstance(value, list) and any(_is_sharegpt(message) for message in value):
             value = [_message(message, where, n) for n, message in enumerate(value, 1)]
         rest = {key: held for key, held in row.items() if key not in (column, ours)}
@@ -113,13 +100,6 @@ def _conversations(
 
 def _filled(rows: Sequence[Row], column: str) -> bool:
     return any(row.get(column) not in (None, "") for row in rows)
-
-
-def _cell(text: str, where: str) -> Any:
-    try:
-        return json_text.loads(text)
-    except ValueError as error:
-        raise WeftError(f"{where}: it is text, but no JSON list: {error}.") from None
 
 
 def _is_sharegpt(message: Any) -> bool:
@@ -179,7 +159,7 @@ def _is_list(value: Any) -> bool:
 def _turns(value: Any, role: str, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and not _is_list(value):
         return [{"role": role, "content": value}]
-    value = _cell(value, where) if isinstance(value, str) else value
+    value = json_value(value, where) if isinstance(value, str) else value
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
         raise WeftError(f"{where}: {value!r:.60} is neither text nor a list of messages.")

@@ -14,15 +14,8 @@ from typing import Any
 from ..encoding.conversation import conversation, json_value, without
 from ..errors import ConfigError, WeftError
 from ..tasks.files import Row
+from .formats import CHAT, TEMPLATE_INPUTS
 
-TEMPLATE_INPUTS = ("tools", "documents")  # passed to the chat template
-TURNS = ("system", "history")  # before a prompt or an instruction
-CHAT = (*TURNS, *TEMPLATE_INPUTS)
-OPTIONAL = {
-    "messages": ("system", *TEMPLATE_INPUTS),
-    "prompt": CHAT,
-    "instruction": ("input", *CHAT),
-}
 PAIR = ("chosen", "rejected")
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 
