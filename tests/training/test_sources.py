@@ -121,6 +121,21 @@ def test_sharegpt(tmp_path):
     assert load(tmp_path, [{"conversations": filled, "messages": None}])[0]["messages"] == wanted
 
 
+def test_sharegpt_is_seen_in_every_record(tmp_path):
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    wanted = [{"messages": talk}] * 2
+    for first, second in (
+        ({"messages": talk}, {"conversations": said}),
+        ({"conversations": said}, {"messages": talk}),
+        ({"conversation": said}, {"conversations": talk}),
+        ({"messages": talk}, {"messages": said, "conversations": []}),
+    ):
+        assert load(tmp_path, [first, second]) == wanted
+    with pytest.raises(WeftError, match="sample 2: nothing reads the column 'conversations'"):
+        load(tmp_path, [{"messages": talk}, {"messages": talk, "conversations": said}])
+
+
 @pytest.mark.parametrize(
     ("talk", "says"),
     [

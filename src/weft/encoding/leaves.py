@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import WeftError
-from .conversation import REASONING, Conversation
+from .conversation import CALLS, REASONING, Conversation
 
 Path = tuple[str | int, ...]
 Span = tuple[int, int]
@@ -343,9 +343,10 @@ def _described(leaf: Leaf, talk: Conversation) -> str:
 def _cure(leaf: Leaf, talk: Conversation) -> str:
     """What to do about a leaf that is not rendered."""
     other = "Give a template that does with data.chat_template"
-    key = str(leaf.path[2] if leaf.message is not None else leaf.path[0])
     if leaf.message is None:
-        return f"{other}, or leave the column out with data.ignore: [{key}]."
+        name = f"documents.{leaf.path[2]}" if leaf.path[0] == "documents" else leaf.path[0]
+        return f"{other}, or leave it out with data.ignore: [{name}]."
+    key = str(leaf.path[2])
     role, later = talk.messages[leaf.message]["role"], len(talk.messages) - leaf.message - 1
     if key in ("content", *REASONING) and role == "assistant" and later:
         other += (
@@ -354,4 +355,6 @@ def _cure(leaf: Leaf, talk: Conversation) -> str:
         )
     if key == "content":
         return f"{other}, or write the message with a role that the template knows."
-    return f"{other}, or leave the key out with data.ignore: [{key}]."
+    if key in CALLS and len(leaf.path) > 3:
+        return f"{other}, or remove it from the record. data.ignore leaves tool calls whole."
+    return f"{other}, or leave the key out with data.ignore: [messages.{key}]."
