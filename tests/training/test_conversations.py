@@ -369,3 +369,54 @@ def test_a_turn_that_generation_would_not_see_so_is_refused_with_the_reason():
         shown(CHAT, opened)
     with pytest.raises(WeftError, match="train: false"):
         shown(CHAT, opened)
+
+
+REWRITES = ("lower", "upper", "capitalize", "escape", "replace('u', 'v')", "replace(' ', '')")
+
+
+@pytest.mark.parametrize("rewrite", [*REWRITES, "replace('\n', ' ')", "indent(2)"])
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_text_that_the_template_rewrites_is_refused(rewrite, role):
+    template = tiny.CHATML.replace(
+        "{{ m['content'] }}",
+        f"{{% if m.role == '{role}' %}}{{{{ m.content | {rewrite} }}}}"
+        "{% else %}{{ m.content }}{% endif %}",
+    )
+    said = {"user": "Shall <U> & us\ncome?", "assistant": "Up & <us>,\nYou"}
+    talk = [{"role": who, "content": text} for who, text in said.items()]
+    number = list(said).index(role) + 1
+    with pytest.raises(WeftError, match=rf"not render as written.* 'content' of message {number} "):
+        encoded(talk, template)
+    calm = [{"role": who, "content": "0"} for who in said]
+    assert "0" in shown(calm, template)  # nothing to rewrite
+
+
+def test_blanks_beside_tags_are_the_templates_own():
+    thought = {"role": "assistant", "content": "<think>a\n b</think>\nYes <b>x</b>  y"}
+    assert "<think>\na\n b\n</think>\n\nYes <b>x</b>  y" in shown([CHAT[0], thought], QWEN3)
+
+
+def test_a_word_of_another_text_does_not_stand_for_a_key():
+    """`name` steers the template, so that its marks fail, and it is not printed."""
+    chosen = "{% for m in messages if m.name is not string or m.name == 'is' %}"
+    template = tiny.CHATML.replace("{% for m in messages %}", chosen)
+    talk = [{"role": "user", "content": "this is it", "name": "is"}, CHAT[1]]
+    with pytest.raises(WeftError, match="'name' of message 1"):
+        encoded(talk, template)
+
+
+def test_all_samples_and_messages_with_an_unread_text_are_named():
+    renderer = Renderer(chat_templates.tokenizer(tiny.CHATML), 900)
+    odd = [{**message, "mood": "bad"} for message in [*CHAT, *CHAT, *CHAT]]
+    rows = [{"messages": odd if i % 3 == 1 else CHAT} for i in range(12)]
+    with pytest.raises(WeftError) as error:
+        renderer.encode(Samples("messages", rows, "f.jsonl"), "training")
+    listed = ", ".join(str(i) for i in range(4, len(odd) + 1))
+    for part in (
+        "f.jsonl, sample 2: ",
+        f"'mood' of message {listed}",
+        "So it is in 3 more: sample 5, sample 8, sample 11.",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(WeftError, match="So it is in at least 20 more: sample 2, sample 3, "):
+        renderer.encode(Samples("messages", [{"messages": odd}] * 50, "f.jsonl"), "training")

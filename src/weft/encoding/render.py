@@ -11,7 +11,7 @@ the chat template does not render.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
@@ -21,12 +21,13 @@ from ..errors import UnsupportedError, WeftError
 from ..tasks.files import Row
 from .borders import continued, decode, plain_ids, with_borders
 from .conversation import Conversation, asked, conversation
-from .leaves import Found, find, refuse_unread
+from .leaves import Found, find
 from .rows import IGNORED, TOO_LONG, Counts, EncodedRows
 from .samples import Samples
 from .template import ChatTemplate, forms
 from .tokenizer import unknown_token
 from .turns import Turn, block_of, end_of, find_turns, left_unmarked, next_header
+from .unread import PLACES, UnreadError, refuse_unread, with_others
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class Renderer:
         render a part of one.
         """
         counts, rows = Counts(len(samples)), []
-        for index, row in enumerate(samples.rows):
-            tokens = self.render(row, samples.format, samples.name_of(index))
+        for tokens in self._rendered(samples):
             counted = self._labels(tokens, counts)
             if counted is not None:
                 encoded: dict[str, Any] = {
@@ -87,6 +87,33 @@ class Renderer:
                 rows.append(encoded)
         counts.check(what, cure)
         return EncodedRows(rows, counts)
+
+    def _rendered(self, samples: Samples) -> Iterator[Tokens]:
+        """Yields the samples in tokens. Raises the UnreadError of the first sample that has one,
+        with the names of some others, since one template mostly does it to many.
+        """
+        first: UnreadError | None = None
+        others: list[str] = []
+        for index, row in enumerate(samples.rows):
+            name = samples.name_of(index)
+            tokens = self._tried(row, samples.format, name)
+            if isinstance(tokens, Tokens):
+                if first is None:
+                    yield tokens
+            elif first is None:
+                first = tokens
+            else:
+                others.append(name.rpartition(", ")[2])
+            if len(others) == PLACES:
+                break
+        if first is not None:
+            raise with_others(first, others, all_seen=len(others) < PLACES)
+
+    def _tried(self, row: Row, kind: str, where: str) -> Tokens | UnreadError:
+        try:
+            return self.render(row, kind, where)
+        except UnreadError as error:
+            return error
 
     def _labels(self, tokens: Tokens, counts: Counts) -> list[int] | None:
         """The labels, or None if no token is in the loss. Nothing predicts position 0, so it is
