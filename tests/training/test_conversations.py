@@ -294,7 +294,7 @@ def test_glm4_turns_end_with_the_next_header_if_generation_stops_at_it():
         text = shown(messages, GLM4, stops=stops)
         wanted = ["\nyo<|user|>", "\nb!<|user|>"][: len(messages) // 2]
         assert learnt(text) == wanted and text.endswith("<|user|>⟧")
-    with pytest.raises(WeftError, match="0 cut off, 1 masked"):  # stops at none of its tokens
+    with pytest.raises(WeftError, match="0 masked, 1 without one"):  # stops at none of its tokens
         shown(CHAT, GLM4)
 
 
@@ -343,12 +343,52 @@ def test_answers_that_a_block_leaves_out_and_unknown_characters_are_counted():
     _, found = encoded(CHAT, last)
     assert found.counts.unmarked == 1 and "leaves out of the loss" in found.counts.notes("t")[0]
     assert encoded(CHAT, with_generation())[1].counts.unmarked == 0
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_special_tokens({"unk_token": "<unk>"})
-    rows = [{"text": "<unk>a"}, {"text": "a"}]
-    assert Renderer(tokenizer, 9).encode(Samples("text", rows, "x"), "x").counts.unknown == 1
+    tokenizer = words("a b <unk> </s>", eos_token="</s>", unk_token="<unk>")
+    rows = [{"text": text} for text in ("a c", "a b", "a <unk> b", "c <unk>")]
+    assert Renderer(tokenizer, 9).encode(Samples("text", rows, "x"), "x").counts.unknown == 2
     labelled = Samples("label", [{"texts": (row["text"],), "label": 1} for row in rows], "x")
-    assert encode_labels(labelled, tokenizer, 9, None).counts.unknown == 1
+    assert encode_labels(labelled, tokenizer, 9, None).counts.unknown == 2
+
+
+def words(known, **special):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(known.split())}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token=special["unk_token"]))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=99, **special)
+
+
+def test_an_unknown_token_that_the_template_prints_tells_of_no_unknown_characters():
+    """SmolLM2's is <|endoftext|>, an ordinary special token."""
+    tokenizer = chat_templates.tokenizer("<|start|>" + tiny.CHATML)
+    tokenizer.unk_token = "<|start|>"
+    found = Renderer(tokenizer, 900).encode(Samples("messages", [{"messages": CHAT}], "x"), "x")
+    assert tokenizer.unk_token_id in found.rows[0]["input_ids"]
+    assert found.counts.unknown == 0 and not found.counts.notes("x")
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_records_that_leave_out_all_their_turns_are_named_as_the_reason(key):
+    talk = [{**m, key: 0} if m["role"] == "assistant" else m for m in CHAT]
+    talk = [{**m, key: bool(m[key])} if key == "train" and key in m else m for m in talk]
+    with pytest.raises(WeftError, match=r"1 of them take all turns .* weight: 0 or train: false"):
+        encoded(talk)
+
+
+def test_a_turn_that_nothing_closes_is_neither_cut_nor_masked():
+    open_end = tiny.CHATML.replace("<|im_end|>", "")
+    renderer = Renderer(chat_templates.tokenizer(open_end), 900)
+    with pytest.raises(WeftError, match=r"0 cut off, 0 masked, 2 without one.*must close"):
+        renderer.encode(Samples("messages", [{"messages": CHAT}] * 2, "x"), "x")
+    closes = "{% if m.content != 'b!' %}<|im_end|>{% endif %}"
+    some = tiny.CHATML.replace("<|im_end|>", closes)
+    renderer = Renderer(chat_templates.tokenizer(some), 900)
+    rows = [{"messages": talk} for talk in (CHAT[:2], CHAT)]
+    counts = renderer.encode(Samples("messages", rows, "x"), "x").counts
+    assert (counts.end_cut, counts.end_masked, counts.end_missing) == (0, 0, 1)
+    assert "1 of 2 samples with a turn that no special token closes" in counts.notes("x")[0]
 
 
 def test_what_the_template_adds_to_the_loss_is_remarked():

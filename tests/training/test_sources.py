@@ -280,3 +280,30 @@ def test_answers_in_a_prompt_are_not_in_the_loss(tmp_path):
     coded = Renderer(made, 512).encode(samples, "training")[0]
     text = marked(made, list(coded["input_ids"]), list(coded["labels"]))
     assert "⟦four<|im_end|>⟧" in text and text.count("⟦") == 1
+
+
+@pytest.mark.parametrize("key", ["data", "rows"])
+def test_records_within_an_object_are_told_from_a_record(tmp_path, key):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"version": 1, key: ROWS}))
+    says = rf"one record, whose '{key}' is a list of 6 objects.*write that list alone"
+    with pytest.raises(WeftError, match=says):
+        read(str(path))
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path.write_text(json.dumps({key: talk}))
+    assert read(str(path), columns={"messages": key}) == [{"messages": talk}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "prompt;completion\na;b\n", "separated by ';'. A .csv is separated by a comma"),
+        ("a.csv", "prompt;completion\na, b;c\n", "separated by ';'"),
+        ("a.csv", "prompt\tcompletion\na\tb\n", "'.t'. A .csv .*.tsv is separated by tabs"),
+        ("a.tsv", "prompt,completion\na,b\n", "separated by ','. A .tsv is separated by a tab"),
+    ],
+)
+def test_a_table_with_another_separator_names_it(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(WeftError, match=f"{name}: its header is one column.*{says}"):
+        read(str(tmp_path / name))

@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..checkpoint.directories import is_taken
     from ..checkpoint.load import load, read
+    from ..checkpoint.tokenizer_files import has_tokenizer
     from ..errors import ConfigError
-    from ..inference.opened import set_padding
+    from ..inference.opened import missing_tokenizer, set_padding
     from ..inference.pretrained import base_for, dummy_inputs, find_source, is_classifier
     from ..model.attach import detach
     from ..model.merge import merge
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     detach(model, keep_merged=True)
     _write_model(model, args.out, Path(ref.source), args.adapter)
     print(textwrap.fill(str(report), WIDTH))
-    for note in adapter.load_report.notes:
+    lost = missing_tokenizer(args.adapter) if has_tokenizer(Path(ref.source)) else None
+    for note in (*adapter.load_report.notes, *(() if lost is None else (lost,))):
         print(textwrap.fill(f"note: {note}", WIDTH))
     print(f"{args.out}:\n{type(model).__name__}, loads with {type(model).__name__}.from_pretrained")
     return 0

@@ -25,7 +25,7 @@ from .leaves import Found, find
 from .rows import IGNORED, TOO_LONG, Counts, EncodedRows
 from .samples import Samples
 from .template import ChatTemplate, forms
-from .tokenizer import unknown_token
+from .tokenizer import has_unknown, special_start
 from .turns import Turn, block_of, end_of, find_turns, left_unmarked, next_header
 from .unread import PLACES, UnreadError, refuse_unread, with_others
 
@@ -35,7 +35,9 @@ class Tokens:
     """One sample for a causal model. `ends` has the index of each turn's last token, or None if
     nothing ends the turn. `blank` tells of an answer that says nothing, `control` of a text with a
     special token, `unmarked` of one that the
-    template's own block leaves out of the loss; `remarks` are for the preview.
+    template's own block leaves out of the loss, `unknown` of characters that the tokenizer does not
+    know, `excluded` of a record that takes all its answers out of the loss itself; `remarks` are for
+    the preview.
     """
 
     ids: list[int]
@@ -44,6 +46,8 @@ class Tokens:
     blank: bool = False
     control: bool = False
     unmarked: bool = False
+    unknown: bool = False
+    excluded: bool = False
     remarks: tuple[str, ...] = ()
 
 
@@ -65,8 +69,7 @@ class Renderer:
         self.max_length, self.loss_on = max_length, loss_on
         self.stops = frozenset(stops)
         self.special = {*stops, *tokenizer.all_special_ids}
-        self.unknown = unknown_token(tokenizer)
-        self.start = _special_start(tokenizer)
+        self.start = special_start(tokenizer)
 
     def encode(self, samples: Samples, what: str, cure: str = TOO_LONG) -> EncodedRows:
         """Encodes all samples, cut to max_length, without those that have no token in the loss.
@@ -124,14 +127,16 @@ class Renderer:
         counts.blank += tokens.blank
         counts.unmarked += tokens.unmarked
         counts.control += tokens.control
-        counts.unknown += self.unknown in tokens.ids
+        counts.unknown += tokens.unknown
         lost = [
             end for end in tokens.ends if end is None or end >= limit or not tokens.in_loss[end]
         ]
-        counts.end_cut += any(end is not None and end >= limit for end in lost)
-        counts.end_masked += bool(lost) and not any(
-            end is not None and end >= limit for end in lost
-        )
+        counts.excluded += tokens.excluded
+        cut = any(end is not None and end >= limit for end in lost)
+        missing = not cut and None in lost
+        counts.end_cut += cut
+        counts.end_missing += missing
+        counts.end_masked += bool(lost) and not cut and not missing
         labels = [
             IGNORED if i == 0 or not inside else token
             for i, (token, inside) in enumerate(zip(tokens.ids, tokens.in_loss, strict=True))
@@ -162,6 +167,7 @@ class Renderer:
             [everything] * len(prompt) + [True] * len(learnt),
             [len(ids) - 1],
             not text.strip(),
+            unknown=has_unknown(self.tokenizer, ids, (given, text)),
             remarks=tuple(remarks),
         )
 
@@ -344,8 +350,16 @@ class Renderer:
         ]
         if self.loss_on == "all":
             in_loss = [True] * len(ids)
-        blank, control = found.talk.blank(), self._has_control(found)
-        return Tokens(ids, in_loss, ends, blank, control, remarks=tuple(remarks))
+        return Tokens(
+            ids,
+            in_loss,
+            ends,
+            found.talk.blank(),
+            self._has_control(found),
+            unknown=has_unknown(self.tokenizer, ids, [found.text]),
+            excluded=bool(found.talk.left_out) and not any(found.talk.trained),
+            remarks=tuple(remarks),
+        )
 
     def _has_control(self, found: Found) -> bool:
         """Whether a message says a special token, such as the one that ends turns."""
@@ -376,12 +390,3 @@ def marked(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
         out += f"⟦{piece}⟧" if inside[start] else piece
         done = text
     return out
-
-
-def _special_start(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before a text: a bos token, or nothing."""
-    whole, bare = (
-        list(tokenizer("a")["input_ids"]),
-        list(tokenizer("a", add_special_tokens=False)["input_ids"]),
-    )
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigError, WeftError
 from ..untrusted import json_text
 from .decoding import read_text
-from .tables import check_names, check_unquoted, table
+from .tables import check_names, check_unquoted, is_tsv, table
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 Row = dict[str, Any]
@@ -76,6 +76,7 @@ def numbered_rows(path: Path, header: Sequence[str] = (), plain: bool = False) -
 
 def _table(path: Path, header: Sequence[str], plain: bool) -> list[Numbered]:
     names, listed = table(path, header)
+    _check_separator(path, names if not header else ())
     wrong = next((line for line, row in listed if len(row) != len(names)), None)
     if wrong is not None:
         raise WeftError(
@@ -85,6 +86,18 @@ def _table(path: Path, header: Sequence[str], plain: bool) -> list[Numbered]:
     if plain:
         check_unquoted(path, names, listed)
     return [(f"line {line}", dict(zip(names, row, strict=True))) for line, row in listed]
+
+
+def _check_separator(path: Path, names: Sequence[str]) -> None:
+    """Raises WeftError if the header is one cell that names several columns."""
+    own, known = ("tab", "\t") if is_tsv(path) else ("comma", ","), {",", ";", "\t", "|"}
+    found = next((s for s in sorted(known - {own[1]}) if len(names) == 1 and s in names[0]), None)
+    if found is not None:
+        raise WeftError(
+            f"{path}: its header is one column, {names[0]!r}, so the cells seem to be separated by "
+            f"{found!r}. A {'.tsv' if is_tsv(path) else '.csv'} is separated by a {own[0]}: write it "
+            f"so, or as .jsonl{' (.tsv is separated by tabs)' if found == chr(9) else ''}."
+        )
 
 
 def _json(path: Path, kind: str) -> list[Numbered]:

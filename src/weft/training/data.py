@@ -124,6 +124,8 @@ def _samples(
     name, chats = read.name, section.format in ("auto", "messages")
     rows = normalised(read.rows, read.places, section.columns, chats)
     there = _filled(rows)
+    if section.format == "auto":
+        _check_records(rows, name)
     chosen = section.format if section.format != "auto" else _format_of(there, kind, name)
     wanted = _columns(chosen, there, name)
     check_read(rows, (*wanted, *OPTIONAL.get(chosen, ())), name, section.columns)
@@ -187,6 +189,26 @@ def _renamed(rows: list[Row], columns: Mapping[str, str], name: str) -> list[Row
         }
         for row in rows
     ]
+
+
+def _check_records(rows: list[Row], name: str) -> None:
+    """Raises WeftError for one object that has the records in it: {"data": [{...}, ...]}."""
+    lists = {
+        column: value
+        for column, value in rows[0].items()
+        if column not in COLUMNS
+        and isinstance(value, list)
+        and value
+        and all(isinstance(entry, Mapping) for entry in value)
+    }
+    if len(rows) == 1 and lists and not any(column in COLUMNS for column in rows[0]):
+        column, held = next(iter(lists.items()))
+        raise WeftError(
+            f"{name}: it is one record, whose {column!r} is a list of {len(held)} objects. If these "
+            "are the records, write that list alone as a .json, [{...}, {...}], or one object per "
+            "line as a .jsonl; if they are messages, write data.columns: "
+            f"{{messages: {column}}}."
+        )
 
 
 def _format_of(row: Sequence[str], kind: str | None, name: str) -> str:

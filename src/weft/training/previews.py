@@ -13,6 +13,7 @@ PROBLEMS = (
     ("cut", "cut off"),
     ("end_cut", "end-of-turn cut off"),
     ("end_masked", "end-of-turn masked"),
+    ("end_missing", "no end-of-turn"),
     ("empty", "nothing in the loss"),
     ("blank", "blank answer"),
 )
