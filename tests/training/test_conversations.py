@@ -460,3 +460,23 @@ def test_all_samples_and_messages_with_an_unread_text_are_named():
         assert part in str(error.value)
     with pytest.raises(WeftError, match="So it is in at least 20 more: sample 2, sample 3, "):
         renderer.encode(Samples("messages", [{"messages": odd}] * 50, "f.jsonl"), "training")
+
+
+@pytest.mark.parametrize("role", ["tool", "function"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_name_on_an_answer_is_that_of_its_call_or_refused(role, legacy):
+    function = {"name": "weather", "arguments": "{}"}
+    made = {"function_call": function} if legacy else {"tool_calls": [{"function": function}]}
+    talk = [said("user", "q"), {"role": "assistant", **made}, said(role, "4"), CHAT[1]]
+    for name in ("weather", None):  # the call says it
+        talk[2] = said(role, "4", name=name)
+        assert "<tool_response>4" in shown(talk, QWEN3)
+    for before, name in ((talk[:2], "wether"), (talk[:1], "weather")):
+        with pytest.raises(WeftError, match=rf"'name' of message {len(before) + 1} .*'{name}'"):
+            encoded([*before, said(role, "4", name=name), CHAT[1]], QWEN3)
+    shows = QWEN3.replace(
+        "<tool_response>' + content", "<tool_response>' + (m.name or '') + content"
+    )
+    assert "<tool_response>wether4" in shown(
+        [*talk[:2], said(role, "4", name="wether"), CHAT[1]], shows
+    )
