@@ -373,6 +373,7 @@ def test_the_core_works_without_numpy():
 
 
 def test_the_public_names_are_there_and_documented():
+    assert set(weft.__all__) <= set(dir(weft)) and len(set(weft.__all__)) == len(weft.__all__)
     for name in weft.__all__:
         assert getattr(weft, name).__doc__, name
     for error in (

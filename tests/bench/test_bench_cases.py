@@ -8,10 +8,13 @@ import types
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from importlib.util import cache_from_source
+from pathlib import Path
 
 import pytest
 import torch
 
+import weft
 from benchmarks import __main__ as command
 from benchmarks import cases, internals, report, shared, store
 from benchmarks.case import select
@@ -120,9 +123,12 @@ def test_the_large_model_attaches_on_meta_and_loads_where_its_weights_take_no_me
     )
 
 
-def test_importing_is_measured_in_a_fresh_interpreter():
+def test_importing_is_measured_in_a_fresh_interpreter_with_bytecode_as_in_an_installed_package():
+    stored = Path(cache_from_source(weft.__file__))
+    stored.unlink(missing_ok=True)
     made = command.measure(replace(QUICK["import"], contenders=("weft",)), 0.0, least=1)
     assert 0 < made["rows"][0]["value"] < made["contenders"]["weft"]["process"]["median"]
+    assert stored.is_file()
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """`weft plan`, `inspect`, `merge`, `doctor` as a user runs them."""
 
+import argparse
+import importlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -12,7 +15,7 @@ from torch import nn
 
 import weft
 from support import set_way
-from weft.cli import main
+from weft.cli import COMMANDS, main
 from weft.tasks.models import EMBEDDED
 
 LLAMA_7B = {
@@ -318,6 +321,41 @@ def test_doctor_says_so_where_a_method_does_not_work(capsys, monkeypatch):
     )
     status, out, _ = run(capsys, "doctor")
     assert status == 1 and "failed" in out
+
+
+def options_of(name):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"weft.cli.{name}").add_arguments(parser)
+    return parser._option_string_actions
+
+
+WRITING = [(name, "--json") for name in COMMANDS if "--json" in options_of(name)]
+
+
+@pytest.mark.parametrize(("name", "option"), [*WRITING, ("eval", "--outputs")])
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(name, option, capsys, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "no" / "x.json")
+    for place, said in (
+        (tmp_path, "is a directory; give a file"),
+        (tmp_path / "no" / "x.json", "there is no directory"),
+        (tmp_path / "link", "there is no directory"),
+        ("/proc/x.json", "no file can be written in '/proc'"),
+    ):
+        status, out, err = run(capsys, name, option, str(place))
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert option in err and said in err
+
+
+def test_looking_whether_a_file_can_be_written_leaves_everything_as_it_was(tmp_path):
+    check = options_of("eval")["--json"].type
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("old", "link", "pipe", "new"):
+        assert check(str(tmp_path / name)) == tmp_path / name
+    assert check("/dev/stdout") == Path("/dev/stdout")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "old", "pipe"]
+    assert (tmp_path / "old").read_text() == "old"
 
 
 def test_a_closed_pipe_is_no_error(tmp_path):

@@ -86,16 +86,15 @@ def named(table: list[list[float]]) -> tuple[dict[str, list[float]], dict[str, t
 
 @settings(deadline=None, max_examples=10)
 @given(TABLES)
-def test_the_recommended_row_is_the_smallest_that_is_not_significantly_worse(
-    table: list[list[float]],
-) -> None:
+def test_a_row_is_worse_if_its_corrected_p_value_is_below_alpha(table: list[list[float]]) -> None:
     scores, sizes = named(table)
     found = rank(scores, sizes)
     assert found is not None
     means = {row: sum(of) / len(of) for row, of in scores.items()}
     assert means[found.best] == pytest.approx(max(means.values()))
-    good = [found.best, *(row for row, p in found.p.items() if p >= ALPHA)]
-    assert sizes[found.recommended] == min(sizes[row] for row in good)
+    assert {row for row in scores if found.is_worse(row)} == {
+        row for row, p in found.p.items() if p < ALPHA
+    }
     for row, p in found.p.items():
         assert p >= worse(scores[found.best], scores[row])
     assert rank(dict(reversed(scores.items())), sizes) == found
@@ -107,36 +106,32 @@ def test_fewer_than_three_seeds_or_two_rows_are_not_ranked() -> None:
     assert rank({}, {}) is None
 
 
-def test_a_clear_difference_is_recommended_whatever_its_size() -> None:
+def test_a_clear_difference_is_found_whatever_the_sizes_of_the_rows() -> None:
     found = rank(*named([[0.50, 0.51, 0.52], [0.90, 0.92, 0.91]]))
     assert found is not None
-    assert (found.best, found.recommended) == ("row 1", "row 1")
+    assert found.best == "row 1" and found.is_worse("row 0")
 
 
-def test_a_row_that_the_examples_find_worse_is_not_recommended_though_the_seeds_are_too_few() -> (
-    None
-):
+def test_the_examples_find_a_row_worse_though_the_seeds_are_too_few() -> None:
     scores, sizes = named([[0.80, 0.86, 0.80], [0.85, 0.84, 0.85], [0.85, 0.86, 0.84]])
     few = rank(scores, sizes)
-    assert few is not None and (few.best, few.recommended) == ("row 2", "row 0")
+    assert few is not None and few.best == "row 2" and not few.is_worse("row 0")
     answers = {
         "row 0": [1.0] * 82 + [0.0] * 18,
         "row 1": [1.0] * 84 + [0.0] * 16,
         "row 2": [1.0] * 85 + [0.0] * 15,
     }
     slight = rank(scores, sizes, answers)
-    assert (
-        slight is not None and slight.recommended == "row 0"
-    )  # three examples of a hundred may be chance
+    # Three examples of a hundred may be chance.
+    assert slight is not None and not slight.is_worse("row 0")
     many = rank(scores, sizes, {name: right * 20 for name, right in answers.items()})
     assert many is not None and many.is_worse("row 0") and many.p == few.p
-    assert many.recommended == ("row 2" if many.is_worse("row 1") else "row 1")
 
 
 def test_answers_of_the_best_row_are_needed_for_the_test_over_examples() -> None:
     scores, sizes = named([[0.80, 0.86, 0.80], [0.85, 0.86, 0.84]])
     found = rank(scores, sizes, {"row 0": [0.0] * 50})
-    assert found is not None and not found.on_examples and found.recommended == "row 0"
+    assert found is not None and not found.on_examples and not found.is_worse("row 0")
 
 
 def test_the_gap_s_bound_lies_above_the_mean_gap_and_shrinks_with_more_seeds() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 import weft
 from support import config, same_bits
 from weft.methods import METHODS
+from weft.model import memory, statistics
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -134,3 +135,47 @@ def test_replaced_and_combined_adapters_keep_it(tmp_path):
     assert not net.train()[1].training
     weft.detach(net, "both")
     assert net.train()[1].training
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("call", ["merge", "moving", "estimate"])
+def test_looking_at_a_model_leaves_every_mode_as_it_was(call, frozen):
+    net = nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Dropout(), nn.Linear(9, 5))
+    adapter = weft.attach(net, weft.LoRA(targets=["0"], freeze_batch_norm=frozen))
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_()
+    trains = call == "merge"
+    net.train(trains)[2].train(not trains)
+    before = {m: m.training for m in net.modules()}
+    if call == "merge":
+        weft.merge(net, verify=torch.randn(4, 7))
+        weft.unmerge(net)
+    elif call == "moving":
+        assert statistics.moving(net) == ([] if frozen else ["1"])
+    else:
+        memory.estimate(adapter, {"input": torch.randn(4, 7)})
+    assert {m: m.training for m in net.modules()} == before
+    weft.detach(net)
+    assert net[1].training is trains and net[2].training is not trains
+
+
+@pytest.mark.parametrize("change", ["replace", "convert"])
+def test_a_batch_norm_that_came_after_attach_is_named(change, tmp_path):
+    net = model()
+    weft.attach(net, weft.LoRA(targets=["0"], freeze_batch_norm=True))
+    weft.attach(net, weft.LoRA(targets=["3"]), name="other")
+    net(torch.randn(4, 7))
+    if change == "replace":
+        net[1] = nn.BatchNorm1d(9)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for error, call in (
+        (weft.WeftError, lambda: net(torch.randn(4, 7))),
+        (weft.MergeError, lambda: weft.merge(net)),
+    ):
+        with pytest.raises(error, match=r"'1' \(\w+\) keeps running statistics, and came into"):
+            call()
+    weft.detach(net)
+    net[1] = nn.BatchNorm1d(9)
+    net(torch.randn(4, 7))

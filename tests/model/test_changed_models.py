@@ -62,8 +62,13 @@ def set_directly(model):
     model._modules["lm_head"] = nn.Linear(24, 61, bias=False)
 
 
+def set_embedding(model):
+    model.model.embed_tokens = nn.Embedding(61, 24)
+
+
 HEAD, EMBEDDING = {"targets": ["lm_head"]}, {"targets": ["embed_tokens"]}
 TRAINED = {"targets": ["q_proj"], "modules_to_save": ["lm_head"]}
+ROWS = {"targets": ["q_proj"], "new_tokens": [3, 5]}
 CHANGES = {
     "a trained head tied": (TRAINED, tie_head, "'lm_head.weight', which adapter 'default' trains"),
     "a new head": (HEAD, set_head, "'lm_head' (Linear) was replaced by Linear"),
@@ -72,6 +77,15 @@ CHANGES = {
     "a head resized": (HEAD, resize, "'lm_head'"),
     "an embedding resized": (EMBEDDING, resize, "'model.embed_tokens' has a weight of [24, 70]"),
     "a block taken out": ({}, set_block, "'model.layers.1.self_attn.q_proj' (Linear) was replaced"),
+    "a head with new rows": (ROWS, set_head, "'lm_head' (Linear) was replaced by Linear"),
+    "an embedding with new rows": (ROWS, set_embedding, "'model.embed_tokens' (Embedding) was"),
+    "new rows resized": (ROWS, resize, "'model.embed_tokens' has a weight of [24, 70]"),
+    "a head with new rows tied": (
+        {"targets": ["q_proj"], "new_tokens": {"lm_head": [3]}},
+        tie_head,
+        "'lm_head.weight' and 'model.embed_tokens.weight' have shared",
+    ),
+    "two tables of new rows tied": (ROWS, tie_head, "have shared one weight since"),
     "a head tied": (HEAD, tie_head, "'lm_head.weight' and 'model.embed_tokens.weight' have shared"),
 }
 
@@ -215,79 +229,116 @@ def test_attach_drops_the_gradients_of_the_base():
     assert all(p.grad is not None for p in adapter.parameters())
 
 
-# Layers whose weight the model reads
+def tied_llama():
+    return llama(tie_word_embeddings=True)
 
 
-class Reads(nn.Module):
-    """`layer` is never called; `pool` is neither called nor read."""
+def untie(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def test_a_table_of_new_rows_that_was_tied_and_is_not_any_more_is_named(tmp_path):
+    """Merging would write the rows into one of the two."""
+    model = tied_llama()
+    move(weft.attach(model, weft.LoRA(r=2, **ROWS)))
+    model(ids())
+    untie(model)
+    for error, call in (
+        (weft.WeftError, lambda: model(ids())),
+        (weft.MergeError, lambda: weft.merge(model)),
+        (weft.CheckpointError, lambda: weft.save(model, tmp_path / "a")),
+    ):
+        with pytest.raises(error, match="were one weight when adapter 'default' was attached"):
+            call()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    weft.merge(model, verify=ids())
+
+
+def test_torch_func_may_put_tables_of_new_rows_in_for_a_call():
+    model = tied_llama()
+    move(weft.attach(model, weft.LoRA(r=2, **ROWS)))
+    wanted = model(ids()).logits
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = torch.func.functional_call(model, weights, (ids(),))
+    torch.testing.assert_close(found.logits, wanted)
+    assert same_bits(model(ids()).logits, wanted)
+
+
+def test_each_reader_of_a_trained_tied_tensor_is_watched(tmp_path):
+    given = {"targets": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    model = tied_llama()
+    move(weft.attach(model, weft.LoRA(r=2, **given)))
+    model(ids())
+    set_head(model)  # the second of the two
+    for error, call in (
+        (weft.WeftError, lambda: model(ids())),
+        (weft.CheckpointError, lambda: weft.save(model, tmp_path / "a")),
+    ):
+        with pytest.raises(error, match=r"'lm_head' \(Linear\) was replaced by Linear"):
+            call()
+
+
+def test_a_weight_tied_to_a_trained_copy_is_named(tmp_path):
+    """It would keep the copy when another adapter, or the base, is active."""
+    model = llama()
+    weft.attach(model, weft.LoRA(r=2, targets=["q_proj"], modules_to_save=["embed_tokens"]))
+    before = model.model.embed_tokens.weight.clone()
+    move(weft.adapters(model)["default"])
+    tie_head(model)
+    for error, call in (
+        (weft.MergeError, lambda: weft.merge(model)),
+        (weft.CheckpointError, lambda: weft.save(model, tmp_path / "a")),
+    ):
+        with pytest.raises(error, match=r"'lm_head\.weight' have shared one weight since"):
+            call()
+    with pytest.raises(weft.WeftError, match=r"'lm_head\.weight' has shared one weight with"):
+        weft.use(model, None)
+    model(ids())
+    weft.detach(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert same_bits(model.lm_head.weight, before)
+
+
+class Twice(nn.Module):
+    """One table under two names, as in an encoder-decoder."""
 
     def __init__(self):
         super().__init__()
-        self.layer, self.mid, self.pool = (nn.Linear(7, 7) for _ in range(3))
+        self.shared, self.mid = nn.Linear(7, 7), nn.Linear(7, 7)
+        self.other = self.shared
 
     def forward(self, x):
-        return self.mid(torch.tanh(nn.functional.linear(x, self.layer.weight, self.layer.bias)))
+        return self.other(torch.tanh(self.mid(self.shared(x))))
 
 
-def reads(*targets):
-    torch.manual_seed(0)
-    model = Reads().eval()
-    move(weft.attach(model, weft.LoRA(r=2, targets=list(targets))))
-    return model, torch.randn(3, 7)
-
-
-def test_a_weight_that_the_model_reads_itself_is_noticed_in_the_second_forward():
-    model, x = reads("layer", "mid")
+@pytest.mark.parametrize(
+    "given", [{"targets": ["shared"]}, {"targets": ["mid"], "modules_to_save": ["shared"]}]
+)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_module_with_two_names_is_watched_under_both(given, second, tmp_path):
+    model, x = Twice(), torch.randn(3, 7)
+    move(weft.attach(model, weft.LoRA(r=2, **given)))
     model(x)
-    for _ in range(2):
-        with pytest.raises(weft.WeftError, match="never calls 'layer' but reads its weight"):
-            model(x)
-    with weft.use(model, None):
-        model(x)
+    model.other = nn.Linear(7, 7)
+    if second:
+        weft.attach(model, weft.LoRA(r=2, targets=["mid"]), name="second")
+    for error, call in (
+        (weft.WeftError, lambda: model(x)),
+        (weft.CheckpointError, lambda: weft.save(model, tmp_path)),
+    ):
+        with pytest.raises(error, match=r"'other' \(Linear\) was replaced by Linear"):
+            call()
+    model.other = model.shared
+    model(x)
 
 
-def test_an_adapter_of_which_no_layer_runs_is_noticed_in_the_first_forward():
-    for target in ("layer", "pool"):
-        model, x = reads(target)
-        for _ in range(2):
-            with pytest.raises(weft.WeftError, match=f"none of the 1 layers.*'{target}'"):
-                model(x)
-
-
-@pytest.mark.parametrize("before", [0, 1])
-def test_merge_refuses_to_change_a_weight_that_the_model_reads_itself(before):
-    for targets in (["layer"], ["layer", "mid"]):
-        model, x = reads(*targets)
-        if before and len(targets) > 1:
-            model(x)
-        weight = model.layer.weight.clone()
-        with pytest.raises(
-            weft.MergeError, match="nothing was merged: the model never calls 'layer'"
-        ):
-            weft.merge(model, verify=x)
-        assert same_bits(model.layer.weight, weight)
-    model, x = reads("pool")
-    with pytest.raises(weft.MergeError, match="does not change the outputs"):
-        weft.merge(model, verify=x)
-
-
-def test_a_layer_that_is_neither_called_nor_read_is_let_through():
-    model, x = reads("mid", "pool")
-    for _ in range(3):
-        model(x)
-    weft.merge(model, verify=x)
-
-
-def test_layers_that_run_in_one_row_of_a_batch_have_run():
-    a = awake("LoRA")
-    awake("VeRA", name="b", model=a.model)
-    model = copy.deepcopy(a.model)
-    for adapter in weft.adapters(model).values():
-        for layer in adapter.layers.values():
-            layer.ran = False
-    with weft.use(model, ["default", None, "b", "b"]):
-        model(a.x)
-    assert all(x.ran for each in weft.adapters(model).values() for x in each.layers.values())
+def test_a_prompt_that_lost_its_place_is_no_fault_of_another_adapter(tmp_path):
+    a = awake("PreEmbed")
+    weft.attach(a.model, config("LoRA", targets=["head"]), name="b")
+    a.model.body = copy.deepcopy(a.model.body).requires_grad_(False)
+    weft.save(a.model, tmp_path / "b", name="b")
+    with pytest.raises(weft.CheckpointError, match=r"virtual tokens of adapter 'default'"):
+        weft.save(a.model, tmp_path / "a")
 
 
 def test_a_second_adapter_does_not_hide_that_a_whole_part_is_gone():
@@ -304,19 +355,3 @@ def test_weights_that_share_memory_are_tied_at_attach():
     tie_by_data(model)
     with pytest.raises(weft.TargetError, match="are tied"):
         weft.attach(model, weft.LoRA(r=2, **HEAD))
-
-
-def test_an_interrupted_forward_leaves_no_watch_behind():
-    model, x = reads("layer", "mid")
-    model(x)
-
-    def interrupt(module, args):
-        raise KeyboardInterrupt
-
-    hook = model.mid.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(x)
-    hook.remove()
-    with weft.use(model, None):
-        model(x)
-    assert torch.overrides._get_current_function_mode() is None

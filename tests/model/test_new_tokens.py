@@ -290,6 +290,30 @@ def test_a_table_that_accelerate_offloads_is_refused():
     model = accelerate.cpu_offload(llama(), execution_device=torch.device("cpu"))
     with pytest.raises(weft.TargetError, match="accelerate"):
         weft.attach(model, weft.BitFit(new_tokens=NEW))
+    hooks = accelerate.hooks
+    model = llama()  # an embedding with two hooks, the second of which takes its weight away
+    hooks.add_hook_to_module(model.model.embed_tokens, hooks.ModelHook())
+    hooks.add_hook_to_module(
+        model.model.embed_tokens,
+        hooks.AlignDevicesHook(torch.device("cpu"), offload=True),
+        append=True,
+    )
+    with pytest.raises(weft.TargetError, match="accelerate"):
+        weft.attach(model, weft.BitFit(new_tokens=NEW))
+
+
+def test_rows_of_a_table_that_is_offloaded_after_attach_stay_where_they_train(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = llama(), torch.tensor([[0, 37, 3]])
+    adapter = weft.attach(model, weft.LoRA(r=2, targets=["q_proj"], new_tokens=NEW))
+    spread(adapter)
+    wanted = run(model, ids).detach()
+    model = accelerate.cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(run(model, ids), wanted)
+    assert not any(p.is_meta for p in adapter.parameters())
+    weft.save(model, tmp_path)
+    with pytest.raises(weft.MergeError, match="is offloaded by accelerate"):
+        weft.merge(model)
 
 
 def test_generation_with_a_cache_and_gradient_checkpointing():

@@ -167,6 +167,16 @@ def test_a_weight_is_unpacked_once_per_layer_and_step_at_most(base, method, per_
         assert counts["unpacked"] - before <= per_step
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_the_check_for_stale_norms_unpacks_nothing(base):
+    model = BASES[base]()
+    adapter = weft.attach(model, METHODS["DoRA"])
+    model(torch.randn(3, 64))
+    before = counts["unpacked"]
+    assert adapter.stale_layers() == []
+    assert counts["unpacked"] == before
+
+
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "DVoRA"])
 def test_training_is_audited_and_the_file_fits_the_dense_base(base, method, tmp_path):
     other = dequantised(base)

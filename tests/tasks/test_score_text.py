@@ -272,7 +272,7 @@ def test_the_command_says_what_is_missing_and_why(tmp_path, capsys):
     [
         (["--task", "bleu"], "has no scorer. Nearest:"),
         (["--outputs", "nowhere.txt"], "nowhere.txt: there is no such file"),
-        (["--json", "nowhere/s.json"], "there is no folder"),
+        (["--json", "nowhere/s.json"], "there is no directory"),
     ],
 )
 def test_a_wrong_argument_is_status_2_and_one_line(tmp_path, capsys, change, said):

@@ -5,15 +5,20 @@ loaded.
 import itertools
 import os
 import re
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 import weft
 from weft.cli import main
 from weft.training.config import RunConfig, dump, from_dict, read_config, to_dict
+from weft.training.config.yaml_loader import loader
 
 SECTIONS = {
     name: hint
@@ -147,6 +152,9 @@ def test_a_ratio_of_rates_needs_a_method_that_trains_a_and_b(file, capsys, metho
         ("? [1, 2]\n: 3", "a key must be text"),
         ("1: 2", "a key must be text"),
         ("yes: 2", "a key must be text"),
+        ("optim: {<<: 3}", "<< merges a mapping or a list of mappings only"),
+        ("optim: {<<: [{lr: 1}, 3]}", "<< merges a mapping or a list of mappings only"),
+        ("!!str [a]: 2", "a key must be text"),
         ("optim: {lr: " + "9" * 400 + "}", "a number of 400 characters"),
         ("train: {steps: " + "9" * 5000 + "}", "a number of 5000 characters"),
         ('adapter: {start: "\\ud800"}', "surrogate"),
@@ -182,6 +190,86 @@ def test_aliases_that_grow_are_refused(file):
 def test_a_date_is_text(file):
     file.write_text(LEAST.replace("out: o", "out: 2026-01-02"))
     assert read_config(file).out == "2026-01-02"
+
+
+# Numbers of either rule set, words and signs that YAML reads as something else, texts longer than a
+# line of the file, and any other text.
+_ANY = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+_TEXTS = st.one_of(
+    st.from_regex(r"[-+]?[0-9][0-9_]*\.?[0-9]*([eE:][-+]?[0-9]{1,3})?", fullmatch=True),
+    st.sampled_from(
+        ["null", "~", "yes", "No", "<<", "=", "0x1F", "2026-01-01", ".inf", "", "#", "- a"]
+    ),
+    st.text(_ANY, max_size=30),
+    st.lists(st.text(_ANY, max_size=9), max_size=40).map(" ".join),
+)
+_NAMES = _TEXTS.map(str.strip).filter(bool)
+
+
+@given(
+    _TEXTS,
+    st.lists(_NAMES, min_size=2, max_size=5, unique=True),
+    st.dictionaries(_TEXTS, _TEXTS, max_size=3),
+    st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+)
+def test_a_run_s_own_file_reads_back_whatever_its_texts_are(path, names, columns, rate):
+    given = {
+        "out": path,
+        "model": {"path": path, "labels": names, "new_tokens": names},
+        "method": {"name": "LoRA", "modules_to_save": names},
+        "data": {"train": names, "columns": columns},
+        "optim": {"lr": rate},
+    }
+    config = from_dict(given)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump(config), encoding="utf-8", newline="")
+        assert read_config(file) == config
+    assert from_dict(yaml.safe_load(dump(config))) == config
+
+
+@pytest.mark.parametrize("text", ["1e3", "1_0e+5", "yes", "on", "1:30", "010", "2026-01-01", "<<"])
+def test_a_text_that_looks_like_something_else_reads_back_as_text(text, file):
+    config = from_dict(
+        {
+            "out": text,
+            "model": {"path": "m", "labels": [text, "other"]},
+            "method": {"name": "LoRA"},
+            "data": {"train": "d.jsonl", "columns": {"prompt": text}},
+        }
+    )
+    file.write_text(dump(config), encoding="utf-8")
+    assert read_config(file) == config
+
+
+def test_a_list_with_a_wrong_item_is_told_in_english(file):
+    for setting, said in (
+        (
+            "model.labels=[1e3, 2e3]",
+            "write None, or a list whose items are text, and 1000.0 is not.",
+        ),
+        ("data.train=[1]", "write text or None, or a list whose items are text, and 1 is not."),
+        ("model.labels=3", "write a list or None."),
+    ):
+        with pytest.raises(weft.ConfigError) as caught:
+            read_config(file, [setting])
+        assert str(caught.value).endswith(said)
+
+
+def test_a_merged_mapping_may_itself_be_a_merge_whose_keys_it_replaces(file):
+    file.write_text(LEAST + "optim: &o {<<: &b {lr: 1, eps: 1}, lr: 2}\n")
+    assert (read_config(file).optim.lr, read_config(file).optim.eps) == (2, 1)
+    for key in ("x", "lr"):  # Python has one object for every text of one letter
+        text = (
+            f"b: &b {{{key}: 1, y: 1}}\nt: {{u: {{v: &a {{<<: *b, {key}: 2}}}}}}\n"
+            f"c: {{<<: *a, y: 3}}\nd: {{<<: [*a, *b, {{z: 4}}]}}\ne: {{{key}: 5, <<: *a}}"
+        )
+        built = yaml.load(text, Loader=loader())
+        assert built["t"]["u"]["v"] == {key: 2, "y": 1} and built["c"] == {key: 2, "y": 3}
+        assert built["d"] == {key: 2, "y": 1, "z": 4} and built["e"] == {key: 5, "y": 1}
+    for twice in ("{x: 1, x: 2}", "{<<: *b, x: 1, x: 1}", "{<<: {x: 1, x: 2}}", "[{x: 1, x: 2}]"):
+        with pytest.raises(yaml.YAMLError, match="'x' is given twice"):
+            yaml.load(f"b: &b {{x: 1}}\nc: {twice}", Loader=loader())
 
 
 def test_what_is_no_regular_file_of_some_size_is_not_read(file):

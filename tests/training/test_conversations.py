@@ -10,9 +10,11 @@ import pytest
 import tiny
 from chat_templates import GLM4, GPT_OSS, HEADERS, QWEN3
 
+from weft.encoding.conversation import asked
 from weft.encoding.labels import encode_labels
 from weft.encoding.render import Renderer, marked
 from weft.encoding.samples import Samples
+from weft.encoding.template import with_call_arguments
 from weft.errors import WeftError
 
 CHAT = [
@@ -146,6 +148,43 @@ def test_tools_and_calls_are_rendered_in_the_form_that_the_template_takes():
             assert "The weather of a place" in text and "sunny" in text
 
 
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ('[{"name": "a", "name": "b"}]', "the key 'name' is given twice"),
+        ("[" * 100_000, "nested more than 64 deep"),
+        ('[{"name": NaN}]', "NaN is no number"),
+        ('[{"name": ]', "Expecting value"),
+    ],
+)
+def test_a_json_text_within_a_record_is_read_as_strictly_as_a_file(cell, says):
+    for row, place in (
+        ({"messages": CHAT, "tools": cell}, "sample 1: tools"),
+        ({"messages": CHAT, "documents": cell}, "sample 1: documents"),
+        ({"messages": CHAT, "tools": [cell]}, "sample 1: tools, entry 1"),
+        ({"messages": cell}, "sample 1: messages"),
+        ([CALLED[0], {**CALL, "tool_calls": cell}], "sample 1, message 2: tool_calls"),
+    ):
+        with pytest.raises(WeftError, match=rf"{place}: it is text, but no JSON: .*{says}"):
+            encoded(row)
+
+
+def test_arguments_that_say_two_things_are_no_object_for_a_template():
+    def talk(arguments):
+        function = {"name": "weather", "arguments": arguments}
+        call = {"id": "c1", "type": "function", "function": function}
+        return [CALLED[0], {**CALL, "tool_calls": [call]}, *CALLED[2:]]
+
+    twice = '{"city": "Bonn", "city": "Ulm"}'
+    objects = QWEN3.replace("call.arguments if call.arguments is string else ", "")
+    with pytest.raises(WeftError, match=r"'tool_calls\[0\].function.arguments' of message 2"):
+        encoded(talk(twice), objects)
+    for arguments in (twice, "{[" + "[" * 500):  # a text of the record, as it is
+        assert arguments in shown(talk(arguments), QWEN3)
+    deep = '{"a":' * 20_000 + "1" + "}" * 20_000  # no object that could be read
+    assert with_call_arguments(asked(talk(deep)), as_text=False) is None
+
+
 def test_a_call_without_content_suits_templates_that_need_one():
     needs = QWEN3.replace("m.content if m.content is string else ''", "'' + m.content")
     assert "weather" in learnt(shown(CALLED, needs))[0]
@@ -255,7 +294,7 @@ def test_glm4_turns_end_with_the_next_header_if_generation_stops_at_it():
         text = shown(messages, GLM4, stops=stops)
         wanted = ["\nyo<|user|>", "\nb!<|user|>"][: len(messages) // 2]
         assert learnt(text) == wanted and text.endswith("<|user|>⟧")
-    with pytest.raises(WeftError, match="0 cut off, 1 masked"):  # stops at none of its tokens
+    with pytest.raises(WeftError, match="0 masked, 1 without one"):  # stops at none of its tokens
         shown(CHAT, GLM4)
 
 
@@ -304,12 +343,52 @@ def test_answers_that_a_block_leaves_out_and_unknown_characters_are_counted():
     _, found = encoded(CHAT, last)
     assert found.counts.unmarked == 1 and "leaves out of the loss" in found.counts.notes("t")[0]
     assert encoded(CHAT, with_generation())[1].counts.unmarked == 0
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_special_tokens({"unk_token": "<unk>"})
-    rows = [{"text": "<unk>a"}, {"text": "a"}]
-    assert Renderer(tokenizer, 9).encode(Samples("text", rows, "x"), "x").counts.unknown == 1
+    tokenizer = words("a b <unk> </s>", eos_token="</s>", unk_token="<unk>")
+    rows = [{"text": text} for text in ("a c", "a b", "a <unk> b", "c <unk>")]
+    assert Renderer(tokenizer, 9).encode(Samples("text", rows, "x"), "x").counts.unknown == 2
     labelled = Samples("label", [{"texts": (row["text"],), "label": 1} for row in rows], "x")
-    assert encode_labels(labelled, tokenizer, 9, None).counts.unknown == 1
+    assert encode_labels(labelled, tokenizer, 9, None).counts.unknown == 2
+
+
+def words(known, **special):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(known.split())}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token=special["unk_token"]))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=99, **special)
+
+
+def test_an_unknown_token_that_the_template_prints_tells_of_no_unknown_characters():
+    """SmolLM2's is <|endoftext|>, an ordinary special token."""
+    tokenizer = chat_templates.tokenizer("<|start|>" + tiny.CHATML)
+    tokenizer.unk_token = "<|start|>"
+    found = Renderer(tokenizer, 900).encode(Samples("messages", [{"messages": CHAT}], "x"), "x")
+    assert tokenizer.unk_token_id in found.rows[0]["input_ids"]
+    assert found.counts.unknown == 0 and not found.counts.notes("x")
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_records_that_leave_out_all_their_turns_are_named_as_the_reason(key):
+    talk = [{**m, key: 0} if m["role"] == "assistant" else m for m in CHAT]
+    talk = [{**m, key: bool(m[key])} if key == "train" and key in m else m for m in talk]
+    with pytest.raises(WeftError, match=r"1 of them take all turns .* weight: 0 or train: false"):
+        encoded(talk)
+
+
+def test_a_turn_that_nothing_closes_is_neither_cut_nor_masked():
+    open_end = tiny.CHATML.replace("<|im_end|>", "")
+    renderer = Renderer(chat_templates.tokenizer(open_end), 900)
+    with pytest.raises(WeftError, match=r"0 cut off, 0 masked, 2 without one.*must close"):
+        renderer.encode(Samples("messages", [{"messages": CHAT}] * 2, "x"), "x")
+    closes = "{% if m.content != 'b!' %}<|im_end|>{% endif %}"
+    some = tiny.CHATML.replace("<|im_end|>", closes)
+    renderer = Renderer(chat_templates.tokenizer(some), 900)
+    rows = [{"messages": talk} for talk in (CHAT[:2], CHAT)]
+    counts = renderer.encode(Samples("messages", rows, "x"), "x").counts
+    assert (counts.end_cut, counts.end_masked, counts.end_missing) == (0, 0, 1)
+    assert "1 of 2 samples with a turn that no special token closes" in counts.notes("x")[0]
 
 
 def test_what_the_template_adds_to_the_loss_is_remarked():
@@ -330,3 +409,74 @@ def test_a_turn_that_generation_would_not_see_so_is_refused_with_the_reason():
         shown(CHAT, opened)
     with pytest.raises(WeftError, match="train: false"):
         shown(CHAT, opened)
+
+
+REWRITES = ("lower", "upper", "capitalize", "escape", "replace('u', 'v')", "replace(' ', '')")
+
+
+@pytest.mark.parametrize("rewrite", [*REWRITES, "replace('\n', ' ')", "indent(2)"])
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_text_that_the_template_rewrites_is_refused(rewrite, role):
+    template = tiny.CHATML.replace(
+        "{{ m['content'] }}",
+        f"{{% if m.role == '{role}' %}}{{{{ m.content | {rewrite} }}}}"
+        "{% else %}{{ m.content }}{% endif %}",
+    )
+    said = {"user": "Shall <U> & us\ncome?", "assistant": "Up & <us>,\nYou"}
+    talk = [{"role": who, "content": text} for who, text in said.items()]
+    number = list(said).index(role) + 1
+    with pytest.raises(WeftError, match=rf"not render as written.* 'content' of message {number} "):
+        encoded(talk, template)
+    calm = [{"role": who, "content": "0"} for who in said]
+    assert "0" in shown(calm, template)  # nothing to rewrite
+
+
+def test_blanks_beside_tags_are_the_templates_own():
+    thought = {"role": "assistant", "content": "<think>a\n b</think>\nYes <b>x</b>  y"}
+    assert "<think>\na\n b\n</think>\n\nYes <b>x</b>  y" in shown([CHAT[0], thought], QWEN3)
+
+
+def test_a_word_of_another_text_does_not_stand_for_a_key():
+    """`name` steers the template, so that its marks fail, and it is not printed."""
+    chosen = "{% for m in messages if m.name is not string or m.name == 'is' %}"
+    template = tiny.CHATML.replace("{% for m in messages %}", chosen)
+    talk = [{"role": "user", "content": "this is it", "name": "is"}, CHAT[1]]
+    with pytest.raises(WeftError, match="'name' of message 1"):
+        encoded(talk, template)
+
+
+def test_all_samples_and_messages_with_an_unread_text_are_named():
+    renderer = Renderer(chat_templates.tokenizer(tiny.CHATML), 900)
+    odd = [{**message, "mood": "bad"} for message in [*CHAT, *CHAT, *CHAT]]
+    rows = [{"messages": odd if i % 3 == 1 else CHAT} for i in range(12)]
+    with pytest.raises(WeftError) as error:
+        renderer.encode(Samples("messages", rows, "f.jsonl"), "training")
+    listed = ", ".join(str(i) for i in range(4, len(odd) + 1))
+    for part in (
+        "f.jsonl, sample 2: ",
+        f"'mood' of message {listed}",
+        "So it is in 3 more: sample 5, sample 8, sample 11.",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(WeftError, match="So it is in at least 20 more: sample 2, sample 3, "):
+        renderer.encode(Samples("messages", [{"messages": odd}] * 50, "f.jsonl"), "training")
+
+
+@pytest.mark.parametrize("role", ["tool", "function"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_name_on_an_answer_is_that_of_its_call_or_refused(role, legacy):
+    function = {"name": "weather", "arguments": "{}"}
+    made = {"function_call": function} if legacy else {"tool_calls": [{"function": function}]}
+    talk = [said("user", "q"), {"role": "assistant", **made}, said(role, "4"), CHAT[1]]
+    for name in ("weather", None):  # the call says it
+        talk[2] = said(role, "4", name=name)
+        assert "<tool_response>4" in shown(talk, QWEN3)
+    for before, name in ((talk[:2], "wether"), (talk[:1], "weather")):
+        with pytest.raises(WeftError, match=rf"'name' of message {len(before) + 1} .*'{name}'"):
+            encoded([*before, said(role, "4", name=name), CHAT[1]], QWEN3)
+    shows = QWEN3.replace(
+        "<tool_response>' + content", "<tool_response>' + (m.name or '') + content"
+    )
+    assert "<tool_response>wether4" in shown(
+        [*talk[:2], said(role, "4", name="wether"), CHAT[1]], shows
+    )

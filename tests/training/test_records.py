@@ -57,22 +57,82 @@ def test_all_unread_columns_are_named_at_once_and_a_table_has_them_too(tmp_path)
     assert samples.rows == [{"texts": ("a",), "label": "x"}]
 
 
-def test_data_ignore_reaches_keys_of_messages_but_not_arguments(tmp_path):
-    call = {"id": "c", "function": {"name": "f", "arguments": {"id": 5}}}
-    row = {
-        "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "hi", "cache": 1}], "id": 1},
-            {"role": "assistant", "tool_calls": [call], "id": 2},
-        ],
-        "id": 9,
-    }
-    samples = load(tmp_path, [row], ignore=("id", "cache"))
-    kept = samples.rows[0]["messages"]
-    assert samples.rows[0].keys() == {"messages"} and "id" not in kept[0]
-    assert kept[0]["content"] == [{"type": "text", "text": "hi"}]
-    assert kept[1]["tool_calls"] == [{"function": {"name": "f", "arguments": {"id": 5}}}]
-    with pytest.raises(ConfigError, match=r"data.ignore: no record has .*'idd'. Nearest: id"):
-        load(tmp_path, [row], ignore=("idd",))
+TALK = [
+    {"role": "user", "content": [{"type": "text", "text": "hi", "cache": 1}], "id": 1},
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": {"id": 5}}}],
+        "id": 2,
+    },
+    {"role": "tool", "content": "4", "tool_call_id": "c"},
+    {"role": "assistant", "content": "yo", "weight": 0},
+    {"role": "assistant", "content": "yo"},
+]
+
+
+def test_data_ignore_names_a_column_or_with_a_prefix_a_key_of_messages(tmp_path):
+    row = {"messages": TALK, "id": 9}
+    for held in (TALK, json.dumps(TALK)):  # as in a table's cell
+        row = {"messages": held, "id": 9}
+        kept = load(tmp_path, [row], ignore=("id", "cache")).rows[0]["messages"]
+        assert [m.get("id") for m in kept] == [1, 2, None, None, None]  # the column only
+        assert kept[0]["content"] == [{"type": "text", "text": "hi"}]  # no column has this name
+        kept = load(tmp_path, [row], ignore=("id", "messages.id", "messages.cache")).rows[0]
+        assert kept.keys() == {"messages"}
+        kept = kept["messages"]
+        assert not any("id" in message for message in kept)
+        assert kept[1:] == [{k: v for k, v in m.items() if k != "id"} for m in TALK[1:]]
+    for wrong, near in (("idd", "id"), ("messages.idd", "messages.id"), ("nope", "id, messages")):
+        with pytest.raises(ConfigError, match=rf"no record has .*'{wrong}'. Nearest: {near}"):
+            load(tmp_path, [row], ignore=("id", wrong))
+
+
+def test_a_column_that_is_called_as_a_key_of_messages_leaves_the_key(tmp_path):
+    """One namespace for both took turns into the loss that the record leaves out of it."""
+    talk = [{"role": "user", "content": "hi"}, *TALK[1:]]
+    extra = {"weight": 0.7, "train": "part 3", "name": "web", "tool_call_id": 1, "role": "x"}
+    row = {"messages": talk, **extra}
+    assert load(tmp_path, [row], ignore=tuple(extra)).rows == [{"messages": talk}]
+    (found,) = load(tmp_path, [{"messages": talk}], ignore=("messages.weight",)).rows
+    assert "weight" not in found["messages"][3]
+    for key in ("weight", "role", "content"):
+        with pytest.raises(ConfigError, match=rf"no record has a column .*Write messages.{key} if"):
+            load(tmp_path, [{"messages": talk}], ignore=(key,))
+
+
+def test_data_ignore_is_for_the_file_and_not_for_what_weft_writes(tmp_path):
+    asked = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    row = {"prompt": [*asked, asked[0]], "completion": [asked[1]], "train": True, "id": 3}
+    ours = load(tmp_path, [{**row, "train": None, "id": None}]).rows
+    assert ours[0]["messages"][1] == {**asked[1], "train": False}
+    assert load(tmp_path, [row], ignore=("train", "id")).rows == ours
+    lists = {"prompt": [{**asked[0], "id": 1}], "completion": [{**asked[1], "id": 1}]}
+    assert load(tmp_path, [lists], ignore=("messages.id",)).rows == [{"messages": asked}]
+
+
+def test_keys_of_messages_in_a_column_of_any_name_are_left_out(tmp_path):
+    talk = [{**message, "id": i} for i, message in enumerate(CHAT)]
+    for ignore in ("id", "messages.id"):
+        for held in (talk, json.dumps(talk)):
+            found = load(tmp_path, [{"c": held}], columns={"messages": "c"}, ignore=(ignore,))
+            assert found.rows == [{"messages": CHAT}]
+            found = load(tmp_path, [{"conversations": held}], ignore=(ignore,))
+            assert found.rows == [{"messages": CHAT}]
+        said = [{"from": "human", "value": "hi", "id": 1}, {"from": "gpt", "value": "yo", "id": 2}]
+        found = load(tmp_path, [{"c": said}], columns={"messages": "c"}, ignore=(ignore,))
+        assert found.rows == [{"messages": CHAT}]
+        row = {"instruction": "a", "output": "b", "before": talk}
+        found = load(tmp_path, [row], columns={"history": "before"}, ignore=(ignore,))
+        assert found.rows[0]["messages"][:2] == CHAT
+
+
+def test_an_unread_column_is_named_as_in_the_file(tmp_path):
+    row = {"prompt": "a", "completion": "b", "c": "d", "conversations": CHAT}
+    fields = {"format": "prompt", "columns": {"text": "c"}}
+    with pytest.raises(WeftError, match=r"columns 'conversations', 'c'|columns 'c', 'conversatio"):
+        load(tmp_path, [row], **fields)
+    fields = {"format": "prompt", "ignore": ("c", "conversations")}
+    assert load(tmp_path, [row], **fields).rows == [{"prompt": "a", "completion": "b"}]
 
 
 def test_the_named_record_is_the_one_of_the_file_after_a_share_is_held_out(tmp_path):

@@ -99,7 +99,7 @@ def test_if_that_is_all_of_them_it_is_an_error(tokenizer):
         Renderer(tokenizer, 1).encode(Samples("prompt", rows, "here"), "training")
     with pytest.raises(WeftError, match=r"0 cut off, 1 masked.*generation"):
         shown(tokenizer, {"messages": CHAT}, "messages", template=END_OUTSIDE)
-    with pytest.raises(WeftError, match=r"0 cut off, 1 masked"):
+    with pytest.raises(WeftError, match=r"0 cut off, 0 masked, 1 without one"):
         shown(
             tokenizer,
             {"messages": CHAT},

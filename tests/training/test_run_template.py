@@ -11,7 +11,7 @@ import tiny
 import weft
 from weft.cli import main
 from weft.encoding import template as clock
-from weft.errors import ConfigError
+from weft.errors import ConfigError, WeftError
 from weft.inference import generate as generation
 from weft.inference.opened import open_model
 from weft.inference.two_turns import maker
@@ -166,3 +166,47 @@ def test_a_template_that_is_no_text_is_named(place, tmp_path):
     (tmp_path / "bad.jinja").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"data.chat_template='.*bad.jinja' cannot be read"):
         preview(config(place, tmp_path / "o", data={"chat_template": str(tmp_path / "bad.jinja")}))
+
+
+def test_a_bare_tokenizer_directory_is_a_tokenizer(place, tmp_path):
+    other = chat_templates.tokenizer("{{ 'B' }}" + tiny.CHATML)
+    other.save_pretrained(tmp_path / "bare")
+    assert not (tmp_path / "bare" / "config.json").exists()
+    changes = {"model": {"tokenizer": str(tmp_path / "bare")}, "data": {"chat_template": None}}
+    assert "B<|im_start|>user" in preview(config(place, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"notes.txt": "x"}, r"^model.tokenizer='.*': this directory has no tokenizer.*notes.txt"),
+        (
+            {"tokenizer.json": "{", "tokenizer_config.json": "{}"},
+            r"^model.tokenizer '.*' could not",
+        ),
+        (None, r"^model.tokenizer='.*': there is no such tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_named_as_such(place, tmp_path, files, says):
+    for name, text in (files or {}).items():
+        (tmp_path / "t").mkdir(exist_ok=True)
+        (tmp_path / "t" / name).write_text(text)
+    changes = {"model": {"tokenizer": str(tmp_path / "t")}}
+    with pytest.raises(WeftError, match=says) as error:
+        preview(config(place, tmp_path / "run", **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_that_lost_the_tokenizer_of_its_run_says_so(place, run, tmp_path, capsys):
+    shutil.copytree(run / "checkpoints" / "checkpoint-1", tmp_path / "copied")
+    model = open_model(str(place / "lm"), str(run)).model
+    weft.save(model, tmp_path / "saved", name=next(iter(weft.adapters(model))))
+    for lost in ("copied", "saved"):
+        options = ["--model", str(place / "lm"), "--adapter", str(tmp_path / lost)]
+        assert main(["generate", *options, "--prompt", "hi", "--chat", "--device", "cpu"]) == 0
+        assert "note: the adapter comes without a tokenizer" in capsys.readouterr().err
+        assert main(["merge", *options, "--out", str(tmp_path / f"{lost}-merged")]) == 0
+        assert "comes without a tokenizer" in " ".join(capsys.readouterr().out.split())
+    for adapter in (run, run / "best", None):
+        opened = open_model(str(place / "lm"), None if adapter is None else str(adapter))
+        assert not any("tokenizer" in note for note in opened.notes)

@@ -11,6 +11,7 @@ import tiny
 from weft.encoding.labels import classes_of
 from weft.encoding.render import Renderer, marked
 from weft.errors import ConfigError, WeftError
+from weft.training import formats
 from weft.training.config import from_dict, to_dict
 from weft.training.config.sections import DataSection, ModelSection
 from weft.training.data import load_samples
@@ -120,6 +121,21 @@ def test_sharegpt(tmp_path):
     assert load(tmp_path, [{"conversations": filled, "messages": None}])[0]["messages"] == wanted
 
 
+def test_sharegpt_is_seen_in_every_record(tmp_path):
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    wanted = [{"messages": talk}] * 2
+    for first, second in (
+        ({"messages": talk}, {"conversations": said}),
+        ({"conversations": said}, {"messages": talk}),
+        ({"conversation": said}, {"conversations": talk}),
+        ({"messages": talk}, {"messages": said, "conversations": []}),
+    ):
+        assert load(tmp_path, [first, second]) == wanted
+    with pytest.raises(WeftError, match="sample 2: nothing reads the column 'conversations'"):
+        load(tmp_path, [{"messages": talk}, {"messages": talk, "conversations": said}])
+
+
 @pytest.mark.parametrize(
     ("talk", "says"),
     [
@@ -166,6 +182,18 @@ def test_numbers_and_booleans_are_text_as_json_writes_them(tmp_path):
     assert found[0]["prompt"] == "2"
     with pytest.raises(WeftError, match="is not text"):
         load(tmp_path, [{"prompt": "a", "completion": {"b": 1}}])
+
+
+@pytest.mark.parametrize("column", formats.TEXTS)
+def test_a_number_is_text_in_every_text_column_and_a_format_reads_each(tmp_path, column):
+    groups = (*formats.NEEDED.values(), *((*texts, "label") for texts in formats.LABELLED))
+    group = next((g for g in groups if column in g), None)
+    if group is None:  # an optional one
+        chosen = next(name for name, more in formats.OPTIONAL.items() if column in more)
+        group = formats.NEEDED[chosen]
+    row = {**dict.fromkeys(group, "a"), column: 4}
+    (found,) = load(tmp_path, [row])
+    assert "4" in json.dumps(found) and " 4" not in json.dumps(found)
 
 
 def labelled(labels):
@@ -252,3 +280,30 @@ def test_answers_in_a_prompt_are_not_in_the_loss(tmp_path):
     coded = Renderer(made, 512).encode(samples, "training")[0]
     text = marked(made, list(coded["input_ids"]), list(coded["labels"]))
     assert "⟦four<|im_end|>⟧" in text and text.count("⟦") == 1
+
+
+@pytest.mark.parametrize("key", ["data", "rows"])
+def test_records_within_an_object_are_told_from_a_record(tmp_path, key):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"version": 1, key: ROWS}))
+    says = rf"one record, whose '{key}' is a list of 6 objects.*write that list alone"
+    with pytest.raises(WeftError, match=says):
+        read(str(path))
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path.write_text(json.dumps({key: talk}))
+    assert read(str(path), columns={"messages": key}) == [{"messages": talk}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "prompt;completion\na;b\n", "separated by ';'. A .csv is separated by a comma"),
+        ("a.csv", "prompt;completion\na, b;c\n", "separated by ';'"),
+        ("a.csv", "prompt\tcompletion\na\tb\n", "'.t'. A .csv .*.tsv is separated by tabs"),
+        ("a.tsv", "prompt,completion\na,b\n", "separated by ','. A .tsv is separated by a tab"),
+    ],
+)
+def test_a_table_with_another_separator_names_it(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(WeftError, match=f"{name}: its header is one column.*{says}"):
+        read(str(tmp_path / name))

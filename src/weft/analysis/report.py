@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from ..untrusted.printable import WIDTH
 from .analyze import Analysis, RunAnalysis
 from .relate import LEVELS, Interval, Relation
 
-WIDTH = 80
 # What the paper prints (arXiv:2402.09353, section 3.2 and figure 2): VL-BART, query matrices, 24
 # points, no intervals.
 PRINTED = {"Full": -0.62, "LoRA": 0.83, "DoRA": -0.31}

@@ -42,7 +42,7 @@ def read_series(words: Sequence[str]) -> list[Series]:
     for word in words:
         label, path = _split_label(word)
         inside = _checkpoints(path)
-        label = label or (_name(path) if inside else LOOSE)
+        label = label or (_run_name(path) if inside else LOOSE)
         if label in found or (inside and label in loose):
             raise ConfigError(
                 f"--adapters {word!r}: another run has the label {label!r}; give this one "
@@ -96,7 +96,7 @@ def _checkpoints(path: Path) -> list[tuple[int, Path]]:
     )
 
 
-def _name(path: Path) -> str:
+def _run_name(path: Path) -> str:
     whole = path.resolve()
     return whole.parent.name if whole.name == "checkpoints" else whole.name
 

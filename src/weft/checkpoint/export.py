@@ -92,7 +92,7 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
     )
 
 
-def _config_file(found: files.Found) -> Path:
+def _config_file(found: files.FoundFiles) -> Path:
     if found.config is None:
         raise CheckpointError(
             f"{found.tensors.parent} has no {files.CONFIG}; load the adapter and save it again."

@@ -220,7 +220,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return data
 
 
-class Found(NamedTuple):
+class FoundFiles(NamedTuple):
     """The files of a checkpoint. `config` is None if there is none; `notes` say which of several
     directories was chosen.
     """
@@ -230,7 +230,7 @@ class Found(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def find(path: str | Path) -> Found:
+def find(path: str | Path) -> FoundFiles:
     """Returns the files of the checkpoint in a directory.
 
     If the directory is a run of `weft train`, they are those of its result, adapter/; of a run
@@ -243,7 +243,7 @@ def find(path: str | Path) -> Found:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}.") from None
 
 
-def _find(path: str | Path, given: Path) -> Found:
+def _find(path: str | Path, given: Path) -> FoundFiles:
     if not given.exists():
         raise CheckpointError(
             f"{str(path)!r} does not exist. Give the directory that weft.save, weft train or "
@@ -263,7 +263,7 @@ def _find(path: str | Path, given: Path) -> Found:
     _check_regular(tensors)
     _check_regular(config)
     if tensors.is_file():
-        return Found(tensors, config if config.is_file() else None, notes)
+        return FoundFiles(tensors, config if config.is_file() else None, notes)
     have = sorted(p.name for p in directory.iterdir())
     _refuse_pickles(directory, have)
     raise CheckpointError(f"{directory} has no {TENSORS}; it holds {have[:8] or 'nothing'}.")

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import methods
-from ..model.plan import WIDTH, ranks_as_text, rows_as_text, size_text
+from ..model.plan import ranks_as_text, rows_as_text, size_text
 from ..model.plan_entries import Row
-from ..untrusted.printable import printable
+from ..untrusted.printable import WIDTH, printable
 from . import files
 from .checkpoint import Checkpoint, CheckpointLayer
 from .conversions import check_fixed, check_shared

@@ -159,7 +159,7 @@ def _files(path: Path) -> tuple[Callable[[str], Tensor], set[str]]:
             f"{str(path)!r} has no .safetensors file. Give the folder of the model before it was "
             "quantised."
         )
-    where = {name: file for file in files for name in _names(file)}
+    where = {name: file for file in files for name in _tensor_names(file)}
 
     def read(name: str) -> Tensor:
         with safe_open(str(where[name]), framework="pt") as opened:
@@ -169,7 +169,7 @@ def _files(path: Path) -> tuple[Callable[[str], Tensor], set[str]]:
     return read, set(where)
 
 
-def _names(file: Path) -> list[str]:
+def _tensor_names(file: Path) -> list[str]:
     try:
         with safe_open(str(file), framework="pt") as opened:
             return list(opened.keys())

@@ -54,7 +54,7 @@ def _values_checked(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def _read_safely(found: files.Found) -> Checkpoint:
+def _read_safely(found: files.FoundFiles) -> Checkpoint:
     """Whatever someone has written into the files, the error is one of ours."""
     try:
         return _read_files(found)
@@ -68,7 +68,7 @@ def _read_safely(found: files.Found) -> Checkpoint:
         ) from error
 
 
-def _read_files(found: files.Found) -> Checkpoint:
+def _read_files(found: files.FoundFiles) -> Checkpoint:
     tensors, metadata = files.read_tensors(found.tensors)
     if not header.is_ours(metadata):
         checkpoint = _read_foreign(found, tensors)
@@ -94,7 +94,7 @@ def _read_files(found: files.Found) -> Checkpoint:
     return checkpoint
 
 
-def _read_foreign(found: files.Found, tensors: dict[str, Tensor]) -> Checkpoint:
+def _read_foreign(found: files.FoundFiles, tensors: dict[str, Tensor]) -> Checkpoint:
     if found.config is None:
         raise CheckpointError(
             f"{found.tensors.parent} has no {files.CONFIG}, which says what the tensors are."

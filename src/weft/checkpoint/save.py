@@ -52,8 +52,8 @@ def save(
     or the new one. Other files in it are left alone.
 
     Raises WeftError (no such adapter), CheckpointError (`path` cannot be written, tensors without
-    values, NaN, a layer that was replaced after attach), UnsupportedError (projections=True for a
-    method that peft has no form for).
+    values, NaN, a layer that was replaced after attach or that the model reads and never calls),
+    UnsupportedError (projections=True for a method that peft has no form for).
     """
     state = state_of(model)
     adapter = state.adapter(name)
@@ -63,6 +63,9 @@ def save(
     changed = problems(state, adapter, whole=True)
     if changed:
         raise CheckpointError(f"{message(changed)} Nothing was saved.")
+    unread = state.uncalled.problem(adapter)
+    if unread is not None:
+        raise CheckpointError(f"nothing was saved: {unread}")
     _check_values(adapter)
     _warn_of_others(state)
     content = files_of(adapter, projections)

@@ -48,6 +48,11 @@ def tokenizer_folder(adapter: str | Path | None) -> Path | None:
     return next((place for place in places if (place / CONFIG).is_file()), None)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Returns whether a directory has files of a tokenizer."""
+    return any((folder / name).is_file() for name in NAMES)
+
+
 def lone_template(adapter: str | Path | None) -> str | None:
     """Returns the chat template in an adapter's directory without a tokenizer, or None."""
     if adapter is None or tokenizer_folder(adapter) is not None:

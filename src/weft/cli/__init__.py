@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import ConfigError, WeftError
-from ..untrusted.printable import printable
+from ..untrusted.printable import WIDTH, printable
 
 COMMANDS = (
     "compare",
@@ -139,7 +139,7 @@ def listed(name: str, text: str, column: int) -> str:
     """
     start = f"  {name}".ljust(column - 1) + " "
     return textwrap.fill(
-        text, 80, initial_indent=start, subsequent_indent=" " * column, break_on_hyphens=False
+        text, WIDTH, initial_indent=start, subsequent_indent=" " * column, break_on_hyphens=False
     )
 
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from ..tasks.quantize import DTYPES
+from .common import add_json_option, add_model_option, write_json, write_text
+
 HELP = "magnitude and direction of the change of the weights over training, and their correlation"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEXT, DATA = "analysis.txt", "analysis.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `weft analyze`."""
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="M",
-        help="the base: a name of weft compare --list, a directory, or a hub name",
-    )
+    add_model_option(parser)
     add(
         "--adapters",
         required=True,
@@ -46,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help=f"write {TEXT}, {DATA} and the plot of the paper to this directory",
     )
-    add("--json", metavar="FILE", type=Path, help="write all points and correlations to this file")
+    add_json_option(parser, "write all points and correlations to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
 
     from ..analysis import plots, report
     from ..analysis.analyze import analyze
-    from ..checkpoint.files import replace
     from ..checkpoint.load import read
     from ..inference.pretrained import base_for, find_source
     from ..training.run_dir import check_recorded_base
@@ -74,16 +69,13 @@ def run(args: argparse.Namespace) -> int:
     )
     check_recorded_base(model, missing, [one.places[0][1] for one in series])
     analysis = analyze(model, series, targets)
-    text, data = (
-        report.analysis_text(analysis, args.model),
-        json.dumps(report.analysis_json(analysis, args.model), indent=1) + "\n",
-    )
+    text = report.analysis_text(analysis, args.model)
+    data = report.analysis_json(analysis, args.model)
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        replace(args.out / TEXT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-        replace(args.out / DATA, lambda path: path.write_text(data, encoding="utf-8"))
+        write_text(args.out / TEXT, text + "\n")
+        write_json(args.out / DATA, data)
         print(f"\n{args.out}:\n{TEXT}, {DATA}, {plots.draw_changes(analysis, args.out)}")
-    if args.json is not None:
-        replace(args.json, lambda path: path.write_text(data, encoding="utf-8"))
+    write_json(args.json, data)
     return 0

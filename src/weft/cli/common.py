@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda")
+from ..tasks.quantize import DEVICES, DTYPES, QUANTIZE
+
+BASE = "a name of weft compare --list, a directory, or a hub name"
+ADAPTER = "a directory that weft.save, weft train or peft's save_pretrained wrote"
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model and --adapter."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="M",
-        help="the base: a name of weft compare --list, a directory, or a hub name",
-    )
-    add_adapter_option(parser)
+def add_model_option(
+    parser: argparse.ArgumentParser, about: str = f"the base: {BASE}", required: bool = True
+) -> None:
+    """Adds --model."""
+    parser.add_argument("--model", required=required, metavar="M", help=about)
 
 
 def add_adapter_option(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +47,35 @@ def add_device_options(parser: argparse.ArgumentParser, default: str | None = "a
     """Adds --dtype and --device."""
     add = parser.add_argument
     add("--dtype", choices=DTYPES, default=default, help="of the base's weights")
-    add(
-        "--quantize",
-        choices=("nf4", "fp4", "int8", "int8-weight", "float8-weight"),
-        help="quantise the base's weights while they load",
-    )
+    add("--quantize", choices=tuple(QUANTIZE), help="quantise the base's weights while they load")
     add("--device", choices=DEVICES, default=default, help="auto (default): CUDA if available")
+
+
+def add_json_option(parser: argparse.ArgumentParser, about: str) -> None:
+    """Adds --json."""
+    parser.add_argument("--json", metavar="FILE", type=output_file, help=about)
+
+
+def output_file(text: str) -> Path:
+    """Returns the path of a file to write when the work is done.
+
+    Raises ArgumentTypeError now, before it, if a file cannot be written there.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory; give a file")
+    if path.exists() and not path.is_file():  # a device, a FIFO, the standard output
+        return path
+    parent = Path(os.path.realpath(path)).parent
+    if not parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no directory {str(parent)!r}")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: no file can be written in {str(parent)!r} ({error.strerror})"
+        ) from None
+    return path
 
 
 def print_notes(notes: Iterable[str]) -> None:

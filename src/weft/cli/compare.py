@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..tasks.quantize import DEVICES
+from .common import add_json_option, write_text
+
 if TYPE_CHECKING:
     from ..compare.report.comparison import Comparison
     from ..compare.report.paper_table import PaperTable
@@ -112,7 +115,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--device",
-        choices=("auto", "cpu", "cuda"),
+        choices=DEVICES,
         help="auto (default): CUDA if it is available and the model is large enough to be faster",
     )
     add(
@@ -127,7 +130,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", metavar="DIR", type=Path, help="output directory (default: weft-compare)")
-    add("--json", metavar="FILE", type=Path, help="write the results to this file too")
+    add_json_option(parser, "write the results to this file too")
     add(
         "--like",
         metavar="NAME",
@@ -151,7 +154,6 @@ def run(args: argparse.Namespace) -> int:
         return _list_names(args)
     _check_installed()
     request = _request(args)
-    _check_json(args.json)
     printed = _paper_table(args.like, request)
     from ..compare.compare import compare
     from ..compare.run.directory import has_comparison
@@ -242,20 +244,6 @@ def _parsed(reader: Callable[[str], Any], text: str | None) -> Any:
     return reader(text) if text is not None else None
 
 
-def _check_json(path: Path | None) -> None:
-    from ..errors import ConfigError
-
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ConfigError(
-            f"--json {str(path)!r}: "
-            + (
-                "this is a directory; give a file."
-                if path.is_dir()
-                else f"there is no directory {str(path.parent)!r}."
-            )
-        )
-
-
 def _paper_table(name: str | None, request: Request) -> PaperTable | None:
     from ..compare.report.paper_table import find_paper_table
 
@@ -265,7 +253,6 @@ def _paper_table(name: str | None, request: Request) -> PaperTable | None:
 def _write_results(
     comparison: Comparison, request: Request, args: argparse.Namespace, printed: PaperTable | None
 ) -> None:
-    from ..compare.files import write_atomically
     from ..compare.report import data, files, paper_table, table
     from ..compare.run.locks import file_lock
     from ..compare.run.study_location import LOCK, without_password
@@ -273,7 +260,7 @@ def _write_results(
     paper = paper_table.side_by_side(comparison, printed) if printed is not None else None
     print(files.printed_text(comparison, paper))
     if args.json is not None:
-        write_atomically(args.json, data.to_json_text(comparison))
+        write_text(args.json, data.to_json_text(comparison))
     with file_lock(request.out, LOCK):  # other processes write reports to the same --out
         names = files.write_report(
             comparison,

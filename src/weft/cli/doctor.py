@@ -6,10 +6,10 @@ import argparse
 import platform
 import textwrap
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from .common import write_json
+from ..untrusted.printable import WIDTH
+from .common import add_json_option, write_json
 
 HELP = "versions, devices, which kernels run and why not"
 PACKAGES = (
@@ -28,11 +28,8 @@ PACKAGES = (
 )
 
 
-WIDTH = 80
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write it there too")
+    add_json_option(parser, "write it there too")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,14 +8,24 @@ import argparse
 import json
 from pathlib import Path
 
-from .common import add_device_options, add_model_options, print_notes, write_json, write_text
+from .common import (
+    add_adapter_option,
+    add_device_options,
+    add_json_option,
+    add_model_option,
+    output_file,
+    print_notes,
+    write_json,
+    write_text,
+)
 
 HELP = "score a model on a task, with or without an adapter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add_model_options(parser)
+    add_model_option(parser)
+    add_adapter_option(parser)
     add(
         "--task",
         metavar="T",
@@ -46,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--outputs",
         metavar="FILE",
-        type=Path,
+        type=output_file,
         help="write the generated answers there, one JSON object per line",
     )
-    add("--json", metavar="FILE", type=Path, help="write the scores there too")
+    add_json_option(parser, "write the scores there too")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
+from ..untrusted.printable import WIDTH
+from .common import ADAPTER
+
 HELP = "write an adapter in another form (plain LoRA, or what peft reads), with the measured error"
-WIDTH = 80
 FORMS = ("lora", "peft")  # those of checkpoint/conversions.py, without importing torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--adapter",
-        required=True,
-        metavar="DIR",
-        help="a directory that weft.save, weft train or peft's save_pretrained wrote",
-    )
+    add("--adapter", required=True, metavar="DIR", help=ADAPTER)
     add("--to", required=True, choices=FORMS, help="lora: plain LoRA; peft: a form that peft reads")
     add("--out", required=True, metavar="DIR", type=Path, help="a new directory for the result")
 
 
 def run(args: argparse.Namespace) -> int:
-    import textwrap
-
     from ..checkpoint import export
 
     found = export(args.adapter, args.to, args.out)

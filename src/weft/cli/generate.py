@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_device_options, add_model_options, print_notes, settings
+from .common import add_adapter_option, add_device_options, add_model_option, print_notes, settings
 
 HELP = "continue a prompt with a model, with or without an adapter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add_model_options(parser)
+    add_model_option(parser)
+    add_adapter_option(parser)
     add(
         "--prompt",
         required=True,

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .common import (
+    BASE,
     add_adapter_option,
     add_device_options,
+    add_json_option,
+    add_model_option,
     print_notes,
     scores_text,
     settings,
@@ -72,17 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="the first N questions")
     _add_answer_arguments(parser)
     _add_judge_arguments(parser)
-    add("--json", metavar="FILE", type=Path, help="write the scores there too")
+    add_json_option(parser, "write the scores there too")
 
 
 def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="M",
-        help="answer with this base: a name of weft compare --list, a directory, or a hub name "
-        "(default: the answers in --out)",
-    )
+    about = f"answer with this base: {BASE} (default: the answers in --out)"
+    add_model_option(parser, about, required=False)
     add_adapter_option(parser)
     add("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 1024)")
     add(
@@ -197,8 +196,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for path in (args.questions, args.references, args.prompts):
         if path is not None and not path.is_file():
             raise ConfigError(f"{path}: there is no such file.")
-    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ConfigError(f"--json {args.json}: give a file in a folder that exists.")
     if args.model is None and not (args.out / ANSWERS).is_file():
         raise ConfigError(
             f"{args.out / ANSWERS} does not exist. Give --model M to answer the questions, or put "

@@ -8,29 +8,17 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .common import add_other_base
+from ..tasks.quantize import DTYPES
+from ..untrusted.printable import WIDTH
+from .common import ADAPTER, add_model_option, add_other_base
 
 HELP = "write a plain transformers model with an adapter merged into its weights"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-WIDTH = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="M",
-        help="the base: a name of weft compare --list, a directory, or a hub name",
-    )
-    add(
-        "--adapter",
-        required=True,
-        metavar="DIR",
-        help="a directory that weft.save, weft train or peft's save_pretrained wrote",
-    )
+    add_model_option(parser)
+    add("--adapter", required=True, metavar="DIR", help=ADAPTER)
     add_other_base(parser)
     add(
         "--out",
@@ -60,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..checkpoint.directories import is_taken
     from ..checkpoint.load import load, read
+    from ..checkpoint.tokenizer_files import has_tokenizer
     from ..errors import ConfigError
-    from ..inference.opened import set_padding
+    from ..inference.opened import missing_tokenizer, set_padding
     from ..inference.pretrained import base_for, dummy_inputs, find_source, is_classifier
     from ..model.attach import detach
     from ..model.merge import merge
@@ -90,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     detach(model, keep_merged=True)
     _write_model(model, args.out, Path(ref.source), args.adapter)
     print(textwrap.fill(str(report), WIDTH))
-    for note in adapter.load_report.notes:
+    lost = missing_tokenizer(args.adapter) if has_tokenizer(Path(ref.source)) else None
+    for note in (*adapter.load_report.notes, *(() if lost is None else (lost,))):
         print(textwrap.fill(f"note: {note}", WIDTH))
     print(f"{args.out}:\n{type(model).__name__}, loads with {type(model).__name__}.from_pretrained")
     return 0

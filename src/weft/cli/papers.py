@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+
+from .common import add_json_option, write_json
 
 HELP = "every parameter count that the papers print, recomputed from the real models and compared"
 
@@ -12,19 +12,16 @@ HELP = "every parameter count that the papers print, recomputed from the real mo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `weft papers`."""
     parser.add_argument("--table", metavar="NAME", help="one table only, for example vera-1")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to this file too")
+    add_json_option(parser, "write the rows to this file too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 if every row is reproduced or explained, else 1."""
     from .. import papers
-    from ..checkpoint.files import replace
 
     known = papers.tables()
     chosen = known if args.table is None else [papers.find_table(args.table, known)]
     results = papers.rebuild(chosen)
     print(papers.papers_text(results, forms=args.table is None))
-    if args.json is not None:
-        text = json.dumps(papers.papers_json(results), indent=1) + "\n"
-        replace(args.json, lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(args.json, papers.papers_json(results))
     return 1 if any(result.status == "different" for result in results) else 0

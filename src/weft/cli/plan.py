@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from .common import settings, write_json
+from ..tasks.quantize import DTYPES
+from .common import add_json_option, add_model_option, settings, write_json
 
 HELP = "what a method would train in a model: layers, numbers, bytes, memory; no weights needed"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="M",
-        help="a config.json or a directory with one, a name of weft compare --list, or a hub name",
+    add_model_option(
+        parser,
+        "a config.json or a directory with one, a name of weft compare --list, or a hub name",
     )
     add("--method", required=True, metavar="NAME", help="for example dora")
     add("--r", type=int, help="rank")
@@ -37,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--dtype",
-        choices=DTYPES,
+        choices=[name for name in DTYPES if name != "auto"],
         default="bfloat16",
         help="of the base's weights, for the estimate (default: bfloat16)",
     )
@@ -48,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --tokens: count the activations of a batch of N rows too",
     )
     add("--tokens", type=int, metavar="N", help="tokens per row")
-    add("--json", metavar="FILE", type=Path, help="write the plan there too")
+    add_json_option(parser, "write the plan there too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..errors import ConfigError
 
-    config = _config(args)
+    config = _method_config(args)
     if (
         (args.batch is None) != (args.tokens is None)
         or (args.batch or 1) < 1
@@ -97,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(args: argparse.Namespace) -> Any:
+def _method_config(args: argparse.Namespace) -> Any:
     """The method's configuration from the options. Raises ConfigError for an unknown method or
     field.
     """

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..tasks.multimodal.answers import PROTOCOLS
-from .common import scores_text, write_json
+from .common import add_json_option, scores_text, write_json
 
 HELP = "score a file of outputs against a file of references by a task's own metric; no model"
 
@@ -42,20 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="the rule of VQA accuracy: official, vl-adapter or textvqa (default: the benchmark's own)",
     )
-    add("--json", metavar="FILE", type=Path, help="write the scores there too")
+    add_json_option(parser, "write the scores there too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores outputs against references. Returns 0. Raises ConfigError if the folder of --json does
-    not exist.
-    """
-    from ..errors import ConfigError
+    """Scores outputs against references. Returns 0."""
     from ..tasks.scoring import score_files
 
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ConfigError(
-            f"--json {args.json}: there is no folder {args.json.absolute().parent} to write it in."
-        )
     report = score_files(args.task, args.references, args.outputs, args.protocol)
     print(scores_text(report))
     write_json(

@@ -8,13 +8,13 @@ appears in the sample.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from ..errors import WeftError
+from ..untrusted import json_text
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -86,56 +86,6 @@ def conversation(row: Mapping[str, Any], where: str = "a conversation") -> Conve
 def asked(messages: list[Message]) -> Conversation:
     """Returns a conversation that waits for an answer, for generation."""
     return Conversation([dict(message) for message in messages], [False] * len(messages))
-
-
-def without(row: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Returns a record without the columns `names`, and without those keys of its messages, of
-    their content's parts and of their tool calls. The arguments of a call are data, and kept.
-    """
-    kept = {key: value for key, value in row.items() if key not in names}
-    for column in ("messages", "documents"):
-        if isinstance(kept.get(column), str):  # a table's cell
-            kept[column] = json_value(kept[column], column)
-        if isinstance(kept.get(column), list):
-            kept[column] = [_stripped(value, names) for value in kept[column]]
-    return kept
-
-
-def keys_of(row: Mapping[str, Any]) -> set[str]:
-    """Returns all names that `without` could leave out of a record."""
-    found = set(map(str, row))
-    for column in ("messages", "documents"):
-        value = json_value(row.get(column), column)
-        for entry in value if isinstance(value, list) else ():
-            _collect(entry, found)
-    return found
-
-
-def _collect(entry: Any, found: set[str]) -> None:
-    if not isinstance(entry, Mapping):
-        return
-    found.update(map(str, entry))
-    for key in ("content", *CALLS):
-        inner = entry.get(key)
-        for part in inner if isinstance(inner, list) else [inner]:
-            if isinstance(part, Mapping):
-                found.update(map(str, part))
-
-
-def _stripped(entry: Any, names: Collection[str]) -> Any:
-    if not isinstance(entry, Mapping):
-        return entry
-    kept = {key: value for key, value in entry.items() if key not in names}
-    for key in ("content", *CALLS):
-        inner = kept.get(key)
-        if isinstance(inner, list):
-            kept[key] = [
-                {k: v for k, v in part.items() if k not in names}
-                if isinstance(part, Mapping)
-                else part
-                for part in inner
-            ]
-    return kept
 
 
 def _check_message(message: Any, place: str) -> None:
@@ -221,11 +171,11 @@ def _text_of(content: Any, place: str) -> str:
                 f"{place}, part {number}: only parts with text are read, {{type: text, text: ...}}, "
                 f"and this is of the type {kind!r}. Leave such records out."
             )
-        more = [key for key, value in part.items() if key not in ("type", "text") and value]
+        more = [f"messages.{key}" for key in part if key not in ("type", "text") and part[key]]
         if more:
             raise WeftError(
-                f"{place}, part {number}: nothing reads its key {more[0]!r}. If it has no meaning "
-                f"for training, write data.ignore: [{', '.join(map(str, more))}]."
+                f"{place}, part {number}: nothing reads its key {more[0].partition('.')[2]!r}. If it "
+                f"has no meaning for training, write data.ignore: [{', '.join(more)}]."
             )
         texts.append(text)
     return "".join(texts)
@@ -265,13 +215,13 @@ def _mappings(value: Any, place: str) -> list[Message] | None:
 
 def json_value(value: Any, place: str) -> Any:
     """Returns what a table's cell or another JSON text holds, and anything else as it is. Raises
-    WeftError for a text that begins as a list or mapping and is none.
+    WeftError for a text that begins as a list or mapping and is none, or one that says two things.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except ValueError:
-            raise WeftError(f"{place} is text, but not a JSON list.") from None
+            return json_text.loads(value)
+        except ValueError as error:
+            raise WeftError(f"{place}: it is text, but no JSON: {error}.") from None
     return value
 
 

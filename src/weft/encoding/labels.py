@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import WeftError
 from .rows import Counts, EncodedRows
 from .samples import Samples
-from .tokenizer import unknown_token
+from .tokenizer import has_unknown
 
 
 def encode_labels(
@@ -22,7 +22,7 @@ def encode_labels(
     Raises WeftError, naming the sample, if its label is not a class or not a number.
     """
     index = {name: i for i, name in enumerate(classes or ())}
-    rows, counts, unknown = [], Counts(len(samples)), unknown_token(tokenizer)
+    rows, counts = [], Counts(len(samples))
     for number, row in enumerate(samples.rows):
         where = samples.name_of(number)
         coded = tokenizer(*row["texts"], truncation=True, max_length=max_length)
@@ -40,7 +40,7 @@ def encode_labels(
         if "token_type_ids" in coded:
             encoded["token_type_ids"] = array("i", coded["token_type_ids"])
         rows.append(encoded)
-        counts.unknown += unknown in coded["input_ids"]
+        counts.unknown += has_unknown(tokenizer, coded["input_ids"], row["texts"])
         counts.cut += (
             len(coded["input_ids"]) >= max_length
             and len(tokenizer(*row["texts"])["input_ids"]) > max_length

@@ -4,7 +4,7 @@ Every text of a record (a leaf) gets a mark, one private character in its middle
 conversation is rendered once more. If the text without the marks is the same as before, the marks
 tell exactly where each leaf stands, and a leaf without one was not rendered. A template that acts
 on the content itself may be misled by marks; then each leaf is marked alone, and in the end looked
-for by its words. Numbers are changed instead of marked: the text must change with them.
+for by its words (literal.py). Numbers are changed instead of marked: the text must change with them.
 
 What a template may leave out: keys that only link a tool's answer to its call, if the order says
 the same.
@@ -12,7 +12,6 @@ the same.
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +20,13 @@ from typing import Any
 
 from ..errors import WeftError
 from .conversation import REASONING, Conversation
+from .literal import around, escaped, halves, own_words
 
 Path = tuple[str | int, ...]
 Span = tuple[int, int]
 PLANES = (0xF0000, 0x100000, 0xE000)  # private characters, as many as leaves
 MOST = 6000
 TOOL_TEXTS = ("name", "description")  # of a tool's schema; its other words are the schema's own
-SHOWN, SHOWN_CHARS = 3, 40  # leaves in an error, and letters of each
 
 
 @dataclass(frozen=True)
@@ -88,18 +87,21 @@ def find(talk: Conversation, render: Callable[[Conversation], str]) -> Found:
     text = render(talk)
     leaves = list(leaves_of(talk))
     texts = [leaf for leaf in leaves if isinstance(leaf.value, str)]
-    places = _marked(talk, text, texts, render)
+    places: Sequence[list[int] | None] | None = _marked(talk, text, texts, render)
     if places is None:
-        places = [
-            (_marked(talk, text, [leaf], render) or [None])[0]  # type: ignore[list-item]
-            for leaf in texts
-        ]
-    spans, unread = {}, []
+        alone = (_marked(talk, text, [leaf], render) for leaf in texts)
+        places = [None if found is None else found[0] for found in alone]
+    spans: dict[Path, list[Span]] = {}
+    unread: list[Leaf] = []
     for leaf, places_of in zip(texts, places, strict=True):
-        found = _spans(text, leaf, places_of)
-        if found:
-            spans[leaf.path] = found
-        else:
+        if places_of is not None:
+            spans[leaf.path] = around(text, places_of, _forms(leaf, talk))
+    taken = [span for several in spans.values() for span in several]
+    for leaf, places_of in zip(texts, places, strict=True):
+        if places_of is None:
+            spans[leaf.path] = own_words(text, _forms(leaf, talk), taken)
+        if not spans[leaf.path]:
+            del spans[leaf.path]
             unread.append(leaf)
     unread += [
         leaf
@@ -108,18 +110,6 @@ def find(talk: Conversation, render: Callable[[Conversation], str]) -> Found:
     ]
     unread += [leaf for leaf in _mappings(talk) if _as_python(leaf, text)]
     return Found(talk, text, spans, unread)
-
-
-def refuse_unread(found: Found, where: str) -> None:
-    """Raises WeftError, naming record, message and key, if a leaf is not in the text."""
-    if not found.unread:
-        return
-    parts = [_described(leaf, found.talk) for leaf in found.unread[:SHOWN]]
-    more = f", and {len(found.unread) - SHOWN} more" if len(found.unread) > SHOWN else ""
-    raise WeftError(
-        f"{where}: the chat template does not render the whole of {'; '.join(parts)}{more}. The "
-        f"model would not see it. {_cure(found.unread[0], found.talk)}"
-    )
 
 
 def leaves_of(talk: Conversation) -> Iterator[Leaf]:
@@ -193,8 +183,7 @@ def _marked(
         return None
     marked = talk
     for number, leaf in enumerate(leaves):
-        middle, offset = _middle(leaf), leaf.value.index(leaf.core)
-        at = offset + middle
+        at = leaf.value.index(leaf.core) + len(halves(leaf.core)[0])
         marked = _with(marked, leaf.path, leaf.value[:at] + chr(plane + number) + leaf.value[at:])
     try:
         shown = render(marked)
@@ -216,72 +205,17 @@ def _private(plane: int) -> re.Pattern[str]:
     return re.compile(f"[{chr(plane)}-{chr(plane + MOST)}]")
 
 
-def _middle(leaf: Leaf) -> int:
-    return len(leaf.core) // 2
-
-
-def _spans(text: str, leaf: Leaf, places: list[int] | None) -> list[Span]:
-    """Where the whole leaf stands, as it is or escaped, with blanks added or removed."""
-    found = []
-    for first, second in _forms(leaf):
-        if places is None:
-            found += _by_words(text, first + second)
-        for place in places or ():
-            start, stop = _backward(text, place, first), _forward(text, place, second)
-            if start is not None and stop is not None:
-                found.append((start, stop))
-    return sorted(set(found))
-
-
-def _forms(leaf: Leaf) -> list[tuple[str, str]]:
-    """The halves of a leaf's text as templates print them: plain, as JSON, as HTML."""
-    middle = _middle(leaf)
-    halves = leaf.core[:middle], leaf.core[middle:]
+def _forms(leaf: Leaf, talk: Conversation) -> list[tuple[str, str]]:
+    """The halves of a leaf's text as templates may print them: as it is, as a part of JSON, and in
+    tools and documents as a part of HTML. What an assistant says is learned as it is.
+    """
     if leaf.path[-1] == "arguments":  # JSON already: escaped once more it is another text
-        return [halves]
-    forms = [
-        halves,
-        *(
-            tuple(json.dumps(half, ensure_ascii=ascii_only)[1:-1] for half in halves)
-            for ascii_only in (False, True)
-        ),
-        tuple(html.escape(half) for half in halves),
-    ]
-    return list(dict.fromkeys(forms))  # type: ignore[arg-type]
-
-
-def _forward(text: str, place: int, piece: str) -> int | None:
-    """Where `piece` ends if it stands at `place`, apart from blanks and case."""
-    if text.startswith(piece, place):
-        return place + len(piece)
-    for letter in piece:
-        if letter.isspace():
-            continue
-        while place < len(text) and text[place].isspace():
-            place += 1
-        if place >= len(text) or text[place].casefold() != letter.casefold():
-            return None
-        place += 1
-    return place
-
-
-def _backward(text: str, place: int, piece: str) -> int | None:
-    if text.endswith(piece, 0, place):
-        return place - len(piece)
-    for letter in reversed(piece):
-        if letter.isspace():
-            continue
-        while place > 0 and text[place - 1].isspace():
-            place -= 1
-        if place <= 0 or text[place - 1].casefold() != letter.casefold():
-            return None
-        place -= 1
-    return place
-
-
-def _by_words(text: str, piece: str) -> list[Span]:
-    words = r"\s*".join(re.escape(word) for word in piece.split())
-    return [match.span() for match in re.finditer(words, text)]
+        return escaped(leaf.core, "")
+    if leaf.message is None:
+        return escaped(leaf.core, "json html")
+    said = leaf.path[2] in ("content", *REASONING)
+    learned = said and talk.messages[leaf.message]["role"] == "assistant"
+    return escaped(leaf.core, "" if learned else "json")
 
 
 def _matters(
@@ -326,32 +260,3 @@ def _changed(inside: Any, path: Path, value: Any) -> Any:
     copied: Any = dict(inside) if isinstance(inside, dict) else list(inside)
     copied[path[0]] = _changed(inside[path[0]], path[1:], value)
     return copied
-
-
-def _described(leaf: Leaf, talk: Conversation) -> str:
-    keys = list(leaf.path if leaf.message is None else leaf.path[2:])
-    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
-    of = (
-        ""
-        if leaf.message is None
-        else f" of message {leaf.message + 1} ({talk.messages[leaf.message]['role']})"
-    )
-    shown = str(leaf.value)
-    return f"{name!r}{of}: {shown if len(shown) <= SHOWN_CHARS else shown[:SHOWN_CHARS] + '...'!r}"
-
-
-def _cure(leaf: Leaf, talk: Conversation) -> str:
-    """What to do about a leaf that is not rendered."""
-    other = "Give a template that does with data.chat_template"
-    key = str(leaf.path[2] if leaf.message is not None else leaf.path[0])
-    if leaf.message is None:
-        return f"{other}, or leave the column out with data.ignore: [{key}]."
-    role, later = talk.messages[leaf.message]["role"], len(talk.messages) - leaf.message - 1
-    if key in ("content", *REASONING) and role == "assistant" and later:
-        other += (
-            ", or, if it drops this from all but the last answer, make the conversation up to this "
-            "message a record of its own"
-        )
-    if key == "content":
-        return f"{other}, or write the message with a role that the template knows."
-    return f"{other}, or leave the key out with data.ignore: [{key}]."

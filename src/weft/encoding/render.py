@@ -11,7 +11,7 @@ the chat template does not render.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
@@ -21,12 +21,13 @@ from ..errors import UnsupportedError, WeftError
 from ..tasks.files import Row
 from .borders import continued, decode, plain_ids, with_borders
 from .conversation import Conversation, asked, conversation
-from .leaves import Found, find, refuse_unread
+from .leaves import Found, find
 from .rows import IGNORED, TOO_LONG, Counts, EncodedRows
 from .samples import Samples
 from .template import ChatTemplate, forms
-from .tokenizer import unknown_token
+from .tokenizer import has_unknown, special_start
 from .turns import Turn, block_of, end_of, find_turns, left_unmarked, next_header
+from .unread import PLACES, UnreadError, refuse_unread, with_others
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Tokens:
     """One sample for a causal model. `ends` has the index of each turn's last token, or None if
     nothing ends the turn. `blank` tells of an answer that says nothing, `control` of a text with a
     special token, `unmarked` of one that the
-    template's own block leaves out of the loss; `remarks` are for the preview.
+    template's own block leaves out of the loss, `unknown` of characters that the tokenizer does not
+    know, `excluded` of a record that takes all its answers out of the loss itself; `remarks` are for
+    the preview.
     """
 
     ids: list[int]
@@ -43,6 +46,8 @@ class Tokens:
     blank: bool = False
     control: bool = False
     unmarked: bool = False
+    unknown: bool = False
+    excluded: bool = False
     remarks: tuple[str, ...] = ()
 
 
@@ -64,8 +69,7 @@ class Renderer:
         self.max_length, self.loss_on = max_length, loss_on
         self.stops = frozenset(stops)
         self.special = {*stops, *tokenizer.all_special_ids}
-        self.unknown = unknown_token(tokenizer)
-        self.start = _special_start(tokenizer)
+        self.start = special_start(tokenizer)
 
     def encode(self, samples: Samples, what: str, cure: str = TOO_LONG) -> EncodedRows:
         """Encodes all samples, cut to max_length, without those that have no token in the loss.
@@ -74,8 +78,7 @@ class Renderer:
         render a part of one.
         """
         counts, rows = Counts(len(samples)), []
-        for index, row in enumerate(samples.rows):
-            tokens = self.render(row, samples.format, samples.name_of(index))
+        for tokens in self._rendered(samples):
             counted = self._labels(tokens, counts)
             if counted is not None:
                 encoded: dict[str, Any] = {
@@ -88,6 +91,33 @@ class Renderer:
         counts.check(what, cure)
         return EncodedRows(rows, counts)
 
+    def _rendered(self, samples: Samples) -> Iterator[Tokens]:
+        """Yields the samples in tokens. Raises the UnreadError of the first sample that has one,
+        with the names of some others, since one template mostly does it to many.
+        """
+        first: UnreadError | None = None
+        others: list[str] = []
+        for index, row in enumerate(samples.rows):
+            name = samples.name_of(index)
+            tokens = self._tried(row, samples.format, name)
+            if isinstance(tokens, Tokens):
+                if first is None:
+                    yield tokens
+            elif first is None:
+                first = tokens
+            else:
+                others.append(name.rpartition(", ")[2])
+            if len(others) == PLACES:
+                break
+        if first is not None:
+            raise with_others(first, others, all_seen=len(others) < PLACES)
+
+    def _tried(self, row: Row, kind: str, where: str) -> Tokens | UnreadError:
+        try:
+            return self.render(row, kind, where)
+        except UnreadError as error:
+            return error
+
     def _labels(self, tokens: Tokens, counts: Counts) -> list[int] | None:
         """The labels, or None if no token is in the loss. Nothing predicts position 0, so it is
         never in it.
@@ -97,14 +127,16 @@ class Renderer:
         counts.blank += tokens.blank
         counts.unmarked += tokens.unmarked
         counts.control += tokens.control
-        counts.unknown += self.unknown in tokens.ids
+        counts.unknown += tokens.unknown
         lost = [
             end for end in tokens.ends if end is None or end >= limit or not tokens.in_loss[end]
         ]
-        counts.end_cut += any(end is not None and end >= limit for end in lost)
-        counts.end_masked += bool(lost) and not any(
-            end is not None and end >= limit for end in lost
-        )
+        counts.excluded += tokens.excluded
+        cut = any(end is not None and end >= limit for end in lost)
+        missing = not cut and None in lost
+        counts.end_cut += cut
+        counts.end_missing += missing
+        counts.end_masked += bool(lost) and not cut and not missing
         labels = [
             IGNORED if i == 0 or not inside else token
             for i, (token, inside) in enumerate(zip(tokens.ids, tokens.in_loss, strict=True))
@@ -135,6 +167,7 @@ class Renderer:
             [everything] * len(prompt) + [True] * len(learnt),
             [len(ids) - 1],
             not text.strip(),
+            unknown=has_unknown(self.tokenizer, ids, (given, text)),
             remarks=tuple(remarks),
         )
 
@@ -317,8 +350,16 @@ class Renderer:
         ]
         if self.loss_on == "all":
             in_loss = [True] * len(ids)
-        blank, control = found.talk.blank(), self._has_control(found)
-        return Tokens(ids, in_loss, ends, blank, control, remarks=tuple(remarks))
+        return Tokens(
+            ids,
+            in_loss,
+            ends,
+            found.talk.blank(),
+            self._has_control(found),
+            unknown=has_unknown(self.tokenizer, ids, [found.text]),
+            excluded=bool(found.talk.left_out) and not any(found.talk.trained),
+            remarks=tuple(remarks),
+        )
 
     def _has_control(self, found: Found) -> bool:
         """Whether a message says a special token, such as the one that ends turns."""
@@ -349,12 +390,3 @@ def marked(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
         out += f"⟦{piece}⟧" if inside[start] else piece
         done = text
     return out
-
-
-def _special_start(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before a text: a bos token, or nothing."""
-    whole, bare = (
-        list(tokenizer("a")["input_ids"]),
-        list(tokenizer("a", add_special_tokens=False)["input_ids"]),
-    )
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])

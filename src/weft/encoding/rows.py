@@ -22,7 +22,9 @@ class Counts:
     cut: int = 0  # longer than max_length
     end_cut: int = 0
     end_masked: int = 0
+    end_missing: int = 0
     empty: int = 0
+    excluded: int = 0  # by the records' own weight or train
     blank: int = 0
     unmarked: int = 0
     unknown: int = 0
@@ -39,6 +41,10 @@ class Counts:
             (
                 self.end_masked,
                 "whose end-of-turn token is not in the loss: they do not teach the model to stop",
+            ),
+            (
+                self.end_missing,
+                "with a turn that no special token closes: they do not teach the model to stop",
             ),
             (self.empty, "with no token in the loss, left out"),
             (self.blank, "with an answer that is empty or blank: they teach to say nothing"),
@@ -62,19 +68,25 @@ class Counts:
         long.
         """
         if self.empty >= self.samples:
+            if self.excluded:
+                cure = (
+                    f"{self.excluded} of them take all turns of the assistant out of it themselves, "
+                    "with weight: 0 or train: false. Change these keys, or leave them out with "
+                    "data.ignore: [messages.weight], or [messages.train]."
+                )
             raise WeftError(
                 f"{what}: none of the {self.samples} samples has a token in the loss. {cure}"
             )
-        if self.end_cut + self.end_masked >= self.samples:
-            if self.end_cut < self.end_masked:
+        if self.end_cut + self.end_masked + self.end_missing >= self.samples:
+            if self.end_cut < self.end_masked + self.end_missing:
                 cure = (
                     "The chat template must close assistant turns with a special token, inside "
                     "{% generation %} if it has that block."
                 )
             raise WeftError(
                 f"{what}: in none of the {self.samples} samples the end-of-turn token is in the "
-                f"loss ({self.end_cut} cut off, {self.end_masked} masked), so the model would not "
-                f"learn to stop. {cure}"
+                f"loss ({self.end_cut} cut off, {self.end_masked} masked, {self.end_missing} without "
+                f"one), so the model would not learn to stop. {cure}"
             )
 
 

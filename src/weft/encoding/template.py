@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from ..errors import WeftError
-from .conversation import Conversation, Message
+from .conversation import Conversation, Message, json_value
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE = re.compile(r"strftime_now\s*\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
@@ -171,8 +171,8 @@ def with_call_arguments(talk: Conversation, as_text: bool) -> Conversation | Non
             return {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
         if not as_text and isinstance(arguments, str):
             try:
-                held = json.loads(arguments)
-            except ValueError:
+                held = json_value(arguments, "arguments")
+            except WeftError:  # no object that a template could take, so the text itself is
                 return function
             if isinstance(held, dict):
                 changed = True

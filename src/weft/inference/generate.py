@@ -10,6 +10,7 @@ import torch
 
 from ..encoding.render import Renderer
 from ..errors import ConfigError, WeftError
+from ..model.statistics import in_eval
 from ..tasks.vocabulary import check_ids, max_positions, padding
 from .opened import Opened, check_generates
 
@@ -71,9 +72,7 @@ def answer(
     }
     order = sorted(range(len(coded)), key=lambda i: (-len(coded[i]), i))
     texts = [""] * len(coded)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval(model):
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             ids, mask = _left_padded([coded[i] for i in chosen], pad, model.device)
@@ -82,8 +81,6 @@ def answer(
                 texts[i] = tokenizer.decode(
                     row, skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
-    finally:
-        model.train(was_training)
     return texts
 
 

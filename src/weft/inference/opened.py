@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.load import load, read
-from ..checkpoint.tokenizer_files import lone_template, tokenizer_folder
+from ..checkpoint.tokenizer_files import RUN_TOKENIZER, lone_template, tokenizer_folder
 from ..encoding.render import Renderer
 from ..encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ..errors import ConfigError, WeftError
@@ -51,13 +51,28 @@ def open_model(
     own = _tokenizer_of(ref, adapter)
     with quiet(), loading(own, "a tokenizer and a configuration"):
         tokenizer, config, stops = tokenizer_and_stops(ref, own)
+    note = None if template else missing_tokenizer(adapter)
     template = template or lone_template(adapter)
     loaded, notes = load_model(ref, adapter, dtype, device, other_base, quantize)
+    notes += [note] if note is not None and _generates(loaded) else []
     limit = max_tokens(tokenizer, config, loaded)
     if is_classifier(loaded):
         use_padding(loaded.config, padding(tokenizer, loaded.config)[0])
     renderer = Renderer(tokenizer, limit, template=template, stops=stops)
     return Opened(loaded, tokenizer, renderer, limit, notes)
+
+
+def missing_tokenizer(adapter: str | None) -> str | None:
+    """Returns what an adapter that was saved or copied without its run has lost, as a note, or
+    None.
+    """
+    if adapter is None or tokenizer_folder(adapter) is not None or lone_template(adapter):
+        return None
+    return (
+        "the adapter comes without a tokenizer, so the base's is used, with its chat template. If "
+        "the run had others (data.chat_template, model.tokenizer), the prompts are not those of "
+        f"training: copy the files of the run's {RUN_TOKENIZER}/ beside the adapter"
+    )
 
 
 def _tokenizer_of(ref: ModelRef, adapter: str | None) -> ModelRef:
@@ -117,5 +132,9 @@ def load_model(
 
 def check_generates(model: Any) -> None:
     """Raises WeftError if the model generates no text."""
-    if not hasattr(model, "can_generate") or not model.can_generate():
+    if not _generates(model):
         raise WeftError(f"{type(model).__name__} generates no text.")
+
+
+def _generates(model: Any) -> bool:
+    return hasattr(model, "can_generate") and bool(model.can_generate())

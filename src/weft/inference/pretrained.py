@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.tokenizer_files import has_tokenizer
 from ..errors import ConfigError, WeftError
 from ..tasks.models import ModelRef, find_model, loading, quiet
 from ..tasks.quantize import loading_options
@@ -27,6 +28,28 @@ def find_source(name: str) -> ModelRef:
     if path.is_file() and path.suffix == ".json":
         return ModelRef(name, str(path), True)
     return find_model(name)
+
+
+def find_tokenizer(name: str, key: str) -> ModelRef:
+    """Returns the tokenizer with this name: a directory with the files of a tokenizer, whether or
+    not there is a model beside it, or what a model may be. `key` gave the name. Raises ConfigError.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        try:
+            return find_source(name)
+        except ConfigError:
+            raise ConfigError(
+                f"{key}={name!r}: there is no such tokenizer. Give a directory with the files of "
+                "one, as save_pretrained writes them, or a hub name."
+            ) from None
+    if not has_tokenizer(path) and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{key}={name!r}: this directory has no tokenizer (tokenizer_config.json and "
+            f"tokenizer.json, as save_pretrained writes them). It has "
+            f"{sorted(p.name for p in path.iterdir())[:6]}."
+        )
+    return ModelRef(name, str(path), True)
 
 
 def empty_model(ref: ModelRef, task_class: str | None = None) -> nn.Module:

@@ -38,6 +38,10 @@ class WrongType(Exception):
     """A value that its annotation does not allow. The text says what is allowed."""
 
 
+class _WrongItem(WrongType):
+    """The value is a list or a mapping, as it may be, and something in it is wrong."""
+
+
 def conform(hint: Any, value: Any) -> Any:
     """Returns the value as the annotation `hint` has it: lists become tuples, and numpy's numbers
     Python's. A whole number below 2**63 stays one where a number is allowed.
@@ -87,7 +91,8 @@ def checked(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     hints = hints_of(cls)
     return {
-        name: _checked(cls, name, hints.get(name, Any), value) for name, value in values.items()
+        name: _checked_field(cls, name, hints.get(name, Any), value)
+        for name, value in values.items()
     }
 
 
@@ -127,7 +132,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _checked(cls: Any, name: str, hint: Any, value: Any) -> Any:
+def _checked_field(cls: Any, name: str, hint: Any, value: Any) -> Any:
     try:
         return conform(hint, value)
     except WrongType as error:
@@ -148,20 +153,20 @@ def _inner(hint: Any, place: int, value: Any, what: str) -> Any:
     try:
         return conform(typing.get_args(hint)[place], value)
     except WrongType as error:
-        raise WrongType(f"{what} {error}, and {short(value)} is not") from None
+        raise _WrongItem(f"{what} {error}, and {short(value)} is not") from None
 
 
 def _union(hints: tuple[Any, ...], value: Any) -> Any:
-    first, *rest = hints
-    try:
-        return conform(first, value)
-    except WrongType as error:
-        if not rest:
-            raise
+    errors = []
+    for hint in hints:
         try:
-            return _union(tuple(rest), value)
-        except WrongType as other:
-            raise WrongType(f"{error} or {other}") from None
+            return conform(hint, value)
+        except WrongType as error:  # noqa: PERF203 - two or three hints
+            errors.append(error)
+    # What is wrong within the value ends the sentence, since it is a sentence of its own.
+    kinds = " or ".join(str(error) for error in errors if not isinstance(error, _WrongItem))
+    items = [str(error) for error in errors if isinstance(error, _WrongItem)]
+    raise WrongType(", or ".join([kinds, *items] if kinds else items))
 
 
 def _scalar(hint: Any, value: Any) -> Any:

@@ -136,10 +136,8 @@ class ActiveAdapters:
         self.probes: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        choice = self.chosen()
-        default = self.default if choice is None else choice.active
         return {
-            "default": default,
+            "default": self.selection(),
             "gate": self.gate,
             "names": dict(self.names),
             "marked": set(self.marked),
@@ -211,6 +209,11 @@ class ActiveAdapters:
                 break
             choice = choice.block.before
         return choice
+
+    def selection(self) -> Active:
+        """Returns what the caller has chosen, or the default: whatever is merged or recomputed."""
+        choice = self.chosen()
+        return self.default if choice is None else choice.active
 
     def own(self) -> Choice | None:
         """Returns the choice that is stored for this thread or task, a generator's or not."""

@@ -21,7 +21,7 @@ from .attach_checks import check_name, check_ownership, check_tied
 from .layer import AdapterLayer, adapt, is_adapted, layers_of, restore
 from .offload import check_loadable, loaded
 from .plan_entries import Frozen
-from .selected import select
+from .selected import give_back, select
 from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
 from .stepping import follow, follows, unfollow
 from .steps_watch import Watch
@@ -222,6 +222,7 @@ def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -
 def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     name = adapter.name
     check_not_in_use(state, name)
+    give_back(state.root, adapter.selected_tensors.values())
     if state.merged is not None:
         if state.merged.name != name or not keep_merged:
             raise MergeError(

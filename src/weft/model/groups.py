@@ -36,7 +36,7 @@ def parameter_groups(
     """
     _check_numbers(lr, lora_plus, head_lr, weight_decay)
     factors = dict(lr_factors or {})
-    check_factors(adapter.config, _names(adapter), factors, lora_plus)
+    check_factors(adapter.config, _trained_names(adapter), factors, lora_plus)
     selected = adapter.selected_tensors.values()
     if head_lr is not None and not any(tensor.head for tensor in selected):
         raise ConfigError(
@@ -93,7 +93,7 @@ def check_factors(
         )
 
 
-def _names(adapter: Adapter) -> list[str]:
+def _trained_names(adapter: Adapter) -> list[str]:
     return list(dict.fromkeys(n for layer in adapter.layers.values() for n in layer.names))
 
 

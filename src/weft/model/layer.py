@@ -30,19 +30,18 @@ from ..ops.norm import at_least_float32, full_precision, row_norm
 from ..ops.row_scale import RowScale, cached_row_scale, packed_norm, stale
 from . import cache_marks, fallback
 from .active import ROWS_FOUND, Active, ActiveAdapters, PerRow, Weighted, recomputed
-from .base_layers import INNER_FORWARD, own_forward
+from .base_layers import INNER_FORWARD, own_class, own_forward
 from .layer_plan import LayerPlan
 from .offload import HOOK, OLD_FORWARD, offloads
 from .per_row import by_row, weighted
 from .row_probe import Recorder
 from .steps_watch import Watch
+from .swapped import Subclasses
 
 CHILD = "weft"
 _ACTIVE = "_weft_active"
 _HOOKS = "_weft_hooks"
 _FORGET = "_weft_forget"
-# The layer's own class -> the one that runs its adapters too.
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class AdapterLayer(nn.Module):
@@ -124,6 +123,11 @@ class AdapterLayer(nn.Module):
         at.
         """
         return {**self.trainable(), **{name: self.get_buffer(name) for name in self.start_names}}
+
+    @property
+    def base_weight(self) -> Tensor | None:
+        """The module's parameter that stores W, as it is at the moment; None if it has none."""
+        return self.base.module._parameters.get("weight")  # type: ignore[no-any-return]
 
     @property
     def rank(self) -> int | None:
@@ -229,6 +233,8 @@ class AdapterLayer(nn.Module):
         """Whether a kept norm is no longer that of the weights; then it is dropped."""
         if not isinstance(self.method, LowRankMethod) or not len(self.cache):
             return False
+        if self.base.codes() is not None:  # whose norm is kept by samples of these
+            return False
         if self.base.device.type == "meta":  # offloaded between forwards
             return False
         f = self.method.factors(self, self.training)
@@ -289,29 +295,10 @@ def _of_a_part(active: ActiveAdapters, training: bool) -> Active:
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
-    cls = _adapted_class(base)
-    return cls.__new__(cls)
+    return _adapted.blank(base)
 
 
-def _reduce(self: nn.Module, protocol: Any) -> Any:
-    # The subclass is made at run time, so a copy or a pickle names the base class and makes it
-    # again.
-    return _blank, (type(self)._weft_base,), self.__dict__  # type: ignore[attr-defined]
-
-
-def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _classes:
-        body = {
-            "_weft_base": base,
-            "forward": adapted_forward,
-            "__reduce_ex__": _reduce,
-            "__module__": base.__module__,
-            "__doc__": base.__doc__,
-        }
-        _classes[base] = types.new_class(
-            f"Adapted{base.__name__}", (base,), exec_body=lambda names: names.update(body)
-        )
-    return _classes[base]
+_adapted = Subclasses("Adapted", _blank, forward=adapted_forward)
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -332,7 +319,7 @@ def adapt(module: nn.Module, active: ActiveAdapters) -> None:
     if inner is not None and getattr(inner, "__func__", None) is not cls.forward:
         module.__dict__[INNER_FORWARD] = inner
     module.add_module(CHILD, nn.ModuleDict())
-    module.__class__ = _adapted_class(cls)
+    module.__class__ = _adapted.of(cls)
     if offloads(module):
         forget_offloaded(module)
 
@@ -354,7 +341,7 @@ def restore(module: nn.Module) -> None:
         for hook in module.__dict__.pop(_HOOKS):
             hook.remove()
     else:
-        module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
+        module.__class__ = own_class(module)
         inner = module.__dict__.pop(INNER_FORWARD, None)
         if getattr(module.__dict__.get(OLD_FORWARD), "__func__", None) is adapted_forward:
             module.__dict__[OLD_FORWARD] = inner or types.MethodType(type(module).forward, module)

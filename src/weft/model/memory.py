@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .adapter import Adapter
 from .packings import parts
+from .statistics import modes_kept
 
 ADAM_MOMENTS = 2
 
@@ -47,7 +48,7 @@ def estimate(adapter: Adapter, inputs: Mapping[str, Tensor] | None = None) -> Me
     originals = {id(s.original): s.original for s in adapter.selected_tensors.values()}
     copies = {id(s.trained) for s in adapter.selected_tensors.values()}
     base = sum(_size(p) for key, p in {**live, **originals}.items() if key not in copies)
-    shared = {id(b): b for layer in adapter.layers.values() for b in layer.buffers()}
+    shared = {id(b): b for layer in adapter.every_layer().values() for b in layer.buffers()}
     own = sum(_size(p) for p in trained)
     trained_and_shared = own + sum(_size(b) for b in shared.values())
     activations = None if inputs is None else _saved(adapter.model, inputs)
@@ -67,14 +68,11 @@ def _saved(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
             kept[storage._cdata] = storage  # holding it keeps its address from being used again
         return t
 
-    was_training = model.training
-    model.train()
-    try:
+    with modes_kept(model):
+        model.train()
         with torch.enable_grad(), saved_tensors_hooks(pack, lambda t: t):
             out = model(**inputs)
         del out
-    finally:
-        model.train(was_training)
     return sum(storage.nbytes() for storage in kept.values())
 
 

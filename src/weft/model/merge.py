@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,10 @@ from ..ops.norm import full_precision
 from .adapter import STALE_NORM, Adapter
 from .layer import AdapterLayer, active_of, is_adapted, layers_of
 from .offload import loaded, offloads
+from .row_inputs import tensors
 from .state import Backup, Merged, State, state_of
-from .uncalled import Reads, silent
+from .statistics import in_eval
+from .uncalled import Reads, weighted_layers
 from .use import check_alone
 from .wiring import message, problems
 
@@ -74,7 +75,8 @@ def merge(
     raised. An adapter that does not change these outputs at all is refused, too. The base's bits
     are kept, so `unmerge` is exact; that costs one copy of the merged weights.
 
-    Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed),
+    Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed, the
+    model reads a weight past the adapter, as far as `verify` or a forward before has shown),
     UnsupportedError (the method cannot be merged).
     """
     state = state_of(model)
@@ -85,7 +87,7 @@ def merge(
         state.uncalled.paused = True  # it looks in forwards, and raises no MergeError
         try:
             before = _outputs(state, name, verify)
-            _check_called(state, adapter, verify)
+            _check_called(state, adapter, verify, tolerance)
         finally:
             state.uncalled.paused = False
         base = _outputs(state, None, verify)
@@ -189,7 +191,7 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
     changed = problems(state, adapter, whole=True)
     if changed:
         raise MergeError(message(changed))
-    for name, layer in adapter.layers.items():
+    for name, layer in adapter.every_layer().items():
         if offloads(layer.base.module) or layer.base.device.type == "meta":
             raise MergeError(
                 f"{name!r} has no weight between forwards (it is offloaded by accelerate, or on the meta "
@@ -323,15 +325,22 @@ def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
     return _run(state.root, inputs)
 
 
-def _check_called(state: State, adapter: Adapter, inputs: Any) -> None:
-    """Raises MergeError if the model reads the weight of a layer that it does not call."""
-    layers = silent(adapter) if inputs is not None and not state.active.was_traced else {}
-    if layers:
-        with Reads(layers) as reads:
+def _check_called(state: State, adapter: Adapter, inputs: Any, tolerance: float | None) -> None:
+    """Raises MergeError if the model reads the weight of a layer past the adapter, with these inputs or in
+    a forward before. A layer that it calls as well is let through if its effect is measured and a
+    tolerance for it was given.
+    """
+    if inputs is not None and not state.active.was_traced:
+        with Reads(weighted_layers(adapter).values()) as reads:
             _outputs(state, adapter.name, inputs)
-        problem = reads.problem(adapter.name)
+        state.uncalled.note(adapter, reads)
+    problem = state.uncalled.problem(adapter)
+    if problem is None and (inputs is None or tolerance is None):
+        problem = state.uncalled.reread(adapter)
         if problem is not None:
-            raise MergeError(f"nothing was merged: {problem}")
+            problem += " If the read does not matter, give verify= inputs and a tolerance=."
+    if problem is not None:
+        raise MergeError(f"nothing was merged: {problem}")
 
 
 def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -340,31 +349,7 @@ def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
             out = model(**inputs)
         else:
             out = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    found = [t.detach().double() for t in _tensors(out)]
+    found = [t.detach().double() for _, t in tensors(out) if t.is_floating_point()]
     if not found:
         raise MergeError("verify: the model returned no floating-point tensor to compare.")
     return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-@contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
-    """Inside this context, every module of the model is in eval mode."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from ..untrusted.printable import WIDTH
 from .layer import AdapterLayer
 from .plan_entries import Frozen, Row
 from .structure import base_parameters
-
-WIDTH = 80
 
 
 @dataclass(frozen=True)

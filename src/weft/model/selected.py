@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -42,6 +42,25 @@ class Selected:
                     live.device, live.dtype if live.is_floating_point() else None
                 )  # moves the gradient too
             module._parameters[name] = parameter
+
+
+def taken(root: nn.Module, selected: Iterable[Selected]) -> dict[str, tuple[nn.Module, Selected]]:
+    """Returns the modules that have taken a trained copy as a tensor of their own since attach, by the
+    tensor's full name.
+    """
+    copies = {id(s.trained): s for s in selected}
+    return {
+        f"{name}.{tensor}".lstrip("."): (module, found)
+        for name, module in (root.named_modules() if copies else ())
+        for tensor, p in module._parameters.items()
+        if (found := copies.get(id(p))) is not None and (module, tensor) not in found.holders
+    }
+
+
+def give_back(root: nn.Module, selected: Iterable[Selected]) -> None:
+    """Gives the modules that have taken a trained copy the original, as if they had taken that."""
+    for name, (module, found) in taken(root, selected).items():
+        module._parameters[name.rpartition(".")[2]] = found.original
 
 
 def select(

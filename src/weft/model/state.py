@@ -24,8 +24,9 @@ from .norm_watch import NormWatch
 from .open_blocks import OpenBlocks
 from .row_inputs import main_input
 from .saving import check_merged, note_merged, unwatch_savers, watch_savers
+from .selected import taken
 from .uncalled import Uncalled
-from .wiring import Wiring
+from .wiring import CURE, Wiring
 
 ATTRIBUTE = STATE
 
@@ -120,7 +121,11 @@ class State:
         choice = self.active.chosen()
         blocks = open_blocks if open_blocks is not None else own_blocks(choice)
         self.active.choose(active, blocks, block)
-        self.install_for(active)
+        try:
+            self.install_for(active)
+        except WeftError:
+            self.active.restore(choice)
+            raise
 
     def set_default(self, active: Active) -> None:
         """Activates this for the caller and for every caller without a choice."""
@@ -155,6 +160,8 @@ class State:
         if self._installed == name:
             return
         before = self.adapters.get(self._installed or "")
+        if before is not None:
+            self._check_taken(before)
         for selected in before.selected_tensors.values() if before is not None else ():
             selected.install(selected.original)
             for layer in selected.layers():
@@ -164,6 +171,16 @@ class State:
             selected.install(selected.trained)
             self.active.base_weights |= dict.fromkeys(selected.layers(), selected.original)
         self._installed = name
+
+    def _check_taken(self, adapter: Adapter) -> None:
+        """Raises WeftError if a trained copy would stay somewhere when it is switched off."""
+        for full, (_, selected) in taken(self.root, adapter.selected_tensors.values()).items():
+            own = next(n for n, s in adapter.selected_tensors.items() if s is selected)
+            raise WeftError(
+                f"{full!r} has shared one weight with {own!r} since adapter {adapter.name!r} was attached, "
+                "which trains that as a copy (tie_weights?): it would keep the copy without the adapter. "
+                f"{CURE}"
+            )
 
     def begin_merge(self, record: Merged) -> None:
         """Switches all adapters off while the weights hold W'."""
@@ -177,8 +194,7 @@ class State:
 
     def install_for_caller(self) -> None:
         """Puts the base tensors in place that go with what the caller has active."""
-        choice = self.active.chosen()
-        self.install_for(self.active.default if choice is None else choice.active)
+        self.install_for(self.active.selection())
 
     def guard(self, adapter: Adapter) -> None:
         """Lets every module that reads a base tensor of this adapter check which set is in place: a
@@ -256,8 +272,9 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     _check_choice(state, active, chosen=choice is not None)
     if isinstance(active, PerRow):
         _check_rows(len(active.names), args, kwargs)
-    if state.uncalled and state.merged is None and not isinstance(active, PerRow):
-        state.uncalled.enter(state.adapters, active, call)
+    if state.uncalled and state.merged is None and root is state.root:
+        known = None if state.active.was_traced else active
+        state.uncalled.enter(root, state.adapters, known, call)
     cache_marks.check(state.active, active, [*enumerate(args), *kwargs.items()])
     rows = active if isinstance(active, PerRow) else None
     row_calls.begin(call, root, state.active, rows, args, kwargs)
@@ -266,8 +283,7 @@ def _enter(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 def _leave(root: nn.Module, args: Any, output: Any) -> None:
     state = root.__dict__.get(ATTRIBUTE)
     if state is not None and not torch.compiler.is_compiling():
-        choice = state.active.chosen()
-        active = state.active.default if choice is None else choice.active
+        active = state.active.selection()
         cache_marks.put(state.active, active, output)
         call = this_call()
         input_cache.end_forward(call)
@@ -278,11 +294,10 @@ def _leave(root: nn.Module, args: Any, output: Any) -> None:
 
 
 def _look_for_uncalled(state: State, call: Any, output: Any) -> None:
-    choice = state.active.chosen()
-    active = state.active.default if choice is None else choice.active
-    known = isinstance(active, str) and state.merged is None and not state.active.was_traced
+    known = state.merged is None and not state.active.was_traced
+    active = state.active.selection() if known else None
     ended = output is not None  # torch calls the hook after an error, too
-    state.uncalled.leave(state.root, state.adapters, active if known else None, call, ended)
+    state.uncalled.leave(state.root, state.adapters, active, call, ended)
 
 
 def _say_merged(root: nn.Module, found: dict[str, Any], prefix: str, metadata: Any) -> None:

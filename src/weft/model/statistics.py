@@ -2,19 +2,20 @@
 
 In training mode a batch norm normalises with the batch and moves `running_mean` and `running_var`,
 which no adapter file contains. A frozen one stays in evaluation mode through `model.train()`: its
-class is swapped for a subclass, as in layer.py, so there is no work in its forward.
+class is swapped for a subclass (swapped.py), as a layer's is, so there is no work in its forward.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
+from .base_layers import own_class
+from .swapped import Subclasses
+
 _MODE = "_weft_mode"  # what model.train(mode) said last
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def with_statistics(root: nn.Module) -> dict[str, nn.Module]:
@@ -26,14 +27,34 @@ def with_statistics(root: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+@contextmanager
+def modes_kept(root: nn.Module) -> Iterator[None]:
+    """After this context every module has the mode (train or eval) that it had, and a frozen batch norm
+    the one that `release` gives it.
+    """
+    before = [(m, m.training, m.__dict__.get(_MODE)) for m in root.modules()]
+    try:
+        yield
+    finally:
+        for module, mode, said in before:
+            module.training = mode
+            if said is not None and _MODE in module.__dict__:
+                module.__dict__[_MODE] = said
+
+
+@contextmanager
+def in_eval(root: nn.Module) -> Iterator[None]:
+    """Inside this context, every module of the model is in eval mode."""
+    with modes_kept(root):
+        root.eval()
+        yield
+
+
 def moving(root: nn.Module) -> list[str]:
     """Returns the names of those whose statistics move when the model trains. The mode is restored."""
-    before = {module: module.training for module in root.modules()}
-    root.train()
-    found = [name for name, module in with_statistics(root).items() if module.training]
-    for module, mode in before.items():
-        module.training = mode
-    return found
+    with modes_kept(root):
+        root.train()
+        return [name for name, module in with_statistics(root).items() if module.training]
 
 
 def freeze(modules: Iterable[nn.Module]) -> None:
@@ -41,43 +62,30 @@ def freeze(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if _MODE not in module.__dict__:
             module.__dict__[_MODE] = module.training
-            module.__class__ = _frozen_class(type(module))
+            module.__class__ = _frozen.of(type(module))
             module.training = False
+
+
+def thawed(root: nn.Module) -> dict[str, nn.Module]:
+    """Returns those that keep running statistics and are not frozen, by name."""
+    return {n: m for n, m in with_statistics(root).items() if _MODE not in m.__dict__}
 
 
 def release(modules: Iterable[nn.Module]) -> None:
     """Undoes `freeze`: the module's own class, and the mode that the model has now."""
     for module in modules:
         if _MODE in module.__dict__:
-            module.__class__ = type(module)._weft_base  # type: ignore[attr-defined]
+            module.__class__ = own_class(module)
             module.training = module.__dict__.pop(_MODE)
 
 
 def _train(self: nn.Module, mode: bool = True) -> nn.Module:
     self.__dict__[_MODE] = bool(mode)
-    type(self)._weft_base.train(self, False)  # type: ignore[attr-defined]
-    return self
+    return own_class(self).train(self, False)
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
-    cls = _frozen_class(base)
-    return cls.__new__(cls)
+    return _frozen.blank(base)
 
 
-def _reduce(self: nn.Module, protocol: Any) -> Any:
-    return _blank, (type(self)._weft_base,), self.__dict__  # type: ignore[attr-defined]
-
-
-def _frozen_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _classes:
-        body = {
-            "_weft_base": base,
-            "train": _train,
-            "__reduce_ex__": _reduce,
-            "__module__": base.__module__,
-            "__doc__": base.__doc__,
-        }
-        _classes[base] = types.new_class(
-            f"Frozen{base.__name__}", (base,), exec_body=lambda names: names.update(body)
-        )
-    return _classes[base]
+_frozen = Subclasses("Frozen", _blank, train=_train)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import TargetError
+from ..methods.config import DTYPES
 from ..methods.rng import Rng
 from ..methods.token_rows import TokenRows
 from .layer import AdapterLayer
@@ -28,7 +29,8 @@ def build(tables: Collection[TokenTable], config: Any) -> dict[str, AdapterLayer
     found: dict[str, AdapterLayer] = {}
     for table in tables:
         first: AdapterLayer | None = None
-        wide = torch.promote_types(_dtype(config), table.parameter.dtype)
+        asked = DTYPES[getattr(config, "dtype", "float32")]  # a selection of base tensors has none
+        wide = torch.promote_types(asked, table.parameter.dtype)
         name_of = str(wide).removeprefix("torch.")
         for name, base in table.readers.items():
             method = TokenRows(ids=table.ids, of_ids=base.takes_ids, dtype=name_of)
@@ -72,8 +74,3 @@ def noted(tables: Collection[TokenTable], frozen: list[Frozen]) -> list[Frozen]:
         else f
         for f in frozen
     ]
-
-
-def _dtype(config: Any) -> torch.dtype:
-    found: torch.dtype = getattr(torch, getattr(config, "dtype", "float32"))
-    return found

@@ -1,15 +1,19 @@
-"""Notices adapted layers that a model never calls because it reads their weight itself.
+"""Notices adapted layers whose weight the model reads itself, past the adapter.
 
-A model that computes `F.linear(x, layer.weight)` does not run the layer, so the adapter on it does
-nothing; and merging it would change the outputs. After the first forward with an adapter, the
-layers that did not run are known. If there are any, the next forward is watched for operations that
-take their weights. Layers that are neither called nor read (an expert without tokens, an unused
-pooler) are fine.
+A model that computes `F.linear(x, layer.weight)` does not run the layer: if it never does, the
+adapter on it does nothing, and merging it would change the outputs; if it calls the layer as well,
+merging would change what the adapter leaves alone. So the first forward with an adapter, in each
+mode, is watched for operations that take the weights of its layers outside of the layers' own
+calls; and one more, if layers did not run in it. Layers that are neither called nor read (an expert
+without tokens, a vision tower without an image) are fine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import sys
+import threading
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,41 +22,93 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import WeftError
 from ..ops.input_cache import runs
+from .active import Active, names_of
 from .adapter import Adapter
 from .base_layers import BaseLayer
+from .gate import CALL
+from .layer import AdapterLayer, adapted_forward
+
+_FORWARDS = 2  # that are watched if layers do not run
+_CALLS = (CALL, adapted_forward.__code__)
+_OF_SELF = {
+    "to",
+    "type_as",
+    "expand_as",
+    "view_as",
+    "reshape_as",
+}  # of another tensor: its form only
+
+
+_AWAY = {"numpy", "__array__", "__dlpack__", "tolist"}  # what leaves torch
 
 
 class Reads(TorchFunctionMode):
-    """While it is on, `found` gets the names of the layers whose weights an operation takes."""
+    """While it is on, `found` gets the layers whose weight an operation reads outside the calls of
+    their modules, and the name of the first such operation.
+    """
 
-    def __init__(self, layers: Mapping[str, Any]) -> None:
+    def __init__(self, layers: Iterable[AdapterLayer]) -> None:
         super().__init__()
-        self.layers = layers
-        self.found: dict[str, str] = {}  # layer -> the operation
-        self._names = {id(layer.base.module.weight): name for name, layer in layers.items()}
+        self.found: dict[AdapterLayer, str] = {}
+        self.on = True
+        self._readers: dict[int, list[AdapterLayer]] = {}  # of the memory of a weight
+        for layer in layers:
+            weight = layer.base_weight
+            if weight is not None and not weight.is_meta:
+                self._readers.setdefault(_memory(weight), []).append(layer)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not torch.compiler.is_compiling() and isinstance(out, Tensor):
-            for name in map(self._names.get, map(id, _flat((args, (kwargs or {}).values())))):
-                if name is not None:
-                    self.found.setdefault(name, getattr(func, "__name__", "an operation"))
+        if self.on and not torch.compiler.is_compiling():
+            self._look(func, args, kwargs or {}, out)
         return out
 
-    def problem(self, adapter: str) -> str | None:
-        """Returns the layers that were read and did not run, as a sentence, or None."""
-        names = [name for name in self.found if not self.layers[name].ran]
-        if not names:
-            return None
-        more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
-        return (
-            f"the model never calls {names[0]!r} but reads its weight ({self.found[names[0]]}){more}, so "
-            f"adapter {adapter!r} does nothing there, and merging it would change the outputs. Leave "
-            f"{'it' if len(names) == 1 else 'them'} out of targets."
-        )
+    def _look(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+        known = self._readers
+        used = {m for t in _flat((args, kwargs.values())) if (m := _memory(t)) in known}
+        if not used:
+            return
+        name = _name(func)
+        if name.startswith("new_") or name.endswith("_like") or name == "grad":
+            return  # its form only
+        if name in _OF_SELF:
+            used &= {_memory(t) for t in args[:1] if isinstance(t, Tensor)}
+        made = {_memory(t) for t in _flat((out,))}
+        for memory in used:
+            if not made - {memory} and name not in _AWAY:
+                continue  # a view of the weight, or the weight was written to
+            if not _calls_one_of([layer.base.module for layer in known[memory]]):
+                self.found = {**dict.fromkeys(known[memory], name), **self.found}
 
 
-def _flat(values: Iterable[Any]) -> Iterable[Any]:
+def _name(func: Any) -> str:
+    name: str = getattr(func, "__name__", "an operation")
+    if name == "__get__":  # of an attribute
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
+
+
+def _memory(t: Tensor) -> int:
+    """What a tensor and its views have in common."""
+    if type(t) not in (Tensor, nn.Parameter):
+        return -id(t)
+    try:
+        return int(t.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # of torch.func, without memory
+        return -id(t)
+
+
+def _calls_one_of(modules: Collection[nn.Module]) -> bool:
+    """Whether this thread is inside a call of one of these modules."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code in _CALLS and any(frame.f_locals.get("self") is m for m in modules):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -60,85 +116,170 @@ def _flat(values: Iterable[Any]) -> Iterable[Any]:
             yield from _flat(value)
 
 
-def silent(adapter: Adapter) -> dict[str, Any]:
-    """Returns the layers of an adapter that have a weight and have never run."""
+def weighted_layers(adapter: Adapter) -> dict[str, AdapterLayer]:
+    """Returns the layers of an adapter that stand for a weight which the model could read."""
     return {
         name: layer
-        for name, layer in adapter.layers.items()
-        if not layer.ran and isinstance(layer.base, BaseLayer) and _weight(layer) is not None
+        for name, layer in adapter.every_layer().items()
+        if isinstance(layer.base, BaseLayer) and layer.base_weight is not None
     }
 
 
-def _weight(layer: Any) -> Tensor | None:
-    found: Tensor | None = layer.base.module._parameters.get("weight")
-    return found
-
-
 class Uncalled:
-    """The adapters of one model whose layers have not all run yet. A copy starts empty."""
+    """What is known of one model's reads of adapted weights. A copy knows as much."""
 
     def __init__(self) -> None:
-        self._first: set[str] = set()  # no forward yet
-        self._second: set[str] = set()  # some layers did not run in the first
-        self._watch: tuple[str, Reads, Any] | None = None  # the adapter, and the call of the model
+        # Forwards of (adapter, training mode) that are yet to be looked at.
+        self._left: dict[tuple[str, bool], int] = {}
+        self._read: dict[str, dict[str, str]] = {}  # adapter -> layer -> the operation
+        self._warned: set[str] = set()
+        self._watches: dict[int, tuple[Reads, Any]] = {}  # by thread, with the call of the model
         self.paused = False  # while merge looks by itself
 
     def __reduce__(self) -> Any:
-        return Uncalled, ()
+        read = {name: dict(found) for name, found in self._read.items()}
+        kept = {"_left": dict(self._left), "_read": read, "_warned": set(self._warned)}
+        return Uncalled, (), kept
 
     def __bool__(self) -> bool:
-        return bool(self._first or self._second or self._watch) and not self.paused
+        return bool(self._left or self._watches) and not self.paused
 
     def add(self, adapter: Adapter) -> None:
         """Looks at the first forwards of a new adapter."""
-        if any(isinstance(layer.base, BaseLayer) for layer in adapter.layers.values()):
-            self._first.add(adapter.name)
+        if weighted_layers(adapter):
+            for training in (False, True):
+                self._left[adapter.name, training] = _FORWARDS
 
     def drop(self, name: str) -> None:
         """Forgets a detached adapter."""
-        self._first.discard(name)
-        self._second.discard(name)
+        for training in (False, True):
+            self._left.pop((name, training), None)
+        self._read.pop(name, None)
+        self._warned.discard(name)
 
-    def enter(self, adapters: Mapping[str, Adapter], active: Any, call: Any) -> None:
-        """Called when a forward begins, with its active adapter and the frame of its call."""
-        if self._watch is not None and not runs(self._watch[2]):  # an interrupt has ended it
-            self._stop_watching()
-        if active in self._second and self._watch is None:
-            self._second.discard(active)
-            layers = silent(adapters[active])
-            if layers:
-                self._watch = (active, Reads(layers), call)
-                self._watch[1].__enter__()  # type: ignore[no-untyped-call]
+    def enter(
+        self, root: nn.Module, adapters: Mapping[str, Adapter], active: Active, call: Any
+    ) -> None:
+        """Called when a forward begins, with what is active and the frame of its call."""
+        thread = threading.get_ident()
+        if thread in self._watches and not runs(self._watches[thread][1]):  # after an interrupt
+            self._stop(thread)
+        left = {n: k for n in names_of(active) if (k := self._left.get((n, root.training)))}
+        if not left or thread in self._watches:
+            return
+        silent = _disturbed(root)  # then only what is worth it
+        layers = [
+            layer
+            for name, k in left.items()
+            if name in adapters and not (silent and k == _FORWARDS)
+            for layer in weighted_layers(adapters[name]).values()
+            if not (silent and layer.ran)
+        ]
+        if layers:
+            reads = Reads(layers)
+            self._watches[thread] = reads, call
+            reads.__enter__()  # type: ignore[no-untyped-call]
 
-    def _stop_watching(self) -> None:
-        reads = self._watch[1] if self._watch is not None else None
-        self._watch = None
+    def _stop(self, thread: int) -> Reads:
+        reads, _ = self._watches.pop(thread)
+        reads.on = False
         mode: Any = overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
-        if reads is not None and mode is reads:
-            reads.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if mode is reads:
+            reads.__exit__(None, None, None)
+        return reads
 
     def leave(
-        self, root: nn.Module, adapters: Mapping[str, Adapter], active: Any, call: Any, ended: bool
+        self,
+        root: nn.Module,
+        adapters: Mapping[str, Adapter],
+        active: Active,
+        call: Any,
+        ended: bool,
     ) -> None:
-        """Called when a forward ends; `ended`: with a result. Raises WeftError if layers of the
+        """Called when a forward ends; `ended`: with a result. Raises WeftError if layers of an
         active adapter are read and never called.
         """
-        if self._watch is not None and self._watch[2] is call:
-            name, reads, _ = self._watch
-            self._stop_watching()
-            problem = reads.problem(name)
-            if ended and problem is not None:
-                self._second.add(name)  # so is the next forward
-                raise WeftError(problem[0].upper() + problem[1:])
-        if ended and active in self._first:
-            self._first.discard(active)
-            layers = silent(adapters[active])
-            if len(layers) == len(adapters[active].layers) and not root.training:
-                self._first.add(active)
-                raise WeftError(
-                    f"none of the {len(layers)} layers of adapter {active!r} was called in this forward "
-                    f"({next(iter(layers))!r}, ...), so it does nothing: the model reads their weights "
-                    "itself, or does not use them. Choose other targets."
-                )
-            if layers:
-                self._second.add(active)
+        thread = threading.get_ident()
+        watch = self._watches.get(thread)
+        if watch is not None and watch[1] is not call:  # a forward within the one that is watched
+            return
+        reads = self._stop(thread) if watch is not None else None
+        for name in names_of(active) if ended else ():
+            left = self._left.pop((name, root.training), 0)
+            if left and name in adapters:
+                self._look(adapters[name], reads, left, root.training)
+
+    def _look(self, adapter: Adapter, reads: Reads | None, left: int, training: bool) -> None:
+        if reads is not None:
+            self.note(adapter, reads)
+        problem = self.problem(adapter)
+        layers = weighted_layers(adapter)
+        silent = [name for name, layer in layers.items() if not layer.ran]
+        if problem is not None or (silent and left > 1):
+            self._left[adapter.name, training] = max(1, left - 1)
+        if problem is not None:
+            raise WeftError(problem[0].upper() + problem[1:])
+        more = self.reread(adapter)
+        if more is not None:
+            self._warn(adapter.name, more)
+        elif len(silent) == len(adapter.every_layer()) and not training:
+            self._warn(
+                adapter.name,
+                f"none of the {len(silent)} layers of adapter {adapter.name!r} was called in this "
+                f"forward ({silent[0]!r}, ...), so it changed nothing. If no input reaches them, choose "
+                "other targets.",
+            )
+
+    def _warn(self, name: str, text: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(text[0].upper() + text[1:], stacklevel=2)
+
+    def note(self, adapter: Adapter, reads: Reads) -> None:
+        """Adds what has been read of an adapter's layers."""
+        for name, layer in adapter.every_layer().items():
+            if layer in reads.found:
+                self._read.setdefault(adapter.name, {}).setdefault(name, reads.found[layer])
+
+    def problem(self, adapter: Adapter) -> str | None:
+        """Returns the layers that were read and have never run, as a sentence, or None."""
+        found, layers = self._read.get(adapter.name, {}), adapter.every_layer()
+        names = [name for name in found if name in layers and not layers[name].ran]
+        if not names:
+            return None
+        more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
+        return (
+            f"the model never calls {names[0]!r} but reads its weight ({found[names[0]]}){more}, so "
+            f"adapter {adapter.name!r} does nothing there, and merging it would change the outputs. "
+            f"Leave {'it' if len(names) == 1 else 'them'} out of {_field(adapter, names[0])}."
+        )
+
+    def reread(self, adapter: Adapter) -> str | None:
+        """Returns the layers that were read beside their calls, as a sentence, or None; for methods
+        that change weights.
+        """
+        found, layers = self._read.get(adapter.name, {}), adapter.every_layer()
+        names = [n for n in found if n in layers and layers[n].ran and layers[n].method.mergeable]
+        if not names:
+            return None
+        more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
+        return (
+            f"the model calls {names[0]!r} and also reads its weight itself ({found[names[0]]}){more}: "
+            f"there adapter {adapter.name!r} does nothing, and merged it would. Leave "
+            f"{'it' if len(names) == 1 else 'them'} out of {_field(adapter, names[0])}, or do not merge."
+        )
+
+
+def _field(adapter: Adapter, name: str) -> str:
+    return "new_tokens" if name in adapter.token_layers else "targets"
+
+
+def _disturbed(root: nn.Module) -> bool:
+    """Whether a function mode changes how a model computes: torch does not take its fused kernels for
+    attention, which round otherwise and fill padding with zeros, and compiles again.
+    """
+    kinds = nn.TransformerEncoderLayer | nn.MultiheadAttention
+    return any(
+        isinstance(m, kinds) or "_orig_mod" in m._modules or m._compiled_call_impl is not None
+        for m in root.modules()
+    )

@@ -9,15 +9,17 @@ the reasons looked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import WeftError
+from . import statistics
 from .adapter import Adapter
 from .base_layers import BaseLayer, own_class
-from .layer import forget_offloaded, is_adapted
+from .layer import AdapterLayer, forget_offloaded, is_adapted
 from .offload import HOOK, offloads, take_back
 
 _SHOWN = 3
@@ -34,6 +36,7 @@ class Wiring:
 
     def __init__(self) -> None:
         self._known = False
+        self.homes: dict[nn.Module, tuple[str, ...]] = {}  # all names of each module, as attached
         self._places: list[tuple[Mapping[str, Any], str, Any]] = []
         self._trained: list[
             tuple[Mapping[str, Any], str]
@@ -49,28 +52,43 @@ class Wiring:
         self._copies = _copies(state)
         self._note(state.root.__dict__, HOOK)
         noting = _Paths(state.root, self._places)
+        self._find_homes(state)
         for adapter in state.adapters.values():
-            first = next(iter(adapter.layers.values()), None)
+            layers = adapter.every_layer()
+            first = next(iter(layers.values()), None)
             if first is not None:  # accelerate's hooks come on all layers, or on none
                 self._note(first.__dict__, HOOK)
-            for name, layer in adapter.layers.items():
+            for name, layer in layers.items():
                 module = layer.base.module
-                if noting.add(name, module):
+                if noting.add(self.homes.get(module, (name,)), module):
                     self._note(module._parameters, "weight")
                     if _SIZE in module.__dict__:
                         self._note(module.__dict__, _SIZE)
-            for name, selected in adapter.selected_tensors.items():
-                self._trained += [
-                    (module._parameters, tensor) for module, tensor in selected.holders
-                ]
-                module = selected.holders[0][0]
-                if noting.add(name.rpartition(".")[0], module):
-                    self._note(module.__dict__, HOOK)
-        if state.virtual is not None:
-            names = {module: name for name, module in state.root.named_modules()}
-            for module in state.virtual.hooked:
-                noting.add(names.get(module, "?"), module)
+            for selected in adapter.selected_tensors.values():
+                for module, tensor in selected.holders:
+                    self._trained.append((module._parameters, tensor))
+                    if noting.add(self.homes.get(module, ("?",)), module):
+                        self._note(module.__dict__, HOOK)
+        for module in state.virtual.hooked if state.virtual is not None else ():
+            noting.add(self.homes.get(module, ("?",)), module)
+        if any(adapter.config.freeze_batch_norm for adapter in state.adapters.values()):
+            for name, module in statistics.with_statistics(state.root).items():
+                noting.add((name,), module)
         self._known = True
+
+    def _find_homes(self, state: Any) -> None:
+        """Adds the names of new modules; those of others stay as they were at their attach."""
+        modules = {layer.base.module for a in state.adapters.values() for layer in _layers(a)}
+        for adapter in state.adapters.values():
+            modules |= {m for s in adapter.selected_tensors.values() for m, _ in s.holders}
+        modules |= set(state.virtual.hooked) if state.virtual is not None else set()
+        known = {m: names for m, names in self.homes.items() if m in modules}
+        found: dict[nn.Module, list[str]] = {}
+        if len(known) < len(modules):
+            for name, module in state.root.named_modules(remove_duplicate=False):
+                if module in modules and module not in known:
+                    found.setdefault(module, []).append(name)
+        self.homes = {**known, **{m: tuple(names) for m, names in found.items()}}
 
     def _note(self, place: Mapping[str, Any], name: str) -> None:
         self._places.append((place, name, place.get(name)))
@@ -104,11 +122,16 @@ class _Paths:
         self._added: set[nn.Module] = set()
         self._seen: set[tuple[int, str]] = set()
 
-    def add(self, name: str, module: nn.Module) -> bool:
-        """Notes the way to a module. Returns False if that has been done."""
+    def add(self, names: Sequence[str], module: nn.Module) -> bool:
+        """Notes the ways to a module, by all of its names. Returns False if that has been done."""
         if module in self._added:
             return False
         self._added.add(module)
+        for name in names:
+            self._add(name, module)
+        return True
+
+    def _add(self, name: str, module: nn.Module) -> None:
         here: nn.Module | None = self._root
         parts = name.split(".") if name else []
         for i, part in enumerate(parts):
@@ -122,7 +145,6 @@ class _Paths:
                 self._seen.add((id(here), part))
                 self._places.append((here._modules, part, child))
             here = here._modules.get(part)
-        return True
 
 
 def _copies(state: Any) -> set[int]:
@@ -133,9 +155,7 @@ def _copies(state: Any) -> set[int]:
 def _borrowed(state: Any) -> bool:
     """Whether torch.func has put tensors in the place of weights, for one call."""
     weights = (
-        layer.base.module._parameters.get("weight")
-        for adapter in state.adapters.values()
-        for layer in adapter.layers.values()
+        layer.base_weight for adapter in state.adapters.values() for layer in _layers(adapter)
     )
     return any(weight is not None and not isinstance(weight, nn.Parameter) for weight in weights)
 
@@ -152,14 +172,15 @@ def problems(state: Any, adapter: Adapter, whole: bool = False) -> list[str]:
     either. What accelerate has offloaded of the adapter since is taken back.
     """
     root, virtual = state.root, state.virtual
-    modules = set(root.modules())
+    modules, homes = set(root.modules()), state.wiring.homes
     known, found = _copies(state), []
-    for name, layer in adapter.layers.items():
+    for name, layer in adapter.every_layer().items():
         base = layer.base
         if take_back(layer) and offloads(base.module) and is_adapted(base.module):
             forget_offloaded(base.module)
-        if base.module not in modules:
-            found.append(_replaced(root, adapter.name, name, base.module))
+        elsewhere = _left(root, modules, base.module, homes.get(base.module, (name,)))
+        if elsewhere is not None:
+            found.append(_replaced(root, adapter.name, elsewhere, base.module))
         elif (
             isinstance(base, BaseLayer)
             and (now := (base.out_features, base.in_features)) != layer.shape
@@ -177,20 +198,54 @@ def problems(state: Any, adapter: Adapter, whole: bool = False) -> list[str]:
             )
         for module, tensor in selected.holders:
             live = module._parameters.get(tensor)
-            if module not in modules:
-                found.append(_replaced(root, adapter.name, name.rpartition(".")[0], module))
+            names = homes.get(module, (name.rpartition(".")[0],))
+            elsewhere = _left(root, modules, module, names)
+            if elsewhere is not None:
+                found.append(_replaced(root, adapter.name, elsewhere, module))
             elif id(live) not in known and (whole or type(live) is nn.Parameter):
                 found.append(
-                    f"{name!r}, which adapter {adapter.name!r} trains as a copy, was replaced by another "
+                    f"{f'{names[0]}.{tensor}'.lstrip('.')!r}, which adapter {adapter.name!r} trains as a "
+                    "copy, was replaced by another "
                     "tensor after attach."
                 )
     found += [
         f"the {own_class(module).__name__} where the virtual tokens of adapter {adapter.name!r} enter was "
         "replaced after attach."
-        for module in (virtual.hooked if virtual is not None else ())
+        for module in (
+            virtual.hooked if virtual is not None and adapter.name in virtual.configs else ()
+        )
         if module not in modules
     ]
+    found += [
+        f"{name!r} ({own_class(module).__name__}) keeps running statistics, and came into the model after "
+        f"adapter {adapter.name!r}, which freezes them (freeze_batch_norm), was attached."
+        for name, module in (
+            statistics.thawed(root) if adapter.config.freeze_batch_norm else {}
+        ).items()
+    ]
     return list(dict.fromkeys(found + _tied(root, adapter)))
+
+
+def _layers(adapter: Adapter) -> Iterable[AdapterLayer]:
+    return adapter.every_layer().values()
+
+
+def _left(
+    root: nn.Module, modules: set[nn.Module], module: nn.Module, names: Sequence[str]
+) -> str | None:
+    """Returns the first of a module's names under which the model now has another one, or none;
+    None if there is no such name. `modules`: all of the model.
+    """
+    if module not in modules:
+        return names[0]
+    for name in names if len(names) > 1 else ():  # one that is there goes by its only name
+        try:
+            here = root.get_submodule(name)
+        except AttributeError:  # a wrapper around it
+            continue
+        if module not in set(here.modules()):
+            return name
+    return None
 
 
 def _replaced(root: nn.Module, adapter: str, name: str, old: nn.Module) -> str:
@@ -204,29 +259,82 @@ def _replaced(root: nn.Module, adapter: str, name: str, old: nn.Module) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """A base tensor that an adapter changes, as it is and as a copy. `places`: where the model may
+    read it.
+    """
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    places: Collection[tuple[nn.Module, str]]
+    act: str  # what changes it
+
+
+def _weights(adapter: Adapter) -> Iterator[_Weight]:
+    """Yields all of them: the layers' weights, the tables of new tokens, and what trains as a copy."""
+    for name, layer in adapter.every_layer().items():
+        module, base = layer.base.module, layer.base
+        weight = layer.base_weight
+        if isinstance(base, BaseLayer) and base.has_weight and weight is not None:
+            readers = _readers(adapter, name) or {name: module}
+            places = {(m, "weight") for m in readers.values()}
+            yield _Weight(f"{name}.weight".lstrip("."), (weight,), places, "merging")
+    for name, selected in adapter.selected_tensors.items():
+        both = selected.original, selected.trained
+        yield _Weight(name, both, set(selected.holders), "training")
+
+
+def _readers(adapter: Adapter, name: str) -> dict[str, nn.Module]:
+    """The modules that read one table of new tokens, by name; none if `name` is of no table."""
+    layers = adapter.token_layers
+    if name not in layers:
+        return {}
+    rows = layers[name]._parameters["rows"]  # which torch.func may have replaced for a call
+    return {n: x.base.module for n, x in layers.items() if x._parameters["rows"] is rows}
+
+
 def _tied(root: nn.Module, adapter: Adapter) -> list[str]:
-    """Adapted weights that other layers read too; attach refuses those."""
-    readers: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    """Weights of the adapter that other layers read too, which attach refuses; and tables of new
+    tokens that are no longer one table.
+    """
+    known: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in root.named_modules():
         for tensor, p in module._parameters.items():
             if p is not None:
                 full = f"{name}.{tensor}".lstrip(".")
-                readers.setdefault(memory_of(p), []).append((full, module, tensor))
+                known.setdefault(memory_of(p), []).append((full, module, tensor))
     found = []
-    for name, layer in adapter.layers.items():
-        own, base = layer.base.module, layer.base
-        weight = own._parameters.get("weight")
-        if not isinstance(base, BaseLayer) or not base.has_weight or weight is None:
-            continue
+    for weight in _weights(adapter):
         others = [
             full
-            for full, module, tensor in readers.get(memory_of(weight), ())
-            if (module, tensor) != (own, "weight")
+            for t in weight.tensors
+            for full, module, tensor in known.get(memory_of(t), ())
+            if (module, tensor) not in weight.places
         ]
         if others:
             found.append(
-                f"{f'{name}.weight'.lstrip('.')!r} and {others[0]!r} have shared one weight since adapter "
-                f"{adapter.name!r} was attached (tie_weights?), so merging it would change both."
+                f"{weight.name!r} and {others[0]!r} have shared one weight since adapter "
+                f"{adapter.name!r} was attached (tie_weights?), so {weight.act} it would change both."
+            )
+    return found + _untied(adapter)
+
+
+def _untied(adapter: Adapter) -> list[str]:
+    found = []
+    for name in adapter.token_layers:
+        readers = _readers(adapter, name)
+        if name != next(iter(readers)):
+            continue
+        stored = {n: m._parameters.get("weight") for n, m in readers.items()}
+        if any(type(t) is not nn.Parameter or t.is_meta for t in stored.values()):
+            continue  # borrowed by torch.func, or offloaded
+        own = {n: memory_of(t) for n, t in stored.items() if t is not None}
+        other = next((n for n in own if own[n] != own[name]), None)
+        if other is not None:
+            found.append(
+                f"{f'{name}.weight'.lstrip('.')!r} and {f'{other}.weight'.lstrip('.')!r} were one weight "
+                f"when adapter {adapter.name!r} was attached, and are two now, with one set of new rows."
             )
     return found
 

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..untrusted.printable import WIDTH
 from .formulas import FORMS
 from .rebuild import STATUSES, Result
 
-WIDTH = 80
 _LABEL = 26
 _HEADS = {
     "numbers": "trained parameters",
@@ -37,7 +37,7 @@ def papers_text(results: Sequence[Result], forms: bool = True) -> str:
     lines: list[str] = []
     for table in dict.fromkeys(r.table for r in results):
         rows = [r for r in results if r.table is table]
-        lines += [*_table(rows), *_storage(rows), ""]
+        lines += [*_table_lines(rows), *_storage(rows), ""]
     if forms:
         lines += [*_forms(), ""]
     lines += [
@@ -52,7 +52,7 @@ def papers_text(results: Sequence[Result], forms: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Result]) -> Iterator[str]:
+def _table_lines(rows: Sequence[Result]) -> Iterator[str]:
     table = rows[0].table
     yield from textwrap.wrap(f"[{table.name}] {table.title}", WIDTH, subsequent_indent="  ")
     yield f"  {_HEADS.get(rows[0].row.unit, _HEADS['numbers'])}"

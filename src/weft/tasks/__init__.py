@@ -88,7 +88,7 @@ class TaskRef:
             from .digits import load_digits
 
             return load_digits()
-        return _reader(self.kind)(self.path, self.test)
+        return _loader_of(self.kind)(self.path, self.test)
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _existing(name: str, folder: bool, what: str) -> Path:
     return path
 
 
-def _reader(kind: str) -> Callable[[Path, Path | None], Task]:
+def _loader_of(kind: str) -> Callable[[Path, Path | None], Task]:
     from .csv_text import load_csv
     from .image_folder import load_image_folder
 

@@ -199,7 +199,7 @@ def divide(
     return classes, splits, [f"{where}: {held}."]
 
 
-def digest(labels: Tensor, *tensors: Tensor) -> str:
+def data_digest(labels: Tensor, *tensors: Tensor) -> str:
     """Returns 16 hex digits of SHA-256 over shapes, dtypes and bits of labels [n] and tensors
     [...].
     """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeftError
-from .base import Split, Task, WithLabels, digest, divide
+from .base import Split, Task, WithLabels, data_digest, divide
 from .class_labels import classes, has_fractions
 from .tables import check_unquoted, table
 
@@ -108,7 +108,7 @@ class TextSplit(WithLabels):
     @cached_property
     def _fingerprint(self) -> str:
         flat = [token for row in self.rows for key in sorted(row) for token in (-1, *row[key])]
-        return digest(self.labels, torch.tensor(flat))
+        return data_digest(self.labels, torch.tensor(flat))
 
     def fingerprint(self) -> str:
         return self._fingerprint

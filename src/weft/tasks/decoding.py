@@ -50,14 +50,16 @@ def _decoded(held: bytes, path: Path) -> str:
         what = f"{path}, line {line}: byte 0x{held[error.start]:02x} is no {encoding.upper()}"
         if encoding != "utf-8":
             raise WeftError(f"{what}, which the file's first bytes promise.") from None
-        raise WeftError(f"{what}. {_cure(path, _guess(held))}") from None
+        raise WeftError(f"{what}. {_cure(path, _likely_encoding(held))}") from None
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise WeftError(f"{path}, line {line}: a NUL character. {_cure(path, _guess(held))}")
+        raise WeftError(
+            f"{path}, line {line}: a NUL character. {_cure(path, _likely_encoding(held))}"
+        )
     return text
 
 
-def _guess(held: bytes) -> str:
+def _likely_encoding(held: bytes) -> str:
     """What the encoding may be, for a command that the user checks."""
     start = held[:4096]
     if start[1::2].count(0) > len(start) / 4:

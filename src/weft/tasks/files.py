@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigError, WeftError
 from ..untrusted import json_text
 from .decoding import read_text
-from .tables import check_names, check_unquoted, table
+from .tables import check_names, check_unquoted, is_tsv, table
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 Row = dict[str, Any]
@@ -76,6 +76,7 @@ def numbered_rows(path: Path, header: Sequence[str] = (), plain: bool = False) -
 
 def _table(path: Path, header: Sequence[str], plain: bool) -> list[Numbered]:
     names, listed = table(path, header)
+    _check_separator(path, names if not header else ())
     wrong = next((line for line, row in listed if len(row) != len(names)), None)
     if wrong is not None:
         raise WeftError(
@@ -87,6 +88,18 @@ def _table(path: Path, header: Sequence[str], plain: bool) -> list[Numbered]:
     return [(f"line {line}", dict(zip(names, row, strict=True))) for line, row in listed]
 
 
+def _check_separator(path: Path, names: Sequence[str]) -> None:
+    """Raises WeftError if the header is one cell that names several columns."""
+    own, known = ("tab", "\t") if is_tsv(path) else ("comma", ","), {",", ";", "\t", "|"}
+    found = next((s for s in sorted(known - {own[1]}) if len(names) == 1 and s in names[0]), None)
+    if found is not None:
+        raise WeftError(
+            f"{path}: its header is one column, {names[0]!r}, so the cells seem to be separated by "
+            f"{found!r}. A {'.tsv' if is_tsv(path) else '.csv'} is separated by a {own[0]}: write it "
+            f"so, or as .jsonl{' (.tsv is separated by tabs)' if found == chr(9) else ''}."
+        )
+
+
 def _json(path: Path, kind: str) -> list[Numbered]:
     """A list of objects (.json), or one object per line (.jsonl, and a .json with lines of
     objects).
@@ -95,9 +108,9 @@ def _json(path: Path, kind: str) -> list[Numbered]:
     if kind == ".json" and not _has_lines(text):
         held = _parsed(text, path, 0)
         held = held if isinstance(held, list) else [held]
-        return [_object(path, f"entry {i}", row) for i, row in enumerate(held, start=1)]
+        return [_json_row(path, f"entry {i}", row) for i, row in enumerate(held, start=1)]
     return [
-        _object(path, f"line {number}", _parsed(line, path, number))
+        _json_row(path, f"line {number}", _parsed(line, path, number))
         for number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
@@ -126,7 +139,7 @@ def _parsed(text: str, path: Path, line: int) -> Any:
         raise WeftError(f"{where}: {error}.") from None
 
 
-def _object(path: Path, where: str, value: Any) -> Numbered:
+def _json_row(path: Path, where: str, value: Any) -> Numbered:
     if not isinstance(value, dict):
         raise WeftError(f"{path}, {where}: {str(value)[:40]!r} is not an object with named fields.")
     return where, value

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import WeftError
-from .base import Labelled, Split, WithLabels, digest
+from .base import Labelled, Split, WithLabels, data_digest
 from .image_folder import Stored
 
 KEPT_BYTES = 2**32
@@ -36,7 +36,7 @@ class ImageSplit(WithLabels):
 
     @cached_property
     def _fingerprint(self) -> str:
-        return digest(self.labels, self.pixels)
+        return data_digest(self.labels, self.pixels)
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -66,7 +66,7 @@ class StreamedSplit(WithLabels):
                 hashlib.sha256(item.read() if isinstance(item, Stored) else item.tobytes()).digest()
             )
         read = torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
-        return digest(self.labels, read, self.make([open_image(self.items[0])]))
+        return data_digest(self.labels, read, self.make([open_image(self.items[0])]))
 
     def fingerprint(self) -> str:
         return self._fingerprint

@@ -75,7 +75,7 @@ class Journal:
         lines = whole.split(b"\n") if whole else []
         if last:  # no line end: an editor wrote it, or the process was killed
             try:
-                _object(last)
+                _read_line(last)
             except ValueError:
                 os.ftruncate(self._handle, len(held) - len(last))
             else:
@@ -86,7 +86,7 @@ class Journal:
             if not line.strip():
                 continue
             try:
-                rows.append(_object(line))
+                rows.append(_read_line(line))
             except ValueError as error:
                 raise WeftError(
                     f"{self.path}, line {number} is not a JSON object ({error}). Fix or remove it."
@@ -94,7 +94,7 @@ class Journal:
         return rows
 
 
-def _object(line: bytes) -> Row:
+def _read_line(line: bytes) -> Row:
     row = json.loads(line)  # UnicodeDecodeError and JSONDecodeError are ValueErrors
     if not isinstance(row, dict):
         raise ValueError(f"it is a {type(row).__name__}")

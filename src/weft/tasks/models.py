@@ -273,23 +273,25 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def loading(ref: ModelRef, cls: str) -> Iterator[None]:
+def loading(ref: ModelRef, cls: str, what: str = "model") -> Iterator[None]:
     """Turns errors of from_pretrained into a WeftError of one line, UnsupportedError if the model
-    needs code of its own.
+    needs code of its own. `what` the name is of is said in it. A WeftError is passed on.
     """
     try:
         yield
+    except WeftError:
+        raise
     except Exception as error:  # OSError, ValueError, KeyError, errors of safetensors, and more
         first = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
         if "trust_remote_code" in str(error):
             raise UnsupportedError(
-                f"model {ref.name!r} needs Python code that comes with it (auto_map in its "
+                f"{what} {ref.name!r} needs Python code that comes with it (auto_map in its "
                 "config.json), which Weft does not run. If you trust it, load it in Python with "
                 "trust_remote_code=True, and call weft.attach or weft.load on the model."
             ) from error
         where = "from its directory" if ref.local else "from the hub (it is no directory here)"
         raise WeftError(
-            f"model {ref.name!r} could not be loaded {where} as {cls}: {first}"
+            f"{what} {ref.name!r} could not be loaded {where} as {cls}: {first}"
         ) from error

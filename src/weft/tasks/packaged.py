@@ -13,7 +13,6 @@ that transformers makes of it loses spaces in decoding.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, WeftError
+from ..untrusted.regular_files import sha256_of
 
 # Digits, spaces, line ends, contractions, several scripts, an emoji: text that a wrong byte-level
 # tokenizer does not reproduce.
@@ -79,7 +79,7 @@ def unpacked(gguf: Path) -> Path:
     Raises ConfigError if the package gguf is missing, and WeftError if the file is not the known
     one.
     """
-    out = cache() / f"{gguf.stem.lower()}-{_file_digest(gguf)}"
+    out = cache() / f"{gguf.stem.lower()}-{sha256_of(gguf)[:12]}"
     if (out / "config.json").is_file():
         return out
     if importlib.util.find_spec("gguf") is None:
@@ -106,14 +106,6 @@ def unpacked(gguf: Path) -> Path:
 def cache() -> Path:
     """Returns the folder of unpacked models: `weft` in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "weft"
-
-
-def _file_digest(file: Path) -> str:
-    sha = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            sha.update(block)
-    return sha.hexdigest()[:12]
 
 
 def _unpack(gguf: Path, out: Path) -> None:

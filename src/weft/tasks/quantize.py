@@ -1,4 +1,6 @@
-"""`model.quantize` and `--quantize`: a base that transformers quantises while it loads, by name."""
+"""How a base is loaded: the names that a configuration and the command line have for its dtype, for
+its device, and for how transformers quantises it while it loads.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from typing import Any
 
 from ..errors import ConfigError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # "auto": as stored
+DEVICES = ("auto", "cpu", "cuda")
 # The name -> the package that it needs.
 QUANTIZE = {
     "nf4": "bitsandbytes",
@@ -55,7 +59,7 @@ def loading_options(
         whole = None
     else:
         whole = [*heads, *trained]
-    return {"dtype": found, "quantization_config": _config(name, found, whole)}
+    return {"dtype": found, "quantization_config": _quantization_config(name, found, whole)}
 
 
 def code(name: str, dtype: str) -> str:
@@ -72,7 +76,7 @@ def code(name: str, dtype: str) -> str:
     return f"TorchAoConfig(torchao.quantization.{kind}())"
 
 
-def _config(name: str, dtype: Any, whole: list[str] | None) -> Any:
+def _quantization_config(name: str, dtype: Any, whole: list[str] | None) -> Any:
     import transformers
 
     if name in ("nf4", "fp4"):

@@ -14,7 +14,7 @@ def words_of(config: Any) -> int | None:
     """Returns the number of token embeddings of a model with this configuration, or None if the
     configuration does not say.
     """
-    found = getattr(_text(config), "vocab_size", None)
+    found = getattr(_text_config(config), "vocab_size", None)
     return int(found) if isinstance(found, int) and found > 0 else None
 
 
@@ -22,7 +22,7 @@ def max_positions(config: Any, model: nn.Module | None = None) -> int | None:
     """Returns the number of positions of a model with this configuration, or None if it has no
     limit. With the model, on any device, its learned tables count too.
     """
-    text = _text(config)
+    text = _text_config(config)
     named = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     learned = None if model is None else learned_positions(model)
     return min((int(n) for n in (named, learned) if n), default=None)
@@ -66,7 +66,7 @@ def use_padding(config: Any, pad: int) -> None:
     """Writes the id that fills rows into a model's configuration, where classifiers without a
     token of their own for the whole text (GPT-2, Llama) look for the last token of a row.
     """
-    for each in {id(c): c for c in (config, _text(config))}.values():
+    for each in {id(c): c for c in (config, _text_config(config))}.values():
         each.pad_token_id = pad
 
 
@@ -90,7 +90,7 @@ def check_ids(rows: Iterable[Sequence[int]], tokenizer: Any, config: Any, what: 
             )
 
 
-def _text(config: Any) -> Any:
+def _text_config(config: Any) -> Any:
     """The part of a configuration that is about text."""
     inner = getattr(config, "get_text_config", None)
     return config if inner is None else inner()

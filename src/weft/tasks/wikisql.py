@@ -131,7 +131,7 @@ def question_prompt(question: str, header: Sequence[str], types: Sequence[str] =
     """Returns schema and question, up to the SQL."""
     known = types if len(types) == len(header) else [""] * len(header)
     schema = ", ".join(
-        _name(name) + (f" ({kind})" if kind else "")
+        _sql_name(name) + (f" ({kind})" if kind else "")
         for name, kind in zip(header, known, strict=True)
     )
     return f"Table: {schema}\nQuestion: {' '.join(question.split())}\nSQL: "
@@ -144,10 +144,10 @@ def render(sql: Mapping[str, Any], header: Sequence[str], where: str = "sql") ->
     try:
         call = f"{_at(AGGREGATIONS, sql['agg'])} ".lstrip()
         parts = [
-            f"{_name(_at(header, column))} {_at(OPERATORS, operator)} {_quoted(value)}"
+            f"{_sql_name(_at(header, column))} {_at(OPERATORS, operator)} {_quoted(value)}"
             for column, operator, value in _conds(sql)
         ]
-        selected = _name(_at(header, sql["sel"]))
+        selected = _sql_name(_at(header, sql["sel"]))
     except (KeyError, IndexError, TypeError, ValueError):
         raise WeftError(
             f"{where}: {json.dumps(sql, default=str)[:120]} is not a query on {len(header)} "
@@ -174,7 +174,7 @@ def _conds(sql: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
     return [(column, operator, value) for column, operator, value in conds]
 
 
-def _name(text: str) -> str:
+def _sql_name(text: str) -> str:
     return '"' + text.replace('"', '""') + '"'
 
 

@@ -6,7 +6,7 @@ plain values in place of a file.
 
 run.py        one run, from top to bottom
 config/       the configuration
-data.py       samples from files, the hub or a task; pictures.py: images
+data.py       samples from files, the hub or a task (formats.py: their columns); pictures.py: images
 prepare.py    tokenizer and encoded samples; checks.py: what would fail later
 adapted.py    the model with its adapter; start.py: an adapter to begin with
 loop.py       the Trainer (trainer.py) with Weft's callbacks (callbacks.py, log.py, reports.py)

@@ -26,7 +26,7 @@ def card(record: Mapping[str, Any], adapter: str, in_peft_format: bool) -> str:
         "tags: [weft, " + method.lower() + "]",
         "---",
         "",
-        f"# {method} adapter for {_text(base)}",
+        f"# {method} adapter for {_markdown(base)}",
         "",
         (
             f"{record['trained_numbers']:,} trained numbers ({record['head_numbers']:,} of them in "
@@ -41,7 +41,7 @@ def card(record: Mapping[str, Any], adapter: str, in_peft_format: bool) -> str:
         *(_load_with_peft(adapter) if in_peft_format else _export_to_peft(method, adapter)),
     ]
     if classes:
-        named = ", ".join(_text(str(name)) for name in classes)
+        named = ", ".join(_markdown(str(name)) for name in classes)
         lines += [f"Classes, in the order of the outputs: {named}.", ""]
     lines += ["## Training", "", *_training(record), "", "## Result", "", *_results(record), ""]
     return "\n".join(lines)
@@ -108,7 +108,7 @@ def _training(record: Mapping[str, Any]) -> list[str]:
     data = config["task"] or ", ".join(names_of(config["data"]["train"]))
     optim, train = config["optim"], config["train"]
     rows = {
-        "data": f"{_text(data)}: {record['samples']} samples, fingerprint {record['identity']['train']}",
+        "data": f"{_markdown(data)}: {record['samples']} samples, fingerprint {record['identity']['train']}",
         "steps": f"{record['steps']} of {train['batch']} x {train['accumulate']} samples",
         "optimiser": f"AdamW, lr {optim['lr']:g}, {optim['schedule']} with warm-up "
         f"{optim['warm_up']:g}, "
@@ -120,7 +120,7 @@ def _training(record: Mapping[str, Any]) -> list[str]:
         ),
     }
     return [f"- {name}: {text}" for name, text in rows.items()] + [
-        f"- {_text(note)}" for note in record["notes"]
+        f"- {_markdown(note)}" for note in record["notes"]
     ]
 
 
@@ -153,6 +153,6 @@ def _string(text: str) -> str:
     return json.dumps(text)
 
 
-def _text(text: str) -> str:
+def _markdown(text: str) -> str:
     """A text in a line of Markdown: its own line ends, HTML and markup are shown, not obeyed."""
     return re.sub(r"([\\`*\[\]<>|#!])", r"\\\1", one_line(text, 2000))

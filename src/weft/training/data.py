@@ -17,43 +17,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from ..encoding.conversation import keys_of
 from ..encoding.samples import Samples, is_generation, label_samples
 from ..errors import ConfigError, WeftError
 from ..tasks import GenerationTask, find_generation, find_task
 from ..tasks.files import Row
 from ..tasks.generation import as_samples
 from .config.sections import DataSection
-from .normalise import normalised, with_labels
-from .records import (
-    CHAT,
-    EMPTY,
-    OPTIONAL,
-    chat_row,
-    check_ignored,
-    check_pairs,
-    check_read,
-    is_chat,
-    left_out,
-)
+from .formats import COLUMNS, LABELLED, NEEDED, OPTIONAL
+from .ignored import ignored_keys, keys_of, without_columns, without_keys
+from .normalise import message_columns, normalised, opened, with_labels
+from .records import EMPTY, chat_row, check_pairs, check_read, is_chat
 from .sources import read_source, title_of
-
-NEEDED = {
-    "messages": ("messages",),
-    "prompt": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "text": ("text",),
-}
-TEXTS = (
-    ("sentence1", "sentence2"),
-    ("text", "text2"),
-    ("question", "sentence"),
-    ("text",),
-    ("sentence",),
-)
 
 
 def load_samples(
@@ -65,11 +42,11 @@ def load_samples(
     """
     if section.train is None:
         raise ConfigError("data.train is missing.")
-    read = _Read.of("train", section)
-    others = None if section.eval is None else _Read.of("eval", section)
-    check_ignored(section.ignore, read.names | (others.names if others else set()))
-    train = _samples(read, kind, labels)
-    held = None if others is None else _samples(others, kind, labels)
+    read = [_Read.of("train", section)]
+    if section.eval is not None:
+        read.append(_Read.of("eval", section))
+    parts = [_samples(part, section, kind, labels) for part in _left_out(read, section)]
+    train, held = parts[0], parts[1] if len(parts) > 1 else None
     if held is not None:
         if held.format != train.format:
             raise WeftError(
@@ -94,15 +71,11 @@ def _divided(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
 
 @dataclass(frozen=True)
 class _Read:
-    """The records of data.train or data.eval in Weft's conventions, where each is from, the section
-    for them, and the names that data.ignore may have.
-    """
+    """The records of data.train or data.eval, and where each is from."""
 
     name: str
     rows: list[Row]
     places: list[str]
-    section: DataSection
-    names: set[str]
 
     @classmethod
     def of(cls, key: str, section: DataSection) -> _Read:
@@ -111,20 +84,51 @@ class _Read:
         name, split = title_of(given), section.split if key == "train" else section.eval_split
         read = read_source(given, f"data.{key}", section.config, split)
         check_pairs([row for _, row in read], section.ignore, name)
-        rows, section = normalised(read, section)
-        names: set[str] = set()
-        if section.ignore:
-            names = {column for _, row in read for column in row}.union(*map(keys_of, rows))
-        return cls(name, rows, [place for place, _ in read], section, names)
+        return cls(name, [row for _, row in read], [place for place, _ in read])
 
 
-def _samples(read: _Read, kind: str | None, labels: Sequence[str] | None) -> Samples:
-    name, section = read.name, read.section
-    rows = _renamed(left_out(read.rows, section.ignore), section.columns, name)
+def _left_out(parts: list[_Read], section: DataSection) -> list[_Read]:
+    """The records with Weft's names of columns, without what data.ignore names. A name means the
+    same in all files.
+    """
+    columns = {str(column) for part in parts for row in part.rows for column in row}
+    named = [_with_names(part, section) for part in parts]
+    holders = [message_columns(part.rows, section.columns) for part in named]
+    named = [
+        replace(part, rows=opened(part.rows, part.places, held, section.columns))
+        for part, held in zip(named, holders, strict=True)
+    ]
+    if columns.issuperset(section.ignore):
+        return named
+    found = {
+        key
+        for part, held in zip(named, holders, strict=True)
+        for row in part.rows
+        for key in keys_of(row, held)
+    }
+    keys = ignored_keys(section.ignore, columns, found)
+    return [
+        replace(part, rows=[without_keys(row, held, keys) for row in part.rows])
+        for part, held in zip(named, holders, strict=True)
+    ]
+
+
+def _with_names(part: _Read, section: DataSection) -> _Read:
+    rows = without_columns(part.rows, section.ignore) if section.ignore else part.rows
+    return replace(part, rows=_renamed(rows, section.columns, part.name))
+
+
+def _samples(
+    read: _Read, section: DataSection, kind: str | None, labels: Sequence[str] | None
+) -> Samples:
+    name, chats = read.name, section.format in ("auto", "messages")
+    rows = normalised(read.rows, read.places, section.columns, chats)
     there = _filled(rows)
+    if section.format == "auto":
+        _check_records(rows, name)
     chosen = section.format if section.format != "auto" else _format_of(there, kind, name)
     wanted = _columns(chosen, there, name)
-    check_read(rows, (*wanted, *OPTIONAL.get(chosen, ())), name)
+    check_read(rows, (*wanted, *OPTIONAL.get(chosen, ())), name, section.columns)
     if chosen == "label":
         at = f"column {section.columns.get('label', 'label')!r}"
         rows = with_labels(rows, [f"{place}, {at}" for place in read.places], kind, labels or ())
@@ -137,36 +141,41 @@ def _samples(read: _Read, kind: str | None, labels: Sequence[str] | None) -> Sam
     return Samples(chosen, checked, name)
 
 
-def _filled(rows: list[Row]) -> Row:
-    """The first row's columns, without those that no row fills if the others fit a format: tables
-    and data sets fill up what a record lacks.
+def _filled(rows: list[Row]) -> list[str]:
+    """The columns of all records, without those that no record fills if the others fit a format:
+    tables and data sets fill up what a record lacks.
     """
-    filled = {
-        column: value
-        for column, value in rows[0].items()
+    columns = _columns_of(rows)
+    filled = [
+        column
+        for column in columns
         if column == "label" or any(row.get(column) not in EMPTY for row in rows)
-    }
-    groups = (*NEEDED.values(), *((*texts, "label") for texts in TEXTS))
+    ]
+    groups = (*NEEDED.values(), *((*texts, "label") for texts in LABELLED))
     fits = any(all(column in filled for column in group) for group in groups)
-    return filled if fits else rows[0]
+    return filled if fits else columns
+
+
+def _columns_of(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 
 def _renamed(rows: list[Row], columns: Mapping[str, str], name: str) -> list[Row]:
     """The rows with Weft's names in place of the file's."""
-    known = {*(c for group in (*NEEDED.values(), *TEXTS) for c in group), "label", "input", *CHAT}
+    there = _columns_of(rows) if columns else []
     for ours, theirs in columns.items():
-        if ours not in known:
-            near = get_close_matches(ours, known, n=2) or sorted(known)
+        if ours not in COLUMNS:
+            near = get_close_matches(ours, COLUMNS, n=2) or sorted(COLUMNS)
             raise ConfigError(
                 f"data.columns.{ours}: no format has this column. Nearest: {', '.join(near)}."
             )
-        if theirs not in rows[0]:
-            near = get_close_matches(theirs, rows[0], n=2) or list(rows[0])
+        if theirs not in there:
+            near = get_close_matches(theirs, there, n=2) or there
             raise WeftError(
                 f"{name}: data.columns.{ours} names the column {theirs!r}, which does not exist. "
                 f"Nearest: {', '.join(near)}."
             )
-        if ours in rows[0] and ours not in columns.values():
+        if ours in there and ours not in columns.values():
             raise WeftError(
                 f"{name}: data.columns.{ours} puts {theirs!r} in the place of the column {ours!r}, "
                 f"which exists too. If that one has no meaning, write data.ignore: [{ours}]."
@@ -182,11 +191,31 @@ def _renamed(rows: list[Row], columns: Mapping[str, str], name: str) -> list[Row
     ]
 
 
-def _format_of(row: Row, kind: str | None, name: str) -> str:
+def _check_records(rows: list[Row], name: str) -> None:
+    """Raises WeftError for one object that has the records in it: {"data": [{...}, ...]}."""
+    lists = {
+        column: value
+        for column, value in rows[0].items()
+        if column not in COLUMNS
+        and isinstance(value, list)
+        and value
+        and all(isinstance(entry, Mapping) for entry in value)
+    }
+    if len(rows) == 1 and lists and not any(column in COLUMNS for column in rows[0]):
+        column, held = next(iter(lists.items()))
+        raise WeftError(
+            f"{name}: it is one record, whose {column!r} is a list of {len(held)} objects. If these "
+            "are the records, write that list alone as a .json, [{...}, {...}], or one object per "
+            "line as a .jsonl; if they are messages, write data.columns: "
+            f"{{messages: {column}}}."
+        )
+
+
+def _format_of(row: Sequence[str], kind: str | None, name: str) -> str:
     if (
         "label" in row
         and kind != "causal-lm"
-        and any(all(c in row for c in group) for group in TEXTS)
+        and any(all(c in row for c in group) for group in LABELLED)
     ):
         return "label"
     for chosen, wanted in NEEDED.items():
@@ -199,9 +228,9 @@ def _format_of(row: Row, kind: str | None, name: str) -> str:
     )
 
 
-def _columns(chosen: str, row: Row, name: str) -> tuple[str, ...]:
+def _columns(chosen: str, row: Sequence[str], name: str) -> tuple[str, ...]:
     if chosen == "label":
-        texts = next((group for group in TEXTS if all(c in row for c in group)), None)
+        texts = next((group for group in LABELLED if all(c in row for c in group)), None)
         if texts is not None and "label" in row:
             return (*texts, "label")
         wanted: Sequence[str] = ("text", "label")

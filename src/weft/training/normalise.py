@@ -12,32 +12,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from ..encoding.conversation import json_value
 from ..errors import WeftError
 from ..tasks import class_labels
-from ..tasks.files import Numbered, Row
-from ..untrusted import json_text
-from .config.sections import DataSection
+from ..tasks.files import Row
+from .formats import TEXTS
+from .records import EMPTY
 
-TEXTS = (
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "text",
-    "text1",
-    "text2",
-    "sentence",
-    "sentence1",
-    "sentence2",
-    "question",
-)
 SHAREGPT = ("conversations", "conversation")
+PROMPTS = ("prompt", "completion")  # TRL's, which may be lists of messages
 _OURS = ("from", "value", "role", "content")
 ROLES = {
     "human": "user",
@@ -55,71 +42,80 @@ ROLES = {
 }
 
 
-def normalised(rows: Sequence[Numbered], section: DataSection) -> tuple[list[Row], DataSection]:
-    """Returns the records, and the section without the columns that they no longer have.
-
-    `section` names columns and what to ignore. Raises WeftError, which names file, line and column.
+def message_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
+    """Returns the columns that hold "messages" or "documents", and which. `columns` is data.columns,
+    by which the records are renamed already.
     """
-    file_name = dict(section.columns)
-    found = [row for _, row in rows]
-    places = [place for place, _ in rows]
-    texts = [file_name.get(name, name) for name in TEXTS]
-    texts = [name for name in texts if name not in section.ignore]
-    found = [_texts(row, texts, place) for row, place in zip(found, places, strict=True)]
-    found = _conversations(found, places, file_name.get("messages"), section.ignore)
-    prompt, completion = (file_name.get(name, name) for name in ("prompt", "completion"))
-    if _is_conversational(found, prompt, section.ignore):
-        found = _joined(found, places, prompt, completion)
-        file_name = {k: v for k, v in file_name.items() if k not in ("prompt", "completion")}
-        section = replace(section, columns=file_name)
-    return found, section
+    names = ["messages", "history"]
+    if "messages" not in columns:
+        names += SHAREGPT
+    if _is_conversational(rows):
+        names += PROMPTS
+    return {**dict.fromkeys(names, "messages"), "documents": "documents"}
 
 
-def _texts(row: Row, columns: Collection[str], place: str) -> Row:
+def opened(
+    rows: Sequence[Row], places: Sequence[str], holders: Collection[str], columns: Mapping[str, str]
+) -> list[Row]:
+    """Returns the records with lists in `holders` where a table's cell has them as JSON text."""
+    out = []
+    for row, place in zip(rows, places, strict=True):
+        changed = {}
+        for name in holders:
+            value, where = row.get(name), f"{place}, column {columns.get(name, name)!r}"
+            if isinstance(value, str) and (name not in PROMPTS or _is_list(value)):
+                changed[name] = json_value(value, where)
+            value = changed.get(name, value)
+            if name == "documents" and isinstance(value, list):
+                changed[name] = [json_value(entry, where) for entry in value]
+        out.append({**row, **changed} if changed else row)
+    return out
+
+
+def normalised(
+    rows: Sequence[Row], places: Sequence[str], columns: Mapping[str, str], chats: bool = True
+) -> list[Row]:
+    """Returns `opened` records in Weft's conventions. `chats` is False if data.format says that
+    they are no conversations.
+
+    Raises WeftError, which names file, line and the file's column.
+    """
+
+    def each(change: Callable[[Row, str, Mapping[str, str]], Row], given: list[Row]) -> list[Row]:
+        return [change(row, place, columns) for row, place in zip(given, places, strict=True)]
+
+    found = each(_texts, list(rows))
+    if not chats:
+        return found
+    found = each(_conversation, found)
+    return each(_joined, found) if _is_conversational(found) else found
+
+
+def _texts(row: Row, place: str, columns: Mapping[str, str]) -> Row:
     changed = {}
-    for name in columns:
+    for name in TEXTS:
         value = row.get(name)
         if isinstance(value, bool | int | float):
             if isinstance(value, float) and not math.isfinite(value):
                 raise WeftError(
-                    f"{place}, column {name!r}: {value} is a missing value, and text is expected. "
-                    "Remove the record."
+                    f"{place}, column {columns.get(name, name)!r}: {value} is a missing value, and "
+                    "text is expected. Remove the record."
                 )
             changed[name] = json.dumps(value)
     return {**row, **changed} if changed else row
 
 
-def _conversations(
-    rows: list[Row], places: Sequence[str], mapped: str | None, ignored: Collection[str]
-) -> list[Row]:
-    """ShareGPT's lists as messages."""
-    names = () if _filled(rows, "messages") else SHAREGPT
-    column = mapped or next((name for name in names if _filled(rows, name)), "messages")
-    if column not in rows[0] or column in ignored:
-        return rows
-    ours = column if mapped else "messages"
-    out = []
-    for row, place in zip(rows, places, strict=True):
-        where = f"{place}, column {column!r}"
-        value = row.get(column)
-        if isinstance(value, str) and value.lstrip().startswith("["):  # a table's cell
-            value = _cell(value, where)
-        if isinstance(value, list) and any(_is_sharegpt(message) for message in value):
-            value = [_message(message, where, n) for n, message in enumerate(value, 1)]
-        rest = {key: held for key, held in row.items() if key not in (column, ours)}
-        out.append({**rest, ours: value} if column in row else row)
-    return out
-
-
-def _filled(rows: Sequence[Row], column: str) -> bool:
-    return any(row.get(column) not in (None, "") for row in rows)
-
-
-def _cell(text: str, where: str) -> Any:
-    try:
-        return json_text.loads(text)
-    except ValueError as error:
-        raise WeftError(f"{where}: it is text, but no JSON list: {error}.") from None
+def _conversation(row: Row, place: str, columns: Mapping[str, str]) -> Row:
+    """A record with ShareGPT's list as messages. Which column holds it may differ by record."""
+    names = ("messages",) if "messages" in columns else ("messages", *SHAREGPT)
+    column = next((name for name in names if row.get(name) not in EMPTY), None)
+    if column is None:
+        return row
+    value, where = row[column], f"{place}, column {columns.get(column, column)!r}"
+    if isinstance(value, list) and any(_is_sharegpt(message) for message in value):
+        value = [_message(message, where, n) for n, message in enumerate(value, 1)]
+    rest = {key: held for key, held in row.items() if key not in (column, "messages")}
+    return {**rest, "messages": value}
 
 
 def _is_sharegpt(message: Any) -> bool:
@@ -147,29 +143,25 @@ def _message(message: Any, where: str, number: int) -> dict[str, Any]:
     return {"role": role, "content": message["value"], **rest}
 
 
-def _is_conversational(rows: list[Row], prompt: str, ignored: Collection[str]) -> bool:
-    return (
-        prompt not in ignored
-        and not _filled(rows, "messages")
-        and any(_is_list(row.get(prompt)) for row in rows)
+def _is_conversational(rows: Sequence[Row]) -> bool:
+    return all(row.get("messages") in EMPTY for row in rows) and any(
+        _is_list(row.get("prompt")) for row in rows
     )
 
 
-def _joined(rows: list[Row], places: Sequence[str], prompt: str, completion: str) -> list[Row]:
-    """Prompts and completions that are lists of messages, as one conversation each. Only the
-    completion's answers are in the loss, as in TRL.
+def _joined(row: Row, place: str, columns: Mapping[str, str]) -> Row:
+    """A record whose prompt and completion are messages, as one conversation. Only the completion's
+    answers are in the loss, as in TRL.
     """
-    out = []
-    for row, place in zip(rows, places, strict=True):
-        asked = _turns(row.get(prompt), "user", f"{place}, column {prompt!r}")
-        answered = _turns(row.get(completion), "assistant", f"{place}, column {completion!r}")
-        before = [
-            {**turn, "train": False} if turn.get("role") == "assistant" else turn for turn in asked
-        ]
-        own = (prompt, completion, "messages")
-        rest = {key: held for key, held in row.items() if key not in own}
-        out.append({**rest, "messages": [*before, *answered]})
-    return out
+    asked, answered = (
+        _turns(row.get(name), role, f"{place}, column {columns.get(name, name)!r}")
+        for name, role in zip(PROMPTS, ("user", "assistant"), strict=True)
+    )
+    before = [
+        {**turn, "train": False} if turn.get("role") == "assistant" else turn for turn in asked
+    ]
+    rest = {key: held for key, held in row.items() if key not in (*PROMPTS, "messages")}
+    return {**rest, "messages": [*before, *answered]}
 
 
 def _is_list(value: Any) -> bool:
@@ -179,7 +171,6 @@ def _is_list(value: Any) -> bool:
 def _turns(value: Any, role: str, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and not _is_list(value):
         return [{"role": role, "content": value}]
-    value = _cell(value, where) if isinstance(value, str) else value
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
         raise WeftError(f"{where}: {value!r:.60} is neither text nor a list of messages.")

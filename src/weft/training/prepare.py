@@ -16,7 +16,7 @@ from ..encoding.rows import EncodedRows
 from ..encoding.samples import Samples, check_task, is_image
 from ..encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ..errors import ConfigError
-from ..inference.pretrained import empty_model, find_source
+from ..inference.pretrained import empty_model, find_source, find_tokenizer
 from ..model import prompts
 from ..model.structure import Structure
 from ..tasks import GenerationTask
@@ -31,6 +31,7 @@ from .sources import check_source, has_splits
 from .start import Start, open_start
 
 DEFAULT_EPOCHS = 3
+TOKENIZER = "model.tokenizer"  # the key
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,11 @@ def find_sources(config: RunConfig) -> Sources:
     template = config.data.chat_template
     if template is not None and not Path(template).expanduser().is_file():
         raise ConfigError(f"data.chat_template={template!r}: there is no such file.")
-    tokenizer = None if config.model.tokenizer is None else find_source(config.model.tokenizer)
+    tokenizer = (
+        None
+        if config.model.tokenizer is None
+        else find_tokenizer(config.model.tokenizer, TOKENIZER)
+    )
     model = find_source(config.model.path)
     return Sources(model, tokenizer or model)
 
@@ -155,8 +160,9 @@ def _open_text(
         train, evaluation = load_samples(config.data, config.model.kind, config.train.seed, names)
     kind = _kind(config, train, has_scores=config.task is not None and names is None)
     _check_keys(config, kind, train.format)
-    with quiet(), loading(sources.model, "a tokenizer and a configuration"):
-        tokenizer, model_config, stops = tokenizer_and_stops(sources.model, sources.tokenizer)
+    with quiet(), loading(sources.model, "a configuration"):
+        found = tokenizer_and_stops(sources.model, sources.tokenizer, TOKENIZER)
+    tokenizer, model_config, stops = found
     new_tokens = add_new_tokens(config, tokenizer, model_config, notes)
     if start is not None:
         check_start(start, tokenizer, new_tokens)

@@ -13,6 +13,7 @@ PROBLEMS = (
     ("cut", "cut off"),
     ("end_cut", "end-of-turn cut off"),
     ("end_masked", "end-of-turn masked"),
+    ("end_missing", "no end-of-turn"),
     ("empty", "nothing in the loss"),
     ("blank", "blank answer"),
 )
@@ -27,14 +28,14 @@ def preview(config: RunConfig, count: int = 3) -> str:
     """
     data = open_data(config, find_sources(config))
     shown = range(min(count, len(data.train)))
-    parts = [f"sample {i + 1} of {len(data.train)}: {_sample(data, i)}\n" for i in shown]
+    parts = [f"sample {i + 1} of {len(data.train)}: {_sample_text(data, i)}\n" for i in shown]
     counts: Mapping[str, int] = vars(data.train.counts)
     problems = ", ".join(f"{text} {counts[key]}" for key, text in PROBLEMS)
     parts.append(f"{counts['samples']} samples ({data.format}); {problems}")
     return "\n".join(parts + data.notes)
 
 
-def _sample(data: Data, index: int) -> str:
+def _sample_text(data: Data, index: int) -> str:
     row = data.train[index]
     if "pixel_values" in row:
         label = (data.classes or ())[row["labels"]]

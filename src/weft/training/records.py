@@ -2,47 +2,21 @@
 
 A column that no format reads may be what matters most (tools, a system prompt, the worse answer of
 a pair), so it is an error. Columns and message keys without meaning for training (ids, metadata)
-are listed in `data.ignore`, and left out before anything else.
+are listed in `data.ignore`, and left out before anything else (ignored.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
-from ..encoding.conversation import conversation, json_value, without
-from ..errors import ConfigError, WeftError
+from ..encoding.conversation import conversation, json_value
+from ..errors import WeftError
 from ..tasks.files import Row
+from .formats import CHAT, TEMPLATE_INPUTS
 
-TEMPLATE_INPUTS = ("tools", "documents")  # passed to the chat template
-TURNS = ("system", "history")  # before a prompt or an instruction
-CHAT = (*TURNS, *TEMPLATE_INPUTS)
-OPTIONAL = {
-    "messages": ("system", *TEMPLATE_INPUTS),
-    "prompt": CHAT,
-    "instruction": ("input", *CHAT),
-}
 PAIR = ("chosen", "rejected")
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-
-
-def left_out(rows: list[Row], ignored: Collection[str]) -> list[Row]:
-    """Returns the rows without the columns and message keys in `data.ignore`."""
-    return [without(row, ignored) for row in rows] if ignored else rows
-
-
-def check_ignored(ignored: Sequence[str], seen: Collection[str]) -> None:
-    """Raises ConfigError, with the nearest names, if data.ignore names what no record has. `seen`
-    are the columns and message keys of all records.
-    """
-    missing = next((name for name in ignored if name not in seen), None)
-    if missing is not None:
-        near = get_close_matches(missing, seen, n=2) or sorted(seen)
-        raise ConfigError(
-            f"data.ignore: no record has a column or a message key {missing!r}. Nearest: "
-            f"{', '.join(near)}."
-        )
 
 
 def check_pairs(rows: Sequence[Row], ignored: Collection[str], name: str) -> None:
@@ -60,13 +34,17 @@ def check_pairs(rows: Sequence[Row], ignored: Collection[str], name: str) -> Non
             )
 
 
-def check_read(rows: Sequence[Row], read: Collection[str], name: str) -> None:
-    """Raises WeftError, naming the first record with it, for columns that nothing reads."""
+def check_read(
+    rows: Sequence[Row], read: Collection[str], name: str, columns: Mapping[str, str]
+) -> None:
+    """Raises WeftError, naming the first record with it, for columns that nothing reads. `columns`
+    is data.columns, by which the records are renamed.
+    """
     first: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
         for column, value in row.items():
             if column not in read and not any(value is e or value == e for e in EMPTY):
-                first.setdefault(str(column), number)
+                first.setdefault(str(columns.get(column, column)), number)
     if first:
         raise WeftError(
             f"{name}, sample {min(first.values())}: nothing reads the column"

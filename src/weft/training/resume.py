@@ -11,7 +11,6 @@ and never used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -28,6 +27,7 @@ from ..errors import CheckpointError, ConfigError
 from ..model.adapter import Adapter
 from ..model.attach import detach
 from ..model.state import state_of
+from ..untrusted.regular_files import sha256_of
 
 STATE, COMPLETE = "weft_state.safetensors", "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -112,7 +112,7 @@ def complete(folder: Path) -> None:
             files.flush(path)
             listed[str(path.relative_to(folder))] = {
                 "bytes": path.stat().st_size,
-                "sha256": _digest(path),
+                "sha256": sha256_of(path),
             }
     files.flush(folder)
     text = json.dumps({"schema": 1, "files": listed}, indent=1) + "\n"
@@ -133,7 +133,7 @@ def is_whole(folder: Path) -> bool:
         listed = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
         return all(
             (folder / name).stat().st_size == entry["bytes"]
-            and _digest(folder / name) == entry["sha256"]
+            and sha256_of(folder / name) == entry["sha256"]
             for name, entry in listed.items()
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -207,11 +207,3 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
         if (match := _NAME.fullmatch(path.name)) and path.is_dir()
     ]
     return sorted(found, reverse=True)
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()

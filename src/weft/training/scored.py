@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..encoding.rows import IGNORED
 from ..model import prompts
-from ..model.merge import in_eval
+from ..model.statistics import in_eval
 
 # Whether the model's logits at some positions are those of its head at these positions.
 _CAN_SELECT: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

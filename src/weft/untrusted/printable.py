@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
+WIDTH = 80  # columns of what is printed
 # Controls, marks that reorder text, halves of surrogate pairs, line and paragraph separators.
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _KEPT = "\n\t\u200c\u200d"  # the last two join letters of many scripts and emoji

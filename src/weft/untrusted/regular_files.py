@@ -5,6 +5,7 @@ A FIFO or a device could block for ever, and an endless or huge file would fill 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -30,7 +31,7 @@ def kind_of(path: Path) -> str | None:
         return "a link to nothing" if path.is_symlink() else None
     except (OSError, ValueError) as error:  # a loop of links, a name with a NUL
         return f"unreadable ({error})"
-    return _kind(mode)
+    return _kind_of_mode(mode)
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -42,7 +43,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(handle, "rb") as file:
         found = os.fstat(handle)
-        kind = _kind(found.st_mode)
+        kind = _kind_of_mode(found.st_mode)
         if kind is not None:
             raise ValueError(f"it is {kind}, and a regular file is expected")
         if found.st_size > most:
@@ -61,7 +62,16 @@ def read_text(path: Path, most: int) -> str:
     return read_bytes(path, most).decode("utf-8")
 
 
-def _kind(mode: int) -> str | None:
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file of any size, in hex digits. Raises OSError."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def _kind_of_mode(mode: int) -> str | None:
     if stat.S_ISREG(mode):
         return None
     return next((name for test, name in _KINDS if test(mode)), "no regular file")

@@ -67,7 +67,7 @@ def write_layers(
     tensors |= {PREFIX + name: t for name, t in checkpoint.repeated.items()}
     selected = {**checkpoint.selected, **checkpoint.aliases}
     tensors |= {PREFIX + bias.key_of(checkpoint, name): t for name, t in selected.items()}
-    tensors |= {PREFIX + peft_tokens.key_of(name): t for name, t in checkpoint.tokens.items()}
+    tensors |= {PREFIX + peft_tokens.rows_key(name): t for name, t in checkpoint.tokens.items()}
     common = {**_common_fields(checkpoint, model), **peft_tokens.field(checkpoint)}
     return Written(tensors, {**common, **fields}, list(selected))
 
@@ -268,7 +268,7 @@ def restore_layers(
         if (key_in_file := bias.key_of(checkpoint, name)) in plain:
             plain[name] = plain.pop(key_in_file)
     take_selected(checkpoint, plain, "", manifest["selected"])
-    rows = {name: peft_tokens.key_of(name) for name in checkpoint.token_ids}
+    rows = {name: peft_tokens.rows_key(name) for name in checkpoint.token_ids}
     take_tokens(checkpoint, plain, rows)
     checkpoint.repeated = plain
     reported = {name for layer in checkpoint.sites.values() for name in layer.keys.values()}

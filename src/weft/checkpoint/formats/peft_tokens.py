@@ -27,7 +27,7 @@ _SUFFIX = ".token_adapter.trainable_tokens_delta"
 _TABLE = ".token_adapter.base_layer.weight"
 
 
-def key_of(module: str) -> str:
+def rows_key(module: str) -> str:
     """Returns the key, without prefix, of the rows of a module's new tokens."""
     return f"{module}{_SUFFIX}"
 
@@ -61,13 +61,13 @@ def take_tokens(checkpoint: Checkpoint, rest: dict[str, Tensor], config: Mapping
         normalise(FIELD, ids)
         asked |= dict.fromkeys([m for m in modules if m.endswith(ending)] or [ending], ids)
     if not asked:
-        checkpoint.problems.append(f"missing: {FIELD} is set, and no {key_of('*')!r} is there")
+        checkpoint.problems.append(f"missing: {FIELD} is set, and no {rows_key('*')!r} is there")
     _take_tables(checkpoint, rest, asked)
     for module in [m for m in modules if m in asked]:
-        rows, ids = rest.pop(key_of(module)), asked[module]
+        rows, ids = rest.pop(rows_key(module)), asked[module]
         if rows.ndim != 2 or len(rows) != len(ids):
             checkpoint.problems.append(
-                f"{key_of(module)!r}: shape {list(rows.shape)} in the file, {len(ids)} rows expected"
+                f"{rows_key(module)!r}: shape {list(rows.shape)} in the file, {len(ids)} rows expected"
             )
             continue
         checkpoint.tokens[module] = rows[torch.tensor(ids).argsort()]

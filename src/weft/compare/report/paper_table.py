@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...untrusted.printable import WIDTH
 from .comparison import Comparison, Row
-from .table import WIDTH, count, score_text, wrap
+from .table import count, score_text, wrap
 
 PRINTED = Path(__file__).parent / "printed.json"
 HERE = "here: "

@@ -1,10 +1,10 @@
-"""Intervals, paired tests and the recommendation.
+"""Intervals and paired tests.
 
 The rows are paired: with one seed, every method starts from the same head and sees the same
 batches. Each method is tested against the one with the highest mean (one-sided paired t-test: is it
 worse?), with Holm's correction over these tests. If the correct answers are known per test example,
 the same test is applied to the examples: few seeds can only show large gaps, many examples show
-smaller ones. The recommended method is the smallest that neither test finds worse. That is weaker
+smaller ones. That neither test finds a row worse (verdict.py recommends the smallest such) is weaker
 than "as good", since there may be too little data to see a gap; the report therefore always states
 a bound on the gap.
 """
@@ -12,7 +12,7 @@ a bound on the gap.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import mean, stdev
 
 import numpy as np
@@ -32,7 +32,6 @@ class Ranking:
 
     best: str
     p: Mapping[str, float]
-    recommended: str
     on_examples: Mapping[str, float] = field(default_factory=dict)
 
     def is_worse(self, row: str) -> bool:
@@ -81,8 +80,8 @@ def rank(
     sizes: Mapping[str, tuple[int, int]],
     answers: Mapping[str, Sequence[float]] | None = None,
 ) -> Ranking | None:
-    """Returns the best row, p-values, and the smallest row that is not worse; None for fewer than
-    three seeds or two rows.
+    """Returns the best row and the p-values of all others; None for fewer than three seeds or two
+    rows.
 
     `sizes` has (trained parameters, bytes on disk) per row; if means are equal, the smaller row is
     better. `answers` has, per test example, the share of the seeds that were right, for rows with
@@ -91,10 +90,7 @@ def rank(
     if len(scores) < 2 or min(len(s) for s in scores.values()) < MIN_SEEDS:
         return None
     best = min(scores, key=lambda row: (-round(mean(scores[row]), 12), sizes[row]))
-    p, on_examples = _worse_than(best, scores), _worse_than(best, answers or {})
-    ranking = Ranking(best, p, best, on_examples)
-    equal = [row for row in scores if not ranking.is_worse(row)]
-    return replace(ranking, recommended=min(equal, key=lambda row: sizes[row]))
+    return Ranking(best, _worse_than(best, scores), _worse_than(best, answers or {}))
 
 
 def _worse_than(best: str, paired: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import textwrap
 
+from ...untrusted.printable import WIDTH
 from ..plan.entries import format_rate
 from .comparison import Comparison, Row
 from .verdict import verdict_of
 
-WIDTH = 80
 GAP = "  "
 HEADER = ("method", "trainable", "bytes", "{score}", "lr", "step", "peak", "steps")
 

@@ -42,11 +42,13 @@ def verdict_of(comparison: Comparison) -> Verdict:
         row
         for row in rows
         if row.label not in idle
-        and (not ranking.is_worse(row.label) or _alike(comparison, best, row))
+        and (not ranking.is_worse(row.label) or _means_alike(comparison, best, row))
     ]
     chosen = min(open_, key=_size)
     rivals = open_ if chosen is best else [best]
-    tied = [row for row in rivals if row is not chosen and _alike(comparison, best, row, chosen)]
+    tied = [
+        row for row in rivals if row is not chosen and _means_alike(comparison, best, row, chosen)
+    ]
     if tied:
         return Verdict(None, "No recommendation", _tie(comparison, [best, chosen, *tied]))
     if chosen is best:
@@ -59,7 +61,7 @@ def _size(row: Row) -> tuple[int, int]:
     return (row.trainable or 0, row.nbytes or 0)
 
 
-def _alike(comparison: Comparison, *rows: Row) -> bool:
+def _means_alike(comparison: Comparison, *rows: Row) -> bool:
     """Returns True if the means are equal, or one test example apart at most."""
     means = [row.mean or 0.0 for row in rows]
     return max(means) - min(means) <= one_example(comparison, rows[0]) + SAME
@@ -87,14 +89,14 @@ def _nothing_learned(comparison: Comparison, rows: Sequence[Row], idle: Sequence
         text = f"the training loss of {_listed(idle)} did not fall, so nothing was learned"
     else:
         verb = "is shown to be" if len(idle) == len(rows) else "is not shown to be"
-        text = f"{who} {verb} better than {_guess(comparison)}"
+        text = f"{who} {verb} better than {_guess_text(comparison)}"
     return (
         f"{text}{_chance_test(comparison)}. Train longer (--budget steps=N), with other learning "
         "rates (--lr), more examples or more seeds."
     )
 
 
-def _guess(comparison: Comparison) -> str:
+def _guess_text(comparison: Comparison) -> str:
     assert comparison.guess is not None
     score = comparison.scored_by.with_metric(comparison.guess.score)
     return f"{comparison.guess.what} ({score})"
@@ -162,7 +164,7 @@ def _best_itself(
 def _not_better(comparison: Comparison) -> str:
     if comparison.guess is None:
         return ": the training loss did not fall"
-    return f": not shown to be better than {_guess(comparison)}{_chance_test(comparison)}"
+    return f": not shown to be better than {_guess_text(comparison)}{_chance_test(comparison)}"
 
 
 def _smaller_than_best(

@@ -25,6 +25,7 @@ from ...encoding.samples import Samples
 from ...encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ...errors import WeftError
 from ...inference.generate import answer
+from ...model.statistics import in_eval
 from ...tasks import Encoded, GenerationRef, GenerationTask, Record, Sample, Split
 from ...tasks.base import capped
 from ...tasks.generation import as_samples, with_validation
@@ -130,13 +131,12 @@ class GeneratedTask:
     @torch.no_grad()
     def validate(self) -> Score:
         """Returns the mean loss over all tokens of all completions of the validation split."""
-        was_training, parts = self.model.training, []
-        self.model.eval()
-        for rows in torch.split(self.validation.by_length(), ROWS):
-            inputs, labels = on_device(self.validation, rows, self.model.device)
-            with scored.answering(self.model, inputs, labels):
-                parts.append(reduced(self.model(**inputs).logits, labels).sum(0))
-        self.model.train(was_training)
+        parts = []
+        with in_eval(self.model):
+            for rows in torch.split(self.validation.by_length(), ROWS):
+                inputs, labels = on_device(self.validation, rows, self.model.device)
+                with scored.answering(self.model, inputs, labels):
+                    parts.append(reduced(self.model(**inputs).logits, labels).sum(0))
         total, count, _ = torch.stack(parts).sum(0).tolist()
         return Score(total / count, total / count)
 

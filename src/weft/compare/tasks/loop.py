@@ -22,6 +22,7 @@ from ...auditing.snapshot import Snapshot, snapshot
 from ...errors import ConfigError, WeftError
 from ...model.adapter import Adapter
 from ...model.groups import parameter_groups
+from ...model.statistics import in_eval, modes_kept
 from ...tasks import Encoded, Labelled
 from ...tasks.metrics import of_logits
 from ...training import scored
@@ -94,10 +95,9 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step, recipe))
     losses: list[float] = []
     before: Snapshot | None = snapshot(model, adapter.name)
-    was_training = model.training
-    model.train()
     try:
-        with seeded(recipe.seed, device):
+        with modes_kept(model), seeded(recipe.seed, device):
+            model.train()
             for step, rows in enumerate(batches(len(examples), recipe), start=1):
                 losses.append(_step(model, optimiser, examples, rows, device, step))
                 schedule.step()
@@ -107,7 +107,6 @@ def train(
                 if on_step is not None:
                     on_step(step)
     finally:
-        model.train(was_training)
         if before is not None:
             before.release()
     return losses
@@ -182,13 +181,11 @@ def outputs(model: nn.Module, examples: Labelled, batch: int = 128) -> Tensor:
     mode. The mode is restored.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     parts = []
-    for rows in torch.split(torch.arange(len(examples.labels)), batch):
-        inputs = {key: value.to(device) for key, value in examples.batch(rows).items()}
-        parts.append(model(**inputs).logits.float().cpu())
-    model.train(was_training)
+    with in_eval(model):
+        for rows in torch.split(torch.arange(len(examples.labels)), batch):
+            inputs = {key: value.to(device) for key, value in examples.batch(rows).items()}
+            parts.append(model(**inputs).logits.float().cpu())
     return torch.cat(parts)
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from ...methods.config import DTYPES
 from ...ops import projection
+from ..swapped import OWN
 
 INNER_FORWARD = "_weft_inner_forward"  # a forward found on the instance (accelerate's hooks)
 
@@ -24,7 +25,7 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Returns the layer's own class, adapted or not."""
-    found: type[nn.Module] = getattr(type(module), "_weft_base", type(module))
+    found: type[nn.Module] = getattr(type(module), OWN, type(module))
     return found
 
 

@@ -13,6 +13,7 @@ from ...errors import TargetError
 from ...methods.config import Config
 from ...methods.token_spec import Ids, by_module
 from ..base_layers import BaseLayer, kind_of, weight_fault
+from ..offload import offloads
 from ..packings import packing_of
 from .names import canonical, ends_in
 from .structure import Structure
@@ -101,7 +102,7 @@ def _reader(structure: Structure, name: str, tensor: str) -> BaseLayer:
         why = "its weight is quantised"
     elif getattr(module, "max_norm", None) is not None:
         why = "max_norm rewrites its weight in every forward"
-    elif getattr(getattr(module, "_hf_hook", None), "offload", False):
+    elif offloads(module):
         why = "accelerate keeps its weight elsewhere between two calls"
     if kind is None or why is not None:
         raise TargetError(

@@ -5,7 +5,7 @@ sections.py     the sections with their defaults and checks
 read.py         YAML and plain values to a `RunConfig`, and back
 build.py        a mapping to a dataclass, with checks of names and types
 checks.py       checks of single values
-yaml_loader.py  YAML in which 1e-3 is a number and duplicate keys are errors
+yaml_loader.py  YAML in which 1e-3 is a number and duplicate keys are errors, read and written
 """
 
 from .read import dump, from_dict, read_config, to_dict

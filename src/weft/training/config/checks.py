@@ -32,7 +32,9 @@ class Section:
             try:
                 value = conform(hint, given)
             except WrongType as error:
-                raise ConfigError(f"{key_of(self, name)}={short(given)}: write {error}.") from None
+                raise ConfigError(
+                    f"{dotted_key(self, name)}={short(given)}: write {error}."
+                ) from None
             if type(value) is int and hint in (float, float | None):
                 value = float(value)
             object.__setattr__(self, name, value)
@@ -44,7 +46,7 @@ def one_of(config: Any, name: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         near = get_close_matches(str(value), allowed, n=1)
         raise ConfigError(
-            f"{key_of(config, name)}={value!r} is not one of {', '.join(allowed)}. "
+            f"{dotted_key(config, name)}={value!r} is not one of {', '.join(allowed)}. "
             + (f"Nearest: {near[0]}." if near else "")
         )
 
@@ -70,10 +72,10 @@ def within(
         return
     above = f"above {low:g}" if open_low else f"{low:g} or more"
     below = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
-    raise ConfigError(f"{key_of(config, name)}={value!r}: it must be {above}{below}.")
+    raise ConfigError(f"{dotted_key(config, name)}={value!r}: it must be {above}{below}.")
 
 
-def key_of(config: Any, name: str) -> str:
+def dotted_key(config: Any, name: str) -> str:
     """Returns the dotted key of a section's field: "train.steps"."""
     section = type(config).__name__
     return f"{section.removesuffix('Section').lower()}.{name}" if section != "RunConfig" else name

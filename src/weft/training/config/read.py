@@ -13,7 +13,7 @@ from ...untrusted.printable import one_line
 from ...untrusted.regular_files import read_text
 from .build import build
 from .sections import RunConfig
-from .yaml_loader import loader
+from .yaml_loader import dumper, loader
 
 LARGEST = 2**18  # bytes of a file
 
@@ -68,7 +68,9 @@ def dump(config: RunConfig) -> str:
     """Returns the resolved configuration as YAML."""
     import yaml
 
-    text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump(
+        to_dict(config), Dumper=dumper(), sort_keys=False, allow_unicode=True, width=100
+    )
     return text
 
 

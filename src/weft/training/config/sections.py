@@ -15,12 +15,11 @@ from ... import methods
 from ...auditing.audit import UNREACHED
 from ...errors import ConfigError
 from ...model.groups import check_factors
-from ...tasks.quantize import QUANTIZE
+from ...tasks.quantize import DEVICES, DTYPES, QUANTIZE
 from .checks import Section, nearest, one_of, within
 
 KINDS = ("causal-lm", "classification", "regression")
 FORMATS = ("auto", "prompt", "text", "messages", "instruction", "label")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
 REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 # The order of a section's fields is the order in which a resolved configuration is written.
@@ -191,7 +190,7 @@ class TrainSection(Section):
             within(self, name, 1)
         within(self, "seed", 0, 2**32 - 1)
         one_of(self, "precision", ("float32", "bfloat16"))
-        one_of(self, "device", ("auto", "cpu", "cuda"))
+        one_of(self, "device", DEVICES)
 
 
 @dataclass(frozen=True, kw_only=True)
