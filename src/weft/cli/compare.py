@@ -51,13 +51,13 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="M",
         help="a name of --list, a local transformers directory, or a hub name "
-        "(default: digits-vit, embedded)",
+        "(default: digits-vit, or shapes-vl-bart for the shapes tasks, both embedded)",
     )
     add(
         "--task",
         metavar="T",
-        help="digits, csv:FILE, image-folder:DIR, cifar100:DIR:per_class=10, e2e:DIR, boolq:DIR, "
-        "... of --list (default: digits)",
+        help="digits, shapes-vqa, csv:FILE, image-folder:DIR, cifar100:DIR:per_class=10, e2e:DIR, "
+        "boolq:DIR, ... of --list (default: digits)",
     )
     add(
         "--test",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import WeftError
 from ...tasks import SPLITS, Encoded, ShapesRef
-from ...tasks.base import digest
+from ...tasks.base import data_digest
 from ...tasks.models import ModelRef, loading, model_fingerprint, quiet
 from ...tasks.shapes.examples import Example, examples
 from ...tasks.shapes.scores import METRICS, SCORERS, most_frequent
@@ -74,7 +74,7 @@ class SeenSplit:
 
     def fingerprint(self) -> str:
         """16 hex digits over all tensors."""
-        return digest(self.tokens, self.texts, self.seen)
+        return data_digest(self.tokens, self.texts, self.seen)
 
 
 def _cut(ids: Tensor, pad: int) -> Tensor:
