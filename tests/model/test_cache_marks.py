@@ -299,3 +299,38 @@ def test_a_cache_from_elsewhere_is_reported():
     with pytest.warns(UserWarning, match="before an adapter was attached.* 'a' computed them"):
         step(model, "a", cache)
     step(model, None, DynamicCache(config=config))
+
+
+def test_the_caches_of_a_part_are_checked_once_for_all_its_layers(monkeypatch):
+    from weft.model import cache_marks
+
+    model, looks = llama(), []
+    own = cache_marks.check_part
+    monkeypatch.setattr(cache_marks, "check_part", lambda *a: looks.append(a) or own(*a))
+    with torch.no_grad(), weft.use(model, "a"):
+        model.model(input_ids=ids(2, 5))
+        assert len(looks) == 1
+        model.model.layers[0].mlp(torch.randn(2, 5, 16, dtype=torch.float64))
+        model.model(input_ids=ids(2, 5))
+    assert len(looks) == 3
+
+
+class Outer(nn.Module):
+    """Is no part of the model, and calls one with several caches."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = [model]
+
+    def forward(self, *caches):
+        return [self.model[0].model(input_ids=ids(2, 1), **{CACHE: cache}) for cache in caches]
+
+
+def test_each_call_of_a_part_is_checked_whoever_calls_it():
+    model = llama()
+    of_a, of_b = prefill(model, "a"), prefill(model, "b")
+    with torch.no_grad(), weft.use(model, "a"):
+        Outer(model)(of_a, of_a)
+        with pytest.raises(weft.WeftError, match=OTHER.format("'b'", "'a'")):
+            Outer(model)(of_a, of_b)
+        Outer(copy.deepcopy(model))(of_a)

@@ -262,7 +262,7 @@ def _remove(state: State, adapter: Adapter) -> None:
         if not len(layers_of(module)):
             restore(module)
     state.active.marked.discard(adapter.name)
-    state.active.probes.clear()
+    state.active.forget_calls()
     others = [other for other in state.adapters.values() if other is not adapter]
     if not any(other.selected_tensors for other in others):
         state.unguard()
@@ -362,7 +362,7 @@ def _install(
     state.active.names[adapter.name] = adapter.number
     if isinstance(adapter.config, PromptMethod) and adapter.config.where != "attention":
         state.active.marked.add(adapter.name)
-    state.active.probes.clear()
+    state.active.forget_calls()
     state.guard(adapter)
     if adapter.config.freeze_batch_norm:
         statistics.freeze(statistics.with_statistics(root).values())
