@@ -1,5 +1,7 @@
 """init="pissa" and "olora": the output is the base's bit for bit at the start, and the base stays."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -168,14 +170,15 @@ def test_two_starts_and_the_base_share_one_model():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("init", INITS)
-def test_a_cast_keeps_what_was_learned(init, dtype):
+def test_a_cast_keeps_what_was_learned(init, dtype, tmp_path):
     """The update is the distance from the start, of which a cast rounds no more than its own digits."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 64))
+    before = copy.deepcopy(model.state_dict())
     adapter = weft.attach(model, weft.LoRA(r=6, init=init, targets=["0"]))
     layer = adapter.layers["0"]
 
-    def update():
+    def update(layer=layer):
         f = layer.factors()
         return f.s * (f.B.double() @ f.A.double()).detach()
 
@@ -190,6 +193,11 @@ def test_a_cast_keeps_what_was_learned(init, dtype):
     for to in (dtype, torch.float32, dtype, torch.float64):
         model.to(to)
         assert float((update() - learned).norm() / learned.norm()) < 0.02
+        weft.save(model, tmp_path / str(to))
+        base = nn.Sequential(nn.Linear(48, 64))
+        base.load_state_dict(before)
+        stored = weft.load(base, tmp_path / str(to)).layers["0"]
+        assert float((update(stored) - learned).norm() / learned.norm()) < 0.02
     x = torch.randn(5, 48, dtype=torch.float64)
     weight = model[0].weight.detach() + update()
     check_close(model(x), x @ weight.t() + model[0].bias, torch.float64)

@@ -130,6 +130,7 @@ class ActiveAdapters:
         self.traced = _Traced()
         self.blocks = Blocks()  # of generators that are inside `with weft.use(...)`
         self.probes: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self._asked: set[weakref.ref[Any]] = set()  # the rows and sums that callers have chosen
         self.root: weakref.ref[nn.Module] | None = None
         self._modules: set[nn.Module] | None = None  # the root's, once asked for
 
@@ -147,6 +148,7 @@ class ActiveAdapters:
         self.__init__(state["default"])  # type: ignore[misc]
         self.gate, self.names, self.merged = state["gate"], state["names"], state["merged"]
         self.base_weights, self.marked = state["base_weights"], state["marked"]
+        self._note_asked(self.default)
 
     def modules(self) -> set[nn.Module] | None:
         """Returns the modules of the model, as it was at the last attach or later; None if unknown."""
@@ -154,6 +156,15 @@ class ActiveAdapters:
         if self._modules is None and root is not None:
             self._modules = set(root.modules())
         return self._modules
+
+    def in_use(self, kind: type[PerRow | Weighted], name: str) -> bool:
+        """Whether some caller has chosen rows, or a sum, with this adapter, and not yet left them."""
+        found = (ref() for ref in [*self._asked])
+        return any(isinstance(one, kind) and name in names_of(one) for one in found)
+
+    def _note_asked(self, active: Active) -> None:
+        if isinstance(active, PerRow | Weighted):
+            self._asked.add(weakref.ref(active, self._asked.discard))
 
     def forget_calls(self) -> None:
         """Forgets what calls of the model have shown; another adapter is on it now."""
@@ -241,6 +252,7 @@ class ActiveAdapters:
     def choose(self, active: Active, open_blocks: int, block: Block | None = None) -> None:
         """Makes this active for the caller; `block`: of the generator that it is, if it enters one."""
         self.several = self.several or active != self.default
+        self._note_asked(active)
         region = next(regions.around(), None)
         own = block or self.blocks.innermost()
         choice = Choice(active, region, _task(), open_blocks, caller(), own)
@@ -291,6 +303,7 @@ class ActiveAdapters:
         """Makes this active for every caller without a choice of its own."""
         self.several = self.several or (self.default is not None and active != self.default)
         self.default = active
+        self._note_asked(active)
 
     def _record(self, choice: Choice | None, active: Active) -> None:
         """Notes on the checkpointed regions around this call what is active, from the innermost

@@ -150,13 +150,14 @@ def _replace(
     check_name(state, name, taken=True)
     with state.gate.alone(f"replace adapter {name!r}"):
         adapter, modules = _made(structure, state, config, parts, name, shared, fill)
-        check_as_able(adapter, state.adapter(name))
+        check_as_able(state.active, adapter, state.adapter(name))
     while True:
         state.open.wait_until_unused(name)
         with state.gate.alone(f"replace adapter {name!r}"):
             if state.open.of(name):  # a nested block has begun in between
                 continue
             check_name(state, name, taken=True)
+            check_as_able(state.active, adapter, state.adapter(name))
             _remove(state, state.adapter(name))
             _install(structure, state, adapter, modules)
             return adapter

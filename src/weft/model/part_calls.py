@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from typing import Any
 
 from . import cache_marks
@@ -37,9 +38,15 @@ def check_caches(active: ActiveAdapters, chosen: Active) -> None:
     `cache_marks.check`, which the first layer of a call asks.
     """
     held = of_this_call(active)
-    if held.checked is None or held.checked[0] is not chosen:
+    asked = token(chosen)
+    if held.checked != asked:
         cache_marks.check_part(active, chosen)
-        held.checked = (chosen,)
+        held.checked = asked
+
+
+def token(chosen: Active) -> Any:
+    """Returns what is equal for equal choices, and keeps none of them alive."""
+    return (chosen,) if chosen is None or isinstance(chosen, str) else weakref.ref(chosen)
 
 
 def of_this_call(active: ActiveAdapters) -> _Held:

@@ -14,7 +14,7 @@ from ..errors import UnsupportedError, WeftError
 from ..ops.input_cache import runs
 from .active import ROWS_FOUND, STATE, ActiveAdapters, PerRow
 from .gate import COMPILED_CALL, calls
-from .part_calls import of_this_call
+from .part_calls import of_this_call, token
 from .row_inputs import Inputs, main_input
 from .row_layout import Layout, of_single
 from .row_probe import Found, Probe
@@ -180,16 +180,17 @@ def _table(rows: PerRow, active: ActiveAdapters) -> tuple[PerRow, Table]:
     if root is None:
         raise WeftError("these rows were chosen for another model. Choose them again: weft.use.")
     held = of_this_call(active)
-    if held.found is not None and held.found[0] is rows:
-        return held.found[1]  # type: ignore[no-any-return]
+    asked = token(rows)
+    if held.found is not None and held.found[0] == asked:
+        return held.found[1] or rows, held.found[2]
     given = held.frame.f_locals
     part, args, kwargs = given["self"], given["args"], given["kwargs"]
     main, here = main_input(args, kwargs), rows
     if main is not None and main.dim() and main.shape[0] != len(rows.names):
         here = _of_prompts(rows, root, part, main)
-    found = here, _eagerly(_known, part, active, here, args, kwargs)
-    held.found = rows, found
-    return found
+    found: Table = _eagerly(_known, part, active, here, args, kwargs)
+    held.found = asked, None if here is rows else here, found
+    return here, found
 
 
 def _of_prompts(rows: PerRow, root: nn.Module, part: nn.Module, main: Tensor) -> PerRow:
