@@ -15,7 +15,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from ..errors import MergeError, UnsupportedError, WeftError
 from . import regions
 from .gate import Gate
 from .generator_block import Block, Blocks
+from .versions import Versions
 
 _keys = itertools.count()
 STATE = "_weft_model_state"  # where a model keeps its adapters (state.py)
@@ -121,6 +122,7 @@ class ActiveAdapters:
         self.default = default
         self.gate = Gate()  # the model's
         self.names: dict[str, int] = {}  # the attached adapters, each with a number of its own
+        self.versions: dict[str, Versions] = {}  # of their tensors
         self.marked: set[str] = set()  # adapters whose virtual tokens mark a cache by themselves
         self.merged: str | None = None  # the adapter that is in the weights; then all are off
         self.merged_by: tuple[int, int] | None = None  # the caller who merged it
@@ -139,6 +141,7 @@ class ActiveAdapters:
             "default": self.selection(),
             "gate": self.gate,
             "names": dict(self.names),
+            "changes": {name: found.count() for name, found in self.versions.items()},
             "marked": set(self.marked),
             "merged": self.merged,
             "base_weights": self.base_weights,
@@ -148,7 +151,21 @@ class ActiveAdapters:
         self.__init__(state["default"])  # type: ignore[misc]
         self.gate, self.names, self.merged = state["gate"], state["names"], state["merged"]
         self.base_weights, self.marked = state["base_weights"], state["marked"]
+        self.versions = {name: Versions((), n) for name, n in state.get("changes", {}).items()}
         self._note_asked(self.default)
+
+    def follow(self, name: str, tensors: Iterable[Tensor], changed: bool = False) -> None:
+        """Notices from now on when these tensors of an adapter change. `changed`: they are other
+        tensors than before.
+        """
+        before = self.versions.get(name)
+        changes = 0 if before is None else before.changes
+        self.versions[name] = Versions(tensors, changes + changed)
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Returns two numbers that an adapter has as long as it stays attached and unchanged."""
+        versions = self.versions.get(name)
+        return self.names.get(name, -1), 0 if versions is None else versions.count()
 
     def modules(self) -> set[nn.Module] | None:
         """Returns the modules of the model, as it was at the last attach or later; None if unknown."""

@@ -235,6 +235,7 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     _remove(state, adapter)
     del state.adapters[name]
     state.active.names.pop(name, None)
+    state.active.versions.pop(name, None)
     state.wiring.note(state)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
@@ -361,6 +362,7 @@ def _install(
         layers_of(modules[name])[adapter.name] = layer
     state.adapters[adapter.name] = adapter
     state.active.names[adapter.name] = adapter.number
+    state.active.follow(adapter.name, adapter.parameters())
     if isinstance(adapter.config, PromptMethod) and adapter.config.where != "attention":
         state.active.marked.add(adapter.name)
     state.active.forget_calls()

@@ -24,10 +24,8 @@ class _Held(threading.local):
     def __init__(self) -> None:
         self.frame: Any = None
         self.active: ActiveAdapters | None = None
-        self.checked: tuple[Active] | None = None  # the choice under which its caches were checked
-        self.found: tuple[Any, Any] | None = (
-            None  # the rows of this call, and what is known of them
-        )
+        self.checked: Any = None  # of the choice under which its caches were checked, see `token`
+        self.found: tuple[Any, Any, Any] | None = None  # what is known of its rows
 
 
 _held = _Held()

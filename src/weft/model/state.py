@@ -79,6 +79,8 @@ class State:
         self.wiring, self.uncalled = Wiring(), Uncalled()  # a pickle of an earlier version has none
         self.__dict__.update(state)
         self.active.root = weakref.ref(self.root)
+        for name, adapter in self.adapters.items():
+            self.active.follow(name, adapter.parameters())
         if self.merged is not None:  # a copy of a parameter counts its versions from 0
             backups = self.merged.backups
             self.merged.backups = [replace(b, version=b.parameter._version) for b in backups]
