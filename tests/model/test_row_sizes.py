@@ -8,11 +8,17 @@ import copy
 
 import pytest
 import torch
-from test_row_layouts import NAMES, Block, awake, check_exact, numbers, rows_of
+import transformers as tf
+from test_row_layouts import NAMES, TEXT, Block, awake, check_exact, numbers, rows_of, t5
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import weft
+
+
+def llama():
+    config = tf.LlamaConfig(**TEXT, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    return awake(tf.LlamaForCausalLM(config))
 
 
 class ByLength(Block):
@@ -218,3 +224,25 @@ def test_a_hook_that_the_model_cannot_run_without_takes_part():
     model.first.register_forward_pre_hook(lambda module, args: (args[0].double(),))
     check_exact(model, NAMES, {"x": x}, rows_of(x=x))
     assert copy.deepcopy(model) is not model
+
+
+@pytest.mark.parametrize(("build", "most"), [(t5, 2), (llama, 1)])
+def test_the_steps_of_decoding_are_not_looked_at_one_by_one(build, most, monkeypatch):
+    from weft.model import row_calls
+
+    model, looks, own = build(), [], row_calls.Probe
+    monkeypatch.setattr(row_calls, "Probe", lambda *a: looks.append(a) or own(*a))
+    x = torch.randint(3, 50, (4, 6))
+    given = {"attention_mask": torch.ones_like(x), "max_new_tokens": 6, "do_sample": False}
+    with weft.use(model, NAMES):
+        first = model.generate(x, eos_token_id=None, **given)
+        assert len(looks) == most
+        assert torch.equal(model.generate(x, eos_token_id=None, **given), first)
+    assert len(looks) == most
+
+
+def test_embeddings_as_inputs_of_any_length():
+    model = llama()
+    for tokens in (4, 6, 1):
+        x = torch.randn(4, tokens, 16, dtype=torch.float64)
+        check_exact(model, NAMES, {"inputs_embeds": x}, rows_of(inputs_embeds=x))
