@@ -159,8 +159,8 @@ class AdapterLayer(nn.Module):
             index = 2 * self.training + torch.is_grad_enabled()
             plan = self._plans[index]
             if plan is None or not plan.holds(x):
+                self.ran = True  # before another thread finds the plan
                 plan = self._plans[index] = LayerPlan(self, x)
-                self.ran = True
             reason = plan.reason or fallback.of_the_moment(x)
             if reason is None:
                 out = plan.compute(self, x)
@@ -225,8 +225,8 @@ class AdapterLayer(nn.Module):
     def fallback_reason(self, x: Tensor) -> str | None:
         """Returns why this input takes the general definition; None if a direct way computes it."""
         index = 2 * self.training + torch.is_grad_enabled()
-        plan = self._plans[index]
-        if plan is None or not plan.holds(x):
+        if (plan := self._plans[index]) is None or not plan.holds(x):
+            self.ran = True  # as in `run`, which finds this plan
             plan = self._plans[index] = LayerPlan(self, x)
         return plan.reason or fallback.of_the_moment(x)
 
