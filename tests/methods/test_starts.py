@@ -1,5 +1,7 @@
 """init="pissa" and "olora": the output is the base's bit for bit at the start, and the base stays."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -164,3 +166,38 @@ def test_two_starts_and_the_base_share_one_model():
     with weft.use(model, ["a", None, "b", "plain"]):
         check_close(model(x), torch.cat(alone), torch.float32)
     assert plain.adapter.is_attached and a.adapter.is_attached
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("init", INITS)
+def test_a_cast_keeps_what_was_learned(init, dtype, tmp_path):
+    """The update is the distance from the start, of which a cast rounds no more than its own digits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64))
+    before = copy.deepcopy(model.state_dict())
+    adapter = weft.attach(model, weft.LoRA(r=6, init=init, targets=["0"]))
+    layer = adapter.layers["0"]
+
+    def update(layer=layer):
+        f = layer.factors()
+        return f.s * (f.B.double() @ f.A.double()).detach()
+
+    model.to(dtype)
+    assert not bool(update().any()), "what has not been trained changes nothing"
+    assert {layer.A0.dtype, layer.B0.dtype} == {torch.float32} and layer.A.dtype == dtype
+    model.float()
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(1e-3 * torch.randn_like(p))
+    learned = update()
+    for to in (dtype, torch.float32, dtype, torch.float64):
+        model.to(to)
+        assert float((update() - learned).norm() / learned.norm()) < 0.02
+        weft.save(model, tmp_path / str(to))
+        base = nn.Sequential(nn.Linear(48, 64))
+        base.load_state_dict(before)
+        stored = weft.load(base, tmp_path / str(to)).layers["0"]
+        assert float((update(stored) - learned).norm() / learned.norm()) < 0.02
+    x = torch.randn(5, 48, dtype=torch.float64)
+    weight = model[0].weight.detach() + update()
+    check_close(model(x), x @ weight.t() + model[0].bias, torch.float64)

@@ -299,3 +299,123 @@ def test_a_cache_from_elsewhere_is_reported():
     with pytest.warns(UserWarning, match="before an adapter was attached.* 'a' computed them"):
         step(model, "a", cache)
     step(model, None, DynamicCache(config=config))
+
+
+def test_the_caches_of_a_part_are_checked_once_for_all_its_layers(monkeypatch):
+    from weft.model import cache_marks
+
+    model, looks = llama(), []
+    own = cache_marks.check_part
+    monkeypatch.setattr(cache_marks, "check_part", lambda *a: looks.append(a) or own(*a))
+    with torch.no_grad(), weft.use(model, "a"):
+        model.model(input_ids=ids(2, 5))
+        assert len(looks) == 1
+        model.model.layers[0].mlp(torch.randn(2, 5, 16, dtype=torch.float64))
+        model.model(input_ids=ids(2, 5))
+    assert len(looks) == 3
+
+
+class Outer(nn.Module):
+    """Is no part of the model, and calls one with several caches."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = [model]
+
+    def forward(self, *caches):
+        return [self.model[0].model(input_ids=ids(2, 1), **{CACHE: cache}) for cache in caches]
+
+
+def test_each_call_of_a_part_is_checked_whoever_calls_it():
+    model = llama()
+    of_a, of_b = prefill(model, "a"), prefill(model, "b")
+    with torch.no_grad(), weft.use(model, "a"):
+        Outer(model)(of_a, of_a)
+        with pytest.raises(weft.WeftError, match=OTHER.format("'b'", "'a'")):
+            Outer(model)(of_a, of_b)
+        Outer(copy.deepcopy(model))(of_a)
+
+
+@pytest.mark.parametrize("order", [[1, 0], [1, 1], [0, 0]])
+def test_rows_that_differ_by_the_rows_of_new_tokens_alone(order):
+    """All keys and values of the first positions are the same under both adapters."""
+    model = llama()
+    for name in "ab":
+        weft.detach(model, name)
+    for i, name in enumerate("ab"):
+        made = weft.LoRA(r=2, targets=["q_proj"], new_tokens=[40])
+        adapter = weft.attach(model, made, name=name)
+        with torch.no_grad():
+            next(iter(adapter.token_rows.values())).add_(i + 0.5)
+    model.double()
+    words = torch.tensor([[5, 6, 40, 7]] * 2)
+    with torch.no_grad(), weft.use(model, ["a", "b"]):
+        cache = model(input_ids=words, use_cache=True)[CACHE]
+    cache.reorder_cache(torch.tensor(order))
+    with pytest.raises(weft.WeftError, match="filled under rows"):
+        step(model, ["a", "b"], cache)
+    step(model, ["ab"[i] for i in order], cache)
+
+
+def test_rows_of_a_recurrent_state_that_change_places():
+    model, names = mamba(), ["a", "b"]
+    with torch.no_grad(), weft.use(model, names):
+        state = model(input_ids=ids(2, 5), use_cache=True)[CACHE]
+    step(model, names, state)
+    state.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(weft.WeftError, match="filled under rows"):
+        step(model, names, state)
+    step(model, ["b", "a"], state)
+
+
+def test_a_static_cache_whose_rows_change_places():
+    model, names = llama(), ["a", None, "b"]
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    prefill(model, names, rows=3, **{CACHE: cache})
+    step(model, names, cache, rows=3)
+    cache.reorder_cache(torch.tensor([2, 1, 0]))
+    with pytest.raises(weft.WeftError, match="filled under rows"):
+        step(model, names, cache, rows=3)
+    step(model, names[::-1], cache, rows=3)
+    step(model, names[::-1], copy.deepcopy(cache), rows=3)
+
+
+@pytest.mark.parametrize("which", ["a", ["a", None], {"a": 0.5, "b": 1.0}], ids=str)
+def test_an_adapter_that_has_changed_since(which):
+    changed = r"filled under .*whose tensors have changed since.*Begin a new cache"
+    model = llama()
+    adapter = weft.adapters(model)["a"]
+    cache = prefill(model, which)
+    step(model, which, copy.deepcopy(cache))
+    parameters = list(adapter.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    with weft.use(model, "a"):
+        model(input_ids=ids(2, 3)).logits.sum().backward()
+    optimizer.step()
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        with pytest.raises(weft.WeftError, match=changed):
+            step(one, which, copy.deepcopy(cache))
+    cache = prefill(model, which)
+    step(model, which, cache)
+    step(copy.deepcopy(model), which, copy.deepcopy(cache))
+    step(pickle.loads(pickle.dumps(model)), which, copy.deepcopy(cache))  # noqa: S301
+    with torch.no_grad():
+        parameters[3].mul_(0.5)
+    with pytest.raises(weft.WeftError, match=changed):
+        step(model, which, cache)
+    of_base = prefill(model, None)
+    with torch.no_grad():
+        parameters[3].mul_(2.0)
+    step(model, None, of_base)
+
+
+def test_an_adapter_of_other_ranks_has_changed():
+    model = llama()
+    weft.detach(model, "a")
+    adapter = weft.attach(model, weft.DyLoRA(r=4, targets="all-linear"), name="a")
+    model.double()
+    cache = prefill(model, "a")
+    adapter.truncate(2)
+    with pytest.raises(weft.WeftError, match="whose tensors have changed since"):
+        step(model, "a", cache)

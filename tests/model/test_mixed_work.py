@@ -146,3 +146,17 @@ def test_gradients_of_a_mixed_batch_are_those_of_its_rows(monkeypatch):
             found.append(torch.autograd.grad(model(x).pow(2).sum(), parameters))
     for ours, plain in zip(*found, strict=True):
         check_close(ours, plain, torch.float32)
+
+
+@pytest.mark.parametrize("which", [["a0", "a1", "a2", "a3"], {"a0": 0.5, "a2": 2.0}], ids=str)
+def test_how_a_layer_is_computed_is_decided_once(which, monkeypatch):
+    from weft.model import layer
+
+    model, x, made = crowd(4), torch.randn(4, 3, 12), []
+    own = layer.LayerPlan
+    monkeypatch.setattr(layer, "LayerPlan", lambda *a: made.append(a) or own(*a))
+    with torch.no_grad(), weft.use(model, which):
+        first = model(x)
+        plans = len(made)
+        torch.testing.assert_close(model(x), first)
+        assert len(made) == plans

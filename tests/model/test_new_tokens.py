@@ -448,9 +448,13 @@ def test_an_adapter_with_new_tokens_takes_the_place_of_another(tied, tmp_path):
         handle = weft.load(model, tmp_path / str(seed), name="a", replace=True)
         assert same_bits(run(model), answers[seed])
         assert len(handle.token_rows) == (0 if seed == 2 else 1 if tied else 2)
+    weft.use(model, {"a": 0.5})
     with pytest.raises(weft.UnsupportedError, match=r"trains rows of new tokens.*with strengths"):
         weft.load(model, tmp_path / "0", name="a", replace=True)
+    weft.use(model, "a")
     assert same_bits(run(model), answers[2])
+    weft.load(model, tmp_path / "0", name="a", replace=True)
+    assert same_bits(run(model), answers[0])
     weft.detach(model, "a")
     assert same_bits(run(model), base) and dict(model.named_modules()) == modules
 

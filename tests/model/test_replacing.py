@@ -246,12 +246,48 @@ def test_what_cannot_take_the_old_ones_place_is_refused(tmp_path):
         other = net()
         weft.attach(other, config("LoRA" if changes else "Bottleneck", **changes))
         weft.save(other, tmp_path / name)
+    weft.use(model, ["a", None])
     with pytest.raises(weft.UnsupportedError, match=r"trains base tensors .* in use by row"):
         weft.load(model, tmp_path / "head", name="a", replace=True)
+    weft.use(model, {"a": 0.5})
     with pytest.raises(weft.UnsupportedError, match=r"is not a low-rank.*in use with strengths"):
         weft.load(model, tmp_path / "branch", name="a", replace=True)
+    weft.use(model, "a")
     weft.merge(model, "a")
     with pytest.raises(weft.MergeError, match="is merged"):
         weft.load(model, tmp_path / "branch", name="a", replace=True)
     weft.unmerge(model)
     assert a.adapter.is_attached
+
+
+@pytest.mark.parametrize("which", [["a", None], {"a": 0.5}], ids=str)
+def test_only_a_choice_that_is_in_use_stands_in_the_way(which, tmp_path):
+    """A sum or rows of another adapter, of the past, or of a caller that has ended do not."""
+    model, other = net(), net()
+    awake("LoRA", model=model, name="a")
+    awake("LoRA", model=model, name="b")
+    weft.attach(other, config("LoRA", modules_to_save=["head"]))
+    weft.save(other, tmp_path)
+    chosen, leave = threading.Event(), threading.Event()
+
+    def hold():
+        weft.use(model, which)
+        model(net_inputs)
+        chosen.set()
+        leave.wait(30)
+
+    net_inputs = awake("LoRA").x[:2]
+    with weft.use(model, which):
+        model(net_inputs)
+    weft.use(model, ["b", None])
+    thread = threading.Thread(target=hold)
+    thread.start()
+    chosen.wait(30)
+    with pytest.raises(weft.UnsupportedError, match="is in use"):
+        weft.load(model, tmp_path, name="a", replace=True)
+    leave.set()
+    thread.join()
+    new = weft.load(model, tmp_path, name="a", replace=True)
+    with weft.use(model, "a"):
+        torch.testing.assert_close(model(net_inputs), other(net_inputs))
+    assert new.is_attached

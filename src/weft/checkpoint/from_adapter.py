@@ -117,8 +117,14 @@ def _trained_tensors(layer: AdapterLayer) -> dict[str, Tensor]:
 
 
 def _dtype(layer: AdapterLayer) -> str:
-    """The dtype that holds all trained tensors of a layer: model.bfloat16() casts them too."""
+    """The dtype that holds all tensors of a layer: model.bfloat16() casts those that train, and what
+    training began at stays wider.
+    """
     widest = reduce(torch.promote_types, (p.dtype for p in layer.trainable().values()))
+    for name in layer.start_names:
+        start = layer.get_buffer(name)
+        if not start.is_meta and not torch.equal(start.to(widest).to(start.dtype), start):
+            widest = torch.promote_types(widest, start.dtype)
     if _finished(layer.method) is not layer.method:
         # Tensors that others produce are computed in float32 or wider, and would be rounded.
         widest = torch.promote_types(widest, torch.float32)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedError, WeftError
 from ..methods import DoRA, LoRA
+from ..methods.starts import of_weight
 from ..model.state import state_of
 from ..model.structure import canonical
 from ..ops.norm import full_precision, row_norm
@@ -72,7 +73,7 @@ def loftq(model: nn.Module, weights: Weights, name: str = "default") -> LoftQRep
             )
         R, s = W - Q, layer.method.scale
         with full_precision(Q.device):
-            start = _start(R, layer.method.r, s)
+            start = _start(R, layer.method.r, s, module)
             update = s * start["B"] @ start["A"]
             if isinstance(layer.method, DoRA):
                 start["m"] = row_norm(Q + update)
@@ -112,12 +113,11 @@ def _packed_layers(adapter: Any) -> dict[str, Any]:
     return found
 
 
-def _start(R: Tensor, r: int, s: float) -> dict[str, Tensor]:
-    """A [r, in] and B [out, r] with s B A nearest to R [out, in]."""
-    U, S, Vh = torch.linalg.svd(R / s, full_matrices=False)
-    root = S[:r].sqrt()
+def _start(R: Tensor, r: int, s: float, layer: str) -> dict[str, Tensor]:
+    """A [r, in] and B [out, r] with s B A nearest to R [out, in]; rows beyond R's own are 0."""
     A, B = R.new_zeros(r, R.shape[1]), R.new_zeros(R.shape[0], r)
-    A[: len(root)], B[:, : len(root)] = root[:, None] * Vh[:r], U[:, :r] * root
+    k = min(r, *R.shape)
+    A[:k], B[:, :k] = of_weight("pissa", R, k, s, layer)
     return {"A": A, "B": B}
 
 

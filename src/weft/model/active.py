@@ -11,28 +11,27 @@ region (its frame, or the node of the reentrant kind), where the recomputation f
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import checkpoint
 
 from ..errors import MergeError, UnsupportedError, WeftError
+from . import regions
 from .gate import Gate
 from .generator_block import Block, Blocks
+from .versions import Versions
 
 _keys = itertools.count()
 STATE = "_weft_model_state"  # where a model keeps its adapters (state.py)
 ROWS_FOUND = "_weft_rows"  # on an adapted module: where its rows have been found, in any call
-_RECORD = "_weft_active"
 NO_TASK = 0  # in place of a task, outside asyncio
 _node = torch._C._current_autograd_node
 _task = torch._C._current_graph_task_id
@@ -41,7 +40,6 @@ _TRACED = (
     "weft.use in a generator of a compiled model: torch.compile follows the thread's choice, which a "
     "generator leaves to its consumer. Use the model uncompiled, or leave the block before the yield."
 )
-_UNPACK = "unpack_hook"  # the function of torch.utils.checkpoint that recomputes
 
 
 class PerRow:
@@ -53,7 +51,6 @@ class PerRow:
         self.names = tuple(names)
         self.differ = len(set(names)) > 1
         self.root = None if root is None else weakref.ref(root)  # of the model
-        self.parts: weakref.WeakSet[nn.Module] | None = None  # its modules, once asked for
         distinct = dict.fromkeys(n for n in names if n is not None)
         self.groups = {n: [i for i, m in enumerate(names) if m == n] for n in distinct}
 
@@ -125,6 +122,7 @@ class ActiveAdapters:
         self.default = default
         self.gate = Gate()  # the model's
         self.names: dict[str, int] = {}  # the attached adapters, each with a number of its own
+        self.versions: dict[str, Versions] = {}  # of their tensors
         self.marked: set[str] = set()  # adapters whose virtual tokens mark a cache by themselves
         self.merged: str | None = None  # the adapter that is in the weights; then all are off
         self.merged_by: tuple[int, int] | None = None  # the caller who merged it
@@ -134,12 +132,16 @@ class ActiveAdapters:
         self.traced = _Traced()
         self.blocks = Blocks()  # of generators that are inside `with weft.use(...)`
         self.probes: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self._asked: set[weakref.ref[Any]] = set()  # the rows and sums that callers have chosen
+        self.root: weakref.ref[nn.Module] | None = None
+        self._modules: set[nn.Module] | None = None  # the root's, once asked for
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             "default": self.selection(),
             "gate": self.gate,
             "names": dict(self.names),
+            "changes": {name: found.count() for name, found in self.versions.items()},
             "marked": set(self.marked),
             "merged": self.merged,
             "base_weights": self.base_weights,
@@ -149,6 +151,42 @@ class ActiveAdapters:
         self.__init__(state["default"])  # type: ignore[misc]
         self.gate, self.names, self.merged = state["gate"], state["names"], state["merged"]
         self.base_weights, self.marked = state["base_weights"], state["marked"]
+        self.versions = {name: Versions((), n) for name, n in state.get("changes", {}).items()}
+        self._note_asked(self.default)
+
+    def follow(self, name: str, tensors: Iterable[Tensor], changed: bool = False) -> None:
+        """Notices from now on when these tensors of an adapter change. `changed`: they are other
+        tensors than before.
+        """
+        before = self.versions.get(name)
+        changes = 0 if before is None else before.changes
+        self.versions[name] = Versions(tensors, changes + changed)
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Returns two numbers that an adapter has as long as it stays attached and unchanged."""
+        versions = self.versions.get(name)
+        return self.names.get(name, -1), 0 if versions is None else versions.count()
+
+    def modules(self) -> set[nn.Module] | None:
+        """Returns the modules of the model, as it was at the last attach or later; None if unknown."""
+        root = None if self.root is None else self.root()
+        if self._modules is None and root is not None:
+            self._modules = set(root.modules())
+        return self._modules
+
+    def in_use(self, kind: type[PerRow | Weighted], name: str) -> bool:
+        """Whether some caller has chosen rows, or a sum, with this adapter, and not yet left them."""
+        found = (ref() for ref in [*self._asked])
+        return any(isinstance(one, kind) and name in names_of(one) for one in found)
+
+    def _note_asked(self, active: Active) -> None:
+        if isinstance(active, PerRow | Weighted):
+            self._asked.add(weakref.ref(active, self._asked.discard))
+
+    def forget_calls(self) -> None:
+        """Forgets what calls of the model have shown; another adapter is on it now."""
+        self.probes.clear()
+        self._modules = None
 
     def current(self, checkpointed: bool = False) -> Active:
         """Returns what is active for this caller, or was in the forward that is being recomputed.
@@ -215,10 +253,6 @@ class ActiveAdapters:
         choice = self.chosen()
         return self.default if choice is None else choice.active
 
-    def own(self) -> Choice | None:
-        """Returns the choice that is stored for this thread or task, a generator's or not."""
-        return _choices.get().get(self.key)
-
     def check_running(self, choice: Choice) -> None:
         """Raises WeftError if a generator has left this choice behind at a `yield`."""
         block = choice.block
@@ -235,7 +269,8 @@ class ActiveAdapters:
     def choose(self, active: Active, open_blocks: int, block: Block | None = None) -> None:
         """Makes this active for the caller; `block`: of the generator that it is, if it enters one."""
         self.several = self.several or active != self.default
-        region = next(_regions(), None)
+        self._note_asked(active)
+        region = next(regions.around(), None)
         own = block or self.blocks.innermost()
         choice = Choice(active, region, _task(), open_blocks, caller(), own)
         if block is not None and not block.depth:  # until it goes on, its consumer is told
@@ -285,33 +320,34 @@ class ActiveAdapters:
         """Makes this active for every caller without a choice of its own."""
         self.several = self.several or (self.default is not None and active != self.default)
         self.default = active
+        self._note_asked(active)
 
     def _record(self, choice: Choice | None, active: Active) -> None:
         """Notes on the checkpointed regions around this call what is active, from the innermost
         outwards to that in which it was chosen: that one will choose again by itself.
         """
-        innermost = _innermost_region() if torch.is_grad_enabled() else None
-        if innermost is not None and self.key in getattr(innermost, _RECORD, ()):
+        innermost = regions.innermost() if torch.is_grad_enabled() else None
+        if innermost is not None and self.key in getattr(innermost, regions.RECORD, ()):
             return
-        regions = list(_regions())
-        if innermost is not None and all(innermost is not region for region in regions):
-            regions.insert(0, innermost)
-        for region in regions:
+        around = list(regions.around())
+        if innermost is not None and all(innermost is not region for region in around):
+            around.insert(0, innermost)
+        for region in around:
             if choice is not None and choice.region is region:
                 return
-            _note(region, self.key, active)
+            regions.note(region, self.key, active)
 
     def _of_the_forward(self, choice: Choice | None, active: Active) -> Active:
         """What was active in the forward that this backward pass recomputes."""
         if choice is not None and choice.task == _task():
             return active  # chosen within the recomputation, as it was within the forward
         new: list[Any] = []  # regions that begin within the recomputation
-        for region in _regions():
-            record = getattr(region, _RECORD, {})
+        for region in regions.around():
+            record = getattr(region, regions.RECORD, {})
             if self.key in record:
                 found: Active = record[self.key]
                 for inner in new:
-                    _note(inner, self.key, found)
+                    regions.note(inner, self.key, found)
                 return found
             new.append(region)
         if self.several:
@@ -346,54 +382,3 @@ def caller() -> tuple[int, int]:
         with contextlib.suppress(RuntimeError):  # no loop runs in this thread
             task = asyncio.current_task()
     return threading.get_ident(), NO_TASK if task is None else id(task)
-
-
-def _note(region: Any, key: int, active: Active) -> None:
-    record = getattr(region, _RECORD, None)
-    if record is None:
-        record = {}
-        setattr(region, _RECORD, record)
-    record.setdefault(key, active)
-
-
-def _innermost_region() -> Any:
-    """The non-reentrant region whose first forward runs now, by the hooks that torch has set for it."""
-    hooks = _hooks(True)
-    for cell in getattr(hooks[0], "__closure__", None) or ():
-        if isinstance(cell.cell_contents, checkpoint._CheckpointFrame):
-            return cell.cell_contents
-    return None
-
-
-def _regions() -> Iterator[Any]:
-    """The checkpointed regions around this call, innermost first: those whose first forward runs, and
-    those that are recomputed. A region is torch's own record of it: a frame, or the reentrant node.
-    """
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == checkpoint.__file__:
-            found = _region_of(frame, code)
-            if found is not None:
-                yield found
-        frame = frame.f_back
-
-
-def _region_of(frame: Any, code: Any) -> Any:
-    """The region of one call of torch.utils.checkpoint, or None."""
-    if code in _REENTRANT:
-        return frame.f_locals.get("ctx")
-    if code.co_name == _UNPACK and "frame" in code.co_freevars:
-        return frame.f_locals.get("frame")
-    if code is _CHECKPOINT:
-        generator = frame.f_locals.get("gen")
-        inside = getattr(generator, "gi_frame", None)
-        return None if inside is None else inside.f_locals.get("new_frame")
-    return None
-
-
-_REENTRANT = (
-    checkpoint.CheckpointFunction.forward.__code__,
-    checkpoint.CheckpointFunction.backward.__code__,
-)
-_CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__

@@ -200,6 +200,9 @@ class Adapter:
         for layer in self.layers.values():
             layer.become(layer.method.truncated(r))
         self.config = self.config.truncated(r)
+        if self.is_attached:
+            active = next(iter(self.layers.values())).active
+            active.follow(self.name, self.parameters(), changed=True)
 
     def stale_layers(self) -> list[str]:
         """Returns the layers whose kept norm is not that of their weights, and drops these norms."""

@@ -150,13 +150,14 @@ def _replace(
     check_name(state, name, taken=True)
     with state.gate.alone(f"replace adapter {name!r}"):
         adapter, modules = _made(structure, state, config, parts, name, shared, fill)
-        check_as_able(adapter, state.adapter(name))
+        check_as_able(state.active, adapter, state.adapter(name))
     while True:
         state.open.wait_until_unused(name)
         with state.gate.alone(f"replace adapter {name!r}"):
             if state.open.of(name):  # a nested block has begun in between
                 continue
             check_name(state, name, taken=True)
+            check_as_able(state.active, adapter, state.adapter(name))
             _remove(state, state.adapter(name))
             _install(structure, state, adapter, modules)
             return adapter
@@ -234,6 +235,7 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     _remove(state, adapter)
     del state.adapters[name]
     state.active.names.pop(name, None)
+    state.active.versions.pop(name, None)
     state.wiring.note(state)
     if not state.adapters:
         for full, parameter in state.root.named_parameters():
@@ -262,7 +264,7 @@ def _remove(state: State, adapter: Adapter) -> None:
         if not len(layers_of(module)):
             restore(module)
     state.active.marked.discard(adapter.name)
-    state.active.probes.clear()
+    state.active.forget_calls()
     others = [other for other in state.adapters.values() if other is not adapter]
     if not any(other.selected_tensors for other in others):
         state.unguard()
@@ -360,9 +362,10 @@ def _install(
         layers_of(modules[name])[adapter.name] = layer
     state.adapters[adapter.name] = adapter
     state.active.names[adapter.name] = adapter.number
+    state.active.follow(adapter.name, adapter.parameters())
     if isinstance(adapter.config, PromptMethod) and adapter.config.where != "attention":
         state.active.marked.add(adapter.name)
-    state.active.probes.clear()
+    state.active.forget_calls()
     state.guard(adapter)
     if adapter.config.freeze_batch_norm:
         statistics.freeze(statistics.with_statistics(root).values())

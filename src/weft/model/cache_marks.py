@@ -2,60 +2,66 @@
 output): which adapter computed it. Reading it under another one is an error.
 
 A cache object carries its mark as an attribute, as do tensors in containers. Rows of a cache may be
-reordered, selected or repeated between two forwards; then the keys and values of one position tell which
-row of the marked cache a row is.
+reordered, selected or repeated between two forwards; then all that one of its layers holds of a row
+tells which row of the marked cache it is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import WeftError
+from ..ops.digest import digest
 from .active import Active, ActiveAdapters, PerRow, Weighted, describe
 from .gate import calls
+from .row_inputs import tensors
 
 _MARK = "_weft_filled_by"
 _NAMES = ("past_key_values", "cache_params", "cache")
 _RESULTS = ("hidden_states", "attentions")  # in a container, and read by no later forward
+_CHANGED = ", whose tensors have changed since"
 _tensors: Any = WeakTensorKeyDictionary()  # an attribute would be saved with the tensor
-# An adapter's name and number; a sum's names with strengths, and the numbers; or the base.
+# An adapter's name and stamp (`ActiveAdapters.stamp`); a sum's names with strengths, and the stamps;
+# or the base.
 Name = str | tuple[tuple[str, float], ...]
-Who = tuple[Name, int | tuple[int, ...]] | None
+Who = tuple[Name, Any] | None
 
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """`rows`: who computed each row, or one entry for all of them. For several, the `keys` and values
-    [n, ...] of one position, and the tensor that held them.
+    """`rows`: who computed each row, or one entry for all of them. For several, the tensors [n, ...] of
+    one layer of the cache by name, which share its memory until its rows change places, and a
+    reference to one of them.
     """
 
     rows: tuple[Who, ...]
-    first: tuple[Tensor, ...] = ()
-    held: weakref.ref[Tensor] | None = None
+    held: Mapping[Any, Tensor] = field(default_factory=dict)
+    last: weakref.ref[Tensor] | None = None
 
     def __reduce__(self) -> Any:  # a pickled cache needs no Weft to be read
         return tuple, ([None if who is None else who[0] for who in self.rows],)
 
     def __deepcopy__(self, memo: Any) -> Mark:
-        return Mark(self.rows, self.first)
+        return Mark(self.rows, copy.deepcopy(self.held, memo))
 
 
 def check(active: ActiveAdapters, chosen: Active, given: Iterable[tuple[Any, Any]]) -> None:
     """Called before a forward with its arguments as (name, value). Raises WeftError if it would read
     what another adapter has computed; marks the caches that it will fill.
     """
-    rows, others = _rows(active, chosen), active.marked
-    for name, value in given:
-        for carrier in _carriers(name, value):
+    found = [carrier for name, value in given for carrier in _carriers(name, value)]
+    if found:
+        rows, others = _rows(active, chosen), active.marked
+        for carrier in found:
             mark = _mark(active, carrier)
             if isinstance(carrier, Tensor):
                 if mark is not None and len(mark.rows) in (
@@ -80,17 +86,19 @@ def check_part(active: ActiveAdapters, chosen: Active) -> None:
 
 def put(active: ActiveAdapters, chosen: Active, found: Any) -> None:
     """Marks what a forward has returned or filled."""
-    rows = _rows(active, chosen)
     parts = found if isinstance(found, tuple | list) else ()
-    for name, value in found.items() if isinstance(found, Mapping) else enumerate(parts):
-        for carrier in _carriers(name, value):
-            if isinstance(carrier, Tensor):
-                _tensors[carrier] = Mark(rows)
-                continue
-            held = _last_layer(carrier) if len(rows) > 1 else ()
-            first = tuple(t.detach()[:, :, :1].clone() for t in held)
-            with contextlib.suppress(AttributeError):  # of an object that takes no attribute
-                setattr(carrier, _MARK, Mark(rows, first, weakref.ref(held[0]) if held else None))
+    items = found.items() if isinstance(found, Mapping) else enumerate(parts)
+    carriers = [carrier for name, value in items for carrier in _carriers(name, value)]
+    rows = _rows(active, chosen) if carriers else ()
+    for carrier in carriers:
+        if isinstance(carrier, Tensor):
+            _tensors[carrier] = Mark(rows)
+            continue
+        held = _held(carrier) if len(rows) > 1 else {}
+        last = next((weakref.ref(t) for t in held.values()), None)
+        with contextlib.suppress(AttributeError):  # of an object that takes no attribute
+            mark = Mark(rows, {key: t.detach() for key, t in held.items()}, last)
+            setattr(carrier, _MARK, mark)
 
 
 def _mark(active: ActiveAdapters, carrier: Any) -> Mark | None:
@@ -119,8 +127,8 @@ def _rows(active: ActiveAdapters, chosen: Active) -> tuple[Who, ...]:
 
 def _who(active: ActiveAdapters, name: Name) -> Who:
     if isinstance(name, str):
-        return name, active.names.get(name, -1)
-    return name, tuple(active.names.get(each, -1) for each, _ in name)
+        return name, active.stamp(name)
+    return name, tuple(active.stamp(each) for each, _ in name)
 
 
 def _sum(active: ActiveAdapters, chosen: Weighted) -> Who:
@@ -165,34 +173,52 @@ def _is_filled(cache: Any) -> bool:
         return False
 
 
-def _last_layer(cache: Any) -> tuple[Tensor, ...]:
-    """The keys and values [rows, heads, tokens, width] of a cache's last layer; () if unknown."""
+def _held(cache: Any) -> dict[Any, Tensor]:
+    """The tensors [rows, ...] by name that a cache has in its last layer with any: keys and values
+    [rows, heads, tokens, width], or the states of a recurrent layer. Empty if it keeps them elsewhere.
+    """
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", None)
-    last = layers[-1] if isinstance(layers, list) and layers else None
-    found = getattr(last, "keys", None), getattr(last, "values", None)
-    if all(isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] for t in found):
-        return found  # type: ignore[return-value]
-    return ()
+    for layer in reversed(layers) if isinstance(layers, list) else (cache,):
+        held = dict(tensors(getattr(layer, "__dict__", {})))
+        found = {key: t for key, t in held.items() if t.dim() > 1 and t.numel()}
+        if found:
+            return found
+    return {}
 
 
 def _candidates(mark: Mark, cache: Any, rows: Sequence[Who]) -> list[set[Who]]:
     """Who may have computed each row of the cache."""
     if len(mark.rows) == 1:
         return [set(mark.rows)] * len(rows)
-    held = _last_layer(cache)
-    if not mark.first or not held or (mark.held is not None and mark.held() is held[0]):
-        same = len(rows) in (1, len(mark.rows))
+    now, n = _held(cache), len(mark.rows)
+    moved = mark.last is None or all(mark.last() is not t for t in now.values())
+    pairs = [_alike(t, mark.held[key]) for key, t in now.items() if key in mark.held]
+    both = [pair for pair in pairs if pair is not None and len(pair[1]) == n]
+    if not moved or not both:
+        same = len(rows) in (1, n)
         return [{who} for who in mark.rows] if same else [set()] * len(rows)
-    n = held[0].shape[0]
-    equal = torch.ones(n, len(mark.rows), dtype=torch.bool)
-    for now, before in zip(held, mark.first, strict=True):
-        a, b = now.detach()[:, :, :1].flatten(1), before.to(now.device).flatten(1)
-        same_numbers = (a[:, None] == b[None]) | (a[:, None].isnan() & b[None].isnan())
-        equal &= same_numbers.all(-1).cpu()
-    return [
-        {who for who, is_it in zip(mark.rows, row, strict=True) if is_it} for row in equal.tolist()
-    ]
+    owners: dict[Any, set[Who]] = {}
+    for who, bits in zip(
+        mark.rows, zip(*(_bits(then) for _, then in both), strict=True), strict=True
+    ):
+        owners.setdefault(bits, set()).add(who)
+    return [owners.get(bits, set()) for bits in zip(*(_bits(t) for t, _ in both), strict=True)]
+
+
+def _alike(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both tensors, of keys or values the tokens that both have; None if they cannot be compared."""
+    if now.dtype != then.dtype or now.dim() != then.dim():
+        return None
+    if now.dim() == 4:
+        tokens = min(now.shape[2], then.shape[2])
+        now, then = now[:, :, :tokens], then[:, :, :tokens]
+    return (now, then) if now.shape[1:] == then.shape[1:] else None
+
+
+def _bits(t: Tensor) -> list[tuple[int, int]]:
+    """Two numbers per row of t [rows, ...] that tell whether rows have the same bits."""
+    return [digest(row) for row in t.detach()]
 
 
 def _compare(mark: Mark, found: Sequence[set[Who]], rows: Sequence[Who]) -> None:
@@ -200,12 +226,19 @@ def _compare(mark: Mark, found: Sequence[set[Who]], rows: Sequence[Who]) -> None
     wanted = rows if len(rows) == len(found) else [*rows] * len(found)
     if len(wanted) == len(found) and all(w in f for w, f in zip(wanted, found, strict=True)):
         return
-    same_names = _text(mark.rows) == _text(rows)
-    gone = ", which was detached" if same_names else ""
+    gone = ""
+    if _text(mark.rows) == _text(rows):
+        gone = ", which was detached" if _attached(mark.rows) != _attached(rows) else _CHANGED
     raise WeftError(
         f"this key-value cache was filled under {_text(mark.rows)}{gone}, and now {_text(rows)} is active, which "
         "would read keys and values of other weights. Begin a new cache."
     )
+
+
+def _attached(rows: Sequence[Who]) -> list[Any]:
+    """Which attached adapters these are, whatever has changed in them since."""
+    stamps = [(who[1],) if isinstance(who[0], str) else who[1] for who in rows if who is not None]
+    return [[number for number, _ in each] for each in stamps]
 
 
 def _text(rows: Sequence[Who]) -> str:

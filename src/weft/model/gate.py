@@ -81,12 +81,14 @@ class Gate:
         is being called passes the gate. Raises WeftError as `enter`.
         """
         me, frame, call = threading.get_ident(), _frame_above(), None
+        entered = self._inside.get(me, ())
         while frame is not None:
-            call = frame if frame.f_code is CALL else call
+            if frame.f_code is CALL:
+                if any(frame is c for c in entered):
+                    return
+                call = frame
             frame = frame.f_back
         with self._changed:
-            if any(call is c for c in self._inside.get(me, ())):
-                return
             self._inside.pop(me, None)  # a part that has ended
             if not self._open(me):
                 self._wait(lambda: self._open(me), "run a layer")

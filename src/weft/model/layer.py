@@ -28,9 +28,10 @@ from ..ops.input_cache import in_forward
 from ..ops.low_rank import LowRank
 from ..ops.norm import at_least_float32, full_precision, row_norm
 from ..ops.row_scale import RowScale, cached_row_scale, packed_norm, stale
-from . import cache_marks, fallback
+from . import fallback, part_calls
 from .active import ROWS_FOUND, Active, ActiveAdapters, PerRow, Weighted, recomputed
 from .base_layers import INNER_FORWARD, own_class, own_forward
+from .casting import keep_distance, trained_of
 from .layer_plan import LayerPlan
 from .offload import HOOK, OLD_FORWARD, offloads
 from .per_row import by_row, weighted
@@ -99,9 +100,9 @@ class AdapterLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """A cast to bfloat16 and back would lose bits of the frozen tensors, so they are drawn
-        again.
+        again. What training began at moves by as much as the cast has moved the trained tensor.
         """
-        before = dict(self._buffers)
+        before, trained = dict(self._buffers), trained_of(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = next(
             (b for name, b in self._buffers.items() if b is not None and b is not before[name]),
@@ -109,6 +110,8 @@ class AdapterLayer(nn.Module):
         )
         for name, value in self.frozen(moved.device).items() if moved is not None else ():
             self._buffers[name] = value.to(self.get_buffer(name).dtype)
+        for name, old in trained.items():
+            keep_distance(self, name, old, before[name])
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,8 +159,8 @@ class AdapterLayer(nn.Module):
             index = 2 * self.training + torch.is_grad_enabled()
             plan = self._plans[index]
             if plan is None or not plan.holds(x):
+                self.ran = True  # before another thread finds the plan
                 plan = self._plans[index] = LayerPlan(self, x)
-                self.ran = True
             reason = plan.reason or fallback.of_the_moment(x)
             if reason is None:
                 out = plan.compute(self, x)
@@ -221,7 +224,11 @@ class AdapterLayer(nn.Module):
 
     def fallback_reason(self, x: Tensor) -> str | None:
         """Returns why this input takes the general definition; None if a direct way computes it."""
-        return LayerPlan(self, x).reason or fallback.of_the_moment(x)
+        index = 2 * self.training + torch.is_grad_enabled()
+        if (plan := self._plans[index]) is None or not plan.holds(x):
+            self.ran = True  # as in `run`, which finds this plan
+            plan = self._plans[index] = LayerPlan(self, x)
+        return plan.reason or fallback.of_the_moment(x)
 
     def joins(self, x: Tensor) -> bool:
         """Whether the layer can be computed together with others, each on rows of its own."""
@@ -290,7 +297,7 @@ def _of_a_part(active: ActiveAdapters, training: bool) -> Active:
     active.gate.enter_part()
     found = active.current(training)
     if recomputed() is None and not isinstance(found, Recorder):
-        cache_marks.check_part(active, found)
+        part_calls.check_caches(active, found)
     return found
 
 

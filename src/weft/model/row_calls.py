@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,27 +14,49 @@ from ..errors import UnsupportedError, WeftError
 from ..ops.input_cache import runs
 from .active import ROWS_FOUND, STATE, ActiveAdapters, PerRow
 from .gate import COMPILED_CALL, calls
+from .part_calls import of_this_call, token
 from .row_inputs import Inputs, main_input
-from .row_layout import Layout
+from .row_layout import Layout, of_single
 from .row_probe import Found, Probe
 
-Table = Mapping[nn.Module, Found]
+_MOST = 256  # probes of one kind of call that are kept
 _NO_CALL = (
     "no call of the model has shown yet where its rows are. Run the model once as it is, not compiled, "
     "with these rows"
 )
+Shapes = Collection[
+    tuple[int, ...]
+]  # that the positions of one layer had where its rows were found
+_SEVERAL = "it has other rows in other calls, and this one is compiled or runs in backward"
 
 
-class _Unknown(dict[nn.Module, Found]):
-    """The same reason for every layer."""
+class Table:
+    """What is known of the layers in one call. `borrowed`: a probe of longer inputs has shown it, and the
+    call has one token per row.
+    """
 
-    def __init__(self, reason: str) -> None:
-        super().__init__()
-        self._reason = reason
+    def __init__(self, found: Probe | str, borrowed: bool = False) -> None:
+        self._found, self._borrowed = found, borrowed
 
-    def get(self, module: nn.Module, default: Any = None) -> Any:
-        """Returns the reason."""
-        return self._reason
+    def of(self, module: nn.Module) -> tuple[Found | None, Shapes]:
+        """Returns where the rows are in a layer's input, or why that is unknown, and in which shapes of
+        its positions that was seen.
+        """
+        probe = self._found
+        if isinstance(probe, str):
+            return probe, ()
+        return probe.found.get(module), () if self._borrowed else probe.shapes.get(module, ())
+
+    def layout(self, module: nn.Module, positions: tuple[int, ...], n: int) -> Layout | str | None:
+        """Returns where the n rows are in an input of these positions, or why that is unknown; None if
+        they are not there.
+        """
+        found, shapes = self.of(module)
+        if not isinstance(found, Layout):
+            return found or "no probe has reached it"
+        if positions in shapes or found.must_hold(positions, n):
+            return found
+        return of_single(positions, n) if self._borrowed else None
 
 
 class _Calls(threading.local):
@@ -74,43 +95,57 @@ def layout_of(
     Raises WeftError if that is not known, or x does not have that many rows.
     """
     positions = tuple(x.shape[: x.dim() - feature_dims])
-    if torch.compiler.is_compiling() or torch._C._current_autograd_node() is not None:
-        found: Found | None = _only_layout(module)
+    if torch.compiler.is_compiling():
+        found = _traced(module, positions, len(rows.names))
+    elif torch._C._current_autograd_node() is not None:
+        found = _recomputed(module, positions, len(rows.names))
     else:
         rows, table = _table(rows, active)
-        found = table.get(module)
-    n = len(rows.names)
-    if found is None or isinstance(found, str):
-        raise _refused(rows, {module: found or "no probe has reached it"})
-    if len(positions) > found.dim and found.fits(positions, n):
+        found = table.layout(module, positions, len(rows.names))
+    if isinstance(found, str):
+        raise _refused(rows, {module: found})
+    if found is not None:
         return rows, found
-    if positions.count(n) == 1 and all(size in (1, n) for size in positions):
-        return rows, Layout(positions.index(n), "rows")  # one token per row, in less dimensions
     raise WeftError(
-        f"weft.use was given {n} names, one per row, but a layer received an input of shape "
-        f"{tuple(x.shape)}, whose first dimension is not these rows. Give one name per row of the "
-        "batch; with k beams repeat each name k times."
+        f"weft.use was given {len(rows.names)} names, one per row, but a layer received an input of shape "
+        f"{tuple(x.shape)}, whose first dimension is not these rows, or has not been when the rows of "
+        "inputs of these sizes were found. Give one name per row of the batch; with k beams repeat each "
+        "name k times."
     )
 
 
-def _only_layout(module: nn.Module) -> Found:
-    """The layout of a module that runs outside the call that was probed: in a compiled model, or in
-    backward again.
-    """
-    found: tuple[Found, ...] = module.__dict__.get(ROWS_FOUND, ())
-    if len(found) == 1:
-        return found[0]
-    if found:
-        return "it has other rows in other calls, and this one is compiled or runs in backward"
-    traced = _look_while_tracing(module) if torch.compiler.is_compiling() else _NO_CALL
-    return traced if isinstance(traced, str) else Layout(*traced)
+def _recomputed(module: nn.Module, positions: tuple[int, ...], n: int) -> Layout | str | None:
+    """The layout of a module that runs again in backward, as it was in a forward of these sizes."""
+    known: Mapping[Found, set[Any]] = module.__dict__.get(ROWS_FOUND, {})
+    seen = [found for found, shapes in known.items() if positions in shapes] or [*known]
+    if len(seen) != 1:
+        return _SEVERAL if seen else _NO_CALL
+    found = seen[0]
+    if isinstance(found, str) or positions in known[found] or found.must_hold(positions, n):
+        return found
+    return of_single(positions, n)
 
 
-def _look_while_tracing(module: nn.Module) -> tuple[int, str] | str:
-    """The layout of a module of a model whose compiled forward is traced for the first time. Called
-    by torch.compile itself and not traced, so the inputs are those of the call on this thread's
-    stack.
+def _traced(module: nn.Module, positions: tuple[int, ...], n: int) -> Layout | str | None:
+    """The layout of a module of a compiled model, for the sizes of this trace and no others."""
+    found = _look_while_tracing(module)
+    if isinstance(found, str):
+        return found
+    for dim, kind, shape in found:
+        if positions == shape:
+            return Layout(dim, kind)
+    if len(found) and positions.count(n) == 1:
+        dim, kind, _ = found[0]
+        if kind == "rows" and dim < len(positions) and positions[dim] == n:
+            return Layout(dim, kind)
+    return None
+
+
+def _look_while_tracing(module: nn.Module) -> tuple[tuple[int, str, tuple[int, ...]], ...] | str:
+    """The layouts and shapes of a module of a model whose compiled forward is traced. Called by
+    torch.compile itself and not traced, so the inputs are those of the call on this thread's stack.
     """
+    known: Mapping[Found, Shapes] = module.__dict__.get(ROWS_FOUND, {})
     for root, args, kwargs in calls(COMPILED_CALL):
         root = root._modules.get("_orig_mod") or root
         state: Any = root.__dict__.get(STATE)
@@ -118,11 +153,17 @@ def _look_while_tracing(module: nn.Module) -> tuple[int, str] | str:
         if choice is None or not isinstance(choice.active, PerRow):
             continue
         try:
-            found = _known(root, state.active, choice.active, args, kwargs).get(module)
+            found, shapes = _known(root, state.active, choice.active, args, kwargs).of(module)
         except UnsupportedError as error:
             return str(error)
-        return (found.dim, found.kind) if isinstance(found, Layout) else found or _NO_CALL
-    return _NO_CALL
+        known = {} if found is None else {found: shapes}
+        break
+    if len(known) != 1:
+        return _SEVERAL if known else _NO_CALL
+    [(layout, shapes)] = known.items()
+    if isinstance(layout, str):
+        return layout
+    return tuple((layout.dim, layout.kind, shape) for shape in shapes)
 
 
 _look_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -138,14 +179,18 @@ def _table(rows: PerRow, active: ActiveAdapters) -> tuple[PerRow, Table]:
     root = None if rows.root is None else rows.root()
     if root is None:
         raise WeftError("these rows were chosen for another model. Choose them again: weft.use.")
-    if rows.parts is None:
-        rows.parts = weakref.WeakSet(root.modules())
-    part, args, kwargs = [call for call in calls() if call[0] in rows.parts][-1]
-    main = main_input(args, kwargs)
+    held = of_this_call(active)
+    asked = token(rows)
+    if held.found is not None and held.found[0] == asked:
+        return held.found[1] or rows, held.found[2]
+    given = held.frame.f_locals
+    part, args, kwargs = given["self"], given["args"], given["kwargs"]
+    main, here = main_input(args, kwargs), rows
     if main is not None and main.dim() and main.shape[0] != len(rows.names):
-        rows = _of_prompts(rows, root, part, main)
-    found: Table = _eagerly(_known, part, active, rows, args, kwargs)
-    return rows, found
+        here = _of_prompts(rows, root, part, main)
+    found: Table = _eagerly(_known, part, active, here, args, kwargs)
+    held.found = asked, None if here is rows else here, found
+    return here, found
 
 
 def _of_prompts(rows: PerRow, root: nn.Module, part: nn.Module, main: Tensor) -> PerRow:
@@ -183,21 +228,20 @@ def _known(
     """What is known of this call of a module. Raises UnsupportedError as `begin`."""
     inputs = Inputs(args, kwargs, len(rows.names))
     if inputs.is_empty():
-        return _Unknown("its input is empty")
-    probes: list[Probe] = active.probes.setdefault(module, {}).setdefault(inputs.key(), [])
-    single = inputs.single()
-    probe = next((p for p in probes if p.single <= single), None)
+        return Table("its input is empty")
+    probes = active.probes.setdefault(module, {}).setdefault(inputs.key(), {})
+    sizes = inputs.sizes()
+    probe, borrowed = probes.get(sizes), False
+    if probe is None and inputs.is_of_steps_only():
+        single = inputs.single()
+        probe = next((p for p in [*probes.values()] if p.single <= single), None)
+        borrowed = probe is not None
     if probe is None:
         try:
-            probe = _eagerly(Probe, module, active, inputs)
+            probe = _eagerly(_probe, module, active, inputs)
         except Exception as error:  # of whatever model: its own forward raises it again
-            return _Unknown(
-                f"running the base on this input raised {type(error).__name__}: {error}"
-            )
-        probes.append(probe)
-        for layer, found in probe.found.items():
-            known = layer.__dict__.get(ROWS_FOUND, ())
-            layer.__dict__[ROWS_FOUND] = (*known, *({found} - set(known)))
+            return Table(f"running the base on this input raised {type(error).__name__}: {error}")
+        _keep(probes, sizes, probe)
     bad = {
         layer: found
         for layer, found in probe.found.items()
@@ -205,7 +249,26 @@ def _known(
     }
     if bad:
         raise _refused(rows, bad)
-    return probe.found
+    return Table(probe, borrowed)
+
+
+def _probe(module: nn.Module, active: ActiveAdapters, inputs: Inputs) -> Probe:
+    """Looks where the rows are, with the user's hooks only if the model does not run without them."""
+    try:
+        return Probe(module, active, inputs)
+    except Exception:
+        return Probe(module, active, inputs, hooks=True)
+
+
+def _keep(probes: dict[Any, Probe], sizes: Any, probe: Probe) -> None:
+    """Keeps a probe, and notes on each layer what it has shown."""
+    for old in [*probes][: 1 - _MOST]:
+        probes.pop(old, None)  # another thread may have done so
+    probes[sizes] = probe
+    for layer, found in probe.found.items():
+        known = layer.__dict__.get(ROWS_FOUND, {})
+        shapes = known.get(found, frozenset()) | probe.shapes[layer]
+        layer.__dict__[ROWS_FOUND] = {**known, found: shapes}
 
 
 def _eagerly(make: Any, *given: Any) -> Any:

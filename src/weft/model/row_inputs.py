@@ -59,8 +59,39 @@ class Inputs:
         return any(not t.numel() for _, t in self._named)
 
     def key(self) -> Any:
-        """What the calls have in common that one probe speaks for."""
+        """What all calls have in common that one probe may speak for, beside their sizes."""
         return _key(self.all, self.n)
+
+    def sizes(self) -> Any:
+        """The shapes and numbers of which a layout may depend. Of a step, not of what grows with every
+        step.
+        """
+        step = self.is_step()
+        shapes = [
+            (path, tuple(t.shape))
+            for path, t in self._found.values()
+            if not (step and self._grows(path, t))
+        ]
+        return self.n, step, tuple(shapes), () if step else tuple(_numbers(self.all))
+
+    def is_step(self) -> bool:
+        """Whether the main input has one position per row, as when one token after another is decoded."""
+        main = main_input(*self.all)
+        return main is not None and main.dim() > 1 and main.shape[1] == 1
+
+    def is_of_steps_only(self) -> bool:
+        """Whether no input but what grows has more than one position per row either, so that a layer's
+        input of n positions is the n rows.
+        """
+        return self.is_step() and all(
+            t.dim() < 2 or t.shape[1] == 1 or self._grows(path, t) for path, t in self._named
+        )
+
+    def _grows(self, path: Path, t: Tensor) -> bool:
+        """Whether a tensor is a mask [n, tokens], or keys and values [n, heads, tokens, ...] of earlier
+        tokens.
+        """
+        return (t.dim() == 2 and t is not main_input(*self.all)) or (t.dim() > 3 and len(path) > 1)
 
     def single(self) -> frozenset[Path]:
         """The inputs whose second dimension is 1, where a layout may not show."""
@@ -163,6 +194,16 @@ def _key(value: Any, n: int) -> Any:
     if isinstance(value, bool | str) or value is None:
         return value
     return type(value)
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def _keep(value: Any, memo: dict[int, Any], seen: set[int]) -> None:

@@ -25,6 +25,12 @@ class Layout:
         """Whether the first dimension is the rows, or the positions of one row after another."""
         return self.dim == 0 and self.kind != "cycles"
 
+    def must_hold(self, positions: Sequence[int], n: int) -> bool:
+        """Whether an input of other sizes than those seen, in which the n rows are at one place of
+        this kind, can have them nowhere else.
+        """
+        return self.kind == "rows" and self.fits(positions, n) and list(positions).count(n) == 1
+
     def fits(self, positions: Sequence[int], n: int) -> bool:
         """Whether positions of this shape can be laid out like this, for n rows."""
         if self.dim >= len(positions):
@@ -51,6 +57,14 @@ class Layout:
         """Undoes `rows_first`: t [n, ...] in the `shape` that it had."""
         at = self.dim + 1 if self.kind == "cycles" else self.dim
         return t.movedim(0, at).reshape(*shape)
+
+
+def of_single(positions: Sequence[int], n: int) -> Layout | None:
+    """Returns where n rows of one token each are, in positions of this shape; None if there is more."""
+    found = list(positions)
+    if found.count(n) == 1 and all(size in (1, n) for size in found):
+        return Layout(found.index(n), "rows")
+    return None
 
 
 def layouts(positions: Sequence[int], n: int) -> Iterator[Layout]:

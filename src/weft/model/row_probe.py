@@ -1,4 +1,4 @@
-"""Finds out once per kind of call which layers carry the rows of the batch, and how.
+"""Finds out once per kind and sizes of a call which layers carry the rows of the batch, and how.
 
 The shape of a layer's input does not tell: [4, 4, width] may be rows and tokens, tokens and rows,
 or images that belong to whichever rows. So the first call with one adapter per row runs the base on
@@ -16,6 +16,7 @@ rows cannot be told apart, and using it is an error.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ..ops import philox
 from .active import ActiveAdapters, PerRow
+from .quiet_hooks import quiet
 from .row_inputs import (
     Inputs,
     filled,
@@ -67,19 +69,23 @@ Run = tuple[int | None, Recorder]
 
 class Probe:
     """What one call does on inputs that differ in one row. `found`: the layout, or the reason, of
-    each module that it reaches; `single`: see `Inputs.single`.
+    each module that it reaches; `shapes`: the shapes of the positions that these had;
+    `single`: see `Inputs.single`. `hooks`: whether the user's forward hooks run too.
     """
 
-    def __init__(self, module: nn.Module, active: ActiveAdapters, inputs: Inputs) -> None:
+    def __init__(
+        self, module: nn.Module, active: ActiveAdapters, inputs: Inputs, hooks: bool = False
+    ) -> None:
         self._module, self._active, self._inputs = module, active, inputs
         self.single = inputs.single()
         self._empty_fails = False
         self._others: dict[int, Run | None] = {}  # by input: a run on other numbers in its row 1
         self._tied: dict[int, bool] = {}
-        with unchanged(module):
+        with unchanged(module), nullcontext() if hooks else quiet(module):
             self._base = self._run({})
             self._values, self._sizes = self._differences()
             self.found = {m: self._found(m) for m in self._base.seen}
+        self.shapes = {m: {tuple(t.shape) for t in seen} for m, seen in self._base.seen.items()}
         self.adapters = self._base.adapters
         del self._base, self._values, self._sizes, self._others, self._inputs
 

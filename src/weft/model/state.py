@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,7 @@ class State:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.active = ActiveAdapters()
+        self.active.root = weakref.ref(root)
         self.gate = self.active.gate = Gate()
         self.norms = NormWatch()
         self.wiring = Wiring()
@@ -76,6 +78,9 @@ class State:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.wiring, self.uncalled = Wiring(), Uncalled()  # a pickle of an earlier version has none
         self.__dict__.update(state)
+        self.active.root = weakref.ref(self.root)
+        for name, adapter in self.adapters.items():
+            self.active.follow(name, adapter.parameters())
         if self.merged is not None:  # a copy of a parameter counts its versions from 0
             backups = self.merged.backups
             self.merged.backups = [replace(b, version=b.parameter._version) for b in backups]

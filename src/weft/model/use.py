@@ -193,16 +193,19 @@ def _names(active: Active) -> tuple[str | None, ...]:
     return names_of(active) or (None,)
 
 
-def check_as_able(new: Adapter, old: Adapter) -> None:
-    """Raises UnsupportedError if callers may have chosen `old` in a way that `new` does not work
-    in: as one of the rows of a batch, or with a strength.
+def check_as_able(active: ActiveAdapters, new: Adapter, old: Adapter) -> None:
+    """Raises UnsupportedError if a caller has chosen `old` in a way that `new` does not work in: as
+    one of the rows of a batch, or with a strength.
     """
-    for how, why_not in (("by row", _why_no_row), ("with strengths", _why_no_sum)):
+    for how, kind, why_not in (
+        ("by row", PerRow, _why_no_row),
+        ("with strengths", Weighted, _why_no_sum),
+    ):
         reason = why_not(new)
-        if reason is not None and why_not(old) is None:
+        if reason is not None and active.in_use(kind, old.name):
             raise UnsupportedError(
                 f"replace: the new adapter {new.name!r} ({type(new.config).__name__}) {reason}, and the "
-                f"old one may be in use {how}. Load it under another name."
+                f"old one is in use {how}. Choose another first (weft.use), or load it under another name."
             )
 
 
