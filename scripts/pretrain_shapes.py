@@ -167,6 +167,8 @@ def train_model(tower: Tower, steps: int) -> tuple[nn.Module, object, float]:
     model = new_model(tokenizer)
     scenes = [new_scene(rng, KNOWN) for _ in range(IMAGES + HELD_OUT)]
     seen = features(tower, [draw(scene, rng) for scene in scenes]).unsqueeze(1)
+    # The cells' boxes say nothing that their places do not: with a gain of 1 it learns half as well.
+    nn.init.zeros_(model.model.encoder.visual_embedding.absolute_vis_pos_embedding[1].weight)
     boxes = cell_boxes().expand(BATCH, 1, -1, -1)
     optimiser = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
     rates = schedule(optimiser, steps)
