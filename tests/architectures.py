@@ -179,7 +179,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         6,
         head=("classifier",),
         vision=True,
-        frozen=(("vit.embeddings.patch_embeddings.projection.weight", "convolution"),),
+        frozen=(("vit.embeddings.patch_embeddings.projection", "convolution"),),
     ),
     "mixtral": Architecture(
         transformer("MixtralForCausalLM", "MixtralConfig", num_local_experts=5, **EXPERTS),

@@ -11,10 +11,10 @@ from torch import nn
 
 from .. import methods
 from ..errors import ConfigError, MergeError, TargetError
-from ..methods.base import PromptMethod, Shared
+from ..methods.base import LowRankMethod, PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
-from ..methods.target_spec import KEYWORDS
+from ..methods.target_spec import KEYWORDS, patterns
 from . import base_layers, fallback, prompts, statistics, token_layers
 from .adapter import Adapter
 from .attach_checks import check_name, check_ownership, check_tied
@@ -90,7 +90,8 @@ def parts_of(structure: Structure, config: Any) -> Parts:
     configs = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]
-        if config.targets in KEYWORDS:  # "all-linear" means all that are not trained in full
+        if all(p in KEYWORDS for p, _ in patterns(config.targets)):
+            # "all-linear" means all that are not trained in full
             configs.pop(module, None)
         if module in configs:
             raise TargetError(
@@ -291,6 +292,12 @@ def _build_layers(
     views: dict[str, Any] = dict(prompts.hosts_of(structure, configs))
     views |= {name: base_layers.view(modules[name]) for name in configs if name not in views}
     for name, method in configs.items():
+        if views[name].is_convolution and not isinstance(method, LowRankMethod):
+            raise TargetError(
+                f"{name!r} is a convolution ({type(modules[name]).__name__}), and "
+                f"{type(method).__name__} computes beside layers of vectors. Name other layers, or "
+                'write exclude="conv".'
+            )
         if not views[name].has_weight and not method.adapts_norms:
             raise TargetError(
                 f"{name!r} is a layer norm ({type(modules[name]).__name__}), and "

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ..methods.base import BranchMethod, LowRankMethod, Shared
 from ..methods.config import DTYPES
 from ..methods.rng import Rng
-from ..ops import native
 from ..ops.cache import Cache
 from ..ops.input_cache import in_forward
 from ..ops.low_rank import LowRank
@@ -30,8 +29,9 @@ from ..ops.norm import at_least_float32, full_precision, row_norm
 from ..ops.row_scale import RowScale, cached_row_scale, packed_norm, stale
 from . import fallback, part_calls
 from .active import ROWS_FOUND, Active, ActiveAdapters, PerRow, Weighted, recomputed
-from .base_layers import INNER_FORWARD, own_class, own_forward
+from .base_layers import INNER_FORWARD, input_of, own_class, own_forward
 from .casting import keep_distance, trained_of
+from .conv_plan import plan_of
 from .layer_plan import LayerPlan
 from .offload import HOOK, OLD_FORWARD, offloads
 from .per_row import by_row, weighted
@@ -154,13 +154,13 @@ class AdapterLayer(nn.Module):
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Returns the layer's output with this adapter."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x: Tensor = args[0] if args else input_of(kwargs)
         if len(args) + len(kwargs) == 1 and not torch.compiler.is_compiling():
             index = 2 * self.training + torch.is_grad_enabled()
             plan = self._plans[index]
             if plan is None or not plan.holds(x):
                 self.ran = True  # before another thread finds the plan
-                plan = self._plans[index] = LayerPlan(self, x)
+                plan = self._plans[index] = plan_of(self, x)
             reason = plan.reason or fallback.of_the_moment(x)
             if reason is None:
                 out = plan.compute(self, x)
@@ -178,9 +178,9 @@ class AdapterLayer(nn.Module):
             return self.method.forward(x, y, self.base, self)
         f = self.factors()
         dropout = self.method.dropout if self.training else 0.0
-        h = self.base.down(x, f.A, dropout, dtype=y.dtype)
         norm = None if f.m is None else self._norm(f)
-        return native.adapted(y, h, self.base.bias, f, norm)
+        out: Tensor = self.base.adapted(x, y, f, norm, dropout)
+        return out
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the output with this adapter minus y [..., out], without taking that difference,
@@ -188,14 +188,13 @@ class AdapterLayer(nn.Module):
         """
         f = self.factors()
         dropout = self.method.dropout if self.training else 0.0
-        h = self.base.down(x, f.A, dropout, dtype=y.dtype)
-        if f.m is None:
-            return native.change(y, h, None, f)
-        direct = not torch.compiler.is_compiling() and self.fallback_reason(x) is None
-        scale = self.row_scale(f) if direct else None
-        return native.change(
-            y, h, self.base.bias, f, self._norm(f) if scale is None else scale.norm
-        )
+        norm: Tensor | None = None
+        if f.m is not None:
+            direct = not torch.compiler.is_compiling() and self.fallback_reason(x) is None
+            scale = self.row_scale(f) if direct else None
+            norm = self._norm(f) if scale is None else scale.norm
+        out: Tensor = self.base.change(x, y, f, norm, dropout)
+        return out
 
     def factors(self) -> LowRank:
         """Returns the tensors as they are, for training or evaluation as the layer is in."""
@@ -216,10 +215,12 @@ class AdapterLayer(nn.Module):
             return row_norm(replace(f, m=None).weight(W))
 
     def row_scale(self, f: LowRank) -> RowScale | None:
-        """Returns σ of the layer, kept until something changes; None without m."""
+        """Returns σ of the layer, kept until something changes if W is no copy; None without m."""
         if f.m is None:
             return None
         W, bias = self.base.weight(), self.base.bias
+        if not self.base.is_view:  # its address says nothing of the weight
+            return RowScale(f.m, self._norm(f), bias, W.dtype)
         return cached_row_scale(f, W, bias, self.cache, self.training)[0]
 
     def fallback_reason(self, x: Tensor) -> str | None:
@@ -227,12 +228,14 @@ class AdapterLayer(nn.Module):
         index = 2 * self.training + torch.is_grad_enabled()
         if (plan := self._plans[index]) is None or not plan.holds(x):
             self.ran = True  # as in `run`, which finds this plan
-            plan = self._plans[index] = LayerPlan(self, x)
+            plan = self._plans[index] = plan_of(self, x)
         return plan.reason or fallback.of_the_moment(x)
 
     def joins(self, x: Tensor) -> bool:
         """Whether the layer can be computed together with others, each on rows of its own."""
-        if torch.compiler.is_compiling() or self.fallback_reason(x) is not None:
+        if torch.compiler.is_compiling() or self.base.is_convolution:
+            return False
+        if self.fallback_reason(x) is not None:
             return False
         return not (self.training and self.method.dropout)
 
@@ -278,7 +281,7 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if name is None:
             return own_forward(self, *args, **kwargs)
     if not isinstance(name, str):
-        x, y = args[0] if args else next(iter(kwargs.values())), own_forward(self, *args, **kwargs)
+        x, y = args[0] if args else input_of(kwargs), own_forward(self, *args, **kwargs)
         if isinstance(name, Weighted):
             return weighted(name, active, layers, x, y)
         return by_row(name, active, self, layers, x, y)

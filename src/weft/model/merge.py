@@ -154,7 +154,7 @@ def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
     if own is None:
         with loaded(layer):
             return _effective(found, found.base.weight())
-    return _effective(found, own.t() if found.base.transposed else own)
+    return _effective(found, found.base.matrix(own))
 
 
 @torch.no_grad()
@@ -218,8 +218,7 @@ def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
             raise MergeError(f"{name!r}: W' is not finite in {stored.dtype}; nothing was merged.")
         rounding = max(rounding, _relative(cast - wanted, wanted))
         change = max(change, _relative(wanted - layer.base.weight(), layer.base.weight()))
-        value = cast.t() if layer.base.transposed else cast
-        _replace(stored, value, record, f"{name}.weight".lstrip("."))
+        _replace(stored, layer.base.stored(cast), record, f"{name}.weight".lstrip("."))
         tied = [o.base.module for o in adapter.token_layers.values()]
         readers = [layer.base.module, *(m for m in tied if m.weight is stored)]
         record.base_weights |= dict.fromkeys(readers, record.backups[-1].bits)

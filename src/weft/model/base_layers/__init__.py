@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import INNER_FORWARD, BaseLayer, dtype_fault, own_class, own_forward, weight_fault
+from .base import (
+    INNER_FORWARD,
+    BaseLayer,
+    dtype_fault,
+    input_of,
+    own_class,
+    own_forward,
+    weight_fault,
+)
 from .conv1d import Conv1DLayer
+from .convolution import ConvolutionLayer
 from .embedding import EmbeddingLayer
 from .linear import LinearLayer
 from .norm import NormLayer, is_norm
@@ -17,6 +26,7 @@ KINDS: tuple[type[BaseLayer], ...] = (
     LinearLayer,
     EmbeddingLayer,
     Conv1DLayer,
+    ConvolutionLayer,
     NormLayer,
 )
 
@@ -27,15 +37,21 @@ def kind_of(module: nn.Module) -> type[BaseLayer] | None:
 
 
 def has_map(module: nn.Module) -> bool:
-    """Whether a module is a linear map of a kind that Weft knows, embeddings included."""
+    """Whether a module is a linear map of a kind that Weft knows, embeddings and convolutions included."""
     kind = kind_of(module)
     return kind is not None and kind.has_weight
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map of vectors: no embedding, no norm."""
+    """Whether a module is a linear map of vectors: no embedding, no norm, no convolution."""
     kind = kind_of(module)
-    return kind is not None and kind.has_weight and not kind.takes_ids
+    return kind is not None and kind.has_weight and not kind.takes_ids and not kind.is_convolution
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution, adaptable or not."""
+    kind = kind_of(module)
+    return kind is not None and kind.is_convolution
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -58,6 +74,8 @@ __all__ = [
     "BaseLayer",
     "dtype_fault",
     "has_map",
+    "input_of",
+    "is_convolution",
     "is_linear",
     "is_norm",
     "kind_of",

@@ -45,6 +45,7 @@ class PromptHost:
     takes_ids: ClassVar[bool] = False
     has_weight: ClassVar[bool] = True  # nothing reads it: prompts are no change of a weight
     transposed: ClassVar[bool] = False
+    is_convolution: ClassVar[bool] = False
 
     @property
     def kind(self) -> str:

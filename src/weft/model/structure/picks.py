@@ -98,8 +98,7 @@ def _excluded(structure: Structure, pattern: str) -> list[str]:
     if pattern in ROLES:
         names = [name for block in structure.blocks for name in block.of(pattern)]
     elif pattern in KEYWORDS:
-        parts = structure.map_parts if pattern != "all-linear" else {}
-        names = [n for n in layers if pattern in ("all-linear", parts.get(n))]
+        names = [n for n in layers if structure.is_part(n, pattern)]
     elif is_ending(pattern):
         modules = [n for n in structure.modules if any(ends_in(c, pattern) for c in called(n))]
         names = [name for name in layers if within(name, modules)]

@@ -19,6 +19,9 @@ from .names import called, canonical, ends_in, matches, within
 from .picks import taken_away
 from .structure import Structure
 
+_CONVOLUTION = 'a convolution, which targets="conv" names'
+_NEARLY_ALL = 0.95  # the share of the weights from which on a model is made of convolutions
+
 
 @dataclass(frozen=True)
 class Found:
@@ -42,13 +45,14 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
     left_out = _left_out(structure)
     fields_of: dict[str, dict[str, Any]] = {}
     without: list[Frozen] = []
+    also = [pattern for pattern, _ in patterns(config.targets)]
     for pattern, fields in patterns(config.targets):
         names = (
             _in_role(structure, pattern, without)
             if pattern in ROLES
             else _matching(structure, pattern, left_out)
         )
-        if not names:
+        if not names and not (pattern == "all-linear" and "conv" in also):
             raise _no_match(structure, pattern, left_out)
         for name in names:
             fields_of[name] = {**fields_of.get(name, {}), **fields}
@@ -58,9 +62,47 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
         for name in structure.modules
         if name in fields_of and name not in taken
     }
+    _check_share(structure, config, ordered)
     frozen, routed = leftovers(structure, ordered)
     frozen = [replace(f, reason=taken.get(f.name, f.reason)) for f in frozen]
     return Found(ordered, [*frozen, *without], routed)
+
+
+def _check_share(
+    structure: Structure, config: LayerConfig, chosen: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raises TargetError if "all-linear" leaves nearly all weights out, because they are convolutions."""
+    if "conv" in config.exclude or not any(p == "all-linear" for p, _ in patterns(config.targets)):
+        return
+    convolutions = _convolutions(structure)
+    if convolutions.keys() & chosen.keys():
+        return
+    left, taken = (
+        sum(
+            p.numel()
+            for n in names
+            if (p := structure.layers[n]._parameters.get("weight")) is not None
+        )
+        for names in (convolutions, chosen)
+    )
+    if left > _NEARLY_ALL * (left + taken):
+        raise TargetError(
+            f'targets="all-linear" leaves out {100 * left / (left + taken):.4g} % of the weights of this '
+            f"{type(structure.root).__name__}: they are those of its {len(convolutions)} convolutions. "
+            'Write targets="conv", or ["all-linear", "conv"] for both; exclude="conv" says that they are '
+            "to stay frozen."
+        )
+
+
+def _convolutions(structure: Structure) -> dict[str, nn.Module]:
+    """The convolutions that can be adapted, outside the output head."""
+    return {
+        name: module
+        for name, module in structure.layers.items()
+        if base_layers.is_convolution(module)
+        and base_layers.why_not(module) is None
+        and not within(name, structure.head)
+    }
 
 
 def leftovers(structure: Structure, chosen: Collection[str]) -> tuple[list[Frozen], list[str]]:
@@ -116,17 +158,18 @@ def _left_out(structure: Structure) -> dict[str, str]:
             out[name] = "embedding"
         elif name in structure.routers:
             out[name] = "router of a mixture of experts"
+        elif base_layers.is_convolution(module):
+            out[name] = _CONVOLUTION
     return out
 
 
 def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -> list[str]:
     layers = structure.layers
     if pattern in KEYWORDS:
-        parts = structure.map_parts if pattern != "all-linear" else {}
         return [
             name
             for name in layers
-            if name not in left_out and pattern in ("all-linear", parts.get(name))
+            if left_out.get(name) in (None, _CONVOLUTION) and structure.is_part(name, pattern)
         ]
     if is_ending(pattern):
         names = [name for name in layers if any(ends_in(n, pattern) for n in called(name))]
@@ -158,9 +201,12 @@ def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
             )
             or "none"
         )
+        cure = "Name what you want to adapt"
+        if pattern != "conv" and (convolutions := _convolutions(structure)):
+            cure = f'targets="conv" adapts its {len(convolutions)} convolutions. Or name layers'
         return TargetError(
-            f"targets={pattern!r} finds no layer in this model. It leaves out: {reasons}. Name "
-            f"what you want to adapt; the model's linear layers end in: {have}."
+            f"targets={pattern!r} finds no layer in this model. It leaves out: {reasons}. {cure}; the "
+            f"model's layers end in: {have}."
         )
     for raw in _raw_tensors(structure):
         if is_ending(pattern) and f".{raw.name}".endswith(f".{pattern}"):
@@ -169,15 +215,16 @@ def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
                 f"layer: {raw.reason}."
             )
     near = get_close_matches(pattern.rpartition(".")[2], have, n=3) or have[:8]
+    what = "layers" if _convolutions(structure) else "linear layers"
     return TargetError(
-        f"targets: {pattern!r} matches none of the model's {len(usable)} linear layers"
+        f"targets: {pattern!r} matches none of the model's {len(usable)} {what}"
         f"{'' if is_ending(pattern) else ' (as a regular expression over the whole name)'}. "
         f"Nearest endings: {near}. `weft plan --model MODEL` lists all layers."
     )
 
 
 def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
-    """Weights outside linear layers: fused experts, routers, convolutions, raw matrices."""
+    """Weights outside the layers that Weft knows: fused experts, routers, raw matrices."""
     for prefix, module in structure.modules.items():
         if prefix in structure.layers:
             continue
@@ -193,8 +240,6 @@ def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
                 yield Frozen(name, "experts", shape, reason)
             elif prefix in structure.routers:
                 yield Frozen(name, "router", shape, "router of a mixture of experts")
-            elif isinstance(module, nn.modules.conv._ConvNd):
-                yield Frozen(name, "convolution", shape, "a convolution; Weft adapts linear maps")
             else:
                 reason = f"read by {type(module).__name__} itself, not by a linear layer"
                 yield Frozen(name, "tensor", shape, reason)
