@@ -11,12 +11,14 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..model.adapter import Adapter
 from ..model.structure import Structure
+from ..ops.convolution import Geometry
 from .fingerprint import Fingerprint
 
 
 @dataclass
 class CheckpointLayer:
     """One adapted layer. `kind` and `shape` (out, in) are None if the file does not record them.
+    `geometry` is what the kernel of a convolution means; its tensors here are those of [out, in].
 
     `keys` maps tensor names to keys in the file. `reached` is the training state that a method
     saves as text beside its tensors, or None.
@@ -28,6 +30,7 @@ class CheckpointLayer:
     kind: str | None = None
     shape: tuple[int, int] | None = None
     reached: str | None = None
+    geometry: Geometry | None = None
 
     def trained(self) -> list[Tensor]:
         """Returns the trained tensors [...], without those that training began at."""
@@ -111,8 +114,11 @@ class Checkpoint:
 
     @property
     def kinds(self) -> set[str]:
-        """The kinds of the adapted layers, without embeddings."""
-        return {layer.kind or "linear" for layer in self.sites.values()} - {"embedding"}
+        """The kinds of the adapted layers, without embeddings and convolutions."""
+        return {layer.kind or "linear" for layer in self.sites.values()} - {
+            "embedding",
+            "convolution",
+        }
 
 
 class Written(NamedTuple):

@@ -45,6 +45,7 @@ def checkpoint_of(adapter: Adapter, values: bool = True, projections: bool = Fal
             kind=layer.base.kind,
             shape=layer.shape,
             reached=layer.method.extra_state(layer),
+            geometry=getattr(layer.base, "geometry", None),
         )
         shared = layer.shared
         if isinstance(shared, Projections) and (projections or shared.draw == "stored"):

@@ -92,10 +92,21 @@ class LoadPlan:
         if host is None:
             return
         shape = (host.out_features, host.in_features)
-        if _family(layer.kind) != _family(host.kind) or (layer.shape or shape) != shape:
+        kernel = getattr(host, "geometry", None)
+        family = _family(layer.kind)
+        if layer.kind is None and kernel is not None:  # peft's AdaLoRA has matrices either way
+            fault = formats.convolution_fault(kernel, (2,))
+            family = "convolution" if fault is None else family
+        if family != _family(host.kind) or (layer.shape or shape) != shape:
             self.problems.append(
                 f"{module!r} is a {layer.kind or 'linear'} layer {list(layer.shape or shape)} (out, "
                 f"in) in the file, and the model's {name!r} a {host.kind} layer {list(shape)}"
+            )
+            return
+        if layer.geometry not in (None, kernel):
+            self.problems.append(
+                f"{module!r} is a convolution {layer.geometry} in the file, and the model's {name!r} one "
+                f"{kernel}"
             )
             return
         if host.device.type == "meta" and not offloads(self.modules[name]):
@@ -141,7 +152,7 @@ class LoadPlan:
             return self._prompt_hosts(config.where).get(name)
         why = base_layers.why_not(layer)
         if why is not None or base_layers.kind_of(layer) is None:
-            why = why or "it is no linear layer"
+            why = why or "it is no layer of a kind that Weft adapts"
             self.problems.append(
                 f"{module!r}: the model's {name!r}, a {type(layer).__name__}, cannot be adapted: "
                 f"{why}"
@@ -376,7 +387,7 @@ class LoadPlan:
 
 def _family(kind: str | None) -> str:
     """Layers of one family can take each other's tensors; a matrix may be stored transposed."""
-    return kind if kind in ("embedding", "norm") else "linear"
+    return kind if kind in ("embedding", "norm", "convolution") else "linear"
 
 
 def _parent(tensor: str) -> str:

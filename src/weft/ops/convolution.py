@@ -38,6 +38,13 @@ class Geometry:
     padding_mode: str = "zeros"
     transposed: bool = False
 
+    def __str__(self) -> str:
+        parts = [f"of {_by(self.size)} over {self.inputs} channels"]
+        parts += [f"{self.groups} groups"] if self.groups > 1 else []
+        parts += [f"dilation {_by(self.dilation)}"] if max(self.dilation, default=1) > 1 else []
+        parts += [f"padding by {self.padding_mode}"] if self.padding_mode != "zeros" else []
+        return ", ".join([*parts, *(["transposed"] if self.transposed else [])])
+
     @property
     def width(self) -> int:
         """in / groups · k."""
@@ -96,6 +103,10 @@ class Geometry:
             return update
         sigma = self.along(row_scale(f.m, norm))
         return sigma * update + (sigma - 1) * (y if bias is None else y - self.along(bias))
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def builds(

@@ -12,6 +12,7 @@ from ..checkpoint import Checkpoint
 from .base import Format
 from .native import NativeFormat
 from .peft_adalora import AdaLoraFormat
+from .peft_convolutions import fault_of as convolution_fault
 from .peft_lora import LoraFormat
 from .peft_prompt import PrefixFormat, PromptFormat
 from .peft_vera import VeraFormat
@@ -57,4 +58,4 @@ def recognise(config: Mapping[str, Any]) -> Format | None:
     return next((each for each in FORMATS if each.recognises(config)), None)
 
 
-__all__ = ["FORMATS", "Format", "by_name", "choose", "recognise"]
+__all__ = ["FORMATS", "Format", "by_name", "choose", "convolution_fault", "recognise"]

@@ -54,13 +54,17 @@ def keys_of(names: Mapping[str, str]) -> KeyOf:
 
 
 def write_layers(
-    checkpoint: Checkpoint, model: nn.Module | None, key: KeyOf, fields: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    model: nn.Module | None,
+    key: KeyOf,
+    fields: Mapping[str, Any],
+    form: Callable[[CheckpointLayer, str, Tensor], Tensor] = lambda layer, tensor, t: t,
 ) -> Written:
     """Returns the files: tensors under their keys, the base tensors, and the configuration with the
-    method's own `fields`.
+    method's own `fields`. `form` gives a layer's tensor the shape that it has in the file.
     """
     tensors = {
-        PREFIX + key(module, name, layer.kind): t
+        PREFIX + key(module, name, layer.kind): form(layer, name, t)
         for module, layer in checkpoint.sites.items()
         for name, t in layer.tensors.items()
     }

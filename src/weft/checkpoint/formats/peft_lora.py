@@ -1,22 +1,25 @@
 """LoRA and DoRA in peft's format.
 
 base_model.model.<module>.lora_A.weight [r, in]      lora_B.weight [out, r]      lora_magnitude_vector [out]
-on an embedding: lora_embedding_A [r, num], lora_embedding_B [dim, r]
+on an embedding: lora_embedding_A [r, num], lora_embedding_B [dim, r]; on a convolution kernels
+(peft_convolutions.py)
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...errors import UnsupportedError
 from ...methods import DoRA, LoRA, replace
 from ...methods.config import scaling
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
+from . import peft_convolutions as convolutions
 from . import peft_layers as layers
 from . import peft_starts as starts
 from . import peft_tokens
@@ -67,11 +70,12 @@ class LoraFormat:
     stores_projections = False
 
     def why_not(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> str | None:
-        return bias.why_no_field(checkpoint, model)
+        return convolutions.why_not(checkpoint) or bias.why_no_field(checkpoint, model)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         written = starts.plain(checkpoint)
-        return layers.write_layers(written, model, _lora_key, _lora_fields(written))
+        fields = _lora_fields(written)
+        return layers.write_layers(written, model, _lora_key, fields, convolutions.in_file)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("peft_type") == self.name
@@ -100,14 +104,23 @@ class LoraFormat:
         )
         checkpoint = Checkpoint(built, "peft", self.name)
         rest = layers.bare_keys(checkpoint, tensors)
+        kernels = convolutions.flattened(rest, _parts_of(rest))
+        if kernels and built.starts_at_weight:
+            raise UnsupportedError(
+                f"init_lora_weights={init!r} on the convolution {next(iter(kernels))!r}: peft has no such "
+                "start there, so it is not known what the file changes. Merge it in peft."
+            )
 
         fits = {field: FirstFit(config, pattern) for field, pattern in _PATTERNS.items()}
 
         def layer_of(module: str, part: str) -> CheckpointLayer:
             own = {field: fit.value(module) for field, fit in fits.items()}
             changed = {field: value for field, value in own.items() if value is not None}
+            if module in kernels:
+                rule = replace(built, changed)
+                return CheckpointLayer(rule, kind="convolution", geometry=kernels[module])
             if "embedding" not in part:
-                return CheckpointLayer(replace(built, changed))
+                return CheckpointLayer(replace(built, changed), kind="linear")
             if built.starts_at_weight:  # peft starts an embedding as usual whatever the field says
                 changed["init"] = "kaiming"
             return CheckpointLayer(replace(built, changed), kind="embedding")
@@ -121,11 +134,24 @@ class LoraFormat:
     ) -> None:
         """Fills A [r, in], B [out, r] and, for DoRA, m [out] of every layer."""
         own = starts.plain_layers(checkpoint)
+        kernels = [m for m, layer in checkpoint.sites.items() if layer.geometry is not None]
+        keys = {layers.PREFIX + _lora_key(m, t, None): (m, t) for m in kernels for t in _LINEAR}
+        convolutions.flattened(tensors, {k: v for k, v in keys.items() if k in tensors})
         layers.restore_layers(checkpoint, tensors, manifest, _lora_key)
         starts.split(checkpoint, own)
 
     def why_not_model(self, root: nn.Module) -> str | None:
         return None
+
+
+def _parts_of(names: Collection[str]) -> dict[str, tuple[str, str]]:
+    """The module and tensor (A, B or m) of every key of a layer that is no embedding."""
+    found = {name: match for name in names if (match := _KEY.fullmatch(name))}
+    return {
+        name: (match["module"], _PARTS[match["part"]])
+        for name, match in found.items()
+        if "embedding" not in match["part"]
+    }
 
 
 def _lora_key(module: str, tensor: str, kind: str | None) -> str:

@@ -50,6 +50,8 @@ class VeraFormat:
         for name, layer in checkpoint.sites.items():
             if layer.kind == "embedding":
                 return f"peft has no form for the embedding {name!r}"
+            if layer.kind == "convolution":
+                return f"peft's VeRA has no form for the convolution {name!r}"
             for field in ("r", "seed", "draw"):
                 value = getattr(layer.rule, field)
                 if value != getattr(config, field):
@@ -94,9 +96,11 @@ class VeraFormat:
             tensors = dict(tensors)
             _take_matrices(checkpoint, tensors)
         rest = layers.bare_keys(checkpoint, tensors)
-        layers.read_layers(
-            checkpoint, rest, _KEY, _PARTS, _key_of, lambda module, part: CheckpointLayer(built)
-        )
+
+        def layer_of(module: str, part: str) -> CheckpointLayer:
+            return CheckpointLayer(built, kind="linear")
+
+        layers.read_layers(checkpoint, rest, _KEY, _PARTS, _key_of, layer_of)
         return layers.finish_reading(checkpoint, rest, config, first)
 
     def restore(

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from ...methods.config import DTYPES
 from ...ops import native, projection
+from ...ops.convolution import Geometry
 from ...ops.low_rank import LowRank
 from ..swapped import OWN
 
@@ -54,6 +55,7 @@ class BaseLayer:
     takes_ids: ClassVar[bool] = False  # the input holds ids: the map of one-hot vectors
     transposed: ClassVar[bool] = False  # W is stored as [in, out]
     has_weight: ClassVar[bool] = True  # there is a weight matrix
+    geometry: Geometry | None = None  # what a kernel means; of a convolution only
     is_convolution: ClassVar[bool] = False  # its channels come before positions, which it mixes
 
     def __init__(self, module: nn.Module) -> None:

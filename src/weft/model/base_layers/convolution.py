@@ -31,7 +31,15 @@ class ConvolutionLayer(BaseLayer):
 
     kind = "convolution"
     is_convolution = True
-    _geometry: Geometry | None = None
+    geometry: Geometry
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        m: Any = module
+        inputs, size = m.in_channels // m.groups, tuple(m.kernel_size)
+        self.geometry = Geometry(
+            inputs, size, m.groups, tuple(m.dilation), m.padding_mode, m.transposed
+        )
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -45,21 +53,6 @@ class ConvolutionLayer(BaseLayer):
         dims = len(module.kernel_size)  # type: ignore[arg-type]
         fault = weight_fault(module, dims + 2)
         return _other_map(cls(module), plain) if fault is None else fault
-
-    @property
-    def geometry(self) -> Geometry:
-        """What the kernel means."""
-        if self._geometry is None:
-            m: Any = self.module
-            self._geometry = Geometry(
-                m.in_channels // m.groups,
-                tuple(m.kernel_size),
-                m.groups,
-                tuple(m.dilation),
-                m.padding_mode,
-                m.transposed,
-            )
-        return self._geometry
 
     def matrix(self, stored: Tensor) -> Tensor:
         return self.geometry.matrix(stored)
