@@ -13,6 +13,7 @@ from ..model.adapter import Adapter
 from ..model.structure import Structure
 from ..ops.convolution import Geometry
 from .fingerprint import Fingerprint
+from .naming import Naming
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Checkpoint:
     adapter made good at its start, if it did. `biases` says which biases of the base
     a file of peft must have: "none", "all", or "targets" (those of the adapted layers). `adapted`
     names the layers of a model that the file must have, beside those of `config`; it also gets the
-    names of the tensors that are trained in full. `tokens` are the rows of new tokens [n, width], by
+    names of the tensors that are trained in full. `naming` finds the model's name for each layer if the
+    file has names of another kind. `tokens` are the rows of new tokens [n, width], by
     the first module that reads them, `token_ids` their ids, and `token_counts` the number of rows in
     the base's table, if the file records it.
     """
@@ -88,6 +90,7 @@ class Checkpoint:
     peft_reads_it: bool = True
     in_order: bool = False
     biases: str = "none"
+    naming: Naming | None = None
     adapted: Callable[[Structure, Collection[str]], list[str]] | None = None
     fingerprint: Fingerprint | None = None
     loftq: str | None = None

@@ -16,7 +16,7 @@ from ..model.offload import device_of, offloads
 from ..model.state import find_state
 from ..model.structure.selection import tensors_of_modules, trained_tensors
 from ..model.structure.tokens import TokenTable
-from . import formats, matching, tokens
+from . import formats, kinds, matching, tokens
 from .checkpoint import Checkpoint, CheckpointLayer
 from .problems import fault_of, misfit, nearest, same_values
 from .projections import projections_for
@@ -48,7 +48,11 @@ class LoadPlan:
         tensors = [*checkpoint.selected, *checkpoint.repeated]
         wanted = [*(() if checkpoint.in_order else checkpoint.sites), *map(_parent, tensors)]
         wanted += checkpoint.tokens
-        self.names = matching.match(list(dict.fromkeys(wanted)), self.modules)
+        self.names = (checkpoint.naming or matching.match)(
+            list(dict.fromkeys(wanted)), self.modules
+        )
+        if checkpoint.naming is not None:
+            self.config = checkpoint.naming.renamed(self.config, self.names, self.problems)
         self.mapped = [*checkpoint.mapped, *self.names.mapped]
         self._prompt_modules: dict[str, Any] | None = None
         if checkpoint.in_order:
@@ -92,22 +96,9 @@ class LoadPlan:
         if host is None:
             return
         shape = (host.out_features, host.in_features)
-        kernel = getattr(host, "geometry", None)
-        family = _family(layer.kind)
-        if layer.kind is None and kernel is not None:  # peft's AdaLoRA has matrices either way
-            fault = formats.convolution_fault(kernel, (2,))
-            family = "convolution" if fault is None else family
-        if family != _family(host.kind) or (layer.shape or shape) != shape:
-            self.problems.append(
-                f"{module!r} is a {layer.kind or 'linear'} layer {list(layer.shape or shape)} (out, "
-                f"in) in the file, and the model's {name!r} a {host.kind} layer {list(shape)}"
-            )
-            return
-        if layer.geometry not in (None, kernel):
-            self.problems.append(
-                f"{module!r} is a convolution {layer.geometry} in the file, and the model's {name!r} one "
-                f"{kernel}"
-            )
+        fault = kinds.misfit(module, name, layer, host)
+        if fault is not None:
+            self.problems.append(fault)
             return
         if host.device.type == "meta" and not offloads(self.modules[name]):
             self.problems.append(
@@ -383,11 +374,6 @@ class LoadPlan:
             ]
         self.config = replace(self.config, modules_to_save=kept)
         return tensors_of_modules(self.structure, kept)
-
-
-def _family(kind: str | None) -> str:
-    """Layers of one family can take each other's tensors; a matrix may be stored transposed."""
-    return kind if kind in ("embedding", "norm", "convolution") else "linear"
 
 
 def _parent(tensor: str) -> str:

@@ -40,9 +40,9 @@ _KEY = re.compile(
 )  # a state_dict taken by hand has the adapter's name in it
 # Initialisations that leave the base as it was. Of those that rewrite it, "pissa" and "olora" can be
 # done again (peft_starts.py); with the others the tensors belong to a base that no one has.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
-_SUPPORTED = {
+SUPPORTED = {
     "bias": str | None,
     "r": int,
     "lora_alpha": float,
@@ -86,10 +86,10 @@ class LoraFormat:
         Raises UnsupportedError if a field of peft is not supported, and ConfigError if a value is
         invalid.
         """
-        layers.refuse_fields(config, _SUPPORTED, "LoRA")
+        layers.refuse_fields(config, SUPPORTED, "LoRA")
         init = config.get("init_lora_weights")
         of_weight = starts.init_of(config)
-        if init not in _PLAIN_INITS and of_weight is None:
+        if init not in PLAIN_INITS and of_weight is None:
             layers.refuse_fields({"init_lora_weights": init}, {}, "LoRA")
         method = DoRA if config.get("use_dora") else LoRA
         built = method(
