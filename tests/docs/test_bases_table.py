@@ -2,9 +2,10 @@
 
 import json
 
-import bases_record
 import docs_bases
 import pytest
+
+import bases_record
 
 
 @pytest.fixture
