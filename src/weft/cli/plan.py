@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,18 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..inference.pretrained import empty_model, find_source
-    from ..model.attach import attach
+    from ..model.attach import attach_noted
     from ..model.memory import estimate
-    from ..model.plan import size_text
+    from ..model.plan import WIDTH, size_text
 
     model = empty_model(find_source(args.model)).to(getattr(torch, args.dtype))
-    adapter = attach(model, config)
+    adapter = attach_noted(model, config)
     plan = adapter.plan()
     memory = estimate(adapter, _inputs(model, args))
     print(f"{type(model).__name__} from {args.model}")
     print(plan)
+    for note in adapter.notes:
+        print(textwrap.fill(f"note: {note}", WIDTH))
     print(f"file: {size_text(adapter.nbytes)}")
     print(_memory_text(memory, args, size_text))
     write_json(
