@@ -53,7 +53,7 @@ def _numbers(root: nn.Module) -> dict[int, int]:
             own = [getattr(module, "bias", None)]
         for p in own:
             if isinstance(p, nn.Parameter):
-                found.setdefault(id(p), 0 if nn.parameter.is_lazy(p) else p.numel())
+                found.setdefault(id(p), p.numel())
     return found
 
 
