@@ -214,14 +214,6 @@ def test_strengths_and_sums_over_a_quantised_base(base):
         assert distance(base(x), wanted) < 1e-5
 
 
-def test_merging_into_few_bits_is_refused_by_name(base):
-    weft.attach(base, METHODS["LoRA"])
-    with pytest.raises(
-        weft.MergeError, match=r"'0': its weight is quantised .*without quantisation"
-    ):
-        weft.merge(base)
-
-
 def test_detach_gives_the_layers_back(base):
     classes = [type(m) for m in base]
     weft.attach(base, METHODS["DoRA"])

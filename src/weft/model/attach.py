@@ -16,7 +16,7 @@ from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS
-from . import base_layers, fallback, left_out, prompts, statistics, token_layers
+from . import base_layers, fallback, left_out, packed_merge, prompts, statistics, token_layers
 from .adapter import Adapter
 from .attach_checks import check_name, check_ownership, check_tied
 from .layer import AdapterLayer, adapt, is_adapted, layers_of, restore
@@ -236,16 +236,19 @@ def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -
 def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     name = adapter.name
     check_not_in_use(state, name)
-    if state.merged is not None:
-        if state.merged.name != name or not keep_merged:
-            raise MergeError(
-                f"adapter {state.merged.name!r} is merged. Call weft.unmerge(model) first, or "
-                f"weft.detach(model, {state.merged.name!r}, keep_merged=True) to keep its weights."
-            )
+    record = state.merged
+    if record is not None and (record.name != name or not keep_merged):
+        raise MergeError(
+            f"adapter {record.name!r} is merged. Call weft.unmerge(model) first, or "
+            f"weft.detach(model, {record.name!r}, keep_merged=True) to keep its weights."
+        )
+    if record is not None:
         state.end_merge()
     state.forget(name)
     _remove(state, adapter)
     del state.adapters[name]
+    if record is not None:
+        packed_merge.keep(state.root, record, state.adapters.values())
     state.active.names.pop(name, None)
     state.wiring.note(state)
     if not state.adapters:

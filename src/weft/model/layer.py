@@ -237,6 +237,11 @@ class AdapterLayer(nn.Module):
             self.cache.clear()
         return found
 
+    def forget(self) -> None:
+        """Drops what is kept of the base's weight."""
+        self._plans = [None] * 4
+        self.cache.clear()
+
     def seen(self, out: Tensor) -> Tensor:
         """The output, after the watch over the optimiser's steps, if there is one, has looked at
         it.
@@ -289,7 +294,7 @@ def _of_a_part(active: ActiveAdapters, training: bool) -> Active:
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
-    cls = _adapted_class(base)
+    cls = adapted_class(base)
     return cls.__new__(cls)
 
 
@@ -299,7 +304,8 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     return _blank, (type(self)._weft_base,), self.__dict__  # type: ignore[attr-defined]
 
 
-def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Returns the subclass of a layer's own class that runs adapters, too."""
     if base not in _classes:
         body = {
             "_weft_base": base,
@@ -332,7 +338,7 @@ def adapt(module: nn.Module, active: ActiveAdapters) -> None:
     if inner is not None and getattr(inner, "__func__", None) is not cls.forward:
         module.__dict__[INNER_FORWARD] = inner
     module.add_module(CHILD, nn.ModuleDict())
-    module.__class__ = _adapted_class(cls)
+    module.__class__ = adapted_class(cls)
     if offloads(module):
         forget_offloaded(module)
 
@@ -376,8 +382,7 @@ def forget_offloaded(module: nn.Module) -> None:
 def _forget(module: nn.Module, args: Any, out: Any) -> None:
     layers: dict[str, Any] = dict(layers_of(module)._modules)
     for layer in layers.values():
-        layer._plans = [None] * 4
-        layer.cache.clear()
+        layer.forget()
 
 
 def layers_of(module: nn.Module) -> nn.ModuleDict:

@@ -93,11 +93,6 @@ class BaseLayer:
         """Returns the tensors [...] that W is unpacked from at every read; None if W is stored as it is."""
         return None
 
-    @property
-    def not_mergeable(self) -> str | None:
-        """Why W' cannot be written into the layer, or None."""
-        return None
-
     def forward(self, x: Tensor) -> Tensor:
         """Returns the layer's own output [..., out] for another input, without any adapter."""
         return own_forward(self.module, x)
