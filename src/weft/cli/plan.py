@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any
 
 from ..tasks.quantize import DTYPES
@@ -64,16 +65,19 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..inference.pretrained import empty_model, find_source
-    from ..model.attach import attach
+    from ..model.attach import attach_noted
     from ..model.memory import estimate
     from ..model.plan import size_text
+    from ..untrusted.printable import WIDTH
 
     model = empty_model(find_source(args.model)).to(getattr(torch, args.dtype))
-    adapter = attach(model, config)
+    adapter = attach_noted(model, config)
     plan = adapter.plan()
     memory = estimate(adapter, _inputs(model, args))
     print(f"{type(model).__name__} from {args.model}")
     print(plan)
+    for note in adapter.notes:
+        print(textwrap.fill(f"note: {note}", WIDTH))
     print(f"file: {size_text(adapter.nbytes)}")
     print(_memory_text(memory, args, size_text))
     write_json(

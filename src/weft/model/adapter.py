@@ -60,6 +60,7 @@ class Adapter:
     token_layers: dict[str, AdapterLayer] = field(default_factory=dict)
     frozen: list[Frozen] = field(default_factory=list)
     routed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # of attaching: what it left out
     load_report: Any = None
     loftq: str | None = None  # how the layers are packed whose loss its start made good
     number: int = field(default_factory=itertools.count().__next__)  # no other adapter has it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from ..methods.base import LowRankMethod, PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS, patterns
-from . import base_layers, fallback, prompts, statistics, token_layers
+from . import base_layers, fallback, left_out, packed_merge, prompts, statistics, token_layers
 from .adapter import Adapter
 from .attach_checks import check_name, check_ownership, check_tied
 from .layer import AdapterLayer, adapt, is_adapted, layers_of, restore
@@ -57,15 +58,28 @@ def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
     Gradients that the base still has are dropped: an optimiser would apply them to frozen weights.
 
     Raises ConfigError (not a Weft configuration, bad name), TargetError (the targets do not fit the
-    model), WeftError (the name is taken), MergeError (an adapter is merged).
+    model), WeftError (the name is taken), MergeError (an adapter is merged). Warns if
+    targets="all-linear" leaves out much of the model, in layers of a kind that it does not mean.
     """
+    adapter = attach_noted(model, config, name)
+    for note in adapter.notes:
+        warnings.warn(note, stacklevel=2)
+    return adapter
+
+
+def attach_noted(model: nn.Module, config: Any, name: str = "default") -> Adapter:
+    """Attaches as `attach` does. What `attach` warns of is in the adapter's notes only."""
     if type(config) not in methods.METHODS.values():
         raise ConfigError(
             f"attach(config={config!r}): write a Weft configuration, for example weft.LoRA(r=8). "
             f"Methods: {list(methods.METHODS)}."
         )
     structure = Structure.of(unwrapped(model))
-    return attach_resolved(structure, config, parts_of(structure, config), name)
+    parts = parts_of(structure, config)
+    notes = left_out.check(structure, config, parts.frozen)
+    adapter = attach_resolved(structure, config, parts, name)
+    adapter.notes = notes
+    return adapter
 
 
 def parts_of(structure: Structure, config: Any) -> Parts:
@@ -225,16 +239,19 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
     name = adapter.name
     check_not_in_use(state, name)
     give_back(state.root, adapter.selected_tensors.values())
-    if state.merged is not None:
-        if state.merged.name != name or not keep_merged:
-            raise MergeError(
-                f"adapter {state.merged.name!r} is merged. Call weft.unmerge(model) first, or "
-                f"weft.detach(model, {state.merged.name!r}, keep_merged=True) to keep its weights."
-            )
+    record = state.merged
+    if record is not None and (record.name != name or not keep_merged):
+        raise MergeError(
+            f"adapter {record.name!r} is merged. Call weft.unmerge(model) first, or "
+            f"weft.detach(model, {record.name!r}, keep_merged=True) to keep its weights."
+        )
+    if record is not None:
         state.end_merge()
     state.forget(name)
     _remove(state, adapter)
     del state.adapters[name]
+    if record is not None:
+        packed_merge.keep(state.root, record, state.adapters.values())
     state.active.names.pop(name, None)
     state.active.versions.pop(name, None)
     state.wiring.note(state)

@@ -253,6 +253,11 @@ class AdapterLayer(nn.Module):
             self.cache.clear()
         return found
 
+    def forget(self) -> None:
+        """Drops what is kept of the base's weight."""
+        self._plans = [None] * 4
+        self.cache.clear()
+
     def seen(self, out: Tensor) -> Tensor:
         """The output, after the watch over the optimiser's steps, if there is one, has looked at
         it.
@@ -311,6 +316,11 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 _adapted = Subclasses("Adapted", _blank, forward=adapted_forward)
 
 
+def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Returns the subclass of a layer's own class that runs adapters, too."""
+    return _adapted.of(base)
+
+
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module carries adapters, as an adapted layer or as the place of a prompt."""
     return _ACTIVE in module.__dict__
@@ -329,7 +339,7 @@ def adapt(module: nn.Module, active: ActiveAdapters) -> None:
     if inner is not None and getattr(inner, "__func__", None) is not cls.forward:
         module.__dict__[INNER_FORWARD] = inner
     module.add_module(CHILD, nn.ModuleDict())
-    module.__class__ = _adapted.of(cls)
+    module.__class__ = adapted_class(cls)
     if offloads(module):
         forget_offloaded(module)
 
@@ -373,8 +383,7 @@ def forget_offloaded(module: nn.Module) -> None:
 def _forget(module: nn.Module, args: Any, out: Any) -> None:
     layers: dict[str, Any] = dict(layers_of(module)._modules)
     for layer in layers.values():
-        layer._plans = [None] * 4
-        layer.cache.clear()
+        layer.forget()
 
 
 def layers_of(module: nn.Module) -> nn.ModuleDict:

@@ -34,13 +34,19 @@ ATTRIBUTE = STATE
 
 @dataclass(frozen=True, eq=False)
 class Backup:
-    """One merged weight: its name, the parameter, its bits [...] before, its version and digest after."""
+    """One merged weight: its name, the parameter, its bits [...] before, its version and digest after.
+
+    `packed`: the module whose packed layer was exchanged; then `bits` are its codes, and `dtype` that of
+    the parameter that stands for them.
+    """
 
     name: str
     parameter: nn.Parameter
     bits: Tensor
     version: int
     digest: tuple[int, int]
+    packed: nn.Module | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass

@@ -118,11 +118,6 @@ class BaseLayer:
         """Returns the tensors [...] that W is unpacked from at every read; None if W is stored as it is."""
         return None
 
-    @property
-    def not_mergeable(self) -> str | None:
-        """Why W' cannot be written into the layer, or None."""
-        return None
-
     def feature_dims(self, x: Tensor, y: Tensor) -> int:
         """Returns how many of the last dimensions of the input x are no positions, given the output y
         [..., out]: none of ids, one of vectors.
