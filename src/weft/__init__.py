@@ -31,8 +31,9 @@ from .methods import (
     VeRA,
 )
 from .model.adapter import Adapter
-from .model.attach import adapters, attach, detach
+from .model.attach import adapters, attach
 from .model.combine import combine
+from .model.detach import detach
 from .model.groups import parameter_groups
 from .model.merge import effective_weight, merge, unmerge
 from .model.merge_report import MergeReport

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import ConfigError
     from ..inference.opened import missing_tokenizer, set_padding
     from ..inference.pretrained import base_for, dummy_inputs, find_source, is_classifier
-    from ..model.attach import detach
+    from ..model.detach import detach
     from ..model.merge import merge
 
     if is_taken(args.out):

@@ -1,4 +1,4 @@
-"""Attaches adapters to a model in place, and detaches them."""
+"""Attaches adapters to a model in place."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from typing import Any
 from torch import nn
 
 from .. import methods
-from ..errors import ConfigError, MergeError, TargetError
+from ..errors import ConfigError, TargetError
 from ..methods.base import LowRankMethod, PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS, patterns
-from . import base_layers, fallback, left_out, packed_merge, prompts, statistics, token_layers
+from . import base_layers, fallback, left_out, prompts, statistics, token_layers
 from .adapter import Adapter
 from .attach_checks import check_name, check_ownership, check_tied
-from .layer import AdapterLayer, adapt, is_adapted, layers_of, restore
+from .detach import remove, tell_trainers
+from .layer import AdapterLayer, adapt, is_adapted, layers_of
 from .offload import check_loadable, loaded
 from .plan_entries import Frozen
-from .selected import give_back, select
-from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
-from .stepping import follow, follows, unfollow
+from .selected import select
+from .state import ATTRIBUTE, State, base_only, find_state, unwrapped
+from .stepping import follow, follows
 from .steps_watch import Watch
 from .structure import Structure, targets
 from .structure.selection import tensors_of_modules, trained_tensors, unsupported
 from .structure.tokens import token_tables
-from .use import check_as_able, check_not_in_use
+from .use import check_as_able
 
 _attaching = threading.RLock()
 
@@ -173,7 +174,7 @@ def _replace(
                 continue
             check_name(state, name, taken=True)
             check_as_able(state.active, adapter, state.adapter(name))
-            _remove(state, state.adapter(name))
+            remove(state, state.adapter(name))
             _install(structure, state, adapter, modules)
             return adapter
 
@@ -221,75 +222,6 @@ def _made(
     if not any(True for _ in adapter.parameters()):
         raise TargetError(f"{config!r} finds nothing to train in {type(root).__name__}.")
     return adapter, modules
-
-
-def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -> None:
-    """Detaches an adapter: the model has the modules, keys, flags and outputs that it had before.
-
-    If it was the active adapter, the base becomes active. keep_merged=True drops a merged adapter
-    and leaves its effective weights in the model permanently. Raises WeftError (no such adapter, or
-    an open `with weft.use(...)` uses it), MergeError (it is merged and keep_merged was not given).
-    """
-    state = state_of(model)
-    with state.gate.alone(f"detach adapter {name!r}"):
-        _detach(state, state.adapter(name), keep_merged)
-
-
-def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
-    name = adapter.name
-    check_not_in_use(state, name)
-    give_back(state.root, adapter.selected_tensors.values())
-    record = state.merged
-    if record is not None and (record.name != name or not keep_merged):
-        raise MergeError(
-            f"adapter {record.name!r} is merged. Call weft.unmerge(model) first, or "
-            f"weft.detach(model, {record.name!r}, keep_merged=True) to keep its weights."
-        )
-    if record is not None:
-        state.end_merge()
-    state.forget(name)
-    _remove(state, adapter)
-    del state.adapters[name]
-    if record is not None:
-        packed_merge.keep(state.root, record, state.adapters.values())
-    state.active.names.pop(name, None)
-    state.active.versions.pop(name, None)
-    state.wiring.note(state)
-    if not state.adapters:
-        for full, parameter in state.root.named_parameters():
-            parameter.requires_grad_(state.required_grad.get(full, parameter.requires_grad))
-        state.fast_paths.restore()
-        state.unwatch_root()
-        _tell_trainers(state.root, False)
-        del state.root.__dict__[ATTRIBUTE]
-
-
-def _tell_trainers(root: Any, attached: bool) -> None:
-    """transformers.Trainer and TRL refuse a quantised model unless they see this sign of an adapter."""
-    if getattr(root, "is_quantized", False):
-        root._hf_peft_config_loaded = attached
-
-
-def _remove(state: State, adapter: Adapter) -> None:
-    """Takes the adapter's layers, hooks and base tensors out of the model; its name stays."""
-    if state._installed == adapter.name:
-        state.install(None)
-    if isinstance(adapter.config, PromptMethod):
-        prompts.uninstall(state, adapter)
-    for layer in adapter.every_layer().values():
-        module = layer.base.module
-        del layers_of(module)[adapter.name]
-        if not len(layers_of(module)):
-            restore(module)
-    state.active.marked.discard(adapter.name)
-    state.active.forget_calls()
-    others = [other for other in state.adapters.values() if other is not adapter]
-    if not any(other.selected_tensors for other in others):
-        state.unguard()
-    if not any(other.config.freeze_batch_norm for other in others):
-        statistics.release(statistics.with_statistics(state.root).values())
-    unfollow(adapter)
-    state.uncalled.drop(adapter.name)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -376,7 +308,7 @@ def _install(
             parameter.grad = None  # an optimiser that has it would go on stepping
         root.__dict__[ATTRIBUTE] = state
         state.watch_root()
-        _tell_trainers(root, True)
+        tell_trainers(root, True)
     if isinstance(adapter.config, PromptMethod):
         prompts.install(state, adapter, structure)
     for name, layer in adapter.every_layer().items():
