@@ -80,11 +80,10 @@ class PackedLayer(BaseLayer):
 
     @property
     def fallback_reason(self) -> str | None:
-        return f"its weight is quantised ({self.label})"
+        return f"its weight is quantised ({self.packed_as})"
 
     @property
-    def label(self) -> str:
-        """The name of the format."""
+    def packed_as(self) -> str:
         return self.packing.label(self.packed)
 
 
