@@ -294,7 +294,7 @@ def _dtype_beside(root: nn.Module, layers: Mapping[str, PackedLayer]) -> torch.d
             if p is not None and p.dtype in DTYPES.values():
                 return p.dtype
     for layer in layers.values():
-        return layer.packing.weight(layer.packed).dtype
+        return layer.packing.dtype(layer.packed)
     return torch.float32
 
 

@@ -45,11 +45,8 @@ class PromptHost:
     takes_ids: ClassVar[bool] = False
     has_weight: ClassVar[bool] = True  # nothing reads it: prompts are no change of a weight
     transposed: ClassVar[bool] = False
-<<<<<<< HEAD
     is_convolution: ClassVar[bool] = False
-=======
     packed_as: ClassVar[None] = None
->>>>>>> 1015619 (weft merge over the quantised weights of a run, or --onto those before; an adapter's file names the formats that it was on; save_pretrained of a quantised model looks for no adapter of peft)
 
     @property
     def kind(self) -> str:
