@@ -9,6 +9,7 @@ from torch import nn
 import bases_record
 import weft
 from weft.model import packings
+from weft.model.base_layers import packed
 from weft.ops.cache import counts
 
 METHODS = {
@@ -271,6 +272,7 @@ def test_an_evaluation_between_two_steps_changes_neither_base_nor_gradients(quan
     adapter = weft.attach(model, weft.DoRA(r=4, targets=["0"]))
     moved(adapter)
     x = torch.randn(6, 512).bfloat16().requires_grad_()
+    model(x)  # bitsandbytes casts the bias, in place
     before, gradients = weft.snapshot(model).base, []
     for _ in range(2):
         model.train()
@@ -283,6 +285,13 @@ def test_an_evaluation_between_two_steps_changes_neither_base_nor_gradients(quan
     assert all(bool(g.any()) for g in gradients[0])
     assert weft.snapshot(model).base == before
     assert not getattr(model[0].weight.quant_state, "packing_format_for_cpu", False)
+
+
+def test_the_input_that_is_tried_leaves_the_layer_as_it_was(monkeypatch):
+    monkeypatch.setattr(packed, "_faults", {})
+    model = wide()
+    weft.attach(model, weft.LoRA(r=4, targets=["0"]))
+    assert model[0].bias.dtype == torch.float32  # a forward casts it to that of the input
 
 
 def test_a_layer_that_was_packed_anew_before_attach_is_refused_by_name():
