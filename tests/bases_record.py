@@ -58,7 +58,7 @@ def note(base: str, method: str, verdict: str, reason: str, library: str, needs:
             found[key] == row[key] for key in ("library", "verdict", "reason", "needs")
         ), (
             f"{path.name} does not say {base}, {method}: {verdict} ({reason}), but {found}; run the "
-            "test with WEFT_RECORD_BASES=1 and commit what it writes, then `make docs-tables`"
+            "test with WEFT_RECORD_BASES=1 (or `make bases RECORD=1`) and commit what it writes, then `make docs-tables`"
         )
         return
     if at is None:

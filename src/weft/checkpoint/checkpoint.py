@@ -65,7 +65,8 @@ class Checkpoint:
     seed, by share key. `problems` are faults within the file. If `in_order`, the file names no
     modules, and its layers are those of the model in order. `fingerprint` is that of the base, which
     files of peft and of early versions do not have. `loftq` is how the layers were packed whose loss the
-    adapter made good at its start, if it did. `biases` says which biases of the base
+    adapter made good at its start, if it did, and `packed` the formats of the packed layers that it was
+    saved on, if it was on some. `biases` says which biases of the base
     a file of peft must have: "none", "all", or "targets" (those of the adapted layers). `adapted`
     names the layers of a model that the file must have, beside those of `config`; it also gets the
     names of the tensors that are trained in full. `naming` finds the model's name for each layer if the
@@ -94,6 +95,7 @@ class Checkpoint:
     adapted: Callable[[Structure, Collection[str]], list[str]] | None = None
     fingerprint: Fingerprint | None = None
     loftq: str | None = None
+    packed: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
     mapped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -37,6 +37,7 @@ def checkpoint_of(adapter: Adapter, values: bool = True, projections: bool = Fal
         checksums=checksums_of(adapter, values),
         fingerprint=fingerprint_of(adapter, values),
         loftq=adapter.loftq,
+        packed=adapter.packed_as,
     )
     for module, layer in adapter.layers.items():
         found.sites[canonical(module)] = CheckpointLayer(

@@ -99,6 +99,8 @@ def metadata_of(
         manifest["convolutions"] = {name: geometry_fields(g) for name, g in kernels.items()}
     if checkpoint.loftq is not None:
         manifest["loftq"] = checkpoint.loftq
+    if checkpoint.packed:
+        manifest["packed"] = list(checkpoint.packed)
     found = checkpoint.fingerprint
     if found is None:
         return _sealed(head, manifest, written, values)
@@ -144,6 +146,7 @@ def parse(path: Path, metadata: Mapping[str, str]) -> Header:
         layout = head["layout"]
         found = Checkpoint(config, "weft", layout, manifest["base"], checksums=head["shared"])
         found.loftq = manifest.get("loftq")
+        found.packed = tuple(manifest.get("packed", ()))
         reached = manifest.get("reached", {})
         kernels = geometries(manifest)
         for module, kind, (out, in_), overrides in manifest["sites"]:

@@ -30,6 +30,8 @@ def check_fields(head: Any, manifest: Any, sums: str) -> None:
     _check(_is_text_map(manifest.get("reached", {})), "reached", manifest.get("reached"))
     loftq = manifest.get("loftq")
     _check(isinstance(loftq, str | None), "loftq", loftq)
+    packed = manifest.get("packed", [])
+    _check(isinstance(packed, list) and all(isinstance(p, str) for p in packed), "packed", packed)
     _check_base(manifest["base"])
     _check_sites(manifest["sites"])
 

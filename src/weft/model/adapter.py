@@ -108,6 +108,12 @@ class Adapter:
         known: dict[int, str] = {}
         return {n: p for n, p in found.items() if known.setdefault(id(p), n) == n}
 
+    @property
+    def packed_as(self) -> tuple[str, ...]:
+        """The names of the formats of the packed layers that it is on."""
+        found = {layer.base.packed_as for layer in self.layers.values()}
+        return tuple(sorted(found - {None}))
+
     def every_layer(self) -> dict[str, AdapterLayer]:
         """Returns `layers` and `token_layers`."""
         return {**self.layers, **self.token_layers}

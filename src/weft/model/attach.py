@@ -19,10 +19,11 @@ from ..methods.target_spec import KEYWORDS, patterns
 from . import base_layers, fallback, left_out, prompts, statistics, token_layers
 from .adapter import Adapter
 from .attach_checks import check_name, check_ownership, check_tied
-from .detach import remove, tell_trainers
+from .detach import remove
 from .layer import AdapterLayer, adapt, is_adapted, layers_of
 from .offload import check_loadable, loaded
 from .plan_entries import Frozen
+from .saving import tell_trainers
 from .selected import select
 from .state import ATTRIBUTE, State, base_only, find_state, unwrapped
 from .stepping import follow, follows

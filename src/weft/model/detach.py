@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ..errors import MergeError
@@ -11,6 +9,7 @@ from ..methods.base import PromptMethod
 from . import packed_merge, prompts, statistics
 from .adapter import Adapter
 from .layer import layers_of, restore
+from .saving import tell_trainers
 from .selected import give_back
 from .state import ATTRIBUTE, State, state_of
 from .stepping import unfollow
@@ -56,12 +55,6 @@ def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
         state.unwatch_root()
         tell_trainers(state.root, False)
         del state.root.__dict__[ATTRIBUTE]
-
-
-def tell_trainers(root: Any, attached: bool) -> None:
-    """transformers.Trainer and TRL refuse a quantised model unless they see this sign of an adapter."""
-    if getattr(root, "is_quantized", False):
-        root._hf_peft_config_loaded = attached
 
 
 def remove(state: State, adapter: Adapter) -> None:

@@ -149,7 +149,7 @@ def dequantise(root: nn.Module, dtype: torch.dtype | None) -> list[str]:
         if fault is not None:
             raise UnsupportedError(f"{name!r} cannot be made dense: {fault}.")
     views = {name: PackedLayer(module) for name, module in found.items()}
-    labels = sorted({layer.label for layer in views.values()})
+    labels = sorted({layer.packed_as for layer in views.values()})
     dtype = dtype or _dtype_beside(root, views)
     for layer in views.values():
         make_dense(layer.module, layer.weight().to(dtype), layer.bias)
@@ -157,6 +157,16 @@ def dequantise(root: nn.Module, dtype: torch.dtype | None) -> list[str]:
     if views:
         _tell_transformers(root)
     return labels
+
+
+@torch.no_grad()
+def cast_beside(root: nn.Module, name: str) -> None:
+    """Casts all parameters of a model but those of packed layers to the dtype of this name."""
+    for _, module in base_modules(root):
+        if packing_of(module) is None:
+            for p in module._parameters.values():
+                if p is not None and p.dtype in DTYPES.values():
+                    p.data = p.data.to(DTYPES[name])
 
 
 def _tell_transformers(root: Any) -> None:
@@ -194,7 +204,7 @@ class PackedMerge:
         self, layers: Mapping[str, PackedLayer], dtype: torch.dtype, requantise: bool
     ) -> None:
         self.dtype, self.requantise, self.count = dtype, requantise, len(layers)
-        self.formats = ", ".join(sorted({layer.label for layer in layers.values()}))
+        self.formats = ", ".join(sorted({layer.packed_as for layer in layers.values()}))
         # the dtypes whose rounding the packed layers' outputs have
         self.rounds = {layer.packing.computes_in(layer.packed) for layer in layers.values()}
         self._kept = self._size = 0.0
@@ -273,7 +283,7 @@ def plan(adapter: Adapter, dtype: torch.dtype | None, requantise: bool) -> Packe
             )
         why = layer.packing.why_not_pack(layer.module) if requantise else None
         if why is not None:
-            raise UnsupportedError(f"requantise=True: {name!r} is {layer.label}: {why}.")
+            raise UnsupportedError(f"requantise=True: {name!r} is {layer.packed_as}: {why}.")
     return PackedMerge(layers, dtype or _dtype_beside(adapter.model, layers), requantise)
 
 
@@ -284,7 +294,7 @@ def _dtype_beside(root: nn.Module, layers: Mapping[str, PackedLayer]) -> torch.d
             if p is not None and p.dtype in DTYPES.values():
                 return p.dtype
     for layer in layers.values():
-        return layer.packing.weight(layer.packed).dtype
+        return layer.packing.dtype(layer.packed)
     return torch.float32
 
 

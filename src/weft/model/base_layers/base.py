@@ -114,6 +114,11 @@ class BaseLayer:
         bias: Tensor | None = getattr(self.module, "bias", None)
         return bias
 
+    @property
+    def packed_as(self) -> str | None:
+        """The name of the format that W is packed in; None if it is stored as it is."""
+        return None
+
     def codes(self) -> tuple[Tensor, ...] | None:
         """Returns the tensors [...] that W is unpacked from at every read; None if W is stored as it is."""
         return None

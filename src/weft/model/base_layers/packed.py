@@ -80,11 +80,10 @@ class PackedLayer(BaseLayer):
 
     @property
     def fallback_reason(self) -> str | None:
-        return f"its weight is quantised ({self.label})"
+        return f"its weight is quantised ({self.packed_as})"
 
     @property
-    def label(self) -> str:
-        """The name of the format."""
+    def packed_as(self) -> str:
         return self.packing.label(self.packed)
 
 
@@ -98,6 +97,7 @@ def _other_map(layer: PackedLayer) -> str | None:
         return None
     x = torch.linspace(-1, 1, 2 * W.shape[1], dtype=W.dtype, device=W.device).view(2, -1)
     bias = layer.bias
+    held = None if bias is None else bias.data
     wanted = x.float() @ W.float().t() + (0 if bias is None else bias.detach().float())
     try:
         with torch.enable_grad():
@@ -105,6 +105,9 @@ def _other_map(layer: PackedLayer) -> str | None:
             gradient = _gradient(found, x)
     except RuntimeError as error:
         return f"the forward of {what} fails: {error}"
+    finally:
+        if bias is not None and held is not None:
+            bias.data = held  # bitsandbytes casts it in place in a forward
     if gradient is None:
         return f"the forward of {what} gives its input no gradient"
     found = found.detach().float()

@@ -60,10 +60,15 @@ class Packing:
         raise NotImplementedError
 
     @classmethod
+    def dtype(cls, module: Any) -> torch.dtype:
+        """Returns the dtype of `weight`, without unpacking it. Raises NotImplementedError here."""
+        raise NotImplementedError
+
+    @classmethod
     def computes_in(cls, module: Any) -> torch.dtype:
         """Returns the dtype whose rounding the layer's output has."""
         found = getattr(module, "compute_dtype", None)
-        return found if isinstance(found, torch.dtype) else cls.weight(module).dtype
+        return found if isinstance(found, torch.dtype) else cls.dtype(module)
 
     @classmethod
     def why_not_pack(cls, module: Any) -> str | None:

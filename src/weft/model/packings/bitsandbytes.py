@@ -55,7 +55,13 @@ class FourBit(Packing):
 
     @classmethod
     def tensors(cls, module: Any) -> tuple[Tensor, ...]:
-        return module.weight.data, module.weight.quant_state.absmax
+        state, nested = module.weight.quant_state, module.weight.quant_state.state2
+        return module.weight.data, state.absmax, *(() if nested is None else (nested.absmax,))
+
+    @classmethod
+    def dtype(cls, module: Any) -> torch.dtype:
+        found: torch.dtype = module.weight.quant_state.dtype
+        return found
 
     @classmethod
     def why_not_pack(cls, module: Any) -> str | None:
@@ -117,6 +123,10 @@ class EightBit(Packing):
         state, weight = module.state, module.weight
         codes = state.CB if state.CB is not None else weight.data
         return codes, state.SCB if state.SCB is not None else weight.SCB
+
+    @classmethod
+    def dtype(cls, module: Any) -> torch.dtype:
+        return torch.float32
 
     @classmethod
     def computes_in(cls, module: Any) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .base import Packing, own_name
@@ -39,6 +40,11 @@ class HQQ(Packing):
         return tuple(
             t for t in (module.W_q.data, meta["scale"], meta["zero"]) if isinstance(t, Tensor)
         )
+
+    @classmethod
+    def dtype(cls, module: Any) -> torch.dtype:
+        found: torch.dtype = module.compute_dtype
+        return found
 
     @classmethod
     def why_not_pack(cls, module: Any) -> str | None:

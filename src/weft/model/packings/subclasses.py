@@ -53,7 +53,7 @@ class TensorSubclass(Packing):
         return parts(module.weight)
 
     @classmethod
-    def computes_in(cls, module: Any) -> torch.dtype:
+    def dtype(cls, module: Any) -> torch.dtype:
         found: torch.dtype = module.weight.dtype  # of the numbers that it stands for
         return found
 

@@ -46,6 +46,7 @@ class PromptHost:
     has_weight: ClassVar[bool] = True  # nothing reads it: prompts are no change of a weight
     transposed: ClassVar[bool] = False
     is_convolution: ClassVar[bool] = False
+    packed_as: ClassVar[None] = None
 
     @property
     def kind(self) -> str:
