@@ -1,6 +1,7 @@
 """Convolutions under every low-rank method, beside the functional convolution with the oracle's W'."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -348,14 +349,62 @@ class Counted(nn.Conv2d):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("cls", [Standardised, PadsFirst])
+class StandardisedWithin(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, (weight - weight.mean()) / weight.std(), bias)
+
+
+class Biased(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight + 1, bias)
+
+
+class Gated(nn.Conv2d):
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+@pytest.mark.parametrize("cls", [Standardised, StandardisedWithin, Biased, Gated])
 def test_a_convolution_that_computes_something_else_is_refused_by_name(cls):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), cls(4, 4, 3))
-    with pytest.raises(weft.TargetError, match=f"'1'.*the forward of {cls.__name__} computes"):
+    with pytest.raises(
+        weft.TargetError, match=rf"'1'.*forward of {cls.__name__} (comp|is not|fails)"
+    ):
         weft.attach(model, weft.LoRA(targets=["1"]))
     adapter = weft.attach(model, weft.LoRA(targets="conv"))
     assert list(adapter.layers) == ["0"]
-    assert f"the forward of {cls.__name__}" in " ".join(str(adapter.plan()).split())
+    assert f"forward of {cls.__name__}" in " ".join(str(adapter.plan()).split())
+
+
+def tiled(self, x, weight, bias):
+    """As interfaces for images without seams put it onto every convolution of a model."""
+    x = F.pad(x, (1, 1, 0, 0), mode="circular")
+    return F.conv2d(
+        F.pad(x, (0, 0, 1, 1)), weight, bias, self.stride, 0, self.dilation, self.groups
+    )
+
+
+@pytest.mark.parametrize("when", ["class", "before", "after"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "VeRA"])
+def test_a_padding_of_its_own_counts_for_the_update_too(when, way, name, monkeypatch):
+    cls = PadsFirst if when == "class" else nn.Conv2d
+    layer, x = cls(4, 4, 3, groups=2).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+
+    def patch():
+        layer._conv_forward = types.MethodType(tiled, layer)
+
+    if when == "before":
+        patch()
+    model, site = attached(layer, name, dtype="float64")
+    monkeypatch.setattr(convolution, "builds", lambda *_: way == "built")
+    if way == "general":
+        monkeypatch.setattr(conv_plan.ConvolutionPlan, "_why_not", lambda *_: "a test asks")
+    model(x)
+    if when == "after":
+        patch()
+    W = kernel(layer, ORACLES[name](matrix(layer), tensors_of(site), site.method))
+    assert distance(model(x), layer._conv_forward(x, W, layer.bias)) <= EXACT
 
 
 def test_a_subclass_that_computes_the_same_runs_its_own_forward():
