@@ -444,3 +444,43 @@ def test_targets():
     with pytest.raises(weft.TargetError, match=r"stem.*adapted or trained in full"):
         weft.attach(model, weft.LoRA(targets="conv", train=["stem"]))
     assert not weft.adapters(model) and METHODS
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3)])
+def test_sums_and_smaller_ranks_and_starts(layer):
+    model, x = nn.Sequential(layer).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    for name in ("LoRA", "DoRA"):
+        made = config(name, targets="conv", dtype="float64")
+        moved(weft.attach(model, made, name=name))
+    W, outs = matrix(layer), {}
+    for name in ("LoRA", "DoRA"):
+        outs[name] = effective_weight(layer, name)
+    weft.combine(model, {"LoRA": 0.5, "DoRA": 2.0}, "sum")
+    wanted = W + 0.5 * (outs["LoRA"] - W) + 2.0 * (outs["DoRA"] - W)
+    assert distance(effective_weight(layer, "sum"), wanted) <= 1e-6
+    adapter = weft.attach(model, weft.DyLoRA(r=3, targets="conv", dtype="float64"), name="nested")
+    moved(adapter)
+    full = tensors_of(adapter.layers["0"])
+    adapter.truncate(2)
+    weft.use(model, "nested")
+    model.eval()
+    small = W + (full["B"][:, :2] @ full["A"][:2])
+    assert distance(model(x), functional(layer, x, small)) <= EXACT
+
+
+def test_recomputed_activations_have_the_same_gradients():
+    from torch.utils.checkpoint import checkpoint
+
+    for name in ("LoRA", "DoRA", "LoRAFA"):
+        model = Net().double()
+        moved(weft.attach(model, config(name, targets="conv", dtype="float64", dropout=0.3)))
+        x, found = torch.randn(2, 3, 8, 8, dtype=torch.float64), []
+        for reentrant in (None, False, True):
+            torch.manual_seed(3)
+            y = x.clone().requires_grad_()
+            out = model(y) if reentrant is None else checkpoint(model, y, use_reentrant=reentrant)
+            out.square().sum().backward()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            model.zero_grad()
+        for other in found[1:]:
+            assert all(distance(a, b) <= EXACT for a, b in zip(other, found[0], strict=True))
