@@ -19,7 +19,7 @@ check: .venv/.dev
 	.venv/bin/python -m pytest -n 2
 
 bases: .venv/.bases          ## the checks on quantised bases, with the libraries that pack them
-	WEFT_RECORD_BASES=1 .venv/bin/python -m pytest -W default tests/model/test_packed.py tests/model/test_packed_merge.py tests/model/test_loftq.py tests/training/test_quantised_run.py
+	WEFT_RECORD_BASES=1 .venv/bin/python -m pytest -W default tests/model/test_packed.py tests/model/test_packed_merge.py tests/model/test_loftq.py tests/training/test_quantised_run.py tests/model/test_convolutions.py
 
 slow: .venv/.dev             ## the checks that take minutes
 	.venv/bin/python -m pytest -n 2 -m slow

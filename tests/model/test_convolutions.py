@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import bases_record
 import weft
 from oracle import ORACLES, count
 from support import METHODS, RULE_VARIANTS, TURNS_WEIGHTS, config, distance, same_bits
@@ -430,12 +431,13 @@ def test_targets():
     assert layers_of({"conv": {"r": 2}, "fc": {}}) == ["stem", "depth", "back", "fc"]
     with pytest.raises(weft.TargetError, match=r'finds no layer.*targets="conv" adapts its 3'):
         layers_of("all-linear")
-    model.mid = nn.Linear(2, 2)
-    with pytest.raises(weft.TargetError, match=r'leaves out 98\.\d+ % .*3 convolutions.*"conv"\]'):
+    model.mid, model.more = nn.Linear(2, 2), nn.Conv2d(20, 20, 3)
+    with pytest.raises(weft.TargetError, match=r'leaves out 9\d.* %.*convolution 9\d.*"conv"\]'):
         layers_of("all-linear")
     assert layers_of("all-linear", exclude="conv") == ["mid"]
-    model.mid = nn.Linear(40, 40)
-    adapter = weft.attach(model, weft.LoRA())
+    model.mid = nn.Linear(80, 80)
+    with pytest.warns(UserWarning, match=r'leaves out 3\d.*convolution 3\d.*exclude="conv"'):
+        adapter = weft.attach(model, weft.LoRA())
     cold = {f.name: f.reason for f in adapter.plan().frozen}
     assert list(adapter.layers) == ["mid"] and cold["stem"].startswith("a convolution")
     weft.detach(model)
@@ -484,3 +486,42 @@ def test_recomputed_activations_have_the_same_gradients():
             model.zero_grad()
         for other in found[1:]:
             assert all(distance(a, b) <= EXACT for a, b in zip(other, found[0], strict=True))
+
+
+BASES = {
+    "Conv1d": lambda: (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "Conv2d": lambda: (
+        nn.Conv2d(4, 6, (3, 2), padding="same", padding_mode="reflect"),
+        (2, 4, 6, 6),
+    ),
+    "Conv2d, groups and dilation": lambda: (nn.Conv2d(4, 6, 3, dilation=2, groups=2), (2, 4, 7, 7)),
+    "Conv2d, depthwise": lambda: (nn.Conv2d(4, 8, 3, groups=4), (2, 4, 6, 6)),
+    "Conv3d": lambda: (nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
+    "ConvTranspose1d": lambda: (nn.ConvTranspose1d(4, 6, 3, 2, output_padding=1), (2, 4, 5)),
+    "ConvTranspose2d": lambda: (nn.ConvTranspose2d(4, 6, 3, 2, groups=2), (2, 4, 5, 5)),
+    "ConvTranspose3d": lambda: (nn.ConvTranspose3d(2, 3, 2, 2), (2, 2, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", ["LoRA", "VeRA", "DoRA", "DVoRA", "LoRAFA", "AdaLoRA", "DyLoRA"])
+@pytest.mark.parametrize("base", BASES)
+def test_the_table_of_bases(base, name, tmp_path):
+    layer, shape = BASES[base]()
+    fresh = nn.Sequential(copy.deepcopy(layer).double())
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    model, site = attached(layer.double(), name, dtype="float64")
+    own = tensors_of(site)
+    wanted = functional(layer, x, ORACLES[name](matrix(layer), own, site.method))
+    trained = list(site.trainable())
+    grads = torch.autograd.grad(wanted.square().sum(), [x, *(own[n] for n in trained)])
+    y = model(x)
+    found = torch.autograd.grad(y.square().sum(), [x, *map(site.get_parameter, trained)])
+    assert distance(y, wanted) <= EXACT
+    assert all(distance(a, b) <= EXACT for a, b in zip(found, grads, strict=True))
+    weft.save(model, tmp_path)
+    weft.load(fresh, tmp_path)
+    assert distance(fresh(x), wanted) <= EXACT
+    weft.merge(fresh)
+    assert distance(fresh(x), wanted) <= EXACT
+    bases_record.exact(base, name)
+    bases_record.exact(base, "merge")
