@@ -488,6 +488,29 @@ def test_recomputed_activations_have_the_same_gradients():
             assert all(distance(a, b) <= EXACT for a, b in zip(other, found[0], strict=True))
 
 
+class Labelled(torch.Tensor):
+    """A tensor class of another library."""
+
+
+def test_kernels_of_another_class_are_refused_by_name():
+    layer = nn.Conv2d(3, 4, 3)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Labelled))
+    with pytest.raises(weft.TargetError, match=r"its weight is packed \(Labelled\)"):
+        weft.attach(nn.Sequential(layer), weft.LoRA(targets=["0"]))
+
+
+def test_packed_kernels_are_refused_by_name():
+    quanto = pytest.importorskip("optimum.quanto")
+    for weights in (quanto.qint8, quanto.qint4, quanto.qfloat8):
+        model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 1))
+        quanto.quantize(model, weights=weights)
+        quanto.freeze(model)
+        with pytest.raises(weft.TargetError, match=r"its weight is packed \(WeightQ"):
+            weft.attach(model, weft.LoRA(targets=["0"]))
+        with pytest.raises(weft.TargetError, match=r"its weight is packed \(WeightQ"):
+            weft.attach(model, weft.LoRA(targets="conv"))
+
+
 BASES = {
     "Conv1d": lambda: (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
     "Conv2d": lambda: (

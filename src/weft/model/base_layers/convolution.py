@@ -53,7 +53,7 @@ class ConvolutionLayer(BaseLayer):
         if plain is None:
             return f"{own_class(module).__name__} derives from no convolution of torch"
         dims = len(module.kernel_size)  # type: ignore[arg-type]
-        fault = weight_fault(module, dims + 2)
+        fault = weight_fault(module, dims + 2) or _packed(module)
         return _other_map(cls(module), plain) if fault is None else fault
 
     def matrix(self, stored: Tensor) -> Tensor:
@@ -164,6 +164,14 @@ class ConvolutionLayer(BaseLayer):
 def _plain_class(module: nn.Module) -> type[nn.Module] | None:
     """The class of torch that a convolution is, or derives from."""
     return next((cls for cls in own_class(module).__mro__ if cls in _PLAIN), None)
+
+
+def _packed(module: nn.Module) -> str | None:
+    """Why a weight of a tensor class of its own cannot be adapted; sharded ones are of torch."""
+    kind = type(module._parameters["weight"])
+    if kind.__module__.partition(".")[0] == "torch":
+        return None
+    return f"its weight is packed ({kind.__name__}), and Weft unpacks those of linear layers only"
 
 
 def _has_own_padding(module: nn.Module) -> bool:
