@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 BASES = tests/model/test_packed.py tests/model/test_packed_merge.py tests/model/test_loftq.py \
-	tests/training/test_quantised_run.py tests/cli/test_quantised_plan.py
+	tests/training/test_quantised_run.py tests/cli/test_quantised_plan.py tests/model/test_convolutions.py
 
 .PHONY: demo test lint check bases slow fuzz bench bench-full bench-gpu docs docs-tables models results clean
 .DELETE_ON_ERROR:

@@ -1,6 +1,7 @@
 """Convolutions under every low-rank method, beside the functional convolution with the oracle's W'."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import bases_record
 import weft
 from oracle import ORACLES, count
 from support import METHODS, RULE_VARIANTS, TURNS_WEIGHTS, config, distance, same_bits
@@ -348,14 +350,62 @@ class Counted(nn.Conv2d):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("cls", [Standardised, PadsFirst])
+class StandardisedWithin(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, (weight - weight.mean()) / weight.std(), bias)
+
+
+class Biased(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight + 1, bias)
+
+
+class Gated(nn.Conv2d):
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+@pytest.mark.parametrize("cls", [Standardised, StandardisedWithin, Biased, Gated])
 def test_a_convolution_that_computes_something_else_is_refused_by_name(cls):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), cls(4, 4, 3))
-    with pytest.raises(weft.TargetError, match=f"'1'.*the forward of {cls.__name__} computes"):
+    with pytest.raises(
+        weft.TargetError, match=rf"'1'.*forward of {cls.__name__} (comp|is not|fails)"
+    ):
         weft.attach(model, weft.LoRA(targets=["1"]))
     adapter = weft.attach(model, weft.LoRA(targets="conv"))
     assert list(adapter.layers) == ["0"]
-    assert f"the forward of {cls.__name__}" in " ".join(str(adapter.plan()).split())
+    assert f"forward of {cls.__name__}" in " ".join(str(adapter.plan()).split())
+
+
+def tiled(self, x, weight, bias):
+    """As interfaces for images without seams put it onto every convolution of a model."""
+    x = F.pad(x, (1, 1, 0, 0), mode="circular")
+    return F.conv2d(
+        F.pad(x, (0, 0, 1, 1)), weight, bias, self.stride, 0, self.dilation, self.groups
+    )
+
+
+@pytest.mark.parametrize("when", ["class", "before", "after"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "VeRA"])
+def test_a_padding_of_its_own_counts_for_the_update_too(when, way, name, monkeypatch):
+    cls = PadsFirst if when == "class" else nn.Conv2d
+    layer, x = cls(4, 4, 3, groups=2).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+
+    def patch():
+        layer._conv_forward = types.MethodType(tiled, layer)
+
+    if when == "before":
+        patch()
+    model, site = attached(layer, name, dtype="float64")
+    monkeypatch.setattr(convolution, "builds", lambda *_: way == "built")
+    if way == "general":
+        monkeypatch.setattr(conv_plan.ConvolutionPlan, "_why_not", lambda *_: "a test asks")
+    model(x)
+    if when == "after":
+        patch()
+    W = kernel(layer, ORACLES[name](matrix(layer), tensors_of(site), site.method))
+    assert distance(model(x), layer._conv_forward(x, W, layer.bias)) <= EXACT
 
 
 def test_a_subclass_that_computes_the_same_runs_its_own_forward():
@@ -381,12 +431,13 @@ def test_targets():
     assert layers_of({"conv": {"r": 2}, "fc": {}}) == ["stem", "depth", "back", "fc"]
     with pytest.raises(weft.TargetError, match=r'finds no layer.*targets="conv" adapts its 3'):
         layers_of("all-linear")
-    model.mid = nn.Linear(2, 2)
-    with pytest.raises(weft.TargetError, match=r'leaves out 98\.\d+ % .*3 convolutions.*"conv"\]'):
+    model.mid, model.more = nn.Linear(2, 2), nn.Conv2d(20, 20, 3)
+    with pytest.raises(weft.TargetError, match=r'leaves out 9\d.* %.*convolution 9\d.*"conv"\]'):
         layers_of("all-linear")
     assert layers_of("all-linear", exclude="conv") == ["mid"]
-    model.mid = nn.Linear(40, 40)
-    adapter = weft.attach(model, weft.LoRA())
+    model.mid = nn.Linear(80, 80)
+    with pytest.warns(UserWarning, match=r'leaves out 3\d.*convolution 3\d.*exclude="conv"'):
+        adapter = weft.attach(model, weft.LoRA())
     cold = {f.name: f.reason for f in adapter.plan().frozen}
     assert list(adapter.layers) == ["mid"] and cold["stem"].startswith("a convolution")
     weft.detach(model)
@@ -395,3 +446,105 @@ def test_targets():
     with pytest.raises(weft.TargetError, match=r"stem.*adapted or trained in full"):
         weft.attach(model, weft.LoRA(targets="conv", train=["stem"]))
     assert not weft.adapters(model) and METHODS
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3)])
+def test_sums_and_smaller_ranks_and_starts(layer):
+    model, x = nn.Sequential(layer).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    for name in ("LoRA", "DoRA"):
+        made = config(name, targets="conv", dtype="float64")
+        moved(weft.attach(model, made, name=name))
+    W, outs = matrix(layer), {}
+    for name in ("LoRA", "DoRA"):
+        outs[name] = effective_weight(layer, name)
+    weft.combine(model, {"LoRA": 0.5, "DoRA": 2.0}, "sum")
+    wanted = W + 0.5 * (outs["LoRA"] - W) + 2.0 * (outs["DoRA"] - W)
+    assert distance(effective_weight(layer, "sum"), wanted) <= 1e-6
+    adapter = weft.attach(model, weft.DyLoRA(r=3, targets="conv", dtype="float64"), name="nested")
+    moved(adapter)
+    full = tensors_of(adapter.layers["0"])
+    adapter.truncate(2)
+    weft.use(model, "nested")
+    model.eval()
+    small = W + (full["B"][:, :2] @ full["A"][:2])
+    assert distance(model(x), functional(layer, x, small)) <= EXACT
+
+
+def test_recomputed_activations_have_the_same_gradients():
+    from torch.utils.checkpoint import checkpoint
+
+    for name in ("LoRA", "DoRA", "LoRAFA"):
+        model = Net().double()
+        moved(weft.attach(model, config(name, targets="conv", dtype="float64", dropout=0.3)))
+        x, found = torch.randn(2, 3, 8, 8, dtype=torch.float64), []
+        for reentrant in (None, False, True):
+            torch.manual_seed(3)
+            y = x.clone().requires_grad_()
+            out = model(y) if reentrant is None else checkpoint(model, y, use_reentrant=reentrant)
+            out.square().sum().backward()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            model.zero_grad()
+        for other in found[1:]:
+            assert all(distance(a, b) <= EXACT for a, b in zip(other, found[0], strict=True))
+
+
+class Labelled(torch.Tensor):
+    """A tensor class of another library."""
+
+
+def test_kernels_of_another_class_are_refused_by_name():
+    layer = nn.Conv2d(3, 4, 3)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Labelled))
+    with pytest.raises(weft.TargetError, match=r"its weight is packed \(Labelled\)"):
+        weft.attach(nn.Sequential(layer), weft.LoRA(targets=["0"]))
+
+
+def test_packed_kernels_are_refused_by_name():
+    quanto = pytest.importorskip("optimum.quanto")
+    for weights in (quanto.qint8, quanto.qint4, quanto.qfloat8):
+        model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 1))
+        quanto.quantize(model, weights=weights)
+        quanto.freeze(model)
+        with pytest.raises(weft.TargetError, match=r"its weight is packed \(WeightQ"):
+            weft.attach(model, weft.LoRA(targets=["0"]))
+        with pytest.raises(weft.TargetError, match=r"its weight is packed \(WeightQ"):
+            weft.attach(model, weft.LoRA(targets="conv"))
+
+
+BASES = {
+    "Conv1d": lambda: (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "Conv2d": lambda: (
+        nn.Conv2d(4, 6, (3, 2), padding="same", padding_mode="reflect"),
+        (2, 4, 6, 6),
+    ),
+    "Conv2d, groups and dilation": lambda: (nn.Conv2d(4, 6, 3, dilation=2, groups=2), (2, 4, 7, 7)),
+    "Conv2d, depthwise": lambda: (nn.Conv2d(4, 8, 3, groups=4), (2, 4, 6, 6)),
+    "Conv3d": lambda: (nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
+    "ConvTranspose1d": lambda: (nn.ConvTranspose1d(4, 6, 3, 2, output_padding=1), (2, 4, 5)),
+    "ConvTranspose2d": lambda: (nn.ConvTranspose2d(4, 6, 3, 2, groups=2), (2, 4, 5, 5)),
+    "ConvTranspose3d": lambda: (nn.ConvTranspose3d(2, 3, 2, 2), (2, 2, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", ["LoRA", "VeRA", "DoRA", "DVoRA", "LoRAFA", "AdaLoRA", "DyLoRA"])
+@pytest.mark.parametrize("base", BASES)
+def test_the_table_of_bases(base, name, tmp_path):
+    layer, shape = BASES[base]()
+    fresh = nn.Sequential(copy.deepcopy(layer).double())
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    model, site = attached(layer.double(), name, dtype="float64")
+    own = tensors_of(site)
+    wanted = functional(layer, x, ORACLES[name](matrix(layer), own, site.method))
+    trained = list(site.trainable())
+    grads = torch.autograd.grad(wanted.square().sum(), [x, *(own[n] for n in trained)])
+    y = model(x)
+    found = torch.autograd.grad(y.square().sum(), [x, *map(site.get_parameter, trained)])
+    assert distance(y, wanted) <= EXACT
+    assert all(distance(a, b) <= EXACT for a, b in zip(found, grads, strict=True))
+    weft.save(model, tmp_path)
+    weft.load(fresh, tmp_path)
+    assert distance(fresh(x), wanted) <= EXACT
+    weft.merge(fresh)
+    assert distance(fresh(x), wanted) <= EXACT
+    bases_record.exact(base, name)
+    bases_record.exact(base, "merge")

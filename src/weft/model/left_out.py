@@ -15,15 +15,19 @@ from ..methods.target_spec import patterns
 from . import base_layers
 from .packings import packing_of
 from .plan_entries import Frozen
-from .structure import Structure, base_modules
+from .structure import Structure, base_modules, base_parameters
 
 EVERY = "all-linear"
 NOTED = (
     0.1  # the least share that "all-linear" says that it leaves out, in layers that it cannot adapt
 )
 NEARLY_ALL, NEARLY_NOTHING = 0.9, 0.01  # left out and adapted: then "all-linear" is an error
-# The kinds that targets can name, and how: for the message.
-NAMED: dict[str, str] = {}
+# The kinds that targets can name, and how: for the message; and the words that name them.
+NAMED: dict[str, str] = {
+    "convolution": 'Write targets=["all-linear", "conv"] to adapt them too, or exclude="conv" to say that '
+    "they stay frozen"
+}
+WORDS: dict[str, str] = {"convolution": "conv"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ def _numbers(root: nn.Module) -> dict[int, int]:
             if isinstance(p, nn.Parameter):
                 found.setdefault(id(p), p.numel())
     return found
+
+
+def _vectors(root: nn.Module) -> int:
+    """The number of the base's biases and gains, which no plan lists."""
+    return sum(p.numel() for _, p in base_parameters(root) if p.ndim < 2)
 
 
 def _key(module: nn.Module, tensor: str) -> int:
@@ -90,6 +99,8 @@ def _kind(entry: Frozen) -> str:
 def _unable(entry: Frozen, module: nn.Module) -> bool:
     if entry.kind in ("router", "embedding") or entry.reason == "output head":
         return False
+    if entry.kind in NAMED:
+        return True
     return base_layers.kind_of(module) is None or base_layers.why_not(module) is not None
 
 
@@ -112,7 +123,9 @@ def check(structure: Structure, config: Any, frozen: Sequence[Frozen]) -> list[s
     if EVERY not in named:
         return []
     every, total = shares(structure.root, frozen), count(structure.root)
-    left = [share for share in every if share.unable]
+    left = [
+        share for share in every if share.unable and WORDS.get(share.kind) not in config.exclude
+    ]
     without = sum(share.numbers for share in left)
     if without < NOTED * total:
         return []
@@ -122,7 +135,7 @@ def check(structure: Structure, config: Any, frozen: Sequence[Frozen]) -> list[s
         f"{type(structure.root).__name__}'s weights, which are in no linear layer that Weft can adapt: "
         f"{text(left, total)}"
     )
-    rest = total - sum(share.numbers for share in every)
+    rest = total - sum(share.numbers for share in every) - _vectors(structure.root)
     if without >= NEARLY_ALL * total and rest < NEARLY_NOTHING * total:
         raise TargetError(
             f"{message}. So there is next to nothing to adapt. "

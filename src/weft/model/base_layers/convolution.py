@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ class ConvolutionLayer(BaseLayer):
         super().__init__(module)
         m: Any = module
         inputs, size = m.in_channels // m.groups, tuple(m.kernel_size)
+        own = own_class(module).__name__ if _has_own_padding(module) else None
         self.geometry = Geometry(
-            inputs, size, m.groups, tuple(m.dilation), m.padding_mode, m.transposed
+            inputs, size, m.groups, tuple(m.dilation), own or m.padding_mode, m.transposed
         )
 
     @classmethod
@@ -51,7 +53,7 @@ class ConvolutionLayer(BaseLayer):
         if plain is None:
             return f"{own_class(module).__name__} derives from no convolution of torch"
         dims = len(module.kernel_size)  # type: ignore[arg-type]
-        fault = weight_fault(module, dims + 2)
+        fault = weight_fault(module, dims + 2) or _packed(module)
         return _other_map(cls(module), plain) if fault is None else fault
 
     def matrix(self, stored: Tensor) -> Tensor:
@@ -101,9 +103,8 @@ class ConvolutionLayer(BaseLayer):
         have asked for another size than the usual one.
         """
         module: Any = self.module
-        if not module.transposed:
-            plain: Any = _plain_class(module)
-            found: Tensor = plain._conv_forward(module, x, kernel, bias)
+        if not module.transposed:  # also of an instance that was given another padding
+            found: Tensor = module._conv_forward(x, kernel, bias)
             return found
         dims = len(module.kernel_size)
         padding = tuple(module.output_padding)
@@ -155,7 +156,7 @@ class ConvolutionLayer(BaseLayer):
         if INNER_FORWARD in self.module.__dict__:
             return "another library has put its own forward on the layer"
         plain, cls = _plain_class(self.module), own_class(self.module)
-        if plain is None or not _computes_as(cls, plain):
+        if plain is None or cls.forward is not plain.forward:
             return f"{cls.__name__} has a forward of its own"
         return None
 
@@ -165,38 +166,64 @@ def _plain_class(module: nn.Module) -> type[nn.Module] | None:
     return next((cls for cls in own_class(module).__mro__ if cls in _PLAIN), None)
 
 
-def _computes_as(cls: Any, plain: Any) -> bool:
-    names = ("forward", "_conv_forward")
-    return all(getattr(cls, n, None) is getattr(plain, n, None) for n in names)
+def _packed(module: nn.Module) -> str | None:
+    """Why a weight of a tensor class of its own cannot be adapted; sharded ones are of torch."""
+    kind = type(module._parameters["weight"])
+    if kind.__module__.partition(".")[0] == "torch":
+        return None
+    return f"its weight is packed ({kind.__name__}), and Weft unpacks those of linear layers only"
+
+
+def _has_own_padding(module: nn.Module) -> bool:
+    """Whether the function of input, kernel and bias behind the forward is not torch's."""
+    name = "_conv_forward"
+    own = getattr(own_class(module), name, None) is not getattr(_plain_class(module), name, None)
+    return own or name in module.__dict__
 
 
 def _other_map(layer: ConvolutionLayer, plain: type[nn.Module]) -> str | None:
-    """Returns why a subclass with its own forward is another map than W ∗ x + bias, or None. Two inputs
-    are tried, of an even and an odd size.
+    """Returns why a convolution with its own forward is another map than W ∗ x + bias, or None. Two
+    inputs are tried, of an even and an odd size.
     """
     module, cls = layer.module, own_class(layer.module)
-    kernel: Tensor = module.weight  # type: ignore[assignment]
-    if _computes_as(cls, plain) or kernel.is_meta or not kernel.numel():
+    kernel: Tensor = module.weight.detach()  # type: ignore[operator]
+    usual = cls.forward is plain.forward
+    if (usual and not _has_own_padding(module)) or kernel.is_meta or not kernel.numel():
         return None
-    reason = f"the forward of {cls.__name__} computes something else than {plain.__name__}"
-    m: Any = module
-    for extra in (2, 5):
-        size = [
-            d * (k - 1) + s + extra
-            for d, k, s in zip(m.dilation, m.kernel_size, m.stride, strict=True)
-        ]
-        x = torch.linspace(
-            -1, 1, m.in_channels * int(torch.tensor(size).prod()), dtype=kernel.dtype
-        ).to(kernel.device)
-        x = x.view(1, m.in_channels, *size)
-        try:
-            with torch.no_grad():
+    try:
+        with torch.no_grad():
+            for x in _examples(module, kernel):
                 wanted = layer.run(x, kernel, layer.bias)
-                found = cls.forward(module, x)
-        except Exception:  # it needs other arguments, or fails on them
-            return reason
-        if not isinstance(found, Tensor) or found.shape != wanted.shape:
-            return reason
-        if bool((found - wanted).abs().max() > ROUNDING[kernel.dtype] * wanted.abs().max()):
-            return reason
+                if not usual and not _close(cls.forward(module, x), wanted):
+                    return f"the forward of {cls.__name__} computes something else than {plain.__name__}"
+                if _has_own_padding(module) and not _is_linear(layer, x, kernel):
+                    return f"the _conv_forward of {cls.__name__} is not linear in the kernel"
+    except Exception as error:  # it needs other arguments, or fails on them
+        return f"the forward of {cls.__name__} fails on an input like any other ({error})"
     return None
+
+
+def _examples(module: Any, kernel: Tensor) -> Iterator[Tensor]:
+    for extra in (2, 5):
+        sides = zip(module.dilation, module.kernel_size, module.stride, strict=True)
+        size = (1, module.in_channels, *(d * (k - 1) + s + extra for d, k, s in sides))
+        numbers = torch.linspace(-1, 1, math.prod(size), dtype=kernel.dtype, device=kernel.device)
+        yield numbers.view(size)
+
+
+def _is_linear(layer: ConvolutionLayer, x: Tensor, kernel: Tensor) -> bool:
+    """Whether the output is linear in the kernel, also for other numbers of outputs."""
+    W = layer.geometry.matrix(kernel)
+    other = torch.linspace(-1, 1, W.numel(), dtype=W.dtype, device=W.device).view_as(W) + W.flip(1)
+    first, second, both = (
+        layer.run(x, layer.geometry.kernel(each)) for each in (W, other, W + other)
+    )
+    thin = layer.run(x, layer.geometry.thin(W[:1]))
+    return _close(first + second, both) and _close(thin[:, :1], first[:, :1])
+
+
+def _close(found: Any, wanted: Tensor) -> bool:
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    limit = ROUNDING[wanted.dtype] * wanted.abs().max()
+    return bool((found - wanted).abs().max() <= limit)

@@ -20,7 +20,6 @@ from .picks import taken_away
 from .structure import Structure
 
 _CONVOLUTION = 'a convolution, which targets="conv" names'
-_NEARLY_ALL = 0.95  # the share of the weights from which on a model is made of convolutions
 
 
 @dataclass(frozen=True)
@@ -62,36 +61,9 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
         for name in structure.modules
         if name in fields_of and name not in taken
     }
-    _check_share(structure, config, ordered)
     frozen, routed = leftovers(structure, ordered)
     frozen = [replace(f, reason=taken.get(f.name, f.reason)) for f in frozen]
     return Found(ordered, [*frozen, *without], routed)
-
-
-def _check_share(
-    structure: Structure, config: LayerConfig, chosen: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Raises TargetError if "all-linear" leaves nearly all weights out, because they are convolutions."""
-    if "conv" in config.exclude or not any(p == "all-linear" for p, _ in patterns(config.targets)):
-        return
-    convolutions = _convolutions(structure)
-    if convolutions.keys() & chosen.keys():
-        return
-    left, taken = (
-        sum(
-            p.numel()
-            for n in names
-            if (p := structure.layers[n]._parameters.get("weight")) is not None
-        )
-        for names in (convolutions, chosen)
-    )
-    if left > _NEARLY_ALL * (left + taken):
-        raise TargetError(
-            f'targets="all-linear" leaves out {100 * left / (left + taken):.4g} % of the weights of this '
-            f"{type(structure.root).__name__}: they are those of its {len(convolutions)} convolutions. "
-            'Write targets="conv", or ["all-linear", "conv"] for both; exclude="conv" says that they are '
-            "to stay frozen."
-        )
 
 
 def _convolutions(structure: Structure) -> dict[str, nn.Module]:
