@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..methods import stacked
+from ..model.base_layers.experts import EXCHANGED, KIND
 from . import formats
 from .checkpoint import CheckpointLayer
 
@@ -12,7 +14,8 @@ def misfit(module: str, name: str, layer: CheckpointLayer, host: Any) -> str | N
     """Returns why the file's `module` is another layer than the model's `name`, of which `host` is the
     view, or None.
     """
-    shape, kernel = (host.out_features, host.in_features), getattr(host, "geometry", None)
+    kernel = getattr(host, "geometry", None)
+    shape = stacked.known((host.out_features, host.in_features), host.stack)
     family = _family(layer.kind)
     if layer.kind is None and kernel is not None:  # peft's AdaLoRA has matrices either way
         fault = formats.convolution_fault(kernel, (2,))
@@ -29,4 +32,6 @@ def misfit(module: str, name: str, layer: CheckpointLayer, host: Any) -> str | N
 
 def _family(kind: str | None) -> str:
     """Layers of one family can take each other's tensors; a matrix may be stored transposed."""
+    if kind in (KIND, EXCHANGED):
+        return KIND
     return kind if kind in ("embedding", "norm", "convolution") else "linear"

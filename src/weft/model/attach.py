@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import methods
 from ..errors import ConfigError, MergeError, TargetError
+from ..methods import stacked
 from ..methods.base import LowRankMethod, PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
@@ -19,7 +20,9 @@ from ..methods.target_spec import KEYWORDS, patterns
 from . import base_layers, fallback, left_out, packed_merge, prompts, statistics, token_layers
 from .adapter import Adapter
 from .attach_checks import check_name, check_ownership, check_tied
-from .layer import AdapterLayer, adapt, is_adapted, layers_of, restore
+from .carried import adapt, is_adapted, put, take_out
+from .experts import StackedLayer, adapted_experts_class
+from .layer import AdapterLayer, adapted_class
 from .offload import check_loadable, loaded
 from .plan_entries import Frozen
 from .selected import give_back, select
@@ -195,7 +198,7 @@ def _made(
             "statistics. Leave it out."
         )
     with base_only(state):
-        modules = dict(root.named_modules())
+        modules = base_layers.carriers(dict(root.named_modules()))
         check_ownership(modules, parts.configs, state)
         check_tied(
             structure,
@@ -277,10 +280,7 @@ def _remove(state: State, adapter: Adapter) -> None:
     if isinstance(adapter.config, PromptMethod):
         prompts.uninstall(state, adapter)
     for layer in adapter.every_layer().values():
-        module = layer.base.module
-        del layers_of(module)[adapter.name]
-        if not len(layers_of(module)):
-            restore(module)
+        take_out(layer, adapter.name)
     state.active.marked.discard(adapter.name)
     state.active.forget_calls()
     others = [other for other in state.adapters.values() if other is not adapter]
@@ -307,7 +307,7 @@ def _build_layers(
 ) -> dict[str, AdapterLayer]:
     configs = parts.configs
     views: dict[str, Any] = dict(prompts.hosts_of(structure, configs))
-    views |= {name: base_layers.view(modules[name]) for name in configs if name not in views}
+    views |= {name: base_layers.view(modules[name], name) for name in configs if name not in views}
     for name, method in configs.items():
         if views[name].is_convolution and not isinstance(method, LowRankMethod):
             raise TargetError(
@@ -320,6 +320,12 @@ def _build_layers(
                 f"{name!r} is a layer norm ({type(modules[name]).__name__}), and "
                 f"{type(method).__name__} adapts weight matrices. "
                 'Target "mlp-output", or another linear layer.'
+            )
+        why = None if views[name].stack is None else stacked.why_not(method)
+        if why is not None:
+            raise TargetError(
+                f"{name!r} holds {views[name].stack} fused experts, and {why}. Leave them out with "
+                'exclude=["experts"], or choose LoRA, DoRA, VeRA, DVoRA or LoRAFA.'
             )
     groups: dict[Any, list[tuple[int, int]]] = {}
     for name, method in configs.items():
@@ -341,12 +347,18 @@ def _build_layers(
                 made = method.shared(groups[key], device)
                 pool[full] = made
             shared = pool[full]
-        layers[name] = AdapterLayer(method, views[name], shared)
+        kind = AdapterLayer if views[name].stack is None else StackedLayer
+        layers[name] = kind(method, views[name], shared)
         layers[name].written = written
         with loaded(modules[name]):
             layers[name].initialise(Rng(method.seed, name, device), name in parts.filled)
         layers[name].train(modules[name].training)
     return layers
+
+
+def _class_of(layer: AdapterLayer) -> type[nn.Module]:
+    cls = type(layer.base.module)
+    return adapted_experts_class(cls) if isinstance(layer, StackedLayer) else adapted_class(cls)
 
 
 def _pool(state: State | None) -> dict[Any, Any]:
@@ -381,9 +393,9 @@ def _install(
         prompts.install(state, adapter, structure)
     for name, layer in adapter.every_layer().items():
         if not is_adapted(modules[name]):
-            adapt(modules[name], state.active)
+            adapt(modules[name], state.active, _class_of(layer))
         layer.active = state.active
-        layers_of(modules[name])[adapter.name] = layer
+        put(layer, adapter.name)
     state.adapters[adapter.name] = adapter
     state.active.names[adapter.name] = adapter.number
     state.active.follow(adapter.name, adapter.parameters())

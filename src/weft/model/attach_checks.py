@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, MergeError, TargetError, WeftError
-from .layer import CHILD, active_of, is_adapted
+from .carried import CHILD, active_of, is_adapted
 from .state import State
 from .structure import Structure
 from .wiring import memory_of
@@ -76,11 +76,12 @@ def check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
             if parameter is not None:
                 readers.setdefault(memory_of(parameter), []).append((name, module, tensor))
     for name in configs:
-        layer = structure.root.get_submodule(name)
-        weight: Any = layer._parameters.get("weight")
+        layer = structure.carriers[name]
+        own = "weight" if name in structure.modules else name.rpartition(".")[2]
+        weight: Any = layer._parameters.get(own)
         tied = () if weight is None else readers[memory_of(weight)]
         for other, module, tensor in tied:
-            if module is layer and tensor == "weight":
+            if module is layer and tensor == own:
                 continue
             full = f"{other}.{tensor}".lstrip(".")
             reader = other if other and tensor == "weight" else full

@@ -16,6 +16,7 @@ from . import base_layers
 from .packings import packing_of
 from .plan_entries import Frozen
 from .structure import Structure, base_modules
+from .structure.targets import STACK
 
 EVERY = "all-linear"
 NOTED = (
@@ -23,7 +24,7 @@ NOTED = (
 )
 NEARLY_ALL, NEARLY_NOTHING = 0.9, 0.01  # left out and adapted: then "all-linear" is an error
 # The kinds that targets can name, and how: for the message.
-NAMED: dict[str, str] = {}
+NAMED: dict[str, str] = {"experts": 'targets="experts" adapts the experts'}
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def _kind(entry: Frozen) -> str:
 
 
 def _unable(entry: Frozen, module: nn.Module) -> bool:
+    if entry.reason == STACK:
+        return True
     if entry.kind in ("router", "embedding") or entry.reason == "output head":
         return False
     return base_layers.kind_of(module) is None or base_layers.why_not(module) is not None

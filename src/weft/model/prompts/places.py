@@ -46,6 +46,8 @@ class PromptHost:
     has_weight: ClassVar[bool] = True  # nothing reads it: prompts are no change of a weight
     transposed: ClassVar[bool] = False
     is_convolution: ClassVar[bool] = False
+    stack: ClassVar[int | None] = None
+    tensor: ClassVar[str] = "weight"
 
     @property
     def kind(self) -> str:
