@@ -8,7 +8,9 @@ from torch import nn
 
 import moe
 import weft
+from bases_record import exact, refused
 from support import config
+from weft.analysis.changes import changes_of
 
 VARIANTS = [
     "LoRA",
@@ -21,6 +23,16 @@ VARIANTS = [
     "DVoRA",
 ]
 NAMES = list(moe.MODELS)
+BASES = {
+    "mixtral": "experts of Mixtral",
+    "qwen3_moe": "experts of Qwen3-MoE",
+    "olmoe": "experts of OLMoE",
+    "gpt_oss": "experts of gpt-oss",
+    "deepseek_v3": "experts of DeepSeek-V3",
+    "llama4_text": "experts of Llama 4",
+    "aria_text": "experts of Aria",
+    "nemotron_h": "experts of Nemotron-H",
+}
 
 
 def _alone(name, variant, **changes):
@@ -65,6 +77,8 @@ def test_output_and_gradients_are_those_of_a_loop_over_experts(name, variant):
         assert gap <= 1e-14, (what, gap)
     for what, g in zip(names[3:], ways[0][3:], strict=True):
         assert not g[3].any() and g[0].any(), what  # expert 3 has no token
+    if ":" not in variant:
+        exact(BASES[name], variant, "transformers")
 
 
 @pytest.mark.parametrize("variant", ["LoRA", "DoRA", "VeRA", "DVoRA", "LoRAFA"])
@@ -162,10 +176,19 @@ def test_a_class_whose_forward_computes_something_else_is_refused():
 
 @pytest.mark.parametrize("variant", ["AdaLoRA", "DyLoRA", "Bottleneck"])
 def test_a_method_that_cannot_adapt_experts_says_so(variant):
-    with pytest.raises(
-        weft.TargetError, match=r"holds 5 fused experts, and .*exclude=\[.experts.\]"
-    ):
-        weft.attach(moe.model("mixtral"), config(variant, targets="experts"))
+    reason = {
+        "AdaLoRA": "AdaLoRA acts on the ranks of each weight, or between optimiser steps",
+        "DyLoRA": "DyLoRA acts on the ranks of each weight, or between optimiser steps",
+        "Bottleneck": "Bottleneck is no low-rank change of a weight",
+    }[variant]
+    why = rf"holds 5 fused experts, and {reason}.*exclude=\[.experts.\]"
+    for name in NAMES if variant != "Bottleneck" else NAMES[:1]:
+        with pytest.raises(weft.TargetError, match=why):
+            weft.attach(moe.model(name), config(variant, targets="experts"))
+        if variant != "Bottleneck":
+            refused(BASES[name], variant, reason, "transformers")
+    with pytest.raises(weft.TargetError, match="LoRAFA acts on"):
+        weft.attach(moe.model("mixtral"), weft.LoRAFA(precondition=True, targets="experts"))
 
 
 def test_names_choose_experts_and_all_linear_leaves_them_out():
@@ -204,24 +227,23 @@ def test_detach_restores_the_module_and_its_keys():
     assert set(model.state_dict()) == keys and [type(m) for m in model.modules()] == classes
 
 
-@pytest.mark.parametrize("variant", ["LoRA", "DoRA", "DVoRA"])
-@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("variant", ["LoRA", "DVoRA"])
+@pytest.mark.parametrize("name", NAMES)
 def test_merge_and_unmerge(name, variant):
     model, ids = moe.model(name), moe.ids()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     adapter = weft.attach(model, config(variant, targets="experts"))
     moe.move(adapter)
-    experts = moe.experts_of(model)[
-        "model.layers.0.feed_forward.experts" if "llama" in name else "model.layers.0.mlp.experts"
-    ]
+    experts = next(iter(adapter.layers.values())).base.module
     own = weft.effective_weight(experts, tensor="down_proj")
     with pytest.raises(weft.WeftError, match="down_proj"):
         weft.effective_weight(experts)
     report = weft.merge(model, verify={"input_ids": ids})
-    assert report.weights == 4 and report.effect > 1e-2
+    assert report.weights == len(adapter.layers) and report.effect > 1e-3
     assert torch.equal(own, weft.effective_weight(experts, tensor="down_proj"))
     weft.unmerge(model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    exact(BASES[name], "merge", "transformers")
 
 
 def test_a_copy_and_a_pickle_compute_the_same():
@@ -300,3 +322,90 @@ def test_rows_reach_the_gradients_of_their_own_adapter_only():
         grads.append([p.grad.clone() for p in first.parameters()])
     for a, b in zip(*grads, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_a_sum_of_adapters_is_one_adapter():
+    model, ids = moe.model("gpt_oss"), moe.ids()
+    moe.move(weft.attach(model, weft.DoRA(r=2, targets="experts"), "a"))
+    moe.move(weft.attach(model, weft.VeRA(r=3, targets=["all-linear", "experts"]), "b"), 9)
+    with torch.no_grad():
+        with weft.use(model, {"a": 0.6, "b": 0.5}):
+            wanted = model(input_ids=ids).logits
+        weft.combine(model, {"a": 0.6, "b": 0.5}, "both")
+        found = model(input_ids=ids).logits
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_training_is_audited_and_the_base_stays_still():
+    model, ids = moe.model("qwen3_moe"), moe.ids()
+    adapter = weft.attach(model, weft.DVoRA(r=4, targets=["all-linear", "experts"]))
+    model.train()
+    optimiser = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    before = weft.snapshot(model)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    weft.audit(model, before, weft.snapshot(model))
+
+
+def test_kept_norms_follow_every_change():
+    host, adapter = _alone("mixtral", "DoRA")
+    given, layer = moe.call(), adapter.layers["experts.down_proj"]
+
+    def check():
+        weights = {
+            t: moe.effective(
+                adapter.layers[f"experts.{t}"],
+                moe.stored(host.experts, t),
+                dict(adapter.layers[f"experts.{t}"].trainable()),
+            )
+            for t in ("gate_up_proj", "down_proj")
+        }
+        wanted = moe.by_definition(host.experts, weights, given)
+        assert (host(*given) - wanted).norm() <= 1e-13 * wanted.norm()
+
+    with torch.no_grad():
+        check()
+        check()
+        layer.B[2, 0, 0] += 1.0
+        check()
+        host.experts.down_proj[4].mul_(2)
+        check()
+        layer.A.data = layer.A.data.clone().mul_(1.5)
+        check()
+        assert not layer.is_stale()
+        host.experts.down_proj.data[1, 3, 5] += 50  # where no call looks
+        assert layer.is_stale()
+        check()
+
+
+def test_a_plan_counts_experts_without_weights():
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = moe.model("mixtral")
+    adapter = weft.attach(model, weft.LoRA(r=2, targets=["all-linear", "experts"]))
+    own = moe.model("mixtral")
+    assert adapter.plan().trainable == weft.attach(own, adapter.config).num_parameters
+    rows = {row.name: row.shape for row in adapter.plan().rows}
+    assert rows["model.layers.0.mlp.experts.gate_up_proj"] == (5, 72, 24)
+
+
+def test_all_linear_says_which_share_the_experts_are():
+    model = moe.model("mixtral", num_local_experts=16)
+    with pytest.warns(UserWarning, match=r"leaves out 90.8 % .*experts 90.8 %.*targets=.experts"):
+        weft.attach(model, weft.LoRA(r=2))
+    weft.detach(model)
+    weft.attach(model, weft.LoRA(r=2, exclude=["experts"]))  # as it is meant: no warning
+
+
+def test_an_analysis_has_every_weight_of_the_experts():
+    model = moe.model("mixtral")
+    moe.move(weft.attach(model, weft.DoRA(r=2, targets=["o_proj", "experts"])))
+    names = [name for name, _ in changes_of(weft.adapters(model)["default"])]
+    assert names[:3] == [
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+    ]

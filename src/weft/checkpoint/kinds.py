@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ..methods import stacked
 from ..model.base_layers.experts import EXCHANGED, KIND
+from ..model.structure import Structure
 from . import formats
-from .checkpoint import CheckpointLayer
+from .checkpoint import Checkpoint, CheckpointLayer
 
 
 def misfit(module: str, name: str, layer: CheckpointLayer, host: Any) -> str | None:
@@ -28,6 +30,16 @@ def misfit(module: str, name: str, layer: CheckpointLayer, host: Any) -> str | N
     if layer.geometry not in (None, kernel):
         return f"{module!r} is a convolution {layer.geometry} in the file, and the model's {name!r} one {kernel}"
     return None
+
+
+def expected(checkpoint: Checkpoint, structure: Structure, layers: Collection[str]) -> list[str]:
+    """Returns those of the layers that a configuration names in a model which the file must have.
+    Files without fused experts, of peft or of an earlier version, did not mean any by a name's ending.
+    """
+    stacks = any(layer.kind in (KIND, EXCHANGED) for layer in checkpoint.sites.values())
+    if stacks and checkpoint.writer == "weft":
+        return list(layers)
+    return [name for name in layers if name in structure.modules]
 
 
 def _family(kind: str | None) -> str:

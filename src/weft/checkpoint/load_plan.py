@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..errors import ConfigError, TargetError
 from ..methods import stacked
 from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
-from ..model.base_layers.experts import EXCHANGED, KIND
+from ..model.base_layers.experts import EXCHANGED
 from ..model.offload import device_of, offloads
 from ..model.state import find_state
 from ..model.structure.selection import tensors_of_modules, trained_tensors
@@ -295,21 +294,14 @@ class LoadPlan:
         found = set(self.names.found.values())
         adapted = self.checkpoint.adapted
         more = [] if adapted is None or self.nested else adapted(self.structure, self.selected)
-        for name in dict.fromkeys([*self._expected(layers), *more]):
+        for name in dict.fromkeys(
+            [*kinds.expected(self.checkpoint, self.structure, layers), *more]
+        ):
             if name not in found and (self.nested is None or structure.within(name, [self.nested])):
                 self.problems.append(
                     f"missing: the file has nothing for {name!r}, which its targets name in this "
                     "model; its base had fewer layers, or tensors were taken out"
                 )
-
-    def _expected(self, layers: Collection[str]) -> list[str]:
-        """The layers that the file must have. Files without fused experts, of peft or of an earlier
-        version, had no others in mind with the endings of their names.
-        """
-        stacks = any(x.kind in (KIND, EXCHANGED) for x in self.checkpoint.sites.values())
-        if stacks and self.checkpoint.writer == "weft":
-            return list(layers)
-        return [name for name in layers if name in self.structure.modules]
 
     def _check_biases(self, have: set[int]) -> None:
         """A file of peft that trained biases has all that the model has."""

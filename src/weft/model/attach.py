@@ -12,14 +12,13 @@ from torch import nn
 
 from .. import methods
 from ..errors import ConfigError, MergeError, TargetError
-from ..methods import stacked
-from ..methods.base import LowRankMethod, PromptMethod, Shared
+from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS, patterns
 from . import base_layers, fallback, left_out, packed_merge, prompts, statistics, token_layers
 from .adapter import Adapter
-from .attach_checks import check_name, check_ownership, check_tied
+from .attach_checks import check_fits, check_name, check_ownership, check_tied
 from .carried import adapt, is_adapted, put, take_out
 from .experts import StackedLayer, adapted_experts_class
 from .layer import AdapterLayer, adapted_class
@@ -308,25 +307,7 @@ def _build_layers(
     configs = parts.configs
     views: dict[str, Any] = dict(prompts.hosts_of(structure, configs))
     views |= {name: base_layers.view(modules[name], name) for name in configs if name not in views}
-    for name, method in configs.items():
-        if views[name].is_convolution and not isinstance(method, LowRankMethod):
-            raise TargetError(
-                f"{name!r} is a convolution ({type(modules[name]).__name__}), and "
-                f"{type(method).__name__} computes beside layers of vectors. Name other layers, or "
-                'write exclude="conv".'
-            )
-        if not views[name].has_weight and not method.adapts_norms:
-            raise TargetError(
-                f"{name!r} is a layer norm ({type(modules[name]).__name__}), and "
-                f"{type(method).__name__} adapts weight matrices. "
-                'Target "mlp-output", or another linear layer.'
-            )
-        why = None if views[name].stack is None else stacked.why_not(method)
-        if why is not None:
-            raise TargetError(
-                f"{name!r} holds {views[name].stack} fused experts, and {why}. Leave them out with "
-                'exclude=["experts"], or choose LoRA, DoRA, VeRA, DVoRA or LoRAFA.'
-            )
+    check_fits(views, configs)
     groups: dict[Any, list[tuple[int, int]]] = {}
     for name, method in configs.items():
         groups.setdefault(method.share_key(), []).append(

@@ -9,6 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, MergeError, TargetError, WeftError
+from ..methods import stacked
+from ..methods.base import LowRankMethod
+from .base_layers import own_class
 from .carried import CHILD, active_of, is_adapted
 from .state import State
 from .structure import Structure
@@ -63,6 +66,29 @@ def check_ownership(
             raise TargetError(
                 f"{name!r} has an attribute {CHILD!r} of its own, where Weft would keep its "
                 "adapters."
+            )
+
+
+def check_fits(views: Mapping[str, Any], configs: Mapping[str, Any]) -> None:
+    """Raises TargetError if a method cannot adapt a layer of its kind. `views`: the layers by name."""
+    for name, method in configs.items():
+        layer, cls = views[name], type(method).__name__
+        module = own_class(layer.module).__name__
+        if layer.is_convolution and not isinstance(method, LowRankMethod):
+            raise TargetError(
+                f"{name!r} is a convolution ({module}), and {cls} computes beside layers of vectors. Name "
+                'other layers, or write exclude="conv".'
+            )
+        if not layer.has_weight and not method.adapts_norms:
+            raise TargetError(
+                f"{name!r} is a layer norm ({module}), and {cls} adapts weight matrices. "
+                'Target "mlp-output", or another linear layer.'
+            )
+        why = None if layer.stack is None else stacked.why_not(method)
+        if why is not None:
+            raise TargetError(
+                f"{name!r} holds {layer.stack} fused experts, and {why}. Leave them out with "
+                'exclude=["experts"], or choose LoRA, DoRA, VeRA, DVoRA or LoRAFA.'
             )
 
 
