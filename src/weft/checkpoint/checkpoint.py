@@ -18,8 +18,9 @@ from .naming import Naming
 
 @dataclass
 class CheckpointLayer:
-    """One adapted layer. `kind` and `shape` (out, in) are None if the file does not record them.
-    `geometry` is what the kernel of a convolution means; its tensors here are those of [out, in].
+    """One adapted layer. `kind` and `shape`, (out, in) or (E, out, in) of fused experts, are None if the
+    file does not record them. `geometry` is what the kernel of a convolution means; its tensors here
+    are those of [out, in].
 
     `keys` maps tensor names to keys in the file. `reached` is the training state that a method
     saves as text beside its tensors, or None.
@@ -29,7 +30,7 @@ class CheckpointLayer:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     kind: str | None = None
-    shape: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
     reached: str | None = None
     geometry: Geometry | None = None
 
@@ -38,8 +39,8 @@ class CheckpointLayer:
         start = self.rule.start_shapes(1, 1)
         return [t for name, t in self.tensors.items() if name not in start]
 
-    def known_shape(self) -> tuple[int, int]:
-        """Returns (out, in), derived from the tensors if the file does not record it.
+    def known_shape(self) -> tuple[int, ...]:
+        """Returns (out, in) or (E, out, in), derived from the tensors if the file does not record it.
 
         Raises UnsupportedError if the tensors do not tell it either, as in VeRA files of peft.
         """
@@ -47,7 +48,8 @@ class CheckpointLayer:
             return self.shape
         for left, right in (("B", "A"), ("P", "Q")):
             if left in self.tensors:
-                return self.tensors[left].shape[0], self.tensors[right].shape[1]
+                B, A = self.tensors[left], self.tensors[right]
+                return (*B.shape[:-1], A.shape[-1])
         raise UnsupportedError(
             "peft's VeRA files do not say the width of a layer. Load it with weft.load and save "
             "it; that file can be exported."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..model import base_layers
 from ..model.adapter import Adapter
-from ..model.layer import CHILD
+from ..model.carried import CHILD
 from ..model.offload import stored
 from ..model.packed_merge import originals
 from ..model.state import base_only, find_state

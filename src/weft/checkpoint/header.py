@@ -149,11 +149,11 @@ def parse(path: Path, metadata: Mapping[str, str]) -> Header:
         found.packed = tuple(manifest.get("packed", ()))
         reached = manifest.get("reached", {})
         kernels = geometries(manifest)
-        for module, kind, (out, in_), overrides in manifest["sites"]:
+        for module, kind, shape, overrides in manifest["sites"]:
             found.sites[module] = CheckpointLayer(
                 methods.replace(config, overrides),
                 kind=kind,
-                shape=(out, in_),
+                shape=tuple(shape),
                 reached=reached.get(module),
                 geometry=kernels.get(module),
             )

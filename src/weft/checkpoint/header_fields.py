@@ -90,7 +90,7 @@ def _check_sites(sites: Any) -> None:
             isinstance(module, str)
             and isinstance(kind, str)
             and isinstance(shape, list)
-            and len(shape) == 2
+            and len(shape) in (2, 3)
             and all(type(n) is int and 0 < n <= WIDEST for n in shape)
             and isinstance(overrides, dict)
         )

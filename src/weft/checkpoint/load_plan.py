@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import ConfigError, TargetError
+from ..methods import stacked
 from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
+from ..model.base_layers.experts import EXCHANGED
 from ..model.offload import device_of, offloads
 from ..model.state import find_state
 from ..model.structure.selection import tensors_of_modules, trained_tensors
 from ..model.structure.tokens import TokenTable
 from . import formats, kinds, matching, tokens
 from .checkpoint import Checkpoint, CheckpointLayer
+from .formats.peft_experts import exchanged
 from .problems import fault_of, misfit, nearest, same_values
 from .projections import projections_for
 
@@ -37,7 +40,7 @@ class LoadPlan:
         self.notes = list(checkpoint.notes)
         self.modules = {
             name: module
-            for name, module in self.structure.modules.items()
+            for name, module in self.structure.carriers.items()
             if not matching.is_wrapper(module)
         }
         self.parameters = {
@@ -61,7 +64,7 @@ class LoadPlan:
         self.configs: dict[str, Any] = {}
         self.values: dict[str, dict[str, Tensor]] = {}
         self.reached: dict[str, str] = {}  # saved training state, as text
-        self.shapes: dict[str, tuple[int, int]] = {}  # by the file's name
+        self.shapes: dict[str, tuple[int, ...]] = {}  # by the file's name
         self.selected: dict[str, Tensor] = {}
         self.tables: list[TokenTable] = []
         self.tokens: dict[str, Tensor] = {}  # rows of new tokens, by the table's first module
@@ -95,7 +98,9 @@ class LoadPlan:
         host = self._host(module, name, layer.rule)
         if host is None:
             return
-        shape = (host.out_features, host.in_features)
+        shape = stacked.known((host.out_features, host.in_features), host.stack)
+        if host.kind == EXCHANGED and self.checkpoint.writer == "peft" and len(layer.tensors) == 2:
+            layer.tensors = exchanged(layer.tensors)
         fault = kinds.misfit(module, name, layer, host)
         if fault is not None:
             self.problems.append(fault)
@@ -108,7 +113,7 @@ class LoadPlan:
         self.values[name] = {}
         if layer.reached is not None:
             self.reached[name] = layer.reached
-        for tensor, wanted in layer.rule.file_shapes(*shape).items():
+        for tensor, wanted in stacked.file_shapes(layer.rule, shape).items():
             if tensor not in layer.tensors:
                 continue  # its absence is among the problems already
             fault = fault_of(layer.tensors[tensor], wanted)
@@ -149,7 +154,11 @@ class LoadPlan:
                 f"{why}"
             )
             return None
-        return base_layers.view(layer)
+        why = None if name in self.structure.modules else stacked.why_not(config)
+        if why is not None:
+            self.problems.append(f"{module!r}: the model's {name!r} holds fused experts, and {why}")
+            return None
+        return base_layers.view(layer, name)
 
     def _prompt_hosts(self, at: str) -> dict[str, Any]:
         """Returns the modules of this model that a prompt attaches to; none, with a problem, if the
@@ -285,7 +294,9 @@ class LoadPlan:
         found = set(self.names.found.values())
         adapted = self.checkpoint.adapted
         more = [] if adapted is None or self.nested else adapted(self.structure, self.selected)
-        for name in dict.fromkeys([*layers, *more]):
+        for name in dict.fromkeys(
+            [*kinds.expected(self.checkpoint, self.structure, layers), *more]
+        ):
             if name not in found and (self.nested is None or structure.within(name, [self.nested])):
                 self.problems.append(
                     f"missing: the file has nothing for {name!r}, which its targets name in this "

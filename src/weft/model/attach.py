@@ -12,15 +12,17 @@ from torch import nn
 
 from .. import methods
 from ..errors import ConfigError, TargetError
-from ..methods.base import LowRankMethod, PromptMethod, Shared
+from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS, patterns
 from . import base_layers, fallback, left_out, prompts, statistics, token_layers
 from .adapter import Adapter
-from .attach_checks import check_name, check_ownership, check_tied
+from .attach_checks import check_fits, check_name, check_ownership, check_tied
+from .carried import adapt, is_adapted, put
 from .detach import remove
-from .layer import AdapterLayer, adapt, is_adapted, layers_of
+from .experts import StackedLayer, adapted_experts_class
+from .layer import AdapterLayer, adapted_class
 from .offload import check_loadable, loaded
 from .plan_entries import Frozen
 from .saving import tell_trainers
@@ -197,7 +199,7 @@ def _made(
             "statistics. Leave it out."
         )
     with base_only(state):
-        modules = dict(root.named_modules())
+        modules = base_layers.carriers(dict(root.named_modules()))
         check_ownership(modules, parts.configs, state)
         check_tied(
             structure,
@@ -240,20 +242,8 @@ def _build_layers(
 ) -> dict[str, AdapterLayer]:
     configs = parts.configs
     views: dict[str, Any] = dict(prompts.hosts_of(structure, configs))
-    views |= {name: base_layers.view(modules[name]) for name in configs if name not in views}
-    for name, method in configs.items():
-        if views[name].is_convolution and not isinstance(method, LowRankMethod):
-            raise TargetError(
-                f"{name!r} is a convolution ({type(modules[name]).__name__}), and "
-                f"{type(method).__name__} computes beside layers of vectors. Name other layers, or "
-                'write exclude="conv".'
-            )
-        if not views[name].has_weight and not method.adapts_norms:
-            raise TargetError(
-                f"{name!r} is a layer norm ({type(modules[name]).__name__}), and "
-                f"{type(method).__name__} adapts weight matrices. "
-                'Target "mlp-output", or another linear layer.'
-            )
+    views |= {name: base_layers.view(modules[name], name) for name in configs if name not in views}
+    check_fits(views, configs)
     groups: dict[Any, list[tuple[int, int]]] = {}
     for name, method in configs.items():
         groups.setdefault(method.share_key(), []).append(
@@ -274,12 +264,18 @@ def _build_layers(
                 made = method.shared(groups[key], device)
                 pool[full] = made
             shared = pool[full]
-        layers[name] = AdapterLayer(method, views[name], shared)
+        kind = AdapterLayer if views[name].stack is None else StackedLayer
+        layers[name] = kind(method, views[name], shared)
         layers[name].written = written
         with loaded(modules[name]):
             layers[name].initialise(Rng(method.seed, name, device), name in parts.filled)
         layers[name].train(modules[name].training)
     return layers
+
+
+def _class_of(layer: AdapterLayer) -> type[nn.Module]:
+    cls = type(layer.base.module)
+    return adapted_experts_class(cls) if isinstance(layer, StackedLayer) else adapted_class(cls)
 
 
 def _pool(state: State | None) -> dict[Any, Any]:
@@ -314,9 +310,9 @@ def _install(
         prompts.install(state, adapter, structure)
     for name, layer in adapter.every_layer().items():
         if not is_adapted(modules[name]):
-            adapt(modules[name], state.active)
+            adapt(modules[name], state.active, _class_of(layer))
         layer.active = state.active
-        layers_of(modules[name])[adapter.name] = layer
+        put(layer, adapter.name)
     state.adapters[adapter.name] = adapter
     state.active.names[adapter.name] = adapter.number
     state.active.follow(adapter.name, adapter.parameters())

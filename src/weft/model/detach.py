@@ -8,7 +8,7 @@ from ..errors import MergeError
 from ..methods.base import PromptMethod
 from . import packed_merge, prompts, statistics
 from .adapter import Adapter
-from .layer import layers_of, restore
+from .carried import take_out
 from .saving import tell_trainers
 from .selected import give_back
 from .state import ATTRIBUTE, State, state_of
@@ -64,10 +64,7 @@ def remove(state: State, adapter: Adapter) -> None:
     if isinstance(adapter.config, PromptMethod):
         prompts.uninstall(state, adapter)
     for layer in adapter.every_layer().values():
-        module = layer.base.module
-        del layers_of(module)[adapter.name]
-        if not len(layers_of(module)):
-            restore(module)
+        take_out(layer, adapter.name)
     state.active.marked.discard(adapter.name)
     state.active.forget_calls()
     others = [other for other in state.adapters.values() if other is not adapter]

@@ -16,6 +16,7 @@ from . import base_layers
 from .packings import packing_of
 from .plan_entries import Frozen
 from .structure import Structure, base_modules, base_parameters
+from .structure.targets import STACK
 
 EVERY = "all-linear"
 NOTED = (
@@ -25,9 +26,10 @@ NEARLY_ALL, NEARLY_NOTHING = 0.9, 0.01  # left out and adapted: then "all-linear
 # The kinds that targets can name, and how: for the message; and the words that name them.
 NAMED: dict[str, str] = {
     "convolution": 'Write targets=["all-linear", "conv"] to adapt them too, or exclude="conv" to say that '
-    "they stay frozen"
+    "they stay frozen",
+    "experts": 'targets="experts" adapts the experts',
 }
-WORDS: dict[str, str] = {"convolution": "conv"}
+WORDS: dict[str, str] = {"convolution": "conv", "experts": "experts"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def _kind(entry: Frozen) -> str:
 
 
 def _unable(entry: Frozen, module: nn.Module) -> bool:
+    if entry.reason == STACK:
+        return True
     if entry.kind in ("router", "embedding") or entry.reason == "output head":
         return False
     if entry.kind in NAMED:

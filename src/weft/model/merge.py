@@ -16,7 +16,8 @@ from ..ops.digest import digest
 from ..ops.norm import full_precision
 from . import packed_merge
 from .adapter import STALE_NORM, Adapter
-from .layer import AdapterLayer, active_of, is_adapted, layers_of
+from .carried import active_of, is_adapted, layers_of, module_dict
+from .layer import AdapterLayer
 from .merge_report import TOLERANCE, MergeReport
 from .offload import loaded, offloads
 from .packed_merge import PackedMerge, digest_of
@@ -109,16 +110,17 @@ def _merge(state: State, adapter: Adapter, how: PackedMerge) -> MergeReport:
     return replace(found, **how.facts(), survived=survived)
 
 
-def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
+def effective_weight(layer: nn.Module, name: str = "default", tensor: str = "weight") -> Tensor:
     """Returns W' [out, in] of one adapted layer, detached, in float32 (float64 if the weight is).
 
+    A module of fused experts has several layers: `tensor` names the parameter, and W' is [E, out, in].
     Raises WeftError (the layer has no such adapter), UnsupportedError (the method changes no
     weight).
     """
     active = active_of(layer)
-    found = layers_of(layer)._modules.get(name) if active is not None else None
+    found = _layer_in(layer, name, tensor) if active is not None else None
     if active is None or not isinstance(found, AdapterLayer):
-        have = list(layers_of(layer)) if is_adapted(layer) else []
+        have = list(module_dict(layer)) if is_adapted(layer) else []
         raise WeftError(
             f"this {type(layer).__name__} carries no adapter {name!r} (it has: {have})."
         )
@@ -127,11 +129,18 @@ def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
         raise UnsupportedError(
             f"{method.__name__} has no effective weight: {method.not_mergeable}."
         )
-    own = active.base_weights.get(layer)
+    own = active.base_weights.get(found.base.key)
     if own is None:
         with loaded(layer):
             return _effective(found, found.base.weight())
     return _effective(found, found.base.matrix(own))
+
+
+def _layer_in(layer: nn.Module, name: str, tensor: str) -> Any:
+    held = module_dict(layer)
+    if isinstance(held._modules.get(tensor), nn.ModuleDict):
+        held = layers_of(layer, tensor)
+    return held._modules.get(name)
 
 
 @torch.no_grad()
@@ -182,7 +191,7 @@ def _write(adapter: Adapter, record: Merged, how: PackedMerge) -> tuple[float, f
     for name, layer in {**adapter.layers, **tokens}.items():
         packed, W = layer.base.codes() is not None, layer.base.weight()
         wanted = _effective(layer, W)
-        dtype = how.dtype if packed else layer.base.module.weight.dtype
+        dtype = how.dtype if packed else layer.base.parameter.dtype
         cast = wanted.to(dtype)
         if not bool(torch.isfinite(cast).all()):
             raise MergeError(f"{name!r}: W' is not finite in {dtype}; nothing was merged.")
@@ -193,10 +202,10 @@ def _write(adapter: Adapter, record: Merged, how: PackedMerge) -> tuple[float, f
         rounding = max(rounding, _relative(cast - wanted, wanted))
         if packed:
             continue
-        stored: nn.Parameter = layer.base.module.weight
-        _replace(stored, layer.base.stored(cast), record, f"{name}.weight".lstrip("."))
+        stored: Any = layer.base.parameter
+        _replace(stored, layer.base.stored(cast), record, layer.base.full_name(name))
         tied = [o.base.module for o in adapter.token_layers.values()]
-        readers = [layer.base.module, *(m for m in tied if m.weight is stored)]
+        readers = [layer.base.key, *(m for m in tied if m.weight is stored)]
         record.base_weights |= dict.fromkeys(readers, record.backups[-1].bits)
     return rounding, change
 

@@ -20,7 +20,8 @@ from ..ops.digest import digest
 from .adapter import Adapter
 from .base_layers import INNER_FORWARD, own_class, view
 from .base_layers.packed import PackedLayer
-from .layer import adapted_class, is_adapted
+from .carried import is_adapted
+from .layer import adapted_class
 from .offload import OLD_FORWARD
 from .packings import SHADOW, packing_of, parts
 from .state import Backup, Merged

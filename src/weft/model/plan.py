@@ -127,7 +127,7 @@ def plan_of(
         Row(
             name,
             layer.base.kind,
-            layer.shape,
+            layer.full_shape,
             sum(p.numel() for p in layer.trainable().values()),
             sum(p.numel() * p.element_size() for p in layer.trainable().values()),
         )

@@ -55,7 +55,7 @@ class Merged:
 
     name: str
     backups: list[Backup] = field(default_factory=list)
-    base_weights: dict[nn.Module, Tensor] = field(default_factory=dict)
+    base_weights: dict[Any, Tensor] = field(default_factory=dict)
 
 
 class State:

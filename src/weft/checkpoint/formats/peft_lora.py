@@ -20,6 +20,7 @@ from ...methods.config import scaling
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
 from . import peft_convolutions as convolutions
+from . import peft_experts as experts
 from . import peft_layers as layers
 from . import peft_starts as starts
 from . import peft_tokens
@@ -53,6 +54,7 @@ SUPPORTED = {
     "alpha_pattern": Mapping[str, float] | None,
     "init_lora_weights": bool | str | None,
     peft_tokens.FIELD: Any,
+    experts.FIELD: list[str] | None,
     # in every file; they act through fields that are refused
     "eva_config": Any,
     "ensure_weight_tying": Any,
@@ -70,12 +72,16 @@ class LoraFormat:
     stores_projections = False
 
     def why_not(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> str | None:
-        return convolutions.why_not(checkpoint) or bias.why_no_field(checkpoint, model)
+        plain = not isinstance(checkpoint.config, DoRA)
+        why = experts.why_not(checkpoint, plain) or experts.misread(checkpoint, model)
+        why = why or convolutions.why_not(checkpoint)
+        return why or bias.why_no_field(checkpoint, model)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         written = starts.plain(checkpoint)
-        fields = _lora_fields(written)
-        return layers.write_layers(written, model, _lora_key, fields, convolutions.in_file)
+        packed = experts.packed(written)
+        fields = {**_lora_fields(written), **experts.fields(written)}
+        return layers.write_layers(packed, model, _key_in(packed), fields, convolutions.in_file)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("peft_type") == self.name
@@ -125,6 +131,10 @@ class LoraFormat:
                 changed["init"] = "kaiming"
             return CheckpointLayer(replace(built, changed), kind="embedding")
 
+        def rule_of(name: str) -> Any:
+            return layer_of(name, "lora_A").rule
+
+        experts.read(checkpoint, rest, config, rule_of, layers.PREFIX)
         layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
         checkpoint = layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
         return bias.with_train(checkpoint)
@@ -137,7 +147,8 @@ class LoraFormat:
         kernels = [m for m, layer in checkpoint.sites.items() if layer.geometry is not None]
         keys = {layers.PREFIX + _lora_key(m, t, None): (m, t) for m in kernels for t in _LINEAR}
         convolutions.flattened(tensors, {k: v for k, v in keys.items() if k in tensors})
-        layers.restore_layers(checkpoint, tensors, manifest, _lora_key)
+        taken = experts.restore(checkpoint, tensors, layers.PREFIX)
+        layers.restore_layers(checkpoint, tensors, manifest, _lora_key, taken)
         starts.split(checkpoint, own)
 
     def why_not_model(self, root: nn.Module) -> str | None:
@@ -152,6 +163,15 @@ def _parts_of(names: Collection[str]) -> dict[str, tuple[str, str]]:
         for name, match in found.items()
         if "embedding" not in match["part"]
     }
+
+
+def _key_in(checkpoint: Checkpoint) -> layers.KeyOf:
+    def key(module: str, tensor: str, kind: str | None) -> str:
+        if experts.is_stack(checkpoint.sites[module]):
+            return experts.key_of(checkpoint, module, tensor)
+        return _lora_key(module, tensor, kind)
+
+    return key
 
 
 def _lora_key(module: str, tensor: str, kind: str | None) -> str:

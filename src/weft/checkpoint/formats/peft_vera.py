@@ -18,8 +18,8 @@ from ...methods import VeRA
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..problems import take
 from . import peft_bias as bias
+from . import peft_experts, peft_tokens
 from . import peft_layers as layers
-from . import peft_tokens
 
 _NAMES = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
 _PARTS = {name: tensor for tensor, name in _NAMES.items()}
@@ -47,6 +47,9 @@ class VeraFormat:
 
     def why_not(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> str | None:
         config: Any = checkpoint.config
+        why = peft_experts.why_not(checkpoint)
+        if why is not None:
+            return why
         for name, layer in checkpoint.sites.items():
             if layer.kind == "embedding":
                 return f"peft has no form for the embedding {name!r}"

@@ -57,6 +57,7 @@ class BaseLayer:
     has_weight: ClassVar[bool] = True  # there is a weight matrix
     geometry: Geometry | None = None  # what a kernel means; of a convolution only
     is_convolution: ClassVar[bool] = False  # its channels come before positions, which it mixes
+    tensor: str = "weight"  # the module's parameter that stores W
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -77,6 +78,35 @@ class BaseLayer:
     def why_not(cls, module: nn.Module) -> str | None:
         """Returns the reason why a module of this kind cannot be adapted, or None."""
         return weight_fault(module)
+
+    @classmethod
+    def tensors_of(cls, module: nn.Module) -> tuple[str, ...]:
+        """Returns the parameters that are layers of their own, named after them; empty if the module
+        is one layer and has its name.
+        """
+        return ()
+
+    @property
+    def stack(self) -> int | None:
+        """The number of weights that are stored as one, [stack, out, in]; None for a layer of one."""
+        return None
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that stores W, as it is laid out."""
+        found: Tensor = getattr(self.module, self.tensor)
+        return found
+
+    @property
+    def key(self) -> Any:
+        """What tells the layer apart from all others: its module, with the parameter if it is one of
+        several layers.
+        """
+        return self.module if self.stack is None else (self.module, self.tensor)
+
+    def full_name(self, layer: str) -> str:
+        """Returns the name of the parameter that stores W, for the layer's name."""
+        return (layer if self.stack is not None else f"{layer}.{self.tensor}").lstrip(".")
 
     def weight(self) -> Tensor:
         """Returns W [out, in], a view; for a norm, which has none, the gain [out]."""

@@ -47,6 +47,8 @@ class PromptHost:
     transposed: ClassVar[bool] = False
     is_convolution: ClassVar[bool] = False
     packed_as: ClassVar[None] = None
+    stack: ClassVar[int | None] = None
+    tensor: ClassVar[str] = "weight"
 
     @property
     def kind(self) -> str:

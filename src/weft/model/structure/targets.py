@@ -20,6 +20,7 @@ from .picks import taken_away
 from .structure import Structure
 
 _CONVOLUTION = 'a convolution, which targets="conv" names'
+STACK = 'fused experts, which only targets="experts" or their names choose'
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
     taken = taken_away(structure, config, fields_of)
     ordered = {
         name: fields_of[name]
-        for name in structure.modules
+        for name in structure.carriers
         if name in fields_of and name not in taken
     }
     frozen, routed = leftovers(structure, ordered)
@@ -79,16 +80,17 @@ def _convolutions(structure: Structure) -> dict[str, nn.Module]:
 
 def leftovers(structure: Structure, chosen: Collection[str]) -> tuple[list[Frozen], list[str]]:
     """Returns the layers that could have been adapted but were not, with the reason, and those of
-    the chosen layers that are routed experts.
+    the chosen layers that get tokens which a router has regrouped: experts with modules of their own.
     """
     left_out = _left_out(structure)
     frozen = []
     for name, module in structure.layers.items():
         if name not in chosen:
             reason = left_out.get(name, "not named by targets")
-            frozen.append(Frozen(name, _kind(module), _weight_shape(module), reason))
+            frozen.append(Frozen(name, _kind(module), _weight_shape(module, name), reason))
     frozen += _raw_tensors(structure)
-    return frozen, [name for name in chosen if within(name, structure.experts)]
+    routed = [n for n in chosen if within(n, structure.experts) and not is_stack(structure, n)]
+    return frozen, routed
 
 
 def _in_role(structure: Structure, role: str, without: list[Frozen]) -> list[str]:
@@ -132,11 +134,20 @@ def _left_out(structure: Structure) -> dict[str, str]:
             out[name] = "router of a mixture of experts"
         elif base_layers.is_convolution(module):
             out[name] = _CONVOLUTION
+        elif is_stack(structure, name):
+            out[name] = STACK
     return out
+
+
+def is_stack(structure: Structure, name: str) -> bool:
+    """Whether a layer is a parameter of a module: fused experts."""
+    return name in structure.layers and name not in structure.modules
 
 
 def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -> list[str]:
     layers = structure.layers
+    if pattern == "experts":
+        return _experts(structure)
     if pattern in KEYWORDS:
         return [
             name
@@ -159,6 +170,18 @@ def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
         if any(matches("targets", pattern, n) for n in called(name))
         and base_layers.why_not(module) is None
     ]
+
+
+def _experts(structure: Structure) -> list[str]:
+    """Every weight of a routed expert, fused or in a layer of its own. Raises TargetError if one of
+    them cannot be adapted.
+    """
+    names = [n for n in structure.layers if within(n, structure.experts)]
+    faults = {n: why for n in names if (why := base_layers.why_not(structure.layers[n]))}
+    raw = {f.name: f.reason for f in _raw_tensors(structure) if f.kind == "experts"}
+    for name, why in {**faults, **raw}.items():
+        raise TargetError(f"targets='experts' means {name!r}, which cannot be adapted: {why}.")
+    return names
 
 
 def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -> TargetError:
@@ -201,13 +224,15 @@ def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
         if prefix in structure.layers:
             continue
         for tensor, p in module._parameters.items():
+            if f"{prefix}.{tensor}".lstrip(".") in structure.layers:
+                continue
             if p is None or p.ndim < 2 or min(p.shape[-2:]) < 2:
                 continue
             name, shape = f"{prefix}.{tensor}".lstrip("."), tuple(p.shape)
             if within(prefix, structure.experts) and p.ndim == 3:
                 reason = (
-                    f"{p.shape[0]} experts fused into one three-dimensional tensor, which Weft does "
-                    "not adapt"
+                    f"{p.shape[0]} experts fused into one tensor that {type(module).__name__} reads "
+                    "by a forward of its own, which Weft does not know"
                 )
                 yield Frozen(name, "experts", shape, reason)
             elif prefix in structure.routers:
@@ -217,8 +242,12 @@ def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
                 yield Frozen(name, "tensor", shape, reason)
 
 
-def _weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """(out, in) if the layer has a weight matrix."""
+def _weight_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """(out, in) if the layer has a weight matrix; the parameter's own shape if it is a stack."""
+    kind = base_layers.kind_of(module)
+    if kind is not None and kind.tensors_of(module):
+        own = module._parameters.get(name.rpartition(".")[2])
+        return () if own is None else tuple(own.shape)
     packing = packing_of(module)
     if packing is not None:
         return packing.shape(module)
@@ -226,7 +255,6 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     if weight is None:
         return ()
     shape = tuple(weight.shape)
-    kind = base_layers.kind_of(module)
     return shape[::-1] if kind is not None and kind.transposed else shape
 
 
