@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from docs_bases import bases_block
 from docs_claims import claim, verdicts
 from docs_fields import meaning, order, written
 from docs_records import measured
@@ -359,6 +360,7 @@ ALL: dict[str, Callable[[], str]] = {
     "commands": commands_block,
     "verdicts": verdicts,
     "reference": reference_block,
+    "bases": bases_block,
 }
 
 

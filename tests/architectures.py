@@ -93,8 +93,8 @@ GPT2 = {
 NO_DROPOUT = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 20, "num_key_value_heads": 1}
 FUSED = (
-    ("layers.{0..2}.mlp.experts.gate_up_proj", "5 experts fused into one three-dimensional tensor"),
-    ("layers.{0..2}.mlp.experts.down_proj", "5 experts fused into one three-dimensional tensor"),
+    ("layers.{0..2}.mlp.experts.gate_up_proj", 'fused experts, which only targets="experts"'),
+    ("layers.{0..2}.mlp.experts.down_proj", 'fused experts, which only targets="experts"'),
 )
 ROUTER = ("layers.{0..2}.mlp.gate.weight", "router of a mixture of experts")
 
@@ -179,7 +179,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         6,
         head=("classifier",),
         vision=True,
-        frozen=(("vit.embeddings.patch_embeddings.projection.weight", "convolution"),),
+        frozen=(("vit.embeddings.patch_embeddings.projection", "convolution"),),
     ),
     "mixtral": Architecture(
         transformer("MixtralForCausalLM", "MixtralConfig", num_local_experts=5, **EXPERTS),

@@ -31,10 +31,12 @@ from .methods import (
     VeRA,
 )
 from .model.adapter import Adapter
-from .model.attach import adapters, attach, detach
+from .model.attach import adapters, attach
 from .model.combine import combine
+from .model.detach import detach
 from .model.groups import parameter_groups
-from .model.merge import MergeReport, effective_weight, merge, unmerge
+from .model.merge import effective_weight, merge, unmerge
+from .model.merge_report import MergeReport
 from .model.use import use
 
 __version__ = "0.1.0"

@@ -387,27 +387,6 @@ def test_a_field_of_lora_that_cannot_be_carried(changes, field, tmp_path):
     refused(wide(), tmp_path, field, "cannot carry", error=weft.UnsupportedError)
 
 
-def test_experts_fused_into_one_tensor_cannot_be_carried(tmp_path):
-    def build() -> Any:
-        return tiny(
-            "Qwen3MoeForCausalLM",
-            "Qwen3MoeConfig",
-            num_experts=3,
-            num_experts_per_tok=2,
-            moe_intermediate_size=20,
-            decoder_sparse_step=1,
-            head_dim=8,
-        )
-
-    targets = [n for n, p in build().named_parameters() if p.ndim == 3]
-    config = lora(
-        target_modules=["q_proj"], target_parameters=[".".join(targets[0].split(".")[-3:])]
-    )
-    theirs = peft_of(build(), config)
-    peft_saves(theirs, tmp_path)
-    refused(build(), tmp_path, "target_parameters=[", error=weft.UnsupportedError)
-
-
 @pytest.mark.parametrize("bias", ["all", "vera_only"])
 def test_a_field_of_vera_that_cannot_be_carried(bias, tmp_path):
     theirs = peft_of(wide(), vera(bias=bias, **LLAMA))

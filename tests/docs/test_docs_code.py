@@ -7,7 +7,7 @@ import pytest
 from documents import ALL, COMING, HUB_MODEL, ROOT, blocks, commands, named, small_llama
 
 from weft.cli import COMMANDS
-from weft.cli.plan import _config
+from weft.cli.plan import _method_config
 from weft.compare.plan.entries import parse_methods
 
 RUN = [page for page in ALL if blocks(page, "python") and page not in COMING]
@@ -73,7 +73,7 @@ def understood(words):
     parser.exit = lambda status=0, message=None: pytest.fail(f"weft {' '.join(words)}: {message}")
     args = parser.parse_args(words[1:])
     if words[0] == "plan":
-        _config(args)
+        _method_config(args)
     if words[0] == "compare" and args.methods:
         parse_methods(args.methods)
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+import bases_record
 import weft
 from weft.model import packings
+from weft.model.base_layers import packed
 from weft.ops.cache import counts
 
 METHODS = {
@@ -88,6 +90,14 @@ BASES = {
 }
 
 
+PACKAGES = {"quanto": "optimum-quanto", "HQQ": "hqq", "torchao": "torchao"}
+
+
+def package(kind):
+    """The package that has the layers, by its name for pip."""
+    return PACKAGES.get(kind.partition(" ")[0], "bitsandbytes")
+
+
 def dequantised(model):
     """The same model with dense layers of the same numbers."""
     found = dense()
@@ -112,12 +122,17 @@ def distance(found, wanted):
 
 
 @pytest.fixture(params=BASES)
-def base(request):
-    return BASES[request.param]()
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def base(kind):
+    return BASES[kind]()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_quantised_base_carries_the_adapter_of_the_dequantised_one(base, method):
+def test_a_quantised_base_carries_the_adapter_of_the_dequantised_one(kind, base, method):
     x = torch.randn(5, 64)
     other = dequantised(base)
     # in eval mode LLM.int8() rounds the input, too
@@ -146,6 +161,8 @@ def test_a_quantised_base_carries_the_adapter_of_the_dequantised_one(base, metho
                 assert p.grad is not None, name
                 assert float(q.grad.abs().max()) > 0 or method == "DyLoRA"
                 assert distance(p.grad, q.grad) < 1e-4 or not q.grad.any(), name
+    if method in weft.methods.METHODS:
+        bases_record.exact(kind, method, package(kind))
 
 
 @pytest.mark.parametrize(
@@ -208,14 +225,6 @@ def test_strengths_and_sums_over_a_quantised_base(base):
         assert distance(base(x), wanted) < 1e-5
 
 
-def test_merging_into_few_bits_is_refused_by_name(base):
-    weft.attach(base, METHODS["LoRA"])
-    with pytest.raises(
-        weft.MergeError, match=r"'0': its weight is quantised .*without quantisation"
-    ):
-        weft.merge(base)
-
-
 def test_detach_gives_the_layers_back(base):
     classes = [type(m) for m in base]
     weft.attach(base, METHODS["DoRA"])
@@ -245,3 +254,51 @@ def test_codes_that_nothing_unpacks_are_refused_by_name_and_in_the_plan():
     adapter = weft.attach(model, weft.LoRA(targets="all-linear"))
     assert [(f.name, f.shape) for f in adapter.frozen] == [("1", (32, 64))]
     assert "Weft cannot unpack" in adapter.frozen[0].reason
+
+
+def wide(quant_type="nf4"):
+    """A layer that bitsandbytes packs anew at its first evaluation, on a CPU with AVX512-BF16."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(512, 256, compute_dtype=torch.bfloat16, quant_type=quant_type)
+    torch.manual_seed(0)
+    layer.load_state_dict(nn.Linear(512, 256).state_dict())
+    return nn.Sequential(layer.requires_grad_(False), nn.Tanh()).to("cpu")
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_an_evaluation_between_two_steps_changes_neither_base_nor_gradients(quant_type):
+    """Where bitsandbytes would pack the weight anew (AVX512-BF16), it may not; elsewhere it does not."""
+    model = wide(quant_type)
+    adapter = weft.attach(model, weft.DoRA(r=4, targets=["0"]))
+    moved(adapter)
+    x = torch.randn(6, 512).bfloat16().requires_grad_()
+    model(x)  # bitsandbytes casts the bias, in place
+    before, gradients = weft.snapshot(model).base, []
+    for _ in range(2):
+        model.train()
+        found = torch.autograd.grad(model(x).float().square().sum(), [x, *adapter.parameters()])
+        gradients.append(found)
+        model.eval()
+        with torch.no_grad():
+            model(x)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(bool(g.any()) for g in gradients[0])
+    assert weft.snapshot(model).base == before
+    assert not getattr(model[0].weight.quant_state, "packing_format_for_cpu", False)
+
+
+def test_the_input_that_is_tried_leaves_the_layer_as_it_was(monkeypatch):
+    monkeypatch.setattr(packed, "_faults", {})
+    model = wide()
+    weft.attach(model, weft.LoRA(r=4, targets=["0"]))
+    assert model[0].bias.dtype == torch.float32  # a forward casts it to that of the input
+
+
+def test_a_layer_that_was_packed_anew_before_attach_is_refused_by_name():
+    model = wide().eval()
+    with torch.no_grad():
+        model(torch.randn(2, 512).bfloat16())
+    if not getattr(model[0].weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("this CPU has no AVX512-BF16, for which bitsandbytes packs weights anew")
+    with pytest.raises(weft.TargetError, match="first evaluation packed the weight anew"):
+        weft.attach(model, weft.LoRA(targets=["0"]))

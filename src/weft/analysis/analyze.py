@@ -14,7 +14,7 @@ from .. import methods
 from ..checkpoint.load import load
 from ..checkpoint.same_base import SWITCH
 from ..errors import CheckpointError, ConfigError
-from ..model.attach import detach
+from ..model.detach import detach
 from .changes import Change, changes_of
 from .relate import Relation, relate
 from .series import Series

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..methods.base import effective_weight
 from ..model.adapter import Adapter
-from ..model.base_layers import is_linear, view
+from ..model.base_layers import carriers, is_linear, view
 from ..ops.norm import full_precision
 
 
@@ -71,7 +71,7 @@ def changes_of(adapter: Adapter) -> Iterator[tuple[str, Change]]:
             f"{type(config).__name__} does not change weights ({config.not_mergeable}), so it has "
             "neither magnitude nor direction."
         )
-    order = {name: place for place, (name, _) in enumerate(adapter.model.named_modules())}
+    order = {name: i for i, name in enumerate(carriers(dict(adapter.model.named_modules())))}
     found = {**_of_sites(adapter), **_of_selected(adapter)}
     if not found:
         raise UnsupportedError(
@@ -86,7 +86,9 @@ def _of_sites(adapter: Adapter) -> dict[str, Change]:
     for module, site in adapter.layers.items():
         W = site.base.weight().detach().double()
         with full_precision(W.device):
-            found[module] = change(W, effective_weight(site.method, W, site))
+            changed = effective_weight(site.method, W, site)
+        # Every row is a weight vector by itself, so a stack of weights is one matrix.
+        found[module] = change(W.flatten(0, -2), changed.flatten(0, -2))
     return found
 
 

@@ -11,12 +11,16 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..model.adapter import Adapter
 from ..model.structure import Structure
+from ..ops.convolution import Geometry
 from .fingerprint import Fingerprint
+from .naming import Naming
 
 
 @dataclass
 class CheckpointLayer:
-    """One adapted layer. `kind` and `shape` (out, in) are None if the file does not record them.
+    """One adapted layer. `kind` and `shape`, (out, in) or (E, out, in) of fused experts, are None if the
+    file does not record them. `geometry` is what the kernel of a convolution means; its tensors here
+    are those of [out, in].
 
     `keys` maps tensor names to keys in the file. `reached` is the training state that a method
     saves as text beside its tensors, or None.
@@ -26,16 +30,17 @@ class CheckpointLayer:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     kind: str | None = None
-    shape: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
     reached: str | None = None
+    geometry: Geometry | None = None
 
     def trained(self) -> list[Tensor]:
         """Returns the trained tensors [...], without those that training began at."""
         start = self.rule.start_shapes(1, 1)
         return [t for name, t in self.tensors.items() if name not in start]
 
-    def known_shape(self) -> tuple[int, int]:
-        """Returns (out, in), derived from the tensors if the file does not record it.
+    def known_shape(self) -> tuple[int, ...]:
+        """Returns (out, in) or (E, out, in), derived from the tensors if the file does not record it.
 
         Raises UnsupportedError if the tensors do not tell it either, as in VeRA files of peft.
         """
@@ -43,7 +48,8 @@ class CheckpointLayer:
             return self.shape
         for left, right in (("B", "A"), ("P", "Q")):
             if left in self.tensors:
-                return self.tensors[left].shape[0], self.tensors[right].shape[1]
+                B, A = self.tensors[left], self.tensors[right]
+                return (*B.shape[:-1], A.shape[-1])
         raise UnsupportedError(
             "peft's VeRA files do not say the width of a layer. Load it with weft.load and save "
             "it; that file can be exported."
@@ -61,10 +67,12 @@ class Checkpoint:
     seed, by share key. `problems` are faults within the file. If `in_order`, the file names no
     modules, and its layers are those of the model in order. `fingerprint` is that of the base, which
     files of peft and of early versions do not have. `loftq` is how the layers were packed whose loss the
-    adapter made good at its start, if it did. `biases` says which biases of the base
+    adapter made good at its start, if it did, and `packed` the formats of the packed layers that it was
+    saved on, if it was on some. `biases` says which biases of the base
     a file of peft must have: "none", "all", or "targets" (those of the adapted layers). `adapted`
     names the layers of a model that the file must have, beside those of `config`; it also gets the
-    names of the tensors that are trained in full. `tokens` are the rows of new tokens [n, width], by
+    names of the tensors that are trained in full. `naming` finds the model's name for each layer if the
+    file has names of another kind. `tokens` are the rows of new tokens [n, width], by
     the first module that reads them, `token_ids` their ids, and `token_counts` the number of rows in
     the base's table, if the file records it.
     """
@@ -85,9 +93,11 @@ class Checkpoint:
     peft_reads_it: bool = True
     in_order: bool = False
     biases: str = "none"
+    naming: Naming | None = None
     adapted: Callable[[Structure, Collection[str]], list[str]] | None = None
     fingerprint: Fingerprint | None = None
     loftq: str | None = None
+    packed: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
     mapped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -111,8 +121,11 @@ class Checkpoint:
 
     @property
     def kinds(self) -> set[str]:
-        """The kinds of the adapted layers, without embeddings."""
-        return {layer.kind or "linear" for layer in self.sites.values()} - {"embedding"}
+        """The kinds of the adapted layers, without embeddings and convolutions."""
+        return {layer.kind or "linear" for layer in self.sites.values()} - {
+            "embedding",
+            "convolution",
+        }
 
 
 class Written(NamedTuple):

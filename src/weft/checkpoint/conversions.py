@@ -6,6 +6,7 @@ new method needs no edit here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .. import methods
 from ..errors import CheckpointError, UnsupportedError
+from ..methods import stacked
 from ..methods.config import DTYPES
 from ..methods.projections import Projections
 from ..methods.rng import Rng
@@ -69,12 +71,12 @@ def as_lora(checkpoint: Checkpoint) -> Checkpoint:
     """
     layers: dict[str, CheckpointLayer] = {}
     for module, layer in checkpoint.sites.items():
-        A, B, scale = _plain_factors(factors(checkpoint, module))
-        if not len(A):
+        A, B, scale = _plain(factors(checkpoint, module), layer.known_shape())
+        if not A.shape[-2]:
             continue
         lora = methods.LoRA(
-            r=len(A),
-            alpha=scale * len(A),
+            r=A.shape[-2],
+            alpha=scale * A.shape[-2],
             init="kaiming",
             dropout=layer.rule.dropout,
             dtype=layer.rule.dtype,
@@ -96,6 +98,15 @@ def as_lora(checkpoint: Checkpoint) -> Checkpoint:
         new_tokens=old.new_tokens,
     )
     return replace(checkpoint, config=config, sites=layers, projections=None, checksums={})
+
+
+def _plain(f: LowRank, shape: stacked.FullShape) -> tuple[Tensor, Tensor, float]:
+    """A [r, in] or [E, r, in], B [out, r] or [E, out, r], and s, for a layer of this full shape."""
+    if len(shape) == 2:
+        return _plain_factors(f)
+    up = f.up(torch.float64) if f.d is not None or f.b is not None or f.s <= 0 else f.B
+    scale = f.s if up is f.B else 1.0
+    return f.A.expand(shape[0], *f.A.shape[-2:]), up.expand(shape[0], *up.shape[-2:]), scale
 
 
 def _plain_factors(f: LowRank) -> tuple[Tensor, Tensor, float]:
@@ -128,7 +139,7 @@ def params(checkpoint: Checkpoint, module: str) -> Any:
     tensors |= _fixed(layer, module)
     if layer.rule.share_key() is not None:
         tensors["shared"] = _shared_tensors(checkpoint, layer.rule)
-    shape, cpu = layer.known_shape(), torch.device("cpu")
+    shape, cpu = layer.known_shape()[-2:], torch.device("cpu")
     tensors |= layer.rule.buffers(*shape, cpu)
     found = SimpleNamespace(shape=shape, training=False, method=layer.rule, **tensors)
     if layer.reached is not None:
@@ -177,15 +188,16 @@ def check_shared(checkpoint: Checkpoint) -> None:
 def _fixed(layer: CheckpointLayer, module: str) -> dict[str, Tensor]:
     if not isinstance(layer.rule, methods.LayerConfig):
         return {}
-    check_drawn(layer.rule, *layer.known_shape())
+    shape = layer.known_shape()
+    check_drawn(layer.rule, shape[-2], shape[-1], math.prod(shape[:-2]))
     rng = Rng(layer.rule.seed, module, torch.device("cpu"))
-    drawn = layer.rule.frozen(*layer.known_shape(), layer.kind == "embedding", rng)
+    drawn = stacked.frozen(layer.rule, shape, layer.kind == "embedding", rng)
     return {name: t.to(DTYPES[layer.rule.dtype]) for name, t in drawn.items()}
 
 
 def _shared_tensors(checkpoint: Checkpoint, config: Any) -> Any:
     shapes = [
-        layer.known_shape()
+        (layer.known_shape()[-2], layer.known_shape()[-1])
         for layer in checkpoint.sites.values()
         if layer.rule.share_key() == config.share_key()
     ]

@@ -19,14 +19,14 @@ FIXED = "fixed"  # the key of the checksum over the layers' own frozen tensors
 UNKNOWN = "0" * 16  # in place of a checksum if only the size of the file is wanted
 
 
-def check_drawn(rule: Any, out: int, in_: int) -> None:
-    """Raises CheckpointError if the tensors that a seed decides, for a layer [out, in] of which
-    only a file says that it exists, are larger than any model's.
+def check_drawn(rule: Any, out: int, in_: int, stack: int = 1) -> None:
+    """Raises CheckpointError if the tensors that a seed decides, for `stack` layers [out, in] of which
+    only a file says that they exist, are larger than any model's.
     """
     r = getattr(rule, "r", 1)
-    if r * (out + in_) > MOST_DRAWN:
+    if stack * r * (out + in_) > MOST_DRAWN:
         raise CheckpointError(
-            f"a layer [{out}, {in_}] with r={r}, as the file claims, needs {r * (out + in_):,} "
+            f"a layer [{out}, {in_}] with r={r}, as the file claims, needs {stack * r * (out + in_):,} "
             f"numbers that are drawn from its seed; at most {MOST_DRAWN:,} are drawn for layers "
             "that no model confirms."
         )

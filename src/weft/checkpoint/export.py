@@ -64,6 +64,11 @@ def export(path: str | Path, to: str, out: str | Path) -> Exported:
         raise CheckpointError(f"{str(out)!r} exists and is not empty; give a new directory.")
     checkpoint = read(source)
     refuse(source, checkpoint.problems)
+    if checkpoint.naming is not None:
+        raise UnsupportedError(
+            f"this file of {checkpoint.writer} does not have the names of the model's modules. weft.load "
+            "it onto its model and weft.save it; that can be exported."
+        )
     check_fixed(checkpoint)
     notes = list(checkpoint.notes)
     if _has_form(checkpoint, to):

@@ -27,6 +27,7 @@ from ..errors import CheckpointError
 from ..untrusted import json_text, regular_files
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DIFFUSERS = "pytorch_lora_weights.safetensors"  # what diffusers calls its file of LoRA
 # The layout of a run of `weft train` (training/run_dir.py), as far as it is needed here: its record,
 # and where its adapters are, the result first. With eval.best the result is that of the best
 # evaluation; best/ and the checkpoints count only if the run has no result yet.
@@ -251,6 +252,8 @@ def _find(path: str | Path, given: Path) -> FoundFiles:
         )
     if not given.is_dir():
         _check_regular(given)
+        if given.suffix == ".safetensors" and given.name != TENSORS:
+            return FoundFiles(given, None)  # of a format that is one file
         if given.name != TENSORS:
             _refuse_pickles(given.parent, [given.name])
             raise CheckpointError(
@@ -264,6 +267,8 @@ def _find(path: str | Path, given: Path) -> FoundFiles:
     _check_regular(config)
     if tensors.is_file():
         return FoundFiles(tensors, config if config.is_file() else None, notes)
+    if (directory / DIFFUSERS).is_file():
+        return FoundFiles(directory / DIFFUSERS, None, notes)
     have = sorted(p.name for p in directory.iterdir())
     _refuse_pickles(directory, have)
     raise CheckpointError(f"{directory} has no {TENSORS}; it holds {have[:8] or 'nothing'}.")

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..model import base_layers
 from ..model.adapter import Adapter
-from ..model.layer import CHILD
+from ..model.carried import CHILD
 from ..model.offload import stored
+from ..model.packed_merge import originals
 from ..model.state import base_only, find_state
 from ..model.structure import canonical
 
@@ -113,11 +114,17 @@ def fingerprint_of(adapter: Adapter, values: bool = True) -> Fingerprint | None:
 
 
 def base_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """Returns the floating-point parameters of the base by name, a tied one once."""
+    """Returns the floating-point parameters of the base by name, a tied one once; those of packed
+    layers that an adapter is merged into as they were before.
+    """
+    state = find_state(root)
+    merged = None if state is None else state.merged
+    packed = {} if merged is None else originals(merged)
+    tensors = ((name, packed.get(id(p), p)) for name, p in root.named_parameters())
     return {
         name: p
-        for name, p in root.named_parameters()
-        if p.is_floating_point() and p.numel() and CHILD not in name.split(".")
+        for name, p in tensors
+        if p is not None and p.is_floating_point() and p.numel() and CHILD not in name.split(".")
     }
 
 

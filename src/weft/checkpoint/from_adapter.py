@@ -12,7 +12,8 @@ from .. import methods
 from ..methods.config import DTYPES
 from ..methods.projections import Projections
 from ..model.adapter import Adapter
-from ..model.layer import CHILD, AdapterLayer
+from ..model.carried import CHILD
+from ..model.layer import AdapterLayer
 from ..model.state import base_only, find_state
 from ..model.structure import canonical
 from .checkpoint import Checkpoint, CheckpointLayer
@@ -37,14 +38,16 @@ def checkpoint_of(adapter: Adapter, values: bool = True, projections: bool = Fal
         checksums=checksums_of(adapter, values),
         fingerprint=fingerprint_of(adapter, values),
         loftq=adapter.loftq,
+        packed=adapter.packed_as,
     )
     for module, layer in adapter.layers.items():
         found.sites[canonical(module)] = CheckpointLayer(
             methods.replace(_finished(layer.method), {"dtype": _dtype(layer)}),
             _trained_tensors(layer),
             kind=layer.base.kind,
-            shape=layer.shape,
+            shape=layer.full_shape,
             reached=layer.method.extra_state(layer),
+            geometry=getattr(layer.base, "geometry", None),
         )
         shared = layer.shared
         if isinstance(shared, Projections) and (projections or shared.draw == "stored"):

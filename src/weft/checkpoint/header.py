@@ -33,7 +33,7 @@ from . import files
 from .checkpoint import Checkpoint, CheckpointLayer, Written
 from .drawn import UNKNOWN
 from .fingerprint import Fingerprint
-from .header_fields import check_fields
+from .header_fields import check_fields, geometries, geometry_fields
 from .problems import nearest
 
 SCHEMA = 1
@@ -94,8 +94,13 @@ def metadata_of(
     reached = {m: x.reached for m, x in checkpoint.sites.items() if x.reached is not None}
     if reached:
         manifest["reached"] = reached
+    kernels = {m: x.geometry for m, x in checkpoint.sites.items() if x.geometry is not None}
+    if kernels:
+        manifest["convolutions"] = {name: geometry_fields(g) for name, g in kernels.items()}
     if checkpoint.loftq is not None:
         manifest["loftq"] = checkpoint.loftq
+    if checkpoint.packed:
+        manifest["packed"] = list(checkpoint.packed)
     found = checkpoint.fingerprint
     if found is None:
         return _sealed(head, manifest, written, values)
@@ -141,13 +146,16 @@ def parse(path: Path, metadata: Mapping[str, str]) -> Header:
         layout = head["layout"]
         found = Checkpoint(config, "weft", layout, manifest["base"], checksums=head["shared"])
         found.loftq = manifest.get("loftq")
+        found.packed = tuple(manifest.get("packed", ()))
         reached = manifest.get("reached", {})
-        for module, kind, (out, in_), overrides in manifest["sites"]:
+        kernels = geometries(manifest)
+        for module, kind, shape, overrides in manifest["sites"]:
             found.sites[module] = CheckpointLayer(
                 methods.replace(config, overrides),
                 kind=kind,
-                shape=(out, in_),
+                shape=tuple(shape),
                 reached=reached.get(module),
+                geometry=kernels.get(module),
             )
         for name, (count, ids) in manifest.get("tokens", {}).items():
             found.token_ids[name] = token_spec.ids_of("its tokens", ids)

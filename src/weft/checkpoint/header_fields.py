@@ -5,8 +5,10 @@ before it is used.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
+from ..ops.convolution import Geometry
 from ..untrusted.json_text import shortened
 
 WIDEST = 2**40  # of a layer, far above any
@@ -28,8 +30,37 @@ def check_fields(head: Any, manifest: Any, sums: str) -> None:
     _check(_is_text_map(manifest.get("reached", {})), "reached", manifest.get("reached"))
     loftq = manifest.get("loftq")
     _check(isinstance(loftq, str | None), "loftq", loftq)
+    packed = manifest.get("packed", [])
+    _check(isinstance(packed, list) and all(isinstance(p, str) for p in packed), "packed", packed)
     _check_base(manifest["base"])
     _check_sites(manifest["sites"])
+
+
+def geometry_fields(geometry: Geometry) -> list[Any]:
+    """Returns the fields of a geometry as JSON values."""
+    return [list(v) if isinstance(v, tuple) else v for v in astuple(geometry)]
+
+
+def geometries(manifest: Mapping[str, Any]) -> dict[str, Geometry]:
+    """Returns what the kernels of a manifest's convolutions mean, by layer. Raises ValueError if a
+    value has another type or range than `geometry_fields` gives, or another width than the layer.
+    """
+    widths = {module: shape[1] for module, _, shape, _ in manifest["sites"]}
+    fields, found = manifest.get("convolutions", {}), {}
+    _check(isinstance(fields, dict), "convolutions", fields)
+    for module, value in fields.items():
+        _check(isinstance(value, list) and len(value) == 6, "a convolution", value)
+        inputs, size, groups, dilation, mode, transposed = value
+        counts = [inputs, groups]
+        for each in (size, dilation):
+            _check(isinstance(each, list) and 1 <= len(each) <= 3, "a convolution", value)
+            counts += each
+        right = all(type(n) is int and 0 < n <= WIDEST for n in counts)
+        right = right and isinstance(mode, str) and type(transposed) is bool
+        _check(right, "a convolution", value)
+        found[module] = Geometry(inputs, tuple(size), groups, tuple(dilation), mode, transposed)
+        _check(found[module].width == widths.get(module), "a convolution", value)
+    return found
 
 
 def check_base(base: Any) -> bool:
@@ -59,7 +90,7 @@ def _check_sites(sites: Any) -> None:
             isinstance(module, str)
             and isinstance(kind, str)
             and isinstance(shape, list)
-            and len(shape) == 2
+            and len(shape) in (2, 3)
             and all(type(n) is int and 0 < n <= WIDEST for n in shape)
             and isinstance(overrides, dict)
         )

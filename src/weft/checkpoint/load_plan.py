@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import ConfigError, TargetError
+from ..methods import stacked
 from ..model import base_layers, prompts, structure
 from ..model.attach import parts_of
+from ..model.base_layers.experts import EXCHANGED
 from ..model.offload import device_of, offloads
 from ..model.state import find_state
 from ..model.structure.selection import tensors_of_modules, trained_tensors
 from ..model.structure.tokens import TokenTable
-from . import formats, matching, tokens
+from . import formats, kinds, matching, tokens
 from .checkpoint import Checkpoint, CheckpointLayer
+from .formats.peft_experts import exchanged
 from .problems import fault_of, misfit, nearest, same_values
 from .projections import projections_for
 
@@ -37,7 +40,7 @@ class LoadPlan:
         self.notes = list(checkpoint.notes)
         self.modules = {
             name: module
-            for name, module in self.structure.modules.items()
+            for name, module in self.structure.carriers.items()
             if not matching.is_wrapper(module)
         }
         self.parameters = {
@@ -48,7 +51,11 @@ class LoadPlan:
         tensors = [*checkpoint.selected, *checkpoint.repeated]
         wanted = [*(() if checkpoint.in_order else checkpoint.sites), *map(_parent, tensors)]
         wanted += checkpoint.tokens
-        self.names = matching.match(list(dict.fromkeys(wanted)), self.modules)
+        self.names = (checkpoint.naming or matching.match)(
+            list(dict.fromkeys(wanted)), self.modules
+        )
+        if checkpoint.naming is not None:
+            self.config = checkpoint.naming.renamed(self.config, self.names, self.problems)
         self.mapped = [*checkpoint.mapped, *self.names.mapped]
         self._prompt_modules: dict[str, Any] | None = None
         if checkpoint.in_order:
@@ -57,7 +64,7 @@ class LoadPlan:
         self.configs: dict[str, Any] = {}
         self.values: dict[str, dict[str, Tensor]] = {}
         self.reached: dict[str, str] = {}  # saved training state, as text
-        self.shapes: dict[str, tuple[int, int]] = {}  # by the file's name
+        self.shapes: dict[str, tuple[int, ...]] = {}  # by the file's name
         self.selected: dict[str, Tensor] = {}
         self.tables: list[TokenTable] = []
         self.tokens: dict[str, Tensor] = {}  # rows of new tokens, by the table's first module
@@ -91,12 +98,12 @@ class LoadPlan:
         host = self._host(module, name, layer.rule)
         if host is None:
             return
-        shape = (host.out_features, host.in_features)
-        if _family(layer.kind) != _family(host.kind) or (layer.shape or shape) != shape:
-            self.problems.append(
-                f"{module!r} is a {layer.kind or 'linear'} layer {list(layer.shape or shape)} (out, "
-                f"in) in the file, and the model's {name!r} a {host.kind} layer {list(shape)}"
-            )
+        shape = stacked.known((host.out_features, host.in_features), host.stack)
+        if host.kind == EXCHANGED and self.checkpoint.writer == "peft" and len(layer.tensors) == 2:
+            layer.tensors = exchanged(layer.tensors)
+        fault = kinds.misfit(module, name, layer, host)
+        if fault is not None:
+            self.problems.append(fault)
             return
         if host.device.type == "meta" and not offloads(self.modules[name]):
             self.problems.append(
@@ -106,7 +113,7 @@ class LoadPlan:
         self.values[name] = {}
         if layer.reached is not None:
             self.reached[name] = layer.reached
-        for tensor, wanted in layer.rule.file_shapes(*shape).items():
+        for tensor, wanted in stacked.file_shapes(layer.rule, shape).items():
             if tensor not in layer.tensors:
                 continue  # its absence is among the problems already
             fault = fault_of(layer.tensors[tensor], wanted)
@@ -141,13 +148,17 @@ class LoadPlan:
             return self._prompt_hosts(config.where).get(name)
         why = base_layers.why_not(layer)
         if why is not None or base_layers.kind_of(layer) is None:
-            why = why or "it is no linear layer"
+            why = why or "it is no layer of a kind that Weft adapts"
             self.problems.append(
                 f"{module!r}: the model's {name!r}, a {type(layer).__name__}, cannot be adapted: "
                 f"{why}"
             )
             return None
-        return base_layers.view(layer)
+        why = None if name in self.structure.modules else stacked.why_not(config)
+        if why is not None:
+            self.problems.append(f"{module!r}: the model's {name!r} holds fused experts, and {why}")
+            return None
+        return base_layers.view(layer, name)
 
     def _prompt_hosts(self, at: str) -> dict[str, Any]:
         """Returns the modules of this model that a prompt attaches to; none, with a problem, if the
@@ -283,7 +294,9 @@ class LoadPlan:
         found = set(self.names.found.values())
         adapted = self.checkpoint.adapted
         more = [] if adapted is None or self.nested else adapted(self.structure, self.selected)
-        for name in dict.fromkeys([*layers, *more]):
+        for name in dict.fromkeys(
+            [*kinds.expected(self.checkpoint, self.structure, layers), *more]
+        ):
             if name not in found and (self.nested is None or structure.within(name, [self.nested])):
                 self.problems.append(
                     f"missing: the file has nothing for {name!r}, which its targets name in this "
@@ -372,11 +385,6 @@ class LoadPlan:
             ]
         self.config = replace(self.config, modules_to_save=kept)
         return tensors_of_modules(self.structure, kept)
-
-
-def _family(kind: str | None) -> str:
-    """Layers of one family can take each other's tensors; a matrix may be stored transposed."""
-    return kind if kind in ("embedding", "norm") else "linear"
 
 
 def _parent(tensor: str) -> str:

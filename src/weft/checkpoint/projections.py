@@ -19,7 +19,7 @@ Shapes = list[tuple[int, int]]  # (out, in) of each layer
 
 def projections_for(
     checkpoint: Checkpoint,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     device: torch.device,
     state: State | None,
     problems: list[str],
@@ -37,7 +37,7 @@ def projections_for(
         shape, key = layer.shape or shapes.get(module), layer.rule.share_key()
         if key is not None and shape is not None:
             configs.setdefault(key, layer.rule)
-            groups.setdefault(key, []).append(shape)
+            groups.setdefault(key, []).append((shape[-2], shape[-1]))
     unknown = checkpoint.projections is None and any(
         s.shape is None and m not in shapes for m, s in checkpoint.sites.items()
     )

@@ -71,7 +71,7 @@ def _read_safely(found: files.FoundFiles) -> Checkpoint:
 def _read_files(found: files.FoundFiles) -> Checkpoint:
     tensors, metadata = files.read_tensors(found.tensors)
     if not header.is_ours(metadata):
-        checkpoint = _read_foreign(found, tensors)
+        checkpoint = _read_foreign(found, tensors, metadata)
     else:
         parsed = header.parse(found.tensors, metadata)
         checkpoint = parsed.checkpoint
@@ -94,11 +94,27 @@ def _read_files(found: files.FoundFiles) -> Checkpoint:
     return checkpoint
 
 
-def _read_foreign(found: files.FoundFiles, tensors: dict[str, Tensor]) -> Checkpoint:
-    if found.config is None:
+def _read_file(
+    found: files.FoundFiles, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> Checkpoint:
+    """Reads a file that needs no adapter_config.json. One of peft's name has lost it."""
+    own = found.tensors.name != files.TENSORS
+    form = formats.recognise_file(list(tensors), metadata) if own else None
+    if form is None:
         raise CheckpointError(
             f"{found.tensors.parent} has no {files.CONFIG}, which says what the tensors are."
         )
+    try:
+        return form.read(metadata, tensors)
+    except (ConfigError, CheckpointError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{found.tensors}: {error}") from None
+
+
+def _read_foreign(
+    found: files.FoundFiles, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> Checkpoint:
+    if found.config is None:
+        return _read_file(found, tensors, metadata)
     config = files.read_config(found.config)
     form = formats.recognise(config)
     if form is None:

@@ -71,6 +71,7 @@ def _compare_packing(plan: LoadPlan, other_base: bool, switch: str) -> None:
     """
     wanted = plan.checkpoint.loftq
     if wanted is None:
+        _note_packing(plan)
         return
     for name in plan.configs:
         module = plan.modules[name]
@@ -89,6 +90,16 @@ def _compare_packing(plan: LoadPlan, other_base: bool, switch: str) -> None:
                 f"{text}. Quantise the base as in training (--quantize, model.quantize), or {switch}"
             )
         return
+
+
+def _note_packing(plan: LoadPlan) -> None:
+    trained = plan.checkpoint.packed
+    packed = any(packing_of(plan.modules[name]) is not None for name in plan.configs)
+    if trained and plan.configs and not packed:
+        plan.notes.append(
+            f"the adapter was saved on weights quantised as {', '.join(trained)}, and those here are not "
+            "quantised: its outputs are near, and not the same"
+        )
 
 
 def _live(plan: LoadPlan, found: Fingerprint) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedError
+from ..methods import stacked
 from ..model.adapter import STALE_NORM, Adapter
 from ..model.state import State, state_of
 from ..model.wiring import message, problems
@@ -124,7 +125,9 @@ def _check_values(adapter: Adapter) -> None:
         id(p): shape
         for layer in adapter.layers.values()
         for p, shape in zip(
-            layer.trainable().values(), layer.method.shapes(*layer.shape).values(), strict=True
+            layer.trainable().values(),
+            stacked.shapes(layer.method, layer.full_shape).values(),
+            strict=True,
         )
     }
     shapes |= {id(p): tuple(p.shape) for p in adapter.shared_parameters.values()}

@@ -120,7 +120,8 @@ def _run_method(method: Any) -> str:
 
     from ..errors import UnsupportedError, WeftError
     from ..methods.base import PromptMethod
-    from ..model.attach import attach, detach
+    from ..model.attach import attach
+    from ..model.detach import detach
     from ..model.merge import merge, unmerge
 
     config = method()

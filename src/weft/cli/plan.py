@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any
 
-from ..tasks.quantize import DTYPES
+from ..tasks.quantize import DTYPES, QUANTIZE
 from .common import add_json_option, add_model_option, settings, write_json
 
 HELP = "what a method would train in a model: layers, numbers, bytes, memory; no weights needed"
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the base's weights, for the estimate (default: bfloat16)",
     )
     add(
+        "--quantize",
+        choices=tuple(QUANTIZE),
+        help="count the base's weights as quantised so (default: as its own files are)",
+    )
+    add(
         "--batch",
         type=int,
         metavar="N",
@@ -64,18 +70,24 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..inference.pretrained import empty_model, find_source
-    from ..model.attach import attach
+    from ..model.attach import attach_noted
     from ..model.memory import estimate
     from ..model.plan import size_text
+    from ..untrusted.printable import WIDTH
 
-    model = empty_model(find_source(args.model)).to(getattr(torch, args.dtype))
-    adapter = attach(model, config)
+    ref = find_source(args.model)
+    model = empty_model(ref).to(getattr(torch, args.dtype))
+    quantize, odd = _quantised(args.quantize, model)
+    packed = _packed(quantize, model, getattr(torch, args.dtype)) if quantize else {}
+    adapter = attach_noted(model, config)
     plan = adapter.plan()
-    memory = estimate(adapter, _inputs(model, args))
+    memory = estimate(adapter, _inputs(model, args), packed)
     print(f"{type(model).__name__} from {args.model}")
     print(plan)
+    for note in [*odd, *adapter.notes]:
+        print(textwrap.fill(f"note: {note}", WIDTH))
     print(f"file: {size_text(adapter.nbytes)}")
-    print(_memory_text(memory, args, size_text))
+    print(_memory_text(memory, args, size_text, quantize))
     write_json(
         args.json,
         {
@@ -87,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
                 **vars(memory),
                 "total": memory.total,
                 "dtype": args.dtype,
+                "quantize": quantize,
                 "optimiser_kind": "AdamW",
             },
         },
@@ -135,9 +148,51 @@ def _inputs(model: Any, args: argparse.Namespace) -> Any:
     }
 
 
-def _memory_text(memory: Any, args: argparse.Namespace, size: Any) -> str:
+def _quantised(asked: str | None, model: Any) -> tuple[str | None, list[str]]:
+    """The name of the kind of quantisation, asked for or of the model's own files; and what of it is
+    not counted.
+    """
+    from ..tasks.quantize import kind_of_files
+
+    own = getattr(getattr(model, "config", None), "quantization_config", None)
+    if own is None or asked is not None:
+        return asked, []
+    return kind_of_files(own)
+
+
+def _packed(name: str, model: Any, dtype: Any) -> dict[str, Any]:
+    from torch import nn
+
+    from ..model.memory import PackedSize
+    from ..tasks.quantize import packed_layers, packed_size
+
+    found = {}
+    for layer, module in packed_layers(name, model).items():
+        out, in_ = (
+            module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+        )
+        codes, scales = packed_size(name, int(out), int(in_))
+        width = 4 if name == "int8" else dtype.itemsize  # LLM.int8()'s scales are float32
+        found[layer] = PackedSize(codes, scales, out * in_ * width)
+    return found
+
+
+def _memory_text(memory: Any, args: argparse.Namespace, size: Any, quantize: str | None) -> str:
     parts = [
-        ("base weights", memory.base, args.dtype),
+        ("base weights", memory.base, quantize or args.dtype),
+        *(
+            [
+                (" codes", memory.codes, ""),
+                (" scales", memory.scales, ""),
+                (
+                    " one unpacked",
+                    memory.unpacked,
+                    f"the largest layer, for a moment, {args.dtype}",
+                ),
+            ]
+            if quantize
+            else []
+        ),
         ("adapter", memory.trained, "with shared matrices"),
         ("gradients", memory.gradients, ""),
         ("AdamW state", memory.optimiser, "two moments"),

@@ -57,7 +57,7 @@ def empty_model(ref: ModelRef, task_class: str | None = None) -> nn.Module:
     WeftError.
     """
     with quiet(), loading(ref, "a configuration"):
-        config = _config(ref)
+        config = configuration(ref)
         cls = _class_of(config, task_class)
         with torch.device("meta"):
             model = _made(cls, config)
@@ -89,7 +89,7 @@ def base_for(
     """
     head = _head_size(ref, task_class, selected)
     with quiet(), loading(ref, task_class or "a model"):
-        config = _config(ref, **head)
+        config = configuration(ref, **head)
         cls = _class_of(config, task_class)
         whole = {n.removesuffix(".weight") for n in selected if n.endswith(".weight")}
         model, report = cls.from_pretrained(
@@ -134,7 +134,8 @@ def grow_embeddings(model: Any, words: int, trained: int) -> nn.Module:
     return found
 
 
-def _config(ref: ModelRef, **changes: Any) -> Any:
+def configuration(ref: ModelRef, **changes: Any) -> Any:
+    """Returns a model's configuration with these changes."""
     import transformers
 
     path = Path(ref.source)

@@ -99,11 +99,11 @@ def moved(
     A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, s: float, training: bool = False
 ) -> LowRank:
     """Returns the factors of s (B A - B0 A0), of rank 2r: 0 exactly if nothing has moved."""
-    down = torch.cat([A, A - A0])
+    down = torch.cat([A, A - A0], dim=-2)
     if training and A.requires_grad and not torch.is_grad_enabled():
         # In the first forward of a reentrant checkpoint it counts as trained too (dropout's mask).
         down = (
             down if torch.compiler.is_compiling() or down.is_inference() else down.requires_grad_()
         )
-    up = torch.cat([B - B0, B0], dim=1)
+    up = torch.cat([B - B0, B0], dim=-1)
     return LowRank(down, up, s=s, sources=(A, B, A0, B0))

@@ -1,8 +1,10 @@
 """`targets=`: the layers that a method adapts, validated and converted to one immutable form.
 
 A *pattern* is one of
-    "all-linear"   every linear map but the output head, embeddings and routers
+    "all-linear"   every linear map but the output head, embeddings, routers and convolutions
+    "conv"         every convolution outside the output head
     "attention"    the linear maps of the attention modules        "mlp"   all others inside the model's blocks
+    "experts"      the weights of the routed experts, fused into one parameter or in layers of their own
     "attention-output"   the last map of every attention, before the residual sum    "mlp-output"   that of every MLP
     "block-output"       in post-norm models the layer norm after the MLP, else the same as "mlp-output"
     "q_proj"       letters, digits, '_' and '.': the ending of a module's name, cut at a dot
@@ -35,7 +37,7 @@ ROLES = (
     "mlp-output",
     "block-output",
 )  # one module per block; model/structure/blocks.py finds them
-KEYWORDS = ("all-linear", "attention", "mlp", *ROLES)
+KEYWORDS = ("all-linear", "attention", "mlp", "conv", "experts", *ROLES)
 _ENDING = re.compile(r"[A-Za-z0-9_.]+")
 
 

@@ -126,7 +126,7 @@ class ActiveAdapters:
         self.marked: set[str] = set()  # adapters whose virtual tokens mark a cache by themselves
         self.merged: str | None = None  # the adapter that is in the weights; then all are off
         self.merged_by: tuple[int, int] | None = None  # the caller who merged it
-        self.base_weights: dict[nn.Module, Tensor] = {}  # layer -> its own weight while replaced
+        self.base_weights: dict[Any, Tensor] = {}  # layer's key -> its own weight while replaced
         self.was_traced = False  # whether torch.compile has traced a forward
         self.several = False  # whether more than one has ever been active
         self.traced = _Traced()

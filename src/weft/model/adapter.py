@@ -60,6 +60,7 @@ class Adapter:
     token_layers: dict[str, AdapterLayer] = field(default_factory=dict)
     frozen: list[Frozen] = field(default_factory=list)
     routed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # of attaching: what it left out
     load_report: Any = None
     loftq: str | None = None  # how the layers are packed whose loss its start made good
     number: int = field(default_factory=itertools.count().__next__)  # no other adapter has it
@@ -106,6 +107,12 @@ class Adapter:
         found = {name: layer.get_parameter("rows") for name, layer in self.token_layers.items()}
         known: dict[int, str] = {}
         return {n: p for n, p in found.items() if known.setdefault(id(p), n) == n}
+
+    @property
+    def packed_as(self) -> tuple[str, ...]:
+        """The names of the formats of the packed layers that it is on."""
+        found = {layer.base.packed_as for layer in self.layers.values()}
+        return tuple(sorted(found - {None}))
 
     def every_layer(self) -> dict[str, AdapterLayer]:
         """Returns `layers` and `token_layers`."""

@@ -1,8 +1,9 @@
-"""Attaches adapters to a model in place, and detaches them."""
+"""Attaches adapters to a model in place."""
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,25 +11,29 @@ from typing import Any
 from torch import nn
 
 from .. import methods
-from ..errors import ConfigError, MergeError, TargetError
+from ..errors import ConfigError, TargetError
 from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
-from ..methods.target_spec import KEYWORDS
-from . import base_layers, fallback, prompts, statistics, token_layers
+from ..methods.target_spec import KEYWORDS, patterns
+from . import base_layers, fallback, left_out, prompts, statistics, token_layers
 from .adapter import Adapter
-from .attach_checks import check_name, check_ownership, check_tied
-from .layer import AdapterLayer, adapt, is_adapted, layers_of, restore
+from .attach_checks import check_fits, check_name, check_ownership, check_tied
+from .carried import adapt, is_adapted, put
+from .detach import remove
+from .experts import StackedLayer, adapted_experts_class
+from .layer import AdapterLayer, adapted_class
 from .offload import check_loadable, loaded
 from .plan_entries import Frozen
-from .selected import give_back, select
-from .state import ATTRIBUTE, State, base_only, find_state, state_of, unwrapped
-from .stepping import follow, follows, unfollow
+from .saving import tell_trainers
+from .selected import select
+from .state import ATTRIBUTE, State, base_only, find_state, unwrapped
+from .stepping import follow, follows
 from .steps_watch import Watch
 from .structure import Structure, targets
 from .structure.selection import tensors_of_modules, trained_tensors, unsupported
 from .structure.tokens import token_tables
-from .use import check_as_able, check_not_in_use
+from .use import check_as_able
 
 _attaching = threading.RLock()
 
@@ -57,15 +62,28 @@ def attach(model: nn.Module, config: Any, name: str = "default") -> Adapter:
     Gradients that the base still has are dropped: an optimiser would apply them to frozen weights.
 
     Raises ConfigError (not a Weft configuration, bad name), TargetError (the targets do not fit the
-    model), WeftError (the name is taken), MergeError (an adapter is merged).
+    model), WeftError (the name is taken), MergeError (an adapter is merged). Warns if
+    targets="all-linear" leaves out much of the model, in layers of a kind that it does not mean.
     """
+    adapter = attach_noted(model, config, name)
+    for note in adapter.notes:
+        warnings.warn(note, stacklevel=2)
+    return adapter
+
+
+def attach_noted(model: nn.Module, config: Any, name: str = "default") -> Adapter:
+    """Attaches as `attach` does. What `attach` warns of is in the adapter's notes only."""
     if type(config) not in methods.METHODS.values():
         raise ConfigError(
             f"attach(config={config!r}): write a Weft configuration, for example weft.LoRA(r=8). "
             f"Methods: {list(methods.METHODS)}."
         )
     structure = Structure.of(unwrapped(model))
-    return attach_resolved(structure, config, parts_of(structure, config), name)
+    parts = parts_of(structure, config)
+    notes = left_out.check(structure, config, parts.frozen)
+    adapter = attach_resolved(structure, config, parts, name)
+    adapter.notes = notes
+    return adapter
 
 
 def parts_of(structure: Structure, config: Any) -> Parts:
@@ -90,7 +108,8 @@ def parts_of(structure: Structure, config: Any) -> Parts:
     configs = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]
-        if config.targets in KEYWORDS:  # "all-linear" means all that are not trained in full
+        if all(p in KEYWORDS for p, _ in patterns(config.targets)):
+            # "all-linear" means all that are not trained in full
             configs.pop(module, None)
         if module in configs:
             raise TargetError(
@@ -158,7 +177,7 @@ def _replace(
                 continue
             check_name(state, name, taken=True)
             check_as_able(state.active, adapter, state.adapter(name))
-            _remove(state, state.adapter(name))
+            remove(state, state.adapter(name))
             _install(structure, state, adapter, modules)
             return adapter
 
@@ -180,7 +199,7 @@ def _made(
             "statistics. Leave it out."
         )
     with base_only(state):
-        modules = dict(root.named_modules())
+        modules = base_layers.carriers(dict(root.named_modules()))
         check_ownership(modules, parts.configs, state)
         check_tied(
             structure,
@@ -208,72 +227,6 @@ def _made(
     return adapter, modules
 
 
-def detach(model: nn.Module, name: str = "default", keep_merged: bool = False) -> None:
-    """Detaches an adapter: the model has the modules, keys, flags and outputs that it had before.
-
-    If it was the active adapter, the base becomes active. keep_merged=True drops a merged adapter
-    and leaves its effective weights in the model permanently. Raises WeftError (no such adapter, or
-    an open `with weft.use(...)` uses it), MergeError (it is merged and keep_merged was not given).
-    """
-    state = state_of(model)
-    with state.gate.alone(f"detach adapter {name!r}"):
-        _detach(state, state.adapter(name), keep_merged)
-
-
-def _detach(state: State, adapter: Adapter, keep_merged: bool) -> None:
-    name = adapter.name
-    check_not_in_use(state, name)
-    give_back(state.root, adapter.selected_tensors.values())
-    if state.merged is not None:
-        if state.merged.name != name or not keep_merged:
-            raise MergeError(
-                f"adapter {state.merged.name!r} is merged. Call weft.unmerge(model) first, or "
-                f"weft.detach(model, {state.merged.name!r}, keep_merged=True) to keep its weights."
-            )
-        state.end_merge()
-    state.forget(name)
-    _remove(state, adapter)
-    del state.adapters[name]
-    state.active.names.pop(name, None)
-    state.active.versions.pop(name, None)
-    state.wiring.note(state)
-    if not state.adapters:
-        for full, parameter in state.root.named_parameters():
-            parameter.requires_grad_(state.required_grad.get(full, parameter.requires_grad))
-        state.fast_paths.restore()
-        state.unwatch_root()
-        _tell_trainers(state.root, False)
-        del state.root.__dict__[ATTRIBUTE]
-
-
-def _tell_trainers(root: Any, attached: bool) -> None:
-    """transformers.Trainer and TRL refuse a quantised model unless they see this sign of an adapter."""
-    if getattr(root, "is_quantized", False):
-        root._hf_peft_config_loaded = attached
-
-
-def _remove(state: State, adapter: Adapter) -> None:
-    """Takes the adapter's layers, hooks and base tensors out of the model; its name stays."""
-    if state._installed == adapter.name:
-        state.install(None)
-    if isinstance(adapter.config, PromptMethod):
-        prompts.uninstall(state, adapter)
-    for layer in adapter.every_layer().values():
-        module = layer.base.module
-        del layers_of(module)[adapter.name]
-        if not len(layers_of(module)):
-            restore(module)
-    state.active.marked.discard(adapter.name)
-    state.active.forget_calls()
-    others = [other for other in state.adapters.values() if other is not adapter]
-    if not any(other.selected_tensors for other in others):
-        state.unguard()
-    if not any(other.config.freeze_batch_norm for other in others):
-        statistics.release(statistics.with_statistics(state.root).values())
-    unfollow(adapter)
-    state.uncalled.drop(adapter.name)
-
-
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Returns the handles of all adapters on the model by name; empty if there are none."""
     state = find_state(model)
@@ -289,14 +242,8 @@ def _build_layers(
 ) -> dict[str, AdapterLayer]:
     configs = parts.configs
     views: dict[str, Any] = dict(prompts.hosts_of(structure, configs))
-    views |= {name: base_layers.view(modules[name]) for name in configs if name not in views}
-    for name, method in configs.items():
-        if not views[name].has_weight and not method.adapts_norms:
-            raise TargetError(
-                f"{name!r} is a layer norm ({type(modules[name]).__name__}), and "
-                f"{type(method).__name__} adapts weight matrices. "
-                'Target "mlp-output", or another linear layer.'
-            )
+    views |= {name: base_layers.view(modules[name], name) for name in configs if name not in views}
+    check_fits(views, configs)
     groups: dict[Any, list[tuple[int, int]]] = {}
     for name, method in configs.items():
         groups.setdefault(method.share_key(), []).append(
@@ -317,12 +264,18 @@ def _build_layers(
                 made = method.shared(groups[key], device)
                 pool[full] = made
             shared = pool[full]
-        layers[name] = AdapterLayer(method, views[name], shared)
+        kind = AdapterLayer if views[name].stack is None else StackedLayer
+        layers[name] = kind(method, views[name], shared)
         layers[name].written = written
         with loaded(modules[name]):
             layers[name].initialise(Rng(method.seed, name, device), name in parts.filled)
         layers[name].train(modules[name].training)
     return layers
+
+
+def _class_of(layer: AdapterLayer) -> type[nn.Module]:
+    cls = type(layer.base.module)
+    return adapted_experts_class(cls) if isinstance(layer, StackedLayer) else adapted_class(cls)
 
 
 def _pool(state: State | None) -> dict[Any, Any]:
@@ -352,14 +305,14 @@ def _install(
             parameter.grad = None  # an optimiser that has it would go on stepping
         root.__dict__[ATTRIBUTE] = state
         state.watch_root()
-        _tell_trainers(root, True)
+        tell_trainers(root, True)
     if isinstance(adapter.config, PromptMethod):
         prompts.install(state, adapter, structure)
     for name, layer in adapter.every_layer().items():
         if not is_adapted(modules[name]):
-            adapt(modules[name], state.active)
+            adapt(modules[name], state.active, _class_of(layer))
         layer.active = state.active
-        layers_of(modules[name])[adapter.name] = layer
+        put(layer, adapter.name)
     state.adapters[adapter.name] = adapter
     state.active.names[adapter.name] = adapter.number
     state.active.follow(adapter.name, adapter.parameters())

@@ -9,7 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, MergeError, TargetError, WeftError
-from .layer import CHILD, active_of, is_adapted
+from ..methods import stacked
+from ..methods.base import LowRankMethod
+from .base_layers import own_class
+from .carried import CHILD, active_of, is_adapted
 from .state import State
 from .structure import Structure
 from .wiring import memory_of
@@ -66,6 +69,29 @@ def check_ownership(
             )
 
 
+def check_fits(views: Mapping[str, Any], configs: Mapping[str, Any]) -> None:
+    """Raises TargetError if a method cannot adapt a layer of its kind. `views`: the layers by name."""
+    for name, method in configs.items():
+        layer, cls = views[name], type(method).__name__
+        module = own_class(layer.module).__name__
+        if layer.is_convolution and not isinstance(method, LowRankMethod):
+            raise TargetError(
+                f"{name!r} is a convolution ({module}), and {cls} computes beside layers of vectors. Name "
+                'other layers, or write exclude="conv".'
+            )
+        if not layer.has_weight and not method.adapts_norms:
+            raise TargetError(
+                f"{name!r} is a layer norm ({module}), and {cls} adapts weight matrices. "
+                'Target "mlp-output", or another linear layer.'
+            )
+        why = None if layer.stack is None else stacked.why_not(method)
+        if why is not None:
+            raise TargetError(
+                f"{name!r} holds {layer.stack} fused experts, and {why}. Leave them out with "
+                'exclude=["experts"], or choose LoRA, DoRA, VeRA, DVoRA or LoRAFA.'
+            )
+
+
 def check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
     """Raises TargetError if a target is tied: merging would change the outputs of its other
     readers.
@@ -76,11 +102,12 @@ def check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
             if parameter is not None:
                 readers.setdefault(memory_of(parameter), []).append((name, module, tensor))
     for name in configs:
-        layer = structure.root.get_submodule(name)
-        weight: Any = layer._parameters.get("weight")
+        layer = structure.carriers[name]
+        own = "weight" if name in structure.modules else name.rpartition(".")[2]
+        weight: Any = layer._parameters.get(own)
         tied = () if weight is None else readers[memory_of(weight)]
         for other, module, tensor in tied:
-            if module is layer and tensor == "weight":
+            if module is layer and tensor == own:
                 continue
             full = f"{other}.{tensor}".lstrip(".")
             reader = other if other and tensor == "weight" else full

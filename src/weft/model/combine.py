@@ -8,12 +8,13 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import methods
 from ..errors import UnsupportedError, WeftError
 from ..methods.config import DTYPES
 from ..methods.sums import Terms, distance, method_of, summed
+from ..ops.grouped_norm import of_weight
 from ..ops.low_rank import LowRank
 from . import base_layers
 from .adapter import Adapter
@@ -50,8 +51,8 @@ def combine(model: nn.Module, strengths: Mapping[str, float], name: str) -> Adap
         terms = _terms(state, given)
         config, factors = _added(state, given, terms)
         configs = {
-            module: methods.replace(config, {"r": len(factors[module].A)})
-            for module in structure.modules
+            module: methods.replace(config, {"r": factors[module].A.shape[-2]})
+            for module in structure.carriers
             if module in factors
         }
         frozen, routed = targets.leftovers(structure, configs)
@@ -82,23 +83,44 @@ def _added(
     """The new adapter's configuration, and its factors by layer."""
     configs = [state.adapter(name).config for name in strengths]
     magnitude = any(f.m is not None for of_layer in terms.values() for _, f in of_layer)
-    modules = dict(state.root.named_modules())
+    modules = base_layers.carriers(dict(state.root.named_modules()))
     factors: dict[str, LowRank] = {}
     for module, of_layer in terms.items():
         with loaded(modules[module]):
-            W = base_layers.view(modules[module]).weight()
-            factors[module] = summed(W, of_layer, magnitude)
+            W = base_layers.view(modules[module], module).weight()
+            factors[module] = _summed(W, of_layer, magnitude)
     dtypes = [t.dtype for of_layer in terms.values() for _, f in of_layer for t in f.tensors()]
     dtype = reduce(torch.promote_types, dtypes, torch.float32)
     dropout = {config.dropout for config in configs}
     config = method_of(magnitude)(
-        r=max(len(f.A) for f in factors.values()),
+        r=max(f.A.shape[-2] for f in factors.values()),
         dropout=dropout.pop() if len(dropout) == 1 else 0.0,
         dtype=next(name for name, known in DTYPES.items() if known == dtype),
         targets=list(factors),
         freeze_batch_norm=any(config.freeze_batch_norm for config in configs),
     )
     return config, factors
+
+
+def _summed(W: Tensor, terms: Terms, magnitude: bool) -> LowRank:
+    """`summed`, for the weights of a stack one by one."""
+    if W.ndim == 2:
+        return summed(W, terms, magnitude)
+    found = [summed(W[i], _of_weight(terms, i), magnitude) for i in range(len(W))]
+    m = [f.m for f in found if f.m is not None]
+    A, B = torch.stack([f.A for f in found]), torch.stack([f.B for f in found])
+    return LowRank(A, B, m=torch.stack(m) if m else None)
+
+
+def _distance(W: Tensor, terms: Terms, found: LowRank) -> float:
+    """`distance`, the largest of a stack's weights."""
+    if W.ndim == 2:
+        return distance(W, terms, found)
+    return max(distance(W[i], _of_weight(terms, i), of_weight(found, i)) for i in range(len(W)))
+
+
+def _of_weight(terms: Terms, i: int) -> Terms:
+    return [(strength, of_weight(f, i)) for strength, f in terms]
 
 
 @torch.no_grad()
@@ -113,7 +135,7 @@ def _fill(adapter: Adapter, factors: Mapping[str, LowRank], terms: Mapping[str, 
             parameter.copy_(value)
         stored = replace(layer.method.factors(layer), norm_grad=False)
         with loaded(layer.base.module):
-            error = distance(layer.base.weight(), terms[module], stored)
+            error = _distance(layer.base.weight(), terms[module], stored)
         limit = LIMIT[live["B"].dtype]
         if not error <= limit:
             raise UnsupportedError(

@@ -12,37 +12,32 @@ gives the class back. One forward of an adapted layer:
 
 from __future__ import annotations
 
-import types
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..methods import stacked
 from ..methods.base import BranchMethod, LowRankMethod, Shared
 from ..methods.config import DTYPES
 from ..methods.rng import Rng
-from ..ops import native
 from ..ops.cache import Cache
 from ..ops.input_cache import in_forward
 from ..ops.low_rank import LowRank
 from ..ops.norm import at_least_float32, full_precision, row_norm
 from ..ops.row_scale import RowScale, cached_row_scale, packed_norm, stale
 from . import fallback, part_calls
-from .active import ROWS_FOUND, Active, ActiveAdapters, PerRow, Weighted, recomputed
-from .base_layers import INNER_FORWARD, own_class, own_forward
+from .active import Active, ActiveAdapters, PerRow, Weighted, recomputed
+from .base_layers import input_of, own_forward
+from .carried import ACTIVE, CHILD
 from .casting import keep_distance, trained_of
+from .conv_plan import plan_of
 from .layer_plan import LayerPlan
-from .offload import HOOK, OLD_FORWARD, offloads
 from .per_row import by_row, weighted
 from .row_probe import Recorder
 from .steps_watch import Watch
 from .swapped import Subclasses
-
-CHILD = "weft"
-_ACTIVE = "_weft_active"
-_HOOKS = "_weft_hooks"
-_FORGET = "_weft_forget"
 
 
 class AdapterLayer(nn.Module):
@@ -56,6 +51,7 @@ class AdapterLayer(nn.Module):
         super().__init__()
         self.method, self.base, self.shared = method, base, shared
         self.shape = (base.out_features, base.in_features)
+        self.full_shape = stacked.known(self.shape, base.stack)
         self.names = tuple(method.shapes(*self.shape))
         self.start_names = tuple(method.start_shapes(*self.shape))
         self.cache = Cache()
@@ -73,10 +69,10 @@ class AdapterLayer(nn.Module):
         self.rng, dtype = rng, DTYPES[self.method.dtype]
         with torch.no_grad():
             if filled and self.start_names:
-                shapes = self.method.file_shapes(*self.shape)
+                shapes = stacked.file_shapes(self.method, self.full_shape)
                 values = {name: rng.full(shape) for name, shape in shapes.items()}
             else:
-                values = self.method.initial(self.base, rng, self.shared)
+                values = stacked.initial(self.method, self.base, rng, self.shared)
             for name, value in values.items():
                 if name in self.start_names:
                     # Wider than the trained tensor, so that its distance from here is not rounded.
@@ -95,8 +91,7 @@ class AdapterLayer(nn.Module):
     def frozen(self, device: torch.device) -> dict[str, Tensor]:
         """Returns the method's frozen tensors for this layer, drawn again in float32."""
         rng, ids = Rng(self.rng.seed, self.rng.name, device), self.base.takes_ids
-        found: dict[str, Tensor] = self.method.frozen(*self.shape, ids, rng)
-        return found
+        return stacked.frozen(self.method, self.full_shape, ids, rng)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """A cast to bfloat16 and back would lose bits of the frozen tensors, so they are drawn
@@ -130,7 +125,7 @@ class AdapterLayer(nn.Module):
     @property
     def base_weight(self) -> Tensor | None:
         """The module's parameter that stores W, as it is at the moment; None if it has none."""
-        return self.base.module._parameters.get("weight")  # type: ignore[no-any-return]
+        return self.base.module._parameters.get(self.base.tensor)  # type: ignore[no-any-return]
 
     @property
     def rank(self) -> int | None:
@@ -154,13 +149,13 @@ class AdapterLayer(nn.Module):
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Returns the layer's output with this adapter."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x: Tensor = args[0] if args else input_of(kwargs)
         if len(args) + len(kwargs) == 1 and not torch.compiler.is_compiling():
             index = 2 * self.training + torch.is_grad_enabled()
             plan = self._plans[index]
             if plan is None or not plan.holds(x):
                 self.ran = True  # before another thread finds the plan
-                plan = self._plans[index] = LayerPlan(self, x)
+                plan = self._plans[index] = plan_of(self, x)
             reason = plan.reason or fallback.of_the_moment(x)
             if reason is None:
                 out = plan.compute(self, x)
@@ -178,9 +173,9 @@ class AdapterLayer(nn.Module):
             return self.method.forward(x, y, self.base, self)
         f = self.factors()
         dropout = self.method.dropout if self.training else 0.0
-        h = self.base.down(x, f.A, dropout, dtype=y.dtype)
         norm = None if f.m is None else self._norm(f)
-        return native.adapted(y, h, self.base.bias, f, norm)
+        out: Tensor = self.base.adapted(x, y, f, norm, dropout)
+        return out
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the output with this adapter minus y [..., out], without taking that difference,
@@ -188,14 +183,13 @@ class AdapterLayer(nn.Module):
         """
         f = self.factors()
         dropout = self.method.dropout if self.training else 0.0
-        h = self.base.down(x, f.A, dropout, dtype=y.dtype)
-        if f.m is None:
-            return native.change(y, h, None, f)
-        direct = not torch.compiler.is_compiling() and self.fallback_reason(x) is None
-        scale = self.row_scale(f) if direct else None
-        return native.change(
-            y, h, self.base.bias, f, self._norm(f) if scale is None else scale.norm
-        )
+        norm: Tensor | None = None
+        if f.m is not None:
+            direct = not torch.compiler.is_compiling() and self.fallback_reason(x) is None
+            scale = self.row_scale(f) if direct else None
+            norm = self._norm(f) if scale is None else scale.norm
+        out: Tensor = self.base.change(x, y, f, norm, dropout)
+        return out
 
     def factors(self) -> LowRank:
         """Returns the tensors as they are, for training or evaluation as the layer is in."""
@@ -216,10 +210,12 @@ class AdapterLayer(nn.Module):
             return row_norm(replace(f, m=None).weight(W))
 
     def row_scale(self, f: LowRank) -> RowScale | None:
-        """Returns σ of the layer, kept until something changes; None without m."""
+        """Returns σ of the layer, kept until something changes if W is no copy; None without m."""
         if f.m is None:
             return None
         W, bias = self.base.weight(), self.base.bias
+        if not self.base.is_view:  # its address says nothing of the weight
+            return RowScale(f.m, self._norm(f), bias, W.dtype)
         return cached_row_scale(f, W, bias, self.cache, self.training)[0]
 
     def fallback_reason(self, x: Tensor) -> str | None:
@@ -227,12 +223,14 @@ class AdapterLayer(nn.Module):
         index = 2 * self.training + torch.is_grad_enabled()
         if (plan := self._plans[index]) is None or not plan.holds(x):
             self.ran = True  # as in `run`, which finds this plan
-            plan = self._plans[index] = LayerPlan(self, x)
+            plan = self._plans[index] = plan_of(self, x)
         return plan.reason or fallback.of_the_moment(x)
 
     def joins(self, x: Tensor) -> bool:
         """Whether the layer can be computed together with others, each on rows of its own."""
-        if torch.compiler.is_compiling() or self.fallback_reason(x) is not None:
+        if torch.compiler.is_compiling() or self.base.is_convolution:
+            return False
+        if self.fallback_reason(x) is not None:
             return False
         return not (self.training and self.method.dropout)
 
@@ -250,6 +248,11 @@ class AdapterLayer(nn.Module):
             self.cache.clear()
         return found
 
+    def forget(self) -> None:
+        """Drops what is kept of the base's weight."""
+        self._plans = [None] * 4
+        self.cache.clear()
+
     def seen(self, out: Tensor) -> Tensor:
         """The output, after the watch over the optimiser's steps, if there is one, has looked at
         it.
@@ -261,7 +264,7 @@ class AdapterLayer(nn.Module):
 
 def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The base layer's own forward, then the active adapters."""
-    active: ActiveAdapters | None = self.__dict__.get(_ACTIVE)
+    active: ActiveAdapters | None = self.__dict__.get(ACTIVE)
     if active is None:  # accelerate's hooks keep the forward that they found, even beyond detach
         return own_forward(self, *args, **kwargs)
     if in_forward():
@@ -278,7 +281,7 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if name is None:
             return own_forward(self, *args, **kwargs)
     if not isinstance(name, str):
-        x, y = args[0] if args else next(iter(kwargs.values())), own_forward(self, *args, **kwargs)
+        x, y = args[0] if args else input_of(kwargs), own_forward(self, *args, **kwargs)
         if isinstance(name, Weighted):
             return weighted(name, active, layers, x, y)
         return by_row(name, active, self, layers, x, y)
@@ -288,6 +291,20 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return own_forward(self, *args, **kwargs)
     found: Tensor = layer.run(self, args, kwargs)
     return found
+
+
+def chosen(self: nn.Module) -> tuple[ActiveAdapters | None, Active]:
+    """Returns what adapts a module, and what is active in it for the caller; None is the base."""
+    active: ActiveAdapters | None = self.__dict__.get(ACTIVE)
+    if active is None:
+        return None, None
+    if in_forward():
+        name = None if active.merged is not None else active.current(self.training)
+    else:
+        name = _of_a_part(active, self.training)
+    if isinstance(name, PerRow) and not name.differ:
+        name = name.names[0]
+    return active, name
 
 
 def _of_a_part(active: ActiveAdapters, training: bool) -> Active:
@@ -308,80 +325,6 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 _adapted = Subclasses("Adapted", _blank, forward=adapted_forward)
 
 
-def is_adapted(module: nn.Module) -> bool:
-    """Whether a module carries adapters, as an adapted layer or as the place of a prompt."""
-    return _ACTIVE in module.__dict__
-
-
-def adapt(module: nn.Module, active: ActiveAdapters) -> None:
-    """Swaps the class and adds the container of layers; nothing else of the module changes."""
-    module.__dict__[_ACTIVE] = active
-    cls, inner = type(module), None
-    if OLD_FORWARD in module.__dict__ and HOOK in module.__dict__:
-        # accelerate's hooks load the weight only inside their forward, so ours goes inside it
-        inner = module.__dict__[OLD_FORWARD]
-        module.__dict__[OLD_FORWARD] = types.MethodType(adapted_forward, module)
-    elif "forward" in module.__dict__:  # another library's, which is kept inside ours
-        inner = module.__dict__.pop("forward")
-    if inner is not None and getattr(inner, "__func__", None) is not cls.forward:
-        module.__dict__[INNER_FORWARD] = inner
-    module.add_module(CHILD, nn.ModuleDict())
-    module.__class__ = _adapted.of(cls)
-    if offloads(module):
-        forget_offloaded(module)
-
-
-def adopt(module: nn.Module, active: ActiveAdapters, before: Any = None) -> None:
-    """Adds the container to a module that keeps its class and forward; `before` hooks its input."""
-    module.__dict__[_ACTIVE] = active
-    module.__dict__[_HOOKS] = (
-        [module.register_forward_pre_hook(before, with_kwargs=True)] if before is not None else []
-    )
-    module.add_module(CHILD, nn.ModuleDict())
-
-
-def restore(module: nn.Module) -> None:
-    """Undoes `adapt` or `adopt`: the same class, the same children, the same instance
-    attributes.
-    """
-    if _HOOKS in module.__dict__:
-        for hook in module.__dict__.pop(_HOOKS):
-            hook.remove()
-    else:
-        module.__class__ = own_class(module)
-        inner = module.__dict__.pop(INNER_FORWARD, None)
-        if getattr(module.__dict__.get(OLD_FORWARD), "__func__", None) is adapted_forward:
-            module.__dict__[OLD_FORWARD] = inner or types.MethodType(type(module).forward, module)
-        elif inner is not None:
-            module.__dict__["forward"] = inner
-        if _FORGET in module.__dict__:
-            module.__dict__.pop(_FORGET).remove()
-    del module.__dict__[_ACTIVE]
-    module.__dict__.pop(ROWS_FOUND, None)
-    del module._modules[CHILD]
-
-
-def forget_offloaded(module: nn.Module) -> None:
-    """Lets an adapted layer whose weight is offloaded keep nothing of it after a forward."""
-    if _FORGET not in module.__dict__:
-        module.__dict__[_FORGET] = module.register_forward_hook(_forget)
-
-
-def _forget(module: nn.Module, args: Any, out: Any) -> None:
-    layers: dict[str, Any] = dict(layers_of(module)._modules)
-    for layer in layers.values():
-        layer._plans = [None] * 4
-        layer.cache.clear()
-
-
-def layers_of(module: nn.Module) -> nn.ModuleDict:
-    """Returns a module's adapters by name. Raises TypeError if it carries none."""
-    container = module._modules[CHILD]
-    if not isinstance(container, nn.ModuleDict):
-        raise TypeError(f"{type(module).__name__}.{CHILD} is not Weft's")
-    return container
-
-
-def active_of(module: nn.Module) -> ActiveAdapters | None:
-    """Returns the object that an adapted layer reads; None for any other module."""
-    return module.__dict__.get(_ACTIVE)
+def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Returns the subclass of a layer's own class that runs adapters, too."""
+    return _adapted.of(base)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +14,13 @@ from ..errors import MergeError, UnsupportedError, WeftError
 from ..methods.base import effective_weight as effective_weight_of
 from ..ops.digest import digest
 from ..ops.norm import full_precision
+from . import packed_merge
 from .adapter import STALE_NORM, Adapter
-from .layer import AdapterLayer, active_of, is_adapted, layers_of
+from .carried import active_of, is_adapted, layers_of, module_dict
+from .layer import AdapterLayer
+from .merge_report import TOLERANCE, MergeReport
 from .offload import loaded, offloads
+from .packed_merge import PackedMerge, digest_of
 from .row_inputs import tensors
 from .state import Backup, Merged, State, state_of
 from .statistics import in_eval
@@ -24,47 +28,14 @@ from .uncalled import Reads, weighted_layers
 from .use import check_alone
 from .wiring import message, problems
 
-# Largest relative change of the output that a merge may cause, by the dtype of the merged weights.
-# A merge rounds W' once; what a deep model makes of that rounding is some ten to a hundred units in
-# the last place.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """The measurements of a merge.
-
-    rounding: largest ‖cast(W') - W'‖ / ‖W'‖ over the merged weights. change: largest ‖W' - W‖ /
-    ‖W‖. With `verify`: output_error is max |merged - attached| / max |attached| over all outputs,
-    effect is the same for attached against base, and tolerance is the limit of output_error.
-    """
-
-    name: str
-    weights: int
-    rounding: float
-    change: float
-    output_error: float | None = None
-    effect: float | None = None
-    tolerance: float | None = None
-
-    def __str__(self) -> str:
-        text = (
-            f"merged {self.name!r} into {self.weights} weights: changed by up to "
-            f"{self.change:.2e}, rounded by "
-            f"{self.rounding:.1e} (relative)"
-        )
-        if self.output_error is None:
-            return text + "; outputs not verified"
-        return (
-            text
-            + f"; outputs differ by {self.output_error:.1e} (allowed {self.tolerance:.0e}), while "
-            "the adapter "
-            f"moves them by {self.effect:.1e}"
-        )
-
 
 def merge(
-    model: nn.Module, name: str = "default", verify: Any = None, tolerance: float | None = None
+    model: nn.Module,
+    name: str = "default",
+    verify: Any = None,
+    tolerance: float | None = None,
+    dtype: torch.dtype | None = None,
+    requantise: bool = False,
 ) -> MergeReport:
     """W <- W' for every weight of the adapter: computed in float32 (or float64), cast once to the
     weight's dtype.
@@ -75,14 +46,19 @@ def merge(
     raised. An adapter that does not change these outputs at all is refused, too. The base's bits
     are kept, so `unmerge` is exact; that costs one copy of the merged weights.
 
-    Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed, the
-    model reads a weight past the adapter, as far as `verify` or a forward before has shown),
-    UnsupportedError (the method cannot be merged).
+    A layer of a quantised base becomes a dense one with W' in `dtype` (None: that of the model's
+    other weights), from its dequantised weight; `unmerge` gives the packed layer back. requantise=True
+    packs W' as the layer was packed instead, and refuses if less than half of the change is left.
+
+    Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed, too
+    little would survive, the model reads a weight past the adapter, as far as `verify` or a forward
+    before has shown), UnsupportedError (the method, or packing again, is not possible).
     """
     state = state_of(model)
     adapter = state.adapter(name)
     with state.gate.alone(f"merge adapter {name!r}"):
         _check_mergeable(state, adapter)
+        how = packed_merge.plan(adapter, dtype, requantise)
         check_alone(state, f"merge adapter {name!r}")
         state.uncalled.paused = True  # it looks in forwards, and raises no MergeError
         try:
@@ -91,7 +67,7 @@ def merge(
         finally:
             state.uncalled.paused = False
         base = _outputs(state, None, verify)
-        report = _merge(state, adapter)
+        report = _merge(state, adapter, how)
         if verify is None:
             return report
         try:
@@ -99,7 +75,7 @@ def merge(
         except BaseException:
             unmerge(model)
             raise
-        return _verified(state, report, base, before, after, tolerance)
+        return _verified(state, report, base, before, after, tolerance, how)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -118,30 +94,33 @@ def unmerge(model: nn.Module) -> None:
         state.install_for_caller()
 
 
-def _merge(state: State, adapter: Adapter) -> MergeReport:
+def _merge(state: State, adapter: Adapter, how: PackedMerge) -> MergeReport:
     """Writes W' and switches all adapters off. A failure puts the base back."""
     record = Merged(adapter.name)
     state.install(None)
     try:
-        rounding, change = _write(adapter, record)
+        rounding, change = _write(adapter, record, how)
+        survived = how.check_survived()
     except BaseException:
         _put_back(record)
         state.install_for_caller()
         raise
     state.begin_merge(record)
-    return MergeReport(adapter.name, len(record.backups), rounding, change)
+    found = MergeReport(adapter.name, len(record.backups), rounding, change)
+    return replace(found, **how.facts(), survived=survived)
 
 
-def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
+def effective_weight(layer: nn.Module, name: str = "default", tensor: str = "weight") -> Tensor:
     """Returns W' [out, in] of one adapted layer, detached, in float32 (float64 if the weight is).
 
+    A module of fused experts has several layers: `tensor` names the parameter, and W' is [E, out, in].
     Raises WeftError (the layer has no such adapter), UnsupportedError (the method changes no
     weight).
     """
     active = active_of(layer)
-    found = layers_of(layer)._modules.get(name) if active is not None else None
+    found = _layer_in(layer, name, tensor) if active is not None else None
     if active is None or not isinstance(found, AdapterLayer):
-        have = list(layers_of(layer)) if is_adapted(layer) else []
+        have = list(module_dict(layer)) if is_adapted(layer) else []
         raise WeftError(
             f"this {type(layer).__name__} carries no adapter {name!r} (it has: {have})."
         )
@@ -150,11 +129,18 @@ def effective_weight(layer: nn.Module, name: str = "default") -> Tensor:
         raise UnsupportedError(
             f"{method.__name__} has no effective weight: {method.not_mergeable}."
         )
-    own = active.base_weights.get(layer)
+    own = active.base_weights.get(found.base.key)
     if own is None:
         with loaded(layer):
             return _effective(found, found.base.weight())
-    return _effective(found, own.t() if found.base.transposed else own)
+    return _effective(found, found.base.matrix(own))
+
+
+def _layer_in(layer: nn.Module, name: str, tensor: str) -> Any:
+    held = module_dict(layer)
+    if isinstance(held._modules.get(tensor), nn.ModuleDict):
+        held = layers_of(layer, tensor)
+    return held._modules.get(name)
 
 
 @torch.no_grad()
@@ -176,18 +162,6 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
             f"{type(adapter.config).__name__} is not a change of weights, so it cannot be merged"
             f"{': ' + why if why else ''}."
         )
-    for name, layer in adapter.layers.items():
-        why = layer.base.not_mergeable
-        if why is not None:
-            cure = (
-                "Load the base model without quantisation, weft.load the adapter onto it, and merge there."
-                if adapter.loftq is None
-                else "The adapter belongs to these weights (LoftQ): dequantise the model itself "
-                "(model.dequantize() of transformers), load the adapter with other_base=True, and merge."
-            )
-            raise MergeError(
-                f"{name!r}: {why}, and rounding W' to so few bits would lose most of the adapter. {cure}"
-            )
     changed = problems(state, adapter, whole=True)
     if changed:
         raise MergeError(message(changed))
@@ -207,26 +181,32 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def _write(adapter: Adapter, record: Merged) -> tuple[float, float]:
+def _write(adapter: Adapter, record: Merged, how: PackedMerge) -> tuple[float, float]:
     rounding = change = 0.0
-    tokens = {name: adapter.token_layers[name] for name in adapter.token_rows}  # tied ones once
-    for name, layer in {**adapter.layers, **tokens}.items():
-        stored: nn.Parameter = layer.base.module.weight
-        wanted = _effective(layer, layer.base.weight())
-        cast = wanted.to(stored.dtype)
-        if not bool(torch.isfinite(cast).all()):
-            raise MergeError(f"{name!r}: W' is not finite in {stored.dtype}; nothing was merged.")
-        rounding = max(rounding, _relative(cast - wanted, wanted))
-        change = max(change, _relative(wanted - layer.base.weight(), layer.base.weight()))
-        value = cast.t() if layer.base.transposed else cast
-        _replace(stored, value, record, f"{name}.weight".lstrip("."))
-        tied = [o.base.module for o in adapter.token_layers.values()]
-        readers = [layer.base.module, *(m for m in tied if m.weight is stored)]
-        record.base_weights |= dict.fromkeys(readers, record.backups[-1].bits)
     for name, selected in adapter.selected_tensors.items():
         change = max(change, _relative(selected.trained - selected.original, selected.original))
         _replace(selected.original, selected.trained, record, name)
         record.base_weights |= dict.fromkeys(selected.layers(), record.backups[-1].bits)
+    tokens = {name: adapter.token_layers[name] for name in adapter.token_rows}  # tied ones once
+    for name, layer in {**adapter.layers, **tokens}.items():
+        packed, W = layer.base.codes() is not None, layer.base.weight()
+        wanted = _effective(layer, W)
+        dtype = how.dtype if packed else layer.base.parameter.dtype
+        cast = wanted.to(dtype)
+        if not bool(torch.isfinite(cast).all()):
+            raise MergeError(f"{name!r}: W' is not finite in {dtype}; nothing was merged.")
+        change = max(change, _relative(wanted - W, W))
+        if packed:
+            record.backups.append(how.write(name, layer.base, W, wanted))
+            cast = how.written(layer.base, cast)
+        rounding = max(rounding, _relative(cast - wanted, wanted))
+        if packed:
+            continue
+        stored: Any = layer.base.parameter
+        _replace(stored, layer.base.stored(cast), record, layer.base.full_name(name))
+        tied = [o.base.module for o in adapter.token_layers.values()]
+        readers = [layer.base.key, *(m for m in tied if m.weight is stored)]
+        record.base_weights |= dict.fromkeys(readers, record.backups[-1].bits)
     return rounding, change
 
 
@@ -239,7 +219,10 @@ def _replace(parameter: nn.Parameter, value: Tensor, record: Merged, name: str) 
 @torch.no_grad()
 def _put_back(record: Merged) -> None:
     for backup in reversed(record.backups):  # two of them may be one memory
-        backup.parameter.copy_(backup.bits)
+        if backup.packed is not None:
+            packed_merge.put_back(backup.packed)
+        else:
+            backup.parameter.copy_(backup.bits)
 
 
 def _check_untouched(state: State, record: Merged) -> None:
@@ -253,7 +236,7 @@ def _check_untouched(state: State, record: Merged) -> None:
             why = "was replaced by another tensor"
         elif now._version != backup.version:
             why = "was written to"
-        elif now.dtype == backup.bits.dtype and digest(now) != backup.digest:
+        elif now.dtype == (backup.dtype or backup.bits.dtype) and digest_of(now) != backup.digest:
             why = "was edited through `.data` or a pointer"
         else:
             continue
@@ -276,11 +259,15 @@ def _verified(
     before: list[Tensor],
     after: list[Tensor],
     tolerance: float | None,
+    how: PackedMerge,
 ) -> MergeReport:
+    given = tolerance is not None
     if tolerance is None:
         dtypes = {b.parameter.dtype for b in state.merged.backups} if state.merged else set()
-        tolerance = max(TOLERANCE.get(d, 1e-1) for d in dtypes)
+        tolerance = max(TOLERANCE.get(d, 1e-1) for d in dtypes | how.rounds)
     error, effect = _distance(after, before), _distance(before, base)
+    if report.survived is not None and not given:  # another rounding than the base's, as asked for
+        tolerance = max(tolerance, effect)
     if effect == 0:
         unmerge(state.root)
         raise MergeError(
@@ -294,9 +281,7 @@ def _verified(
             f"{tolerance:.0e}), "
             "so the base was put back. Pass tolerance= to allow more, or merge in a wider dtype."
         )
-    return MergeReport(
-        report.name, report.weights, report.rounding, report.change, error, effect, tolerance
-    )
+    return replace(report, output_error=error, effect=effect, tolerance=tolerance)
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:

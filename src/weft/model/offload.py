@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..methods.base import PromptMethod
+from . import base_layers
 
 HOOK, OLD_FORWARD = "_hf_hook", "_old_forward"  # where accelerate keeps the hook, and what it wraps
 
@@ -88,7 +89,7 @@ def check_loadable(root: nn.Module, configs: Mapping[str, Any], selected: Sequen
     others = [name for name, method in configs.items() if isinstance(method, PromptMethod)]
     layers = [name for name in configs if name not in others]
     others += [tensor.rpartition(".")[0] for tensor in selected]
-    modules = dict(root.named_modules())
+    modules = base_layers.carriers(dict(root.named_modules()))
     for name in others:
         part = next((m for m in modules[name].modules() if offloads(m)), None)
         if part is not None or _around(modules, name):

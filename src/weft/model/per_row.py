@@ -28,7 +28,7 @@ def by_row(
 
     Raises WeftError if it is not known where in x the rows are.
     """
-    feature_dims = x.dim() + 1 - y.dim()  # ids have no feature dimension
+    feature_dims = next(iter(layers.values())).base.feature_dims(x, y)
     if isinstance(rows, Recorder):
         rows.see(module, layers, x, feature_dims)
         return y
@@ -39,8 +39,12 @@ def by_row(
     if layout.is_first:
         return _by_first(rows, here, layers, x, y)
     n = len(rows.names)
-    found = _by_first(rows, here, layers, layout.rows_first(x, n), layout.rows_first(y, n))
-    return layout.restored(found, y.shape)
+    first = layout.rows_first(x, n), layout.rows_first(y, n)
+    if first[0].dim() == x.dim() or feature_dims < 2:
+        return layout.restored(_by_first(rows, here, layers, *first), y.shape)
+    # Each row has several images, and a convolution takes one dimension of images.
+    found = _by_first(rows, here, layers, *(t.flatten(0, 1) for t in first))
+    return layout.restored(found.reshape(n, -1, *found.shape[1:]), y.shape)
 
 
 def _by_first(

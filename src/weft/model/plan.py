@@ -12,8 +12,8 @@ from torch import nn
 
 from ..untrusted.printable import WIDTH
 from .layer import AdapterLayer
+from .left_out import Share, count, shares, text
 from .plan_entries import Frozen, Row
-from .structure import base_parameters
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Plan:
     frozen: list[Frozen]
     base_parameters: int
     ranks: dict[str, int] | None = None  # by layer, if the method moves rank between layers
+    left_out: Sequence[Share] = ()  # the weights of the frozen layers, by kind
 
     @property
     def trainable(self) -> int:
@@ -45,6 +46,7 @@ class Plan:
             "base_parameters": self.base_parameters,
             "rows": [vars(r) for r in self.rows],
             "frozen": [vars(f) for f in self.frozen],
+            "left_out": [vars(share) for share in self.left_out],
             **({} if self.ranks is None else {"ranks": self.ranks}),
         }
 
@@ -59,13 +61,21 @@ class Plan:
         if self.ranks is not None:
             lines += ranks_as_text(self.ranks)
         if self.frozen:
-            lines.append("stays frozen:")
+            lines += self._frozen_head()
         for pattern, cold in _folded(self.frozen):
             lines += _wrapped(
                 f"{pattern} ({cold[0].kind} {_shape_text(cold[0].shape)}, x{len(cold)})",
                 cold[0].reason,
             )
         return "\n".join(lines)
+
+    def _frozen_head(self) -> list[str]:
+        numbers, total = sum(share.numbers for share in self.left_out), self.base_parameters
+        kinds = text(self.left_out, total) if total else ""
+        if not kinds:
+            return ["stays frozen:"]
+        head = f"stays frozen, {100 * numbers / total:.3g} % of the weights ({kinds}):"
+        return textwrap.wrap(head, WIDTH, subsequent_indent="  ")
 
 
 def rows_as_text(rows: list[Row]) -> list[str]:
@@ -117,7 +127,7 @@ def plan_of(
         Row(
             name,
             layer.base.kind,
-            layer.shape,
+            layer.full_shape,
             sum(p.numel() for p in layer.trainable().values()),
             sum(p.numel() * p.element_size() for p in layer.trainable().values()),
         )
@@ -131,8 +141,7 @@ def plan_of(
         Row(name, "tokens", tuple(p.shape), p.numel(), p.numel() * p.element_size())
         for name, p in rows_of.items()
     ]
-    base = sum(p.numel() for _, p in base_parameters(root))
-    return Plan(method, rows, list(frozen), base, ranks)
+    return Plan(method, rows, list(frozen), count(root), ranks, shares(root, frozen))
 
 
 def _folded(rows: list[Any]) -> Iterator[tuple[str, list[Any]]]:

@@ -20,6 +20,7 @@ from .active import STATE
 
 MERGED = "merged.weft."  # begins the key by which a state_dict names the merged adapter
 _SAVE = "save_pretrained"
+_SIGN = "_hf_peft_config_loaded"
 
 
 def note_merged(found: dict[str, Any], prefix: str, name: str) -> None:
@@ -42,6 +43,14 @@ def check_merged(found: dict[str, Any], prefix: str, here: str | None) -> None:
             "before state_dict(), or load it into the base model after "
             f"weft.detach(model, {name!r}, keep_merged=True) there."
         )
+
+
+def tell_trainers(root: nn.Module, attached: bool) -> None:
+    """transformers.Trainer and TRL refuse a quantised model unless they see this sign of an adapter."""
+    if not attached:
+        root.__dict__.pop(_SIGN, None)
+    elif getattr(root, "is_quantized", False):
+        root.__dict__[_SIGN] = True
 
 
 def watch_savers(root: nn.Module) -> None:
@@ -83,4 +92,9 @@ def _save_pretrained(root: nn.Module, module: nn.Module, *args: Any, **kwargs: A
             stacklevel=2,
         )
     save: Any = getattr(type(module), _SAVE)
-    return save(module, *args, **kwargs)
+    seen = module.__dict__.pop(_SIGN, None)  # with it transformers would look for a peft adapter
+    try:
+        return save(module, *args, **kwargs)
+    finally:
+        if seen is not None:
+            module.__dict__[_SIGN] = seen

@@ -34,13 +34,19 @@ ATTRIBUTE = STATE
 
 @dataclass(frozen=True, eq=False)
 class Backup:
-    """One merged weight: its name, the parameter, its bits [...] before, its version and digest after."""
+    """One merged weight: its name, the parameter, its bits [...] before, its version and digest after.
+
+    `packed`: the module whose packed layer was exchanged; then `bits` are its codes, and `dtype` that of
+    the parameter that stands for them.
+    """
 
     name: str
     parameter: nn.Parameter
     bits: Tensor
     version: int
     digest: tuple[int, int]
+    packed: nn.Module | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Merged:
 
     name: str
     backups: list[Backup] = field(default_factory=list)
-    base_weights: dict[nn.Module, Tensor] = field(default_factory=dict)
+    base_weights: dict[Any, Tensor] = field(default_factory=dict)
 
 
 class State:

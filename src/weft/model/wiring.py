@@ -16,10 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import WeftError
+from ..methods import stacked
 from . import statistics
 from .adapter import Adapter
 from .base_layers import BaseLayer, own_class
-from .layer import AdapterLayer, forget_offloaded, is_adapted
+from .carried import forget_offloaded, is_adapted
+from .layer import AdapterLayer
 from .offload import HOOK, offloads, take_back
 
 _SHOWN = 3
@@ -59,9 +61,9 @@ class Wiring:
             if first is not None:  # accelerate's hooks come on all layers, or on none
                 self._note(first.__dict__, HOOK)
             for name, layer in layers.items():
-                module = layer.base.module
-                if noting.add(self.homes.get(module, (name,)), module):
-                    self._note(module._parameters, "weight")
+                module, tensor = layer.base.module, layer.base.tensor
+                if noting.add(self.homes.get(module, (name,)), module) or layer.base.stack:
+                    self._note(module._parameters, tensor)
                     if _SIZE in module.__dict__:
                         self._note(module.__dict__, _SIZE)
             for selected in adapter.selected_tensors.values():
@@ -183,10 +185,11 @@ def problems(state: Any, adapter: Adapter, whole: bool = False) -> list[str]:
             found.append(_replaced(root, adapter.name, elsewhere, base.module))
         elif (
             isinstance(base, BaseLayer)
-            and (now := (base.out_features, base.in_features)) != layer.shape
+            and (now := stacked.known((base.out_features, base.in_features), base.stack))
+            != layer.full_shape
         ):
             found.append(
-                f"{name!r} has a weight of {list(now)} (out, in), and had {list(layer.shape)} when adapter "
+                f"{name!r} has a weight of {list(now)} (out, in), and had {list(layer.full_shape)} when adapter "
                 f"{adapter.name!r} was attached (resized?)."
             )
     for name, selected in adapter.selected_tensors.items():
@@ -278,8 +281,8 @@ def _weights(adapter: Adapter) -> Iterator[_Weight]:
         weight = layer.base_weight
         if isinstance(base, BaseLayer) and base.has_weight and weight is not None:
             readers = _readers(adapter, name) or {name: module}
-            places = {(m, "weight") for m in readers.values()}
-            yield _Weight(f"{name}.weight".lstrip("."), (weight,), places, "merging")
+            places = {(m, base.tensor) for m in readers.values()}
+            yield _Weight(base.full_name(name), (weight,), places, "merging")
     for name, selected in adapter.selected_tensors.items():
         both = selected.original, selected.trained
         yield _Weight(name, both, set(selected.holders), "training")

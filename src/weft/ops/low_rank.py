@@ -5,6 +5,8 @@
 
     A [r, in]    B [out, r]    d [r], b [out], m [out]: None means ones
 
+For a stack of weights [E, out, in] all tensors but those that the weights share have E in front.
+
 `LowRank.weight` is the definition: merge, export, analysis and the tests' oracle use it. A layer computes y by
 `native.py` or `fused.py`; the tests hold all three equal.
 """
@@ -40,11 +42,12 @@ class LowRank:
         wide = torch.promote_types(self.B.dtype, dtype)
         up = self.B.to(wide)
         if self.d is not None:
-            up = up * (self.d.to(wide) if self.s == 1.0 else self.s * self.d.to(wide))
+            d = self.d.to(wide) if self.d.ndim == 1 else self.d.to(wide).unsqueeze(-2)
+            up = up * (d if self.s == 1.0 else self.s * d)
         elif self.s != 1.0:
             up = up * self.s
         if self.b is not None:
-            up = up * self.b.to(wide)[:, None]
+            up = up * self.b.to(wide)[..., None]
         return up.to(dtype)
 
     def delta(self, dtype: torch.dtype) -> Tensor:
@@ -55,7 +58,7 @@ class LowRank:
         """Returns W' [out, in] for W [out, in], in float32 or wider."""
         W = at_least_float32(W)
         V = W + self.delta(W.dtype)
-        return V if self.m is None else row_scale(self.m, row_norm(V))[:, None] * V
+        return V if self.m is None else row_scale(self.m, row_norm(V))[..., None] * V
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Returns the tensors that are not None: A [r, in], B [out, r], then d [r], b [out] and m

@@ -21,7 +21,7 @@ JOINT_BELOW = (
 )  # numbers of an input up to which a copy pays, so that W is read once for output and norm
 _BLOCK = 1 << 22  # numbers of W that are converted to a wider dtype at a time
 # If less than this share of the summed squared lengths remains in a row, cancellation cost digits.
-_LEFT = 0.05
+LEFT = 0.05
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -40,10 +40,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def row_norm(V: Tensor) -> Tensor:
-    """Returns ‖V‖ per row [out] for V [out, in], in float32 or wider, at least the smallest normal."""
+    """Returns ‖V‖ per row [..., out] for V [..., out, in], in float32 or wider, at least the smallest
+    normal number.
+    """
     if V.is_meta:  # vector_norm is slow on the meta device
-        return V.new_empty(V.shape[0], dtype=torch.promote_types(V.dtype, torch.float32))
-    norm: Tensor = torch.linalg.vector_norm(at_least_float32(V), dim=1)
+        return V.new_empty(V.shape[:-1], dtype=torch.promote_types(V.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(at_least_float32(V), dim=-1)
     return norm.clamp_min(SMALLEST) if norm.requires_grad else norm.clamp_min_(SMALLEST)
 
 
@@ -125,7 +127,7 @@ def updated_norm(
         parts = (
             torch.mv(C.square(), gram.diagonal()).div_(square).add_(1)
         )  # of W and of each rank's share of C A
-        bad = ~(ratio > parts.mul_(_LEFT))  # True also for NaN and overflow
+        bad = ~(ratio > parts.mul_(LEFT))  # True also for NaN and overflow
         rows = torch.cat([rows, bad.nonzero()[:, 0]])
     if rows.numel():
         found[rows] = row_norm(torch.addmm(W[rows].to(dtype), C[rows], A))
@@ -141,5 +143,5 @@ def _all_are_good(ratio: Tensor, norm: Tensor, C: Tensor, gram: Tensor) -> bool:
     least = norm.min()
     most = (C.abs().max() / least).square() * gram.diagonal().sum() + 1
     return bool(
-        (ratio.min() > _LEFT * most) & (least > 1e-15)
+        (ratio.min() > LEFT * most) & (least > 1e-15)
     )  # False if one of them is not a number

@@ -17,7 +17,8 @@ from torch import nn
 from .. import methods
 from ..errors import WeftError
 from ..model.adapter import Adapter
-from ..model.attach import attach, detach
+from ..model.attach import attach
+from ..model.detach import detach
 from ..model.structure import Structure, base_parameters, within
 from .architectures import ARCHITECTURES, Architecture
 from .figures import figure

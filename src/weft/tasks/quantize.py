@@ -5,6 +5,7 @@ its device, and for how transformers quantises it while it loads.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
@@ -13,6 +14,7 @@ from ..errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # "auto": as stored
 DEVICES = ("auto", "cpu", "cuda")
+_BLOCK = 64  # numbers that share a scale in 4 bits
 # The name -> the package that it needs.
 QUANTIZE = {
     "nf4": "bitsandbytes",
@@ -53,13 +55,64 @@ def loading_options(
     found = stored if dtype == "auto" else getattr(torch, dtype)
     with torch.device("meta"):
         model = make(model_config)
+    return {
+        "dtype": found,
+        "quantization_config": _quantization_config(name, found, _whole(model, trained)),
+    }
+
+
+def _whole(model: Any, trained: Iterable[str] = ()) -> list[str] | None:
+    """The parts that stay as they are; None: those that transformers finds."""
     parts = [part for part, _ in model.named_children()]
     heads = [p for p in parts if p != model.base_model_prefix]
-    if len(heads) == len(parts):  # no part is the body, so transformers finds the heads
-        whole = None
-    else:
-        whole = [*heads, *trained]
-    return {"dtype": found, "quantization_config": _quantization_config(name, found, whole)}
+    # If no part is the body, transformers finds the heads.
+    return None if len(heads) == len(parts) else [*heads, *trained]
+
+
+def packed_layers(name: str, model: Any) -> dict[str, Any]:
+    """Returns the layers of a model that a kind of quantisation packs, by name."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    whole = _whole(model)
+    left = get_keys_to_not_convert(model) if whole is None else whole
+    left = [*left, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    turned = (Conv1D,) if QUANTIZE[name] == "bitsandbytes" else ()
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if (type(m) is nn.Linear or isinstance(m, turned)) and should_convert_module(n, left)
+    }
+
+
+def packed_size(name: str, out: int, in_: int) -> tuple[int, int]:
+    """Returns the bytes of codes and of scales that W [out, in] has, packed with a name of `QUANTIZE`."""
+    numbers = out * in_
+    match name:
+        case "nf4" | "fp4":
+            return math.ceil(numbers / 2), 4 * math.ceil(numbers / _BLOCK)
+        case "int8-weight":
+            return numbers, 5 * out  # a scale and a zero point
+        case _:
+            return numbers, 4 * out
+
+
+def kind_of_files(found: Any) -> tuple[str | None, list[str]]:
+    """Returns the name of `QUANTIZE` of a model's own `quantization_config`, or None and why a plan does
+    not count with it.
+    """
+    own: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = str(getattr(own.get("quant_method"), "value", own.get("quant_method")))
+    if own.get("load_in_8bit"):
+        return "int8", []
+    if own.get("load_in_4bit") and not own.get("bnb_4bit_use_double_quant"):
+        return str(own.get("bnb_4bit_quant_type", "fp4")), []
+    said = f"the model's own files are quantised by {method}, and its weights are counted as if they were not"
+    if method not in ("bitsandbytes", "torchao", "quanto", "hqq"):
+        said += "; Weft cannot unpack them, so attaching to the model as it loads is refused"
+    return None, [f"{said}."]
 
 
 def code(name: str, dtype: str) -> str:

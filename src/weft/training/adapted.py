@@ -14,7 +14,7 @@ from ..errors import ConfigError, WeftError
 from ..inference.pretrained import grow_embeddings
 from ..model import statistics
 from ..model.adapter import Adapter
-from ..model.attach import attach
+from ..model.attach import attach_noted
 from ..tasks.models import ModelRef, loading, quiet
 from ..tasks.quantize import loading_options
 from ..tasks.vocabulary import use_padding
@@ -62,7 +62,8 @@ def load_adapted(config: RunConfig, data: Data) -> Adapted:
         method = replace(method, new_tokens=data.new_tokens.ids)
     if data.start is not None and not config.adapter.other_base:
         check_base(data.start, config, model, missing)
-    adapter = attach(model, method)
+    adapter = attach_noted(model, method)
+    notes += adapter.notes
     _check_statistics(model)
     adapted = Adapted(adapter, missing, notes=notes)
     if data.start is not None:

@@ -25,7 +25,7 @@ from ..checkpoint import files
 from ..checkpoint.load import load
 from ..errors import CheckpointError, ConfigError
 from ..model.adapter import Adapter
-from ..model.attach import detach
+from ..model.detach import detach
 from ..model.state import state_of
 from ..untrusted.regular_files import sha256_of
 

@@ -1,17 +1,22 @@
-"""The checkpoint formats. A new format is a file in this folder and a line in FORMATS."""
+"""The checkpoint formats. A new format is a file in this folder and a line in FORMATS, or in FILES if it
+has no adapter_config.json and is only read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ...errors import UnsupportedError
 from ..checkpoint import Checkpoint
-from .base import Format
+from .base import FileFormat, Format
+from .diffusers import DiffusersFormat
+from .kohya import KohyaFormat
 from .native import NativeFormat
 from .peft_adalora import AdaLoraFormat
+from .peft_convolutions import fault_of as convolution_fault
 from .peft_lora import LoraFormat
 from .peft_prompt import PrefixFormat, PromptFormat
 from .peft_vera import VeraFormat
@@ -25,6 +30,8 @@ FORMATS: tuple[Format, ...] = (
     NativeFormat(),
     VeraFormat(),
 )
+
+FILES: tuple[FileFormat, ...] = (KohyaFormat(), DiffusersFormat())
 
 
 def choose(
@@ -57,4 +64,19 @@ def recognise(config: Mapping[str, Any]) -> Format | None:
     return next((each for each in FORMATS if each.recognises(config)), None)
 
 
-__all__ = ["FORMATS", "Format", "by_name", "choose", "recognise"]
+def recognise_file(keys: Collection[str], metadata: Mapping[str, str]) -> FileFormat | None:
+    """Returns the format of a tensors' file that has no adapter_config.json, or None."""
+    return next((each for each in FILES if each.recognises(keys, metadata)), None)
+
+
+__all__ = [
+    "FILES",
+    "FORMATS",
+    "FileFormat",
+    "Format",
+    "by_name",
+    "choose",
+    "convolution_fault",
+    "recognise",
+    "recognise_file",
+]

@@ -59,3 +59,17 @@ class Format(Protocol):
 
     def why_not_model(self, root: nn.Module) -> str | None:
         """Returns why a file of this format means something else in this model, or None."""
+
+
+class FileFormat(Protocol):
+    """A layout of one safetensors file by itself, which other tools write and Weft reads."""
+
+    @property
+    def name(self) -> str:
+        """The tool's name."""
+
+    def recognises(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        """Returns True if a file with these keys and metadata is of this format."""
+
+    def read(self, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Checkpoint:
+        """Reads such a file. Raises as `Format.read`."""

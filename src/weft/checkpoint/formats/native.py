@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ... import methods
 from ...errors import CheckpointError
+from ...methods import stacked
 from ..checkpoint import Checkpoint, Written
 from ..problems import report_extra, take
 
@@ -73,7 +74,7 @@ class NativeFormat:
         groups: dict[str, list[tuple[str, str]]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for module, layer in checkpoint.sites.items():
-            for tensor, shape in layer.rule.file_shapes(*layer.known_shape()).items():
+            for tensor, shape in stacked.file_shapes(layer.rule, layer.known_shape()).items():
                 key = _stack_key(tensor, shape, layer.rule.dtype)
                 groups.setdefault(key, []).append((module, tensor))
                 shapes[key] = shape

@@ -23,6 +23,7 @@ from ...methods.field_types import hints_of
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..drawn import MOST_DRAWN
 from . import peft_bias as bias
+from . import peft_convolutions as convolutions
 from . import peft_layers as layers
 from . import peft_tokens
 
@@ -43,6 +44,7 @@ _FIELDS = {
     "dropout": "lora_dropout",
 }
 _OFFSET = 1e-5
+_DIMS = (2,)  # of convolutions, whose lora_A is [r, in · k]
 # Fields of peft's LoRA that its AdaLoRA has too and never reads.
 _UNREAD = (
     "r",
@@ -78,7 +80,7 @@ class AdaLoraFormat:
                 return f"peft has no form for the embedding {name!r}"
             if (layer.rule.r, layer.rule.scale) != (config.r, config.scale):
                 return f"peft has one rank and one alpha for all layers, and {name!r} has others"
-        return bias.why_none(checkpoint)
+        return convolutions.why_not(checkpoint, _DIMS) or bias.why_none(checkpoint)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         return layers.write_layers(checkpoint, model, _key_of, _adalora_fields(checkpoint.config))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...model.layer import CHILD
+from ...model.carried import CHILD
 from ...model.structure import canonical
 from ..checkpoint import Checkpoint
 from ..matching import owner_of

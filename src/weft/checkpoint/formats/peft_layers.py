@@ -22,8 +22,9 @@ from ..header_fields import check_base
 from ..matching import bare, class_of, owner_of
 from ..problems import report_extra, take
 from . import peft_bias as bias
-from . import peft_tokens
+from . import peft_experts, peft_tokens
 from .native import take_selected, take_tokens
+from .peft_experts import is_stack
 from .peft_picks import adapted_by, picks_by_number
 
 PREFIX = "base_model.model."
@@ -54,13 +55,17 @@ def keys_of(names: Mapping[str, str]) -> KeyOf:
 
 
 def write_layers(
-    checkpoint: Checkpoint, model: nn.Module | None, key: KeyOf, fields: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    model: nn.Module | None,
+    key: KeyOf,
+    fields: Mapping[str, Any],
+    form: Callable[[CheckpointLayer, str, Tensor], Tensor] = lambda layer, tensor, t: t,
 ) -> Written:
     """Returns the files: tensors under their keys, the base tensors, and the configuration with the
-    method's own `fields`.
+    method's own `fields`. `form` gives a layer's tensor the shape that it has in the file.
     """
     tensors = {
-        PREFIX + key(module, name, layer.kind): t
+        PREFIX + key(module, name, layer.kind): form(layer, name, t)
         for module, layer in checkpoint.sites.items()
         for name, t in layer.tensors.items()
     }
@@ -100,7 +105,9 @@ def _target_modules(checkpoint: Checkpoint, model: nn.Module | None) -> list[str
     """The shortest form that peft resolves to exactly these modules: name endings if the model
     shows that they suffice, else an exact expression.
     """
-    names = set(checkpoint.sites)
+    names = {name for name, layer in checkpoint.sites.items() if not is_stack(layer)}
+    if not names:
+        return []
     endings = {name.rpartition(".")[2] for name in names}
     if model is not None and names == {
         name
@@ -219,10 +226,10 @@ def finish_reading(
         checkpoint.base = {"class": auto["base_model_class"], "library": auto.get("parent_library")}
         if not check_base(checkpoint.base):
             raise ConfigError(f"auto_mapping={shortened(auto)}: two names are expected.")
-    picks = picks_by_number(config)
-    if picks:
-        checkpoint.adapted = adapted_by(config)
-    if checkpoint.sites and (picks or not config.get("target_modules")):
+    picks, parameters = picks_by_number(config), peft_experts.names_of(config)
+    if picks or parameters:
+        checkpoint.adapted = _adapted(config, parameters)
+    if checkpoint.sites and (picks or parameters or not config.get("target_modules")):
         # The configuration selects layers by more than their names, so those of the file count.
         names = [name if is_ending(name) else re.escape(name) for name in checkpoint.sites]
         checkpoint.config = replace(checkpoint.config, targets=names)
@@ -232,6 +239,21 @@ def finish_reading(
     expected = [key for layer in checkpoint.sites.values() for key in layer.keys.values()]
     report_extra(checkpoint.problems, rest, expected)
     return checkpoint
+
+
+def _adapted(
+    config: Mapping[str, Any], names: Collection[str]
+) -> Callable[[Structure, Collection[str]], list[str]]:
+    """The function of a model, and of the tensors trained in full there, to the layers that peft
+    adapts in it; `names` are parameters.
+    """
+    modules = adapted_by(config)
+
+    def adapted(structure: Structure, trained: Collection[str]) -> list[str]:
+        found = [] if modules is None else modules(structure, trained)
+        return found + peft_experts.adapted_by(list(names), structure)
+
+    return adapted
 
 
 def take_base_tensors(checkpoint: Checkpoint, rest: dict[str, Tensor]) -> None:
@@ -262,7 +284,9 @@ def restore_layers(
     present = set(tensors)
     plain = {name.removeprefix(PREFIX): t for name, t in tensors.items()}
     for module, layer in checkpoint.sites.items():
-        shapes = layer.rule.shapes(*layer.known_shape())
+        if is_stack(layer):
+            continue
+        shapes = layer.rule.shapes(*layer.known_shape()[-2:])
         _take_layer(checkpoint, plain, module, {t: key(module, t, layer.kind) for t in shapes})
     for name in manifest["selected"]:  # under the names that they have in the base
         if (key_in_file := bias.key_of(checkpoint, name)) in plain:
@@ -285,7 +309,10 @@ def _take_layer(
     checkpoint: Checkpoint, tensors: dict[str, Tensor], module: str, keys: Mapping[str, str]
 ) -> None:
     layer = checkpoint.sites[module]
-    size = layer.shape or _size_of(layer.rule, {t: tensors.get(key) for t, key in keys.items()})
+    if layer.shape:
+        size = layer.shape[-2:]
+    else:
+        size = _size_of(layer.rule, {t: tensors.get(key) for t, key in keys.items()})
     for tensor, wanted in layer.rule.shapes(*size).items():
         layer.keys[tensor] = PREFIX + keys[tensor]
         what = f"{tensor} of {module!r}"

@@ -1,22 +1,26 @@
 """LoRA and DoRA in peft's format.
 
 base_model.model.<module>.lora_A.weight [r, in]      lora_B.weight [out, r]      lora_magnitude_vector [out]
-on an embedding: lora_embedding_A [r, num], lora_embedding_B [dim, r]
+on an embedding: lora_embedding_A [r, num], lora_embedding_B [dim, r]; on a convolution kernels
+(peft_convolutions.py)
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...errors import UnsupportedError
 from ...methods import DoRA, LoRA, replace
 from ...methods.config import scaling
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from . import peft_bias as bias
+from . import peft_convolutions as convolutions
+from . import peft_experts as experts
 from . import peft_layers as layers
 from . import peft_starts as starts
 from . import peft_tokens
@@ -37,9 +41,9 @@ _KEY = re.compile(
 )  # a state_dict taken by hand has the adapter's name in it
 # Initialisations that leave the base as it was. Of those that rewrite it, "pissa" and "olora" can be
 # done again (peft_starts.py); with the others the tensors belong to a base that no one has.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
-_SUPPORTED = {
+SUPPORTED = {
     "bias": str | None,
     "r": int,
     "lora_alpha": float,
@@ -50,6 +54,7 @@ _SUPPORTED = {
     "alpha_pattern": Mapping[str, float] | None,
     "init_lora_weights": bool | str | None,
     peft_tokens.FIELD: Any,
+    experts.FIELD: list[str] | None,
     # in every file; they act through fields that are refused
     "eva_config": Any,
     "ensure_weight_tying": Any,
@@ -67,11 +72,16 @@ class LoraFormat:
     stores_projections = False
 
     def why_not(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> str | None:
-        return bias.why_no_field(checkpoint, model)
+        plain = not isinstance(checkpoint.config, DoRA)
+        why = experts.why_not(checkpoint, plain) or experts.misread(checkpoint, model)
+        why = why or convolutions.why_not(checkpoint)
+        return why or bias.why_no_field(checkpoint, model)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
         written = starts.plain(checkpoint)
-        return layers.write_layers(written, model, _lora_key, _lora_fields(written))
+        packed = experts.packed(written)
+        fields = {**_lora_fields(written), **experts.fields(written)}
+        return layers.write_layers(packed, model, _key_in(packed), fields, convolutions.in_file)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("peft_type") == self.name
@@ -82,10 +92,10 @@ class LoraFormat:
         Raises UnsupportedError if a field of peft is not supported, and ConfigError if a value is
         invalid.
         """
-        layers.refuse_fields(config, _SUPPORTED, "LoRA")
+        layers.refuse_fields(config, SUPPORTED, "LoRA")
         init = config.get("init_lora_weights")
         of_weight = starts.init_of(config)
-        if init not in _PLAIN_INITS and of_weight is None:
+        if init not in PLAIN_INITS and of_weight is None:
             layers.refuse_fields({"init_lora_weights": init}, {}, "LoRA")
         method = DoRA if config.get("use_dora") else LoRA
         built = method(
@@ -100,18 +110,31 @@ class LoraFormat:
         )
         checkpoint = Checkpoint(built, "peft", self.name)
         rest = layers.bare_keys(checkpoint, tensors)
+        kernels = convolutions.flattened(rest, _parts_of(rest))
+        if kernels and built.starts_at_weight:
+            raise UnsupportedError(
+                f"init_lora_weights={init!r} on the convolution {next(iter(kernels))!r}: peft has no such "
+                "start there, so it is not known what the file changes. Merge it in peft."
+            )
 
         fits = {field: FirstFit(config, pattern) for field, pattern in _PATTERNS.items()}
 
         def layer_of(module: str, part: str) -> CheckpointLayer:
             own = {field: fit.value(module) for field, fit in fits.items()}
             changed = {field: value for field, value in own.items() if value is not None}
+            if module in kernels:
+                rule = replace(built, changed)
+                return CheckpointLayer(rule, kind="convolution", geometry=kernels[module])
             if "embedding" not in part:
-                return CheckpointLayer(replace(built, changed))
+                return CheckpointLayer(replace(built, changed), kind="linear")
             if built.starts_at_weight:  # peft starts an embedding as usual whatever the field says
                 changed["init"] = "kaiming"
             return CheckpointLayer(replace(built, changed), kind="embedding")
 
+        def rule_of(name: str) -> Any:
+            return layer_of(name, "lora_A").rule
+
+        experts.read(checkpoint, rest, config, rule_of, layers.PREFIX)
         layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
         checkpoint = layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
         return bias.with_train(checkpoint)
@@ -121,11 +144,34 @@ class LoraFormat:
     ) -> None:
         """Fills A [r, in], B [out, r] and, for DoRA, m [out] of every layer."""
         own = starts.plain_layers(checkpoint)
-        layers.restore_layers(checkpoint, tensors, manifest, _lora_key)
+        kernels = [m for m, layer in checkpoint.sites.items() if layer.geometry is not None]
+        keys = {layers.PREFIX + _lora_key(m, t, None): (m, t) for m in kernels for t in _LINEAR}
+        convolutions.flattened(tensors, {k: v for k, v in keys.items() if k in tensors})
+        taken = experts.restore(checkpoint, tensors, layers.PREFIX)
+        layers.restore_layers(checkpoint, tensors, manifest, _lora_key, taken)
         starts.split(checkpoint, own)
 
     def why_not_model(self, root: nn.Module) -> str | None:
         return None
+
+
+def _parts_of(names: Collection[str]) -> dict[str, tuple[str, str]]:
+    """The module and tensor (A, B or m) of every key of a layer that is no embedding."""
+    found = {name: match for name in names if (match := _KEY.fullmatch(name))}
+    return {
+        name: (match["module"], _PARTS[match["part"]])
+        for name, match in found.items()
+        if "embedding" not in match["part"]
+    }
+
+
+def _key_in(checkpoint: Checkpoint) -> layers.KeyOf:
+    def key(module: str, tensor: str, kind: str | None) -> str:
+        if experts.is_stack(checkpoint.sites[module]):
+            return experts.key_of(checkpoint, module, tensor)
+        return _lora_key(module, tensor, kind)
+
+    return key
 
 
 def _lora_key(module: str, tensor: str, kind: str | None) -> str:

@@ -47,6 +47,7 @@ def adapted_by(
             name
             for name, layer in structure.layers.items()
             if f"{name}.weight" not in trained
+            and name in structure.modules
             and base_layers.why_not(layer) is None
             and decide(canonical(name))
         ]

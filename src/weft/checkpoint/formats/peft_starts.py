@@ -55,7 +55,7 @@ def split(checkpoint: Checkpoint, own: Mapping[str, Any]) -> None:
         layer.rule = own[module]
         if not layer.rule.starts_at_weight:
             continue
-        for name, sign, dim in (("A", 1, 0), ("B", -1, 1)):
+        for name, sign, dim in (("A", 1, -2), ("B", -1, -1)):
             layer.keys[f"{name}0"] = layer.keys[name]
             if name in layer.tensors:
                 first, second = layer.tensors[name].chunk(2, dim)
@@ -84,7 +84,7 @@ def init_of(config: Mapping[str, Any]) -> str | None:
 def _joined(layer: CheckpointLayer) -> CheckpointLayer:
     t = dict(layer.tensors)
     A0, B0 = t.pop("A0"), t.pop("B0")
-    t |= {"A": torch.cat([t["A"], A0]), "B": torch.cat([t["B"], -B0], dim=1)}
+    t |= {"A": torch.cat([t["A"], A0], dim=-2), "B": torch.cat([t["B"], -B0], dim=-1)}
     return replace(layer, rule=_plain_method(layer.rule), tensors=t)
 
 

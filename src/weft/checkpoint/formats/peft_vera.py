@@ -18,8 +18,8 @@ from ...methods import VeRA
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..problems import take
 from . import peft_bias as bias
+from . import peft_experts, peft_tokens
 from . import peft_layers as layers
-from . import peft_tokens
 
 _NAMES = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
 _PARTS = {name: tensor for tensor, name in _NAMES.items()}
@@ -47,9 +47,14 @@ class VeraFormat:
 
     def why_not(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> str | None:
         config: Any = checkpoint.config
+        why = peft_experts.why_not(checkpoint)
+        if why is not None:
+            return why
         for name, layer in checkpoint.sites.items():
             if layer.kind == "embedding":
                 return f"peft has no form for the embedding {name!r}"
+            if layer.kind == "convolution":
+                return f"peft's VeRA has no form for the convolution {name!r}"
             for field in ("r", "seed", "draw"):
                 value = getattr(layer.rule, field)
                 if value != getattr(config, field):
@@ -94,9 +99,11 @@ class VeraFormat:
             tensors = dict(tensors)
             _take_matrices(checkpoint, tensors)
         rest = layers.bare_keys(checkpoint, tensors)
-        layers.read_layers(
-            checkpoint, rest, _KEY, _PARTS, _key_of, lambda module, part: CheckpointLayer(built)
-        )
+
+        def layer_of(module: str, part: str) -> CheckpointLayer:
+            return CheckpointLayer(built, kind="linear")
+
+        layers.read_layers(checkpoint, rest, _KEY, _PARTS, _key_of, layer_of)
         return layers.finish_reading(checkpoint, rest, config, first)
 
     def restore(

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 
 from ...errors import WeftError
 from ...model.adapter import Adapter
-from ...model.attach import detach
+from ...model.detach import detach
 from ..tasks.loop import forward_loss
 
 ROUNDS, LEAST_ROUNDS, WARM_UP, SECONDS = 41, 5, 3, 12.0

@@ -16,7 +16,8 @@ from ... import __version__, methods
 from ...errors import AuditError, WeftError
 from ...methods import LoRA
 from ...model.adapter import Adapter
-from ...model.attach import attach, detach
+from ...model.attach import attach
+from ...model.detach import detach
 from ...tasks.models import find_model
 from ...training.losses import DivergedError
 from ..devices import SMALL, choose_device

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
-from .base import INNER_FORWARD, BaseLayer, dtype_fault, own_class, own_forward, weight_fault
+from .base import (
+    INNER_FORWARD,
+    BaseLayer,
+    dtype_fault,
+    input_of,
+    own_class,
+    own_forward,
+    weight_fault,
+)
 from .conv1d import Conv1DLayer
+from .convolution import ConvolutionLayer
 from .embedding import EmbeddingLayer
+from .experts import ExpertsLayer
 from .linear import LinearLayer
 from .norm import NormLayer, is_norm
 from .packed import PackedLayer
@@ -17,7 +29,9 @@ KINDS: tuple[type[BaseLayer], ...] = (
     LinearLayer,
     EmbeddingLayer,
     Conv1DLayer,
+    ConvolutionLayer,
     NormLayer,
+    ExpertsLayer,
 )
 
 
@@ -27,15 +41,21 @@ def kind_of(module: nn.Module) -> type[BaseLayer] | None:
 
 
 def has_map(module: nn.Module) -> bool:
-    """Whether a module is a linear map of a kind that Weft knows, embeddings included."""
+    """Whether a module is a linear map of a kind that Weft knows, embeddings and convolutions included."""
     kind = kind_of(module)
-    return kind is not None and kind.has_weight
+    return kind is not None and kind.has_weight and not kind.tensors_of(module)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map of vectors: no embedding, no norm."""
+    """Whether a module is a linear map of vectors: no embedding, no norm, no convolution."""
     kind = kind_of(module)
-    return kind is not None and kind.has_weight and not kind.takes_ids
+    return kind is not None and has_map(module) and not kind.takes_ids and not kind.is_convolution
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution, adaptable or not."""
+    kind = kind_of(module)
+    return kind is not None and kind.is_convolution
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -44,20 +64,45 @@ def why_not(module: nn.Module) -> str | None:
     return None if kind is None else kind.why_not(module)
 
 
-def view(module: nn.Module) -> BaseLayer:
-    """Returns the view of a layer. Raises TypeError if it cannot be adapted."""
+def view(module: nn.Module, name: str = "") -> BaseLayer:
+    """Returns the view of the layer with this name; `module` is the module, or that of a parameter
+    which is a layer. Raises TypeError if it cannot be adapted.
+    """
     kind = kind_of(module)
     if kind is None or kind.why_not(module) is not None:
         raise TypeError(f"{type(module).__name__} cannot be adapted")
-    return kind(module)
+    tensors = kind.tensors_of(module)
+    if not tensors:
+        return kind(module)
+    tensor = name.rpartition(".")[2]
+    if tensor not in tensors:
+        raise TypeError(f"{type(module).__name__} has several layers: {list(tensors)}")
+    return ExpertsLayer(module, tensor)
+
+
+def carriers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns these modules by name, and beside them, by the name of every parameter that is a layer,
+    the module that has it.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        found[name] = module
+        kind = kind_of(module)
+        for tensor in () if kind is None else kind.tensors_of(module):
+            found[f"{name}.{tensor}".lstrip(".")] = module
+    return found
 
 
 __all__ = [
     "INNER_FORWARD",
     "KINDS",
     "BaseLayer",
+    "ExpertsLayer",
+    "carriers",
     "dtype_fault",
     "has_map",
+    "input_of",
+    "is_convolution",
     "is_linear",
     "is_norm",
     "kind_of",

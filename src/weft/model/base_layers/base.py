@@ -6,6 +6,7 @@ its input; the rest of Weft never compares kinds by name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,13 +15,15 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from ...methods.config import DTYPES
-from ...ops import projection
+from ...ops import native, projection
+from ...ops.convolution import Geometry
+from ...ops.low_rank import LowRank
 from ..swapped import OWN
 
 INNER_FORWARD = "_weft_inner_forward"  # a forward found on the instance (accelerate's hooks)
 
 # Largest relative distance from W x + bias that counts as another rounding of the same number.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -39,6 +42,12 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return y
 
 
+def input_of(kwargs: Mapping[str, Any]) -> Tensor:
+    """Returns a layer's input [..., in], of arguments that were given by name, in any order."""
+    found: Tensor = kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+    return found
+
+
 class BaseLayer:
     """One layer of the base model. See methods/base.py for the protocol that methods rely on."""
 
@@ -46,6 +55,9 @@ class BaseLayer:
     takes_ids: ClassVar[bool] = False  # the input holds ids: the map of one-hot vectors
     transposed: ClassVar[bool] = False  # W is stored as [in, out]
     has_weight: ClassVar[bool] = True  # there is a weight matrix
+    geometry: Geometry | None = None  # what a kernel means; of a convolution only
+    is_convolution: ClassVar[bool] = False  # its channels come before positions, which it mixes
+    tensor: str = "weight"  # the module's parameter that stores W
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -67,10 +79,52 @@ class BaseLayer:
         """Returns the reason why a module of this kind cannot be adapted, or None."""
         return weight_fault(module)
 
+    @classmethod
+    def tensors_of(cls, module: nn.Module) -> tuple[str, ...]:
+        """Returns the parameters that are layers of their own, named after them; empty if the module
+        is one layer and has its name.
+        """
+        return ()
+
+    @property
+    def stack(self) -> int | None:
+        """The number of weights that are stored as one, [stack, out, in]; None for a layer of one."""
+        return None
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that stores W, as it is laid out."""
+        found: Tensor = getattr(self.module, self.tensor)
+        return found
+
+    @property
+    def key(self) -> Any:
+        """What tells the layer apart from all others: its module, with the parameter if it is one of
+        several layers.
+        """
+        return self.module if self.stack is None else (self.module, self.tensor)
+
+    def full_name(self, layer: str) -> str:
+        """Returns the name of the parameter that stores W, for the layer's name."""
+        return (layer if self.stack is not None else f"{layer}.{self.tensor}").lstrip(".")
+
     def weight(self) -> Tensor:
         """Returns W [out, in], a view; for a norm, which has none, the gain [out]."""
         stored: Tensor = self.module.weight  # type: ignore[assignment]
+        return self.matrix(stored)
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """Returns W [out, in] for a tensor that is laid out as the layer's weight."""
         return stored.t() if self.transposed else stored
+
+    def stored(self, W: Tensor) -> Tensor:
+        """Returns W [out, in] as the layer stores its weight: undoes `matrix`."""
+        return W.t() if self.transposed else W
+
+    @property
+    def is_view(self) -> bool:
+        """Whether `weight` returns the memory of the weight itself, and no copy."""
+        return True
 
     @property
     def out_features(self) -> int:
@@ -90,14 +144,36 @@ class BaseLayer:
         bias: Tensor | None = getattr(self.module, "bias", None)
         return bias
 
+    @property
+    def packed_as(self) -> str | None:
+        """The name of the format that W is packed in; None if it is stored as it is."""
+        return None
+
     def codes(self) -> tuple[Tensor, ...] | None:
         """Returns the tensors [...] that W is unpacked from at every read; None if W is stored as it is."""
         return None
 
-    @property
-    def not_mergeable(self) -> str | None:
-        """Why W' cannot be written into the layer, or None."""
-        return None
+    def feature_dims(self, x: Tensor, y: Tensor) -> int:
+        """Returns how many of the last dimensions of the input x are no positions, given the output y
+        [..., out]: none of ids, one of vectors.
+        """
+        return x.dim() + 1 - y.dim()
+
+    def adapted(
+        self, x: Tensor, y: Tensor, f: LowRank, norm: Tensor | None, dropout: float
+    ) -> Tensor:
+        """Returns the output [..., out] with an update from the layer's input x and own output y: the
+        general definition. `norm` is ‖W + ΔW‖ [out] if f has an m.
+        """
+        h = self.down(x, f.A, dropout, dtype=y.dtype)
+        return native.adapted(y, h, self.bias, f, norm)
+
+    def change(
+        self, x: Tensor, y: Tensor, f: LowRank, norm: Tensor | None, dropout: float
+    ) -> Tensor:
+        """Returns `adapted` - y [..., out], without the cancellation of that difference."""
+        h = self.down(x, f.A, dropout, dtype=y.dtype)
+        return native.change(y, h, self.bias, f, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the layer's own output [..., out] for another input, without any adapter."""
@@ -137,8 +213,8 @@ class BaseLayer:
         return None
 
 
-def weight_fault(module: nn.Module) -> str | None:
-    """Returns why a weight matrix cannot be adapted, or None."""
+def weight_fault(module: nn.Module, ndim: int = 2) -> str | None:
+    """Returns why a weight with that many dimensions cannot be adapted, or None."""
     if parametrize.is_parametrized(module):
         return (
             "its weight is parametrised; call "
@@ -154,7 +230,7 @@ def weight_fault(module: nn.Module) -> str | None:
     bias = module._parameters.get("bias")
     if bias is not None and dtype_fault(bias) is not None:
         return f"its bias is quantised ({str(bias.dtype).removeprefix('torch.')})"
-    if weight.ndim != 2:
+    if weight.ndim != ndim:
         return f"its weight has {weight.ndim} dimensions"
     return None
 
@@ -184,7 +260,7 @@ def other_map(layer: BaseLayer, x: Tensor, wanted: Tensor) -> str | None:
         return reason
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return reason
-    limit = _ROUNDING[W.dtype] * wanted.abs().max()
+    limit = ROUNDING[W.dtype] * wanted.abs().max()
     return None if bool((found - wanted).abs().max() <= limit) else reason
 
 

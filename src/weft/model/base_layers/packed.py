@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.cache import counts
-from ..packings import Packing, packing_of
+from ..packings import SHADOW, Packing, packing_of
 from .base import BaseLayer, own_class, own_forward
 
 _GRADIENT = 1e-2  # the largest relative distance of the input's gradient from gᵀ W
@@ -30,6 +30,12 @@ class PackedLayer(BaseLayer):
             raise TypeError(f"the weight of this {type(module).__name__} is not packed")
         self.packing: type[Packing] = packing
         packing.prepare(module)
+
+    @property
+    def packed(self) -> nn.Module:
+        """The layer with its codes: the module, or what it was before an adapter was merged into it."""
+        found: nn.Module = self.module.__dict__.get(SHADOW, self.module)
+        return found
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -54,19 +60,19 @@ class PackedLayer(BaseLayer):
         """Returns W [out, in], unpacked into new memory."""
         counts["unpacked"] += 1
         with torch.no_grad():
-            return self.packing.weight(self.module)
+            return self.packing.weight(self.packed)
 
     def codes(self) -> tuple[Tensor, ...]:
         """Returns the tensors [...] that hold W."""
-        return self.packing.tensors(self.module)
+        return self.packing.tensors(self.packed)
 
     @property
     def out_features(self) -> int:
-        return self.packing.shape(self.module)[0]
+        return self.packing.shape(self.packed)[0]
 
     @property
     def in_features(self) -> int:
-        return self.packing.shape(self.module)[1]
+        return self.packing.shape(self.packed)[1]
 
     @property
     def device(self) -> torch.device:
@@ -74,11 +80,11 @@ class PackedLayer(BaseLayer):
 
     @property
     def fallback_reason(self) -> str | None:
-        return f"its weight is quantised ({self.packing.label(self.module)})"
+        return f"its weight is quantised ({self.packed_as})"
 
     @property
-    def not_mergeable(self) -> str | None:
-        return self.fallback_reason
+    def packed_as(self) -> str:
+        return self.packing.label(self.packed)
 
 
 def _other_map(layer: PackedLayer) -> str | None:
@@ -91,6 +97,7 @@ def _other_map(layer: PackedLayer) -> str | None:
         return None
     x = torch.linspace(-1, 1, 2 * W.shape[1], dtype=W.dtype, device=W.device).view(2, -1)
     bias = layer.bias
+    held = None if bias is None else bias.data
     wanted = x.float() @ W.float().t() + (0 if bias is None else bias.detach().float())
     try:
         with torch.enable_grad():
@@ -98,6 +105,9 @@ def _other_map(layer: PackedLayer) -> str | None:
             gradient = _gradient(found, x)
     except RuntimeError as error:
         return f"the forward of {what} fails: {error}"
+    finally:
+        if bias is not None and held is not None:
+            bias.data = held  # bitsandbytes casts it in place in a forward
     if gradient is None:
         return f"the forward of {what} gives its input no gradient"
     found = found.detach().float()

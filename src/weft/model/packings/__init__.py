@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import Packing, parts
+from .base import SHADOW, Packing, parts
 from .bitsandbytes import EightBit, FourBit
 from .hqq import HQQ
 from .subclasses import TensorSubclass
@@ -18,4 +18,4 @@ def packing_of(module: nn.Module) -> type[Packing] | None:
     return next((packing for packing in PACKINGS if packing.matches(module)), None)
 
 
-__all__ = ["PACKINGS", "Packing", "packing_of", "parts"]
+__all__ = ["PACKINGS", "SHADOW", "Packing", "packing_of", "parts"]

@@ -6,13 +6,19 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+
+# Where a module keeps its packed layer while an adapter is merged into it (packed_merge.py).
+SHADOW = "_weft_packed"
 
 
 class Packing:
     """One way to store W. All methods take the layer, with or without adapters on it."""
 
     package: ClassVar[str]
+    parameter: ClassVar[str] = "weight"  # the name of the one that holds the codes
+    holds: ClassVar[tuple[str, ...]] = ()  # attributes of the layer that hold parts of W, too
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -51,6 +57,29 @@ class Packing:
     @classmethod
     def tensors(cls, module: Any) -> tuple[Tensor, ...]:
         """Returns the tensors [...] that hold W. Raises NotImplementedError here."""
+        raise NotImplementedError
+
+    @classmethod
+    def dtype(cls, module: Any) -> torch.dtype:
+        """Returns the dtype of `weight`, without unpacking it. Raises NotImplementedError here."""
+        raise NotImplementedError
+
+    @classmethod
+    def computes_in(cls, module: Any) -> torch.dtype:
+        """Returns the dtype whose rounding the layer's output has."""
+        found = getattr(module, "compute_dtype", None)
+        return found if isinstance(found, torch.dtype) else cls.dtype(module)
+
+    @classmethod
+    def why_not_pack(cls, module: Any) -> str | None:
+        """Returns why another W cannot be packed like this layer's, or None."""
+        return f"Weft cannot pack as {cls.package} does"
+
+    @classmethod
+    def pack(cls, module: Any, W: Tensor) -> None:
+        """Packs W [out, in] as the layer's weight is, and gives it the new codes. The old ones are not
+        written to. Raises NotImplementedError here.
+        """
         raise NotImplementedError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,7 @@ class FourBit(Packing):
     """W in blocks of 4-bit codes, each with a scale (`absmax`)."""
 
     package = "bitsandbytes"
+    holds = ("quant_state",)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -53,13 +55,47 @@ class FourBit(Packing):
 
     @classmethod
     def tensors(cls, module: Any) -> tuple[Tensor, ...]:
-        return module.weight.data, module.weight.quant_state.absmax
+        state, nested = module.weight.quant_state, module.weight.quant_state.state2
+        return module.weight.data, state.absmax, *(() if nested is None else (nested.absmax,))
+
+    @classmethod
+    def dtype(cls, module: Any) -> torch.dtype:
+        found: torch.dtype = module.weight.quant_state.dtype
+        return found
+
+    @classmethod
+    def why_not_pack(cls, module: Any) -> str | None:
+        return None
+
+    @classmethod
+    def pack(cls, module: Any, W: Tensor) -> None:
+        old = module.weight
+        codes, state = import_module("bitsandbytes.functional").quantize_4bit(
+            W.to(old.quant_state.dtype),
+            blocksize=old.quant_state.blocksize,
+            compress_statistics=old.quant_state.nested,
+            quant_type=old.quant_state.quant_type,
+            quant_storage=old.quant_storage,
+        )
+        module.weight = type(old)(
+            codes,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=old.quant_storage,
+            bnb_quantized=True,
+            module=module,
+        )
+        module.quant_state = state
 
 
 class EightBit(Packing):
     """LLM.int8(): W in bytes, with a scale per row (`SCB`)."""
 
     package = "bitsandbytes"
+    holds = ("state",)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -87,3 +123,24 @@ class EightBit(Packing):
         state, weight = module.state, module.weight
         codes = state.CB if state.CB is not None else weight.data
         return codes, state.SCB if state.SCB is not None else weight.SCB
+
+    @classmethod
+    def dtype(cls, module: Any) -> torch.dtype:
+        return torch.float32
+
+    @classmethod
+    def computes_in(cls, module: Any) -> torch.dtype:
+        return torch.bfloat16  # in eval mode its inputs are rounded to 8 bits
+
+    @classmethod
+    def why_not_pack(cls, module: Any) -> str | None:
+        return None
+
+    @classmethod
+    def pack(cls, module: Any, W: Tensor) -> None:
+        functional = import_module("bitsandbytes.functional")
+        codes, scales, _ = functional.int8_vectorwise_quant(W.to(torch.float16))
+        new = type(module.weight)(codes, requires_grad=False, CB=codes, SCB=scales)
+        module.weight = new
+        module.state = copy(module.state)
+        module.state.CB, module.state.SCB = codes, scales

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .base import Packing, own_name
@@ -13,6 +14,8 @@ class HQQ(Packing):
     """W in groups of 1 to 8 bits, each with a scale and a zero point."""
 
     package = "hqq"
+    parameter = "W_q"
+    holds = ("meta",)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -37,3 +40,19 @@ class HQQ(Packing):
         return tuple(
             t for t in (module.W_q.data, meta["scale"], meta["zero"]) if isinstance(t, Tensor)
         )
+
+    @classmethod
+    def dtype(cls, module: Any) -> torch.dtype:
+        found: torch.dtype = module.compute_dtype
+        return found
+
+    @classmethod
+    def why_not_pack(cls, module: Any) -> str | None:
+        if not getattr(module, "quant_config", None):
+            return "HQQ has not kept how it was packed"
+        return None
+
+    @classmethod
+    def pack(cls, module: Any, W: Tensor) -> None:
+        del module.W_q  # a parameter, and quantize() sets a tensor of that name first
+        module.quantize(W, **module.quant_config)

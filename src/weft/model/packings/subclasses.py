@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .base import Packing, own_name, parts
@@ -49,3 +51,58 @@ class TensorSubclass(Packing):
     @classmethod
     def tensors(cls, module: Any) -> tuple[Tensor, ...]:
         return parts(module.weight)
+
+    @classmethod
+    def dtype(cls, module: Any) -> torch.dtype:
+        found: torch.dtype = module.weight.dtype  # of the numbers that it stands for
+        return found
+
+    @classmethod
+    def why_not_pack(cls, module: Any) -> str | None:
+        kind = type(module.weight).__name__
+        if own_name(module)[0] == "optimum" or kind in _FROM_FLOAT:
+            return None
+        return f"Weft cannot pack a {kind} anew"
+
+    @classmethod
+    def pack(cls, module: Any, W: Tensor) -> None:
+        old = module.weight
+        W = W.to(old.dtype)
+        if own_name(module)[0] == "optimum":
+            module.weight = nn.Parameter(W, requires_grad=False)
+            module.freeze()
+            return
+        new = _FROM_FLOAT[type(old).__name__](type(old), W, old)
+        module.weight = nn.Parameter(new, requires_grad=False)
+
+
+def _granularity(W: Tensor, block: Any) -> Any:
+    """torchao's word for blocks of the shape [rows, columns] of W."""
+    found = import_module("torchao.quantization.granularity")
+    if tuple(block) == tuple(W.shape):
+        return found.PerTensor()
+    return found.PerRow() if block[1] == W.shape[1] else found.PerGroup(block[1])
+
+
+def _int8(cls: Any, W: Tensor, old: Any) -> Tensor:
+    found: Tensor = cls.from_hp(W, granularity=_granularity(W, old.block_size))
+    return found
+
+
+def _float8(cls: Any, W: Tensor, old: Any) -> Tensor:
+    found: Tensor = cls.from_hp(
+        W,
+        float8_dtype=old.qdata.dtype,
+        granularity=_granularity(W, old.block_size),
+        mm_config=old.mm_config,
+        kernel_preference=old.kernel_preference,
+    )
+    return found
+
+
+def _intx(cls: Any, W: Tensor, old: Any) -> Tensor:
+    found: Tensor = cls.from_hp(W, list(old.block_size), old.target_dtype)
+    return found
+
+
+_FROM_FLOAT = {"Int8Tensor": _int8, "Float8Tensor": _float8, "IntxUnpackedToInt8Tensor": _intx}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...errors import WeftError
 from ..active import ActiveAdapters, PerRow, names_of
-from ..layer import active_of, layers_of
+from ..carried import active_of, layers_of
 from ..row_calls import layout_of
 from ..row_probe import Recorder
 from .forward import code_names, forward_of

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError, WeftError
 from ..active import Active, ActiveAdapters, PerRow, recomputed
-from ..layer import layers_of
+from ..carried import layers_of
 from .decoder import DecoderInputs, plain_mask, vectors
 from .forward import arguments_by_name, parameters_of
 from .injection import InjectionPoint

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..layer import adopt, is_adapted
+from ..carried import adopt, is_adapted
 from ..state import State, find_state
 from ..structure import Structure
 from . import attention

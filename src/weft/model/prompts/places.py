@@ -45,6 +45,10 @@ class PromptHost:
     takes_ids: ClassVar[bool] = False
     has_weight: ClassVar[bool] = True  # nothing reads it: prompts are no change of a weight
     transposed: ClassVar[bool] = False
+    is_convolution: ClassVar[bool] = False
+    packed_as: ClassVar[None] = None
+    stack: ClassVar[int | None] = None
+    tensor: ClassVar[str] = "weight"
 
     @property
     def kind(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from ..base_layers import is_linear
+from ..base_layers import is_convolution, is_linear
 from .names import within
 
 # Common names of the output layer of a plain torch model, as a direct child of the root.
@@ -57,7 +57,8 @@ def _conventional_head(root: nn.Module) -> Iterator[str]:
         if name not in _HEAD_NAMES:
             continue
         inside = set(child.modules())
-        if any(is_linear(module) and module not in inside for module in root.modules()):
+        others = (module for module in root.modules() if module not in inside)
+        if any(is_linear(module) or is_convolution(module) for module in others):
             yield name
 
 

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from torch import nn
 
-from ..layer import CHILD, is_adapted
+from ..carried import CHILD, is_adapted
 
 
 def base_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

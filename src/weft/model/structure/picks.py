@@ -95,13 +95,14 @@ def _excluded(structure: Structure, pattern: str) -> list[str]:
     them, since a block's output may be one.
     """
     layers = [*structure.layers, *structure.norms]
-    if pattern in ROLES:
+    if pattern == "experts":
+        names = [n for n in layers if within(n, structure.experts)]
+    elif pattern in ROLES:
         names = [name for block in structure.blocks for name in block.of(pattern)]
     elif pattern in KEYWORDS:
-        parts = structure.map_parts if pattern != "all-linear" else {}
-        names = [n for n in layers if pattern in ("all-linear", parts.get(n))]
+        names = [n for n in layers if structure.is_part(n, pattern)]
     elif is_ending(pattern):
-        modules = [n for n in structure.modules if any(ends_in(c, pattern) for c in called(n))]
+        modules = [n for n in structure.carriers if any(ends_in(c, pattern) for c in called(n))]
         names = [name for name in layers if within(name, modules)]
     else:
         names = [n for n in layers if any(matches("exclude", pattern, c) for c in called(n))]

@@ -194,9 +194,11 @@ def _check_adapted(
     """An adapted layer may train its bias, and a norm its gain, but no weight matrix."""
     words = {id(structure.readers[name]): word for name, word in chosen.items()}
     for name in adapted:
-        module = structure.modules[name]
-        word = words.get(id(module._parameters.get("weight")))
-        if word is not None and has_map(module):
+        module = structure.carriers[name]
+        stack = name not in structure.modules
+        own = name.rpartition(".")[2] if stack else "weight"
+        word = words.get(id(module._parameters.get(own)))
+        if word is not None and (stack or has_map(module)):
             raise TargetError(
                 f"{name!r} is named by targets and by {_label(config, word)}: a layer is adapted "
                 "or trained in full. Take it out of one of the two."

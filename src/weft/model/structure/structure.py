@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import nn
 
-from ..base_layers import has_map, is_norm
+from ..base_layers import carriers, has_map, is_convolution, is_norm
 from .blocks import Block, describe_blocks, find_block_names, map_parts, norm_behind, norm_first
 from .experts import find_experts, find_routers
 from .head import find_head
@@ -51,8 +51,19 @@ class Structure:
 
     @cached_property
     def layers(self) -> dict[str, nn.Module]:
-        """Linear maps and embeddings of a class that Weft knows, adaptable or not."""
-        return {name: module for name, module in self.modules.items() if has_map(module)}
+        """The layers of a class that Weft knows, adaptable or not: linear maps, embeddings, convolutions
+        and fused experts.
+        """
+        return {
+            name: module
+            for name, module in self.carriers.items()
+            if has_map(module) or name not in self.modules
+        }
+
+    @cached_property
+    def carriers(self) -> dict[str, nn.Module]:
+        """The modules, and those that have a parameter which is a layer of its own, by its name."""
+        return carriers(self.modules)
 
     @cached_property
     def norms(self) -> list[str]:
@@ -86,8 +97,19 @@ class Structure:
 
     @cached_property
     def map_parts(self) -> dict[str, str]:
-        """ "attention" or "mlp" for every linear map inside a block, adaptable or not."""
-        return map_parts(self.root, self.modules, self.block_names)
+        """ "attention" or "mlp" for every linear map inside a block, and "conv" for every convolution,
+        adaptable or not.
+        """
+        convolutions = [name for name, module in self.layers.items() if is_convolution(module)]
+        maps = map_parts(self.root, self.modules, self.block_names)
+        return {**maps, **dict.fromkeys(convolutions, "conv")}
+
+    def is_part(self, name: str, keyword: str) -> bool:
+        """Returns whether a layer is one of those that "all-linear", "attention", "mlp" or "conv" means,
+        apart from those that "all-linear" leaves out.
+        """
+        part = self.map_parts.get(name)
+        return part != "conv" if keyword == "all-linear" else part == keyword
 
     @cached_property
     def last_stack(self) -> str | None:

@@ -19,6 +19,9 @@ from .names import called, canonical, ends_in, matches, within
 from .picks import taken_away
 from .structure import Structure
 
+_CONVOLUTION = 'a convolution, which targets="conv" names'
+STACK = 'fused experts, which only targets="experts" or their names choose'
+
 
 @dataclass(frozen=True)
 class Found:
@@ -42,20 +45,21 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
     left_out = _left_out(structure)
     fields_of: dict[str, dict[str, Any]] = {}
     without: list[Frozen] = []
+    also = [pattern for pattern, _ in patterns(config.targets)]
     for pattern, fields in patterns(config.targets):
         names = (
             _in_role(structure, pattern, without)
             if pattern in ROLES
             else _matching(structure, pattern, left_out)
         )
-        if not names:
+        if not names and not (pattern == "all-linear" and "conv" in also):
             raise _no_match(structure, pattern, left_out)
         for name in names:
             fields_of[name] = {**fields_of.get(name, {}), **fields}
     taken = taken_away(structure, config, fields_of)
     ordered = {
         name: fields_of[name]
-        for name in structure.modules
+        for name in structure.carriers
         if name in fields_of and name not in taken
     }
     frozen, routed = leftovers(structure, ordered)
@@ -63,18 +67,30 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
     return Found(ordered, [*frozen, *without], routed)
 
 
+def _convolutions(structure: Structure) -> dict[str, nn.Module]:
+    """The convolutions that can be adapted, outside the output head."""
+    return {
+        name: module
+        for name, module in structure.layers.items()
+        if base_layers.is_convolution(module)
+        and base_layers.why_not(module) is None
+        and not within(name, structure.head)
+    }
+
+
 def leftovers(structure: Structure, chosen: Collection[str]) -> tuple[list[Frozen], list[str]]:
     """Returns the layers that could have been adapted but were not, with the reason, and those of
-    the chosen layers that are routed experts.
+    the chosen layers that get tokens which a router has regrouped: experts with modules of their own.
     """
     left_out = _left_out(structure)
     frozen = []
     for name, module in structure.layers.items():
         if name not in chosen:
             reason = left_out.get(name, "not named by targets")
-            frozen.append(Frozen(name, _kind(module), _weight_shape(module), reason))
+            frozen.append(Frozen(name, _kind(module), _weight_shape(module, name), reason))
     frozen += _raw_tensors(structure)
-    return frozen, [name for name in chosen if within(name, structure.experts)]
+    routed = [n for n in chosen if within(n, structure.experts) and not is_stack(structure, n)]
+    return frozen, routed
 
 
 def _in_role(structure: Structure, role: str, without: list[Frozen]) -> list[str]:
@@ -116,17 +132,27 @@ def _left_out(structure: Structure) -> dict[str, str]:
             out[name] = "embedding"
         elif name in structure.routers:
             out[name] = "router of a mixture of experts"
+        elif base_layers.is_convolution(module):
+            out[name] = _CONVOLUTION
+        elif is_stack(structure, name):
+            out[name] = STACK
     return out
+
+
+def is_stack(structure: Structure, name: str) -> bool:
+    """Whether a layer is a parameter of a module: fused experts."""
+    return name in structure.layers and name not in structure.modules
 
 
 def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -> list[str]:
     layers = structure.layers
+    if pattern == "experts":
+        return _experts(structure)
     if pattern in KEYWORDS:
-        parts = structure.map_parts if pattern != "all-linear" else {}
         return [
             name
             for name in layers
-            if name not in left_out and pattern in ("all-linear", parts.get(name))
+            if left_out.get(name) in (None, _CONVOLUTION) and structure.is_part(name, pattern)
         ]
     if is_ending(pattern):
         names = [name for name in layers if any(ends_in(n, pattern) for n in called(name))]
@@ -146,6 +172,18 @@ def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
     ]
 
 
+def _experts(structure: Structure) -> list[str]:
+    """Every weight of a routed expert, fused or in a layer of its own. Raises TargetError if one of
+    them cannot be adapted.
+    """
+    names = [n for n in structure.layers if within(n, structure.experts)]
+    faults = {n: why for n in names if (why := base_layers.why_not(structure.layers[n]))}
+    raw = {f.name: f.reason for f in _raw_tensors(structure) if f.kind == "experts"}
+    for name, why in {**faults, **raw}.items():
+        raise TargetError(f"targets='experts' means {name!r}, which cannot be adapted: {why}.")
+    return names
+
+
 def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -> TargetError:
     usable = [
         name for name, module in structure.layers.items() if base_layers.why_not(module) is None
@@ -158,9 +196,12 @@ def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
             )
             or "none"
         )
+        cure = "Name what you want to adapt"
+        if pattern != "conv" and (convolutions := _convolutions(structure)):
+            cure = f'targets="conv" adapts its {len(convolutions)} convolutions. Or name layers'
         return TargetError(
-            f"targets={pattern!r} finds no layer in this model. It leaves out: {reasons}. Name "
-            f"what you want to adapt; the model's linear layers end in: {have}."
+            f"targets={pattern!r} finds no layer in this model. It leaves out: {reasons}. {cure}; the "
+            f"model's layers end in: {have}."
         )
     for raw in _raw_tensors(structure):
         if is_ending(pattern) and f".{raw.name}".endswith(f".{pattern}"):
@@ -169,39 +210,44 @@ def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
                 f"layer: {raw.reason}."
             )
     near = get_close_matches(pattern.rpartition(".")[2], have, n=3) or have[:8]
+    what = "layers" if _convolutions(structure) else "linear layers"
     return TargetError(
-        f"targets: {pattern!r} matches none of the model's {len(usable)} linear layers"
+        f"targets: {pattern!r} matches none of the model's {len(usable)} {what}"
         f"{'' if is_ending(pattern) else ' (as a regular expression over the whole name)'}. "
         f"Nearest endings: {near}. `weft plan --model MODEL` lists all layers."
     )
 
 
 def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
-    """Weights outside linear layers: fused experts, routers, convolutions, raw matrices."""
+    """Weights outside the layers that Weft knows: fused experts, routers, raw matrices."""
     for prefix, module in structure.modules.items():
         if prefix in structure.layers:
             continue
         for tensor, p in module._parameters.items():
+            if f"{prefix}.{tensor}".lstrip(".") in structure.layers:
+                continue
             if p is None or p.ndim < 2 or min(p.shape[-2:]) < 2:
                 continue
             name, shape = f"{prefix}.{tensor}".lstrip("."), tuple(p.shape)
             if within(prefix, structure.experts) and p.ndim == 3:
                 reason = (
-                    f"{p.shape[0]} experts fused into one three-dimensional tensor, which Weft does "
-                    "not adapt"
+                    f"{p.shape[0]} experts fused into one tensor that {type(module).__name__} reads "
+                    "by a forward of its own, which Weft does not know"
                 )
                 yield Frozen(name, "experts", shape, reason)
             elif prefix in structure.routers:
                 yield Frozen(name, "router", shape, "router of a mixture of experts")
-            elif isinstance(module, nn.modules.conv._ConvNd):
-                yield Frozen(name, "convolution", shape, "a convolution; Weft adapts linear maps")
             else:
                 reason = f"read by {type(module).__name__} itself, not by a linear layer"
                 yield Frozen(name, "tensor", shape, reason)
 
 
-def _weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """(out, in) if the layer has a weight matrix."""
+def _weight_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """(out, in) if the layer has a weight matrix; the parameter's own shape if it is a stack."""
+    kind = base_layers.kind_of(module)
+    if kind is not None and kind.tensors_of(module):
+        own = module._parameters.get(name.rpartition(".")[2])
+        return () if own is None else tuple(own.shape)
     packing = packing_of(module)
     if packing is not None:
         return packing.shape(module)
@@ -209,7 +255,6 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     if weight is None:
         return ()
     shape = tuple(weight.shape)
-    kind = base_layers.kind_of(module)
     return shape[::-1] if kind is not None and kind.transposed else shape
 
 
