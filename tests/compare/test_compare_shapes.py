@@ -107,7 +107,7 @@ def test_compare_runs_on_it_without_a_model_and_offline(tmp_path, capsys):
     )
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["model"] == MODEL
-    assert [row["status"] for row in found["rows"]] == ["ok"] * len(found["rows"])
+    assert [row["status"] for row in found["rows"]] == ["finished"] * len(found["rows"])
 
 
 def test_another_model_or_a_path_is_refused(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Hundredths of these metrics are named by the metric alone; others are percentages.
-_POINTS = ("BLEU", "ROUGE")
+_POINTS = ("BLEU", "ROUGE", "CIDEr")
 _SHORT = {"logical-form accuracy": "form accuracy"}  # for narrow columns
 
 

@@ -12,6 +12,7 @@ import copy
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
@@ -40,7 +41,7 @@ def step_times(
     (medians), and rounds. Raises WeftError if the model's input embedding cannot be found.
     """
     frozen = copy.deepcopy(model).requires_grad_(False).train()
-    handle = flow_from_embedding(frozen)
+    hooks = flow_from_embedding(frozen)
     adapter = attach()
     adapter.plan_steps(SCHEDULED_STEPS)
     model.train()
@@ -54,7 +55,7 @@ def step_times(
     finally:
         model.eval()
         detach(model)
-        handle.remove()
+        hooks.close()
     ratios = sorted(b / a for a, b in pairs)
     tenth = len(ratios) // 10
     return {
@@ -110,10 +111,11 @@ def clock(work: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def flow_from_embedding(model: nn.Module) -> Any:
-    """Makes gradients flow back to the output of the input embedding.
+def flow_from_embedding(model: nn.Module) -> ExitStack:
+    """Makes gradients flow back to the output of the input embedding, in all modules that have its
+    table (BART's encoder and decoder have one each).
 
-    Returns the handle of the hook. Raises WeftError if the model does not provide its input
+    Returns what removes the hooks when it is closed. Raises WeftError if the model does not provide its input
     embedding.
     """
     find = getattr(model, "get_input_embeddings", None)
@@ -126,7 +128,12 @@ def flow_from_embedding(model: nn.Module) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         output.requires_grad_(True)
 
-    return embedding.register_forward_hook(hook)
+    table, hooks = embedding._parameters.get("weight"), ExitStack()
+    for module in model.modules():
+        tied = table is not None and module._parameters.get("weight") is table
+        if module is embedding or (tied and isinstance(module, nn.Embedding)):
+            hooks.callback(module.register_forward_hook(hook).remove)
+    return hooks
 
 
 def peak_bytes(
