@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import WeftError
 from .devices import check_device, cores, visible_gpus, worker_count
 from .plan.budgets import PARAMETERS, SECONDS, with_ranks, with_steps
-from .plan.entries import Entry, with_fitting_ranks
+from .plan.entries import Entry, with_fitting_ranks, without_frozen
 from .plan.scale import Scale
 from .plan.sweep import Sweep, count_runs
 from .report.comparison import Comparison, notes_of, row_of
@@ -136,11 +136,12 @@ def _runner_config(request: Request) -> RunnerConfig:
 
 
 def _sweep_of(request: Request, about: Mapping[str, Any]) -> tuple[Sweep, list[str]]:
-    own = request.entries  # those whose rank is not chosen by the budget
+    everything = without_frozen(request.entries, about["frozen"])
+    own = everything  # those whose rank is not chosen by the budget
     if request.budget.equal.what == PARAMETERS:
         own = own[:1] if request.budget.equal.amount is None else []
     fitted, notes = with_fitting_ranks(own, about["narrowest"])
-    entries = [*fitted, *request.entries[len(own) :]]
+    entries = [*fitted, *everything[len(own) :]]
     have = about["sizes"]["train"]
     if have < request.budget.batch:
         notes.append(

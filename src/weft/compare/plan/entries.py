@@ -10,6 +10,7 @@ from typing import Any
 
 from ... import methods
 from ...errors import ConfigError
+from ...methods.config import LayerConfig
 from ...methods.field_types import literal
 from ...model.groups import check_factors
 
@@ -178,6 +179,20 @@ def with_fitting_ranks(entries: Sequence[Entry], narrowest: int) -> tuple[list[E
             entry = replace(entry, config=replace(entry.config, r=narrowest))
         out.append(entry)
     return out, notes
+
+
+def without_frozen(entries: Sequence[Entry], frozen: Sequence[str]) -> list[Entry]:
+    """Returns the entries with these modules excluded from the layers that they adapt, unless an entry
+    has an `exclude` of its own.
+    """
+    if not frozen:
+        return list(entries)
+    return [
+        replace(entry, config=replace(entry.config, exclude=tuple(frozen)))
+        if isinstance(entry.config, LayerConfig) and not entry.config.exclude
+        else entry
+        for entry in entries
+    ]
 
 
 def format_rate(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -59,7 +59,8 @@ class TrialRunner:
                 **facts.fingerprints,
             },
             "head": list(self.head),
-            "narrowest": self._narrowest(),
+            "narrowest": self._narrowest(facts.frozen),
+            "frozen": list(facts.frozen),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "device": torch.cuda.get_device_name()
             if self.device.type == "cuda"
@@ -71,9 +72,9 @@ class TrialRunner:
             "guess": None if facts.guess is None else asdict(facts.guess),
         }
 
-    def _narrowest(self) -> int:
-        """Returns the input size of the narrowest layer that "all-linear" adapts."""
-        adapter = attach(self.model, LoRA(r=1, modules_to_save=self.head))
+    def _narrowest(self, frozen: Sequence[str]) -> int:
+        """Returns the input size of the narrowest layer that "all-linear" adapts, without the frozen ones."""
+        adapter = attach(self.model, LoRA(r=1, modules_to_save=self.head, exclude=list(frozen)))
         try:
             return int(min(site.shape[1] for site in adapter.layers.values()))
         finally:

@@ -32,7 +32,7 @@ class Facts:
 
     kind: "classification", "regression" or "generation". metric: that of the test. chosen_by: the
     name of the score of `validate`, and `lowest` if less of it is better. fingerprints: of the
-    model and of the splits. sizes: examples per split. guess: what any
+    model and of the splits. sizes: examples per split. frozen: modules that no method adapts. guess: what any
     method must beat, or None if that is not known.
     """
 
@@ -44,6 +44,7 @@ class Facts:
     fingerprints: Mapping[str, str]
     sizes: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     guess: Guess | None = None
 
 

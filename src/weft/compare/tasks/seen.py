@@ -31,6 +31,7 @@ from .loop import Score, on_device
 SIZES = {"train": 2000, "validation": 300, "test": 500}
 ROWS = 100  # examples per batch in evaluation
 LOSS = "loss"
+BOXES = "absolute_vis_pos_embedding.0"  # five numbers wide: it would hold every rank down to 5
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class SeenTask:
             chosen_by=LOSS,
             lowest=True,
             notes=(*self.notes, how),
+            frozen=(BOXES,),
             sizes={name: len(split) for name, split in self.splits.items()},
             fingerprints={
                 "model": self.fingerprint,
@@ -183,7 +185,9 @@ def open_seen(ref: ShapesRef, model: ModelRef, limits: Mapping[str, int | None])
         size = limits.get(name) or SIZES[name]
         questions = examples(ref.kind, name, size)
         splits[name] = _encode(questions, name, ref.kind, tokenizer, loaded.config, tower)
-    notes.append("The image tower is frozen, and no method adapts it.")
+    notes.append(
+        "No method adapts the frozen image tower and the map of the five numbers of a box."
+    )
     decoding = {
         "max_new_tokens": splits["test"].tokens.shape[1] + 4,
         "do_sample": False,
