@@ -10,6 +10,7 @@ from torch import nn
 
 import weft
 from support import config, distance
+from weft.inference.pretrained import dummy_inputs
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -142,3 +143,13 @@ def test_all_linear_alone_lists_the_convolutions_as_frozen(name):
     adapter = weft.attach(built(name), weft.LoRA())
     cold = {f.name for f in adapter.plan().frozen if f.kind == "convolution"}
     assert cold == {n for n, m in built(name).named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def test_weft_merge_has_images_to_verify_with_for_models_without_an_image_size():
+    model = resnet().eval()
+    adapter = weft.attach(model, weft.LoRA(r=2, targets="conv"))
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.3)
+    report = weft.merge(model, verify=dummy_inputs(model))
+    assert report.effect > 0 and report.output_error <= report.tolerance

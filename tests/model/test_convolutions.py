@@ -548,3 +548,19 @@ def test_the_table_of_bases(base, name, tmp_path):
     assert distance(fresh(x), wanted) <= EXACT
     bases_record.exact(base, name)
     bases_record.exact(base, "merge")
+
+
+def test_layers_and_modules_called_conv_are_named_by_the_word_too():
+    class Conformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.ModuleDict({"up": nn.Linear(4, 4), "depth": nn.Conv1d(4, 4, 3)})
+            self.mix, self.stem = nn.ModuleDict({"conv": nn.Linear(4, 4)}), nn.Conv1d(4, 4, 3)
+            self.last = nn.Linear(4, 4)
+
+    def layers_of(**fields):
+        return list(weft.attach(Conformer(), weft.LoRA(**fields)).layers)
+
+    assert layers_of(targets="conv") == ["conv.depth", "mix.conv", "stem"]
+    assert layers_of(targets=["all-linear", "conv"], exclude="conv") == ["last"]
+    assert layers_of(targets=r".*\.conv") == ["mix.conv"]

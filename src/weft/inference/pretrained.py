@@ -19,6 +19,8 @@ from ..untrusted import json_text
 # Rows that a vocabulary may have beyond its tokens: it is rounded up to a multiple.
 SPARE = 4096
 
+_ANY_SIZE = (224, 224)
+
 
 def find_source(name: str) -> ModelRef:
     """Returns the model with this name: an embedded one, a directory, a config.json, or one on the
@@ -197,10 +199,12 @@ def dummy_inputs(model: nn.Module, tokens: Sequence[int] = ()) -> dict[str, Tens
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
-    if name == "pixel_values" and getattr(config, "image_size", None):
+    sized = getattr(config, "image_size", None)
+    if name == "pixel_values" and (sized or getattr(config, "num_channels", None)):
         from ..tasks.images import image_size
 
-        shape = (2, int(getattr(config, "num_channels", 3)), *image_size(config))
+        size = image_size(config) if sized else _ANY_SIZE  # convolutions take images of any
+        shape = (2, int(getattr(config, "num_channels", 3)), *size)
         return {"pixel_values": torch.randn(shape, generator=generator)}
     words = getattr(config, "vocab_size", None)
     if name != "input_ids" or not words:

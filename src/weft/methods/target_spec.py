@@ -2,7 +2,7 @@
 
 A *pattern* is one of
     "all-linear"   every linear map but the output head, embeddings, routers and convolutions
-    "conv"         every convolution outside the output head
+    "conv"         every convolution outside the output head, and layers of that name
     "attention"    the linear maps of the attention modules        "mlp"   all others inside the model's blocks
     "experts"      the weights of the routed experts, fused into one parameter or in layers of their own
     "attention-output"   the last map of every attention, before the residual sum    "mlp-output"   that of every MLP

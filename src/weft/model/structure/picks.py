@@ -100,9 +100,10 @@ def _excluded(structure: Structure, pattern: str) -> list[str]:
     elif pattern in ROLES:
         names = [name for block in structure.blocks for name in block.of(pattern)]
     elif pattern in KEYWORDS:
-        names = [n for n in layers if structure.is_part(n, pattern)]
+        modules = _called(structure, pattern) if pattern == "conv" else []
+        names = [n for n in layers if structure.is_part(n, pattern) or within(n, modules)]
     elif is_ending(pattern):
-        modules = [n for n in structure.carriers if any(ends_in(c, pattern) for c in called(n))]
+        modules = _called(structure, pattern)
         names = [name for name in layers if within(name, modules)]
     else:
         names = [n for n in layers if any(matches("exclude", pattern, c) for c in called(n))]
@@ -115,6 +116,10 @@ def _excluded(structure: Structure, pattern: str) -> list[str]:
             f"Nearest endings: {near}."
         )
     return names
+
+
+def _called(structure: Structure, ending: str) -> list[str]:
+    return [n for n in structure.carriers if any(ends_in(c, ending) for c in called(n))]
 
 
 def _modules(structure: Structure, ending: str) -> list[str]:

@@ -152,7 +152,8 @@ def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
         return [
             name
             for name in layers
-            if left_out.get(name) in (None, _CONVOLUTION) and structure.is_part(name, pattern)
+            if left_out.get(name) in (None, _CONVOLUTION)
+            and (structure.is_part(name, pattern) or _is_called(name, pattern))
         ]
     if is_ending(pattern):
         names = [name for name in layers if any(ends_in(n, pattern) for n in called(name))]
@@ -182,6 +183,11 @@ def _experts(structure: Structure) -> list[str]:
     for name, why in {**faults, **raw}.items():
         raise TargetError(f"targets='experts' means {name!r}, which cannot be adapted: {why}.")
     return names
+
+
+def _is_called(name: str, pattern: str) -> bool:
+    """Whether a layer has the name "conv", which is a keyword too."""
+    return pattern == "conv" and any(ends_in(each, pattern) for each in called(name))
 
 
 def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -> TargetError:
