@@ -1,7 +1,8 @@
 """One layer of 64 fused experts: a training step and what it keeps, over the frozen layer itself.
 
-`python -m benchmarks.experts [ROUNDS]` prints a table. A step is forward, backward to the layer's input
-and an optimiser step; the contenders take turns. Kept for backward: the storages that autograd saves,
+`python -m benchmarks.experts [ROUNDS]` prints a table, in CPU time of one thread. A step is forward,
+backward to the layer's input and an optimiser step; the contenders take turns, and the ratio is that of
+each turn, in another order each time. Kept for backward: the storages that autograd saves,
 without parameters, the layer's input and the router's choice; in per cent of the experts' weights.
 """
 
@@ -133,20 +134,22 @@ def kept(model: nn.Module, given: Given) -> int:
 
 def main(words: list[str]) -> None:
     """Print the table."""
+    torch.set_num_threads(1)
     given, base = Given.make(), Layer()
     size = sum(p.numel() * p.element_size() for p in base.parameters())
     models = contenders(base)
     steps = {name: stepper(model, given) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(int(words[0] if words else 30) + 2):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
+        order = list(steps)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            started = time.process_time()
+            steps[name]()
             if turn > 1:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(time.process_time() - started)
     print(
         f"{EXPERTS} experts, {WIDTH} -> 2 x {INNER} -> {WIDTH}, {size / 2**20:.0f} MiB; {TOKENS} tokens, "
-        f"{CHOSEN} experts each; float32, {torch.get_num_threads()} threads, {machine()['cpu']}, "
+        f"{CHOSEN} experts each; float32, 1 thread, CPU time, {machine()['cpu']}, "
         f"torch {torch.__version__}"
     )
     print(
