@@ -249,10 +249,7 @@ def _image_and_answer(key: str, *shape: int) -> Any:
 
 
 def _florence_inputs(rows: int) -> dict[str, Tensor]:
-    return {
-        **with_images(5, size=16)(rows),
-        "decoder_input_ids": words(rows, 5, seed=4),
-    }
+    return {**with_images(5, size=16)(rows), "decoder_input_ids": words(rows, 5, seed=4)}
 
 
 def _llava_next_inputs(rows: int) -> dict[str, Tensor]:
@@ -439,7 +436,12 @@ ZOO: dict[str, Animal] = {
         "BlipForConditionalGeneration",
         _of(
             "BlipConfig",
-            text_config={**TEXT, "encoder_hidden_size": 20, "projection_dim": 12, "sep_token_id": 2},
+            text_config={
+                **TEXT,
+                "encoder_hidden_size": 20,
+                "projection_dim": 12,
+                "sep_token_id": 2,
+            },
             vision_config={**VISION, "projection_dim": 12},
             projection_dim=12,
             image_text_hidden_size=12,
@@ -498,12 +500,18 @@ ZOO: dict[str, Animal] = {
     "clip": Animal(
         "CLIPModel",
         _of(
-            "CLIPConfig", text_config={**TEXT, "eos_token_id": 2}, vision_config=VISION,
+            "CLIPConfig",
+            text_config={**TEXT, "eos_token_id": 2},
+            vision_config=VISION,
             projection_dim=12,
         ),
         beside(),
     ),
-    "siglip": Animal("SiglipModel", _of("SiglipConfig", text_config={**TEXT, "projection_size": 20}, vision_config=VISION), beside()),
+    "siglip": Animal(
+        "SiglipModel",
+        _of("SiglipConfig", text_config={**TEXT, "projection_size": 20}, vision_config=VISION),
+        beside(),
+    ),
     "kosmos2": Animal(
         "Kosmos2ForConditionalGeneration",
         _of(
@@ -527,7 +535,11 @@ ZOO: dict[str, Animal] = {
         "WhisperForConditionalGeneration",
         _of(
             "WhisperConfig",
-            **{k: v for k, v in BART.items() if k not in ("max_position_embeddings", "forced_eos_token_id")},
+            **{
+                k: v
+                for k, v in BART.items()
+                if k not in ("max_position_embeddings", "forced_eos_token_id")
+            },
             num_mel_bins=8,
             max_source_positions=10,
             max_target_positions=16,
