@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,20 @@ from ..errors import ConfigError, WeftError
 from ..tasks.models import ModelRef, find_model, loading, quiet
 from ..tasks.quantize import loading_options
 from ..untrusted import json_text
+from .dummy_inputs import dummy_inputs
+
+__all__ = [
+    "base_for",
+    "dummy_inputs",
+    "empty_model",
+    "find_source",
+    "find_tokenizer",
+    "grow_embeddings",
+    "is_classifier",
+]
 
 # Rows that a vocabulary may have beyond its tokens: it is rounded up to a multiple.
 SPARE = 4096
-
-_ANY_SIZE = (224, 224)
 
 
 def find_source(name: str) -> ModelRef:
@@ -190,31 +199,3 @@ def _check_random(ref: ModelRef, names: Iterable[str]) -> None:
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model gives one output per text, which decoders read at the last token of a row."""
     return "SequenceClassification" in type(model).__name__
-
-
-def dummy_inputs(model: nn.Module, tokens: Sequence[int] = ()) -> dict[str, Tensor]:
-    """Returns a small batch with fixed values: pixel_values [2, channels, height, width], or
-    input_ids [2, length], which begin with `tokens`. Raises ConfigError if the model reads neither.
-    """
-    config: Any = getattr(model, "config", None)
-    name = getattr(model, "main_input_name", "input_ids")
-    generator = torch.Generator().manual_seed(0)
-    sized = getattr(config, "image_size", None)
-    if name == "pixel_values" and (sized or getattr(config, "num_channels", None)):
-        from ..tasks.images import image_size
-
-        size = image_size(config) if sized else _ANY_SIZE  # convolutions take images of any
-        shape = (2, int(getattr(config, "num_channels", 3)), *size)
-        return {"pixel_values": torch.randn(shape, generator=generator)}
-    words = getattr(config, "vocab_size", None)
-    if name != "input_ids" or not words:
-        raise ConfigError(
-            f"no test input is known for {type(model).__name__} (it reads {name!r}); use "
-            "--no-verify."
-        )
-    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
-    ids = torch.randint(0, words, (2, length), generator=generator)
-    first = torch.tensor(tokens[:length], dtype=ids.dtype)
-    ids[0, : len(first)] = first
-    extra = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
-    return {"input_ids": ids, **extra}

@@ -31,7 +31,7 @@ from .state import ATTRIBUTE, State, base_only, find_state, unwrapped
 from .stepping import follow, follows
 from .steps_watch import Watch
 from .structure import Structure, targets
-from .structure.selection import tensors_of_modules, trained_tensors, unsupported
+from .structure.selection import tensors_of_modules, trained_tensors, unread_tensors, unsupported
 from .structure.tokens import token_tables
 from .use import check_as_able
 
@@ -80,7 +80,9 @@ def attach_noted(model: nn.Module, config: Any, name: str = "default") -> Adapte
         )
     structure = Structure.of(unwrapped(model))
     parts = parts_of(structure, config)
-    notes = left_out.check(structure, config, parts.frozen)
+    notes = left_out.check(structure, config, parts.frozen) + left_out.unread(
+        structure, parts.frozen
+    )
     adapter = attach_resolved(structure, config, parts, name)
     adapter.notes = notes
     return adapter
@@ -103,7 +105,8 @@ def parts_of(structure: Structure, config: Any) -> Parts:
         trained = trained_tensors(structure, whole, (), saved)
         return Parts(dict.fromkeys(places, config), _union(trained, saved), without)
     if not isinstance(config, LayerConfig):
-        return Parts({}, _union(trained_tensors(structure, config, (), saved), saved))
+        trained = trained_tensors(structure, config, (), saved)
+        return Parts({}, _union(trained, saved), unread_tensors(structure, config))
     found = targets.resolve(structure, config)
     configs = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
@@ -118,7 +121,8 @@ def parts_of(structure: Structure, config: Any) -> Parts:
                 "a layer is adapted or trained in full. Take it out of one of the two."
             )
     trained = trained_tensors(structure, config, configs, saved)
-    return Parts(configs, _union(trained, saved), found.frozen, found.routed)
+    frozen = [*found.frozen, *unread_tensors(structure, config)]
+    return Parts(configs, _union(trained, saved), frozen, found.routed)
 
 
 def _union(first: Sequence[str], second: Sequence[str]) -> list[str]:

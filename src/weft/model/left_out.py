@@ -16,6 +16,7 @@ from . import base_layers
 from .packings import packing_of
 from .plan_entries import Frozen
 from .structure import Structure, base_modules, base_parameters
+from .structure.names import within
 from .structure.targets import STACK
 
 EVERY = "all-linear"
@@ -146,3 +147,19 @@ def check(structure: Structure, config: Any, frozen: Sequence[Frozen]) -> list[s
             f"{' or '.join(cures) or 'Name the layers that you want to adapt in targets'}."
         )
     return [f"{message}. {'; '.join(cures) or 'adapter.plan() lists them'}."]
+
+
+def unread(structure: Structure, frozen: Sequence[Frozen]) -> list[str]:
+    """Returns one sentence on the layers and tensors of a plan that stay frozen since no output depends
+    on them, if there are any.
+    """
+    named = {entry.name for entry in frozen}
+    places = [
+        f"{module} ({why})"
+        for module, why in structure.unread.items()
+        if any(within(name, [module]) for name in named)
+    ]
+    if not places:
+        return []
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return [f"No output depends on {'; '.join(places[:3])}{more}, so nothing there is trained."]

@@ -17,13 +17,16 @@ from ...errors import TargetError
 from ...methods.base import PromptMethod
 from ..plan_entries import Frozen
 from ..structure import Structure, base_modules
+from ..structure.names import within
 from . import attention
-from .forward import parameters_of
+from .forward import code_names, parameters_of
 from .injection import InjectionPoint, injection_point
 
 _CROSS = re.compile(r"cross|encdec|encoder_att", re.IGNORECASE)
 # Arguments by which a block receives positions.
 _RELATIVE = {"position_embeddings", "position_bias", "relative_pos", "rel_embeddings"}
+# Arguments of a module that reads an image or a sound, also beside a text.
+_OTHER_INPUT = re.compile(r"pixel_|visual_|image_|input_features")
 _KEY_MAPS = ("k_proj", "key", "k", "k_lin", "key_proj")
 _VALUE_MAPS = ("v_proj", "value", "v", "v_lin", "value_proj")
 _HEAD_WIDTH = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
@@ -114,6 +117,13 @@ def _check_point(structure: Structure, point: InjectionPoint) -> None:
             f"{root} is an encoder-decoder, and virtual tokens in its decoder are not supported. "
             "Keys and values (weft.Prefix) can be attached to it."
         )
+    why = _why_no_virtual_tokens(point)
+    if why is not None:
+        raise TargetError(
+            f"{root} cannot have virtual tokens: {why}. Take a method that adapts layers, for example "
+            "LoRA, or keys and values (weft.Prefix) if its attention goes through transformers' "
+            "AttentionInterface."
+        )
     if point.decoder:
         return
     if getattr(config, "is_decoder", False):
@@ -130,13 +140,55 @@ def _check_point(structure: Structure, point: InjectionPoint) -> None:
         )
 
 
+def _why_no_virtual_tokens(point: InjectionPoint) -> str | None:
+    """Why a model that reads more than a text would not know the positions of virtual tokens, or None."""
+    label, own = point.name or type(point.module).__name__, parameters_of(type(point.module))
+    for outer in point.outer:
+        kind, names = type(outer).__name__, code_names(type(outer))
+        if callable(getattr(outer, "get_rope_index", None)):
+            return (
+                f"{kind} computes three-dimensional positions of text and images before {label!r}"
+            )
+        masks = [n for n in names if n.startswith("create_") and "mask" in n]
+        if masks:
+            return f"{kind} prepares the attention mask ({masks[0]}) before {label!r}"
+    crossing = [n for n in own if "cross_attention" in n]
+    if crossing:
+        return (
+            f"{label!r} gets one {crossing[0]!r} a text token, and there is none for virtual ones"
+        )
+    others = [n for n in own if _OTHER_INPUT.match(n)]
+    if others and {"input_ids", "inputs_embeds"} & set(own):
+        return (
+            f"{label!r} joins {others[0]!r} to the text itself, behind the place where they enter"
+        )
+    return None
+
+
+def _encoder_decoder(structure: Structure) -> str | None:
+    """The innermost encoder-decoder around the last stack, "" if that is the model; None if it is in
+    none.
+    """
+    around = structure.last_stack or ""
+    while around:
+        around = around.rpartition(".")[0]
+        config = getattr(structure.root.get_submodule(around), "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            return around
+    return None
+
+
 def _attentions(structure: Structure) -> tuple[dict[str, PromptHost], list[Frozen]]:
     root = structure.root
-    both = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
-    blocks = structure.blocks if both else structure.blocks_of(structure.last_stack)
+    both = _encoder_decoder(structure)
+    own = structure.blocks_of(structure.last_stack)
     found: dict[str, PromptHost] = {}
     frozen = []
-    for block in blocks:
+    for block in own if both is None else structure.blocks:
+        if both and not within(block.name, [both]):
+            reason = f"outside of {both!r}, the encoder-decoder that gets keys and values"
+            frozen.append(Frozen(block.name, "block", (block.width,), reason))
+            continue
         for name, module in base_modules(root.get_submodule(block.name)):
             full = f"{block.name}.{name}".rstrip(".")
             if not attention.asks(module):

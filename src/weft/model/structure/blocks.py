@@ -59,7 +59,8 @@ class Block:
 
 def find_block_names(modules: Mapping[str, nn.Module]) -> list[str]:
     """Returns the outermost repeated blocks that contain linear maps: elements of an nn.ModuleList,
-    or of an nn.Sequential whose elements have one class.
+    or of an nn.Sequential whose elements have one class. Of the lists of one module, those without
+    attention are none if another has it (Qwen3-VL's mergers beside its blocks).
     """
     found: list[str] = []
     for name, module in modules.items():
@@ -73,7 +74,16 @@ def find_block_names(modules: Mapping[str, nn.Module]) -> list[str]:
                 for i, child in module.named_children()
                 if any(is_linear(m) for m in child.modules() if m is not child)
             ]
-    return found
+    stacks = {name: name.rpartition(".")[0] for name in found}
+    attending = {
+        stacks[name] for name in found if _attention_modules(dict(modules[name].named_modules()))
+    }
+    beside = {stack.rpartition(".")[0] for stack in attending}
+    return [
+        name
+        for name, stack in stacks.items()
+        if stack in attending or stack.rpartition(".")[0] not in beside
+    ]
 
 
 def describe_blocks(root: nn.Module, names: Sequence[str]) -> list[Block]:

@@ -29,15 +29,34 @@ def find_head(
 
     `modules` are the model's own and `blocks` the names of its repeated blocks.
     """
-    found = dict.fromkeys(_beside_base_model(root, blocks))
-    output = _output_embeddings(root)
-    if output is not None:
-        found |= dict.fromkeys(
-            name for name, module in modules.items() if module is output and name
-        )
+    found = dict.fromkeys(_head_of("", root, modules, blocks))
+    if not found:
+        found = dict.fromkeys(_heads_inside(modules, blocks))
     if not found:
         found = dict.fromkeys(_conventional_head(root))
     return [name for name in found if next(root.get_submodule(name).parameters(), None) is not None]
+
+
+def _head_of(
+    name: str, module: nn.Module, modules: Mapping[str, nn.Module], blocks: Sequence[str]
+) -> Iterator[str]:
+    """The head of one model of transformers, which may be a part of another, by full names."""
+    inner = [
+        block[len(name) :].lstrip(".") for block in blocks if within(block, [name]) or not name
+    ]
+    yield from (f"{name}.{label}".lstrip(".") for label in _beside_base_model(module, inner))
+    output = _output_embeddings(module)
+    if output is not None:
+        yield from (n for n, other in modules.items() if other is output and n)
+
+
+def _heads_inside(modules: Mapping[str, nn.Module], blocks: Sequence[str]) -> Iterator[str]:
+    """The head of a language model within a model that does not tell its own (BLIP)."""
+    seen: list[str] = []
+    for name, module in modules.items():
+        if name and not within(name, seen) and _output_embeddings(module) is not None:
+            seen.append(name)
+            yield from _head_of(name, module, modules, blocks)
 
 
 def _beside_base_model(root: nn.Module, blocks: Sequence[str]) -> Iterator[str]:
@@ -54,7 +73,7 @@ def _beside_base_model(root: nn.Module, blocks: Sequence[str]) -> Iterator[str]:
 
 def _conventional_head(root: nn.Module) -> Iterator[str]:
     for name, child in root.named_children():
-        if name not in _HEAD_NAMES:
+        if name not in _HEAD_NAMES and not (name.endswith("_head") and is_linear(child)):
             continue
         inside = set(child.modules())
         others = (module for module in root.modules() if module not in inside)

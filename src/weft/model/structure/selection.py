@@ -117,14 +117,14 @@ def _tensors_of(
         return _last_blocks(structure, config, word, last)
     match word:
         case "all":
-            return list(parameters)
+            return _read(structure)
         case "head":
             return [name for name in parameters if within(name, head)]
         case "biases":
-            return [n for n in parameters if _is_bias(structure, n) and not within(n, head)]
+            return [n for n in _read(structure) if _is_bias(structure, n) and not within(n, head)]
         case "norms":
             norms = set(structure.norms)
-            return [n for n in parameters if _parent(n) in norms and not within(n, head)]
+            return [n for n in _read(structure) if _parent(n) in norms and not within(n, head)]
         case "target-biases":
             return [n for n in structure.readers if _own(n) == "bias" and _parent(n) in adapted]
     modules = [
@@ -134,6 +134,26 @@ def _tensors_of(
         name
         for name in structure.readers
         if any(ends_in(n, word) for n in called(name)) or within(name, modules)
+    ]
+
+
+def _read(structure: Structure) -> list[str]:
+    """The tensors on which an output may depend."""
+    return [name for name in structure.parameters if structure.why_unread(name) is None]
+
+
+def unread_tensors(structure: Structure, config: Config) -> list[Frozen]:
+    """Returns the tensors that "all", "biases" or "norms" would train and no output depends on."""
+    words = {*config.selection, *config.train} & {"all", "biases", "norms"}
+    return [
+        Frozen(name, "tensor", tuple(p.shape), why)
+        for name, p in structure.parameters.items()
+        if (why := structure.why_unread(name)) is not None
+        and (
+            "all" in words
+            or ("biases" in words and _is_bias(structure, name))
+            or ("norms" in words and _parent(name) in structure.norms)
+        )
     ]
 
 

@@ -18,6 +18,7 @@ from .experts import find_experts, find_routers
 from .head import find_head
 from .modules import base_modules, base_parameters
 from .names import within
+from .unread import find_unread
 
 
 class Structure:
@@ -86,6 +87,15 @@ class Structure:
         return find_head(self.root, self.modules, self.block_names)
 
     @cached_property
+    def unread(self) -> dict[str, str]:
+        """The outermost modules that change no output, with the reasons."""
+        return find_unread(self.root, self.modules, self.block_names, self.head)
+
+    def why_unread(self, name: str) -> str | None:
+        """Returns why a module or a tensor changes no output, or None if it may change one."""
+        return next((why for module, why in self.unread.items() if within(name, [module])), None)
+
+    @cached_property
     def experts(self) -> dict[str, int]:
         """The containers of routed experts, with the number of experts in each."""
         return find_experts(self.modules)
@@ -113,14 +123,20 @@ class Structure:
 
     @cached_property
     def last_stack(self) -> str | None:
-        """The stack before the output; of several (encoder and decoder, two towers) the one
-        registered last. None if there is no block.
+        """The stack before the output; of several (encoder and decoder, two towers) the one in one
+        module with the output head, or else the one registered last. None if there is no block.
 
         Blocks inside the output head do not count; nor do lists without attention if others have
         it.
         """
         found = [block for block in self.blocks if not within(block.name, self.head)]
         best = [block for block in found if block.attention_outputs] or found
+        for head in self.head:
+            around = head.rpartition(".")[0]
+            while around and not any(within(block.name, [around]) for block in best):
+                around = around.rpartition(".")[0]
+            if around:
+                best = [block for block in best if within(block.name, [around])]
         return best[-1].stack if best else None
 
     def blocks_of(self, stack: str | None) -> list[Block]:

@@ -39,8 +39,8 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
     `within`, `layers` and `exclude` leave out. Every name must match something; the names that
     compiling, FSDP and activation checkpointing add are ignored.
 
-    Raises TargetError if a pattern matches nothing (with the nearest names), or if a layer named by
-    its ending cannot be adapted (with the reason).
+    Raises TargetError if a pattern matches nothing (with the nearest names), if a layer named by
+    its ending cannot be adapted (with the reason), or if no output depends on what a pattern names.
     """
     left_out = _left_out(structure)
     fields_of: dict[str, dict[str, Any]] = {}
@@ -54,7 +54,7 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
         )
         if not names and not (pattern == "all-linear" and "conv" in also):
             raise _no_match(structure, pattern, left_out)
-        for name in names:
+        for name in _read(structure, pattern, names):
             fields_of[name] = {**fields_of.get(name, {}), **fields}
     taken = taken_away(structure, config, fields_of)
     ordered = {
@@ -65,6 +65,17 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
     frozen, routed = leftovers(structure, ordered)
     frozen = [replace(f, reason=taken.get(f.name, f.reason)) for f in frozen]
     return Found(ordered, [*frozen, *without], routed)
+
+
+def _read(structure: Structure, pattern: str, names: list[str]) -> list[str]:
+    """The layers that can change an output. Raises TargetError if a pattern names none of them."""
+    found = [name for name in names if structure.why_unread(name) is None]
+    if names and not found:
+        raise TargetError(
+            f"targets: {pattern!r} names {names[0]!r}, which changes no output: it is "
+            f"{structure.why_unread(names[0])}. Name other layers."
+        )
+    return found
 
 
 def _convolutions(structure: Structure) -> dict[str, nn.Module]:
@@ -126,6 +137,8 @@ def _left_out(structure: Structure) -> dict[str, str]:
         why = base_layers.why_not(module)
         if why is not None:
             out[name] = why
+        elif (unread := structure.why_unread(name)) is not None:
+            out[name] = unread
         elif within(name, structure.head):
             out[name] = "output head"
         elif isinstance(module, nn.Embedding):
