@@ -73,6 +73,7 @@ LIBRARIES = {
         "datasets",
         "pyarrow",
         "gguf",
+        "safetensors",
         "tokenizers",
     },
     "compare": {
