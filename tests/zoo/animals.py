@@ -55,21 +55,21 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2
 
 @dataclass(frozen=True)
 class Animal:
-    """One architecture. `build` makes it, with changes of its configuration; `inputs` makes a batch.
+    """One architecture. `config` makes its configuration, `inputs` a batch of so many rows.
 
-    unread: what "all-linear" leaves out since nothing reads it: name endings of modules with a part
-    of the reason. prompts: for Prefix, PreEmbed and PreLayer "" if they attach, else a part of the
-    reason why not. biases: whether it has biases outside its head. decoder: it reads texts with two
-    stacks.
+    unread: endings of what "all-linear" leaves out because no output depends on it. untouched: what
+    these inputs do not reach, by the part of a name, so that the audit names it. prompts: why
+    Prefix, PreEmbed and PreLayer do not attach, a part of the reason; "" if they do.
     """
 
     cls: str
     config: Callable[[], Any]
     inputs: Callable[[int], dict[str, Tensor]]
-    unread: Mapping[str, str] = ()  # type: ignore[assignment]
-    prompts: tuple[str, str, str] = ("", "", "")
+    unread: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
+    prefix: str = ""
+    virtual: str = ""
     biases: bool = True
-    head: tuple[str, ...] = ()
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model, seeded, with no number of it small or at a round value."""
@@ -324,6 +324,7 @@ ZOO: dict[str, Animal] = {
             image_seq_length=4,
         ),
         with_images(4),
+        unread=("vision_tower.encoder.layers.2", "vision_tower.post_layernorm"),
     ),
     "llava_next": Animal(
         "LlavaNextForConditionalGeneration",
@@ -336,6 +337,7 @@ ZOO: dict[str, Animal] = {
             image_grid_pinpoints=[[8, 8]],
         ),
         _llava_next_inputs,
+        unread=("vision_tower.encoder.layers.2", "vision_tower.post_layernorm"),
     ),
     "qwen2_5_vl": Animal(
         "Qwen2_5_VLForConditionalGeneration",
@@ -346,6 +348,7 @@ ZOO: dict[str, Animal] = {
             **QWEN_IDS,
         ),
         with_grid(2, 2),
+        virtual="three-dimensional positions",
     ),
     "qwen3_vl": Animal(
         "Qwen3VLForConditionalGeneration",
@@ -360,6 +363,7 @@ ZOO: dict[str, Animal] = {
             **QWEN_IDS,
         ),
         with_grid(2, 2),
+        virtual="three-dimensional positions",
     ),
     "smolvlm": Animal(
         "SmolVLMForConditionalGeneration",
@@ -396,6 +400,7 @@ ZOO: dict[str, Animal] = {
             hidden_size=24,
         ),
         with_images(4),
+        virtual="prepares the attention mask",
     ),
     "gemma3": Animal(
         "Gemma3ForConditionalGeneration",
@@ -409,6 +414,7 @@ ZOO: dict[str, Animal] = {
             mm_tokens_per_image=4,
         ),
         with_images(4),
+        virtual="prepares the attention mask",
     ),
     "florence2": Animal(
         "Florence2ForConditionalGeneration",
@@ -431,6 +437,7 @@ ZOO: dict[str, Animal] = {
             image_token_id=IMAGE,
         ),
         _florence_inputs,
+        virtual="virtual tokens in its decoder are not supported",
     ),
     "blip": Animal(
         "BlipForConditionalGeneration",
@@ -447,6 +454,7 @@ ZOO: dict[str, Animal] = {
             image_text_hidden_size=12,
         ),
         beside(),
+        prefix="attention written by hand",
     ),
     "blip_retrieval": Animal(
         "BlipForImageTextRetrieval",
@@ -458,6 +466,8 @@ ZOO: dict[str, Animal] = {
             image_text_hidden_size=12,
         ),
         beside(),
+        prefix="attention written by hand",
+        untouched=("vision_proj", "text_proj"),
     ),
     "blip2": Animal(
         "Blip2ForConditionalGeneration",
@@ -482,9 +492,14 @@ ZOO: dict[str, Animal] = {
             image_token_index=IMAGE,
         ),
         _instructblip_inputs,
+        untouched=("qformer.encoder.layer.1.intermediate", "qformer.encoder.layer.1.output."),
     ),
     "git": Animal(
-        "GitForCausalLM", _of("GitConfig", vision_config=VISION, **TEXT, **STILL), beside()
+        "GitForCausalLM",
+        _of("GitConfig", vision_config=VISION, **TEXT, **STILL),
+        beside(),
+        prefix="attention written by hand",
+        virtual="to the text itself",
     ),
     "vilt": Animal(
         "ViltForQuestionAnswering",
@@ -496,6 +511,8 @@ ZOO: dict[str, Animal] = {
             num_labels=5,
         ),
         beside(),
+        prefix="attention written by hand",
+        virtual="to the text itself",
     ),
     "clip": Animal(
         "CLIPModel",
@@ -530,6 +547,8 @@ ZOO: dict[str, Animal] = {
             latent_query_num=3,
         ),
         _kosmos_inputs,
+        prefix="positions='kept'",
+        virtual="to the text itself",
     ),
     "whisper": Animal(
         "WhisperForConditionalGeneration",
@@ -545,11 +564,14 @@ ZOO: dict[str, Animal] = {
             max_target_positions=16,
         ),
         _image_and_answer("input_features", 8, 20),
+        virtual="virtual tokens in its decoder are not supported",
     ),
     "vision_encoder_decoder": Animal(
         "VisionEncoderDecoderModel",
         _vision_encoder_decoder,
         _image_and_answer("pixel_values", 3, 8, 8),
+        virtual="virtual tokens in its decoder are not supported",
+        unread=("encoder.pooler",),
     ),
     "lxmert": Animal(
         "LxmertForQuestionAnswering",
@@ -564,11 +586,17 @@ ZOO: dict[str, Animal] = {
             **STILL,
         ),
         _lxmert_inputs,
+        prefix="attention written by hand",
+        virtual="to the text itself",
+        untouched=("x_layers.1.visn_",),
     ),
     "visual_bert": Animal(
         "VisualBertForQuestionAnswering",
         _of("VisualBertConfig", **TEXT, visual_embedding_dim=14, num_labels=5, **STILL),
         _visual_bert_inputs,
+        prefix="attention written by hand",
+        virtual="to the text itself",
+        unread=("visual_bert.pooler",),
     ),
     "mllama": Animal(
         "MllamaForConditionalGeneration",
@@ -590,6 +618,7 @@ ZOO: dict[str, Animal] = {
             image_token_index=IMAGE,
         ),
         _mllama_inputs,
+        virtual="a text token",
     ),
     "t5": Animal(
         "T5ForConditionalGeneration",
@@ -605,14 +634,27 @@ ZOO: dict[str, Animal] = {
             decoder_start_token_id=0,
         ),
         _text_and_answer,
+        virtual="virtual tokens in its decoder are not supported",
+        biases=False,
     ),
-    "bart": Animal("BartForConditionalGeneration", _of("BartConfig", **BART), _text_and_answer),
-    "vl_bart": Animal("VLBartForConditionalGeneration", _vl_bart, _vl_bart_inputs),
+    "bart": Animal(
+        "BartForConditionalGeneration",
+        _of("BartConfig", **BART),
+        _text_and_answer,
+        virtual="virtual tokens in its decoder are not supported",
+    ),
+    "vl_bart": Animal(
+        "VLBartForConditionalGeneration",
+        _vl_bart,
+        _vl_bart_inputs,
+        virtual="virtual tokens in its decoder are not supported",
+    ),
 }
 
 
 def answer(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
     """The numbers that a model is for: its logits [...]."""
+    torch.manual_seed(0)  # ViLT draws the patches that it sees
     out = model(**given)
     for key in ("logits", "question_answering_score", "logits_per_image", "itm_score"):
         if getattr(out, key, None) is not None:

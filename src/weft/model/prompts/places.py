@@ -95,7 +95,14 @@ def find_places(structure: Structure, where: str) -> tuple[dict[str, PromptHost]
 
 
 def hosts_of(structure: Structure, configs: Mapping[str, Any]) -> dict[str, PromptHost]:
-    """Returns the hosts of the prompts among these configurations, by module name."""
+    """Returns the hosts of the prompts among these configurations, by module name.
+
+    Raises TargetError if a prefix is to shift positions that only the model can count.
+    """
+    for config in configs.values():
+        if getattr(config, "shift", 0) and config.where == "attention":
+            _check_shift(structure, type(config).__name__)
+            break
     kinds = {config.where for config in configs.values() if isinstance(config, PromptMethod)}
     return {
         name: host
@@ -103,6 +110,26 @@ def hosts_of(structure: Structure, configs: Mapping[str, Any]) -> dict[str, Prom
         for name, host in find_places(structure, where)[0].items()
         if name in configs
     }
+
+
+def _check_shift(structure: Structure, method: str) -> None:
+    """Fairseq's models (Kosmos-2, XGLM) count positions from the padding's id on, in a module of
+    their own.
+    """
+    point = injection_point(structure)
+    if (
+        point is None
+        or not point.decoder
+        or "position_ids" not in parameters_of(type(point.module))
+    ):
+        return
+    for label, child in point.module.named_children():
+        if callable(getattr(child, "create_position_ids_from_inputs_embeds", None)):
+            raise TargetError(
+                f"{method}(positions='shifted'): {label!r} of {type(point.module).__name__} counts "
+                "positions by itself, so they cannot begin behind the prefix. Write "
+                "positions='kept'."
+            )
 
 
 def _check_point(structure: Structure, point: InjectionPoint) -> None:
@@ -166,14 +193,15 @@ def _why_no_virtual_tokens(point: InjectionPoint) -> str | None:
 
 
 def _encoder_decoder(structure: Structure) -> str | None:
-    """The innermost encoder-decoder around the last stack, "" if that is the model; None if it is in
-    none.
+    """The innermost encoder-decoder around the last stack that holds both stacks, "" if that is the
+    model; None if there is none.
     """
-    around = structure.last_stack or ""
+    around, stacks = structure.last_stack or "", {block.stack for block in structure.blocks}
     while around:
         around = around.rpartition(".")[0]
         config = getattr(structure.root.get_submodule(around), "config", None)
-        if getattr(config, "is_encoder_decoder", False):
+        both = sum(not around or within(stack, [around]) for stack in stacks) > 1
+        if both and getattr(config, "is_encoder_decoder", False):
             return around
     return None
 
