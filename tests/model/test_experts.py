@@ -409,3 +409,52 @@ def test_an_analysis_has_every_weight_of_the_experts():
         "model.layers.0.mlp.experts.gate_up_proj",
         "model.layers.0.mlp.experts.down_proj",
     ]
+
+
+def test_a_choice_that_is_no_expert_adds_nothing():
+    """Routers mask a choice with the number of experts."""
+    host, adapter = _alone("qwen3_moe", "DoRA")
+    hidden, index, weights = moe.call()
+    index[2, 1] = index[4] = moe.E
+    x = hidden.clone().requires_grad_()
+    found = host(x, index, weights)
+    parts = []
+    for t in range(len(hidden)):
+        kept = index[t : t + 1, index[t] < moe.E]
+        given = (hidden[t : t + 1], kept, weights[t : t + 1, index[t] < moe.E])
+        tensors = dict(adapter.named_parameters())
+        parts.append(
+            _by_definition(host, adapter, tensors, given)[0]
+            if kept.numel()
+            else torch.zeros_like(hidden[t])
+        )
+    wanted = torch.stack(parts)
+    assert (found - wanted).norm() <= 1e-14 * wanted.norm()
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert not gradient[4].any() and gradient[2].any()
+
+
+def test_experts_behind_a_hook_that_moves_inputs():
+    """accelerate's hooks of a device_map; those that offload are refused."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model, ids = moe.model("mixtral"), moe.ids()
+    adapter = weft.attach(model, weft.DoRA(r=2, targets="experts"))
+    moe.move(adapter)
+    wanted = model(input_ids=ids).logits
+    other = moe.model("mixtral")
+    for experts in moe.experts_of(other).values():
+        add_hook_to_module(experts, AlignDevicesHook(execution_device="cpu"))
+    second = weft.attach(other, adapter.config)
+    moe.move(second)
+    assert torch.equal(other(input_ids=ids).logits, wanted)
+    weft.detach(other)
+    cpu_offload(model, execution_device=torch.device("cpu"))  # after attach
+    assert torch.equal(model(input_ids=ids).logits, wanted)
+    assert not any(len(layer.cache) for layer in adapter.layers.values())
+    third = moe.model("mixtral")
+    for experts in moe.experts_of(third).values():
+        add_hook_to_module(experts, AlignDevicesHook(execution_device="cpu", offload=True))
+    with pytest.raises(weft.TargetError, match="offload"):
+        weft.attach(third, adapter.config)

@@ -84,9 +84,10 @@ def forget_offloaded(module: nn.Module) -> None:
 
 
 def _forget(module: nn.Module, args: Any, out: Any) -> None:
-    layers: dict[str, Any] = dict(layers_of(module)._modules)
+    layers: dict[str, Any] = dict(module_dict(module)._modules)
     for layer in layers.values():
-        layer.forget()
+        for each in layer.values() if isinstance(layer, nn.ModuleDict) else (layer,):
+            each.forget()
 
 
 def put(layer: Any, name: str) -> None:

@@ -36,6 +36,7 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2}
 _faults: dict[tuple[Any, ...], str | None] = {}  # what was tried, per kind of module
 # The kind; and that of a module whose in and out peft takes for each other (formats/peft_experts.py).
 KIND, EXCHANGED = "experts", "experts-turned"
+_HOOK, _OLD_FORWARD = "_hf_hook", "_old_forward"  # where accelerate keeps them (offload.py)
 _SHARDED = "its weight is sharded or of a class of its own"
 
 
@@ -311,7 +312,7 @@ def _fault(module: nn.Module) -> str | None:
         return f"Weft does not know the forward of {own_class(module).__name__}"
     if parametrize.is_parametrized(module):
         return "its weights are parametrised (an adapter of peft may be on them)"
-    if "forward" in module.__dict__ or INNER_FORWARD in module.__dict__:
+    if _foreign(module):
         return "another library has put its own forward on it (offloading, or a kernel)"
     fault: str | None = form.fault(module)
     if fault is not None:
@@ -325,6 +326,17 @@ def _fault(module: nn.Module) -> str | None:
     if key not in _faults:
         _faults[key] = _other_map(module, form)
     return _faults[key]
+
+
+def _foreign(module: nn.Module) -> bool:
+    """Whether a forward on the module is no mere hook of accelerate that moves its input."""
+    own = module.__dict__
+    hook: Any = own.get(_HOOK)
+    moves = hook is not None and _OLD_FORWARD in own
+    parts = getattr(hook, "hooks", (hook,))
+    if moves and not any(getattr(part, "offload", False) is True for part in parts):
+        return False
+    return "forward" in own or INNER_FORWARD in own
 
 
 @torch.no_grad()
