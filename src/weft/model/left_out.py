@@ -23,7 +23,7 @@ NOTED = (
 )
 NEARLY_ALL, NEARLY_NOTHING = 0.9, 0.01  # left out and adapted: then "all-linear" is an error
 # The kinds that targets can name, and how: for the message.
-NAMED: dict[str, str] = {}
+NAMED = {"convolution": 'Add "conv" to targets for these'}
 
 
 @dataclass(frozen=True)
