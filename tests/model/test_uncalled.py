@@ -295,3 +295,19 @@ def test_an_interrupted_forward_leaves_no_watch_behind():
     with weft.use(model, None):
         model(x)
     assert torch.overrides._get_current_function_mode() is None
+
+
+def test_the_next_forward_of_any_model_ends_the_watch_of_an_interrupted_one():
+    model, x = attached("layer", "mid")
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    model.mid.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    del model
+    other, x = attached("layer", "mid")
+    with pytest.raises(weft.WeftError, match="never calls"):
+        other(x)
+    assert torch.overrides._get_current_function_mode() is None

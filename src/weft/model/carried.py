@@ -86,8 +86,9 @@ def forget_offloaded(module: nn.Module) -> None:
 def _forget(module: nn.Module, args: Any, out: Any) -> None:
     layers: dict[str, Any] = dict(module_dict(module)._modules)
     for layer in layers.values():
-        for each in layer.values() if isinstance(layer, nn.ModuleDict) else (layer,):
-            each.forget()
+        each: list[Any] = list(layer.values()) if isinstance(layer, nn.ModuleDict) else [layer]
+        for one in each:
+            one.forget()
 
 
 def put(layer: Any, name: str) -> None:

@@ -150,10 +150,10 @@ def check(structure: Structure, config: Any, frozen: Sequence[Frozen]) -> list[s
 
 
 def unread(structure: Structure, frozen: Sequence[Frozen]) -> list[str]:
-    """Returns one sentence on the layers and tensors of a plan that stay frozen since no output depends
-    on them, if there are any.
+    """Returns one sentence on what the configuration names and stays frozen since no output depends on
+    it, if there is such a thing.
     """
-    named = {entry.name for entry in frozen}
+    named = {entry.name for entry in frozen if entry.unread}
     places = [
         f"{module} ({why})"
         for module, why in structure.unread.items()

@@ -18,9 +18,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A layer or tensor that could have been adapted and was not."""
+    """A layer or tensor that could have been adapted and was not. `unread`: the configuration names it,
+    and no output depends on it.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     reason: str
+    unread: bool = False

@@ -51,6 +51,7 @@ class Reads(TorchFunctionMode):
         super().__init__()
         self.found: dict[AdapterLayer, str] = {}
         self.on = True
+        self.call: Any = None  # the frame of the model's call
         self._readers: dict[int, list[AdapterLayer]] = {}  # of the memory of a weight
         for layer in layers:
             weight = layer.base_weight
@@ -162,7 +163,8 @@ class Uncalled:
     ) -> None:
         """Called when a forward begins, with what is active and the frame of its call."""
         thread = threading.get_ident()
-        if thread in self._watches and not runs(self._watches[thread][1]):  # after an interrupt
+        _end_interrupted()
+        if thread in self._watches and not runs(self._watches[thread][1]):
             self._stop(thread)
         left = {n: k for n in names_of(active) if (k := self._left.get((n, root.training)))}
         if not left or thread in self._watches:
@@ -177,7 +179,7 @@ class Uncalled:
         ]
         if layers:
             reads = Reads(layers)
-            self._watches[thread] = reads, call
+            self._watches[thread], reads.call = (reads, call), call
             reads.__enter__()  # type: ignore[no-untyped-call]
 
     def _stop(self, thread: int) -> Reads:
@@ -268,6 +270,18 @@ class Uncalled:
             f"there adapter {adapter.name!r} does nothing, and merged it would. Leave "
             f"{'it' if len(names) == 1 else 'them'} out of {_field(adapter, names[0])}, or do not merge."
         )
+
+
+def _end_interrupted() -> None:
+    """Takes off the watches of forwards, of any model, that an interrupt ended in this thread: torch calls
+    no hook then.
+    """
+    while True:
+        mode: Any = overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
+        if not isinstance(mode, Reads) or mode.call is None or runs(mode.call):
+            return
+        mode.on = False
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 def _field(adapter: Adapter, name: str) -> str:

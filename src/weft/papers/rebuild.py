@@ -17,7 +17,7 @@ from torch import nn
 from .. import methods
 from ..errors import WeftError
 from ..model.adapter import Adapter
-from ..model.attach import attach
+from ..model.attach import attach_noted
 from ..model.detach import detach
 from ..model.structure import Structure, base_parameters, within
 from .architectures import ARCHITECTURES, Architecture
@@ -132,7 +132,7 @@ class Model:
                 adapters = []
                 for i, config in enumerate(configs):
                     name = f"papers{i}"
-                    adapters.append(attach(self.root, config, name))
+                    adapters.append(attach_noted(self.root, config, name))
                     attached.callback(detach, self.root, name)
                 self._counts[key] = self._counted(adapters, row.unit == "bytes")
         return self._counts[key]

@@ -146,7 +146,7 @@ def unread_tensors(structure: Structure, config: Config) -> list[Frozen]:
     """Returns the tensors that "all", "biases" or "norms" would train and no output depends on."""
     words = {*config.selection, *config.train} & {"all", "biases", "norms"}
     return [
-        Frozen(name, "tensor", tuple(p.shape), why)
+        Frozen(name, "tensor", tuple(p.shape), why, unread=True)
         for name, p in structure.parameters.items()
         if (why := structure.why_unread(name)) is not None
         and (

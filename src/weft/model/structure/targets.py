@@ -45,6 +45,7 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
     left_out = _left_out(structure)
     fields_of: dict[str, dict[str, Any]] = {}
     without: list[Frozen] = []
+    unread: set[str] = set()
     also = [pattern for pattern, _ in patterns(config.targets)]
     for pattern, fields in patterns(config.targets):
         names = (
@@ -56,6 +57,12 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
             raise _no_match(structure, pattern, left_out)
         for name in _read(structure, pattern, names):
             fields_of[name] = {**fields_of.get(name, {}), **fields}
+        meant = left_out if pattern == "all-linear" else names
+        unread |= {
+            name
+            for name in meant
+            if (why := structure.why_unread(name)) is not None and left_out.get(name, why) == why
+        }
     taken = taken_away(structure, config, fields_of)
     ordered = {
         name: fields_of[name]
@@ -63,7 +70,10 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
         if name in fields_of and name not in taken
     }
     frozen, routed = leftovers(structure, ordered)
-    frozen = [replace(f, reason=taken.get(f.name, f.reason)) for f in frozen]
+    unread -= taken_away(structure, config, [*fields_of, *unread]).keys()
+    frozen = [
+        replace(f, reason=taken.get(f.name, f.reason), unread=f.name in unread) for f in frozen
+    ]
     return Found(ordered, [*frozen, *without], routed)
 
 
