@@ -57,7 +57,7 @@ LIBRARIES = {
         "wandb",
     },
     "inference": {"torch", "transformers", "lm_eval"},
-    "encoding": {"torch", "transformers"},
+    "encoding": {"torch", "transformers", "PIL"},
     "auditing": {"torch"},
     "tasks": {
         "torch",

@@ -8,7 +8,7 @@ appears in the sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -27,7 +27,8 @@ Message = dict[str, Any]
 @dataclass(frozen=True)
 class Conversation:
     """Messages as the template gets them, which of them are in the loss, the template's other
-    inputs, and which messages the record itself takes out of the loss.
+    inputs, and which messages the record itself takes out of the loss. `images` has the text that
+    stands for each picture, in the order of the parts {type: image}.
     """
 
     messages: list[Message]
@@ -35,6 +36,7 @@ class Conversation:
     tools: list[Message] | None = None
     documents: list[Message] | None = None
     left_out: tuple[int, ...] = ()
+    images: tuple[str, ...] = ()
 
     @property
     def roles(self) -> list[str]:
@@ -70,6 +72,7 @@ def conversation(row: Mapping[str, Any], where: str = "a conversation") -> Conve
         inside = _in_loss(message, place)
         trained.append(inside)
         messages.append(_plain(message, place))
+    _check_images(messages, row.get("images") or (), where)
     if not any(message["role"] == "assistant" for message in messages):
         raise WeftError(
             f"{where}: no message has the role assistant, so there is nothing to learn."
@@ -154,31 +157,69 @@ def _plain(message: Mapping[str, Any], place: str) -> Message:
     return plain
 
 
-def _text_of(content: Any, place: str) -> str:
+def image_parts(message: Mapping[str, Any]) -> int:
+    """Returns how many pictures the content of a message has."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else ()
+    return sum(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+
+
+def texts_of(talk: Conversation) -> Iterator[tuple[int, str]]:
+    """Yields the texts of the messages, each with the number of its message, from 1."""
+    for number, message in enumerate(talk.messages, 1):
+        for key in ("content", *REASONING):
+            held = message.get(key)
+            for part in held if isinstance(held, list) else [held]:
+                text = part.get("text") if isinstance(part, Mapping) else part
+                if isinstance(text, str):
+                    yield number, text
+
+
+def _check_images(messages: list[Message], images: Sequence[Any], where: str) -> None:
+    for number, message in enumerate(messages, 1):
+        if image_parts(message) and message["role"] == "assistant":
+            raise WeftError(
+                f"{where}, message {number}: the assistant's content has an image, and only text can "
+                "be learned. Move it to a message of the user."
+            )
+    parts = sum(map(image_parts, messages))
+    if parts != len(images):
+        raise WeftError(f"{where}: its content has {parts} images, and {len(images)} are given.")
+
+
+def _text_of(content: Any, place: str) -> str | list[Message]:
+    """The text of all parts, or the parts if some are images."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise WeftError(f"{place}={content!r:.60} is not text, nor a list of parts with text.")
-    texts = []
-    for number, part in enumerate(content, 1):
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if kind not in TEXT_PARTS or not isinstance(text, str):
-            raise WeftError(
-                f"{place}, part {number}: only parts with text are read, {{type: text, text: ...}}, "
-                f"and this is of the type {kind!r}. Leave such records out."
-            )
-        more = [f"messages.{key}" for key in part if key not in ("type", "text") and part[key]]
-        if more:
-            raise WeftError(
-                f"{place}, part {number}: nothing reads its key {more[0].partition('.')[2]!r}. If it "
-                f"has no meaning for training, write data.ignore: [{', '.join(more)}]."
-            )
-        texts.append(text)
-    return "".join(texts)
+    if not image_parts({"content": content}):
+        return "".join(_part_text(part, f"{place}, part {n}") for n, part in enumerate(content, 1))
+    return [
+        {"type": "image"}
+        if part == {"type": "image"}
+        else {"type": "text", "text": _part_text(part, f"{place}, part {number}")}
+        for number, part in enumerate(content, 1)
+    ]
+
+
+def _part_text(part: Any, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if kind not in TEXT_PARTS or not isinstance(text, str):
+        raise WeftError(
+            f"{place}: only parts with text are read, {{type: text, text: ...}}, and images, "
+            f"{{type: image, path: ...}}, and this is of the type {kind!r}. Leave such records out."
+        )
+    more = [f"messages.{key}" for key in part if key not in ("type", "text") and part[key]]
+    if more:
+        raise WeftError(
+            f"{place}: nothing reads its key {more[0].partition('.')[2]!r}. If it has no meaning for "
+            f"training, write data.ignore: [{', '.join(more)}]."
+        )
+    return text
 
 
 def _calls(value: Any, place: str) -> list[Message]:

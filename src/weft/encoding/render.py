@@ -11,17 +11,18 @@ the chat template does not render.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import pairwise
 from typing import Any
 
 from ..errors import UnsupportedError, WeftError
 from ..tasks.files import Row
-from .borders import continued, decode, plain_ids, with_borders
-from .conversation import Conversation, asked, conversation
+from .borders import continued, plain_ids, with_borders
+from .conversation import Conversation, asked, conversation, texts_of
+from .image_files import ImageFile
 from .leaves import Found, find
+from .marks import marked, runs
 from .rows import IGNORED, TOO_LONG, Counts, EncodedRows
 from .samples import Samples
 from .template import ChatTemplate, forms
@@ -37,7 +38,7 @@ class Tokens:
     special token, `unmarked` of one that the
     template's own block leaves out of the loss, `unknown` of characters that the tokenizer does not
     know, `excluded` of a record that takes all its answers out of the loss itself; `remarks` are for
-    the preview.
+    the preview. `images` are the pictures of the text, in their order.
     """
 
     ids: list[int]
@@ -49,6 +50,7 @@ class Tokens:
     unknown: bool = False
     excluded: bool = False
     remarks: tuple[str, ...] = ()
+    images: tuple[ImageFile, ...] = ()
 
 
 class Renderer:
@@ -87,6 +89,9 @@ class Renderer:
                 }
                 if tokens.remarks:
                     encoded["remarks"] = tokens.remarks
+                if tokens.images:
+                    encoded["images"] = tuple(image.path for image in tokens.images)
+                    encoded["digests"] = tuple(image.digest for image in tokens.images)
                 rows.append(encoded)
         counts.check(what, cure)
         return EncodedRows(rows, counts)
@@ -175,14 +180,19 @@ class Renderer:
         """Returns a conversation as text, up to the beginning of the assistant's answer. Raises
         WeftError if there is no chat template.
         """
+        return self.chat_prompt_of(asked(messages))
+
+    def chat_prompt_of(self, talk: Conversation) -> str:
+        """Returns a conversation that waits for an answer as text, as `chat_prompt` does."""
         refused, first = None, None
-        for form in forms(asked(messages)):
+        for form in forms(talk):
             try:
                 text = self.template.prompt(form)
             except WeftError as error:
                 refused = refused or error
                 continue
-            if all(m["content"].strip() in text for m in messages if m["role"] != "assistant"):
+            said = [t for n, t in texts_of(talk) if talk.messages[n - 1]["role"] != "assistant"]
+            if all(each.strip() in text for each in said):
                 return text
             first = first or text
         if first is None and refused is not None:
@@ -209,7 +219,7 @@ class Renderer:
         return [*self.start, *plain_ids(self.tokenizer, text)]
 
     def _chat(self, row: Row, where: str) -> Tokens:
-        talk = conversation(row, where)
+        talk = self._conversation(row, where)
         if self.loss_on == "all" and talk.left_out:
             raise WeftError(
                 f"{where}: message {talk.left_out[0] + 1} is taken out of the loss (weight or "
@@ -221,6 +231,9 @@ class Renderer:
         else:
             tokens = self._located_turns(found, where)
         return tokens
+
+    def _conversation(self, row: Row, where: str) -> Conversation:
+        return conversation(row, where)
 
     def _found(self, talk: Conversation, where: str) -> Found:
         """The rendered conversation, in the first form that the template renders whole. Raises
@@ -255,7 +268,8 @@ class Renderer:
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
-        places, spans = out["offset_mapping"], runs([bool(m) for m in out["assistant_masks"]])
+        places = self.template.places(found.talk, out["offset_mapping"])
+        spans = runs([bool(m) for m in out["assistant_masks"]])
         blocks = [
             block
             for start, stop in spans
@@ -369,24 +383,4 @@ class Renderer:
         return any(token in said for token in self.tokenizer.all_special_tokens)
 
 
-def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
-    """Returns the start and the stop of every run of True."""
-    edges = [
-        i
-        for i in range(len(marks) + 1)
-        if (i < len(marks) and marks[i]) != (i > 0 and marks[i - 1])
-    ]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def marked(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
-    """Returns the sample as text, with the tokens in the loss between ⟦ and ⟧."""
-    out, done = "", ""
-    inside = [label != IGNORED for label in labels]
-    borders = sorted({0, len(ids), *(edge for run in runs(inside) for edge in run)})
-    for start, stop in pairwise(borders):
-        text = decode(tokenizer, ids[:stop])
-        piece = text[len(done) :]
-        out += f"⟦{piece}⟧" if inside[start] else piece
-        done = text
-    return out
+__all__ = ["Renderer", "Tokens", "marked"]

@@ -93,7 +93,8 @@ class Counts:
 @dataclass(frozen=True)
 class EncodedRows:
     """Samples ready for `collate`: input_ids, labels (one per token, or one number), and
-    token_type_ids if the model has them; also remarks for the preview, if there are any.
+    token_type_ids if the model has them; remarks for the preview, if there are any; and the paths of
+    images with digests of their files.
 
     Tokens are kept in arrays: a list of Python integers takes eight times the memory.
     """
@@ -108,14 +109,14 @@ class EncodedRows:
         return self.rows[index]
 
     def fingerprint(self) -> str:
-        """Returns 16 hex digits over all tokens and labels, in order."""
+        """Returns 16 hex digits over all tokens, labels and images, in order."""
         sha = hashlib.sha256()
         for row in self.rows:
             sha.update(
                 json.dumps(
                     [
                         list(v) if isinstance(v, array) else v
-                        for v in (row["input_ids"], row["labels"])
+                        for v in (row["input_ids"], row["labels"], *row.get("digests", ()))
                     ]
                 ).encode()
             )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
 from ..errors import WeftError
-from .conversation import Conversation, Message, json_value
+from .conversation import Conversation, Message, image_parts, json_value
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE = re.compile(r"strftime_now\s*\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
@@ -21,15 +21,20 @@ PROBE = "\U0010fffd"  # stands for an answer whose place in the text is wanted
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, or `source` in its place.
+    """The chat template of a tokenizer, or `source` in its place. `placeholder` is what it prints
+    for a picture.
 
     Raises WeftError, when it is used, if there is none, or if it refuses a conversation.
     """
 
     def __init__(
-        self, tokenizer: Any, source: str | None = None, now: datetime | None = None
+        self,
+        tokenizer: Any,
+        source: str | None = None,
+        now: datetime | None = None,
+        placeholder: str | None = None,
     ) -> None:
-        self.tokenizer, self.given = tokenizer, source
+        self.tokenizer, self.given, self.placeholder = tokenizer, source, placeholder
         self._asks = False
         self.now = now or datetime.now().astimezone()  # local, as the template would print it
 
@@ -58,10 +63,45 @@ class ChatTemplate:
     ) -> Any:
         """Returns the first `count` messages (None: all) as text; with `prompt` up to where the
         assistant's next answer begins. options: of `apply_chat_template`.
+
+        Each picture's placeholder is replaced by its tokens. Raises WeftError if there are more or
+        fewer placeholders than pictures.
         """
-        messages = talk.messages[:count]
-        if not messages:
+        if not talk.messages[:count]:
             return ""
+        made = self._printed(talk, count, prompt, **options)
+        if self.placeholder is None or not isinstance(made, str):
+            return made
+        return self._with_images(made, talk, count)
+
+    def places(self, talk: Conversation, offsets: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """Returns places in the text that the template prints as places in that of `render`."""
+        if self.placeholder is None:
+            return list(offsets)
+        starts = [m.start() for m in re.finditer(re.escape(self.placeholder), self._printed(talk))]
+
+        def moved(at: int) -> int:
+            before = sum(start < at for start in starts)
+            return at + sum(len(t) - len(self.placeholder or "") for t in talk.images[:before])
+
+        return [tuple(map(moved, place)) for place in offsets]
+
+    def _with_images(self, text: str, talk: Conversation, count: int | None) -> str:
+        pieces = text.split(self.placeholder)
+        wanted = sum(image_parts(message) for message in talk.messages[:count])
+        if len(pieces) - 1 != wanted:
+            raise WeftError(
+                f"the chat template prints {len(pieces) - 1} placeholders {self.placeholder!r} for "
+                f"{wanted} images"
+            )
+        return "".join(
+            piece + image for piece, image in zip(pieces, (*talk.images[:wanted], ""), strict=True)
+        )
+
+    def _printed(
+        self, talk: Conversation, count: int | None = None, prompt: bool = False, **options: Any
+    ) -> Any:
+        messages = talk.messages[:count]
         source = self.source(talk.tools)
         try:
             return self.tokenizer.apply_chat_template(
@@ -141,7 +181,9 @@ def forms(talk: Conversation) -> Iterator[Conversation]:
                 yield turned
     yield talk.with_messages(
         [
-            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            message
+            if isinstance(message["content"], list)
+            else {**message, "content": [{"type": "text", "text": message["content"]}]}
             for message in filled
         ]
     )

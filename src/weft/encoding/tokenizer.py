@@ -23,7 +23,7 @@ def tokenizer_and_stops(
     with loading(tokenizer, "a tokenizer", "model" if tokenizer == model else what):
         loaded = AutoTokenizer.from_pretrained(tokenizer.source, **tokenizer.options)
     config = AutoConfig.from_pretrained(model.source, **model.options)
-    stops = [getattr(config, "eos_token_id", None)]
+    stops = [getattr(c, "eos_token_id", None) for c in (config, config.get_text_config())]
     if not model.local or (Path(model.source) / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(model.source, local_files_only=model.local)
         stops.append(generation.eos_token_id)

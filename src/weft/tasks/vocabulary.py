@@ -31,11 +31,12 @@ def max_positions(config: Any, model: nn.Module | None = None) -> int | None:
 def learned_positions(model: nn.Module) -> int | None:
     """Returns how many tokens fit into the shortest table of learned positions, or None without one.
 
-    A table whose first rows are reserved takes fewer tokens than it has rows: RoBERTa counts its
-    positions from padding_idx + 1, and BART and OPT skip `offset` rows.
+    The tables of a vision-language model's image tower are of patches, and do not count. A table
+    whose first rows are reserved takes fewer tokens than it has rows: RoBERTa counts its positions
+    from padding_idx + 1, and BART and OPT skip `offset` rows.
     """
     found = []
-    for name, module in model.named_modules():
+    for name, module in _text_part(model).named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
             reserved = getattr(module, "offset", 0)
@@ -88,6 +89,15 @@ def check_ids(rows: Iterable[Sequence[int]], tokenizer: Any, config: Any, what: 
                 "own tokenizer, or a model that was resized for this one: "
                 f"model.resize_token_embeddings({len(tokenizer)})."
             )
+
+
+def _text_part(model: nn.Module) -> nn.Module:
+    """The part of a model that reads text."""
+    config = getattr(model, "config", None)
+    if config is None or _text_config(config) is config or not hasattr(model, "get_decoder"):
+        return model
+    part: Any = model.get_decoder()  # type: ignore[operator]
+    return part if isinstance(part, nn.Module) else model
 
 
 def _text_config(config: Any) -> Any:

@@ -18,12 +18,13 @@ from ..model.attach import attach_noted
 from ..tasks.models import ModelRef, loading, quiet
 from ..tasks.quantize import loading_options
 from ..tasks.vocabulary import use_padding
-from .config.sections import RunConfig
+from .config.sections import LANGUAGE, RunConfig
 from .prepare import Data
 from .start import check_base, describe, load_start
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
+    "image-text": "AutoModelForImageTextToText",
     "classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
     "regression": "AutoModelForSequenceClassification",
@@ -101,7 +102,7 @@ def _new_modules(model: nn.Module, missing: list[str], data: Data) -> list[str]:
     """
     if not missing:
         return []
-    if data.kind == "causal-lm" or len(missing) > len(model.state_dict()) // 2:
+    if data.kind in LANGUAGE or len(missing) > len(model.state_dict()) // 2:
         raise WeftError(
             f"model {data.model.name!r} has no weights for {missing[0]!r} ({len(missing)} tensors "
             "in all); they would be random. Give a checkpoint of this architecture."
@@ -118,7 +119,7 @@ def _new_modules(model: nn.Module, missing: list[str], data: Data) -> list[str]:
 def _load_base(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
     import transformers
 
-    source, has_head = data.model, data.kind != "causal-lm"
+    source, has_head = data.model, data.kind not in LANGUAGE
     name = AUTO_CLASSES[data.kind]
     with quiet(), loading(source, name):
         changes: dict[str, Any] = {}

@@ -9,7 +9,8 @@
                   question sentence
 
 `tools` and `documents` beside a conversation go to the chat template; `system` and `history` come
-before a prompt or an instruction as turns (records.py). `data.columns` maps Weft's names to the
+before a prompt or an instruction as turns (records.py), and images go to a vision-language model
+(record_images.py). `data.columns` maps Weft's names to the
 file's: {prompt: question, completion: answer}. All other columns must be in `data.ignore`.
 """
 
@@ -20,17 +21,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
+from ..encoding.conversation import conversation
 from ..encoding.samples import Samples, is_generation, label_samples
 from ..errors import ConfigError, WeftError
 from ..tasks import GenerationTask, find_generation, find_task
 from ..tasks.files import Row
 from ..tasks.generation import as_samples
-from .config.sections import DataSection
+from .config.sections import LANGUAGE, DataSection
 from .formats import COLUMNS, LABELLED, NEEDED, OPTIONAL
 from .ignored import ignored_keys, keys_of, without_columns, without_keys
 from .normalise import message_columns, normalised, opened, with_labels
+from .record_images import with_images
 from .records import EMPTY, chat_row, check_pairs, check_read, is_chat
-from .sources import read_source, title_of
+from .sources import folder_of, read_source, title_of
 
 
 def load_samples(
@@ -136,9 +139,19 @@ def _samples(
         _checked(row, chosen, wanted, f"{name}, sample {i}") for i, row in enumerate(rows, 1)
     ]
     if is_chat(rows, chosen):
-        checked = [chat_row(row, chosen, f"{name}, sample {i}") for i, row in enumerate(checked, 1)]
-        return Samples("messages", checked, name)
+        return Samples("messages", _chats(checked, chosen, read), name)
     return Samples(chosen, checked, name)
+
+
+def _chats(rows: list[Row], chosen: str, read: _Read) -> list[Row]:
+    """Records as conversations, with the pictures of those that have some. Raises WeftError."""
+    chats = []
+    for number, (row, place) in enumerate(zip(rows, read.places, strict=True), 1):
+        where = f"{read.name}, sample {number}"
+        made = with_images(chat_row(row, chosen, where), row, folder_of(place), where)
+        conversation(made, where)  # raises
+        chats.append(made)
+    return chats
 
 
 def _filled(rows: list[Row]) -> list[str]:
@@ -214,7 +227,7 @@ def _check_records(rows: list[Row], name: str) -> None:
 def _format_of(row: Sequence[str], kind: str | None, name: str) -> str:
     if (
         "label" in row
-        and kind != "causal-lm"
+        and kind not in LANGUAGE
         and any(all(c in row for c in group) for group in LABELLED)
     ):
         return "label"

@@ -18,10 +18,11 @@ LABELLED = (  # the texts beside a label
 TEMPLATE_INPUTS = ("tools", "documents")  # passed to the chat template
 TURNS = ("system", "history")  # before a prompt or an instruction
 CHAT = (*TURNS, *TEMPLATE_INPUTS)
+IMAGES = ("image", "images")  # paths of pictures
 OPTIONAL = {
-    "messages": ("system", *TEMPLATE_INPUTS),
-    "prompt": CHAT,
-    "instruction": ("input", *CHAT),
+    "messages": ("system", *TEMPLATE_INPUTS, *IMAGES),
+    "prompt": (*CHAT, *IMAGES),
+    "instruction": ("input", *CHAT, *IMAGES),
 }
 COLUMNS = tuple(
     dict.fromkeys(
@@ -33,4 +34,4 @@ COLUMNS = tuple(
     )
 )
 # The columns that hold one text, in which a number counts as JSON writes it.
-TEXTS = tuple(column for column in COLUMNS if column not in ("messages", "label", *CHAT))
+TEXTS = tuple(column for column in COLUMNS if column not in ("messages", "label", *CHAT, *IMAGES))

@@ -21,7 +21,7 @@ from .prepare import Data, Length
 from .reports import Report
 from .resume import read_state
 from .run_dir import RunDir
-from .sampling import EpochOrder
+from .sampling import EpochOrder, GroupedOrder
 from .trainer import AdapterTrainer, arguments, recompute_activations
 
 
@@ -42,7 +42,7 @@ class Loop:
         args = arguments(config, run.checkpoints, length, data)
         if config.train.gradient_checkpointing:
             recompute_activations(adapter.model)
-        order = EpochOrder(len(data.train), args.seed)
+        order = _order(data, config, args.seed)
         self.log, self.stop, self.report = Log(run, stream), Stop(stream), Report(config)
         callbacks = [
             Audit(
@@ -89,6 +89,15 @@ class Loop:
         # Restores the model's own forward.
         self.trainer.accelerator.unwrap_model(self.adapter.model, keep_fp32_wrapper=False)
         return int(self.trainer.state.global_step)
+
+
+def _order(data: Data, config: RunConfig, seed: int) -> EpochOrder:
+    """Samples with images are grouped, since a batch is as long as its longest row."""
+    if data.kind != "image-text":
+        return EpochOrder(len(data.train), seed)
+    rows = [data.train[i] for i in range(len(data.train))]
+    lengths = [len(row["input_ids"]) for row in rows]
+    return GroupedOrder(lengths, ["images" in row for row in rows], config.train.batch, seed)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from .scored import at, next_tokens
 LOWER_IS_BETTER = ("loss", "perplexity")
 METRICS = {
     "causal-lm": ("loss", "perplexity", "token_accuracy"),
+    "image-text": ("loss", "perplexity", "token_accuracy"),
     "classification": ("loss", "accuracy", "Matthews", "F1"),
     "image-classification": ("loss", "accuracy", "Matthews", "F1"),
     "regression": ("loss", "Pearson", "Spearman"),
@@ -126,6 +127,7 @@ def metrics_for(kind: str) -> Callable[[Any], dict[str, float]]:
 
     return {
         "causal-lm": causal,
+        "image-text": causal,
         "classification": classes,
         "image-classification": classes,
         "regression": numbers,

@@ -10,7 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from ..encoding.image_batch import ImageCollator
+from ..encoding.image_render import ImageRenderer
 from ..encoding.labels import classes_of, encode_labels
+from ..encoding.processor import Processor
 from ..encoding.render import Renderer
 from ..encoding.rows import EncodedRows
 from ..encoding.samples import Samples, check_task, is_image
@@ -23,8 +26,9 @@ from ..tasks import GenerationTask
 from ..tasks.models import ModelRef, loading, quiet
 from ..tasks.vocabulary import check_ids, learned_positions, padding
 from . import processes
-from .config.sections import DataSection, RunConfig
+from .config.sections import LANGUAGE, DataSection, RunConfig
 from .data import load_samples, load_task
+from .image_text import open_for_images
 from .new_tokens import NewTokens, add_new_tokens, check_start
 from .pictures import ImageRows, check_text_keys, open_pictures
 from .sources import check_source, has_splits
@@ -49,6 +53,7 @@ class Data:
     kind: a key of `losses.METRICS`. classes: in the order of the model's outputs, for a
     classification. start: the adapter to begin with, if there is one. new_tokens: those of
     model.new_tokens. rendered_at: the time in the samples, if the chat template prints the date.
+    processor, collator: of a vision-language model.
     """
 
     model: ModelRef
@@ -65,6 +70,13 @@ class Data:
     start: Start | None = None
     new_tokens: NewTokens = field(default_factory=NewTokens)
     rendered_at: datetime | None = None
+    processor: Processor | None = None
+    collator: ImageCollator | None = None
+
+    @property
+    def files(self) -> Any:
+        """What is saved with an adapter to make the model's inputs, or None."""
+        return self.tokenizer if self.processor is None else self.processor
 
 
 @dataclass(frozen=True)
@@ -163,6 +175,10 @@ def _open_text(
     with quiet(), loading(sources.model, "a configuration"):
         found = tokenizer_and_stops(sources.model, sources.tokenizer, TOKENIZER)
     tokenizer, model_config, stops = found
+    processor = None
+    if kind == "image-text":
+        processor = open_for_images(config, sources.model, model_config)
+        tokenizer = processor.tokenizer
     new_tokens = add_new_tokens(config, tokenizer, model_config, notes)
     if start is not None:
         check_start(start, tokenizer, new_tokens)
@@ -183,6 +199,8 @@ def _open_text(
         task=task,
         start=start,
         new_tokens=new_tokens,
+        processor=processor,
+        collator=None if processor is None else ImageCollator(processor, pad),
     )
     with quiet():  # texts that are too long are counted and reported at the end
         _encode(config, data, (train, evaluation), limit, stops, names, now)
@@ -204,10 +222,15 @@ def _encode(
     now: datetime | None,
 ) -> None:
     train, evaluation = samples
-    if data.kind == "causal-lm":
+    if data.kind in LANGUAGE:
         if config.data.chat_template is not None:  # saved with the tokenizer, for all later use
             data.tokenizer.chat_template = _read_template(config.data.chat_template)
-        renderer = Renderer(data.tokenizer, limit, config.data.loss_on, stops=stops, now=now)
+        options: dict[str, Any] = {"loss_on": config.data.loss_on, "stops": stops, "now": now}
+        renderer: Renderer = (
+            Renderer(data.tokenizer, limit, **options)
+            if data.processor is None
+            else ImageRenderer(data.processor, limit, **options)
+        )
         data.renderer = renderer
         if train.format == "messages" and renderer.template.prints_date():
             data.rendered_at = renderer.template.now
@@ -233,13 +256,20 @@ def _read_template(name: str) -> str:
 def _kind(config: RunConfig, train: Samples, has_scores: bool) -> str:
     """`has_scores`: the labels of a task are numbers."""
     labelled = "regression" if has_scores else "classification"
-    kind = config.model.kind or (labelled if train.format == "label" else "causal-lm")
-    if (kind == "causal-lm") == (train.format == "label"):
+    images = any(row.get("images") for row in train.rows if train.format == "messages")
+    language = "image-text" if images else "causal-lm"
+    kind = config.model.kind or (labelled if train.format == "label" else language)
+    if kind == "causal-lm" and images:
+        raise ConfigError(
+            "model.kind=causal-lm and data with images do not go together. Leave model.kind out, or "
+            "leave the images out with data.ignore."
+        )
+    if (kind in LANGUAGE) == (train.format == "label"):
         raise ConfigError(
             f"model.kind={kind} and data of the format {train.format!r} do not go together"
             + (
                 " (data.format=label needs classification or regression)."
-                if kind == "causal-lm"
+                if kind in LANGUAGE
                 else " (classification and regression need the columns text and label)."
             )
         )

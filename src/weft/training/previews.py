@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
-from ..encoding.render import marked
+from ..encoding.marks import marked
 from ..encoding.rows import IGNORED
 from .config.sections import RunConfig
 from .prepare import Data, find_sources, open_data
@@ -35,6 +36,11 @@ def preview(config: RunConfig, count: int = 3) -> str:
     return "\n".join(parts + data.notes)
 
 
+def _repeated(match: re.Match[str]) -> str:
+    """The tokens of a picture, which are all the same."""
+    return f"{match[1]} x {len(match[0]) // len(match[1])}"
+
+
 def _sample_text(data: Data, index: int) -> str:
     row = data.train[index]
     if "pixel_values" in row:
@@ -45,5 +51,8 @@ def _sample_text(data: Data, index: int) -> str:
         label = data.classes[int(labels)] if data.classes else labels
         return f"{len(ids)} tokens, label {label}\n{data.tokenizer.decode(list(ids))}"
     in_loss = sum(label != IGNORED for label in labels)
-    text = f"{len(ids)} tokens, {in_loss} in the loss\n{marked(data.tokenizer, ids, labels)}"
+    shown = marked(data.tokenizer, ids, labels)
+    for word in () if data.processor is None else data.processor.reserved:
+        shown = re.sub(f"({re.escape(word)}){{3,}}", _repeated, shown)
+    text = f"{len(ids)} tokens, {in_loss} in the loss\n{shown}"
     return "\n".join([text, *(f"note: {remark}" for remark in row.get("remarks", ()))])

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ..encoding.conversation import conversation, json_value
+from ..encoding.conversation import json_value
 from ..errors import WeftError
 from ..tasks.files import Row
-from .formats import CHAT, TEMPLATE_INPUTS
+from .formats import CHAT, IMAGES, TEMPLATE_INPUTS
 
 PAIR = ("chosen", "rejected")
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -56,10 +56,11 @@ def check_read(
 
 def is_chat(rows: Sequence[Row], chosen: str) -> bool:
     """Whether samples of this format are conversations: prompts are if they come with a system
-    prompt, a history, tools or documents.
+    prompt, a history, tools, documents or images.
     """
     return chosen in ("messages", "instruction") or (
-        chosen == "prompt" and any(row.get(key) not in EMPTY for row in rows for key in CHAT)
+        chosen == "prompt"
+        and any(row.get(key) not in EMPTY for row in rows for key in (*CHAT, *IMAGES))
     )
 
 
@@ -80,9 +81,7 @@ def chat_row(row: Row, chosen: str, where: str) -> Row:
                     "one of them out (data.ignore: [system] leaves the column out)."
                 )
             messages = [{"role": "system", "content": system}, *messages]
-    made = {"messages": messages, **made}
-    conversation(made, where)  # raises
-    return made
+    return {"messages": messages, **made}
 
 
 def _question_and_answer(row: Row, chosen: str) -> list[dict[str, Any]]:

@@ -55,8 +55,8 @@ def write_result(
     curves.
     """
     adapter.save(run.adapter)
-    if data.tokenizer is not None:
-        data.tokenizer.save_pretrained(run.adapter)
+    if data.files is not None:
+        data.files.save_pretrained(run.adapter)
     rows = run.rows()
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     run.finish(

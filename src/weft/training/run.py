@@ -121,8 +121,8 @@ def _begin(
     found = None
     if processes.first():
         found = run.begin(config, identity, record.facts(data, adapted, length.steps))
-        if data.tokenizer is not None:
-            run.put_tokenizer(data.tokenizer)
+        if data.files is not None:
+            run.put_tokenizer(data.files)
     processes.wait(config.train.device)
     return found if processes.first() else newest(run.checkpoints)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch.utils.data import Sampler
+
+GROUP = 32  # batches whose rows are sorted by length together
 
 
 class EpochOrder(Sampler[int]):
@@ -25,6 +27,37 @@ class EpochOrder(Sampler[int]):
 
     def __len__(self) -> int:
         return self.rows
+
+
+class GroupedOrder(EpochOrder):
+    """An order in which the rows of a batch are of similar `lengths`, and all of them have images
+    or none. What is left of both kinds after the last whole batch is at the end.
+
+    Batches are in a random order, and which rows are in one differs by epoch.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], with_images: Sequence[bool], batch: int, seed: int
+    ) -> None:
+        super().__init__(len(lengths), seed)
+        self.lengths, self.with_images, self.batch = lengths, with_images, batch
+
+    def __iter__(self) -> Iterator[int]:
+        mixed = list(super().__iter__())
+        whole: list[list[int]] = []
+        rest: list[int] = []
+        for kind in (True, False):
+            rows = [row for row in mixed if self.with_images[row] == kind]
+            stop = len(rows) - len(rows) % self.batch
+            rest += rows[stop:]
+            for start in range(0, stop, GROUP * self.batch):
+                group = rows[start : min(stop, start + GROUP * self.batch)]
+                group.sort(key=lambda row: self.lengths[row])
+                whole += [group[i : i + self.batch] for i in range(0, len(group), self.batch)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch + 1)
+        for number in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[number]
+        yield from rest
 
 
 @contextmanager

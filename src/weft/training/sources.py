@@ -80,6 +80,14 @@ def read_source(
     return rows
 
 
+def folder_of(place: str) -> Path | None:
+    """Returns the folder of the file of a place that `read_source` returned, or None for records of
+    the hub.
+    """
+    path = Path(place.rpartition(", ")[0]).expanduser()
+    return path.absolute().parent if path.exists() else None
+
+
 def _read(name: str, config: str | None, split: str) -> list[Numbered]:
     path = Path(name).expanduser()
     if path.is_file():

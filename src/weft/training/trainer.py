@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..inference.generate import answer
 from ..model.adapter import Adapter
 from . import processes, scored
-from .config.sections import RunConfig
+from .config.sections import LANGUAGE, RunConfig
 from .losses import first, loss_for, metrics_for, reduced
 from .optimizer import groups
 from .prepare import Data, Length
@@ -49,11 +49,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             args=args,
             train_dataset=data.train,
             eval_dataset=data.eval,
-            data_collator=partial(collate, pad=data.pad),
+            data_collator=data.collator or partial(collate, pad=data.pad),
             compute_loss_func=loss_for(data.kind, config.optim.label_smoothing),
             compute_metrics=self._metrics,
             callbacks=callbacks,
-            preprocess_logits_for_metrics=reduced if data.kind == "causal-lm" else first,
+            preprocess_logits_for_metrics=reduced if data.kind in LANGUAGE else first,
         )
         self.remove_callback(PrinterCallback)  # log.Log prints
 

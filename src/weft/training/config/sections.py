@@ -18,7 +18,8 @@ from ...model.groups import check_factors
 from ...tasks.quantize import DEVICES, DTYPES, QUANTIZE
 from .checks import Section, nearest, one_of, within
 
-KINDS = ("causal-lm", "classification", "regression")
+LANGUAGE = ("causal-lm", "image-text")  # models that write text
+KINDS = (*LANGUAGE, "classification", "regression")
 FORMATS = ("auto", "prompt", "text", "messages", "instruction", "label")
 SCHEDULES = ("linear", "cosine", "constant")
 REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
@@ -27,8 +28,8 @@ REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection(Section):
-    """The model. `kind` None means classification if the data has labels, else a causal language
-    model.
+    """The model. `kind` None means classification if the data has labels, image-text if it has
+    images, else a causal language model.
     """
 
     path: str
