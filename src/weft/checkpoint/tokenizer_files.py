@@ -1,4 +1,5 @@
-"""The tokenizer that an adapter was trained with, in its directory.
+"""The tokenizer, or the processor of a vision-language model, that an adapter was trained with, in its
+directory.
 
 `weft train` saves it beside the adapter, with the chat template of the run, as TRL does. What uses
 the adapter later reads it there and not in the base's directory: the model must see the same text.
@@ -15,6 +16,7 @@ from . import files
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"  # a folder
 RUN_TOKENIZER = "tokenizer"  # a folder of a run
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 NAMES = {
     CONFIG,
     TEMPLATE,
@@ -53,6 +55,11 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in NAMES)
 
 
+def has_processor(folder: Path) -> bool:
+    """Returns whether a directory has files of a processor of images."""
+    return any((folder / name).is_file() for name in PROCESSOR)
+
+
 def lone_template(adapter: str | Path | None) -> str | None:
     """Returns the chat template in an adapter's directory without a tokenizer, or None."""
     if adapter is None or tokenizer_folder(adapter) is not None:
@@ -68,7 +75,7 @@ def copy_tokenizer(adapter: str | Path, target: Path) -> bool:
     folder = tokenizer_folder(adapter)
     source = folder or files.find(adapter).tensors.parent
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.name in NAMES:
+        if path.is_file() and path.name in (*NAMES, *PROCESSOR):
             shutil.copy(path, target / path.name)
     if (source / MORE_TEMPLATES).is_dir():
         shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES, dirs_exist_ok=True)

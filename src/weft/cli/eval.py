@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a task of weft compare --list, or e2e, samsum, wikisql, commonsense",
     )
     add(
+        "--data",
+        metavar="FILE",
+        help="in place of --task: the loss on held-out samples, in a format of weft train (prompt and "
+        "completion, messages with or without images, text)",
+    )
+    add(
         "--lm-eval",
         metavar="T,T",
         help="in place of --task: tasks of lm-evaluation-harness, for example arc_easy,piqa, by "
@@ -74,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     _check_arguments(args)
     if args.lm_eval is not None:
         return _harness(args)
+    if args.data is not None:
+        return _held_out(args)
     check_task(args.task)
     if args.outputs is not None and not is_generation(args.task):
         raise ConfigError(f"--outputs: {args.task!r} generates no text.")
@@ -126,18 +134,43 @@ def run(args: argparse.Namespace) -> int:
 def _check_arguments(args: argparse.Namespace) -> None:
     from ..errors import ConfigError
 
-    if (args.task is None) == (args.lm_eval is None):
-        raise ConfigError("give --task T, or --lm-eval T,T, and not both.")
-    other, idle = (
-        ("--task", ("split", "outputs"))
-        if args.task is None
-        else ("--lm-eval", ("lm_eval_path", "shots"))
-    )
-    for name in idle:
-        if getattr(args, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} does nothing without {other}.")
+    if sum(given is not None for given in (args.task, args.lm_eval, args.data)) != 1:
+        raise ConfigError("give one of --task T, --lm-eval T,T and --data FILE.")
+    for other, idle in (("task", ("split", "outputs")), ("lm_eval", ("lm_eval_path", "shots"))):
+        for name in idle if getattr(args, other) is None else ():
+            if getattr(args, name) is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} does nothing without --{other.replace('_', '-')}."
+                )
     if args.shots is not None and args.shots < 0:
         raise ConfigError("--shots is a whole number, 0 or more.")
+
+
+def _held_out(args: argparse.Namespace) -> int:
+    from ..inference.opened import open_model
+    from ..training.held_out import has_images, held_out_loss, read_held_out
+
+    samples = read_held_out(args.data, args.limit)
+    opened = open_model(
+        args.model,
+        args.adapter,
+        args.dtype,
+        args.device,
+        None,
+        args.other_base,
+        args.quantize,
+        images=has_images(samples),
+    )
+    print_notes(opened.notes)
+    found = held_out_loss(opened, samples, args.batch)
+    print(f"{args.data}: {found.samples} samples")
+    for name, score in found.scores.items():
+        print(f"  {name:<14} {score:.4f}")
+    for note in found.notes:
+        print(note)
+    data = {"schema": 1, "data": args.data, "samples": found.samples, "scores": dict(found.scores)}
+    write_json(args.json, data)
+    return 0
 
 
 def _harness(args: argparse.Namespace) -> int:

@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoint.tokenizer_files import has_tokenizer
     from ..errors import ConfigError
     from ..inference.opened import missing_tokenizer, set_padding
-    from ..inference.pretrained import base_for, dummy_inputs, find_source, is_classifier
+    from ..inference.pretrained import base_for, find_source, is_classifier
+    from ..inference.trial_inputs import trial_inputs
     from ..model.detach import detach
     from ..model.merge import merge
     from ..model.packed_merge import cast_beside, dequantise
@@ -89,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
         set_padding(model, ref, args.adapter)
     new = next(iter(checkpoint.token_ids.values()), ())
     report = merge(
-        model, verify=None if args.no_verify else dummy_inputs(model, new), tolerance=args.tolerance
+        model,
+        verify=None if args.no_verify else trial_inputs(model, ref, args.adapter, new),
+        tolerance=args.tolerance,
     )
     detach(model, keep_merged=True)
     rest = dequantise(model, None)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.tokenizer_files import PROCESSOR
 from ..errors import ConfigError, UnsupportedError, WeftError
 from ..tasks.models import ModelRef, loading, quiet
 
-FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 TEXT_KEYS = ("input_ids", "attention_mask", "text_replacement_offsets")
 TYPES = ("mm_token_type_ids", "token_type_ids")  # which of a row's tokens are those of images
 
@@ -97,7 +97,7 @@ class Processor:
         from transformers.utils import cached_file
 
         self.tokenizer.save_pretrained(folder)
-        for name in FILES:
+        for name in PROCESSOR:
             source = cached_file(
                 self.ref.source,
                 name,

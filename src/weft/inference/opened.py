@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from ..checkpoint.load import load, read
-from ..checkpoint.tokenizer_files import RUN_TOKENIZER, lone_template, tokenizer_folder
+from ..checkpoint.tokenizer_files import (
+    RUN_TOKENIZER,
+    has_processor,
+    lone_template,
+    tokenizer_folder,
+)
+from ..encoding.image_render import ImageRenderer
+from ..encoding.processor import Processor, open_processor, reads_images
 from ..encoding.render import Renderer
 from ..encoding.tokenizer import max_tokens, tokenizer_and_stops
 from ..errors import ConfigError, WeftError
@@ -21,7 +28,8 @@ from .pretrained import base_for, find_source, is_classifier
 @dataclass(frozen=True)
 class Opened:
     """A model in eval mode with its adapter active, if it has one, and its tokenizer. `limit` is
-    the number of tokens that both accept, `notes` what loading the adapter noted.
+    the number of tokens that both accept, `notes` what loading the adapter noted. `processor` is that of
+    a vision-language model, if images were asked for or the adapter was trained with it.
     """
 
     model: Any
@@ -29,6 +37,7 @@ class Opened:
     renderer: Renderer
     limit: int
     notes: list[str] = field(default_factory=list)
+    processor: Processor | None = None
 
 
 def open_model(
@@ -39,18 +48,22 @@ def open_model(
     template: str | None = None,
     other_base: bool = False,
     quantize: str | None = None,
+    images: bool = False,
 ) -> Opened:
     """Loads the model with this name, and the adapter if there is one; with other_base on whatever
     weights the model has. `quantize`: a name of `tasks.quantize.QUANTIZE`. The tokenizer with its
     chat template is the adapter's if that has one, else the model's; `template` replaces the
     template.
 
-    Raises ConfigError if one of them does not exist, WeftError if they do not fit together.
+    With `images` it must be a vision-language model. Raises ConfigError if one of them does not
+    exist, WeftError if they do not fit together.
     """
     ref = find_source(model)
     own = _tokenizer_of(ref, adapter)
     with quiet(), loading(own, "a tokenizer and a configuration"):
         tokenizer, config, stops = tokenizer_and_stops(ref, own)
+    processor = processor_of(ref, adapter, config, images)
+    tokenizer = tokenizer if processor is None else processor.tokenizer
     note = None if template else missing_tokenizer(adapter)
     template = template or lone_template(adapter)
     loaded, notes = load_model(ref, adapter, dtype, device, other_base, quantize)
@@ -58,8 +71,25 @@ def open_model(
     limit = max_tokens(tokenizer, config, loaded)
     if is_classifier(loaded):
         use_padding(loaded.config, padding(tokenizer, loaded.config)[0])
-    renderer = Renderer(tokenizer, limit, template=template, stops=stops)
-    return Opened(loaded, tokenizer, renderer, limit, notes)
+    renderer = (
+        Renderer(tokenizer, limit, template=template, stops=stops)
+        if processor is None
+        else ImageRenderer(processor, limit, template=template, stops=stops)
+    )
+    return Opened(loaded, tokenizer, renderer, limit, notes, processor)
+
+
+def processor_of(
+    ref: ModelRef, adapter: str | None, config: Any, wanted: bool = False
+) -> Processor | None:
+    """Returns the processor of a vision-language model, which is the adapter's if that has one; None
+    if none is `wanted` and the adapter was trained without one. Raises ConfigError, WeftError.
+    """
+    folder = tokenizer_folder(adapter)
+    trained = folder is not None and has_processor(folder)
+    if not wanted and not (trained and reads_images(config)):
+        return None
+    return open_processor(ref, config, _tokenizer_of(ref, adapter) if trained else None)
 
 
 def missing_tokenizer(adapter: str | None) -> str | None:
