@@ -54,9 +54,7 @@ def test_frozen_shares_and_adapted_layers_make_up_all_weights_but_vectors():
 def test_a_model_of_convolutions_is_refused_with_the_share():
     layers = [nn.Conv2d(64, 64, 3) for _ in range(3)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 2))
-    with pytest.raises(
-        weft.TargetError, match=r"leaves out 99.\d+ % .*convolution"
-    ):
+    with pytest.raises(weft.TargetError, match=r"leaves out 99.\d+ % .*convolution"):
         weft.attach(model, weft.LoRA(targets="all-linear"))
     weft.attach(model, weft.LoRA(targets=["4"]))  # named, so meant
 
