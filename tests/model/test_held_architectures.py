@@ -211,3 +211,26 @@ def test_a_compiled_model_and_one_of_functorch():
     assert torch.equal(found, wanted)
     compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
     assert distance(compiled(IMAGES), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["LoRA", "DVoRA"])
+def test_new_tokens_beside_weights_that_a_module_reads(method, tmp_path):
+    """Only the added rows of the table move, in the model and in the file."""
+    model, table = made("tagger"), made("tagger").embed.weight.detach()
+    adapter = weft.attach(model, getattr(weft, method)(r=2, targets=["lstm"], new_tokens=[8, 9]))
+    rows = adapter.token_rows["embed"]
+    optimiser = torch.optim.AdamW(adapter.parameters(), 1e-2, weight_decay=0.1)
+    for _ in range(3):
+        model(IDS).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert torch.equal(model.embed.weight, table) and not torch.equal(rows, table[8:10])
+    weft.save(model, tmp_path)
+    with torch.no_grad():
+        wanted = model.eval()(IDS)
+        again = made("tagger").eval()
+        weft.load(again, tmp_path)
+        assert torch.equal(again(IDS), wanted)
+        weft.merge(again, verify=(IDS,))
+        changed = (again.embed.weight != table).any(1).nonzero().flatten().tolist()
+    assert changed == [8, 9]
