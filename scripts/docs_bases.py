@@ -10,7 +10,7 @@ from weft.methods import METHODS
 
 RECORDS = Path(__file__).resolve().parent.parent / "docs" / "records" / "bases"
 # In this order; a file that is not listed comes after these.
-ORDER = ("packed", "experts", "conv", "host")
+ORDER = ("packed", "experts", "conv", "held")
 MARK = {"exact": "yes", "refused": "no", "not tried": "–"}
 
 

@@ -244,7 +244,7 @@ def test_an_attention_output_that_cannot_be_adapted_says_why():
     with pytest.raises(
         weft.TargetError,
         match=r"targets='attention-output' means 'layers\.0\.self_attn\.out_proj', which "
-        "cannot be adapted: MultiheadAttention reads",
+        "cannot be adapted: MultiheadAttention reads this weight itself, and Bottleneck acts on",
     ):
         weft.attach(build("torch_post"), weft.Bottleneck(r=2))
 

@@ -152,22 +152,11 @@ def test_a_pair_of_linear_layers_is_no_block():
         weft.attach(model, weft.LoRA(targets="attention"))
 
 
-def test_multihead_attention_is_named_as_what_cannot_be_adapted():
+def test_multihead_attention_is_a_linear_map_that_its_module_reads():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "up": nn.Linear(6, 7)})
     adapter = weft.attach(model, weft.LoRA(r=2))
-    assert list(adapter.sites) == ["up"]
-    reasons = {f.name: f.reason for f in adapter.frozen}
-    assert "MultiheadAttention reads its weight and never calls it" in reasons["attention.out_proj"]
-    assert (
-        reasons["attention.in_proj_weight"]
-        == "read by MultiheadAttention itself, not by a linear layer"
-    )
-    with pytest.raises(
-        weft.TargetError,
-        match=r"'out_proj' names 'attention.out_proj' \(NonDynamicallyQuantizableLinear\), "
-        "which cannot be adapted: MultiheadAttention reads",
-    ):
-        weft.attach(model, weft.LoRA(targets=["out_proj"]), name="b")
+    assert list(adapter.sites) == ["attention.in_proj_weight", "attention.out_proj", "up"]
+    assert not adapter.frozen
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -175,13 +164,13 @@ def test_a_transformer_encoder_of_torch(batch_first):
     layer = nn.TransformerEncoderLayer(6, 2, 10, batch_first=batch_first)
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     wanted = [f"layers.{i}.linear{j}" for i in range(3) for j in (1, 2)]
-    assert sites(model, "all-linear") == sites(model, "mlp") == wanted
-    with pytest.raises(
-        weft.TargetError, match=r"'attention' finds no layer.*out_proj: MultiheadAttention"
-    ):
-        weft.attach(model, weft.LoRA(targets="attention"))
-    adapter = weft.attach(model, weft.LoRA(r=2))
-    assert "layers.{0..2}.self_attn.in_proj_weight (tensor 18x6, x3)" in str(adapter.plan())
+    assert sites(model, "mlp") == wanted
+    held = [f"layers.{i}.self_attn.{n}" for i in range(3) for n in ("in_proj_weight", "out_proj")]
+    assert sites(model, "attention") == held
+    assert sorted(sites(model, "all-linear")) == sorted(held + wanted)
+    adapter = weft.attach(model, weft.LoRA(r=2, dropout=0.1))
+    assert list(adapter.sites) == wanted
+    assert "layers.{0..2}.self_attn.in_proj_weight (weight 18x6, x3)" in str(adapter.plan())
 
 
 def _quantised():
@@ -193,7 +182,7 @@ def _quantised():
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), "parametrised"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Embedding(4, 5)), "parametrised"),
         (lambda: nn.Embedding(4, 5, max_norm=1.0), "max_norm rewrites its weight"),
         (_quantised, r"quantised \(int8\)"),
         (

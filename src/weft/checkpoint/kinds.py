@@ -6,8 +6,11 @@ from collections.abc import Collection
 from typing import Any
 
 from ..methods import stacked
+from ..methods.target_spec import KEYWORDS
 from ..model.base_layers.experts import EXCHANGED, KIND
+from ..model.base_layers.held import KIND as HELD
 from ..model.structure import Structure
+from ..model.structure.targets import is_stack
 from . import formats
 from .checkpoint import Checkpoint, CheckpointLayer
 
@@ -16,6 +19,11 @@ def misfit(module: str, name: str, layer: CheckpointLayer, host: Any) -> str | N
     """Returns why the file's `module` is another layer than the model's `name`, of which `host` is the
     view, or None.
     """
+    if host.kind == HELD and layer.kind != HELD:
+        return (
+            f"{module!r}: the model's {name!r} is a weight that its module reads itself, and in the file it "
+            "is a layer that is called (peft trains such a layer without effect)"
+        )
     kernel = getattr(host, "geometry", None)
     shape = stacked.known((host.out_features, host.in_features), host.stack)
     family = _family(layer.kind)
@@ -34,12 +42,15 @@ def misfit(module: str, name: str, layer: CheckpointLayer, host: Any) -> str | N
 
 def expected(checkpoint: Checkpoint, structure: Structure, layers: Collection[str]) -> list[str]:
     """Returns those of the layers that a configuration names in a model which the file must have.
-    Files without fused experts, of peft or of an earlier version, did not mean any by a name's ending.
+    Files without fused experts, of peft or of an earlier version, did not mean any by a name's ending,
+    nor by a keyword a weight of attention.
     """
-    stacks = any(layer.kind in (KIND, EXCHANGED) for layer in checkpoint.sites.values())
-    if stacks and checkpoint.writer == "weft":
-        return list(layers)
-    return [name for name in layers if name in structure.modules]
+    kinds = {layer.kind for layer in checkpoint.sites.values()}
+    if not kinds & {KIND, EXCHANGED} or checkpoint.writer != "weft":
+        layers = [name for name in layers if not is_stack(structure, name)]
+    if HELD not in kinds and getattr(checkpoint.config, "targets", None) in KEYWORDS:
+        layers = [name for name in layers if name not in structure.held]
+    return list(layers)
 
 
 def _family(kind: str | None) -> str:

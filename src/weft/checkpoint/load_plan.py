@@ -17,6 +17,7 @@ from ..model.base_layers.experts import EXCHANGED
 from ..model.offload import device_of, offloads
 from ..model.state import find_state
 from ..model.structure.selection import tensors_of_modules, trained_tensors
+from ..model.structure.targets import is_stack
 from ..model.structure.tokens import TokenTable
 from . import formats, kinds, matching, tokens
 from .checkpoint import Checkpoint, CheckpointLayer
@@ -38,10 +39,10 @@ class LoadPlan:
         self.structure = structure.Structure.of(root)
         self.problems = list(checkpoint.problems)
         self.notes = list(checkpoint.notes)
-        self.modules = {
+        self.modules: dict[str, Any] = {
             name: module
             for name, module in self.structure.carriers.items()
-            if not matching.is_wrapper(module)
+            if not matching.is_wrapper(base_layers.holder(module)[0])
         }
         self.parameters = {
             name: p
@@ -76,7 +77,9 @@ class LoadPlan:
         self._check_repeated()
         self._check_complete()
         first = next(iter(self.configs), None)
-        device = torch.device("cpu") if first is None else device_of(self.modules[first])
+        device = torch.device("cpu")
+        if first is not None:
+            device = device_of(base_layers.carrier(self.modules[first]))
         # If strict, a load with problems is refused: then nothing is drawn in sizes that only the
         # file names.
         draw = not (strict and self.problems)
@@ -105,7 +108,7 @@ class LoadPlan:
         if fault is not None:
             self.problems.append(fault)
             return
-        if host.device.type == "meta" and not offloads(self.modules[name]):
+        if host.device.type == "meta" and not offloads(base_layers.carrier(self.modules[name])):
             self.problems.append(
                 f"{name!r} is on the meta device and has no values; load the base model first"
             )
@@ -138,10 +141,11 @@ class LoadPlan:
     def _host(self, module: str, name: str, config: Any) -> Any:
         """Returns the view of a module that `config` adapts; None, with a problem, if it cannot."""
         layer = self.modules[name]
+        cls = type(base_layers.carrier(layer)).__name__
         if isinstance(config, methods.PromptMethod):
             if name not in self._prompt_hosts(config.where):
                 self.problems.append(
-                    f"{module!r}: the model's {name!r}, a {type(layer).__name__}, is no place for "
+                    f"{module!r}: the model's {name!r}, a {cls}, is no place for "
                     f"{type(config).__name__}, which belongs on: "
                     f"{list(self._prompt_hosts(config.where))[:4]}"
                 )
@@ -150,11 +154,10 @@ class LoadPlan:
         if why is not None or base_layers.kind_of(layer) is None:
             why = why or "it is no layer of a kind that Weft adapts"
             self.problems.append(
-                f"{module!r}: the model's {name!r}, a {type(layer).__name__}, cannot be adapted: "
-                f"{why}"
+                f"{module!r}: the model's {name!r}, a {cls}, cannot be adapted: {why}"
             )
             return None
-        why = None if name in self.structure.modules else stacked.why_not(config)
+        why = stacked.why_not(config) if is_stack(self.structure, name) else None
         if why is not None:
             self.problems.append(f"{module!r}: the model's {name!r} holds fused experts, and {why}")
             return None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..model import base_layers
 from ..model.packings import packing_of
 from . import matching
 from .fingerprint import Fingerprint, any_few, before_merge, numbers_of, oriented
@@ -74,7 +75,7 @@ def _compare_packing(plan: LoadPlan, other_base: bool, switch: str) -> None:
         _note_packing(plan)
         return
     for name in plan.configs:
-        module = plan.modules[name]
+        module = base_layers.holder(plan.modules[name])[0]
         packing = packing_of(module)
         have = "not quantised" if packing is None else packing.label(module)
         if have == wanted:
@@ -94,7 +95,9 @@ def _compare_packing(plan: LoadPlan, other_base: bool, switch: str) -> None:
 
 def _note_packing(plan: LoadPlan) -> None:
     trained = plan.checkpoint.packed
-    packed = any(packing_of(plan.modules[name]) is not None for name in plan.configs)
+    packed = any(
+        packing_of(base_layers.holder(plan.modules[name])[0]) is not None for name in plan.configs
+    )
     if trained and plan.configs and not packed:
         plan.notes.append(
             f"the adapter was saved on weights quantised as {', '.join(trained)}, and those here are not "

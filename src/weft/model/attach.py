@@ -16,9 +16,9 @@ from ..methods.base import PromptMethod, Shared
 from ..methods.config import LayerConfig
 from ..methods.rng import Rng
 from ..methods.target_spec import KEYWORDS, patterns
-from . import base_layers, fallback, left_out, prompts, statistics, token_layers
+from . import base_layers, fallback, held, left_out, prompts, statistics, token_layers
 from .adapter import Adapter
-from .attach_checks import check_fits, check_name, check_ownership, check_tied
+from .attach_checks import check_fits, check_hosts, check_name, check_ownership, check_tied
 from .carried import adapt, is_adapted, put
 from .detach import remove
 from .experts import StackedLayer, adapted_experts_class
@@ -111,6 +111,7 @@ def parts_of(structure: Structure, config: Any) -> Parts:
     configs = {module: methods.replace(config, dict(over)) for module, over in found.layers.items()}
     for tensor in saved:
         module = tensor.rpartition(".")[0]
+        module = tensor if tensor in structure.held else module
         if all(p in KEYWORDS for p, _ in patterns(config.targets)):
             # "all-linear" means all that are not trained in full
             configs.pop(module, None)
@@ -194,7 +195,7 @@ def _made(
     name: str,
     shared: dict[Any, Shared],
     fill: Callable[[Adapter], None] | None,
-) -> tuple[Adapter, Mapping[str, nn.Module]]:
+) -> tuple[Adapter, Mapping[str, base_layers.Site]]:
     """The adapter with its tensors, and the model's modules; the model is not changed."""
     root = structure.root
     if config.freeze_batch_norm and not statistics.with_statistics(root):
@@ -213,6 +214,7 @@ def _made(
                 if not isinstance(method, PromptMethod)
             },
         )
+        check_hosts(modules, parts.configs)
         check_loadable(root, parts.configs, parts.selected)
         trained = set(parts.selected)
         frozen = [f for f in parts.frozen if trained.isdisjoint((f.name, f"{f.name}.weight"))]
@@ -239,7 +241,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def _build_layers(
     structure: Structure,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, base_layers.Site],
     parts: Parts,
     state: State | None,
     given: Mapping[Any, Shared],
@@ -259,7 +261,7 @@ def _build_layers(
     )  # nn.ReLU(inplace=True)
     layers = {}
     for name, method in configs.items():
-        with loaded(modules[name]):
+        with loaded(base_layers.carrier(modules[name])):
             key, device = method.share_key(), views[name].device
         shared = given.get(key)
         if shared is None and key is not None:
@@ -271,13 +273,15 @@ def _build_layers(
         kind = AdapterLayer if views[name].stack is None else StackedLayer
         layers[name] = kind(method, views[name], shared)
         layers[name].written = written
-        with loaded(modules[name]):
+        with loaded(base_layers.carrier(modules[name])):
             layers[name].initialise(Rng(method.seed, name, device), name in parts.filled)
         layers[name].train(modules[name].training)
     return layers
 
 
 def _class_of(layer: AdapterLayer) -> type[nn.Module]:
+    if getattr(layer.base, "hosted", False):
+        return held.class_of(layer.base.host)
     cls = type(layer.base.module)
     return adapted_experts_class(cls) if isinstance(layer, StackedLayer) else adapted_class(cls)
 
@@ -299,7 +303,7 @@ def _pool(state: State | None) -> dict[Any, Any]:
 
 
 def _install(
-    structure: Structure, state: State, adapter: Adapter, modules: Mapping[str, nn.Module]
+    structure: Structure, state: State, adapter: Adapter, modules: Mapping[str, base_layers.Site]
 ) -> None:
     root = structure.root
     if not state.adapters:
@@ -313,10 +317,12 @@ def _install(
     if isinstance(adapter.config, PromptMethod):
         prompts.install(state, adapter, structure)
     for name, layer in adapter.every_layer().items():
-        if not is_adapted(modules[name]):
-            adapt(modules[name], state.active, _class_of(layer))
+        carrier = base_layers.carrier(modules[name])
+        if not is_adapted(carrier):
+            adapt(carrier, state.active, _class_of(layer))
         layer.active = state.active
         put(layer, adapter.name)
+        held.hold(layer)
     state.adapters[adapter.name] = adapter
     state.active.names[adapter.name] = adapter.number
     state.active.follow(adapter.name, adapter.parameters())
@@ -329,6 +335,7 @@ def _install(
     follow(adapter)
     if follows(adapter):
         next(iter(adapter.layers.values())).watch = Watch(adapter.name)
-    state.fast_paths.switch_off(modules.values(), [modules[n] for n in adapter.every_layer()])
+    carriers = [base_layers.carrier(modules[name]) for name in adapter.every_layer()]
+    state.fast_paths.switch_off(structure.modules.values(), carriers)
     state.uncalled.add(adapter)
     state.wiring.note(state)

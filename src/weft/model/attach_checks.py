@@ -11,8 +11,9 @@ from torch import nn
 from ..errors import ConfigError, MergeError, TargetError, WeftError
 from ..methods import stacked
 from ..methods.base import LowRankMethod
-from .base_layers import own_class
+from .base_layers import HeldWeight, Site, carrier, held_fault, holder, own_class
 from .carried import CHILD, active_of, is_adapted
+from .held import HELD
 from .state import State
 from .structure import Structure
 from .wiring import memory_of
@@ -47,13 +48,14 @@ def check_name(state: State | None, name: str, taken: bool = False) -> None:
 
 
 def check_ownership(
-    modules: Mapping[str, nn.Module], configs: Mapping[str, Any], state: State | None
+    modules: Mapping[str, Site], configs: Mapping[str, Any], state: State | None
 ) -> None:
     """Raises WeftError for a layer that carries adapters of another root, and TargetError for a module that
     is not there or whose attributes are in the way.
     """
     mine = None if state is None else state.active
-    for name, module in modules.items():
+    for name, site in modules.items():
+        module = carrier(site)
         if is_adapted(module) and active_of(module) is not mine:
             raise WeftError(
                 f"{name!r} carries an adapter that was attached through another root module. Use "
@@ -62,7 +64,8 @@ def check_ownership(
     for name in configs:
         if name not in modules:
             raise TargetError(f"the model has no module {name!r}.")
-        if not is_adapted(modules[name]) and hasattr(modules[name], CHILD):
+        module = carrier(modules[name])
+        if not is_adapted(module) and hasattr(module, CHILD):
             raise TargetError(
                 f"{name!r} has an attribute {CHILD!r} of its own, where Weft would keep its "
                 "adapters."
@@ -92,6 +95,24 @@ def check_fits(views: Mapping[str, Any], configs: Mapping[str, Any]) -> None:
             )
 
 
+def check_hosts(modules: Mapping[str, Site], configs: Mapping[str, Any]) -> None:
+    """Raises TargetError for a method that cannot act on a weight which its module reads itself, and
+    for a module that would have to carry such weights and a prompt.
+    """
+    for name, method in configs.items():
+        site, kept = modules[name], carrier(modules[name])
+        swapped = hasattr(type(kept), HELD)
+        if isinstance(site, HeldWeight):
+            why = held_fault(site, method)
+            if why is not None:
+                raise TargetError(f"{name!r}: {why}.")
+        if is_adapted(kept) and swapped != isinstance(site, HeldWeight):
+            raise TargetError(
+                f"{name!r}: {own_class(kept).__name__} carries another adapter in a way that excludes "
+                "this one (a prompt, or an adapted weight of its own). Detach that one first."
+            )
+
+
 def check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
     """Raises TargetError if a target is tied: merging would change the outputs of its other
     readers.
@@ -102,8 +123,7 @@ def check_tied(structure: Structure, configs: Mapping[str, Any]) -> None:
             if parameter is not None:
                 readers.setdefault(memory_of(parameter), []).append((name, module, tensor))
     for name in configs:
-        layer = structure.carriers[name]
-        own = "weight" if name in structure.modules else name.rpartition(".")[2]
+        layer, own = holder(structure.carriers[name], name)
         weight: Any = layer._parameters.get(own)
         tied = () if weight is None else readers[memory_of(weight)]
         for other, module, tensor in tied:

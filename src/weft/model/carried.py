@@ -93,21 +93,30 @@ def _forget(module: nn.Module, args: Any, out: Any) -> None:
 
 def put(layer: Any, name: str) -> None:
     """Puts an adapter's layer into its adapted module."""
-    container: Any = module_dict(layer.base.module)
-    if layer.base.stack is not None and layer.base.tensor not in container:
-        container[layer.base.tensor] = nn.ModuleDict()
-    layers_of(layer.base.module, layer.base.tensor)[name] = layer
+    container: Any = module_dict(_carrier(layer))
+    slot = getattr(layer.base, "slot", None)
+    if slot is not None:
+        if slot not in container:
+            container[slot] = nn.ModuleDict()
+        container = container[slot]
+    container[name] = layer
 
 
 def take_out(layer: Any, name: str) -> None:
     """Takes it out again. The module is restored with its last layer."""
-    module, base = layer.base.module, layer.base
-    del layers_of(module, base.tensor)[name]
-    container = module_dict(module)
-    if base.stack is not None and not len(layers_of(module, base.tensor)):
-        del container[base.tensor]
+    container: Any = module_dict(_carrier(layer))
+    slot = getattr(layer.base, "slot", None)
+    within = container if slot is None else container[slot]
+    del within[name]
+    if slot is not None and not len(within):
+        del container[slot]
     if not len(container):
-        restore(module)
+        restore(_carrier(layer))
+
+
+def _carrier(layer: Any) -> nn.Module:
+    found: nn.Module = getattr(layer.base, "host", layer.base.module)
+    return found
 
 
 def layers_of(module: nn.Module, tensor: str = "weight") -> nn.ModuleDict:

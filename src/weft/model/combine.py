@@ -16,7 +16,6 @@ from ..methods.config import DTYPES
 from ..methods.sums import Terms, distance, method_of, summed
 from ..ops.grouped_norm import of_weight
 from ..ops.low_rank import LowRank
-from . import base_layers
 from .adapter import Adapter
 from .attach import Parts, attach_resolved
 from .attach_checks import check_name
@@ -83,11 +82,12 @@ def _added(
     """The new adapter's configuration, and its factors by layer."""
     configs = [state.adapter(name).config for name in strengths]
     magnitude = any(f.m is not None for of_layer in terms.values() for _, f in of_layer)
-    modules = base_layers.carriers(dict(state.root.named_modules()))
     factors: dict[str, LowRank] = {}
     for module, of_layer in terms.items():
-        with loaded(modules[module]):
-            W = base_layers.view(modules[module], module).weight()
+        among = (state.adapter(name).layers for name in strengths)
+        base = next(layers[module].base for layers in among if module in layers)
+        with loaded(base.host):
+            W = base.weight()
             factors[module] = _summed(W, of_layer, magnitude)
     dtypes = [t.dtype for of_layer in terms.values() for _, f in of_layer for t in f.tensors()]
     dtype = reduce(torch.promote_types, dtypes, torch.float32)

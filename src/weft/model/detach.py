@@ -6,7 +6,7 @@ from torch import nn
 
 from ..errors import MergeError
 from ..methods.base import PromptMethod
-from . import packed_merge, prompts, statistics
+from . import held, packed_merge, prompts, statistics
 from .adapter import Adapter
 from .carried import take_out
 from .saving import tell_trainers
@@ -65,6 +65,7 @@ def remove(state: State, adapter: Adapter) -> None:
         prompts.uninstall(state, adapter)
     for layer in adapter.every_layer().values():
         take_out(layer, adapter.name)
+        held.let_go(layer)
     state.active.marked.discard(adapter.name)
     state.active.forget_calls()
     others = [other for other in state.adapters.values() if other is not adapter]

@@ -28,14 +28,13 @@ from ..ops.low_rank import LowRank
 from ..ops.norm import at_least_float32, full_precision, row_norm
 from ..ops.row_scale import RowScale, cached_row_scale, packed_norm, stale
 from . import fallback, part_calls
-from .active import Active, ActiveAdapters, PerRow, Weighted, recomputed
+from .active import Active, ActiveAdapters, PerRow, Weighted
 from .base_layers import input_of, own_forward
 from .carried import ACTIVE, CHILD
 from .casting import keep_distance, trained_of
 from .conv_plan import plan_of
 from .layer_plan import LayerPlan
 from .per_row import by_row, weighted
-from .row_probe import Recorder
 from .steps_watch import Watch
 from .swapped import Subclasses
 
@@ -125,7 +124,8 @@ class AdapterLayer(nn.Module):
     @property
     def base_weight(self) -> Tensor | None:
         """The module's parameter that stores W, as it is at the moment; None if it has none."""
-        return self.base.module._parameters.get(self.base.tensor)  # type: ignore[no-any-return]
+        place: dict[str, Any] = self.base.module._parameters
+        return place.get(getattr(self.base, "tensor", "weight"))
 
     @property
     def rank(self) -> int | None:
@@ -272,7 +272,7 @@ def adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
             return own_forward(self, *args, **kwargs)
         name = active.current(self.training)
     else:
-        name = _of_a_part(active, self.training)
+        name = part_calls.active_in(active, self.training)
     if name is None:
         return own_forward(self, *args, **kwargs)
     layers = self._modules[CHILD]._modules  # type: ignore[union-attr]
@@ -301,21 +301,10 @@ def chosen(self: nn.Module) -> tuple[ActiveAdapters | None, Active]:
     if in_forward():
         name = None if active.merged is not None else active.current(self.training)
     else:
-        name = _of_a_part(active, self.training)
+        name = part_calls.active_in(active, self.training)
     if isinstance(name, PerRow) and not name.differ:
         name = name.names[0]
     return active, name
-
-
-def _of_a_part(active: ActiveAdapters, training: bool) -> Active:
-    """What is active in a layer that runs outside a forward of the root, or in a compiled one."""
-    if torch.compiler.is_compiling():
-        return active.current(training)
-    active.gate.enter_part()
-    found = active.current(training)
-    if recomputed() is None and not isinstance(found, Recorder):
-        part_calls.check_caches(active, found)
-    return found
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:

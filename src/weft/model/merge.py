@@ -16,7 +16,7 @@ from ..ops.digest import digest
 from ..ops.norm import full_precision
 from . import packed_merge
 from .adapter import STALE_NORM, Adapter
-from .carried import active_of, is_adapted, layers_of, module_dict
+from .carried import active_of, is_adapted, module_dict
 from .layer import AdapterLayer
 from .merge_report import TOLERANCE, MergeReport
 from .offload import loaded, offloads
@@ -110,8 +110,9 @@ def _merge(state: State, adapter: Adapter, how: PackedMerge) -> MergeReport:
     return replace(found, **how.facts(), survived=survived)
 
 
-def effective_weight(layer: nn.Module, name: str = "default", tensor: str = "weight") -> Tensor:
+def effective_weight(layer: nn.Module, name: str = "default", tensor: str | None = None) -> Tensor:
     """Returns W' [out, in] of one adapted layer, detached, in float32 (float64 if the weight is).
+    `tensor`: which weight, of a module that reads several itself, such as "in_proj_weight".
 
     A module of fused experts has several layers: `tensor` names the parameter, and W' is [E, out, in].
     Raises WeftError (the layer has no such adapter), UnsupportedError (the method changes no
@@ -136,11 +137,12 @@ def effective_weight(layer: nn.Module, name: str = "default", tensor: str = "wei
     return _effective(found, found.base.matrix(own))
 
 
-def _layer_in(layer: nn.Module, name: str, tensor: str) -> Any:
-    held = module_dict(layer)
-    if isinstance(held._modules.get(tensor), nn.ModuleDict):
-        held = layers_of(layer, tensor)
-    return held._modules.get(name)
+def _layer_in(layer: nn.Module, name: str, tensor: str | None) -> Any:
+    held: Any = module_dict(layer)
+    several = [slot for slot, each in held.items() if isinstance(each, nn.ModuleDict)]
+    if several and tensor not in several:
+        raise WeftError(f"effective_weight: write which weight, tensor= one of {several}.")
+    return (held[tensor] if several else held)._modules.get(name)
 
 
 @torch.no_grad()
@@ -166,6 +168,9 @@ def _check_mergeable(state: State, adapter: Adapter) -> None:
     if changed:
         raise MergeError(message(changed))
     for name, layer in adapter.every_layer().items():
+        why = layer.base.not_mergeable
+        if why is not None:
+            raise MergeError(f"{name!r}: {why}. Nothing was merged.")
         if offloads(layer.base.module) or layer.base.device.type == "meta":
             raise MergeError(
                 f"{name!r} has no weight between forwards (it is offloaded by accelerate, or on the meta "

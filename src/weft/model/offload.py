@@ -89,15 +89,24 @@ def check_loadable(root: nn.Module, configs: Mapping[str, Any], selected: Sequen
     others = [name for name, method in configs.items() if isinstance(method, PromptMethod)]
     layers = [name for name in configs if name not in others]
     others += [tensor.rpartition(".")[0] for tensor in selected]
-    modules = base_layers.carriers(dict(root.named_modules()))
+    modules: dict[str, Any] = {**base_layers.carriers(dict(root.named_modules()))}
     for name in others:
-        part = next((m for m in modules[name].modules() if offloads(m)), None)
+        module, _ = base_layers.holder(modules[name])
+        part = next((m for m in module.modules() if offloads(m)), None)
         if part is not None or _around(modules, name):
             raise TargetError(
                 f"{name!r} is offloaded by accelerate (cpu_offload, disk_offload or device_map), and its "
                 "tensors are read or trained between forwards. Keep it on a device, or load the model whole."
             )
-    for name in layers:
+    held = [name for name in layers if isinstance(modules[name], base_layers.HeldWeight)]
+    for name in held:
+        both, outer = (modules[name].host, modules[name].holder), name.rpartition(".")[0]
+        if any(offloads(m) for m in both) or _around(modules, outer):
+            raise TargetError(
+                f"{name!r} is offloaded by accelerate (cpu_offload, disk_offload or device_map), and the "
+                "module that reads it has it only in parts of its forward. Keep it on a device."
+            )
+    for name in [name for name in layers if name not in held]:
         weight: Any = modules[name]._parameters.get("weight")
         around = _around(modules, name)
         if (
@@ -112,7 +121,7 @@ def check_loadable(root: nn.Module, configs: Mapping[str, Any], selected: Sequen
             )
 
 
-def _around(modules: dict[str, nn.Module], name: str) -> str | None:
+def _around(modules: dict[str, Any], name: str) -> str | None:
     """The module around this one that loads its tensors, too."""
     parts = name.split(".")
     outer = (".".join(parts[:i]) for i in range(len(parts)))

@@ -11,9 +11,12 @@ import threading
 import weakref
 from typing import Any
 
+import torch
+
 from . import cache_marks
-from .active import Active, ActiveAdapters
+from .active import Active, ActiveAdapters, recomputed
 from .gate import CALL
+from .row_probe import Recorder
 
 
 class _Held(threading.local):
@@ -29,6 +32,17 @@ class _Held(threading.local):
 
 
 _held = _Held()
+
+
+def active_in(active: ActiveAdapters, training: bool) -> Active:
+    """Returns what is active in a layer that runs outside a forward of the root, or in a compiled one."""
+    if torch.compiler.is_compiling():
+        return active.current(training)
+    active.gate.enter_part()
+    found = active.current(training)
+    if recomputed() is None and not isinstance(found, Recorder):
+        check_caches(active, found)
+    return found
 
 
 def check_caches(active: ActiveAdapters, chosen: Active) -> None:

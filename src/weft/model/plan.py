@@ -11,9 +11,15 @@ from typing import Any
 from torch import nn
 
 from ..untrusted.printable import WIDTH
+from .base_layers.held import HeldLayer
 from .layer import AdapterLayer
 from .left_out import Share, count, shares, text
 from .plan_entries import Frozen, Row
+
+HELD = (
+    "kind weight: their modules read them and call no layer, so W' [out, in] is built in every "
+    "forward, which is slower than an adapted layer and takes a copy of the weight"
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Plan:
             f"{size_text(self.nbytes)}"
         )
         lines = [head, *rows_as_text(self.rows)]
+        if any(row.kind == HeldLayer.kind for row in self.rows):
+            lines += textwrap.wrap(HELD, WIDTH)
         if self.ranks is not None:
             lines += ranks_as_text(self.ranks)
         if self.frozen:

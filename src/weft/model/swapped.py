@@ -11,6 +11,12 @@ from torch import nn
 OWN = "_weft_base"  # on such a subclass: the class that the module had
 
 
+def _state(module: nn.Module) -> Any:
+    """The attributes that a copy gets: recurrent layers leave out some of theirs."""
+    own = getattr(module, "__getstate__", None)  # every object has it from Python 3.11 on
+    return module.__dict__ if own is None else own()
+
+
 class Subclasses:
     """One kind of subclass: `members` are what it has in the place of its base's, `forward` for example.
 
@@ -27,7 +33,7 @@ class Subclasses:
             body = {
                 **self._members,
                 OWN: base,
-                "__reduce_ex__": lambda module, _: (self._blank, (base,), module.__dict__),
+                "__reduce_ex__": lambda module, _: (self._blank, (base,), _state(module)),
                 "__module__": base.__module__,
                 "__doc__": base.__doc__,
             }

@@ -26,6 +26,7 @@ from .active import Active, names_of
 from .adapter import Adapter
 from .base_layers import BaseLayer
 from .gate import CALL
+from .held import inside, standing_in
 from .layer import AdapterLayer, adapted_forward
 
 _FORWARDS = 2  # that are watched if layers do not run
@@ -78,7 +79,7 @@ class Reads(TorchFunctionMode):
         for memory in used:
             if not made - {memory} and name not in _AWAY:
                 continue  # a view of the weight, or the weight was written to
-            if not _calls_one_of([layer.base.module for layer in known[memory]]):
+            if not _in_a_call_of([layer.base for layer in known[memory]]):
                 self.found = {**dict.fromkeys(known[memory], name), **self.found}
 
 
@@ -99,11 +100,19 @@ def _memory(t: Tensor) -> int:
         return -id(t)
 
 
-def _calls_one_of(modules: Collection[nn.Module]) -> bool:
-    """Whether this thread is inside a call of one of these modules."""
+def _in_a_call_of(bases: Collection[Any]) -> bool:
+    """Whether this thread is inside a call of one of these layers; or, of a weight that its module
+    reads itself, makes W' of it or runs the module without an adapter.
+    """
+    called = [base.module for base in bases if not base.hosted]
+    hosts = [base.host for base in bases if base.hosted]
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if frame.f_code in _CALLS and any(frame.f_locals.get("self") is m for m in modules):
+        code, seen = frame.f_code, frame.f_locals
+        if code in _CALLS and any(seen.get("self") is m for m in called):
+            return True
+        makes = code is standing_in.__code__ or (code is inside.__code__ and seen["choice"] is None)
+        if makes and any(seen["host"] is m for m in hosts):
             return True
         frame = frame.f_back
     return False

@@ -23,6 +23,7 @@ from .base_layers import BaseLayer, own_class
 from .carried import forget_offloaded, is_adapted
 from .layer import AdapterLayer
 from .offload import HOOK, offloads, take_back
+from .swapped import OWN
 
 _SHOWN = 3
 # What transformers sets if it resizes an embedding, which keeps its Parameter.
@@ -62,7 +63,7 @@ class Wiring:
                 self._note(first.__dict__, HOOK)
             for name, layer in layers.items():
                 module, tensor = layer.base.module, layer.base.tensor
-                if noting.add(self.homes.get(module, (name,)), module) or layer.base.stack:
+                if noting.add(self.homes.get(module, (name,)), module, tensor):
                     self._note(module._parameters, tensor)
                     if _SIZE in module.__dict__:
                         self._note(module.__dict__, _SIZE)
@@ -121,14 +122,14 @@ class _Paths:
 
     def __init__(self, root: nn.Module, places: list[tuple[Mapping[str, Any], str, Any]]) -> None:
         self._root, self._places = root, places
-        self._added: set[nn.Module] = set()
+        self._added: set[tuple[nn.Module, str]] = set()
         self._seen: set[tuple[int, str]] = set()
 
-    def add(self, names: Sequence[str], module: nn.Module) -> bool:
-        """Notes the ways to a module, by all of its names. Returns False if that has been done."""
-        if module in self._added:
+    def add(self, names: Sequence[str], module: nn.Module, tensor: str = "") -> bool:
+        """Notes the ways to a module and its tensor, by all of its names. Returns False if that has been done."""
+        if (module, tensor) in self._added:
             return False
-        self._added.add(module)
+        self._added.add((module, tensor))
         for name in names:
             self._add(name, module)
         return True
@@ -178,16 +179,17 @@ def problems(state: Any, adapter: Adapter, whole: bool = False) -> list[str]:
     known, found = _copies(state), []
     for name, layer in adapter.every_layer().items():
         base = layer.base
-        if take_back(layer) and offloads(base.module) and is_adapted(base.module):
-            forget_offloaded(base.module)
+        _take_back(layer, base.module)
         elsewhere = _left(root, modules, base.module, homes.get(base.module, (name,)))
         if elsewhere is not None:
             found.append(_replaced(root, adapter.name, elsewhere, base.module))
+        elif not isinstance(base, BaseLayer):
+            continue
+        elif not hasattr(type(base.host), OWN):
+            found.append(_exchanged(name, base.host, adapter.name))
         elif (
-            isinstance(base, BaseLayer)
-            and (now := stacked.known((base.out_features, base.in_features), base.stack))
-            != layer.full_shape
-        ):
+            now := stacked.known((base.out_features, base.in_features), base.stack)
+        ) != layer.full_shape:
             found.append(
                 f"{name!r} has a weight of {list(now)} (out, in), and had {list(layer.full_shape)} when adapter "
                 f"{adapter.name!r} was attached (resized?)."
@@ -227,6 +229,18 @@ def problems(state: Any, adapter: Adapter, whole: bool = False) -> list[str]:
         ).items()
     ]
     return list(dict.fromkeys(found + _tied(root, adapter)))
+
+
+def _take_back(layer: AdapterLayer, module: nn.Module) -> None:
+    if take_back(layer) and offloads(module) and is_adapted(module):
+        forget_offloaded(module)
+
+
+def _exchanged(name: str, module: nn.Module, adapter: str) -> str:
+    return (
+        f"{name!r}: the class of {type(module).__name__} was exchanged after adapter {adapter!r} was "
+        "attached, so its adapter does not run."
+    )
 
 
 def _layers(adapter: Adapter) -> Iterable[AdapterLayer]:

@@ -78,6 +78,8 @@ class AdaLoraFormat:
         for name, layer in checkpoint.sites.items():
             if layer.kind == "embedding":
                 return f"peft has no form for the embedding {name!r}"
+            if layer.kind == "weight":
+                return f"peft has no form for {name!r}, which its module reads itself"
             if (layer.rule.r, layer.rule.scale) != (config.r, config.scale):
                 return f"peft has one rank and one alpha for all layers, and {name!r} has others"
         return convolutions.why_not(checkpoint, _DIMS) or bias.why_none(checkpoint)

@@ -21,8 +21,8 @@ from ..checkpoint import Checkpoint, CheckpointLayer, Written
 from ..header_fields import check_base
 from ..matching import bare, class_of, owner_of
 from ..problems import report_extra, take
+from . import peft_attention, peft_experts, peft_tokens
 from . import peft_bias as bias
-from . import peft_experts, peft_tokens
 from .native import take_selected, take_tokens
 from .peft_experts import is_stack
 from .peft_picks import adapted_by, picks_by_number
@@ -105,7 +105,11 @@ def _target_modules(checkpoint: Checkpoint, model: nn.Module | None) -> list[str
     """The shortest form that peft resolves to exactly these modules: name endings if the model
     shows that they suffice, else an exact expression.
     """
-    names = {name for name, layer in checkpoint.sites.items() if not is_stack(layer)}
+    names = {
+        peft_attention.target_of(name, layer.kind)
+        for name, layer in checkpoint.sites.items()
+        if not is_stack(layer)
+    }
     if not names:
         return []
     endings = {name.rpartition(".")[2] for name in names}

@@ -18,6 +18,7 @@ from ...errors import UnsupportedError
 from ...methods import DoRA, LoRA, replace
 from ...methods.config import scaling
 from ..checkpoint import Checkpoint, CheckpointLayer, Written
+from . import peft_attention as attention
 from . import peft_bias as bias
 from . import peft_convolutions as convolutions
 from . import peft_experts as experts
@@ -74,11 +75,11 @@ class LoraFormat:
     def why_not(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> str | None:
         plain = not isinstance(checkpoint.config, DoRA)
         why = experts.why_not(checkpoint, plain) or experts.misread(checkpoint, model)
-        why = why or convolutions.why_not(checkpoint)
+        why = why or convolutions.why_not(checkpoint) or attention.why_not(checkpoint, model)
         return why or bias.why_no_field(checkpoint, model)
 
     def write(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> Written:
-        written = starts.plain(checkpoint)
+        written = attention.halved(starts.plain(checkpoint))
         packed = experts.packed(written)
         fields = {**_lora_fields(written), **experts.fields(written)}
         return layers.write_layers(packed, model, _key_in(packed), fields, convolutions.in_file)
@@ -120,7 +121,8 @@ class LoraFormat:
         fits = {field: FirstFit(config, pattern) for field, pattern in _PATTERNS.items()}
 
         def layer_of(module: str, part: str) -> CheckpointLayer:
-            own = {field: fit.value(module) for field, fit in fits.items()}
+            named = attention.named_in_peft(module)
+            own = {field: fit.value(named) for field, fit in fits.items()}
             changed = {field: value for field, value in own.items() if value is not None}
             if module in kernels:
                 rule = replace(built, changed)
@@ -136,6 +138,7 @@ class LoraFormat:
 
         experts.read(checkpoint, rest, config, rule_of, layers.PREFIX)
         layers.read_layers(checkpoint, rest, _KEY, _PARTS, _lora_key, layer_of)
+        attention.read(checkpoint, config)
         checkpoint = layers.finish_reading(checkpoint, rest, config, sorted(tensors)[:3])
         return bias.with_train(checkpoint)
 
@@ -149,6 +152,7 @@ class LoraFormat:
         convolutions.flattened(tensors, {k: v for k, v in keys.items() if k in tensors})
         taken = experts.restore(checkpoint, tensors, layers.PREFIX)
         layers.restore_layers(checkpoint, tensors, manifest, _lora_key, taken)
+        attention.restored(checkpoint)
         starts.split(checkpoint, own)
 
     def why_not_model(self, root: nn.Module) -> str | None:
@@ -176,7 +180,7 @@ def _key_in(checkpoint: Checkpoint) -> layers.KeyOf:
 
 def _lora_key(module: str, tensor: str, kind: str | None) -> str:
     names = _EMBEDDING if kind == "embedding" else _LINEAR
-    return f"{module}.{names[tensor]}"
+    return f"{attention.module_in_peft(module, kind)}.{names[tensor]}"
 
 
 def _lora_fields(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -186,9 +190,11 @@ def _lora_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     for module, layer in checkpoint.sites.items():
         method = layer.rule
         if method.r != config.r:
-            ranks[f"^{re.escape(module)}"] = method.r
+            ranks[f"^{re.escape(attention.target_of(module, layer.kind))}"] = method.r
         if _alpha(method, config.rslora) != alpha:
-            alphas[f"^{re.escape(module)}"] = _alpha(method, config.rslora)
+            alphas[f"^{re.escape(attention.target_of(module, layer.kind))}"] = _alpha(
+                method, config.rslora
+            )
     return {
         "peft_type": LoraFormat.name,
         "r": config.r,

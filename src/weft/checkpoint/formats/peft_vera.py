@@ -55,6 +55,8 @@ class VeraFormat:
                 return f"peft has no form for the embedding {name!r}"
             if layer.kind == "convolution":
                 return f"peft's VeRA has no form for the convolution {name!r}"
+            if layer.kind == "weight":
+                return f"peft has no form for {name!r}, which its module reads itself"
             for field in ("r", "seed", "draw"):
                 value = getattr(layer.rule, field)
                 if value != getattr(config, field):

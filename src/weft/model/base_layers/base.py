@@ -57,13 +57,19 @@ class BaseLayer:
     has_weight: ClassVar[bool] = True  # there is a weight matrix
     geometry: Geometry | None = None  # what a kernel means; of a convolution only
     is_convolution: ClassVar[bool] = False  # its channels come before positions, which it mixes
-    tensor: str = "weight"  # the module's parameter that stores W
+    hosted: ClassVar[bool] = False  # another module reads W itself: see held.py
+    tensor: str = "weight"  # the name of W in the module
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: Any) -> None:
+        self.module: nn.Module = module
+
+    @property
+    def host(self) -> nn.Module:
+        """The module in whose forward the adapters act, which also carries their tensors."""
+        return self.module
 
     @classmethod
-    def matches(cls, module: nn.Module) -> bool:
+    def matches(cls, module: Any) -> bool:
         """Returns True if a module is of this kind, by its class alone. Raises NotImplementedError
         here.
         """
@@ -75,12 +81,12 @@ class BaseLayer:
         return None
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
+    def why_not(cls, module: Any) -> str | None:
         """Returns the reason why a module of this kind cannot be adapted, or None."""
         return weight_fault(module)
 
     @classmethod
-    def tensors_of(cls, module: nn.Module) -> tuple[str, ...]:
+    def tensors_of(cls, module: Any) -> tuple[str, ...]:
         """Returns the parameters that are layers of their own, named after them; empty if the module
         is one layer and has its name.
         """
@@ -98,11 +104,16 @@ class BaseLayer:
         return found
 
     @property
+    def slot(self) -> str | None:
+        """The name of the layer within its module, if the module has several; None if it is one."""
+        return None if self.stack is None else self.tensor
+
+    @property
     def key(self) -> Any:
         """What tells the layer apart from all others: its module, with the parameter if it is one of
         several layers.
         """
-        return self.module if self.stack is None else (self.module, self.tensor)
+        return self.module if self.slot is None else (self.module, self.tensor)
 
     def full_name(self, layer: str) -> str:
         """Returns the name of the parameter that stores W, for the layer's name."""
@@ -143,6 +154,11 @@ class BaseLayer:
         """[out] or None; an embedding has none."""
         bias: Tensor | None = getattr(self.module, "bias", None)
         return bias
+
+    @property
+    def not_mergeable(self) -> str | None:
+        """Why W' cannot be written into the layer, or None."""
+        return None
 
     @property
     def packed_as(self) -> str | None:
@@ -240,33 +256,3 @@ def dtype_fault(t: Tensor) -> str | None:
     if t.dtype in DTYPES.values():
         return None
     return f"{str(t.dtype).removeprefix('torch.')}, which cannot train"
-
-
-def other_map(layer: BaseLayer, x: Tensor, wanted: Tensor) -> str | None:
-    """Returns why a subclass with its own forward is another map than W x + bias, or None.
-
-    It is tried on x [..., in] (or ids [...]); `wanted` [..., out] is W x + bias. On the meta device
-    nothing can be tried.
-    """
-    module, plain = layer.module, layer.plain()
-    cls, W = own_class(module), layer.weight()
-    if (plain is not None and cls.forward is plain.forward) or W.is_meta or 0 in W.shape:
-        return None
-    reason = f"the forward of {type(module).__name__} computes something else than a plain {layer.kind} layer"
-    try:
-        with torch.no_grad():
-            found = cls.forward(module, x)
-    except Exception:  # it needs other arguments, or fails on them: it is not called as a plain one
-        return reason
-    if not isinstance(found, Tensor) or found.shape != wanted.shape:
-        return reason
-    limit = ROUNDING[W.dtype] * wanted.abs().max()
-    return None if bool((found - wanted).abs().max() <= limit) else reason
-
-
-def affine_probe(layer: BaseLayer) -> tuple[Tensor, Tensor]:
-    """Returns one input [1, in] and W x + bias [1, out] for it."""
-    W = layer.weight().detach()
-    x = torch.linspace(-1, 1, W.shape[1], dtype=W.dtype, device=W.device)[None]
-    bias = layer.bias
-    return x, x @ W.t() if bias is None else x @ W.t() + bias.detach()

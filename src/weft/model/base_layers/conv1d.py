@@ -6,7 +6,8 @@ import sys
 
 from torch import nn
 
-from .base import BaseLayer, affine_probe, other_map, weight_fault
+from .base import BaseLayer, weight_fault
+from .probe import affine_probe, other_map
 
 
 class Conv1DLayer(BaseLayer):
@@ -33,6 +34,7 @@ class Conv1DLayer(BaseLayer):
         if fault is not None:
             return fault
         layer = cls(module)
-        if layer.fallback_reason is None or layer.weight().is_meta:
+        own = layer.fallback_reason is not None or "forward" in module.__dict__
+        if not own or layer.weight().is_meta:
             return None
         return other_map(layer, *affine_probe(layer))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import projection
-from .base import BaseLayer, other_map, own_class, weight_fault
+from .base import BaseLayer, own_class, weight_fault
+from .probe import other_map
 
 
 class EmbeddingLayer(BaseLayer):
@@ -29,7 +30,8 @@ class EmbeddingLayer(BaseLayer):
             return "max_norm rewrites its weight in every forward"
         layer = cls(module)
         table = layer.weight().detach().t()
-        if table.is_meta or own_class(module).forward is nn.Embedding.forward:
+        plain = own_class(module).forward is nn.Embedding.forward
+        if table.is_meta or (plain and "forward" not in module.__dict__):
             return None
         ids = torch.arange(min(3, table.shape[0]), device=table.device)
         return other_map(layer, ids, table[ids])

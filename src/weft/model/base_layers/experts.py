@@ -56,7 +56,7 @@ class ExpertsLayer(BaseLayer):
         return bool(cls.tensors_of(module))
 
     @classmethod
-    def tensors_of(cls, module: nn.Module) -> tuple[str, ...]:
+    def tensors_of(cls, module: Any) -> tuple[str, ...]:
         form = _form_of(module)
         return () if form is None else form.tensors(module)
 

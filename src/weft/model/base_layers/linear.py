@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .base import BaseLayer, affine_probe, other_map, weight_fault
+from .base import BaseLayer, weight_fault
+from .probe import affine_probe, other_map
 
 
 class LinearLayer(BaseLayer):
@@ -29,6 +30,7 @@ class LinearLayer(BaseLayer):
         if isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
             return "MultiheadAttention reads its weight and never calls it, so an adapter would do nothing"
         layer = cls(module)
-        if layer.fallback_reason is None or layer.weight().is_meta:
+        own = layer.fallback_reason is not None or "forward" in module.__dict__
+        if not own or layer.weight().is_meta:
             return None
         return other_map(layer, *affine_probe(layer))

@@ -104,7 +104,7 @@ def _excluded(structure: Structure, pattern: str) -> list[str]:
         names = [n for n in layers if structure.is_part(n, pattern) or within(n, modules)]
     elif is_ending(pattern):
         modules = _called(structure, pattern)
-        names = [name for name in layers if within(name, modules)]
+        names = [name for name in [*layers, *structure.held] if within(name, modules)]
     else:
         names = [n for n in layers if any(matches("exclude", pattern, c) for c in called(n))]
     if not names:

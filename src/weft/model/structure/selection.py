@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from ...errors import TargetError
 from ...methods.config import Config
 from ...methods.train_spec import WORDS, is_name, last_blocks, nearest_words
-from ..base_layers import dtype_fault, has_map
+from ..base_layers import dtype_fault, has_map, holder
 from ..packings import packing_of
 from ..plan_entries import Frozen
 from .names import called, ends_in, within
@@ -214,11 +214,11 @@ def _check_adapted(
     """An adapted layer may train its bias, and a norm its gain, but no weight matrix."""
     words = {id(structure.readers[name]): word for name, word in chosen.items()}
     for name in adapted:
-        module = structure.carriers[name]
-        stack = name not in structure.modules
-        own = name.rpartition(".")[2] if stack else "weight"
-        word = words.get(id(module._parameters.get(own)))
-        if word is not None and (stack or has_map(module)):
+        module, tensor = holder(structure.carriers[name], name)
+        word = words.get(id(module._parameters.get(tensor)))
+        if word is not None and (
+            name not in structure.modules or has_map(structure.carriers[name])
+        ):
             raise TargetError(
                 f"{name!r} is named by targets and by {_label(config, word)}: a layer is adapted "
                 "or trained in full. Take it out of one of the two."

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import nn
 
-from ..base_layers import carriers, has_map, is_convolution, is_norm
+from ..base_layers import HeldWeight, Site, carriers, has_map, is_convolution, is_norm
 from .blocks import Block, describe_blocks, find_block_names, map_parts, norm_behind, norm_first
 from .experts import find_experts, find_routers
 from .head import find_head
@@ -51,20 +51,28 @@ class Structure:
         return dict(base_parameters(self.root, repeat_tied=True))
 
     @cached_property
-    def layers(self) -> dict[str, nn.Module]:
-        """The layers of a class that Weft knows, adaptable or not: linear maps, embeddings, convolutions
-        and fused experts.
+    def layers(self) -> dict[str, Site]:
+        """The layers of a class that Weft knows, adaptable or not: linear maps, embeddings, convolutions,
+        fused experts, and the maps of nn.MultiheadAttention.
         """
         return {
-            name: module
-            for name, module in self.carriers.items()
-            if has_map(module) or name not in self.modules
+            name: site
+            for name, site in self.carriers.items()
+            if (site.is_linear_map if isinstance(site, HeldWeight) else self._is_layer(name, site))
         }
 
+    def _is_layer(self, name: str, module: nn.Module) -> bool:
+        return has_map(module) or name not in self.modules
+
     @cached_property
-    def carriers(self) -> dict[str, nn.Module]:
-        """The modules, and those that have a parameter which is a layer of its own, by its name."""
+    def carriers(self) -> dict[str, Site]:
+        """The modules, and beside each what has a parameter that is a layer of its own, by its name."""
         return carriers(self.modules)
+
+    @cached_property
+    def held(self) -> dict[str, HeldWeight]:
+        """The weights that modules read themselves: of attention, recurrent layers and others."""
+        return {n: site for n, site in self.carriers.items() if isinstance(site, HeldWeight)}
 
     @cached_property
     def norms(self) -> list[str]:
@@ -112,6 +120,9 @@ class Structure:
         """
         convolutions = [name for name, module in self.layers.items() if is_convolution(module)]
         maps = map_parts(self.root, self.modules, self.block_names)
+        held = [name for name, each in self.held.items() if each.is_linear_map]
+        inside = [name for name in held if within(name, self.block_names)]
+        maps |= dict.fromkeys(inside, "attention")
         return {**maps, **dict.fromkeys(convolutions, "conv")}
 
     def is_part(self, name: str, keyword: str) -> bool:

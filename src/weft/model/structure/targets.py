@@ -8,7 +8,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from ... import methods
 from ...errors import TargetError
 from ...methods.config import LayerConfig
 from ...methods.target_spec import KEYWORDS, ROLES, is_ending, patterns
@@ -48,13 +50,14 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
     unread: set[str] = set()
     also = [pattern for pattern, _ in patterns(config.targets)]
     for pattern, fields in patterns(config.targets):
+        held_back = _held_back(structure, config, fields)
         names = (
-            _in_role(structure, pattern, without)
+            _in_role(structure, pattern, held_back, without)
             if pattern in ROLES
-            else _matching(structure, pattern, left_out)
+            else _matching(structure, pattern, {**left_out, **held_back})
         )
         if not names and not (pattern == "all-linear" and "conv" in also):
-            raise _no_match(structure, pattern, left_out)
+            raise _no_match(structure, pattern, {**left_out, **held_back})
         for name in _read(structure, pattern, names):
             fields_of[name] = {**fields_of.get(name, {}), **fields}
         meant = left_out if pattern == "all-linear" else names
@@ -70,6 +73,7 @@ def resolve(structure: Structure, config: LayerConfig) -> Found:
         if name in fields_of and name not in taken
     }
     frozen, routed = leftovers(structure, ordered)
+    taken = {**_held_back(structure, config, {}), **taken}
     unread -= taken_away(structure, config, [*fields_of, *unread]).keys()
     frozen = [
         replace(f, reason=taken.get(f.name, f.reason), unread=f.name in unread) for f in frozen
@@ -88,7 +92,13 @@ def _read(structure: Structure, pattern: str, names: list[str]) -> list[str]:
     return found
 
 
-def _convolutions(structure: Structure) -> dict[str, nn.Module]:
+def _stored(site: base_layers.Site) -> Any:
+    """The parameter that holds the weight of a layer; None if none does."""
+    holder, tensor = base_layers.holder(site)
+    return holder._parameters.get(tensor)
+
+
+def _convolutions(structure: Structure) -> dict[str, base_layers.Site]:
     """The convolutions that can be adapted, outside the output head."""
     return {
         name: module
@@ -109,12 +119,14 @@ def leftovers(structure: Structure, chosen: Collection[str]) -> tuple[list[Froze
         if name not in chosen:
             reason = left_out.get(name, "not named by targets")
             frozen.append(Frozen(name, _kind(module), _weight_shape(module, name), reason))
-    frozen += _raw_tensors(structure)
+    frozen += [raw for raw in _raw_tensors(structure) if raw.name not in chosen]
     routed = [n for n in chosen if within(n, structure.experts) and not is_stack(structure, n)]
     return frozen, routed
 
 
-def _in_role(structure: Structure, role: str, without: list[Frozen]) -> list[str]:
+def _in_role(
+    structure: Structure, role: str, held_back: Mapping[str, str], without: list[Frozen]
+) -> list[str]:
     """One module per block (an attention output per attention); blocks that have none are added to
     `without`.
     """
@@ -130,10 +142,12 @@ def _in_role(structure: Structure, role: str, without: list[Frozen]) -> list[str
         for block in lacking
     ]
     names = [name for block in structure.blocks for name in block.of(role)]
-    faults = {name: base_layers.why_not(structure.root.get_submodule(name)) for name in names}
+    faults = {
+        name: base_layers.why_not(structure.carriers[name]) or held_back.get(name) for name in names
+    }
     usable = [name for name in names if faults[name] is None]
     for name, why in faults.items():
-        weight = structure.modules[name]._parameters.get("weight")
+        weight = _stored(structure.carriers[name])
         frozen = weight is not None and base_layers.dtype_fault(weight) is not None
         if why is not None and not (frozen and usable):  # a quantised weight stays frozen, by name
             raise TargetError(f"targets={role!r} means {name!r}, which cannot be adapted: {why}.")
@@ -163,7 +177,9 @@ def _left_out(structure: Structure) -> dict[str, str]:
 
 
 def is_stack(structure: Structure, name: str) -> bool:
-    """Whether a layer is a parameter of a module: fused experts."""
+    """Whether a layer is a parameter of a module that has several: fused experts."""
+    if name in structure.held:
+        return False
     return name in structure.layers and name not in structure.modules
 
 
@@ -180,20 +196,54 @@ def _matching(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
         ]
     if is_ending(pattern):
         names = [name for name in layers if any(ends_in(n, pattern) for n in called(name))]
+        names = names or _held(structure, pattern)
         for name in names:
-            why = base_layers.why_not(layers[name])
+            why = base_layers.why_not(structure.carriers[name])
             if why is not None:
+                cls = type(base_layers.holder(structure.carriers[name])[0]).__name__
                 raise TargetError(
-                    f"targets: {pattern!r} names {name!r} ({type(layers[name]).__name__}), which "
-                    f"cannot be adapted: {why}."
+                    f"targets: {pattern!r} names {name!r} ({cls}), which cannot be adapted: {why}."
                 )
         return names
-    return [
-        name
-        for name, module in layers.items()
-        if any(matches("targets", pattern, n) for n in called(name))
-        and base_layers.why_not(module) is None
-    ]
+    for among in (layers, structure.held):
+        found = [
+            name
+            for name, site in among.items()
+            if any(matches("targets", pattern, n) for n in called(name))
+            and base_layers.why_not(site) is None
+        ]
+        if found:
+            return found
+    return []
+
+
+def _held(structure: Structure, ending: str) -> list[str]:
+    """The weights with this ending that modules read themselves; or, if it is the ending of such
+    modules, all of theirs.
+    """
+    held = structure.held
+    found = [name for name in held if any(ends_in(n, ending) for n in called(name))]
+    if found:
+        return found
+    hosts = {
+        id(structure.modules[name])
+        for name in structure.modules
+        if name and any(ends_in(n, ending) for n in called(name))
+    }
+    return [name for name, site in held.items() if id(site.host) in hosts]
+
+
+def _held_back(structure: Structure, config: LayerConfig, fields: Any) -> dict[str, str]:
+    """The weights that attention reads itself and a method cannot adapt, with the reasons: a keyword
+    leaves them out.
+    """
+    method = methods.replace(config, dict(fields))
+    found = {}
+    for name, site in structure.held.items():
+        why = base_layers.held_fault(site, method) if site.is_linear_map else None
+        if why is not None:
+            found[name] = why
+    return found
 
 
 def _experts(structure: Structure) -> list[str]:
@@ -250,7 +300,7 @@ def _no_match(structure: Structure, pattern: str, left_out: Mapping[str, str]) -
 def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
     """Weights outside the layers that Weft knows: fused experts, routers, raw matrices."""
     for prefix, module in structure.modules.items():
-        if prefix in structure.layers:
+        if prefix in structure.layers or isinstance(module, ParametrizationList):
             continue
         for tensor, p in module._parameters.items():
             if f"{prefix}.{tensor}".lstrip(".") in structure.layers:
@@ -258,6 +308,8 @@ def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
             if p is None or p.ndim < 2 or min(p.shape[-2:]) < 2:
                 continue
             name, shape = f"{prefix}.{tensor}".lstrip("."), tuple(p.shape)
+            if name in structure.layers:
+                continue
             if within(prefix, structure.experts) and p.ndim == 3:
                 reason = (
                     f"{p.shape[0]} experts fused into one tensor that {type(module).__name__} reads "
@@ -268,26 +320,29 @@ def _raw_tensors(structure: Structure) -> Iterator[Frozen]:
                 yield Frozen(name, "router", shape, "router of a mixture of experts")
             else:
                 reason = f"read by {type(module).__name__} itself, not by a linear layer"
+                if name in structure.held and base_layers.why_not(structure.held[name]) is None:
+                    reason += "; adapted if targets name it"
                 yield Frozen(name, "tensor", shape, reason)
 
 
-def _weight_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+def _weight_shape(site: base_layers.Site, name: str) -> tuple[int, ...]:
     """(out, in) if the layer has a weight matrix; the parameter's own shape if it is a stack."""
+    module, tensor = base_layers.holder(site, name)
     kind = base_layers.kind_of(module)
     if kind is not None and kind.tensors_of(module):
-        own = module._parameters.get(name.rpartition(".")[2])
+        own = module._parameters.get(tensor)
         return () if own is None else tuple(own.shape)
     packing = packing_of(module)
     if packing is not None:
         return packing.shape(module)
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(tensor)
     if weight is None:
         return ()
     shape = tuple(weight.shape)
     return shape[::-1] if kind is not None and kind.transposed else shape
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: base_layers.Site) -> str:
     """The name of the kind, for the plan."""
     kind = base_layers.kind_of(module)
     return "layer" if kind is None else kind.kind
