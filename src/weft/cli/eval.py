@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from .common import (
     add_adapter_option,
@@ -102,6 +103,11 @@ def run(args: argparse.Namespace) -> int:
         )
         print_notes(opened.notes)
         found = evaluate(opened, *selection)
+    _report(args, found)
+    return 0
+
+
+def _report(args: argparse.Namespace, found: Any) -> None:
     print(f"{found.task}, {found.split}: {found.examples} examples")
     for name, score in found.report.scores.items():
         print(
@@ -128,7 +134,6 @@ def run(args: argparse.Namespace) -> int:
             json.dumps({"output": text}, ensure_ascii=False) + "\n" for text in found.outputs or ()
         )
         write_text(args.outputs, lines)
-    return 0
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

@@ -69,6 +69,16 @@ def open_image(path: str, where: str = "a sample") -> Any:
         raise _unreadable(path, where, error) from None
 
 
+def noise_image(size: tuple[int, int]) -> Any:
+    """Returns a picture of this size (width, height) with fixed random pixels."""
+    import torch
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator)
+    return Image.fromarray(pixels.byte().numpy())
+
+
 def _unreadable(path: str, where: str, error: Exception) -> WeftError:
     first = next(iter(str(error).splitlines()), "") or type(error).__name__
     reason = "it is no picture" if "cannot identify" in first else first

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.tokenizer_files import has_processor, tokenizer_folder
 from ..encoding.image_batch import prompt_inputs
+from ..encoding.image_files import noise_image
 from ..encoding.processor import Processor, reads_images
 from ..tasks.models import ModelRef
 from .opened import processor_of
@@ -39,11 +40,7 @@ def trial_inputs(
 def _with_picture(
     processor: Processor, model: nn.Module, tokens: Sequence[int]
 ) -> dict[str, Tensor]:
-    from PIL import Image
-
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (SIZE[1], SIZE[0], 3), generator=generator)
-    picture = Image.fromarray(pixels.byte().numpy())
+    picture = noise_image(SIZE)
     text = processor.expansion(SIZE) + "What is in this picture?"
     ids = processor.tokenizer(text)["input_ids"]
     inputs = prompt_inputs(processor, [*ids, *tokens], [picture], torch.device("cpu"))
