@@ -37,7 +37,7 @@ def bases_block() -> str:
         first = next(iter(mine.values()))
         needs = next((f" (needs {row['needs']})" for row in mine.values() if row["needs"]), "")
         cells = [_cell(mine.get(method), reasons) for method in methods]
-        lines.append((base + needs, f"{first['library']} {first['version']}", *cells))
+        lines.append((base + needs, f"{first['library']} {first['version']}".strip(), *cells))
     head = ("base", "package", *methods)
     text = "".join(
         "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n"

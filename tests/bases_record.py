@@ -80,4 +80,4 @@ def _caller() -> str:
 
 
 def _version(library: str) -> str:
-    return version(library).partition("+")[0]
+    return version(library).partition("+")[0] if library else ""

@@ -2,6 +2,10 @@
 dequantised base.
 """
 
+import gc
+import importlib
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -254,6 +258,101 @@ def test_codes_that_nothing_unpacks_are_refused_by_name_and_in_the_plan():
     adapter = weft.attach(model, weft.LoRA(targets="all-linear"))
     assert [(f.name, f.shape) for f in adapter.frozen] == [("1", (32, 64))]
     assert "Weft cannot unpack" in adapter.frozen[0].reason
+    bases_record.refused("GPTQ, AWQ", "LoRA", "Weft cannot unpack the codes", "")
+
+
+def integration(file, name):
+    module = importlib.import_module(f"transformers.integrations.{file}")
+    return getattr(module, name)(64, 32)
+
+
+def compressed():
+    library = pytest.importorskip("compressed_tensors.quantization")
+    scheme = library.QuantizationScheme(
+        targets=["Linear"], weights=library.QuantizationArgs(num_bits=4, strategy="channel")
+    )
+    model = dense()
+    config = library.QuantizationConfig(config_groups={"g": scheme}, quantization_status="frozen")
+    library.apply_quantization_config(model, config)
+    with torch.no_grad():
+        model(torch.randn(2, 64))
+    return model[0]
+
+
+UNREAD = {
+    "float8 of transformers": (lambda: integration("finegrained_fp8", "FP8Linear"), "transformers"),
+    "BitNet": (
+        lambda: importlib.import_module("transformers.integrations.bitnet").BitLinear(
+            64, 32, False
+        ),
+        "transformers",
+    ),
+    "compressed-tensors": (compressed, "compressed-tensors"),
+    "torch.ao": (lambda: torch.ao.nn.quantized.dynamic.Linear(64, 32), "torch"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_other_packed_layers_are_refused_by_name_and_in_the_plan(kind):
+    make, library = UNREAD[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is on its way out
+        model = nn.Sequential(nn.Linear(64, 64), make())
+    with pytest.raises(weft.TargetError, match=r"'1' .*Weft cannot unpack; load the model"):
+        weft.attach(model, weft.LoRA(r=2, targets=["1"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the weights that all-linear leaves out
+        adapter = weft.attach(model, weft.LoRA(r=2, targets="all-linear"))
+    assert adapter.frozen[0].name == "1" and adapter.frozen[0].shape[1] == 64
+    bases_record.refused(kind, "LoRA", "Weft cannot unpack the codes", library)
+
+
+def test_quanto_s_activations_are_refused_by_name():
+    library = pytest.importorskip("optimum.quanto")
+    model = dense()
+    library.quantize(model, weights=library.qint8, activations=library.qint8)
+    library.freeze(model)
+    with pytest.raises(weft.TargetError, match="rounds its inputs and outputs"):
+        weft.attach(model, METHODS["LoRA"])
+
+
+def test_a_linear_layer_with_whole_numbers_beside_its_weight_is_no_packed_one():
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(64, 32)
+            self.register_buffer("kept", torch.arange(32))
+
+        def forward(self, x):
+            return super().forward(x)
+
+    model = nn.Sequential(Masked())
+    weft.attach(model, weft.LoRA(r=2, targets=["0"]))
+
+
+@pytest.mark.parametrize("method", ["DoRA"])
+def test_no_dense_copy_is_alive_after_a_forward(kind, method):
+    """But what the layer itself keeps: torchao saves the unpacked weight for its own backward."""
+
+    def kept(model):
+        x = torch.randn(5, 64, requires_grad=True)
+        model(x).sum().backward()
+        before = large()
+        out = model(x)
+        found = len(large() - before)
+        del out
+        return found
+
+    own = kept(BASES[kind]().train())
+    assert own == 0 or kind.startswith("torchao")
+    base = BASES[kind]().train()
+    moved(weft.attach(base, METHODS[method]))
+    assert kept(base) <= own
+
+
+def large():
+    """The memory of the tensors that are as large as a weight of the model."""
+    tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+    return {t.data_ptr() for t in tensors if t.is_floating_point() and t.numel() >= 64 * 128}
 
 
 def wide(quant_type="nf4"):

@@ -83,9 +83,15 @@ class Packing:
         raise NotImplementedError
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Returns the layer's class, without adapters."""
+    found: type[nn.Module] = getattr(type(module), "_weft_base", type(module))
+    return found
+
+
 def own_name(module: nn.Module) -> tuple[str, str]:
     """Returns the package and the name of the layer's class, without adapters."""
-    cls = getattr(type(module), "_weft_base", type(module))
+    cls = own_class(module)
     return cls.__module__.partition(".")[0], cls.__name__
 
 

@@ -32,6 +32,11 @@ class TensorSubclass(Packing):
     def fault(cls, module: Any) -> str | None:
         if type(module.weight).__module__.partition(".")[0] not in _LIBRARIES:
             return "its weight is packed anew in every forward; call quanto.freeze(model) first"
+        if getattr(module, "activation_qtype", None) is not None:
+            return (
+                "it rounds its inputs and outputs to few bits, the adapter's with them; quantise the "
+                "weights only (activations=None)"
+            )
         return None
 
     @classmethod
