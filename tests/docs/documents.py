@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import docs_tables
@@ -46,6 +47,7 @@ def commands(path: Path) -> list[list[str]]:
     return [w[1:] for w in words if w[0] == "weft"]
 
 
+VISION_MODEL = "llava-hf/llava-1.5-7b-hf"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -84,3 +86,14 @@ def small_llama(folder: Path) -> Path:
 def prose(path: Path) -> str:
     """The page without its code blocks."""
     return re.sub(r"^```.*?^```", "", text_of(path), flags=re.DOTALL | re.MULTILINE)
+
+
+def small_llava(folder: Path) -> Path:
+    """A LLaVA of two blocks with its processor, saved into `folder`."""
+    sys.path.insert(0, str(ROOT / "tests" / "training"))
+    try:
+        import tiny_vision
+    finally:
+        sys.path.pop(0)
+    folder.mkdir(parents=True)
+    return tiny_vision.llava(folder)

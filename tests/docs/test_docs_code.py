@@ -4,7 +4,18 @@ with their options.
 
 import docs_tables
 import pytest
-from documents import ALL, COMING, HUB_MODEL, ROOT, blocks, commands, named, small_llama
+from documents import (
+    ALL,
+    COMING,
+    HUB_MODEL,
+    ROOT,
+    VISION_MODEL,
+    blocks,
+    commands,
+    named,
+    small_llama,
+    small_llava,
+)
 
 from weft.cli import COMMANDS
 from weft.cli.plan import _method_config
@@ -24,6 +35,8 @@ RUN = [page for page in ALL if blocks(page, "python") and page not in COMING]
 def test_python_runs_as_printed(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small_llama(tmp_path / HUB_MODEL)
+    if page.name == "vision-language.md":
+        small_llava(tmp_path / VISION_MODEL)
     names = {"__name__": "__page__"}
     for block in blocks(page, "python"):
         exec(compile(block, named(page), "exec"), names)  # noqa: S102
