@@ -1,5 +1,5 @@
-"""The effect of an update: magnitude and direction of the weights over the checkpoints of a run, and
-their correlation.
+"""The effect of an update: magnitude and direction of the weights over the checkpoints of a run,
+and their correlation.
 
 changes.py   delta M and delta D of one matrix, and of every matrix that an adapter changes
 series.py    which directories are the checkpoints of which run

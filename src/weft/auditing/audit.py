@@ -9,9 +9,10 @@ at 0, so A's first gradient is 0 and one step is too few. A method with a schedu
 the steps that moved its tensors. The base passes if all its bits are the same, buffers included.
 
 A layer that few backward passes reached (layerdrop, an expert with few tokens) or none (an unused
-pooler) has had fewer gradients beside 0 than others. `unreached="allow"` lets it pass and returns its
-name. A weight whose bias had gradients while its own were all 0 was given zeros alone (VL-BART's boxes
-with CLIP's features): no training can move it, so it passes, and its key is returned.
+pooler) has had fewer gradients beside 0 than others. `unreached="allow"` lets it pass and returns
+its name. A weight whose bias had gradients while its own were all 0 was given zeros alone
+(VL-BART's boxes with CLIP's features): no training can move it, so it passes, and its key is
+returned.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def audit(
 ) -> list[str]:
     """Raises AuditError, naming the tensors, unless every declared tensor trained and the base's
     bits are the same. Returns the keys of trained weights whose input was zero in every pass; with
-    unreached="allow" also the modules that would have failed and that gradients reached never, or in
-    fewer backward passes than other modules.
+    unreached="allow" also the modules that would have failed and that gradients reached never, or
+    in fewer backward passes than other modules.
 
     before, after: from `weft.snapshot`, with two optimiser steps or more between them; or two
     mappings from state_dict keys to tensors [...]. With mappings, gradients are judged by the
@@ -117,7 +118,9 @@ class _Declared:
             self.waivable.add(problems[0])
 
     def unreached(self) -> list[str]:
-        """Returns the modules with problems that gradients reached never, or more rarely than others."""
+        """Returns the modules with problems that gradients reached never, or more rarely than
+        others.
+        """
         most = max(self.reached.values(), default=0)
         return [
             module
@@ -126,8 +129,8 @@ class _Declared:
         ]
 
     def fed_zeros(self) -> list[str]:
-        """Returns the weights whose gradient was 0 in all passes while that of their bias was not: the
-        gradient of a weight is the output's, which the bias sums, times the input.
+        """Returns the weights whose gradient was 0 in all passes while that of their bias was not:
+        the gradient of a weight is the output's, which the bias sums, times the input.
         """
         none = Gradients()
         return [
@@ -141,8 +144,8 @@ class _Declared:
         ]
 
     def problems(self, allow: bool) -> list[str]:
-        """Returns all problems, without those of weights that were given zeros, and of unreached modules
-        if these are allowed.
+        """Returns all problems, without those of weights that were given zeros, and of unreached
+        modules if these are allowed.
         """
         left = self.unreached() if allow else []
         zeros = {p for key in self.fed_zeros() for p in self.of_key[key]}

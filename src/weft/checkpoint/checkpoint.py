@@ -18,9 +18,9 @@ from .naming import Naming
 
 @dataclass
 class CheckpointLayer:
-    """One adapted layer. `kind` and `shape`, (out, in) or (E, out, in) of fused experts, are None if the
-    file does not record them. `geometry` is what the kernel of a convolution means; its tensors here
-    are those of [out, in].
+    """One adapted layer. `kind` and `shape`, (out, in) or (E, out, in) of fused experts, are None
+    if the file does not record them. `geometry` is what the kernel of a convolution means; its
+    tensors here are those of [out, in].
 
     `keys` maps tensor names to keys in the file. `reached` is the training state that a method
     saves as text beside its tensors, or None.
@@ -40,7 +40,8 @@ class CheckpointLayer:
         return [t for name, t in self.tensors.items() if name not in start]
 
     def known_shape(self) -> tuple[int, ...]:
-        """Returns (out, in) or (E, out, in), derived from the tensors if the file does not record it.
+        """Returns (out, in) or (E, out, in), derived from the tensors if the file does not record
+        it.
 
         Raises UnsupportedError if the tensors do not tell it either, as in VeRA files of peft.
         """

@@ -1,7 +1,7 @@
 """The conversions of `weft.export`: what a checkpoint becomes in another form, without a model.
 
-Every low-rank method without m becomes LoRA, from its factors: A' = A, s' B' = s diag(b) B diag(d). So a
-new method needs no edit here.
+Every low-rank method without m becomes LoRA, from its factors: A' = A, s' B' = s diag(b) B diag(d).
+So a new method needs no edit here.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def with_projections(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def params(checkpoint: Checkpoint, module: str) -> Any:
-    """Returns one layer's tensors as its configuration reads them, with the frozen ones drawn again.
+    """Returns one layer's tensors as its configuration reads them, with the frozen ones drawn
+    again.
 
     Raises CheckpointError if those are not the ones that were saved.
     """

@@ -19,8 +19,8 @@ from .files import flush, leftovers
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yields a temporary directory that becomes `path`, which must not exist or be empty, at the end
-    of the block; it is whole or absent.
+    """Yields a temporary directory that becomes `path`, which must not exist or be empty, at the
+    end of the block; it is whole or absent.
 
     What killed processes left of earlier attempts is removed. Raises OSError, also for a full disk
     that safetensors reports.

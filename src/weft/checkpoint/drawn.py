@@ -20,8 +20,8 @@ UNKNOWN = "0" * 16  # in place of a checksum if only the size of the file is wan
 
 
 def check_drawn(rule: Any, out: int, in_: int, stack: int = 1) -> None:
-    """Raises CheckpointError if the tensors that a seed decides, for `stack` layers [out, in] of which
-    only a file says that they exist, are larger than any model's.
+    """Raises CheckpointError if the tensors that a seed decides, for `stack` layers [out, in] of
+    which only a file says that they exist, are larger than any model's.
     """
     r = getattr(rule, "r", 1)
     if stack * r * (out + in_) > MOST_DRAWN:

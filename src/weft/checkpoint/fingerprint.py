@@ -114,8 +114,8 @@ def fingerprint_of(adapter: Adapter, values: bool = True) -> Fingerprint | None:
 
 
 def base_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """Returns the floating-point parameters of the base by name, a tied one once; those of packed
-    layers that an adapter is merged into as they were before.
+    """Returns the floating-point parameters [...] of the base by name, a tied one once; those of
+    packed layers that an adapter is merged into as they were before.
     """
     state = find_state(root)
     merged = None if state is None else state.merged
@@ -140,7 +140,7 @@ def oriented(root: nn.Module, name: str, t: Tensor) -> Tensor:
 
 
 def before_merge(root: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the bits from before a merge."""
+    """Returns the tensors [...] with the bits from before a merge."""
     state = find_state(root)
     merged = state.merged.backups if state is not None and state.merged is not None else []
     bits = {b.parameter.data_ptr(): b.bits for b in merged}
@@ -176,6 +176,7 @@ def _place(index: Tensor, step: int, size: int) -> Tensor:
 
 
 def any_few(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of the weights [out, in] takes few distinct values."""
     matrices = [t for t in tensors if t.ndim > 1 and not t.is_meta and type(t) in _PLAIN]
     return any(few_values(matrices[i]) for i in _indices(len(matrices), 8))
 

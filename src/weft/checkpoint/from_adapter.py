@@ -120,8 +120,8 @@ def _trained_tensors(layer: AdapterLayer) -> dict[str, Tensor]:
 
 
 def _dtype(layer: AdapterLayer) -> str:
-    """The dtype that holds all tensors of a layer: model.bfloat16() casts those that train, and what
-    training began at stays wider.
+    """The dtype that holds all tensors of a layer: model.bfloat16() casts those that train, and
+    what training began at stays wider.
     """
     widest = reduce(torch.promote_types, (p.dtype for p in layer.trainable().values()))
     for name in layer.start_names:

@@ -177,8 +177,8 @@ def parse(path: Path, metadata: Mapping[str, str]) -> Header:
 
 
 def check_tensors(header: Header, tensors: dict[str, Tensor], sums: str) -> None:
-    """Adds a problem for every tensor that differs from the saved one, and for every one that was
-    not saved, which is removed from `tensors`.
+    """Adds a problem for every tensor [...] that differs from the saved one, and for every one that
+    was not saved, which is removed from `tensors`.
     """
     problems, keys = header.checkpoint.problems, header.manifest["keys"]
     known = {key: sums[16 * i : 16 * i + 16] for i, key in enumerate(keys)}

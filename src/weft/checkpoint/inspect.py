@@ -22,9 +22,9 @@ from .read import read
 
 @dataclass(frozen=True)
 class Inspection:
-    """`rows` are those of a plan; `readable_by_peft` is True if `PeftModel.from_pretrained` reads the
-    directory; `ranks` are those in force, if the method moves rank between layers. `sampled` base tensors
-    are known by some of their numbers, which `load` compares.
+    """`rows` are those of a plan; `readable_by_peft` is True if `PeftModel.from_pretrained` reads
+    the directory; `ranks` are those in force, if the method moves rank between layers. `sampled`
+    base tensors are known by some of their numbers, which `load` compares.
     """
 
     path: str
@@ -76,8 +76,8 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Reads an adapter's directory (of Weft, of a `weft train` run, or of peft) and checks everything
-    that needs no model.
+    """Reads an adapter's directory (of Weft, of a `weft train` run, or of peft) and checks
+    everything that needs no model.
 
     Tensors that a seed decides are drawn again and compared with the checksum in the file.
 

@@ -1,4 +1,6 @@
-"""Whether a layer of a file can be a layer of a model: its kind, its width, and what its kernel means."""
+"""Whether a layer of a file can be a layer of a model: its kind, its width, and what its kernel
+means.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from .checkpoint import Checkpoint, CheckpointLayer
 
 
 def misfit(module: str, name: str, layer: CheckpointLayer, host: Any) -> str | None:
-    """Returns why the file's `module` is another layer than the model's `name`, of which `host` is the
-    view, or None.
+    """Returns why the file's `module` is another layer than the model's `name`, of which `host` is
+    the view, or None.
     """
     if host.kind == HELD and layer.kind != HELD:
         return (
@@ -42,8 +44,8 @@ def misfit(module: str, name: str, layer: CheckpointLayer, host: Any) -> str | N
 
 def expected(checkpoint: Checkpoint, structure: Structure, layers: Collection[str]) -> list[str]:
     """Returns those of the layers that a configuration names in a model which the file must have.
-    Files without fused experts, of peft or of an earlier version, did not mean any by a name's ending,
-    nor by a keyword a weight of attention.
+    Files without fused experts, of peft or of an earlier version, did not mean any by a name's
+    ending, nor by a keyword a weight of attention.
     """
     kinds = {layer.kind for layer in checkpoint.sites.values()}
     if not kinds & {KIND, EXCHANGED} or checkpoint.writer != "weft":

@@ -84,8 +84,8 @@ def load(
     and new ones wait for it. The old handle is detached. If loading fails, the old adapter stays.
 
     Raises CheckpointError, UnsupportedError (a field or method of peft that Weft does not support),
-    the errors of `weft.attach`, and with replace=True WeftError if an open block of this thread uses
-    the adapter, or blocks of others do for a minute.
+    the errors of `weft.attach`, and with replace=True WeftError if an open block of this thread
+    uses the adapter, or blocks of others do for a minute.
     """
     checkpoint = read(path, values=False)
     root = unwrapped(model)

@@ -27,9 +27,9 @@ from .projections import projections_for
 
 
 class LoadPlan:
-    """How a checkpoint fills a model: configurations and values by the model's names, shared matrices, and
-    every problem. The base must be active (`base_only`). If `strict`, shared matrices are drawn
-    only if there is no problem.
+    """How a checkpoint fills a model: configurations and values by the model's names, shared
+    matrices, and every problem. The base must be active (`base_only`). If `strict`, shared matrices
+    are drawn only if there is no problem.
 
     `config` is the file's, without the entries of modules_to_save that the model does not have.
     """

@@ -140,6 +140,7 @@ def _reader(weights: Weights, prefix: str) -> Callable[[str], Tensor]:
         where = repr(str(weights))
 
     def weight(module: str) -> Tensor:
+        """Returns a weight [...] of the files by its name."""
         name = f"{module}.weight"
         for each in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
             if each in known:
@@ -162,6 +163,7 @@ def _files(path: Path) -> tuple[Callable[[str], Tensor], set[str]]:
     where = {name: file for file in files for name in _tensor_names(file)}
 
     def read(name: str) -> Tensor:
+        """Returns a tensor [...] of the files."""
         with safe_open(str(where[name]), framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
             return tensor

@@ -83,8 +83,8 @@ def owner_of(tensor: str, modules: Collection[str]) -> str | None:
 
 
 def match(wanted: Collection[str], have: Collection[str]) -> Names:
-    """Finds every wanted name: as it is, or without wrappers, or without a `language_model.` nesting
-    on either side.
+    """Finds every wanted name: as it is, or without wrappers, or without a `language_model.`
+    nesting on either side.
 
     One rule serves all names: the first that finds all of them, else the one that finds most.
     """

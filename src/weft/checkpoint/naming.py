@@ -1,8 +1,8 @@
 """The names that tools for diffusion models give to layers, and those of a model's modules.
 
-A *component* of a pipeline (its denoiser, a text encoder) goes first: "unet.mid_block...", or, where
-every dot has become an underscore, "lora_unet_mid_block_...". The model may be a component, or contain it
-as a child. Names are never guessed: what fits no module, or several, is missing.
+A *component* of a pipeline (its denoiser, a text encoder) goes first: "unet.mid_block...", or,
+where every dot has become an underscore, "lora_unet_mid_block_...". The model may be a component,
+or contain it as a child. Names are never guessed: what fits no module, or several, is missing.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Naming:
         return names
 
     def renamed(self, config: Any, names: Names, problems: list[str]) -> Any:
-        """Returns the configuration with the model's names as targets, and adds a problem if names of the
-        file have none.
+        """Returns the configuration with the model's names as targets, and adds a problem if names
+        of the file have none.
         """
         if names.missing:
             problems.append(self._hint(names))

@@ -67,7 +67,7 @@ def fault_of(t: Tensor, shape: Shape | None, values: bool = True) -> str | None:
 def report_extra(
     problems: list[str], tensors: Mapping[str, Tensor], expected: Collection[str]
 ) -> None:
-    """Adds a problem for every tensor that is left over."""
+    """Adds a problem for every tensor [...] that is left over."""
     for key, t in tensors.items():
         problems.append(
             f"extra: {key!r} {list(t.shape)} belongs to nothing in this adapter"

@@ -18,8 +18,9 @@ def read(path: str | Path, values: bool = True) -> Checkpoint:
     `weft train`.
 
     Faults within the file become `problems`. With values=False those that NaN or infinity make are
-    left to a load plan, which compares shapes with the model before. Raises CheckpointError if it cannot be read at all,
-    UnsupportedError for a method or field of peft that Weft does not support.
+    left to a load plan, which compares shapes with the model before. Raises CheckpointError if it
+    cannot be read at all, UnsupportedError for a method or field of peft that Weft does not
+    support.
     """
     while True:
         found = files.find(path)

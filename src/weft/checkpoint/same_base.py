@@ -36,8 +36,8 @@ class _Other(NamedTuple):
 
 @torch.no_grad()
 def compare_base(plan: LoadPlan, other_base: bool = False, switch: str = SWITCH) -> None:
-    """Adds a problem to the plan if its model has other base weights than the file's; with other_base
-    a note. `switch` says how to ask for that. The base must be active.
+    """Adds a problem to the plan if its model has other base weights than the file's; with
+    other_base a note. `switch` says how to ask for that. The base must be active.
     """
     _compare_packing(plan, other_base, switch)
     found = plan.checkpoint.fingerprint
@@ -67,8 +67,8 @@ def compare_base(plan: LoadPlan, other_base: bool = False, switch: str = SWITCH)
 
 
 def _compare_packing(plan: LoadPlan, other_base: bool, switch: str) -> None:
-    """An adapter that began with what quantisation took from the weights makes it good there, and would
-    count it twice anywhere else.
+    """An adapter that began with what quantisation took from the weights makes it good there, and
+    would count it twice anywhere else.
     """
     wanted = plan.checkpoint.loftq
     if wanted is None:

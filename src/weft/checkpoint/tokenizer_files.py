@@ -1,5 +1,5 @@
-"""The tokenizer, or the processor of a vision-language model, that an adapter was trained with, in its
-directory.
+"""The tokenizer, or the processor of a vision-language model, that an adapter was trained with, in
+its directory.
 
 `weft train` saves it beside the adapter, with the chat template of the run, as TRL does. What uses
 the adapter later reads it there and not in the base's directory: the model must see the same text.

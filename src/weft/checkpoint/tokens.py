@@ -59,8 +59,8 @@ def plan(into: Any) -> None:
 
 
 def same_table(into: Any, full: str, live: Tensor, table: Tensor) -> bool:
-    """Whether a table of the file's base [tokens, width] is the model's, `live`, but for the rows that
-    the file replaces, and for those behind its last token, which fill the table up.
+    """Whether a table of the file's base [tokens, width] is the model's, `live`, but for the rows
+    that the file replaces, and for those behind its last token, which fill the table up.
     """
     ids = into.checkpoint.token_ids.get(full.removesuffix(".weight"))
     live = live.detach().cpu()

@@ -134,8 +134,8 @@ def _commands() -> str:
 
 
 def listed(name: str, text: str, column: int) -> str:
-    """Returns a name and its text at 80 columns. Words with hyphens are not split, since they may be
-    typed.
+    """Returns a name and its text at 80 columns. Words with hyphens are not split, since they may
+    be typed.
     """
     start = f"  {name}".ljust(column - 1) + " "
     return textwrap.fill(

@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates text. Returns 0. Raises ConfigError if --max-new-tokens is not positive, or --image is
-    given without --chat.
+    """Generates text. Returns 0. Raises ConfigError if --max-new-tokens is not positive, or --image
+    is given without --chat.
     """
     import torch
 

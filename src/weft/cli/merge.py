@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merges an adapter into a copy of its model. Returns 0. Raises ConfigError if --out is not
-    empty, --tolerance is given with --no-verify, or it is open whether the quantised weights are meant.
+    empty, --tolerance is given with --no-verify, or it is open whether the quantised weights are
+    meant.
     """
     from ..checkpoint.directories import is_taken
     from ..checkpoint.load import load, read

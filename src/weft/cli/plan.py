@@ -149,8 +149,8 @@ def _inputs(model: Any, args: argparse.Namespace) -> Any:
 
 
 def _quantised(asked: str | None, model: Any) -> tuple[str | None, list[str]]:
-    """The name of the kind of quantisation, asked for or of the model's own files; and what of it is
-    not counted.
+    """The name of the kind of quantisation, asked for or of the model's own files; and what of it
+    is not counted.
     """
     from ..tasks.quantize import kind_of_files
 

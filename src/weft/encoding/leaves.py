@@ -4,7 +4,8 @@ Every text of a record (a leaf) gets a mark, one private character in its middle
 conversation is rendered once more. If the text without the marks is the same as before, the marks
 tell exactly where each leaf stands, and a leaf without one was not rendered. A template that acts
 on the content itself may be misled by marks; then each leaf is marked alone, and in the end looked
-for by its words (literal.py). Numbers are changed instead of marked: the text must change with them.
+for by its words (literal.py). Numbers are changed instead of marked: the text must change with
+them.
 
 What a template may leave out: keys that only link a tool's answer to its call, if the order says
 the same.

@@ -64,8 +64,8 @@ class Processor:
         return self._expansions[size]
 
     def images(self, pictures: Sequence[Any]) -> tuple[dict[str, Tensor], int]:
-        """Returns the model's inputs for pictures, in the order of the rows that they belong to, and
-        the number of tokens that the texts of these rows have for them. Raises WeftError.
+        """Returns the model's inputs for pictures, in the order of the rows that they belong to,
+        and the number of tokens that the texts of these rows have for them. Raises WeftError.
         """
         if not pictures:
             return {}, 0

@@ -35,10 +35,10 @@ from .unread import PLACES, UnreadError, refuse_unread, with_others
 class Tokens:
     """One sample for a causal model. `ends` has the index of each turn's last token, or None if
     nothing ends the turn. `blank` tells of an answer that says nothing, `control` of a text with a
-    special token, `unmarked` of one that the
-    template's own block leaves out of the loss, `unknown` of characters that the tokenizer does not
-    know, `excluded` of a record that takes all its answers out of the loss itself; `remarks` are for
-    the preview. `images` are the pictures of the text, in their order.
+    special token, `unmarked` of one that the template's own block leaves out of the loss, `unknown`
+    of characters that the tokenizer does not know, `excluded` of a record that takes all its
+    answers out of the loss itself; `remarks` are for the preview. `images` are the pictures of the
+    text, in their order.
     """
 
     ids: list[int]

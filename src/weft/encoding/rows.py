@@ -93,8 +93,8 @@ class Counts:
 @dataclass(frozen=True)
 class EncodedRows:
     """Samples ready for `collate`: input_ids, labels (one per token, or one number), and
-    token_type_ids if the model has them; remarks for the preview, if there are any; and the paths of
-    images with digests of their files.
+    token_type_ids if the model has them; remarks for the preview, if there are any; and the paths
+    of images with digests of their files.
 
     Tokens are kept in arrays: a list of Python integers takes eight times the memory.
     """

@@ -1,9 +1,9 @@
 """Where the assistant's turns are in a rendered conversation: in the template's own
 {% generation %} blocks, or found for templates that do not mark them.
 
-Without blocks a turn begins where the prompt of generation ends: the conversation before it is rendered
-as for an answer, and must be the beginning of the whole text. It ends with the token that closes it,
-after the last of the message's own texts:
+Without blocks a turn begins where the prompt of generation ends: the conversation before it is
+rendered as for an answer, and must be the beginning of the whole text. It ends with the token that
+closes it, after the last of the message's own texts:
 
 * the first token there at which generation stops, else
 * the last special token that the template prints after an answer whatever follows it, else

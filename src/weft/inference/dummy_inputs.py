@@ -1,4 +1,6 @@
-"""Small test inputs for a model of transformers, from its configuration and its forward's arguments."""
+"""Small test inputs for a model of transformers, from its configuration and its forward's
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ _REGIONS = {
 
 def dummy_inputs(model: nn.Module, tokens: Sequence[int] = ()) -> dict[str, Tensor]:
     """Returns a small batch of two rows with fixed values: whatever the model reads of a text (its
-    input_ids [2, length] begin with `tokens`), an image a row, a sound and the beginning of an answer.
+    input_ids [2, length] begin with `tokens`), an image a row, a sound and the beginning of an
+    answer.
 
     Raises ConfigError if nothing is known that the model reads.
     """
@@ -43,7 +46,7 @@ class _Batch:
         self.dtype = next(floats, torch.float32)
 
     def inputs(self, tokens: Sequence[int]) -> dict[str, Tensor]:
-        """Returns all arguments."""
+        """Returns all arguments, tensors [2, ...]."""
         images = self._images() if "pixel_values" in self.names else {}
         found = {**images, **self._sound(), **self._regions()}
         if "input_ids" in self.names and self._words(self._text()):

@@ -28,8 +28,8 @@ from .pretrained import base_for, find_source, is_classifier
 @dataclass(frozen=True)
 class Opened:
     """A model in eval mode with its adapter active, if it has one, and its tokenizer. `limit` is
-    the number of tokens that both accept, `notes` what loading the adapter noted. `processor` is that of
-    a vision-language model, if images were asked for or the adapter was trained with it.
+    the number of tokens that both accept, `notes` what loading the adapter noted. `processor` is
+    that of a vision-language model, if images were asked for or the adapter was trained with it.
     """
 
     model: Any
@@ -82,8 +82,8 @@ def open_model(
 def processor_of(
     ref: ModelRef, adapter: str | None, config: Any, wanted: bool = False
 ) -> Processor | None:
-    """Returns the processor of a vision-language model, which is the adapter's if that has one; None
-    if none is `wanted` and the adapter was trained without one. Raises ConfigError, WeftError.
+    """Returns the processor of a vision-language model, which is the adapter's if that has one;
+    None if none is `wanted` and the adapter was trained without one. Raises ConfigError, WeftError.
     """
     folder = tokenizer_folder(adapter)
     trained = folder is not None and has_processor(folder)

@@ -83,8 +83,8 @@ def answer_all(
     batch: int = 8,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Answers the questions that `kept` has no answer to, in FastChat's format. Each batch is on the
-    disk before the next one begins.
+    """Answers the questions that `kept` has no answer to, in FastChat's format. Each batch is on
+    the disk before the next one begins.
 
     Raises WeftError if the model generates no text, if there is no chat template, or if a question
     exceeds the model's positions.

@@ -25,13 +25,16 @@ class Shared(nn.Module):
     """Tensors that every layer of an adapter reads, drawn from a seed."""
 
     def pool_key(self) -> tuple[Any, ...] | None:
-        """Returns (share_key, max_out, max_in, device) if another adapter may read the same tensors."""
+        """Returns (share_key, max_out, max_in, device) if another adapter may read the same
+        tensors.
+        """
         return None
 
 
 class Params(Protocol):
     """The tensors of one adapted layer, by attribute. `shape` is its (out, in); `training` switches
-    dropout; `shared` holds the tensors of all layers, or None; `method` is the layer's configuration.
+    dropout; `shared` holds the tensors of all layers, or None; `method` is the layer's
+    configuration.
     """
 
     shape: tuple[int, int]

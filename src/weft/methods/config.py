@@ -1,7 +1,9 @@
-"""The base classes of all configurations: common fields, their checks, and the defaults of a method.
+"""The base classes of all configurations: common fields, their checks, and the defaults of a
+method.
 
 `Config` alone only trains tensors of the base model; a `TensorConfig` has tensors of its own; a
-`LayerConfig` adapts layers; a `LowRankConfig` by a low-rank update. A method overrides the defaults.
+`LayerConfig` adapts layers; a `LowRankConfig` by a low-rank update. A method overrides the
+defaults.
 """
 
 from __future__ import annotations
@@ -141,7 +143,8 @@ class TensorConfig(Config):
 
     def start_shapes(self, out: int, in_: int) -> dict[str, Shape]:
         """Returns name and shape of the frozen tensors of a layer [out, in] that record where its
-        training began, in the file's order. `initial` returns their values too, and a file has them.
+        training began, in the file's order. `initial` returns their values too, and a file has
+        them.
         """
         return {}
 

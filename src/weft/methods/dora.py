@@ -1,18 +1,19 @@
-"""DoRA: any low-rank method, with the length of every weight row trained separately from its direction.
+"""DoRA: any low-rank method, with the length of every weight row trained separately from its
+direction.
 
     V  = W + ΔW                                ΔW = s B A for DoRA over LoRA
     W' = m · V / ‖V‖  per row                  y = x W'ᵀ + bias   (the bias stays outside the scale)
 
     m [out]   trained, starts at ‖W‖ per row, so W' = W at step 0; the wrapped method's tensors train with it
 
-Trained numbers per layer: those of the method, plus out. There is one magnitude per *output row*: the
-paper writes ‖·‖_c, "column-wise", over a d x k matrix with m in R^{1 x k}, but its code stores weights as
-(out, in) and takes the norm along the inputs; read "column" as "the weight vector of one output unit".
-The norm is a constant for the gradient (section 4.3), which changes no forward value; norm_grad="exact"
-keeps the full gradient. With dropout, x is dropped on the update only; the authors' code drops it in the
-(m/‖V‖ - 1) W x term too. σ and the norm are float32 or wider.
-How σ = m / ‖V‖ is computed once per optimiser step: ops/row_scale.py.
-Source: arXiv:2402.09353, equation 5, section 4.3; s appears in the authors' code, not in the equation.
+Trained numbers per layer: those of the method, plus out. There is one magnitude per *output row*:
+the paper writes ‖·‖_c, "column-wise", over a d x k matrix with m in R^{1 x k}, but its code stores
+weights as (out, in) and takes the norm along the inputs; read "column" as "the weight vector of one
+output unit". The norm is a constant for the gradient (section 4.3), which changes no forward value;
+norm_grad="exact" keeps the full gradient. With dropout, x is dropped on the update only; the
+authors' code drops it in the (m/‖V‖ - 1) W x term too. σ and the norm are float32 or wider. How σ =
+m / ‖V‖ is computed once per optimiser step: ops/row_scale.py. Source: arXiv:2402.09353, equation 5,
+section 4.3; s appears in the authors' code, not in the equation.
 """
 
 from __future__ import annotations

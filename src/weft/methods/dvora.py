@@ -5,8 +5,8 @@
 
     A, B  frozen and shared      d [r], b [out], m [out]  trained;  b = 0 and m = ‖W‖ make W' = W at step 0
 
-Trained numbers per layer: 2 out + r. The papers do not give d's start for DVoRA; we take VeRA's 0.1.
-Source: arXiv:2402.09353, section 5.4; its code was not released.
+Trained numbers per layer: 2 out + r. The papers do not give d's start for DVoRA; we take VeRA's
+0.1. Source: arXiv:2402.09353, section 5.4; its code was not released.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def conform(hint: Any, value: Any) -> Any:
 
 
 def check_types(config: Any) -> None:
-    """Checks the fields of a dataclass against their annotations, and stores what `conform` returns.
+    """Checks the fields of a dataclass against their annotations, and stores what `conform`
+    returns.
 
     Raises ConfigError, which names class, field and value.
     """

@@ -7,10 +7,10 @@
     B [out, r]  trained, starts at 0, so W' = W at step 0
     init="pissa", "olora": A and B start at a part of W, and ΔW = s (B A - B0 A0): starts.py
 
-Trained numbers per layer: r (in + out). Dropout acts on x of the low-rank branch only. On an embedding A
-starts at 0 and B is Gaussian with standard deviation 1 (init="kaiming") or 1/r, as in the authors' code.
-Raises ConfigError if a value is out of range. Source: arXiv:2106.09685, section 4.1; rslora:
-arXiv:2312.03732, theorem 3.2.
+Trained numbers per layer: r (in + out). Dropout acts on x of the low-rank branch only. On an
+embedding A starts at 0 and B is Gaussian with standard deviation 1 (init="kaiming") or 1/r, as in
+the authors' code. Raises ConfigError if a value is out of range. Source: arXiv:2106.09685, section
+4.1; rslora: arXiv:2312.03732, theorem 3.2.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ class Rng:
     def without_nesting(self) -> Rng:
         """Returns the same for the layer's name in a model that is not wrapped or nested.
 
-        Tensors that are drawn again on loading do not depend on the form in which the model is then.
+        Tensors that are drawn again on loading do not depend on the form in which the model is
+        then.
         """
         name = ".".join(part for part in self.name.split(".") if part not in _NESTING)
         return Rng(self.seed, name, self.device)

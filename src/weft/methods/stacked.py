@@ -40,7 +40,7 @@ def file_shapes(method: Any, shape: FullShape) -> dict[str, Shape]:
 
 
 def initial(method: Any, layer: Any, rng: Rng, shared: Shared | None) -> dict[str, Tensor]:
-    """Returns the tensors at the start of training, with the shapes of `file_shapes`."""
+    """Returns the tensors [...] at the start of training, with the shapes of `file_shapes`."""
     if layer.stack is None:
         found: dict[str, Tensor] = method.initial(layer, rng, shared)
         return found
@@ -51,7 +51,7 @@ def initial(method: Any, layer: Any, rng: Rng, shared: Shared | None) -> dict[st
 
 
 def frozen(method: Any, shape: FullShape, takes_ids: bool, rng: Rng) -> dict[str, Tensor]:
-    """Returns the frozen tensors of a layer, which no file contains."""
+    """Returns the frozen tensors [...] of a layer, which no file contains."""
     size = shape[-2:]
     if len(shape) == 2:
         found: dict[str, Tensor] = method.frozen(*size, takes_ids, rng)

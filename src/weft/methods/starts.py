@@ -44,7 +44,9 @@ class FromWeight:
         return {"A0": (self.r, in_), "B0": (out, self.r)} if self.starts_at_weight else {}
 
     def at_weight(self, W: Tensor, layer: str) -> dict[str, Tensor]:
-        """Returns A and A0 [r, in], B and B0 [out, r] for W [out, in]. Raises TargetError as `of_weight`."""
+        """Returns A and A0 [r, in], B and B0 [out, r] for W [out, in]. Raises TargetError as
+        `of_weight`.
+        """
         A0, B0 = of_weight(self.init, W, self.r, self.scale, layer)
         return {"A": A0, "B": B0, "A0": A0.clone(), "B0": B0.clone()}
 

@@ -6,8 +6,8 @@ Without m, U - W = Σ w ΔW: the factors side by side, and the ranks add. With m
 
     U = c W + Σ w σ ΔW          c = 1 + Σ w (σ - 1)
 
-which is DoRA again: V = W + Σ (w σ / c) ΔW and m = c ‖V‖ give m V / ‖V‖ = U. So both sums are exact; what
-remains is the rounding of the factors, which `distance` measures.
+which is DoRA again: V = W + Σ (w σ / c) ΔW and m = c ‖V‖ give m V / ‖V‖ = U. So both sums are
+exact; what remains is the rounding of the factors, which `distance` measures.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def method_of(magnitude: bool) -> type[LoRA]:
 def summed(W: Tensor, terms: Terms, magnitude: bool) -> LowRank:
     """Returns the factors of U for W [out, in] in float64, with m [out] if `magnitude`.
 
-    Their rank is the sum of the ranks, or min(out, in) if that is smaller. A row with c = 0 is wrong
-    unless U is zero there.
+    Their rank is the sum of the ranks, or min(out, in) if that is smaller. A row with c = 0 is
+    wrong unless U is zero there.
     """
     W = W.detach().double()
     downs, ups, c = [], [], torch.ones_like(W[:, 0])
@@ -54,8 +54,8 @@ def summed(W: Tensor, terms: Terms, magnitude: bool) -> LowRank:
 
 
 def distance(W: Tensor, terms: Terms, found: LowRank) -> float:
-    """Returns the largest error of a row of `found`, relative to the length of W's row and of the terms'
-    changes of it.
+    """Returns the largest error of a row of `found`, relative to the length of W's row and of the
+    terms' changes of it.
     """
     W = W.detach().double()
     wanted, size = W.clone(), torch.linalg.vector_norm(W, dim=1)

@@ -1,5 +1,5 @@
-"""`train=`: tensors of the base model that train beside an adapter's own, checked as far as possible
-without a model.
+"""`train=`: tensors of the base model that train beside an adapter's own, checked as far as
+possible without a model.
 
 A word is one of
     "biases"         every bias vector outside the output head, the shifts of norms included

@@ -5,12 +5,12 @@
     A [r, in]   frozen, drawn once from `seed`, sliced from [r, max in]      d [r]    trained, starts at d_init
     B [out, r]  frozen, drawn once from `seed`, sliced from [max out, r]     b [out]  trained, starts at 0
 
-b = 0 makes W' = W at step 0. Trained numbers per layer: out + r; no alpha, b and d carry the scale. A and B
-are Kaiming-uniform (bound sqrt(6 / fan_in), as in the paper's runs). `d_init` is 0.1 as in those; the ablation
-(table 7) finds 1.0, which summaries quote, clearly worse. Raises ConfigError if a value is out of range.
-Source: arXiv:2310.11454, equation 2 and section 3. Differs from the paper: A and B come from our own
-counter-based generator, whose bits no library version changes (`draw="peft"` redraws peft's matrices instead,
-`draw="stored"` keeps matrices from a file).
+b = 0 makes W' = W at step 0. Trained numbers per layer: out + r; no alpha, b and d carry the scale.
+A and B are Kaiming-uniform (bound sqrt(6 / fan_in), as in the paper's runs). `d_init` is 0.1 as in
+those; the ablation (table 7) finds 1.0, which summaries quote, clearly worse. Raises ConfigError if
+a value is out of range. Source: arXiv:2310.11454, equation 2 and section 3. Differs from the paper:
+A and B come from our own counter-based generator, whose bits no library version changes
+(`draw="peft"` redraws peft's matrices instead, `draw="stored"` keeps matrices from a file).
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ The choice of `weft.use` belongs to the calling thread or asyncio task (a contex
 caller that has chosen nothing gets the model's default, the adapter that was attached last.
 
 Gradient checkpointing runs a forward again inside backward, in whatever thread and under whatever
-choice backward runs. So the choice of the forward is written on torch's own record of the checkpointed
-region (its frame, or the node of the reentrant kind), where the recomputation finds it.
+choice backward runs. So the choice of the forward is written on torch's own record of the
+checkpointed region (its frame, or the node of the reentrant kind), where the recomputation finds
+it.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ _TRACED = (
 
 
 class PerRow:
-    """One adapter name (or None for the base) per row of the batch, grouped by adapter. `differ`: whether
-    there is more than one name.
+    """One adapter name (or None for the base) per row of the batch, grouped by adapter. `differ`:
+    whether there is more than one name.
     """
 
     def __init__(self, names: Sequence[str | None], root: nn.Module | None = None) -> None:
@@ -192,8 +193,8 @@ class ActiveAdapters:
         """Returns what is active for this caller, or was in the forward that is being recomputed.
 
         `checkpointed`: without gradients, this may be the first forward of a reentrant checkpoint.
-        Raises MergeError if an adapter is merged and the caller has chosen another, and WeftError if it
-        cannot be known which adapter the recomputed forward used.
+        Raises MergeError if an adapter is merged and the caller has chosen another, and WeftError
+        if it cannot be known which adapter the recomputed forward used.
         """
         if torch.compiler.is_compiling():
             traced = self.traced.choice

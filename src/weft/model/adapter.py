@@ -120,8 +120,8 @@ class Adapter:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields every trained tensor: "<module>.<tensor>" for layers, the base tensor's own name
-        for selected ones, "shared.<tensor>" for those that all layers share, and "<module>.rows" for
-        the rows of new tokens.
+        for selected ones, "shared.<tensor>" for those that all layers share, and "<module>.rows"
+        for the rows of new tokens.
         """
         for module, layer in self.layers.items():
             for tensor, parameter in layer.trainable().items():

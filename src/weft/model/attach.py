@@ -140,8 +140,8 @@ def attach_resolved(
     replace: bool = False,
 ) -> Adapter:
     """Attaches exactly these parts. `shared` has frozen tensors read from a file, by share_key;
-    `fill` is called with the adapter before the model is changed, to fill its tensors. `replace`: an
-    adapter of that name gives way, as soon as no open block uses it, and what is active stays.
+    `fill` is called with the adapter before the model is changed, to fill its tensors. `replace`:
+    an adapter of that name gives way, as soon as no open block uses it, and what is active stays.
 
     Raises as `attach` does; everything that can fail happens before the model is changed.
     """

@@ -22,8 +22,8 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def check_name(state: State | None, name: str, taken: bool = False) -> None:
-    """Raises ConfigError (no possible name), MergeError (an adapter is merged) or WeftError (the name is
-    taken, or is not, if it has to be).
+    """Raises ConfigError (no possible name), MergeError (an adapter is merged) or WeftError (the
+    name is taken, or is not, if it has to be).
     """
     known: Any = name
     if not isinstance(known, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
@@ -50,8 +50,8 @@ def check_name(state: State | None, name: str, taken: bool = False) -> None:
 def check_ownership(
     modules: Mapping[str, Site], configs: Mapping[str, Any], state: State | None
 ) -> None:
-    """Raises WeftError for a layer that carries adapters of another root, and TargetError for a module that
-    is not there or whose attributes are in the way.
+    """Raises WeftError for a layer that carries adapters of another root, and TargetError for a
+    module that is not there or whose attributes are in the way.
     """
     mine = None if state is None else state.active
     for name, site in modules.items():
@@ -96,8 +96,8 @@ def check_fits(views: Mapping[str, Any], configs: Mapping[str, Any]) -> None:
 
 
 def check_hosts(modules: Mapping[str, Site], configs: Mapping[str, Any]) -> None:
-    """Raises TargetError for a method that cannot act on a weight which its module reads itself, and
-    for a module that would have to carry such weights and a prompt.
+    """Raises TargetError for a method that cannot act on a weight which its module reads itself,
+    and for a module that would have to carry such weights and a prompt.
     """
     for name, method in configs.items():
         site, kept = modules[name], carrier(modules[name])

@@ -38,9 +38,9 @@ Who = tuple[Name, Any] | None
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """`rows`: who computed each row, or one entry for all of them. For several, the tensors [n, ...] of
-    one layer of the cache by name, which share its memory until its rows change places, and a
-    reference to one of them.
+    """`rows`: who computed each row, or one entry for all of them. For several, the tensors [n,
+    ...] of one layer of the cache by name, which share its memory until its rows change places, and
+    a reference to one of them.
     """
 
     rows: tuple[Who, ...]
@@ -55,8 +55,8 @@ class Mark:
 
 
 def check(active: ActiveAdapters, chosen: Active, given: Iterable[tuple[Any, Any]]) -> None:
-    """Called before a forward with its arguments as (name, value). Raises WeftError if it would read
-    what another adapter has computed; marks the caches that it will fill.
+    """Called before a forward with its arguments as (name, value). Raises WeftError if it would
+    read what another adapter has computed; marks the caches that it will fill.
     """
     found = [carrier for name, value in given for carrier in _carriers(name, value)]
     if found:
@@ -175,7 +175,8 @@ def _is_filled(cache: Any) -> bool:
 
 def _held(cache: Any) -> dict[Any, Tensor]:
     """The tensors [rows, ...] by name that a cache has in its last layer with any: keys and values
-    [rows, heads, tokens, width], or the states of a recurrent layer. Empty if it keeps them elsewhere.
+    [rows, heads, tokens, width], or the states of a recurrent layer. Empty if it keeps them
+    elsewhere.
     """
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", None)

@@ -1,7 +1,7 @@
 """What an adapted module carries: a subclass of its own class, and the container of its adapters.
 
-The class is swapped and the container added in place; `restore` undoes both. A module of fused experts
-holds several layers, so its container has one inside for each of their parameters.
+The class is swapped and the container added in place; `restore` undoes both. A module of fused
+experts holds several layers, so its container has one inside for each of their parameters.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def adapt(module: nn.Module, active: ActiveAdapters, adapted: type[nn.Module]) -> None:
-    """Swaps the class for `adapted`, a subclass of it, and adds the container of layers; nothing else of
-    the module changes.
+    """Swaps the class for `adapted`, a subclass of it, and adds the container of layers; nothing
+    else of the module changes.
     """
     module.__dict__[ACTIVE] = active
     cls, inner = type(module), None
@@ -120,8 +120,8 @@ def _carrier(layer: Any) -> nn.Module:
 
 
 def layers_of(module: nn.Module, tensor: str = "weight") -> nn.ModuleDict:
-    """Returns the adapters by name of a module, or of one of its parameters that are layers of their
-    own. Raises TypeError if it carries none.
+    """Returns the adapters by name of a module, or of one of its parameters that are layers of
+    their own. Raises TypeError if it carries none.
     """
     container: Any = module_dict(module)
     return container[tensor] if tensor != "weight" else container  # type: ignore[no-any-return]

@@ -2,8 +2,8 @@
 weights.
 
 The module's class is swapped for a subclass as that of any adapted layer. Its forward computes what
-the module's own does (base_layers/experts.py), with the update of each weight beside its products: for
-one adapter, for one per row of the batch, or for several with strengths.
+the module's own does (base_layers/experts.py), with the update of each weight beside its products:
+for one adapter, for one per row of the batch, or for several with strengths.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def _by_row(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """The output, each row of the batch with its own adapter: a token takes it along to its experts."""
+    """The output, each row of the batch with its own adapter: a token takes it along to its
+    experts.
+    """
     call = Call(module, args, kwargs)
     here = {name for layers in found.values() for name in layers}
     if isinstance(rows, Recorder):

@@ -39,8 +39,8 @@ class Gate:
         return Gate, ()
 
     def enter(self, call: Any, ready: Callable[[], bool], prepare: Callable[[], None]) -> None:
-        """Called before a forward, with the frame of its call. If not `ready()`, waits to be alone and
-        calls `prepare()`.
+        """Called before a forward, with the frame of its call. If not `ready()`, waits to be alone
+        and calls `prepare()`.
 
         Raises WeftError if other threads keep the model busy for a minute.
         """
@@ -77,8 +77,8 @@ class Gate:
             return self._changing == me or any(map(runs, self._inside.get(me, ())))
 
     def enter_part(self) -> None:
-        """Called by an adapted layer that runs outside a forward of the root: the outermost module that
-        is being called passes the gate. Raises WeftError as `enter`.
+        """Called by an adapted layer that runs outside a forward of the root: the outermost module
+        that is being called passes the gate. Raises WeftError as `enter`.
         """
         me, frame, call = threading.get_ident(), _frame_above(), None
         entered = self._inside.get(me, ())
@@ -155,7 +155,8 @@ def this_call() -> Any:
 
 
 def calls(kind: Any = None) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
-    """Yields the calls of modules on this thread's stack, innermost first, as (module, args, kwargs).
+    """Yields the calls of modules on this thread's stack, innermost first, as (module, args,
+    kwargs).
 
     `kind`: the code that is looked for, CALL by default.
     """

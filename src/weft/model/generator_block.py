@@ -1,9 +1,9 @@
 """A `with weft.use(...)` block in a generator.
 
-A generator has no context of its own: what it chooses stays with its consumer when it yields, and what
-the consumer chooses stays with it when it goes on. So each such block is an object that knows the
-generator's frame. Within the generator its own choice holds, whatever the consumer has chosen and in
-whatever thread it goes on; while it is paused its choice is nobody's.
+A generator has no context of its own: what it chooses stays with its consumer when it yields, and
+what the consumer chooses stays with it when it goes on. So each such block is an object that knows
+the generator's frame. Within the generator its own choice holds, whatever the consumer has chosen
+and in whatever thread it goes on; while it is paused its choice is nobody's.
 
 A generator that contextlib or pytest runs as a context manager is meant to choose for its caller.
 """
@@ -23,8 +23,8 @@ _MANAGERS = (contextlib.__file__, "_pytest/fixtures.py", "_pytest\\fixtures.py")
 
 
 class Block:
-    """The open blocks of one generator on one model. `choice` is what it has chosen, and `before` what
-    its caller had; `frame` is None once they are closed.
+    """The open blocks of one generator on one model. `choice` is what it has chosen, and `before`
+    what its caller had; `frame` is None once they are closed.
     """
 
     def __init__(self, frame: Any, before: Any) -> None:
@@ -67,8 +67,8 @@ class Blocks(dict[Any, Block]):
 
 
 def generator_frame() -> Any:
-    """Returns the frame of the generator that enters a `with weft.use(...)`, if it is one. Called by
-    `__enter__`.
+    """Returns the frame of the generator that enters a `with weft.use(...)`, if it is one. Called
+    by `__enter__`.
     """
     frame: Any = sys._getframe(2)
     while (manager := _manager_of(frame)) is not None:

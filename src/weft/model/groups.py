@@ -25,11 +25,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Returns the groups for a torch optimiser: `AdamW(weft.parameter_groups(adapter, 2e-4, ...))`.
 
-    Every trained tensor of the adapter is in one group. `lr` is their rate. lora_plus: the rate of B
-    is that many times the rate of A (LoRA+, arXiv:2402.12354); an embedding, where A and B change
-    places, keeps `lr`. head_lr: the rate of the head and of `modules_to_save`. lr_factors: multiples
-    of `lr` by the name of a tensor. weight_decay acts on matrices; vectors (biases, norms,
-    magnitudes, VeRA's b and d) have none. Each group has a "name".
+    Every trained tensor of the adapter is in one group. `lr` is their rate. lora_plus: the rate of
+    B is that many times the rate of A (LoRA+, arXiv:2402.12354); an embedding, where A and B change
+    places, keeps `lr`. head_lr: the rate of the head and of `modules_to_save`. lr_factors:
+    multiples of `lr` by the name of a tensor. weight_decay acts on matrices; vectors (biases,
+    norms, magnitudes, VeRA's b and d) have none. Each group has a "name".
 
     Raises ConfigError if a number is not above 0 (weight_decay: below 0), or if one of the options
     has no tensor to act on.

@@ -1,10 +1,11 @@
-"""The forward of a module whose weight is adapted as a weight: W' stands in W's place while it runs.
+"""The forward of a module whose weight is adapted as a weight: W' stands in W's place while it
+runs.
 
 The module's class is swapped for a subclass in which the names of its weights are properties. They
 give W' inside the module's own forward, and whenever a forward of the whole model reads them from
 outside (the fused paths of nn.TransformerEncoderLayer); anywhere else they give the parameter, so
-optimisers, files and merging see what they saw before. What is active is known per caller, so threads
-with different adapters do not meet.
+optimisers, files and merging see what they saw before. What is active is known per caller, so
+threads with different adapters do not meet.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def class_of(host: nn.Module) -> type[nn.Module]:
 
 
 def hold(layer: AdapterLayer) -> None:
-    """Called with every layer that has been put into the model: swaps the class of another module that
-    holds a weight of the host.
+    """Called with every layer that has been put into the model: swaps the class of another module
+    that holds a weight of the host.
     """
     host, holder = _pair(layer)
     if holder is not host and _HOST not in holder.__dict__:
@@ -73,8 +74,8 @@ def _pair(layer: AdapterLayer) -> tuple[nn.Module, nn.Module]:
 
 
 def _kind(host: bool, recurrent: bool, tensors: tuple[str, ...]) -> Subclasses:
-    """The subclasses in which these weights are properties: of hosts, or of other modules that hold a
-    weight of a host.
+    """The subclasses in which these weights are properties: of hosts, or of other modules that hold
+    a weight of a host.
     """
     found = _kinds.get((host, recurrent, tensors))
     if found is None:
@@ -167,8 +168,8 @@ def _layer(host: nn.Module, name: str, key: str) -> AdapterLayer | None:
 
 
 def built(layer: AdapterLayer, W: Tensor) -> Tensor:
-    """Returns W' [out, in] with its graph in float32 or wider, for W [out, in]. The norm of DoRA is a
-    constant for the gradient unless the method asks for more.
+    """Returns W' [out, in] with its graph in float32 or wider, for W [out, in]. The norm of DoRA is
+    a constant for the gradient unless the method asks for more.
     """
     if not torch.compiler.is_compiling() and not layer.ran:
         layer.ran = True
@@ -234,8 +235,8 @@ def _by_row(rows: PerRow, active: ActiveAdapters, host: nn.Module, args: Any, kw
 
 
 def _batch(host: nn.Module, args: Any, kwargs: Any) -> tuple[Any, tuple[int, ...] | None]:
-    """The input [*positions, in] whose positions are the rows, and the dimension of the rows in each
-    tensor of the output; None if that is not known.
+    """The input [*positions, in] whose positions are the rows, and the dimension of the rows in
+    each tensor of the output; None if that is not known.
     """
     names = {nn.MultiheadAttention: "query", nn.Bilinear: "input1"}
     name = next((n for cls, n in names.items() if isinstance(host, cls)), "input")

@@ -116,14 +116,14 @@ class AdapterLayer(nn.Module):
         return {name: self.get_parameter(name) for name in self.names}
 
     def stored(self) -> dict[str, Tensor]:
-        """Returns the tensors that a file has: the trained ones, and those that training began
-        at.
+        """Returns the tensors [...] that a file has: the trained ones, and those that training
+        began at.
         """
         return {**self.trainable(), **{name: self.get_buffer(name) for name in self.start_names}}
 
     @property
     def base_weight(self) -> Tensor | None:
-        """The module's parameter that stores W, as it is at the moment; None if it has none."""
+        """The module's parameter [...] that stores W, as it is at the moment; None if it has none."""
         place: dict[str, Any] = self.base.module._parameters
         return place.get(getattr(self.base, "tensor", "weight"))
 

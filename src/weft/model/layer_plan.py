@@ -1,7 +1,7 @@
 """How one layer computes its output, decided when something changes and read at every call.
 
-A plan rests on the identity of the tensors, their dtypes, the class of the layer and whether it trains.
-`holds` is the cheap test of all that; `compute` then only compares the size of the input.
+A plan rests on the identity of the tensors, their dtypes, the class of the layer and whether it
+trains. `holds` is the cheap test of all that; `compute` then only compares the size of the input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from . import fallback
 
 
 class LayerPlan:
-    """`reason`: why the layer is computed by the general definition; None if `compute` may be called."""
+    """`reason`: why the layer is computed by the general definition; None if `compute` may be
+    called.
+    """
 
     def __init__(self, layer: Any, x: Tensor) -> None:
         parameters = layer.base.module._parameters

@@ -35,8 +35,8 @@ WORDS: dict[str, str] = {"convolution": "conv", "experts": "experts"}
 
 @dataclass(frozen=True)
 class Share:
-    """The weights of one kind that no adapter is on: their number, and whether the plan's reason is that
-    "all-linear" cannot adapt them.
+    """The weights of one kind that no adapter is on: their number, and whether the plan's reason is
+    that "all-linear" cannot adapt them.
     """
 
     kind: str
@@ -150,8 +150,8 @@ def check(structure: Structure, config: Any, frozen: Sequence[Frozen]) -> list[s
 
 
 def unread(structure: Structure, frozen: Sequence[Frozen]) -> list[str]:
-    """Returns one sentence on what the configuration names and stays frozen since no output depends on
-    it, if there is such a thing.
+    """Returns one sentence on what the configuration names and stays frozen since no output depends
+    on it, if there is such a thing.
     """
     named = {entry.name for entry in frozen if entry.unread}
     places = [

@@ -21,8 +21,8 @@ ADAM_MOMENTS = 2
 @dataclass(frozen=True)
 class Memory:
     """Bytes. `activations` is what autograd saves for backward in one step, or None if no batch was
-    given. `codes` and `scales` are the parts of `base` in packed layers, and `unpacked` is the largest
-    of these layers while its weight is unpacked; the next one's takes its place.
+    given. `codes` and `scales` are the parts of `base` in packed layers, and `unpacked` is the
+    largest of these layers while its weight is unpacked; the next one's takes its place.
     """
 
     base: int

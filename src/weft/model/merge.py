@@ -47,8 +47,9 @@ def merge(
     are kept, so `unmerge` is exact; that costs one copy of the merged weights.
 
     A layer of a quantised base becomes a dense one with W' in `dtype` (None: that of the model's
-    other weights), from its dequantised weight; `unmerge` gives the packed layer back. requantise=True
-    packs W' as the layer was packed instead, and refuses if less than half of the change is left.
+    other weights), from its dequantised weight; `unmerge` gives the packed layer back.
+    requantise=True packs W' as the layer was packed instead, and refuses if less than half of the
+    change is left.
 
     Raises WeftError (no such adapter), MergeError (another adapter is merged, outputs changed, too
     little would survive, the model reads a weight past the adapter, as far as `verify` or a forward
@@ -114,8 +115,8 @@ def effective_weight(layer: nn.Module, name: str = "default", tensor: str | None
     """Returns W' [out, in] of one adapted layer, detached, in float32 (float64 if the weight is).
     `tensor`: which weight, of a module that reads several itself, such as "in_proj_weight".
 
-    A module of fused experts has several layers: `tensor` names the parameter, and W' is [E, out, in].
-    Raises WeftError (the layer has no such adapter), UnsupportedError (the method changes no
+    A module of fused experts has several layers: `tensor` names the parameter, and W' is [E, out,
+    in]. Raises WeftError (the layer has no such adapter), UnsupportedError (the method changes no
     weight).
     """
     active = active_of(layer)
@@ -316,9 +317,9 @@ def _outputs(state: State, name: str | None, inputs: Any) -> list[Tensor]:
 
 
 def _check_called(state: State, adapter: Adapter, inputs: Any, tolerance: float | None) -> None:
-    """Raises MergeError if the model reads the weight of a layer past the adapter, with these inputs or in
-    a forward before. A layer that it calls as well is let through if its effect is measured and a
-    tolerance for it was given.
+    """Raises MergeError if the model reads the weight of a layer past the adapter, with these
+    inputs or in a forward before. A layer that it calls as well is let through if its effect is
+    measured and a tolerance for it was given.
     """
     if inputs is not None and not state.active.was_traced:
         with Reads(weighted_layers(adapter).values()) as reads:

@@ -1,4 +1,5 @@
-"""Notices that trained tensors have changed without a sign of it, where no call can compare numbers.
+"""Notices that trained tensors have changed without a sign of it, where no call can compare
+numbers.
 
 On a GPU every comparison waits for the device, so there a kept norm is only checked by versions and
 optimiser steps (ops/cache.py). Copying averaged weights through `.data`, or a step by hand, changes

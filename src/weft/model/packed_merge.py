@@ -1,8 +1,9 @@
-"""Merging into a packed layer: it stands as a dense nn.Linear, or with codes of W', until `put_back`.
+"""Merging into a packed layer: it stands as a dense nn.Linear, or with codes of W', until
+`put_back`.
 
-The module keeps its identity: only its class, its tensors and what the library hangs on it change. The
-packed layer is kept as it was in a second module that shares the rest, so putting it back is exact
-and costs no copy.
+The module keeps its identity: only its class, its tensors and what the library hangs on it change.
+The packed layer is kept as it was in a second module that shares the rest, so putting it back is
+exact and costs no copy.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ LEAST = 0.5  # of the change, that must survive being packed again
 
 
 def begin(module: nn.Module) -> nn.Module:
-    """Keeps the packed layer as it is, and lets the module have tensors of its own. Returns the layer
-    that was kept.
+    """Keeps the packed layer as it is, and lets the module have tensors of its own. Returns the
+    layer that was kept.
     """
     cls = own_class(module)
     kept = cls.__new__(cls)
@@ -46,8 +47,8 @@ def begin(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def make_dense(module: Any, W: Tensor, bias: Tensor | None) -> nn.Parameter:
-    """Turns the module into an nn.Linear with the weight W [out, in] and bias [out], which is cast to
-    W's dtype. Returns the new weight.
+    """Turns the module into an nn.Linear with the weight W [out, in] and bias [out], which is cast
+    to W's dtype. Returns the new weight.
     """
     packing: Any = packing_of(module)
     (out_features, in_features), names = packing.shape(module), packing.holds
@@ -110,8 +111,9 @@ def put_back(module: nn.Module) -> None:
 
 
 def keep(root: nn.Module, record: Merged, others: Iterable[Adapter]) -> None:
-    """Forgets the packed layers that were merged into: their modules are what they stand for now. The
-    other adapters go on over that, and transformers is told which layers are no longer quantised.
+    """Forgets the packed layers that were merged into: their modules are what they stand for now.
+    The other adapters go on over that, and transformers is told which layers are no longer
+    quantised.
     """
     modules = [backup.packed for backup in record.backups if backup.packed is not None]
     for module in modules:
@@ -125,8 +127,8 @@ def keep(root: nn.Module, record: Merged, others: Iterable[Adapter]) -> None:
 
 
 def originals(record: Merged) -> dict[int, nn.Parameter | None]:
-    """Returns the packed layer's parameter by the identity of the one that stands for it; None if the
-    packed layer has none.
+    """Returns the packed layer's parameter by the identity of the one that stands for it; None if
+    the packed layer has none.
     """
     found: dict[int, nn.Parameter | None] = {}
     for backup in record.backups:
@@ -139,8 +141,8 @@ def originals(record: Merged) -> dict[int, nn.Parameter | None]:
 
 @torch.no_grad()
 def dequantise(root: nn.Module, dtype: torch.dtype | None) -> list[str]:
-    """Makes every packed layer of a model without adapters dense, in `dtype` (None: that of the model's
-    other weights), for good. Returns the names of the formats.
+    """Makes every packed layer of a model without adapters dense, in `dtype` (None: that of the
+    model's other weights), for good. Returns the names of the formats.
 
     Raises UnsupportedError if a layer cannot be unpacked.
     """
@@ -171,8 +173,8 @@ def cast_beside(root: nn.Module, name: str) -> None:
 
 
 def _tell_transformers(root: Any) -> None:
-    """A model whose layers are dense again is saved, and loaded, without quantisation; of one with some
-    packed layers left, the dense ones are named in the list of those that are not packed.
+    """A model whose layers are dense again is saved, and loaded, without quantisation; of one with
+    some packed layers left, the dense ones are named in the list of those that are not packed.
     """
     config = getattr(getattr(root, "config", None), "quantization_config", None)
     if config is None:
@@ -236,8 +238,8 @@ class PackedMerge:
         return base.packing.weight(base.module) if self.requantise else cast
 
     def check_survived(self) -> float | None:
-        """Returns the share of the change that is left, or None if nothing was packed. Raises MergeError
-        below one half.
+        """Returns the share of the change that is left, or None if nothing was packed. Raises
+        MergeError below one half.
         """
         if not self.requantise:
             return None

@@ -20,8 +20,8 @@ from .row_probe import Recorder
 
 
 class _Held(threading.local):
-    """The part that this thread has called last: the frame of the call, which may have ended, and what
-    is known of it.
+    """The part that this thread has called last: the frame of the call, which may have ended, and
+    what is known of it.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,9 @@ _held = _Held()
 
 
 def active_in(active: ActiveAdapters, training: bool) -> Active:
-    """Returns what is active in a layer that runs outside a forward of the root, or in a compiled one."""
+    """Returns what is active in a layer that runs outside a forward of the root, or in a compiled
+    one.
+    """
     if torch.compiler.is_compiling():
         return active.current(training)
     active.gate.enter_part()

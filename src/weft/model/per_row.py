@@ -23,8 +23,8 @@ def by_row(
     x: Tensor,
     y: Tensor,
 ) -> Tensor:
-    """Returns the output [..., out] of an adapted module from its input x [..., in] and own output y
-    [..., out], each row with its own adapter.
+    """Returns the output [..., out] of an adapted module from its input x [..., in] and own output
+    y [..., out], each row with its own adapter.
 
     Raises WeftError if it is not known where in x the rows are.
     """
@@ -72,9 +72,11 @@ def _by_first(
 def weighted(
     active: Weighted, adapters: ActiveAdapters, layers: Mapping[str, Any], x: Tensor, y: Tensor
 ) -> Tensor:
-    """Returns y + Σ w (adapter(x) - y) [..., out] from a layer's input x and own output y [..., out].
+    """Returns y + Σ w (adapter(x) - y) [..., out] from a layer's input x and own output y [...,
+    out].
 
-    An adapter that the layer does not have changes nothing there. Raises WeftError if it was detached.
+    An adapter that the layer does not have changes nothing there. Raises WeftError if it was
+    detached.
     """
     out = y
     for name, strength in active.strengths.items():

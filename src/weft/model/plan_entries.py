@@ -18,8 +18,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A layer or tensor that could have been adapted and was not. `unread`: the configuration names it,
-    and no output depends on it.
+    """A layer or tensor that could have been adapted and was not. `unread`: the configuration names
+    it, and no output depends on it.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""Runs a model without the forward hooks that its user has put on it: a hook that counts or collects
-must see the calls that the user makes, and no others.
+"""Runs a model without the forward hooks that its user has put on it: a hook that counts or
+collects must see the calls that the user makes, and no others.
 """
 
 from __future__ import annotations

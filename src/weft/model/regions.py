@@ -1,5 +1,5 @@
-"""The regions of a forward that torch.utils.checkpoint runs again in backward, and what was active in
-each, written on torch's own record of the region.
+"""The regions of a forward that torch.utils.checkpoint runs again in backward, and what was active
+in each, written on torch's own record of the region.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def innermost() -> Any:
 
 def around() -> Iterator[Any]:
     """Yields the checkpointed regions around this call, innermost first: those whose first forward
-    runs, and those that are recomputed. A region is torch's own record of it: a frame, or the reentrant node.
+    runs, and those that are recomputed. A region is torch's own record of it: a frame, or the
+    reentrant node.
     """
     frame: Any = sys._getframe(1)
     while frame is not None:

@@ -31,16 +31,16 @@ _SEVERAL = "it has other rows in other calls, and this one is compiled or runs i
 
 
 class Table:
-    """What is known of the layers in one call. `borrowed`: a probe of longer inputs has shown it, and the
-    call has one token per row.
+    """What is known of the layers in one call. `borrowed`: a probe of longer inputs has shown it,
+    and the call has one token per row.
     """
 
     def __init__(self, found: Probe | str, borrowed: bool = False) -> None:
         self._found, self._borrowed = found, borrowed
 
     def of(self, module: nn.Module) -> tuple[Found | None, Shapes]:
-        """Returns where the rows are in a layer's input, or why that is unknown, and in which shapes of
-        its positions that was seen.
+        """Returns where the rows are in a layer's input, or why that is unknown, and in which
+        shapes of its positions that was seen.
         """
         probe = self._found
         if isinstance(probe, str):
@@ -48,8 +48,8 @@ class Table:
         return probe.found.get(module), () if self._borrowed else probe.shapes.get(module, ())
 
     def layout(self, module: nn.Module, positions: tuple[int, ...], n: int) -> Layout | str | None:
-        """Returns where the n rows are in an input of these positions, or why that is unknown; None if
-        they are not there.
+        """Returns where the n rows are in an input of these positions, or why that is unknown; None
+        if they are not there.
         """
         found, shapes = self.of(module)
         if not isinstance(found, Layout):

@@ -15,7 +15,7 @@ _LEAST = -1e4  # of a mask that is added to the scores of attention: what hides 
 
 
 def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yields the tensors in nested containers, with the keys that lead to each."""
+    """Yields the tensors [...] in nested containers, with the keys that lead to each."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):
@@ -27,8 +27,8 @@ def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def main_input(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Returns the input whose first dimension counts the rows: input_ids or inputs_embeds if present,
-    else the first tensor. None if there is none, or only within other arguments.
+    """Returns the input whose first dimension counts the rows: input_ids or inputs_embeds if
+    present, else the first tensor. None if there is none, or only within other arguments.
     """
     named = [kwargs[k] for k in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(k), Tensor)]
     plain = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
@@ -63,8 +63,8 @@ class Inputs:
         return _key(self.all, self.n)
 
     def sizes(self) -> Any:
-        """The shapes and numbers of which a layout may depend. Of a step, not of what grows with every
-        step.
+        """The shapes and numbers of which a layout may depend. Of a step, not of what grows with
+        every step.
         """
         step = self.is_step()
         shapes = [
@@ -75,21 +75,23 @@ class Inputs:
         return self.n, step, tuple(shapes), () if step else tuple(_numbers(self.all))
 
     def is_step(self) -> bool:
-        """Whether the main input has one position per row, as when one token after another is decoded."""
+        """Whether the main input has one position per row, as when one token after another is
+        decoded.
+        """
         main = main_input(*self.all)
         return main is not None and main.dim() > 1 and main.shape[1] == 1
 
     def is_of_steps_only(self) -> bool:
-        """Whether no input but what grows has more than one position per row either, so that a layer's
-        input of n positions is the n rows.
+        """Whether no input but what grows has more than one position per row either, so that a
+        layer's input of n positions is the n rows.
         """
         return self.is_step() and all(
             t.dim() < 2 or t.shape[1] == 1 or self._grows(path, t) for path, t in self._named
         )
 
     def _grows(self, path: Path, t: Tensor) -> bool:
-        """Whether a tensor is a mask [n, tokens], or keys and values [n, heads, tokens, ...] of earlier
-        tokens.
+        """Whether a tensor is a mask [n, tokens], or keys and values [n, heads, tokens, ...] of
+        earlier tokens.
         """
         return (t.dim() == 2 and t is not main_input(*self.all)) or (t.dim() > 3 and len(path) > 1)
 

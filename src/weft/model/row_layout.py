@@ -60,7 +60,9 @@ class Layout:
 
 
 def of_single(positions: Sequence[int], n: int) -> Layout | None:
-    """Returns where n rows of one token each are, in positions of this shape; None if there is more."""
+    """Returns where n rows of one token each are, in positions of this shape; None if there is
+    more.
+    """
     found = list(positions)
     if found.count(n) == 1 and all(size in (1, n) for size in found):
         return Layout(found.index(n), "rows")

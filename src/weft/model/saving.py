@@ -46,7 +46,9 @@ def check_merged(found: dict[str, Any], prefix: str, here: str | None) -> None:
 
 
 def tell_trainers(root: nn.Module, attached: bool) -> None:
-    """transformers.Trainer and TRL refuse a quantised model unless they see this sign of an adapter."""
+    """transformers.Trainer and TRL refuse a quantised model unless they see this sign of an
+    adapter.
+    """
     if not attached:
         root.__dict__.pop(_SIGN, None)
     elif getattr(root, "is_quantized", False):

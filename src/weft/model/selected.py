@@ -45,8 +45,8 @@ class Selected:
 
 
 def taken(root: nn.Module, selected: Iterable[Selected]) -> dict[str, tuple[nn.Module, Selected]]:
-    """Returns the modules that have taken a trained copy as a tensor of their own since attach, by the
-    tensor's full name.
+    """Returns the modules that have taken a trained copy as a tensor of their own since attach, by
+    the tensor's full name.
     """
     copies = {id(s.trained): s for s in selected}
     return {

@@ -34,10 +34,11 @@ ATTRIBUTE = STATE
 
 @dataclass(frozen=True, eq=False)
 class Backup:
-    """One merged weight: its name, the parameter, its bits [...] before, its version and digest after.
+    """One merged weight: its name, the parameter, its bits [...] before, its version and digest
+    after.
 
-    `packed`: the module whose packed layer was exchanged; then `bits` are its codes, and `dtype` that of
-    the parameter that stands for them.
+    `packed`: the module whose packed layer was exchanged; then `bits` are its codes, and `dtype`
+    that of the parameter that stands for them.
     """
 
     name: str
@@ -128,7 +129,9 @@ class State:
     def choose(
         self, active: Active, open_blocks: int | None = None, block: Block | None = None
     ) -> None:
-        """Activates this for the caller, or the generator of the block, and installs its base tensors."""
+        """Activates this for the caller, or the generator of the block, and installs its base
+        tensors.
+        """
         choice = self.active.chosen()
         blocks = open_blocks if open_blocks is not None else own_blocks(choice)
         self.active.choose(active, blocks, block)

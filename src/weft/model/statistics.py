@@ -29,8 +29,8 @@ def with_statistics(root: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def modes_kept(root: nn.Module) -> Iterator[None]:
-    """After this context every module has the mode (train or eval) that it had, and a frozen batch norm
-    the one that `release` gives it.
+    """After this context every module has the mode (train or eval) that it had, and a frozen batch
+    norm the one that `release` gives it.
     """
     before = [(m, m.training, m.__dict__.get(_MODE)) for m in root.modules()]
     try:

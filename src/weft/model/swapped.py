@@ -1,4 +1,6 @@
-"""Subclasses made at run time: a module gets one in the place of its class, and gives it back later."""
+"""Subclasses made at run time: a module gets one in the place of its class, and gives it back
+later.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ def _state(module: nn.Module) -> Any:
 
 
 class Subclasses:
-    """One kind of subclass: `members` are what it has in the place of its base's, `forward` for example.
+    """One kind of subclass: `members` are what it has in the place of its base's, `forward` for
+    example.
 
     A copy or a pickle of a module names `blank`, a function of a file, and the module's own class.
     """

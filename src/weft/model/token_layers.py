@@ -1,4 +1,5 @@
-"""The layers that train the rows of new tokens, beside those of the method: see methods/token_rows.py.
+"""The layers that train the rows of new tokens, beside those of the method: see
+methods/token_rows.py.
 
 They are adapted layers like the others, so `weft.use`, rows of mixed batches, copies and detaching
 need nothing of their own. The modules that read one table share one Parameter.

@@ -282,8 +282,8 @@ class Uncalled:
 
 
 def _end_interrupted() -> None:
-    """Takes off the watches of forwards, of any model, that an interrupt ended in this thread: torch calls
-    no hook then.
+    """Takes off the watches of forwards, of any model, that an interrupt ended in this thread:
+    torch calls no hook then.
     """
     while True:
         mode: Any = overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
@@ -298,8 +298,8 @@ def _field(adapter: Adapter, name: str) -> str:
 
 
 def _disturbed(root: nn.Module) -> bool:
-    """Whether a function mode changes how a model computes: torch does not take its fused kernels for
-    attention, which round otherwise and fill padding with zeros, and compiles again.
+    """Whether a function mode changes how a model computes: torch does not take its fused kernels
+    for attention, which round otherwise and fill padding with zeros, and compiles again.
     """
     kinds = nn.TransformerEncoderLayer | nn.MultiheadAttention
     return any(

@@ -15,8 +15,8 @@ _COLLECTIONS = (dict, list, set)
 
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """Switches gradients and training mode off, and afterwards restores every module's attributes, what
-    its dictionaries, lists and sets hold (hooks too), and the numbers in its buffers.
+    """Switches gradients and training mode off, and afterwards restores every module's attributes,
+    what its dictionaries, lists and sets hold (hooks too), and the numbers in its buffers.
     """
     modules = list(module.modules())
     before = [_Attributes(m.__dict__) for m in modules]
@@ -63,8 +63,8 @@ def _restore(now: dict[Any, Any], before: Mapping[Any, Any]) -> None:
 
 
 def _own_buffers(module: nn.Module) -> list[Tensor]:
-    """The buffers that the model's own forward may write to; not the packed weights of a quantised one,
-    whose copies would double the model's memory.
+    """The buffers that the model's own forward may write to; not the packed weights of a quantised
+    one, whose copies would double the model's memory.
     """
     if type(module).__module__.startswith("weft."):
         return []

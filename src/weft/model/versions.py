@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 class Versions:
-    """`changes`: how often the tensors were found changed. What writes through `.data` or a pointer is
-    not counted by torch, and not seen.
+    """`changes`: how often the tensors were found changed. What writes through `.data` or a pointer
+    is not counted by torch, and not seen.
     """
 
     def __init__(self, tensors: Iterable[Tensor], changes: int = 0) -> None:

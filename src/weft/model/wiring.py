@@ -126,7 +126,9 @@ class _Paths:
         self._seen: set[tuple[int, str]] = set()
 
     def add(self, names: Sequence[str], module: nn.Module, tensor: str = "") -> bool:
-        """Notes the ways to a module and its tensor, by all of its names. Returns False if that has been done."""
+        """Notes the ways to a module and its tensor, by all of its names. Returns False if that has
+        been done.
+        """
         if (module, tensor) in self._added:
             return False
         self._added.add((module, tensor))

@@ -1,9 +1,9 @@
 """VL-BART: BART with visual tokens behind the text, as VL-T5 and VL-Adapter train it.
 
-The encoder reads text tokens, then one token per region of an image (or frame of a clip): its features
-and box, each mapped to the model's width and normalised, plus embeddings of which image it belongs to
-and of its place. Visual tokens have no position embedding and do not pass the embedding's norm. The
-decoder is BART's.
+The encoder reads text tokens, then one token per region of an image (or frame of a clip): its
+features and box, each mapped to the model's width and normalised, plus embeddings of which image it
+belongs to and of its place. Visual tokens have no position embedding and do not pass the
+embedding's norm. The decoder is BART's.
 
 Source: arXiv:2102.02779 and arXiv:2112.06825; tensor names are those of ylsung/VL_adapter, 545fcbb.
 """
@@ -36,8 +36,8 @@ _BOX = 5  # x1, x2, y1, y2 and the area
 class VLBartConfig(transformers.BartConfig):  # type: ignore[misc]
     """BART's configuration with two more fields.
 
-    `feat_dim`: width of the features, 2048 for CLIP's RN101 and 512 for VALUE's clips. `n_images`: how
-    many images one input can have.
+    `feat_dim`: width of the features, 2048 for CLIP's RN101 and 512 for VALUE's clips. `n_images`:
+    how many images one input can have.
     """
 
     model_type = "vl_bart"
@@ -56,9 +56,9 @@ class VisualEmbedding(nn.Module):
         self.img_order_embedding = nn.Embedding(config.n_images, width)
 
     def forward(self, feats: Tensor, boxes: Tensor, places: Tensor) -> Tensor:
-        """Returns tokens [batch, images · regions, width] for features [batch, images, regions, feat]
-        and boxes [batch, images, regions, 4] (x1, x2, y1, y2). `places` [regions, width] are the
-        embeddings of the regions' places.
+        """Returns tokens [batch, images · regions, width] for features [batch, images, regions,
+        feat] and boxes [batch, images, regions, 4] (x1, x2, y1, y2). `places` [regions, width] are
+        the embeddings of the regions' places.
         """
         x1, x2, y1, y2 = boxes.unbind(-1)
         area = (y2 - y1) * (x2 - x1)
@@ -116,8 +116,8 @@ class VLBartEncoder(BartEncoder):  # type: ignore[misc]
 class VLBartForConditionalGeneration(BartForConditionalGeneration):  # type: ignore[misc]
     """VL-BART with its language model head. Without `vis_feats` it is BART.
 
-    `vis_feats` [batch, images, regions, feat_dim]; `vis_boxes` [batch, images, regions, 4] or None for
-    boxes of zeros, as with CLIP's features. All other arguments are BART's.
+    `vis_feats` [batch, images, regions, feat_dim]; `vis_boxes` [batch, images, regions, 4] or None
+    for boxes of zeros, as with CLIP's features. All other arguments are BART's.
     """
 
     config_class = VLBartConfig
@@ -183,9 +183,9 @@ def from_bart(
 ) -> tuple[VLBartForConditionalGeneration, Any]:
     """Returns VL-BART with the weights of a BART directory (or hub name), and its tokenizer.
 
-    The tokenizer gets `EXTRA_TOKENS`, the embedding as many rows. They and the visual embedding have
-    new values from torch's generator. Raises ConfigError if the model is no BART, OSError if there
-    is none.
+    The tokenizer gets `EXTRA_TOKENS`, the embedding as many rows. They and the visual embedding
+    have new values from torch's generator. Raises ConfigError if the model is no BART, OSError if
+    there is none.
     """
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.model_type != "bart":

@@ -117,7 +117,9 @@ class Cache:
         return len(self._entries)
 
     def fresh(self, name: str, sources: Sequence[Tensor]) -> Any:
-        """Returns the kept value if no source has changed, else None. The sources are those of `get`."""
+        """Returns the kept value if no source has changed, else None. The sources are those of
+        `get`.
+        """
         entry = self._entries.get(name)
         if entry is None or not _may_keep(sources[0]) or not entry.holds(sources):
             return None
@@ -133,7 +135,8 @@ class Cache:
     ) -> Any:
         """Returns `compute()`, or what it gave if no source has changed since. Never with a graph.
 
-        `sampled`: numbers of the first frozen source, W, are compared even if it is large, one per row.
+        `sampled`: numbers of the first frozen source, W, are compared even if it is large, one per
+        row.
         """
         sources = (*trained, *frozen)
         entry = self._entries.get(name)

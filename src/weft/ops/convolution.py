@@ -1,12 +1,14 @@
-"""Convolutions as linear maps: the kernel as W [out, in / groups · k], and an update beside the layer.
+"""Convolutions as linear maps: the kernel as W [out, in / groups · k], and an update beside the
+layer.
 
     y[o] = Σ W[o, (i, k)] x[i, shifted by k]        i: the inputs of o's group,  k: the places of the kernel
 
     y += C ∗ h,    h = A ∗ x        A [r, in / groups · k] as a kernel with r outputs per group,
                                     C = s diag(b) B diag(d) [out, r] as a kernel of one place
 
-A convolution is linear in its kernel, so this is exact, with groups, dilation, stride and any padding,
-and for transposed ones. Channels come before positions: x is [rows, in, *positions], or [in, *positions].
+A convolution is linear in its kernel, so this is exact, with groups, dilation, stride and any
+padding, and for transposed ones. Channels come before positions: x is [rows, in, *positions], or
+[in, *positions].
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a kernel means. `inputs`: the channels that one output reads, in / groups. `size`: that of
-    the kernel, per dimension.
+    """What a kernel means. `inputs`: the channels that one output reads, in / groups. `size`: that
+    of the kernel, per dimension.
     """
 
     inputs: int
@@ -51,8 +53,8 @@ class Geometry:
         return self.inputs * math.prod(self.size)
 
     def matrix(self, kernel: Tensor) -> Tensor:
-        """Returns W [out, in / groups · k] for a kernel as torch stores it: [out, in / groups, *size],
-        or transposed [in, out / groups, *size]. It is a view if the memory allows it.
+        """Returns W [out, in / groups · k] for a kernel as torch stores it: [out, in / groups,
+        *size], or transposed [in, out / groups, *size]. It is a view if the memory allows it.
         """
         if self.transposed:
             kernel = kernel.reshape(self.groups, self.inputs, *kernel.shape[1:])
@@ -112,8 +114,8 @@ def _by(sizes: tuple[int, ...]) -> str:
 def builds(
     x: Tensor, positions: int, geometry: Geometry, out: int, r: int, scaled: bool, grad: bool
 ) -> bool:
-    """Whether y of x is cheaper through a built W' than by an update beside W: a count of operations,
-    as in plan.py, for that many positions of the output in all rows.
+    """Whether y of x is cheaper through a built W' than by an update beside W: a count of
+    operations, as in plan.py, for that many positions of the output in all rows.
 
     With gradients W' has one of its own, as large as W, which costs a third convolution.
     """

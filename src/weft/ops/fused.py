@@ -3,15 +3,17 @@
     y = σ ∘ (x Wᵀ + h Cᵀ) + bias      C = s diag(b) B diag(d) [out, r]      σ = m / norm
                                       h = x Aᵀ [tokens, r]; computed outside if layers share it or x is dropped
 
-Kept: h and, if m trains, y itself, which the next layer may keep too; references to W, A, B, bias and the
-vectors; x if A trains. Not C, and no other product of y's size. With z = y - bias and upstream gradient g:
+Kept: h and, if m trains, y itself, which the next layer may keep too; references to W, A, B, bias
+and the vectors; x if A trains. Not C, and no other product of y's size. With z = y - bias and
+upstream gradient g:
 
     grad h = (σ ∘ g) C          grad A = (grad h)ᵀ x          grad x = (σ ∘ g) W + (grad h) A
     grad C = (σ ∘ g)ᵀ h, from which grad b = s (B ∘ grad C) d, grad d = s bᵀ (B ∘ grad C), grad B = s diag(b) grad C diag(d)
     grad m = Σ_tokens g ∘ z / σ / norm                              grad bias = Σ_tokens g
 
-`build` and `back` go through W' = σ ∘ (W + C A) forwards and backwards (plan.py says when). `keep_straight`
-keeps z / σ, for a σ that would lose it (zero, or far below the bias). There is no second derivative.
+`build` and `back` go through W' = σ ∘ (W + C A) forwards and backwards (plan.py says when).
+`keep_straight` keeps z / σ, for a σ that would lose it (zero, or far below the bias). There is no
+second derivative.
 """
 
 from __future__ import annotations
@@ -62,9 +64,9 @@ def fused(
 ) -> Tensor:
     """Returns y [..., out] for x [..., in], frozen W [out, in] and bias [out].
 
-    `scale` and `ready` are σ and its by-products if f has an m; `build` goes through W'. `dropout` acts
-    on x before A. `written`: the output may be written to, so it cannot be kept. `shared_down(x, A,
-    detached)` is x Aᵀ computed once for all layers that read x.
+    `scale` and `ready` are σ and its by-products if f has an m; `build` goes through W'. `dropout`
+    acts on x before A. `written`: the output may be written to, so it cannot be kept.
+    `shared_down(x, A, detached)` is x Aᵀ computed once for all layers that read x.
     """
     out, in_ = W.shape
     tokens = x.numel() // max(in_, 1)
@@ -241,7 +243,9 @@ def _unfolded(
 
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32 or wider: d's and b's gradients are sums over it, which a rounding would spoil."""
+    """a b in float32 or wider: d's and b's gradients are sums over it, which a rounding would
+    spoil.
+    """
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b)
     if a.is_cuda:

@@ -3,12 +3,13 @@
     y = x W_eᵀ for every row x of expert e        y' = σ_e ∘ (y + x A_eᵀ C_eᵀ) + bias_e
                                                    C_e = s diag(b_e) B_e diag(d_e)
 
-`ops/low_rank.py` defines W'_e; the rows of one expert take the products of a layer of its own. A and B are
-stacked, [E, r, in] and [E, out, r], or shared by all experts; vectors are [E, r] and [E, out]. An expert
-without rows costs nothing and has the gradient 0.
+`ops/low_rank.py` defines W'_e; the rows of one expert take the products of a layer of its own. A
+and B are stacked, [E, r, in] and [E, out, r], or shared by all experts; vectors are [E, r] and [E,
+out]. An expert without rows costs nothing and has the gradient 0.
 
-`layer` computes all of it in one autograd function that keeps the input as it came, x A_eᵀ, and with σ
-its own output. `update` and `change` are the parts in functions of their own, for dropout and sums.
+`layer` computes all of it in one autograd function that keeps the input as it came, x A_eᵀ, and
+with σ its own output. `update` and `change` are the parts in functions of their own, for dropout
+and sums.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Groups:
 
 
 class Rows:
-    """The rows of an input: x [n, in] itself, or those of x that `token` [rows] picks, which are not
-    copied all at once.
+    """The rows of an input: x [n, in] itself, or those of x that `token` [rows] picks, which are
+    not copied all at once.
     """
 
     def __init__(self, x: Tensor, token: Tensor | None = None) -> None:
@@ -73,8 +74,8 @@ def layer(
 ) -> Tensor:
     """Returns y' [rows, out] for W [E, out, in], bias and σ [E, out] or None.
 
-    `keep`: the gradient of σ is computed from a copy of y, since y' may be written to later, or does
-    not tell it.
+    `keep`: the gradient of σ is computed from a copy of y, since y' may be written to later, or
+    does not tell it.
     """
     return _apply(rows, W, bias, f, sigma, groups, keep)
 
@@ -92,7 +93,9 @@ def update(x: Tensor, f: LowRank, groups: Groups) -> Tensor:
 
 
 def change(x: Tensor, y: Tensor, f: LowRank, sigma: Tensor | None, groups: Groups) -> Tensor:
-    """Returns y' - y - bias [rows, out] for y = x W_eᵀ, without the cancellation of that difference."""
+    """Returns y' - y - bias [rows, out] for y = x W_eᵀ, without the cancellation of that
+    difference.
+    """
     delta = update(x, f, groups)
     if sigma is None:
         return delta
@@ -284,6 +287,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        """Returns the gradients [...] of the inputs."""
         *tensors, h, y = ctx.saved_tensors
         found = _Gradients(ctx, _Parts(tuple(tensors), ctx.token, ctx.s), g, h, y)
         with full_precision(g.device):
@@ -308,6 +312,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Returns the gradients [...] of the inputs."""
         y, v = ctx.saved_tensors
         dy = None if v is None else torch.empty_like(g)
         dv = None if y is None else g.new_zeros(ctx.shape, dtype=ctx.dtype)

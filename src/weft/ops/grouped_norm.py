@@ -21,8 +21,8 @@ _NAME = "norm of the stack"
 
 
 def row_norms(f: LowRank, W: Tensor, stored: Tensor, cache: Cache) -> Tensor:
-    """Returns ‖W + ΔW‖ [E, out] for W [E, out, in], a view of the parameter `stored`. With its graph
-    if `f.norm_grad`.
+    """Returns ‖W + ΔW‖ [E, out] for W [E, out, in], a view of the parameter `stored`. With its
+    graph if `f.norm_grad`.
     """
     if f.norm_grad and torch.is_grad_enabled():
         with full_precision(W.device):

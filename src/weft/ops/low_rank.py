@@ -7,8 +7,8 @@
 
 For a stack of weights [E, out, in] all tensors but those that the weights share have E in front.
 
-`LowRank.weight` is the definition: merge, export, analysis and the tests' oracle use it. A layer computes y by
-`native.py` or `fused.py`; the tests hold all three equal.
+`LowRank.weight` is the definition: merge, export, analysis and the tests' oracle use it. A layer
+computes y by `native.py` or `fused.py`; the tests hold all three equal.
 """
 
 from __future__ import annotations
@@ -67,13 +67,15 @@ class LowRank:
         return tuple(t for t in (self.A, self.B, self.d, self.b, self.m) if t is not None)
 
     def stored(self) -> tuple[Tensor, ...]:
-        """Returns the tensors that decide all others: `tensors`, with `sources` in place of A and B."""
+        """Returns the tensors that decide all others: `tensors`, with `sources` in place of A and
+        B.
+        """
         return (*self.sources, *self.tensors()[2:]) if self.sources else self.tensors()
 
 
 def added(W: Tensor, up: Tensor, A: Tensor, s: float = 1.0) -> Tensor:
-    """Returns W + s up A [out, in] with its graph, for up [out, r] and A [r, in], laid out as W is: so
-    that a product with it, or its norm, rounds as that of W does.
+    """Returns W + s up A [out, in] with its graph, for up [out, r] and A [r, in], laid out as W is:
+    so that a product with it, or its norm, rounds as that of W does.
     """
     if not W.is_contiguous() and W.t().is_contiguous():
         return torch.addmm(W.t(), A.t(), up.t(), alpha=s).t()
@@ -86,10 +88,11 @@ def row_scale(m: Tensor, norm: Tensor) -> Tensor:
 
 
 def scaled(y: Tensor, bias: Tensor | None, sigma: Tensor, out: Tensor | None = None) -> Tensor:
-    """Returns σ (y - bias) + bias in y's dtype, for y [..., out], bias [out] and σ [out] or [..., out].
+    """Returns σ (y - bias) + bias in y's dtype, for y [..., out], bias [out] and σ [out] or [...,
+    out].
 
-    It is y bit for bit if σ is 1. σ may be wider than y: the product is taken in σ's dtype and rounded once.
-    With `out` the result is written there, without a graph.
+    It is y bit for bit if σ is 1. σ may be wider than y: the product is taken in σ's dtype and
+    rounded once. With `out` the result is written there, without a graph.
     """
     if bias is None:
         found = torch.mul(y, sigma, out=out)

@@ -4,8 +4,9 @@
 
 For the smallest layers it is cheaper to build V = W + ΔW in every call: `built` and `of_built`.
 
-`adapted` takes h and y as they come and works under autocast, torch.compile, torch.func and with tensor
-subclasses. `forward_inference` and `forward_training` compute the whole layer for plain tensors of one dtype.
+`adapted` takes h and y as they come and works under autocast, torch.compile, torch.func and with
+tensor subclasses. `forward_inference` and `forward_training` compute the whole layer for plain
+tensors of one dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ FOLDED = 1 << 12  # numbers of B up to which σ, b and d are folded into a copy 
 def adapted(
     y: Tensor, h: Tensor, bias: Tensor | None, f: LowRank, norm: Tensor | None = None
 ) -> Tensor:
-    """Returns the layer's output [..., out] from its own, y = W x + bias [..., out], and h = x Aᵀ [..., r].
+    """Returns the layer's output [..., out] from its own, y = W x + bias [..., out], and h = x Aᵀ
+    [..., r].
 
     `norm` is ‖W + ΔW‖ [out] if f has an m.
     """

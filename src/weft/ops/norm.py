@@ -40,8 +40,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def row_norm(V: Tensor) -> Tensor:
-    """Returns ‖V‖ per row [..., out] for V [..., out, in], in float32 or wider, at least the smallest
-    normal number.
+    """Returns ‖V‖ per row [..., out] for V [..., out, in], in float32 or wider, at least the
+    smallest normal number.
     """
     if V.is_meta:  # vector_norm is slow on the meta device
         return V.new_empty(V.shape[:-1], dtype=torch.promote_types(V.dtype, torch.float32))
@@ -89,7 +89,9 @@ def without_unit(norm: Tensor) -> Tensor:
 
 
 class Rows(Protocol):
-    """W [out, in] by rows, as `updated_norm` reads it: a tensor, or one that is unpacked when asked."""
+    """W [out, in] by rows, as `updated_norm` reads it: a tensor, or one that is unpacked when
+    asked.
+    """
 
     def __getitem__(self, rows: Tensor) -> Tensor: ...
 

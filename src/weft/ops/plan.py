@@ -5,13 +5,14 @@
     fused    one autograd function, which keeps and moves less (fused.py)
     built    the fused function through W' = σ ∘ (W + C A), C = s diag(b) B diag(d)
 
-A layer of TINY numbers or less is built: that saves calls, forwards and backwards, which cost more there
-than the numbers. An autograd function in Python costs CALLS_OF_FUSED numbers moved; below that the native way is faster.
-Beside W the update costs tokens · r · out multiply-adds, and y is read and written. Building costs out ·
-in · r multiply-adds, W is read, and W' is written, read and written again: it does not grow with the
-tokens. The same holds backwards, where "beside" needs g C and then (g C) A. A row scale is one more pass
-over W' or over y. All counts are of one layer and one direction. A number moved counts as the
-multiply-adds that take as long, PER_NUMBER: measured on a two-core x86 CPU, in float32.
+A layer of TINY numbers or less is built: that saves calls, forwards and backwards, which cost more
+there than the numbers. An autograd function in Python costs CALLS_OF_FUSED numbers moved; below
+that the native way is faster. Beside W the update costs tokens · r · out multiply-adds, and y is
+read and written. Building costs out · in · r multiply-adds, W is read, and W' is written, read and
+written again: it does not grow with the tokens. The same holds backwards, where "beside" needs g C
+and then (g C) A. A row scale is one more pass over W' or over y. All counts are of one layer and
+one direction. A number moved counts as the multiply-adds that take as long, PER_NUMBER: measured on
+a two-core x86 CPU, in float32.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ SHARED = 1 << 22  # multiply-adds of x Aᵀ from which on it is shared between t
 
 
 def native_below(out: int, in_: int, scaled: bool, diagonal: bool) -> int:
-    """Returns the numbers of x, tokens · in, below which a layer with gradients goes the native way.
+    """Returns the numbers of x, tokens · in, below which a layer with gradients goes the native
+    way.
 
-    With a σ (`scaled`) the fused function also saves reading W twice. With d and b (`diagonal`) it folds
-    them into B [out, r], which costs more than to scale the activations while tokens < in and out.
+    With a σ (`scaled`) the fused function also saves reading W twice. With d and b (`diagonal`) it
+    folds them into B [out, r], which costs more than to scale the activations while tokens < in and
+    out.
     """
     calls = CALLS_OF_FUSED // 2 if scaled else CALLS_OF_FUSED
     numbers = calls * in_ // (in_ + out)

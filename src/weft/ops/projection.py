@@ -41,7 +41,8 @@ def down_index(
 ) -> Tensor:
     """Returns `down` [..., r] of the one-hot vectors of ids [...], for A [r, in].
 
-    Dropout of a one-hot vector keeps it whole (scaled) or removes it, so one draw per token is exact.
+    Dropout of a one-hot vector keeps it whole (scaled) or removes it, so one draw per token is
+    exact.
     """
     rows = F.embedding(ids, A.t(), padding_idx=padding_idx)
     return rows * F.dropout(rows.new_ones(*ids.shape, 1), dropout) if dropout else rows

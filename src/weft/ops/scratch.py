@@ -1,4 +1,6 @@
-"""Scratch memory that all layers share: on a CPU the pages of fresh memory cost more than a pass over it."""
+"""Scratch memory that all layers share: on a CPU the pages of fresh memory cost more than a pass
+over it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ _buffers = threading.local()
 
 
 def scratch(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
-    """Returns [rows, columns] in the dtype of `like`, uninitialised, valid until this thread asks for
-    `name` again.
+    """Returns [rows, columns] in the dtype of `like`, uninitialised, valid until this thread asks
+    for `name` again.
 
     A thread keeps the largest of each name; for a built W' that is one layer's weights. On other
     devices than the CPU, whose allocators keep their pages, it is a new tensor.

@@ -61,8 +61,8 @@ _LIKE_STANFORD = tuple(
 def caption_scores(
     outputs: Sequence[str], references: Sequence[Sequence[str]], bleu: bool = False
 ) -> Report:
-    """Returns METEOR and ROUGE-L in [0, 1], and CIDEr in [0, 10]; with `bleu` also BLEU-1 to BLEU-4 in
-    [0, 1], of the same tokens.
+    """Returns METEOR and ROUGE-L in [0, 1], and CIDEr in [0, 10]; with `bleu` also BLEU-1 to BLEU-4
+    in [0, 1], of the same tokens.
 
     ROUGE-L and CIDEr are means over segments; METEOR is computed over all of them. CIDEr weighs
     n-grams by the number of segments whose references have them, so a single segment scores 0.

@@ -1,9 +1,9 @@
 """One HTTP exchange with one deadline: connecting, sending, and every byte of status, headers and
 body.
 
-The time-out of a socket starts again with each byte, so a server that sends one byte at a time would
-hold a client for ever. Here the socket's time-out is the time left, set anew before each read. Only
-the look-up of the host's name has the limits of the system's resolver.
+The time-out of a socket starts again with each byte, so a server that sends one byte at a time
+would hold a client for ever. Here the socket's time-out is the time left, set anew before each
+read. Only the look-up of the host's name has the limits of the system's resolver.
 """
 
 from __future__ import annotations

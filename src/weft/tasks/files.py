@@ -235,8 +235,8 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row] | None:
 
 
 def saved_rows(path: Path, split: str) -> list[Row] | None:
-    """Returns the rows of a data set that `datasets` saved to disk, or of one of its splits; None if
-    it has splits, and none of that name. Raises WeftError.
+    """Returns the rows of a data set that `datasets` saved to disk, or of one of its splits; None
+    if it has splits, and none of that name. Raises WeftError.
     """
     try:
         import datasets

@@ -240,7 +240,9 @@ def _text_encoder(ref: ModelRef, model: Any, notes: list[str]) -> Any:
 
 
 def model_fingerprint(model: Any, missing: list[str]) -> str:
-    """Returns 16 hex digits over the configuration and the names and bits of all pretrained tensors."""
+    """Returns 16 hex digits over the configuration and the names and bits of all pretrained
+    tensors.
+    """
     plain = {
         k: v
         for k, v in model.config.to_dict().items()

@@ -42,10 +42,11 @@ def loading_options(
     make: Callable[[Any], Any],
     trained: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Returns the arguments of `from_pretrained` for a base with weights in `dtype` ("auto": as stored).
+    """Returns the arguments of `from_pretrained` for a base with weights in `dtype` ("auto": as
+    stored).
 
-    They are quantised unless name is None, but for the heads and the modules in `trained`, which are
-    trained in full. `make` returns a model for a configuration.
+    They are quantised unless name is None, but for the heads and the modules in `trained`, which
+    are trained in full. `make` returns a model for a configuration.
     """
     import torch
 
@@ -88,7 +89,9 @@ def packed_layers(name: str, model: Any) -> dict[str, Any]:
 
 
 def packed_size(name: str, out: int, in_: int) -> tuple[int, int]:
-    """Returns the bytes of codes and of scales that W [out, in] has, packed with a name of `QUANTIZE`."""
+    """Returns the bytes of codes and of scales that W [out, in] has, packed with a name of
+    `QUANTIZE`.
+    """
     numbers = out * in_
     match name:
         case "nf4" | "fp4":
@@ -100,8 +103,8 @@ def packed_size(name: str, out: int, in_: int) -> tuple[int, int]:
 
 
 def kind_of_files(found: Any) -> tuple[str | None, list[str]]:
-    """Returns the name of `QUANTIZE` of a model's own `quantization_config`, or None and why a plan does
-    not count with it.
+    """Returns the name of `QUANTIZE` of a model's own `quantization_config`, or None and why a plan
+    does not count with it.
     """
     own: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
     method = str(getattr(own.get("quant_method"), "value", own.get("quant_method")))

@@ -33,8 +33,8 @@ def score_files(task: str, references: Path, outputs: Path, protocol: str | None
     """Reads both files and scores. `protocol`: one of `PROTOCOLS`, for VQA tasks; None for the
     benchmark's own.
 
-    Raises ConfigError if the task is not known or has no protocols, and WeftError if a line is invalid
-    or the numbers differ.
+    Raises ConfigError if the task is not known or has no protocols, and WeftError if a line is
+    invalid or the numbers differ.
     """
     check_task(task)
     if protocol is not None and task not in vqa.PROTOCOL_OF:

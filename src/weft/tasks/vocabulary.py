@@ -29,7 +29,8 @@ def max_positions(config: Any, model: nn.Module | None = None) -> int | None:
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """Returns how many tokens fit into the shortest table of learned positions, or None without one.
+    """Returns how many tokens fit into the shortest table of learned positions, or None without
+    one.
 
     The tables of a vision-language model's image tower are of patches, and do not count. A table
     whose first rows are reserved takes fewer tokens than it has rows: RoBERTa counts its positions

@@ -4,8 +4,9 @@
     messages.NAME     a key of messages, or of the parts of their content
     documents.NAME    a key of documents
 
-A NAME that is no column but such a key is that key, unless Weft itself reads the key: who says what,
-and what is in the loss, is left out only by its full name. Tool calls are data, and kept whole.
+A NAME that is no column but such a key is that key, unless Weft itself reads the key: who says
+what, and what is in the loss, is left out only by its full name. Tool calls are data, and kept
+whole.
 """
 
 from __future__ import annotations

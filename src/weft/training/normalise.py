@@ -43,8 +43,8 @@ ROLES = {
 
 
 def message_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
-    """Returns the columns that hold "messages" or "documents", and which. `columns` is data.columns,
-    by which the records are renamed already.
+    """Returns the columns that hold "messages" or "documents", and which. `columns` is
+    data.columns, by which the records are renamed already.
     """
     names = ["messages", "history"]
     if "messages" not in columns:

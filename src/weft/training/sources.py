@@ -1,5 +1,5 @@
-"""Where samples come from: a file, a folder, a glob, a data set saved to disk, a name on the hub, or
-a list of these.
+"""Where samples come from: a file, a folder, a glob, a data set saved to disk, a name on the hub,
+or a list of these.
 
 A folder stands for all its files. What would be left out in silence is an error: a file of another
 format, a folder within, and files of several splits, of which the test set must not be trained on.
@@ -45,8 +45,8 @@ def title_of(given: str | Sequence[str]) -> str:
 
 
 def check_source(given: str | Sequence[str], key: str) -> None:
-    """Raises ConfigError unless each name is an existing source of samples or a hub name. Nothing is
-    loaded.
+    """Raises ConfigError unless each name is an existing source of samples or a hub name. Nothing
+    is loaded.
     """
     names = names_of(given)
     if not names:

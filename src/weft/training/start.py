@@ -126,8 +126,8 @@ def load_start(
     start: Start, adapter: Adapter, missing: Collection[str], other_base: bool = False
 ) -> dict[str, Any]:
     """Copies the tensors into the attached adapter and returns its record for run.json. `missing`:
-    names of base tensors that are in no checkpoint. With `other_base` the weights may be others than
-    the adapter's own base has.
+    names of base tensors that are in no checkpoint. With `other_base` the weights may be others
+    than the adapter's own base has.
 
     Raises CheckpointError, naming the tensor, if one of either side has no counterpart. Nothing has
     changed then.

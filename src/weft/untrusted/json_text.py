@@ -1,6 +1,6 @@
-"""JSON that someone else may have written. What Python's reader would take in silence, or what would
-fail only later, is refused: repeated keys, NaN and infinity, numbers that no field of ours can hold,
-deep nesting, and text that cannot be written again.
+"""JSON that someone else may have written. What Python's reader would take in silence, or what
+would fail only later, is refused: repeated keys, NaN and infinity, numbers that no field of ours
+can hold, deep nesting, and text that cannot be written again.
 """
 
 from __future__ import annotations

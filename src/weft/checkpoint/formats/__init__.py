@@ -1,5 +1,5 @@
-"""The checkpoint formats. A new format is a file in this folder and a line in FORMATS, or in FILES if it
-has no adapter_config.json and is only read.
+"""The checkpoint formats. A new format is a file in this folder and a line in FORMATS, or in FILES
+if it has no adapter_config.json and is only read.
 """
 
 from __future__ import annotations

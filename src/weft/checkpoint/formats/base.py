@@ -55,7 +55,7 @@ class Format(Protocol):
     def restore(
         self, checkpoint: Checkpoint, tensors: dict[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
-        """Fills a checkpoint from the tensors of a file whose header has been read."""
+        """Fills a checkpoint from the tensors [...] of a file whose header has been read."""
 
     def why_not_model(self, root: nn.Module) -> str | None:
         """Returns why a file of this format means something else in this model, or None."""

@@ -1,10 +1,10 @@
-"""LoRA files of diffusers: pytorch_lora_weights.safetensors, with the component of the pipeline before
-the names, "unet.mid_block.attentions.0.proj_in.lora_A.weight", or without it.
+"""LoRA files of diffusers: pytorch_lora_weights.safetensors, with the component of the pipeline
+before the names, "unet.mid_block.attentions.0.proj_in.lora_A.weight", or without it.
 
-Since diffusers 0.35 the file's metadata hold peft's configuration of every component. A file without it
-has alpha = r, unless there is an alpha per layer: that is how diffusers reads it. Earlier names of A and B:
-lora.down and lora.up, lora_linear_layer.down and .up, and those of attention processors; other tools write
-lora_down and lora_up.
+Since diffusers 0.35 the file's metadata hold peft's configuration of every component. A file
+without it has alpha = r, unless there is an alpha per layer: that is how diffusers reads it.
+Earlier names of A and B: lora.down and lora.up, lora_linear_layer.down and .up, and those of
+attention processors; other tools write lora_down and lora_up.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class DiffusersFormat:
     def read(self, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Checkpoint:
         """Reads A, B and, for DoRA, m of every layer.
 
-        Raises UnsupportedError if a field of peft is not supported, CheckpointError for metadata that
-        diffusers does not write.
+        Raises UnsupportedError if a field of peft is not supported, CheckpointError for metadata
+        that diffusers does not write.
         """
         tensors = {_PROCESSOR.sub(_modern, key): t for key, t in tensors.items()}
         layers, left = loose.split(tensors, _PARTS)

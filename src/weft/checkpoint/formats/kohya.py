@@ -1,5 +1,5 @@
-"""LoRA and LyCORIS files of kohya's scripts: <module>.lora_down.weight is A, lora_up.weight is B, and
-<module> a name without dots, "lora_unet_mid_block_attentions_0_proj_in".
+"""LoRA and LyCORIS files of kohya's scripts: <module>.lora_down.weight is A, lora_up.weight is B,
+and <module> a name without dots, "lora_unet_mid_block_attentions_0_proj_in".
 
 lora_down [r, in, *size]    lora_up [out, r, 1, ...]    alpha []      on a linear layer [r, in] and [out, r]
 lora_mid [r, r, *size]      a kernel after a lora_down of one place; together they are one kernel

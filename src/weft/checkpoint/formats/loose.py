@@ -1,8 +1,8 @@
-"""LoRA and DoRA in files without adapter_config.json, as tools for diffusion models write them: every
-layer has tensors of its own, whose shapes say its rank, and often an alpha.
+"""LoRA and DoRA in files without adapter_config.json, as tools for diffusion models write them:
+every layer has tensors of its own, whose shapes say its rank, and often an alpha.
 
-They are read as peft's LoRA, once the tensors have the names and shapes that they would have there. The
-files do not say how the module is called in a model, or only in part; naming.py finds out.
+They are read as peft's LoRA, once the tensors have the names and shapes that they would have there.
+The files do not say how the module is called in a model, or only in part; naming.py finds out.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _NAMES = {"A": A, "B": B, "m": M}
 
 @dataclass
 class Layer:
-    """The keys of one layer in the file, by what they hold: A, B, mid, alpha, m (as peft shapes it) or
-    dora_scale.
+    """The keys of one layer in the file, by what they hold: A, B, mid, alpha, m (as peft shapes it)
+    or dora_scale.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
@@ -38,8 +38,8 @@ class Layer:
 def split(
     tensors: Mapping[str, Tensor], parts: Mapping[str, str]
 ) -> tuple[dict[str, Layer], list[str]]:
-    """Returns the layers by the file's module names, and the keys that belong to none. `parts`: endings
-    of keys, and what such a tensor holds.
+    """Returns the layers by the file's module names, and the keys that belong to none. `parts`:
+    endings of keys, and what such a tensor holds.
     """
     layers: dict[str, Layer] = {}
     left = []
@@ -65,8 +65,8 @@ def read(
     config: Mapping[str, Any] | None = None,
     alpha_of: Callable[[str], float | None] = lambda module: None,
 ) -> Checkpoint:
-    """Returns the checkpoint of these layers. `config`: further fields of peft's LoRA. `alpha_of` says
-    the alpha of a module whose layer has none; by default it is the layer's rank.
+    """Returns the checkpoint of these layers. `config`: further fields of peft's LoRA. `alpha_of`
+    says the alpha of a module whose layer has none; by default it is the layer's rank.
 
     Raises UnsupportedError for magnitudes per input, and the errors of `LoraFormat.read`.
     """

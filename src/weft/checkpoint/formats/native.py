@@ -99,7 +99,7 @@ class NativeFormat:
 def take_selected(
     checkpoint: Checkpoint, tensors: dict[str, Tensor], prefix: str, names: Collection[str]
 ) -> None:
-    """Moves base tensors trained as copies, under `prefix` + name, into the checkpoint.
+    """Moves base tensors [...] trained as copies, under `prefix` + name, into the checkpoint.
 
     Full stores integer tensors too; they are checked against the model.
     """

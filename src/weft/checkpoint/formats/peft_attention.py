@@ -7,8 +7,8 @@ peft has one layer for the two weights of an attention, with one rank and one al
 
 Its forward (0.21 and all versions before) adds the update of out_proj twice, so its B is written as
 half of ours and read as twice peft's: both libraries compute the same. peft drops nothing there,
-whatever lora_dropout says. It has no form for separate q, k and v weights, for one of the two weights
-alone, nor for DoRA on them.
+whatever lora_dropout says. It has no form for separate q, k and v weights, for one of the two
+weights alone, nor for DoRA on them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def module_in_peft(module: str, kind: str | None) -> str:
 
 
 def named_in_peft(module: str) -> str:
-    """Returns the module that peft's patterns mean for one of the file: both weights of an attention go
-    by its name.
+    """Returns the module that peft's patterns mean for one of the file: both weights of an
+    attention go by its name.
     """
     return module.removesuffix(_NESTED)
 

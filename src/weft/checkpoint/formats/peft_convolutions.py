@@ -2,9 +2,9 @@
 
 lora_A [r, in, *size]      lora_B [out, r, 1, ...]      lora_magnitude_vector [1, out, 1, ...]
 
-peft builds lora_A with the layer's stride and padding alone: with groups it trains another method, whose
-A reads all channels (and which peft cannot merge); with a dilation, or a padding other than by zeros, it
-computes another map; transposed convolutions it refuses.
+peft builds lora_A with the layer's stride and padding alone: with groups it trains another method,
+whose A reads all channels (and which peft cannot merge); with a dilation, or a padding other than
+by zeros, it computes another map; transposed convolutions it refuses.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def fault_of(geometry: Geometry | None, dims: tuple[int, ...] = (1, 2, 3)) -> st
 
 
 def in_file(layer: CheckpointLayer, tensor: str, t: Tensor) -> Tensor:
-    """Returns a tensor of a layer in the shape that peft gives it; of a convolution A [r, in · k] becomes
-    [r, in, *size], B [out, r] gets places [1, ...], and m [out] is [1, out, 1, ...].
+    """Returns a tensor of a layer in the shape that peft gives it; of a convolution A [r, in · k]
+    becomes [r, in, *size], B [out, r] gets places [1, ...], and m [out] is [1, out, 1, ...].
     """
     if layer.geometry is None:
         return t

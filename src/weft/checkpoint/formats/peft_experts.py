@@ -2,10 +2,10 @@
 
     lora_A.weight [E·r, in]: expert by expert       lora_B.weight [out, r·E]: rank by rank, of all experts each
 
-peft wraps a module once per parameter, in the order of the parameters, so the last one has the keys of
-the module, <module>.lora_A.weight, the one before <module>.base_layer.lora_A.weight, and so on. Of a
-module that stores [E, in, out] without saying so (Llama 4), peft's in and out are exchanged: there its
-lora_A is B transposed, and its lora_B is A transposed.
+peft wraps a module once per parameter, in the order of the parameters, so the last one has the keys
+of the module, <module>.lora_A.weight, the one before <module>.base_layer.lora_A.weight, and so on.
+Of a module that stores [E, in, out] without saying so (Llama 4), peft's in and out are exchanged:
+there its lora_A is B transposed, and its lora_B is A transposed.
 
 For some families peft takes the names of linear layers for those of earlier, unfused experts, and
 adapts the fused ones in their place (`misread`). No file can tell it otherwise.

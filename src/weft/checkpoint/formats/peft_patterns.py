@@ -1,4 +1,6 @@
-"""peft's `rank_pattern` and `alpha_pattern`: expressions over the endings of names, each with a number."""
+"""peft's `rank_pattern` and `alpha_pattern`: expressions over the endings of names, each with a
+number.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which modules a configuration of peft adapts: target_modules, exclude_modules, layers_to_transform
-and layers_pattern, by peft's own rules (0.21).
+"""Which modules a configuration of peft adapts: target_modules, exclude_modules,
+layers_to_transform and layers_pattern, by peft's own rules (0.21).
 
 Weft reads the layers of a file from its tensors; these rules tell if some of them are missing.
 """

@@ -182,8 +182,8 @@ def with_fitting_ranks(entries: Sequence[Entry], narrowest: int) -> tuple[list[E
 
 
 def without_frozen(entries: Sequence[Entry], frozen: Sequence[str]) -> list[Entry]:
-    """Returns the entries with these modules excluded from the layers that they adapt, unless an entry
-    has an `exclude` of its own.
+    """Returns the entries with these modules excluded from the layers that they adapt, unless an
+    entry has an `exclude` of its own.
     """
     if not frozen:
         return list(entries)

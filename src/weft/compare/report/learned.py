@@ -1,4 +1,5 @@
-"""Which rows learned nothing: they are not shown to be better than an answer that ignores its input.
+"""Which rows learned nothing: they are not shown to be better than an answer that ignores its
+input.
 
 The scores of a row are tested against that answer (`Guess`) over the seeds and over the test
 examples, one-sided and Holm-corrected over the rows, as rows are tested against each other. If no

@@ -115,8 +115,8 @@ def flow_from_embedding(model: nn.Module) -> ExitStack:
     """Makes gradients flow back to the output of the input embedding, in all modules that have its
     table (BART's encoder and decoder have one each).
 
-    Returns what removes the hooks when it is closed. Raises WeftError if the model does not provide its input
-    embedding.
+    Returns what removes the hooks when it is closed. Raises WeftError if the model does not provide
+    its input embedding.
     """
     find = getattr(model, "get_input_embeddings", None)
     embedding = find() if find is not None else None

@@ -73,7 +73,9 @@ class TrialRunner:
         }
 
     def _narrowest(self, frozen: Sequence[str]) -> int:
-        """Returns the input size of the narrowest layer that "all-linear" adapts, without the frozen ones."""
+        """Returns the input size of the narrowest layer that "all-linear" adapts, without the
+        frozen ones.
+        """
         adapter = attach(self.model, LoRA(r=1, modules_to_save=self.head, exclude=list(frozen)))
         try:
             return int(min(site.shape[1] for site in adapter.layers.values()))

@@ -32,8 +32,8 @@ class Facts:
 
     kind: "classification", "regression" or "generation". metric: that of the test. chosen_by: the
     name of the score of `validate`, and `lowest` if less of it is better. fingerprints: of the
-    model and of the splits. sizes: examples per split. frozen: modules that no method adapts. guess: what any
-    method must beat, or None if that is not known.
+    model and of the splits. sizes: examples per split. frozen: modules that no method adapts.
+    guess: what any method must beat, or None if that is not known.
     """
 
     kind: str

@@ -70,7 +70,9 @@ class TokenSplit:
         return self.encoded.fingerprint()
 
     def by_length(self) -> Tensor:
-        """Returns the row numbers [rows], the longest row first, so that batches have little padding."""
+        """Returns the row numbers [rows], the longest row first, so that batches have little
+        padding.
+        """
         return torch.tensor(
             sorted(range(len(self)), key=lambda i: (-len(self.encoded[i]["input_ids"]), i))
         )

@@ -1,5 +1,5 @@
-"""Opens a task for one model. Another kind of task is a file beside `labelled`, `generated` and `seen`,
-and a line here.
+"""Opens a task for one model. Another kind of task is a file beside `labelled`, `generated` and
+`seen`, and a line here.
 """
 
 from __future__ import annotations

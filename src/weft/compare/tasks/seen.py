@@ -1,7 +1,7 @@
 """A task of the world of shapes: images or clips and a text in, a text out, for a VL-BART.
 
-The tower's features of every image are computed once. The validation score is the mean loss per token of
-the answers; the test split is decoded once and scored by the task's metric.
+The tower's features of every image are computed once. The validation score is the mean loss per
+token of the answers; the test split is decoded once and scored by the task's metric.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ BOXES = "absolute_vis_pos_embedding.0"  # five numbers wide: it would hold every
 
 @dataclass(frozen=True)
 class SeenSplit:
-    """`tasks.Encoded`: texts [n, length], features [n, images, regions, width], and the decoder's tokens
-    [n, length], which begin with the start token and end with padding.
+    """`tasks.Encoded`: texts [n, length], features [n, images, regions, width], and the decoder's
+    tokens [n, length], which begin with the start token and end with padding.
     """
 
     texts: Tensor

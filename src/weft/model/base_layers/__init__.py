@@ -47,7 +47,9 @@ def kind_of(module: Site) -> type[BaseLayer] | None:
 
 
 def has_map(module: Site) -> bool:
-    """Whether a module is a linear map of a kind that Weft knows, embeddings and convolutions included."""
+    """Whether a module is a linear map of a kind that Weft knows, embeddings and convolutions
+    included.
+    """
     kind = kind_of(module)
     return kind is not None and kind.has_weight and not kind.tensors_of(module)
 
@@ -65,7 +67,9 @@ def is_convolution(module: Site) -> bool:
 
 
 def why_not(module: Site) -> str | None:
-    """Returns why a layer of a known kind cannot be adapted; None if it can, or is of no known kind."""
+    """Returns why a layer of a known kind cannot be adapted; None if it can, or is of no known
+    kind.
+    """
     kind = kind_of(module)
     return None if kind is None else kind.why_not(module)
 
@@ -89,8 +93,8 @@ def view(module: Site, name: str = "") -> BaseLayer:
 
 
 def carriers(modules: Mapping[str, nn.Module]) -> dict[str, Site]:
-    """Returns these modules by name, and beside each, by the name of every parameter that is a layer,
-    the module that has it, or the weight that it reads itself.
+    """Returns these modules by name, and beside each, by the name of every parameter that is a
+    layer, the module that has it, or the weight that it reads itself.
     """
     found: dict[str, Site] = {}
     for name, module in modules.items():
@@ -109,7 +113,9 @@ def carrier(site: Site) -> nn.Module:
 
 
 def holder(site: Site, name: str = "") -> tuple[nn.Module, str]:
-    """Returns the module that holds the weight of the site of that name, and the weight's name in it."""
+    """Returns the module that holds the weight of the site of that name, and the weight's name in
+    it.
+    """
     if isinstance(site, HeldWeight):
         return site.holder, site.tensor
     kind, own = kind_of(site), name.rpartition(".")[2]

@@ -1,4 +1,5 @@
-"""The view of a layer that adapters get: one class per kind of layer, each in a file of this folder.
+"""The view of a layer that adapters get: one class per kind of layer, each in a file of this
+folder.
 
 All kinds but norms are linear maps W [out, in]. The class defines how the layer stores W and reads
 its input; the rest of Weft never compares kinds by name.
@@ -87,8 +88,8 @@ class BaseLayer:
 
     @classmethod
     def tensors_of(cls, module: Any) -> tuple[str, ...]:
-        """Returns the parameters that are layers of their own, named after them; empty if the module
-        is one layer and has its name.
+        """Returns the parameters that are layers of their own, named after them; empty if the
+        module is one layer and has its name.
         """
         return ()
 
@@ -99,7 +100,7 @@ class BaseLayer:
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter that stores W, as it is laid out."""
+        """The parameter [...] that stores W, as it is laid out."""
         found: Tensor = getattr(self.module, self.tensor)
         return found
 
@@ -110,8 +111,8 @@ class BaseLayer:
 
     @property
     def key(self) -> Any:
-        """What tells the layer apart from all others: its module, with the parameter if it is one of
-        several layers.
+        """What tells the layer apart from all others: its module, with the parameter if it is one
+        of several layers.
         """
         return self.module if self.slot is None else (self.module, self.tensor)
 
@@ -166,20 +167,22 @@ class BaseLayer:
         return None
 
     def codes(self) -> tuple[Tensor, ...] | None:
-        """Returns the tensors [...] that W is unpacked from at every read; None if W is stored as it is."""
+        """Returns the tensors [...] that W is unpacked from at every read; None if W is stored as
+        it is.
+        """
         return None
 
     def feature_dims(self, x: Tensor, y: Tensor) -> int:
-        """Returns how many of the last dimensions of the input x are no positions, given the output y
-        [..., out]: none of ids, one of vectors.
+        """Returns how many of the last dimensions of the input x are no positions, given the output
+        y [..., out]: none of ids, one of vectors.
         """
         return x.dim() + 1 - y.dim()
 
     def adapted(
         self, x: Tensor, y: Tensor, f: LowRank, norm: Tensor | None, dropout: float
     ) -> Tensor:
-        """Returns the output [..., out] with an update from the layer's input x and own output y: the
-        general definition. `norm` is ‖W + ΔW‖ [out] if f has an m.
+        """Returns the output [..., out] with an update from the layer's input x and own output y:
+        the general definition. `norm` is ‖W + ΔW‖ [out] if f has an m.
         """
         h = self.down(x, f.A, dropout, dtype=y.dtype)
         return native.adapted(y, h, self.bias, f, norm)

@@ -57,9 +57,11 @@ class ConvolutionLayer(BaseLayer):
         return _other_map(cls(module), plain) if fault is None else fault
 
     def matrix(self, stored: Tensor) -> Tensor:
+        """Returns W [out, in / groups · k] of a kernel as torch stores it."""
         return self.geometry.matrix(stored)
 
     def stored(self, W: Tensor) -> Tensor:
+        """Returns the kernel as torch stores it of W [out, in / groups · k]."""
         return self.geometry.kernel(W)
 
     def weight(self) -> Tensor:
@@ -86,6 +88,7 @@ class ConvolutionLayer(BaseLayer):
         return self.module.weight.device  # type: ignore[return-value]
 
     def feature_dims(self, x: Tensor, y: Tensor) -> int:
+        """Returns 1 (channels) and the dimensions of the positions; x [..., in, *positions]."""
         return len(self.geometry.size) + 1
 
     def positions(self, x: Tensor) -> int:
@@ -99,8 +102,8 @@ class ConvolutionLayer(BaseLayer):
     ) -> Tensor:
         """Returns the layer's output with another kernel, of any number of outputs, and bias.
 
-        `like`: an output with the positions to compute, of a transposed convolution, whose caller may
-        have asked for another size than the usual one.
+        `like`: an output with the positions to compute, of a transposed convolution, whose caller
+        may have asked for another size than the usual one.
         """
         module: Any = self.module
         if not module.transposed:  # also of an instance that was given another padding
@@ -142,12 +145,14 @@ class ConvolutionLayer(BaseLayer):
     def adapted(
         self, x: Tensor, y: Tensor, f: LowRank, norm: Tensor | None, dropout: float
     ) -> Tensor:
+        """See `BaseLayer.adapted`; y [..., out, *positions]."""
         h = self.down(x, f.A, dropout, y.dtype, like=y)
         return self.geometry.adapted(y, h, self.bias, f, norm)
 
     def change(
         self, x: Tensor, y: Tensor, f: LowRank, norm: Tensor | None, dropout: float
     ) -> Tensor:
+        """See `BaseLayer.change`; y [..., out, *positions]."""
         h = self.down(x, f.A, dropout, y.dtype, like=y)
         return self.geometry.change(y, h, self.bias, f, norm)
 

@@ -142,8 +142,8 @@ def held_fault(site: HeldWeight, method: Any) -> str | None:
 
 
 def held_weights(name: str, module: nn.Module) -> dict[str, HeldWeight]:
-    """Returns the weights that a module of no known kind reads itself, by name: that of the parameter,
-    but the name of the module for the output map of an attention.
+    """Returns the weights that a module of no known kind reads itself, by name: that of the
+    parameter, but the name of the module for the output map of an attention.
     """
     if isinstance(module, nn.MultiheadAttention):
         return dict(_of_attention(name, module))

@@ -33,7 +33,9 @@ class PackedLayer(BaseLayer):
 
     @property
     def packed(self) -> nn.Module:
-        """The layer with its codes: the module, or what it was before an adapter was merged into it."""
+        """The layer with its codes: the module, or what it was before an adapter was merged into
+        it.
+        """
         found: nn.Module = self.module.__dict__.get(SHADOW, self.module)
         return found
 
@@ -88,8 +90,8 @@ class PackedLayer(BaseLayer):
 
 
 def _other_map(layer: PackedLayer) -> str | None:
-    """Returns why a layer computes something else than W x + bias, or gives its input another gradient
-    than gᵀ W; None if it does neither. One input is tried.
+    """Returns why a layer computes something else than W x + bias, or gives its input another
+    gradient than gᵀ W; None if it does neither. One input is tried.
     """
     what = f"{own_class(layer.module).__name__} ({layer.packing.label(layer.module)})"
     W = layer.weight()

@@ -1,5 +1,5 @@
-"""Tries a layer whose class, or instance, has a forward of its own: is it W x + bias, and does its input
-get the gradient gᵀ W? An adapter rests on both.
+"""Tries a layer whose class, or instance, has a forward of its own: is it W x + bias, and does its
+input get the gradient gᵀ W? An adapter rests on both.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _gradients: dict[tuple[Any, ...], str | None] = {}
 
 
 def other_map(layer: BaseLayer, x: Tensor, wanted: Tensor) -> str | None:
-    """Returns why a layer with a forward of its own is another map than W x + bias, or gives its input
-    another gradient than gᵀ W; None if it does neither, or has no such forward.
+    """Returns why a layer with a forward of its own is another map than W x + bias, or gives its
+    input another gradient than gᵀ W; None if it does neither, or has no such forward.
 
-    It is tried on x [n, in] (or ids [n]); `wanted` [n, out] is W x + bias. On the meta device nothing
-    can be tried.
+    It is tried on x [n, in] (or ids [n]); `wanted` [n, out] is W x + bias. On the meta device
+    nothing can be tried.
     """
     module, plain = layer.module, layer.plain()
     cls, own, W = own_class(module), _of_the_instance(module), layer.weight().detach()

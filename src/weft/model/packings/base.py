@@ -1,5 +1,6 @@
-"""How a library stores the weight of a linear layer in fewer bits than a float: one class per library,
-each in a file of this folder. Nothing here imports such a library; a layer is known by its class.
+"""How a library stores the weight of a linear layer in fewer bits than a float: one class per
+library, each in a file of this folder. Nothing here imports such a library; a layer is known by its
+class.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ class Packing:
 
     @classmethod
     def pack(cls, module: Any, W: Tensor) -> None:
-        """Packs W [out, in] as the layer's weight is, and gives it the new codes. The old ones are not
-        written to. Raises NotImplementedError here.
+        """Packs W [out, in] as the layer's weight is, and gives it the new codes. The old ones are
+        not written to. Raises NotImplementedError here.
         """
         raise NotImplementedError
 

@@ -49,12 +49,14 @@ class FourBit(Packing):
 
     @classmethod
     def weight(cls, module: Any) -> Tensor:
+        """Returns W [out, in]."""
         functional = import_module("bitsandbytes.functional")  # loaded: the layer is of its class
         found: Tensor = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         return found
 
     @classmethod
     def tensors(cls, module: Any) -> tuple[Tensor, ...]:
+        """Returns the codes [...] and their scales [...]."""
         state, nested = module.weight.quant_state, module.weight.quant_state.state2
         return module.weight.data, state.absmax, *(() if nested is None else (nested.absmax,))
 
@@ -69,6 +71,7 @@ class FourBit(Packing):
 
     @classmethod
     def pack(cls, module: Any, W: Tensor) -> None:
+        """Packs W [out, in] into the layer."""
         old = module.weight
         codes, state = import_module("bitsandbytes.functional").quantize_4bit(
             W.to(old.quant_state.dtype),
@@ -115,11 +118,13 @@ class EightBit(Packing):
 
     @classmethod
     def weight(cls, module: Any) -> Tensor:
+        """Returns W [out, in]."""
         codes, scales = cls.tensors(module)
         return codes.float() * (scales.float() / 127)[:, None]
 
     @classmethod
     def tensors(cls, module: Any) -> tuple[Tensor, ...]:
+        """Returns the codes [...] and their scales [...]."""
         state, weight = module.state, module.weight
         codes = state.CB if state.CB is not None else weight.data
         return codes, state.SCB if state.SCB is not None else weight.SCB
@@ -138,6 +143,7 @@ class EightBit(Packing):
 
     @classmethod
     def pack(cls, module: Any, W: Tensor) -> None:
+        """Packs W [out, in] into the layer."""
         functional = import_module("bitsandbytes.functional")
         codes, scales, _ = functional.int8_vectorwise_quant(W.to(torch.float16))
         new = type(module.weight)(codes, requires_grad=False, CB=codes, SCB=scales)

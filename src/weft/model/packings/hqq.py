@@ -31,11 +31,13 @@ class HQQ(Packing):
 
     @classmethod
     def weight(cls, module: Any) -> Tensor:
+        """Returns W [out, in]."""
         found: Tensor = module.dequantize()
         return found
 
     @classmethod
     def tensors(cls, module: Any) -> tuple[Tensor, ...]:
+        """Returns the codes [...] and their scales [...]."""
         meta = module.meta
         return tuple(
             t for t in (module.W_q.data, meta["scale"], meta["zero"]) if isinstance(t, Tensor)
@@ -54,5 +56,6 @@ class HQQ(Packing):
 
     @classmethod
     def pack(cls, module: Any, W: Tensor) -> None:
+        """Packs W [out, in] into the layer."""
         del module.W_q  # a parameter, and quantize() sets a tensor of that name first
         module.quantize(W, **module.quant_config)

@@ -14,8 +14,8 @@ _LIBRARIES = ("torchao", "optimum")
 
 
 class TensorSubclass(Packing):
-    """W is a tensor with a `dequantize` of its own. Every torch tensor has a method of that name, so the
-    package of the tensor's class decides.
+    """W is a tensor with a `dequantize` of its own. Every torch tensor has a method of that name,
+    so the package of the tensor's class decides.
     """
 
     package = "torchao or quanto"
@@ -50,11 +50,13 @@ class TensorSubclass(Packing):
 
     @classmethod
     def weight(cls, module: Any) -> Tensor:
+        """Returns W [out, in]."""
         found: Tensor = module.weight.detach().dequantize()
         return found
 
     @classmethod
     def tensors(cls, module: Any) -> tuple[Tensor, ...]:
+        """Returns the tensors [...] that hold W."""
         return parts(module.weight)
 
     @classmethod
@@ -71,6 +73,7 @@ class TensorSubclass(Packing):
 
     @classmethod
     def pack(cls, module: Any, W: Tensor) -> None:
+        """Packs W [out, in] into the layer."""
         old = module.weight
         W = W.to(old.dtype)
         if own_name(module)[0] == "optimum":

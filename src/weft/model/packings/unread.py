@@ -1,6 +1,6 @@
-"""Packed layers that Weft knows by sight and cannot read: GPTQ, AWQ and others whose codes are buffers,
-compressed-tensors, whose forward on the instance calls that of the class, and layers that round their
-inputs, too (float8 of transformers, torch.ao): there is no W whose product they are.
+"""Packed layers that Weft knows by sight and cannot read: GPTQ, AWQ and others whose codes are
+buffers, compressed-tensors, whose forward on the instance calls that of the class, and layers that
+round their inputs, too (float8 of transformers, torch.ao): there is no W whose product they are.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ _NO_TOKENS = TokenLayout(0, 0, 0, 0, torch.device("cpu"))
 
 
 class VirtualTokenHooks:
-    """The hooks by which virtual tokens enter and leave one model. `configs` are the prompts attached
-    to it, by adapter name.
+    """The hooks by which virtual tokens enter and leave one model. `configs` are the prompts
+    attached to it, by adapter name.
     """
 
     def __init__(self, point: InjectionPoint, active: ActiveAdapters) -> None:

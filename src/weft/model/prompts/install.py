@@ -71,8 +71,8 @@ def answering(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
 
 
 def virtual_positions(structure: Structure, config: Any) -> int:
-    """Returns how many of a model's positions the virtual tokens of a configuration take: none in an
-    encoder, which they enter behind the position embedding, and none without virtual tokens.
+    """Returns how many of a model's positions the virtual tokens of a configuration take: none in
+    an encoder, which they enter behind the position embedding, and none without virtual tokens.
     """
     where = getattr(config, "where", None)
     point = None if where is None else injection_point(structure)

@@ -168,7 +168,9 @@ def _check_point(structure: Structure, point: InjectionPoint) -> None:
 
 
 def _why_no_virtual_tokens(point: InjectionPoint) -> str | None:
-    """Why a model that reads more than a text would not know the positions of virtual tokens, or None."""
+    """Why a model that reads more than a text would not know the positions of virtual tokens, or
+    None.
+    """
     label, own = point.name or type(point.module).__name__, parameters_of(type(point.module))
     for outer in point.outer:
         kind, names = type(outer).__name__, code_names(type(outer))

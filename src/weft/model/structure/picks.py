@@ -1,5 +1,5 @@
-"""The layers that `within`, `layers`, `skip_layers` and `exclude` take away from those that `targets`
-names.
+"""The layers that `within`, `layers`, `skip_layers` and `exclude` take away from those that
+`targets` names.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _lowest_blocks(structure: Structure, count: int, chosen: Collection[str]) ->
 
 
 def _excluded(structure: Structure, pattern: str) -> list[str]:
-    """The layers that one pattern of `exclude` names, adaptable or not, chosen or not. Norms are among
-    them, since a block's output may be one.
+    """The layers that one pattern of `exclude` names, adaptable or not, chosen or not. Norms are
+    among them, since a block's output may be one.
     """
     layers = [*structure.layers, *structure.norms]
     if pattern == "experts":

@@ -68,8 +68,8 @@ def tensors_of_modules(structure: Structure, endings: Sequence[str]) -> list[str
 
 
 def unsupported(structure: Structure, named: Collection[str]) -> list[Frozen]:
-    """Returns the tensors whose dtype cannot train, which every method leaves frozen. `named`: layers
-    that the plan lists already, frozen or adapted.
+    """Returns the tensors whose dtype cannot train, which every method leaves frozen. `named`:
+    layers that the plan lists already, frozen or adapted.
     """
     return [
         Frozen(name, "tensor", tuple(p.shape), fault)

@@ -52,8 +52,8 @@ class Structure:
 
     @cached_property
     def layers(self) -> dict[str, Site]:
-        """The layers of a class that Weft knows, adaptable or not: linear maps, embeddings, convolutions,
-        fused experts, and the maps of nn.MultiheadAttention.
+        """The layers of a class that Weft knows, adaptable or not: linear maps, embeddings,
+        convolutions, fused experts, and the maps of nn.MultiheadAttention.
         """
         return {
             name: site
@@ -66,7 +66,9 @@ class Structure:
 
     @cached_property
     def carriers(self) -> dict[str, Site]:
-        """The modules, and beside each what has a parameter that is a layer of its own, by its name."""
+        """The modules, and beside each what has a parameter that is a layer of its own, by its
+        name.
+        """
         return carriers(self.modules)
 
     @cached_property
@@ -115,8 +117,8 @@ class Structure:
 
     @cached_property
     def map_parts(self) -> dict[str, str]:
-        """ "attention" or "mlp" for every linear map inside a block, and "conv" for every convolution,
-        adaptable or not.
+        """ "attention" or "mlp" for every linear map inside a block, and "conv" for every
+        convolution, adaptable or not.
         """
         convolutions = [name for name, module in self.layers.items() if is_convolution(module)]
         maps = map_parts(self.root, self.modules, self.block_names)
@@ -126,8 +128,8 @@ class Structure:
         return {**maps, **dict.fromkeys(convolutions, "conv")}
 
     def is_part(self, name: str, keyword: str) -> bool:
-        """Returns whether a layer is one of those that "all-linear", "attention", "mlp" or "conv" means,
-        apart from those that "all-linear" leaves out.
+        """Returns whether a layer is one of those that "all-linear", "attention", "mlp" or "conv"
+        means, apart from those that "all-linear" leaves out.
         """
         part = self.map_parts.get(name)
         return part != "conv" if keyword == "all-linear" else part == keyword

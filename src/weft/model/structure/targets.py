@@ -111,7 +111,8 @@ def _convolutions(structure: Structure) -> dict[str, base_layers.Site]:
 
 def leftovers(structure: Structure, chosen: Collection[str]) -> tuple[list[Frozen], list[str]]:
     """Returns the layers that could have been adapted but were not, with the reason, and those of
-    the chosen layers that get tokens which a router has regrouped: experts with modules of their own.
+    the chosen layers that get tokens which a router has regrouped: experts with modules of their
+    own.
     """
     left_out = _left_out(structure)
     frozen = []
@@ -234,8 +235,8 @@ def _held(structure: Structure, ending: str) -> list[str]:
 
 
 def _held_back(structure: Structure, config: LayerConfig, fields: Any) -> dict[str, str]:
-    """The weights that attention reads itself and a method cannot adapt, with the reasons: a keyword
-    leaves them out.
+    """The weights that attention reads itself and a method cannot adapt, with the reasons: a
+    keyword leaves them out.
     """
     method = methods.replace(config, dict(fields))
     found = {}

@@ -36,8 +36,8 @@ class TokenTable:
 def token_tables(structure: Structure, config: Config) -> list[TokenTable]:
     """Returns the tables that `new_tokens` names, each once, in the model's order.
 
-    Raises TargetError if a module is not found, or is no embedding or head that Weft knows; if an id
-    has no row; and if two names of one tied table have different ids.
+    Raises TargetError if a module is not found, or is no embedding or head that Weft knows; if an
+    id has no row; and if two names of one tied table have different ids.
     """
     named: dict[str, Ids] = {}
     for ending, ids in by_module(config.new_tokens).items():

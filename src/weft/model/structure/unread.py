@@ -109,8 +109,8 @@ def _hands_on(cls: type[nn.Module]) -> bool:
 
 
 def _reads_pooled(cls: type[nn.Module]) -> bool:
-    """Whether the code of a class, as far as it is its own, reads a pooled vector. True if that cannot be
-    told.
+    """Whether the code of a class, as far as it is its own, reads a pooled vector. True if that
+    cannot be told.
     """
     return any(_loads_pooled(code) for code in _own_codes(cls))
 

@@ -1,5 +1,5 @@
-"""Metrics of the multimodal benchmarks: one file per family, each with functions of texts alone and a
-scorer of the authors' files, for `weft score`.
+"""Metrics of the multimodal benchmarks: one file per family, each with functions of texts alone and
+a scorer of the authors' files, for `weft score`.
 """
 
 from __future__ import annotations

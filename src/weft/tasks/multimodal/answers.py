@@ -1,9 +1,9 @@
 """VQA accuracy: an answer is right to the degree that people gave it too.
 
 Ten people answered each question. An answer scores min(1, n / 3), averaged over leaving out each of
-the ten, for n equal answers among the other nine. Texts are normalised before they are compared, and
-three tools that people quote differ in where they do so; the same output scores 0 in one and 100 in
-another ("two" against ten "2").
+the ten, for n equal answers among the other nine. Texts are normalised before they are compared,
+and three tools that people quote differ in where they do so; the same output scores 0 in one and
+100 in another ("two" against ten "2").
 
 Sources: https://visualqa.org/evaluation.html; the code of GT-Vision-Lab/VQA (official), of
 ylsung/VL_adapter (the VL-BART tables), and Pythia's EvalAIAnswerProcessor (TextVQA, VizWiz, LLaVA).

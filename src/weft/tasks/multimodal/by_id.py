@@ -17,7 +17,8 @@ Row = Mapping[str, Any]
 
 
 def read_json(path: Path) -> Any:
-    """Returns the value of a JSON file (.gz too), or a list of one value per line if it has JSON lines.
+    """Returns the value of a JSON file (.gz too), or a list of one value per line if it has JSON
+    lines.
 
     Raises WeftError with the line that is no JSON.
     """
@@ -87,8 +88,8 @@ def by_id(
 def matched(
     references: Path, wanted: Mapping[str, V], outputs: Path, found: Mapping[str, Any]
 ) -> list[str]:
-    """Returns the ids in the references' order. Raises WeftError if one of the files has ids that the
-    other has not, or there is none.
+    """Returns the ids in the references' order. Raises WeftError if one of the files has ids that
+    the other has not, or there is none.
     """
     if not wanted:
         raise WeftError(f"{references}: the file has nothing to score.")

@@ -38,9 +38,9 @@ def score_coco(references: Path, outputs: Path) -> Report:
 
 
 def score_clips(references: Path, outputs: Path) -> Report:
-    """Scores JSON lines with `clip_id` and `descs`, in percent, as VALUE's tool does: characters that
-    are not ASCII become spaces, all `descs` of a clip are its references, and the first of an output
-    counts. Raises WeftError.
+    """Scores JSON lines with `clip_id` and `descs`, in percent, as VALUE's tool does: characters
+    that are not ASCII become spaces, all `descs` of a clip are its references, and the first of an
+    output counts. Raises WeftError.
     """
     wanted = _clips(references)
     found = _clips(outputs)

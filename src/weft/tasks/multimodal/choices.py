@@ -25,8 +25,8 @@ _LAST = 4  # the last words of an output, among which a letter counts as its cho
 
 
 def stated_letter(output: str) -> str | None:
-    """Returns the letter A to E that an output is, begins with ("B. ..."), or states ("The answer is
-    B"), else None. Source: LLaVA's script of ScienceQA.
+    """Returns the letter A to E that an output is, begins with ("B. ..."), or states ("The answer
+    is B"), else None. Source: LLaVA's script of ScienceQA.
     """
     found = output.replace("\n", ". ")
     if found.strip() in tuple(LETTERS):
@@ -38,9 +38,10 @@ def stated_letter(output: str) -> str | None:
 
 
 def chosen_option(output: str, options: Mapping[str, str]) -> str | None:
-    """Returns the letter of the option that an output chooses, or None: the only letter of an option
-    among its words, if it is one of the last four; else the only option whose text it contains.
-    `options` are texts by letter. Source: VLMEvalKit's matching without a judge, as MMBench uses it.
+    """Returns the letter of the option that an output chooses, or None: the only letter of an
+    option among its words, if it is one of the last four; else the only option whose text it
+    contains. `options` are texts by letter. Source: VLMEvalKit's matching without a judge, as
+    MMBench uses it.
     """
     if any(refusal in output for refusal in _REFUSALS):
         return None

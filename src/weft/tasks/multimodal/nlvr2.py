@@ -1,5 +1,5 @@
-"""NLVR2: whether a sentence is true of two images. Accuracy, and consistency: the share of sentences
-that are judged right for all their pairs of images. Source: the tool of lil-lab/nlvr.
+"""NLVR2: whether a sentence is true of two images. Accuracy, and consistency: the share of
+sentences that are judged right for all their pairs of images. Source: the tool of lil-lab/nlvr.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def accuracy_and_consistency(right: Mapping[str, bool]) -> tuple[float, float]:
 
 
 def score_nlvr2(references: Path, outputs: Path) -> Report:
-    """Scores predictions against the authors' JSON lines with `identifier` and `label`. Predictions:
-    a .csv with `identifier` and `prediction` (True or False), JSON lines of the same, or
-    `{identifier: label}`. Raises WeftError.
+    """Scores predictions against the authors' JSON lines with `identifier` and `label`.
+    Predictions: a .csv with `identifier` and `prediction` (True or False), JSON lines of the same,
+    or `{identifier: label}`. Raises WeftError.
     """
     wanted = _labels(references, by_id.rows(references), ("label",))
     given = None if outputs.suffix == ".csv" else by_id.read_json(outputs)

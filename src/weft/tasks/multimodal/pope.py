@@ -1,5 +1,5 @@
-"""POPE: questions for objects that are in an image or not. Source: arXiv:2305.10355 and the scripts of
-AoiDragon/POPE and LLaVA.
+"""POPE: questions for objects that are in an image or not. Source: arXiv:2305.10355 and the scripts
+of AoiDragon/POPE and LLaVA.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def says_yes(output: str) -> bool:
 
 
 def pope_scores(outputs: Sequence[str], labels: Sequence[bool]) -> Scores:
-    """Returns accuracy, precision, recall, F1 and the share of "yes", each in [0, 1], for labels that
-    are True for "yes". A ratio without a denominator is None.
+    """Returns accuracy, precision, recall, F1 and the share of "yes", each in [0, 1], for labels
+    that are True for "yes". A ratio without a denominator is None.
     """
     found = [says_yes(output) for output in outputs]
     both = sum(a and b for a, b in zip(found, labels, strict=True))
@@ -40,10 +40,10 @@ def pope_scores(outputs: Sequence[str], labels: Sequence[bool]) -> Scores:
 
 
 def score_pope(references: Path, outputs: Path) -> Report:
-    """Scores outputs (`question_id` and `text` or `answer`, JSON lines) against POPE's JSON lines with
-    `question_id` and `label`. For the mean over the three parts, as in LLaVA's table, `references`
-    is the folder with coco_pope_random.json and its siblings, and `outputs` a folder with the same
-    names. Raises WeftError.
+    """Scores outputs (`question_id` and `text` or `answer`, JSON lines) against POPE's JSON lines
+    with `question_id` and `label`. For the mean over the three parts, as in LLaVA's table,
+    `references` is the folder with coco_pope_random.json and its siblings, and `outputs` a folder
+    with the same names. Raises WeftError.
     """
     if not references.is_dir():
         return _report(_scores(references, outputs))

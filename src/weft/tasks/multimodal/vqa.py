@@ -20,8 +20,8 @@ _IDS = ("question_id", "image")
 def score_vqa(
     references: Path, outputs: Path, task: str = "vqav2", protocol: str | None = None
 ) -> Report:
-    """Scores results against annotations, both as the authors have them. `protocol`: None for that of
-    the benchmark. Raises WeftError if a row is invalid or an id is in one file alone.
+    """Scores results against annotations, both as the authors have them. `protocol`: None for that
+    of the benchmark. Raises WeftError if a row is invalid or an id is in one file alone.
 
     Annotations: `{"annotations": [{"question_id", "answers": [{"answer"}]}]}` (VQAv2),
     `{"data": [{"question_id", "answers": [text]}]}` (TextVQA), `[{"image", "answers"}]` (VizWiz).

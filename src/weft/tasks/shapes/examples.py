@@ -12,8 +12,8 @@ from .world import WHOLE, Scene, Vocabulary, new_clip, new_scene
 
 @dataclass(frozen=True)
 class Example:
-    """`scenes` are one image, two, or the frames of a clip. `references` are right answers: those of
-    ten people, all captions, or one text.
+    """`scenes` are one image, two, or the frames of a clip. `references` are right answers: those
+    of ten people, all captions, or one text.
     """
 
     scenes: tuple[Scene, ...]
@@ -50,8 +50,8 @@ def caption(rng: random.Random, words: Vocabulary = WHOLE) -> Example:
 
 
 def video(rng: random.Random, words: Vocabulary = WHOLE) -> Example:
-    """Returns a question about a clip with four choices, as VL-Adapter writes TVQA's: the prompt is at
-    the end, and the answer is "a0" to "a3".
+    """Returns a question about a clip with four choices, as VL-Adapter writes TVQA's: the prompt is
+    at the end, and the answer is "a0" to "a3".
     """
     frames, mover, way = new_clip(rng, words)
     asked, choices, index = clip_question(mover, way, rng)
@@ -68,6 +68,8 @@ MAKERS: dict[str, Callable[[random.Random], Example]] = {
 
 
 def examples(task: str, split: str, n: int) -> list[Example]:
-    """Returns n examples of a task's split: the same for every n that is larger, no split like another."""
+    """Returns n examples of a task's split: the same for every n that is larger, no split like
+    another.
+    """
     rng = random.Random(f"{task}/{split}")
     return [MAKERS[task](rng) for _ in range(n)]

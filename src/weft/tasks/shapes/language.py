@@ -29,8 +29,8 @@ class Question(NamedTuple):
 def question(
     scene: Scene, rng: random.Random, words: Vocabulary, kinds: Sequence[str] = KINDS
 ) -> Question:
-    """Returns a question of one of these kinds; "exists" if the scene has no thing that the drawn kind
-    could ask for without doubt.
+    """Returns a question of one of these kinds; "exists" if the scene has no thing that the drawn
+    kind could ask for without doubt.
     """
     made = _MAKERS[rng.choice(list(kinds))](scene, rng, words)
     return made if made is not None else _exists(scene, rng, words)

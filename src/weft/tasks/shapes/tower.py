@@ -1,7 +1,7 @@
 """The frozen image tower of the world of shapes: what CLIP is to VL-BART's real tasks.
 
-It knows the looks of all colours and shapes, one feature per cell, so that what a model has to learn is
-language. `scripts/pretrain_shapes.py` trains it on the cells' attributes.
+It knows the looks of all colours and shapes, one feature per cell, so that what a model has to
+learn is language. `scripts/pretrain_shapes.py` trains it on the cells' attributes.
 """
 
 from __future__ import annotations

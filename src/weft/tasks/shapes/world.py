@@ -1,7 +1,7 @@
 """Scenes of coloured shapes on a grid of 3 x 3 cells, and their images of 48 x 48 pixels.
 
-A scene is drawn from a `random.Random` alone, so a seed gives the same scenes everywhere; images agree
-bit for bit where the versions of Pillow and numpy do.
+A scene is drawn from a `random.Random` alone, so a seed gives the same scenes everywhere; images
+agree bit for bit where the versions of Pillow and numpy do.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def new_scene(
 def new_clip(
     rng: random.Random, words: Vocabulary = WHOLE, frames: int = 4
 ) -> tuple[list[Scene], Thing, str]:
-    """Returns `frames` scenes, the thing that moves as it is in the first, and where it goes: "left",
-    "right", "up" or "down". It crosses the grid along its row or column; all others stay.
+    """Returns `frames` scenes, the thing that moves as it is in the first, and where it goes:
+    "left", "right", "up" or "down". It crosses the grid along its row or column; all others stay.
     """
     if frames < SIDE:
         raise ValueError(f"frames={frames}: a thing needs {SIDE} frames to cross the grid")

@@ -196,9 +196,9 @@ class TrainSection(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSection(Section):
-    """`unreached` "allow" accepts layers that gradients reach never, or more rarely than others, in the
-    audited steps (layerdrop, an unused pooler, an expert without tokens), and names them in the log
-    and in run.json.
+    """`unreached` "allow" accepts layers that gradients reach never, or more rarely than others, in
+    the audited steps (layerdrop, an unused pooler, an expert without tokens), and names them in the
+    log and in run.json.
     """
 
     unreached: str = "refuse"

@@ -1,7 +1,7 @@
-"""YAML as people mean it: 1e-3 is a number (YAML 1.1 wants 1.0e-3), and 1:30, 010 and 2026-01-01 are
-text and neither 90, 8 nor a date. What has no meaning here, or would never end, is an error: a key
-that is repeated or no text, numbers that no field can hold, aliases that grow, broken text. What
-`dumper` writes is read back as it was, here and by YAML 1.1.
+"""YAML as people mean it: 1e-3 is a number (YAML 1.1 wants 1.0e-3), and 1:30, 010 and 2026-01-01
+are text and neither 90, 8 nor a date. What has no meaning here, or would never end, is an error: a
+key that is repeated or no text, numbers that no field can hold, aliases that grow, broken text.
+What `dumper` writes is read back as it was, here and by YAML 1.1.
 """
 
 from __future__ import annotations
