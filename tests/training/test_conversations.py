@@ -480,3 +480,12 @@ def test_a_name_on_an_answer_is_that_of_its_call_or_refused(role, legacy):
     assert "<tool_response>wether4" in shown(
         [*talk[:2], said(role, "4", name="wether"), CHAT[1]], shows
     )
+
+
+@pytest.mark.parametrize("how", ["", "{{ m['content'] | upper }}"])
+def test_a_prompt_that_the_template_drops_or_rewrites_is_an_error(how):
+    """For `weft generate --chat` and `weft judge`, as for the samples of training."""
+    template = "{% for m in messages %}<|{{ m['role'] }}|>" + how + "\n{% endfor %}"
+    renderer = Renderer(chat_templates.tokenizer(template), 500)
+    with pytest.raises(WeftError, match="does not render 'what is it' as it is written"):
+        renderer.chat_prompt([{"role": "user", "content": "what is it"}])

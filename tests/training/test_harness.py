@@ -115,7 +115,7 @@ def test_without_the_package_the_command_names_it(place, monkeypatch, capsys):
     ("more", "told"),
     [
         ([], "--task"),
-        (["--task", "rte", "--lm-eval", "rte"], "not both"),
+        (["--task", "rte", "--lm-eval", "rte"], "give one of --task"),
         (["--lm-eval", "rte", "--outputs", "x"], "--outputs"),
         (["--lm-eval", "rte", "--split", "test"], "--split"),
         (["--task", "rte", "--shots", "2"], "--shots"),

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import UnsupportedError, WeftError
 from ..tasks.files import Row
+from ..untrusted.json_text import shortened
 from .borders import continued, plain_ids, with_borders
 from .conversation import Conversation, asked, conversation, texts_of
 from .image_files import ImageFile
@@ -183,8 +184,10 @@ class Renderer:
         return self.chat_prompt_of(asked(messages))
 
     def chat_prompt_of(self, talk: Conversation) -> str:
-        """Returns a conversation that waits for an answer as text, as `chat_prompt` does."""
-        refused, first = None, None
+        """Returns a conversation that waits for an answer as text, as `chat_prompt` does. Raises
+        WeftError, too, if the text lacks something that was said.
+        """
+        refused, lost = None, ""
         for form in forms(talk):
             try:
                 text = self.template.prompt(form)
@@ -192,12 +195,15 @@ class Renderer:
                 refused = refused or error
                 continue
             said = [t for n, t in texts_of(talk) if talk.messages[n - 1]["role"] != "assistant"]
-            if all(each.strip() in text for each in said):
+            lost = next((each for each in said if each.strip() not in text), "")
+            if not lost:
                 return text
-            first = first or text
-        if first is None and refused is not None:
+        if not lost and refused is not None:
             raise refused
-        return first or ""
+        raise WeftError(
+            f"the chat template does not render {shortened(lost)} as it is written, or not at all. "
+            "Give a template that does."
+        )
 
     def bare(self) -> Renderer:
         """Returns a renderer that adds no start token, for the output of a chat template."""
