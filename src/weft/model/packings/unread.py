@@ -60,15 +60,18 @@ class Unread(Packing):
 
 
 def _has_codes(module: Any) -> bool:
-    """Whether a layer of a class of its own has widths, and whole numbers or float8 for a weight."""
+    """Whether a layer of a class of its own has widths, whole numbers or float8 for a weight, and other
+    tensors beside it (scales): a weight that is only stored so is of an unsupported dtype.
+    """
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if not all(isinstance(size, int) for size in sizes):
         return False
     if own_class(module).forward is nn.Linear.forward:
         return False
-    tensors = [
-        t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
-    ]
+    named = {**module._parameters, **module._buffers}
+    tensors = [t for t in named.values() if t is not None]
+    if not any(t is not None for n, t in named.items() if n not in ("weight", "bias")):
+        return False
     if any(t.ndim == 2 and t.dtype in DTYPES.values() and min(t.shape) > 1 for t in tensors):
         return False
     return any(t.ndim > 0 and t.numel() > 1 and t.dtype not in _PLAIN for t in tensors)
